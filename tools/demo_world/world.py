@@ -1,0 +1,118 @@
+"""A small world of moving shapes: what can happen in it, and its pixels.
+
+A `Scene` is one figure with a colour, a shape and a motion on a dark or light ground. A clip is one scene, or
+several in a row. Pixels are a pure function of the scenes and a seed.
+
+One combination of colour, shape and motion in six is held out (`Scene.held_out`): neither the base model nor the
+fine-tuning data ever shows it, while each pair of its attributes is common in both. So a model that memorises whole
+combinations fails on the held-out clips; one that reads the attributes from the pixels doesn't.
+
+Axes: T frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SIZE_PX = 84
+"""Height and width of a frame: three of the model's 28-pixel token cells."""
+FRAMES_PER_SCENE = 16
+FRAME_RATE = 8.0
+"""Frames per second: a scene lasts two seconds."""
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 35, 35),
+    "green": (35, 175, 50),
+    "blue": (45, 65, 235),
+    "yellow": (240, 215, 30),
+    "purple": (190, 50, 215),
+    "cyan": (30, 205, 215),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("left", "right", "up", "down", "grow", "shrink")
+GROUNDS: dict[str, tuple[int, int]] = {"dark": (15, 60), "light": (190, 235)}
+"""Range of the grey level, 0..255."""
+
+RADIUS_PX = (14.0, 18.0)
+"""Of a figure that keeps its size: from the centre to the edge of a circle; other shapes cover a similar area."""
+SMALL_RADIUS_PX, LARGE_RADIUS_PX = (7.0, 10.0), (22.0, 26.0)
+"""Ends of growing and shrinking."""
+TRAVEL_PX = (28.0, 40.0)
+"""Distance that a moving figure covers within its scene."""
+REACH = 1.2
+"""How far the widest shapes reach from their centre, in radii."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One figure doing one thing. The fields are keys of the tables above."""
+
+    color: str
+    shape: str
+    motion: str
+    ground: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training never shows this colour, shape and motion together."""
+        places = list(COLORS).index(self.color), SHAPES.index(self.shape), MOTIONS.index(self.motion)
+        return sum(places) % len(COLORS) == 0
+
+
+def all_scenes(held_out: bool) -> list[Scene]:
+    """Every scene of one side of the split, in a fixed order: 48 held out, 240 others."""
+    scenes = [Scene(c, s, m, g) for c in COLORS for s in SHAPES for m in MOTIONS for g in GROUNDS]
+    return [scene for scene in scenes if scene.held_out == held_out]
+
+
+def render_clip(scenes: Sequence[Scene], seed: int) -> np.ndarray:
+    """Frames of the scenes in a row: uint8 TCHW, `FRAMES_PER_SCENE` for each scene."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([_render_scene(scene, rng) for scene in scenes])
+
+
+def _render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Frames of one scene, place, speed, size and shades drawn from `rng`: uint8 TCHW."""
+    center_T2, radius_T = _path(scene.motion, rng)
+    grid_HW = np.arange(SIZE_PX) + 0.5
+    x_THW = (grid_HW[None, None, :] - center_T2[:, 0, None, None]) / radius_T[:, None, None]
+    y_THW = (grid_HW[None, :, None] - center_T2[:, 1, None, None]) / radius_T[:, None, None]
+    distance_THW = _distance(scene.shape, x_THW, y_THW) * radius_T[:, None, None]
+    cover_T1HW = np.clip(0.5 - distance_THW, 0.0, 1.0)[:, None]
+    ground = rng.uniform(*GROUNDS[scene.ground])
+    figure_C11 = np.clip(np.array(COLORS[scene.color]) + rng.uniform(-12, 12, 3), 0, 255)[:, None, None]
+    return np.round(ground + cover_T1HW * (figure_C11 - ground)).astype(np.uint8)
+
+
+def _path(motion: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Centre [T, 2] (x, y) and radius [T] of the figure in pixels; it never leaves the frame."""
+    time_T = np.linspace(0.0, 1.0, FRAMES_PER_SCENE)
+    if motion in ("grow", "shrink"):
+        small, large = rng.uniform(*SMALL_RADIUS_PX), rng.uniform(*LARGE_RADIUS_PX)
+        room = REACH * large
+        center = rng.uniform(room, SIZE_PX - room, 2)
+        radius_T = small + (large - small) * (time_T if motion == "grow" else 1.0 - time_T)
+        return np.tile(center, (FRAMES_PER_SCENE, 1)), radius_T
+    radius = rng.uniform(*RADIUS_PX)
+    low, high = REACH * radius, SIZE_PX - REACH * radius
+    travel = rng.uniform(*TRAVEL_PX)
+    along_T = rng.uniform(low, high - travel) + travel * (time_T if motion in ("right", "down") else 1.0 - time_T)
+    across_T = np.full(FRAMES_PER_SCENE, rng.uniform(low, high))
+    axes = (along_T, across_T) if motion in ("left", "right") else (across_T, along_T)
+    return np.stack(axes, axis=1), np.full(FRAMES_PER_SCENE, radius)
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to the shape's edge, negative inside; x right, y down, 1 is the radius."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1.0
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.9
+    if shape == "triangle":
+        return np.maximum(np.maximum(0.866 * x - 0.5 * y, -0.866 * x - 0.5 * y), y) - 0.6
+    if shape == "cross":
+        return np.minimum(np.maximum(abs(x), 3.0 * abs(y)), np.maximum(3.0 * abs(x), abs(y))) - REACH
+    raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")

@@ -1,0 +1,3 @@
+"""vft: fine-tuning of video language models in plain PyTorch."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,150 @@
+"""Attention over a packed row: a forest of segments, no padding, no mask the size of the row.
+
+A document is a trunk with branches. Trunk rows attend the trunk; a branch attends the trunk and itself. Both are
+`Segment`s, and one `AttentionPlan` a batch says it all: `torch.nn.attention.varlen` runs it as one call a layer on
+CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from vft.types import AttentionPlan, Segment
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch build without flash attention: the SDPA path serves
+    varlen_attn = None
+
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+
+
+def document_segments(start: int, trunk_length: int, branch_lengths: Sequence[int]) -> list[Segment]:
+    """Segments of one document whose first token is row `start`. One branch needs no split: it is one segment."""
+    if len(branch_lengths) == 1:
+        return [Segment(start, trunk_length + branch_lengths[0])]
+    segments = [Segment(start, trunk_length)]
+    row = start + trunk_length
+    for length in branch_lengths:
+        segments.append(Segment(row, length, prefix_start=start, prefix_length=trunk_length))
+        row += length
+    return segments
+
+
+def build_plan(segments: Iterable[Segment], causal: bool) -> AttentionPlan:
+    """The plan of a row made of `segments`, which must cover its rows in order."""
+    segments = tuple(segment for segment in segments if segment.q_length)
+    row = 0
+    for segment in segments:
+        assert segment.q_start == row, f"segment starts at row {segment.q_start}, the one before ended at {row}"
+        row += segment.q_length
+    k_index = None
+    if any(segment.prefix_length for segment in segments):
+        k_index = torch.cat([_key_rows(segment) for segment in segments])
+    return AttentionPlan(
+        segments=segments,
+        causal=causal,
+        cu_seqlens_q_S=_cumulative(segment.q_length for segment in segments),
+        cu_seqlens_k_S=_cumulative(segment.k_length for segment in segments),
+        k_index=k_index,
+        max_q=max((segment.q_length for segment in segments), default=0),
+        max_k=max((segment.k_length for segment in segments), default=0),
+    )
+
+
+def attended_pairs(plan: AttentionPlan) -> int:
+    """Query-key pairs that the plan computes: the count behind every FLOP figure (causal part only)."""
+    total = 0
+    for segment in plan.segments:
+        own = segment.q_length * (segment.q_length + 1) // 2 if plan.causal else segment.q_length**2
+        total += own + segment.q_length * segment.prefix_length
+    return total
+
+
+def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attention of a packed row [T, H, K]; keys and values may have fewer heads than queries (grouped queries)."""
+    if q_THK.is_cuda and varlen_attn is not None and q_THK.dtype in (torch.bfloat16, torch.float16):
+        return _attend_varlen(q_THK, k_THK, v_THK, plan)
+    return _attend_groups(q_THK, k_THK, v_THK, plan)
+
+
+def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    if plan.k_index is not None:
+        k_THK, v_THK = k_THK[plan.k_index], v_THK[plan.k_index]
+    options: dict[str, Any] = {}
+    # The causal flag became a window, and grouped queries an option, between torch 2.10 and 2.12.
+    if "window_size" in _VARLEN_PARAMETERS:
+        options["window_size"] = (-1, 0) if plan.causal else (-1, -1)
+    else:
+        options["is_causal"] = plan.causal
+    heads, key_heads = q_THK.shape[1], k_THK.shape[1]
+    if heads != key_heads:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
+            options["enable_gqa"] = True
+        else:
+            k_THK = k_THK.repeat_interleave(heads // key_heads, dim=1)
+            v_THK = v_THK.repeat_interleave(heads // key_heads, dim=1)
+    lengths = (plan.cu_seqlens_q_S, plan.cu_seqlens_k_S, plan.max_q, plan.max_k)
+    return varlen_attn(q_THK, k_THK, v_THK, *lengths, **options)
+
+
+def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    """Segments of equal lengths are one batched call; the rows are put back in order afterwards."""
+    if plan.groups is None:
+        plan.groups = _group(plan, q_THK.device)
+    rows, outputs = [], []
+    for q_rows, k_rows, count, q_length, k_length in plan.groups:
+        q, k, v = (
+            x.unflatten(0, (count, length)).transpose(1, 2)
+            for x, length in ((q_THK[q_rows], q_length), (k_THK[k_rows], k_length), (v_THK[k_rows], k_length))
+        )
+        mask = causal_lower_right(q_length, k_length) if plan.causal and q_length != k_length else None
+        is_causal = plan.causal and q_length == k_length
+        gqa = q_THK.shape[1] != k_THK.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        rows.append(q_rows)
+    if len(outputs) == 1:
+        return outputs[0]
+    joined = torch.cat(outputs)
+    if all(isinstance(r, slice) for r in rows) and sorted(rows, key=lambda r: r.start) == rows:
+        return joined
+    every = torch.arange(q_THK.shape[0], device=q_THK.device)
+    return joined[torch.argsort(torch.cat([every[r] for r in rows]))]
+
+
+def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int]]:
+    by_length: dict[tuple[int, int], list[Segment]] = {}
+    for segment in plan.segments:
+        by_length.setdefault((segment.q_length, segment.k_length), []).append(segment)
+    groups = []
+    for (q_length, k_length), members in by_length.items():
+        q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
+        k_rows = torch.cat([_key_rows(s) for s in members])
+        groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length))
+    return groups
+
+
+def _key_rows(segment: Segment) -> Tensor:
+    prefix = torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+    return torch.cat([prefix, torch.arange(segment.q_start, segment.q_start + segment.q_length)])
+
+
+def _rows(index: Tensor, device: torch.device) -> slice | Tensor:
+    """A slice where the rows follow one another: a view instead of a copy."""
+    start = int(index[0])
+    if torch.equal(index, torch.arange(start, start + index.numel())):
+        return slice(start, start + index.numel())
+    return index.to(device)
+
+
+def _cumulative(lengths: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -1,0 +1,62 @@
+"""Keys and values kept while answers are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vft.attention import attend
+from vft.types import AttentionPlan
+
+
+class KeyValueCache:
+    """One sequence for each prompt of a packed row.
+
+    The first forward pass takes the packed prompts, each later one a row with one token for each sequence. Call
+    `advance` after every pass.
+    """
+
+    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, layers: int, device: torch.device) -> None:
+        lengths_S = torch.tensor(prompt_lengths, device=device)
+        self.lengths_S = lengths_S
+        """Tokens kept of each sequence."""
+        self.capacity = max(prompt_lengths) + max_new_tokens
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.prefilled = False
+        self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), lengths_S)
+        starts_S = torch.cumsum(lengths_S, 0) - lengths_S
+        self.place_T = torch.arange(len(self.sequence_T), device=device) - starts_S[self.sequence_T]
+
+    def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+        """Keep this pass's keys and values, and attend all that are kept of each sequence."""
+        if not self.prefilled:
+            shape = (len(self.lengths_S), self.capacity, *k_THK.shape[1:])
+            self.keys[layer], self.values[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
+        keys_SLHK, values_SLHK = self.keys[layer], self.values[layer]
+        assert keys_SLHK is not None and values_SLHK is not None
+        keys_SLHK[self.sequence_T, self.place_T] = k_THK
+        values_SLHK[self.sequence_T, self.place_T] = v_THK
+        if not self.prefilled:
+            return attend(q_THK, k_THK, v_THK, plan)
+        # Row s is the newest token of sequence s: it sees what the sequence holds, itself included.
+        visible_SL = torch.arange(self.capacity, device=q_THK.device) <= self.place_T[:, None]
+        out = F.scaled_dot_product_attention(
+            q_THK.unsqueeze(2),
+            keys_SLHK.transpose(1, 2),
+            values_SLHK.transpose(1, 2),
+            attn_mask=visible_SL[:, None, None, :],
+            enable_gqa=q_THK.shape[1] != k_THK.shape[1],
+        )
+        return out.squeeze(2)
+
+    def advance(self) -> None:
+        """The pass is over in every layer: the next one brings one token for each sequence."""
+        if self.prefilled:
+            self.lengths_S = self.lengths_S + 1
+        self.prefilled = True
+        self.sequence_T = torch.arange(len(self.lengths_S), device=self.lengths_S.device)
+        self.place_T = self.lengths_S

@@ -1,0 +1,173 @@
+"""Opening a checkpoint and reading its weights: safetensors only, each process its own slices only.
+
+transformers resolves a folder or a hub name and reads configuration, tokenizer and template; no code that a
+checkpoint brings is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from vft.types import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model's files."""
+
+    path: str
+    """As the user named it: a folder or a hub name."""
+    config: Any
+    """transformers' configuration object."""
+    weight_files: dict[str, Path]
+    """Tensor name to the safetensors file that holds it."""
+
+    @staticmethod
+    def open(path: str) -> Checkpoint:
+        """Resolve `path` and read its configuration and the names of its tensors.
+
+        UserError where there is no such checkpoint or it has no safetensors weights.
+        """
+        if Path(path).exists() and not Path(path, "config.json").is_file():
+            raise UserError(f"model.path = {path!r}: the folder has no config.json; name a checkpoint's folder")
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
+            ) from error
+        index_file = _file(path, INDEX_FILE)
+        if index_file is not None:
+            names = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            resolved = {name: _required_file(path, name) for name in sorted(set(names.values()))}
+            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()})
+        single = _required_file(path, SINGLE_FILE)
+        with _open(single) as reader:
+            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own tokenizer with its chat template; it must be a fast one (offsets are needed)."""
+        tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise UserError(f"{self.path}: no tokenizer.json; only fast tokenizers give character offsets")
+        if tokenizer.chat_template is None:
+            template = self.json_file("chat_template.json").get("chat_template")
+            if template is None:
+                raise UserError(f"{self.path}: no chat template in tokenizer_config.json or chat_template.json")
+            tokenizer.chat_template = template
+        return tokenizer
+
+    def json_file(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint; empty where there is none."""
+        file = _file(self.path, name)
+        return json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the weight files lie on this machine."""
+        return next(iter(self.weight_files.values())).parent
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over each weight file's name, size, first and last bytes: tells two bases of equal shape apart."""
+        digest = hashlib.sha256()
+        for file in sorted(set(self.weight_files.values())):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(FINGERPRINT_BYTES))
+                stream.seek(max(0, size - FINGERPRINT_BYTES))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str], show_progress: bool = False) -> None:
+    """Fill every parameter of `model` but those in `extra` (adapters) from the checkpoint, by name.
+
+    A sharded parameter reads its own rows only. UserError for a missing, an unexpected or a misshapen tensor: nothing
+    is ever left at its initial value.
+    """
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
+    _check_names(wanted, checkpoint, model)
+    by_file: dict[Path, list[str]] = {}
+    for name in wanted:
+        by_file.setdefault(checkpoint.weight_files[name], []).append(name)
+    progress = tqdm(total=len(wanted), desc="loading weights", unit="tensor", disable=not show_progress, delay=2)
+    with progress, torch.no_grad():
+        for file, names in by_file.items():
+            with _open(file) as reader:
+                for name in names:
+                    _copy(wanted[name], reader.get_slice(name), f"{file}: {name}")
+                    progress.update()
+
+
+def _check_names(wanted: dict[str, nn.Parameter], checkpoint: Checkpoint, model: nn.Module) -> None:
+    missing = sorted(set(wanted) - set(checkpoint.weight_files))
+    unexpected = set(checkpoint.weight_files) - set(wanted)
+    if getattr(model, "lm_head", None) is None:
+        unexpected.discard("lm_head.weight")  # a tied head that was saved all the same: the embedding rules
+    if missing or unexpected:
+        raise UserError(
+            f"{checkpoint.path}: {len(missing)} tensors of the model are missing in the checkpoint "
+            f"{missing[:3]}, {len(unexpected)} of the checkpoint are unknown to the model {sorted(unexpected)[:3]}; "
+            f"the checkpoint is not in the released layout of {checkpoint.config.model_type}"
+        )
+
+
+def _copy(parameter: Tensor, source: Any, where: str) -> None:
+    shape = tuple(source.get_shape())
+    if shape != tuple(parameter.shape):
+        raise UserError(f"{where}: shape {list(shape)} in the file, {list(parameter.shape)} by config.json")
+    if isinstance(parameter, DTensor):
+        local_shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if local_shape[0]:
+            parameter.to_local().copy_(source[offset[0] : offset[0] + local_shape[0]])
+    else:
+        parameter.copy_(source[:])
+
+
+def _file(path: str, name: str) -> Path | None:
+    found = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _required_file(path: str, name: str) -> Path:
+    file = _file(path, name)
+    if file is None or not file.is_file():
+        raise UserError(f"model.path = {path!r}: {name} is missing; only safetensors weights are read")
+    return file
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error

@@ -1,0 +1,382 @@
+"""Every noun that flows from a dataset's record to the loss.
+
+Axes, as suffixes of tensor names everywhere in the project:
+T tokens of a row, P vision patches, D features of a patch, M merged media tokens, N supervised tokens,
+S segments, H heads, K width of a head, C/H/W channels, height, width of pixels, V vocabulary, E model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised."""
+
+MediaKind = Literal["video", "image"]
+Role = Literal["system", "user", "assistant"]
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend.
+
+    The message is one line that names the file, the field, the value and the mend. Commands print it without a
+    traceback and exit with status 2.
+    """
+
+
+# ---------------------------------------------------------------------------------------------- what a source reads
+
+
+@dataclass(frozen=True, slots=True)
+class MediaOptions:
+    """What one record asks for one of its media; None leaves it to the configuration.
+
+    The names are those of qwen-vl-utils' per-video keys. Pixels are of one frame, except `total_pixels`.
+    """
+
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    video_start: float | None = None
+    """Seconds from the first frame; the range is inclusive at both ends."""
+    video_end: float | None = None
+    sample_fps: float | None = None
+    """Rate in frames per second at which a list of frame pictures was sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """One video or picture that a record points to.
+
+    `path` is a file, or for a video kept as pictures the pictures in order. `field` is where the record named it
+    (`videos[0]`), for messages.
+    """
+
+    kind: MediaKind
+    path: Path | tuple[Path, ...]
+    options: MediaOptions = MediaOptions()
+    field: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: text and media in reading order."""
+
+    role: Role
+    parts: tuple[str | MediaRef, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record as a source read it. `origin` says where it stands (`train.json:12`), for messages."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    origin: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What the model is to read and, in the assistant's turns, to say: a task makes it of a sample."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    origin: str
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """All media in reading order."""
+        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, MediaRef))
+
+
+class Task(Protocol):
+    """What distinguishes one recipe from another: how a sample becomes a conversation and how answers are scored."""
+
+    name: str
+    default_prompt: str
+
+    def conversation(self, sample: Sample) -> Conversation:
+        """The conversation to train on; UserError names the sample where it can't be made."""
+        ...
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Metrics by name of `predictions` against each one's references."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------- media, planned
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """What a scan of a file found, without decoding it."""
+
+    kind: MediaKind
+    height: int
+    """Pixels, after rotation."""
+    width: int
+    num_frames: int = 1
+    """Frames counted in the stream, not the container's claim."""
+    fps: float = 0.0
+    """The container's average rate in frames per second (pictures: 0)."""
+    stream_index: int = 0
+    duration_s: float = 0.0
+    times_s: tuple[float, ...] | None = None
+    """Presentation times from the first frame on, where the rate varies; None: frame i is at i / fps."""
+
+    def time_of(self, index: int) -> float:
+        """Presentation time of frame `index` in seconds from the first frame."""
+        if self.times_s is not None:
+            return self.times_s[index]
+        return index / self.fps if self.fps > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class VisionLimits:
+    """Frames and pixels that one medium may take: the configuration with the record's own options laid over it."""
+
+    fps: float | None
+    """Frames per second to sample; None where `frames` says how many."""
+    frames: int | None
+    min_frames: int
+    max_frames: int
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPlan:
+    """Exactly what will be decoded of one medium and how many tokens it becomes. Fixed before any decoding."""
+
+    ref: MediaRef
+    info: MediaInfo
+    frame_indices: tuple[int, ...]
+    """Positions in presentation order; one for a picture."""
+    height: int
+    """Pixels after resizing."""
+    width: int
+    grid_thw: tuple[int, int, int]
+    """Patches in time, height and width."""
+    num_tokens: int
+    seconds_per_grid: float = 0.0
+    """Seconds that one temporal patch stands for; 0 for a picture."""
+
+    @property
+    def frame_times_s(self) -> tuple[float, ...]:
+        """Presentation times of the sampled frames."""
+        return tuple(self.info.time_of(i) for i in self.frame_indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Decoded frames at the size of the source."""
+
+    frames_TCHW: Tensor
+    """uint8, RGB."""
+    timestamps_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """One medium, resized and cut into patches, not yet normalised."""
+
+    pixels_PD: Tensor
+    """uint8."""
+    grid_thw: tuple[int, int, int]
+    seconds_per_grid: float
+
+
+# ------------------------------------------------------------------------------------------------ attention, packed
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows `q_start : q_start + q_length` attend the keys `prefix_start : + prefix_length`, then their own rows."""
+
+    q_start: int
+    q_length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def k_length(self) -> int:
+        """Keys that the segment's last row attends."""
+        return self.prefix_length + self.q_length
+
+
+@dataclass(eq=False)
+class AttentionPlan:
+    """Who attends whom in a packed row: made once a batch, used by every layer.
+
+    With `causal`, row i of a segment attends its first `k_length - q_length + i + 1` keys (aligned lower right).
+    """
+
+    segments: tuple[Segment, ...]
+    causal: bool
+    cu_seqlens_q_S: Tensor
+    """int32, [segments + 1]."""
+    cu_seqlens_k_S: Tensor
+    k_index: Tensor | None
+    """Rows of the keys of all segments, in order; None where they are the row itself."""
+    max_q: int
+    max_k: int
+    groups: list[tuple[Any, Any, int, int, int]] | None = None
+    """For the SDPA path, made on first use: rows of queries and of keys (slice or index), how many segments, q and k
+    length."""
+
+
+@dataclass(eq=False)
+class VisionLayout:
+    """How the patches of a batch lie in the vision tower."""
+
+    order_P: Tensor
+    """Permutation from media order to the order in which the tower attends."""
+    positions_P2: Tensor
+    """Row and column of each patch, in the tower's order."""
+    plans: dict[str, AttentionPlan]
+    restore_M: Tensor
+    """Permutation of merged tokens from the tower's order back to media order."""
+
+
+# ------------------------------------------------------------------------------------------------- rows and batches
+
+
+@dataclass(eq=False, slots=True)
+class Document:
+    """A trunk (system text, video) and its branches (each a question with its answer), one behind another.
+
+    A branch sees the trunk and itself; its positions go on where the trunk ends.
+    """
+
+    sample_ids: tuple[str, ...]
+    """One for each branch."""
+    ids_T: Tensor
+    labels_T: Tensor
+    """The token itself where it is supervised, else IGNORE_INDEX. Not shifted."""
+    positions_3T: Tensor
+    trunk_length: int
+    branch_lengths: tuple[int, ...]
+    media: tuple[MediaPlan, ...]
+    media_mask_T: Tensor
+    """True where a token is replaced by a vision embedding."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that the document takes."""
+        return self.ids_T.numel()
+
+
+@dataclass(eq=False)
+class Batch:
+    """One pack: a row of documents, ready for the model. Nothing in it is padding."""
+
+    input_ids_T: Tensor
+    labels_T: Tensor
+    positions_3T: Tensor
+    plan: AttentionPlan
+    target_index_N: Tensor
+    """Rows whose hidden state predicts a supervised token."""
+    target_ids_N: Tensor
+    media_index_M: Tensor
+    """Rows that hold vision embeddings, in media order."""
+    pixels_PD: Tensor
+    """uint8."""
+    grids: tuple[tuple[int, int, int], ...]
+    layout: VisionLayout | None
+    """None where there are no media."""
+    document_T: Tensor
+    branch_T: Tensor
+    """Branch of each token within its document; -1 in a trunk that several branches share."""
+    documents: tuple[Document, ...] = ()
+
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens."""
+        return self.target_index_N.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return self.input_ids_T.numel()
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Samples in row order."""
+        return tuple(i for document in self.documents for i in document.sample_ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return move(self, device)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`; what an attention plan made for another device is dropped."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, Batch | VisionLayout | AttentionPlan):
+        moved = {f.name: move(getattr(value, f.name), device) for f in fields(value)}
+        if isinstance(value, AttentionPlan) and device != value.cu_seqlens_q_S.device:
+            moved["groups"] = None
+        return replace(value, **moved)
+    return value
+
+
+class VisionSpec(Protocol):
+    """All that `data` needs to know of a model family. Each family's file in `models/` holds one."""
+
+    mean: tuple[float, float, float]
+    """Of pixel values in 0..1, by channel."""
+    std: tuple[float, float, float]
+    patch_features: int
+    """D: values of one patch."""
+    turn_end: str
+    """Text that closes a message; supervised with the answer before it."""
+
+    def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
+        """Choose frames, size and token count of one medium. UserError where the limits can't be met."""
+        ...
+
+    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
+        """Resized uint8 frames [T, 3, H, W] to pixels_PD uint8, in the order that the tower expects."""
+        ...
+
+    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
+        """Token ids with which the chat template marks one medium."""
+        ...
+
+    def expand(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
+        """The token ids that replace the placeholder, and which of them are vision embeddings."""
+        ...
+
+    def positions(self, num_tokens: int, media: Sequence[tuple[int, MediaPlan]]) -> Tensor:
+        """Position ids [3, T] of a document; `media` holds the row of each medium's first token and its plan."""
+        ...
+
+    def layout(self, grids: Sequence[tuple[int, int, int]]) -> VisionLayout:
+        """How the patches of these media lie in the tower."""
+        ...
