@@ -8,7 +8,7 @@ CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewher
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from vft.types import AttentionPlan, Segment
 
+varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch build without flash attention: the SDPA path serves
@@ -77,6 +78,7 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> 
 
 
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    assert varlen_attn is not None
     if plan.k_index is not None:
         k_THK, v_THK = k_THK[plan.k_index], v_THK[plan.k_index]
     options: dict[str, Any] = {}

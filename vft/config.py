@@ -24,17 +24,9 @@ from vft.types import UserError
 
 Tower = Literal["language_model", "vision_tower", "merger"]
 SourceFormat = Literal[
-    "messages",
-    "llava_video",
-    "video_mme",
-    "pe_video",
-    "llava_instruct",
-    "ucf101",
-    "kinetics",
-    "ssv2",
-    "folders",
-    "story",
-]
+    "messages", "llava_video", "video_mme", "pe_video", "llava_instruct",
+    "ucf101", "kinetics", "ssv2", "folders", "story",
+]  # fmt: skip
 
 RESUME_MAY_CHANGE = frozenset(
     {

@@ -54,7 +54,11 @@ def load(model: type[_Model], path: Path, overrides: Sequence[str] = ()) -> _Mod
         # A misspelt key is reported as unknown rather than as its right spelling missing.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key, message = _explain(model, first)
-        where = "command line" if covers(overridden, key) else path
+        where = str(path)
+        if covers(overridden, key):
+            where = "command line"
+        elif any(k.startswith(f"{key}." if key else "") for k in overridden):  # Either may have upset the table.
+            where = f"{path} and command line"
         raise UserError(f"{where}: {message}") from None
 
 

@@ -106,6 +106,11 @@ class Conversation:
         """All media in reading order."""
         return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, MediaRef))
 
+    @property
+    def media_key(self) -> tuple[object, ...]:
+        """Equal for conversations about the same media, decoded alike."""
+        return tuple((ref.kind, ref.path, ref.options) for ref in self.media)
+
 
 class Task(Protocol):
     """What distinguishes one recipe from another: how a sample becomes a conversation and how answers are scored."""
@@ -319,8 +324,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the row."""
-        return self.input_ids_T.numel()
+        """Tokens of the documents."""
+        return sum(document.num_tokens for document in self.documents)
 
     @property
     def sample_ids(self) -> tuple[str, ...]:

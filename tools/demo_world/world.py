@@ -68,7 +68,7 @@ def all_scenes(held_out: bool) -> list[Scene]:
     return [scene for scene in scenes if scene.held_out == held_out]
 
 
-def render_clip(scenes: Sequence[Scene], seed: int) -> np.ndarray:
+def render_clip(scenes: Sequence[Scene], seed: int | Sequence[int]) -> np.ndarray:
     """Frames of the scenes in a row: uint8 TCHW, `FRAMES_PER_SCENE` for each scene."""
     rng = np.random.default_rng(seed)
     return np.concatenate([_render_scene(scene, rng) for scene in scenes])
@@ -76,15 +76,15 @@ def render_clip(scenes: Sequence[Scene], seed: int) -> np.ndarray:
 
 def _render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Frames of one scene, place, speed, size and shades drawn from `rng`: uint8 TCHW."""
-    center_T2, radius_T = _path(scene.motion, rng)
-    grid_HW = np.arange(SIZE_PX) + 0.5
-    x_THW = (grid_HW[None, None, :] - center_T2[:, 0, None, None]) / radius_T[:, None, None]
-    y_THW = (grid_HW[None, :, None] - center_T2[:, 1, None, None]) / radius_T[:, None, None]
-    distance_THW = _distance(scene.shape, x_THW, y_THW) * radius_T[:, None, None]
-    cover_T1HW = np.clip(0.5 - distance_THW, 0.0, 1.0)[:, None]
-    ground = rng.uniform(*GROUNDS[scene.ground])
-    figure_C11 = np.clip(np.array(COLORS[scene.color]) + rng.uniform(-12, 12, 3), 0, 255)[:, None, None]
-    return np.round(ground + cover_T1HW * (figure_C11 - ground)).astype(np.uint8)
+    center_T2, radius_T = (values.astype(np.float32) for values in _path(scene.motion, rng))
+    pixel = np.arange(SIZE_PX, dtype=np.float32) + 0.5
+    x_T1W = (pixel[None, None, :] - center_T2[:, 0, None, None]) / radius_T[:, None, None]
+    y_TH1 = (pixel[None, :, None] - center_T2[:, 1, None, None]) / radius_T[:, None, None]
+    distance_THW = _distance(scene.shape, x_T1W, y_TH1) * radius_T[:, None, None]
+    cover_T1HW = np.clip(0.5 - distance_THW, 0.0, 1.0)[:, None].astype(np.float32)
+    ground = np.float32(rng.uniform(*GROUNDS[scene.ground]))
+    figure_C = np.clip(np.array(COLORS[scene.color]) + rng.uniform(-12, 12, 3), 0, 255).astype(np.float32)
+    return np.round(ground + cover_T1HW * (figure_C[:, None, None] - ground)).astype(np.uint8)
 
 
 def _path(motion: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

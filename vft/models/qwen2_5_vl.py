@@ -125,7 +125,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The released Conv3d as a matrix product, which it is on whole patches (Conv3d is slow or broken on some stacks)."""
+    """The released Conv3d as a matrix product, which it is on whole patches (some stacks are slow or broken in Conv3d)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """[P, D] to [P, E]."""
-        return F.linear(x_PD, self.proj.weight.flatten(1).to(x_PD.dtype))
+        return F.linear(x_PD, self.proj.get_parameter("weight").flatten(1).to(x_PD.dtype))
 
 
 class Merger(nn.Module):
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
         return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)
 
 
-class Qwen2_5_VL(nn.Module):  # noqa: N801 (the model's own name)
+class Qwen2_5_VL(nn.Module):
     """The whole model: a batch to its summed loss, or to logits."""
 
     def __init__(self, config: ModelConfig, spec: QwenVision, compute_dtype: torch.dtype) -> None:

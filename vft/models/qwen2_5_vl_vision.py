@@ -17,6 +17,9 @@ from vft.attention import build_plan
 from vft.models import media as rules
 from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, Segment, VisionLayout, VisionLimits
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True, slots=True)
 class QwenVision:
@@ -30,8 +33,8 @@ class QwenVision:
     temporal: int = 2
     window: int = 112
     """Pixels of a side of an attention window."""
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     turn_end: str = "<|im_end|>"
 
     @staticmethod
@@ -46,8 +49,8 @@ class QwenVision:
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
             window=vision.window_size,
-            mean=tuple(preprocessor.get("image_mean", QwenVision.mean)),
-            std=tuple(preprocessor.get("image_std", QwenVision.std)),
+            mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
+            std=tuple(preprocessor.get("image_std", CLIP_STD)),
         )
 
     @property
@@ -60,7 +63,8 @@ class QwenVision:
 
         The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it.
         """
-        indices, seconds_per_grid, max_pixels = (0,), 0.0, limits.max_pixels
+        indices: tuple[int, ...] = (0,)
+        seconds_per_grid, max_pixels = 0.0, limits.max_pixels
         if ref.kind == "video":
             first, last = rules.frame_range(ref, info, limits)
             count = rules.frame_count(last - first + 1, info.fps, limits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from vft.distributed import local_part, local_rows, whole
 from vft.types import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -138,14 +139,8 @@ def _copy(parameter: Tensor, source: Any, where: str) -> None:
     shape = tuple(source.get_shape())
     if shape != tuple(parameter.shape):
         raise UserError(f"{where}: shape {list(shape)} in the file, {list(parameter.shape)} by config.json")
-    if isinstance(parameter, DTensor):
-        local_shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        if local_shape[0]:
-            parameter.to_local().copy_(source[offset[0] : offset[0] + local_shape[0]])
-    else:
-        parameter.copy_(source[:])
+    rows = local_rows(parameter)
+    local_part(parameter).copy_(source[rows])
 
 
 def _file(path: str, name: str) -> Path | None:
@@ -171,3 +166,35 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: dict[str, Any], write: bool) -> None:
+    """The whole model in the layout of its base: same files, names and dtypes, and everything else beside them.
+
+    Every process calls it (tensors are gathered, a file's worth at a time), the one with `write` writes: to a
+    temporary folder that is renamed when it is complete. `about` goes into vft.json.
+    """
+    parameters = dict(model.named_parameters())
+    partial = folder.with_name(f".partial-{folder.name}")
+    if write:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    for file in sorted(set(checkpoint.weight_files.values())):
+        names = [name for name, home in checkpoint.weight_files.items() if home == file]
+        with _open(file) as reader:
+            dtypes = {name: reader.get_tensor(name).dtype for name in names}
+        tensors = {name: whole(parameters[name].detach()).to(dtypes[name]).cpu().contiguous() for name in names}
+        if write:
+            save_file(tensors, partial / file.name, metadata={"format": "pt"})
+    if write:
+        copy_companions(checkpoint, partial)
+        (partial / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Everything that lies beside the weights: configuration, tokenizer, template, index; no code, no pickles."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,75 @@
+"""BLEU-4, ROUGE-L, exact match and distinct-n against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from vft.metrics import bleu4, cider_d, distinct_n, exact_match, rouge_l, tokenize
+from vft.types import UserError
+
+Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+
+
+def test_tokenize() -> None:
+    assert " ".join(tokenize("It's a BLACK-and-white cat, isn't it?\n")) == "its a black and white cat isnt it"
+    assert tokenize("Ünïcode naïve_snake 3.5") == ["ünïcode", "naïve", "snake", "3", "5"]
+    assert tokenize("?!") == []
+
+
+def test_bleu4() -> None:
+    # 6 words against 6: matching n-grams 5/6, 4/5, 3/4, 2/3 and no brevity penalty.
+    expected = 100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    assert bleu4(["the dog runs along the beach"], [["the dog runs along the shore"]]) == pytest.approx(expected)
+    # 5 words against 10, all matching: the brevity penalty alone.
+    assert bleu4(["a b c d e"], [["a b c d e f g h i j"]]) == pytest.approx(100 * math.exp(1 - 10 / 5))
+
+
+def test_bleu4_takes_uneven_references() -> None:
+    predictions = ["a red car drives by", "two men play chess now"]
+    references = [["someone else", "a red car drives by"], ["two men play chess now"]]
+    assert bleu4(predictions, references) == pytest.approx(100)
+
+
+def test_rouge_l() -> None:
+    # Longest common subsequence "the dog the beach" of 4 words; 6 said, 5 in the reference.
+    precision, recall = 4 / 6, 4 / 5
+    expected = 2 * precision * recall / (precision + recall)
+    assert rouge_l(["the dog runs along the beach"], [["the dog on the beach"]]) == pytest.approx(expected)
+    assert rouge_l(["the dog runs along the beach"], [["no match", "the dog on the beach"]]) == pytest.approx(expected)
+    assert rouge_l(["the dog", "a cat"], [["the dog"], ["nothing else"]]) == pytest.approx(0.5)
+
+
+def test_exact_match() -> None:
+    assert exact_match(["A dog.", "cat", "tree"], [["a dog"], ["dog", "Cat!"], ["trees"]]) == pytest.approx(2 / 3)
+
+
+def test_distinct_n() -> None:
+    texts = ["a dog and a dog", "a cat"]  # 7 words, 4 different; 5 pairs of words, 4 different
+    assert distinct_n(texts, 1) == pytest.approx(4 / 7)
+    assert distinct_n(texts, 2) == pytest.approx(4 / 5)
+    assert distinct_n(texts, 6) == 0.0
+    with pytest.raises(ValueError, match="n = 0"):
+        distinct_n(texts, 0)
+
+
+@pytest.mark.parametrize("metric", [bleu4, rouge_l, exact_match, cider_d])
+def test_misfits_are_refused_with_both_numbers(metric: Metric) -> None:
+    with pytest.raises(ValueError, match="2 predictions, but references for 1"):
+        metric(["a", "b"], [["a"]])
+    with pytest.raises(ValueError, match="prediction 1 has 0 references"):
+        metric(["a", "b"], [["a"], []])
+    with pytest.raises(ValueError, match="a list of texts"):
+        metric(["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match="no predictions"):
+        metric([], [])
+
+
+@pytest.mark.parametrize(("metric", "module"), [(bleu4, "sacrebleu"), (rouge_l, "rouge_score.rouge_scorer")])
+def test_missing_package_names_the_extra(metric: Metric, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"vft\[eval\]"):
+        metric(["a"], [["a"]])

@@ -1,0 +1,82 @@
+"""How many frames and pixels a medium may take: configuration, the record's own options, and the room in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vft.config import DataConfig
+from vft.types import MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits, VisionSpec
+
+DEFAULT_LIST_FPS = 2.0
+"""Frames per second at which a list of frame pictures counts as sampled where it doesn't say (qwen-vl-utils 0.0.14)."""
+
+
+def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
+    """The configuration's limits with the record's own options laid over them."""
+    options, video = ref.options, config.video
+    pixels = video if ref.kind == "video" else config.image
+    asks_rate, asks_count = options.fps is not None, options.nframes is not None
+    least = options.min_frames or video.min_frames
+    # A record's own minimum goes before the configuration's maximum, and the other way round.
+    most = options.max_frames or max(video.max_frames, least if options.min_frames else 0)
+    smallest = options.min_pixels or min(pixels.min_pixels, options.max_pixels or pixels.max_pixels)
+    return VisionLimits(
+        fps=options.fps if asks_rate else None if asks_count else video.fps,
+        frames=options.nframes if asks_count else None if asks_rate else video.frames,
+        min_frames=min(least, most),
+        max_frames=most,
+        min_pixels=smallest,
+        max_pixels=options.max_pixels or max(pixels.max_pixels, smallest),
+        total_pixels=options.total_pixels or (video.total_pixels if ref.kind == "video" else None),
+        resized_height=options.resized_height,
+        resized_width=options.resized_width,
+        start_s=options.video_start,
+        end_s=options.video_end,
+    )
+
+
+def plan_media(
+    media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]], spec: VisionSpec, room_tokens: int, origin: str
+) -> tuple[MediaPlan, ...]:
+    """Plans of a sample's media that together take at most `room_tokens`.
+
+    Too long a sample loses frames, evenly over its videos and down to `min_frames`, then resolution. It never loses
+    vision tokens or text. UserError names the sample where even the smallest pictures don't fit.
+    """
+    limits = [limit for _, _, limit in media]
+    plans = [spec.plan(ref, info, limit) for ref, info, limit in media]
+    while (total := sum(plan.num_tokens for plan in plans)) > room_tokens:
+        share = max(room_tokens, 0) / total
+        shorter = [_fewer_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
+        if shorter == limits:
+            shorter = [_smaller_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
+        smaller = [spec.plan(plan.ref, plan.info, limit) for plan, limit in zip(plans, shorter, strict=True)]
+        if shorter == limits or sum(plan.num_tokens for plan in smaller) >= total:
+            raise UserError(
+                f"{origin}: {total} tokens of video and pictures at the smallest size, but data.pack_tokens leaves "
+                f"room for {max(room_tokens, 0)}; raise data.pack_tokens or shorten the text"
+            )
+        plans, limits = smaller, shorter
+    return tuple(plans)
+
+
+def _fewer_frames(plan: MediaPlan, limits: VisionLimits, share: float) -> VisionLimits:
+    frames = len(plan.frame_indices)
+    wanted = max(int(frames * share) // 2 * 2, min(limits.min_frames, frames), 1)
+    if plan.ref.kind == "image" or wanted >= frames:
+        return limits
+    return replace(limits, fps=None, frames=wanted)
+
+
+def _smaller_frames(plan: MediaPlan, limits: VisionLimits, share: float) -> VisionLimits:
+    area = plan.height * plan.width
+    wanted = max(1, min(area - 1, int(area * share)))
+    return replace(
+        limits,
+        min_pixels=min(limits.min_pixels, wanted),
+        max_pixels=wanted,
+        total_pixels=None,
+        resized_height=None,
+        resized_width=None,
+    )

@@ -1,0 +1,176 @@
+"""Conversations to documents: template, one tokenizer call, labels by character offsets, trunk and branches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vft.types import IGNORE_INDEX, Conversation, Document, MediaPlan, UserError, VisionSpec
+
+# Private-use characters stand for an answer while the template's own text around it is looked at.
+_SENTINEL = "\ue000{}\ue001"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One conversation as token ids and labels, media still one placeholder each."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    media_rows: tuple[int, ...]
+    """Where each medium's placeholder begins."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that are not a medium's placeholder (each is one token in every family so far)."""
+        return len(self.ids) - len(self.media_rows)
+
+    @property
+    def trunk_tokens(self) -> int:
+        """Text tokens up to the one after the last medium: the part that branches may share."""
+        return self.media_rows[-1] + 2 - len(self.media_rows) if self.media_rows else 0
+
+
+class ChatEncoder:
+    """The checkpoint's tokenizer and chat template together with the family's rules."""
+
+    def __init__(self, tokenizer: Any, spec: VisionSpec) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
+
+    def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text and the character spans that are supervised.
+
+        A span is an assistant message's content and the token that closes it, nothing else. With `answer_next` the
+        text ends where the model is to answer.
+        """
+        true_text = self._apply(conversation, answer_next, hide_answers=False)
+        pieces = re.split("\ue000[0-9]+\ue001", self._apply(conversation, answer_next, hide_answers=True))
+        answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
+        if len(pieces) != len(answers) + 1:
+            raise UserError(f"{conversation.origin}: the chat template leaves out assistant messages")
+        text, spans = pieces[0], []
+        for answer, after in zip(answers, pieces[1:], strict=True):
+            if not after.startswith(self.spec.turn_end):
+                raise UserError(
+                    f"{conversation.origin}: the chat template closes an answer with {after[:20]!r}, "
+                    f"expected {self.spec.turn_end!r}"
+                )
+            spans.append((len(text), len(text) + len(answer) + len(self.spec.turn_end)))
+            text += answer + after
+        if text != true_text:
+            raise UserError(f"{conversation.origin}: the chat template changes the text of an answer")
+        return text, spans
+
+    def encode(self, conversation: Conversation, answer_next: bool = False) -> Encoded:
+        """Ids and labels from one tokenizer call over the whole text.
+
+        A token that straddles the start of an answer belongs to the answer.
+        """
+        text, spans = self.render(conversation, answer_next)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, labels = list(tokens["input_ids"]), []
+        waiting = list(spans)
+        for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True):
+            while waiting and waiting[0][1] <= start:
+                waiting.pop(0)
+            labels.append(token if waiting and end > waiting[0][0] else IGNORE_INDEX)
+        if not answer_next and all(label == IGNORE_INDEX for label in labels):
+            raise UserError(f"{conversation.origin}: no assistant message, so nothing to learn from; add an answer")
+        return Encoded(tuple(ids), tuple(labels), self._media_rows(ids, conversation))
+
+    def document(self, encoded: Sequence[Encoded], media: Sequence[MediaPlan], sample_ids: Sequence[str]) -> Document:
+        """One document of conversations that share all their media; several of them need `shared_trunk`."""
+        wholes = [self._expand(one, media) for one in encoded]
+        trunk = 0 if len(wholes) == 1 else self._trunk_length(encoded, wholes)
+        parts = [wholes[0] if i == 0 else tuple(x[..., trunk:] for x in whole) for i, whole in enumerate(wholes)]
+        ids, labels, mask, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
+        return Document(
+            sample_ids=tuple(sample_ids),
+            ids_T=ids,
+            labels_T=labels,
+            positions_3T=positions,
+            trunk_length=trunk,
+            branch_lengths=tuple(whole[0].numel() - trunk for whole in wholes),
+            media=tuple(media),
+            media_mask_T=mask,
+        )
+
+    def shared_trunk(self, encoded: Sequence[Encoded]) -> bool:
+        """Whether these conversations (with the same media) may be branches of one trunk.
+
+        They may where they are equal up to the token after the last medium and nothing before is supervised: a
+        question or an answer that precedes its video can't share it.
+        """
+        end = encoded[0].media_rows[-1] + 2 if encoded[0].media_rows else 0
+        head = encoded[0].ids[:end]
+        return end > 0 and all(
+            one.ids[:end] == head and len(one.ids) > end and set(one.labels[:end]) == {IGNORE_INDEX} for one in encoded
+        )
+
+    def _trunk_length(self, encoded: Sequence[Encoded], wholes: Sequence[tuple[torch.Tensor, ...]]) -> int:
+        assert self.shared_trunk(encoded), "these conversations share no trunk"
+        return int(wholes[0][2].nonzero()[-1]) + 2
+
+    def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> tuple[torch.Tensor, ...]:
+        """ids [T], labels [T], media mask [T], positions [3, T] with every placeholder replaced."""
+        ids: list[int] = []
+        labels: list[int] = []
+        mask: list[bool] = []
+        starts = []
+        row = 0
+        for start, plan in zip(one.media_rows, media, strict=True):
+            ids += one.ids[row:start]
+            labels += one.labels[row:start]
+            mask += [False] * (start - row)
+            starts.append((len(ids), plan))
+            new_ids, new_mask = self.spec.expand(plan)
+            ids += new_ids
+            labels += [IGNORE_INDEX] * len(new_ids)
+            mask += new_mask
+            row = start + len(self.spec.placeholder(plan.ref.kind))
+        ids += one.ids[row:]
+        labels += one.labels[row:]
+        mask += [False] * (len(one.ids) - row)
+        positions_3T = self.spec.positions(len(ids), starts)
+        return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask), positions_3T
+
+    def _media_rows(self, ids: Sequence[int], conversation: Conversation) -> tuple[int, ...]:
+        rows: list[int] = []
+        row = 0
+        for ref in conversation.media:
+            mark = list(self.spec.placeholder(ref.kind))
+            while row + len(mark) <= len(ids) and ids[row : row + len(mark)] != mark:
+                row += 1
+            if row + len(mark) > len(ids):
+                raise UserError(
+                    f"{conversation.origin}: {len(conversation.media)} media, but the chat template wrote "
+                    f"{len(rows)} placeholders; media may stand in user turns only"
+                )
+            rows.append(row)
+            row += len(mark)
+        return tuple(rows)
+
+    def _apply(self, conversation: Conversation, answer_next: bool, hide_answers: bool) -> str:
+        messages = []
+        for index, turn in enumerate(conversation.turns):
+            for part in turn.parts:
+                if isinstance(part, str) and (found := self._control.search(part)):
+                    raise UserError(
+                        f"{conversation.origin}: {turn.role} text holds the control token {found[0]!r}; remove it"
+                    )
+            content: str | list[dict[str, str]] = turn.text
+            if turn.role == "assistant" and hide_answers:
+                content = _SENTINEL.format(index)
+            elif any(not isinstance(part, str) for part in turn.parts):
+                content = [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
+                    for part in turn.parts
+                ]
+            messages.append({"role": turn.role, "content": content})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)

@@ -1,0 +1,208 @@
+"""All the documents of a run: sources read, media looked up, videos shared, lengths known, nothing decoded yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vft.config import DataConfig, SourceConfig
+from vft.data import sources
+from vft.data.budget import limits_of, plan_media
+from vft.data.chat import ChatEncoder, Encoded
+from vft.data.index import Index, build
+from vft.data.packing import PackPlan
+from vft.data.video import MediaError
+from vft.types import Conversation, Document, MediaPlan, MediaRef, Sample, UserError
+
+MakeConversation = Callable[[Sample], Conversation]
+
+
+@dataclass(frozen=True, slots=True)
+class BadItem:
+    """Something that can't be trained on, as `quarantine.jsonl` records it."""
+
+    id: str
+    path: str
+    reason: str
+    message: str
+
+    def line(self) -> str:
+        """One line of JSON."""
+        return json.dumps({"id": self.id, "path": self.path, "reason": self.reason, "message": self.message})
+
+
+@dataclass
+class Documents:
+    """What the documents are made of, and how long each one is."""
+
+    encoder: ChatEncoder
+    config: DataConfig
+    index: Index
+    members: list[tuple[Conversation, ...]] = field(default_factory=list)
+    """The conversations of each document."""
+    lengths: list[int] = field(default_factory=list)
+    rooms: list[int] = field(default_factory=list)
+    """Tokens that the media of each document were planned to fit into."""
+    weights: list[float] = field(default_factory=list)
+    bad: list[BadItem] = field(default_factory=list)
+    num_samples: int = 0
+
+    def build(self, number: int) -> Document:
+        """Ids, labels, positions and media plans of one document: always the same ones."""
+        conversations = self.members[number]
+        encoded = [self.encoder.encode(one) for one in conversations]
+        plans = self._plan(conversations[0], self.rooms[number])
+        return self.encoder.document(encoded, plans, [one.id for one in conversations])
+
+    def pack_plan(self, seed: int) -> PackPlan:
+        """How these documents are laid out in packs."""
+        return PackPlan(
+            lengths=tuple(self.lengths),
+            samples=tuple(len(conversations) for conversations in self.members),
+            weights=tuple(self.weights),
+            pack_tokens=self.config.pack_tokens,
+            max_samples=self.config.max_samples_per_pack,
+            seed=seed,
+        )
+
+    @property
+    def digest(self) -> str:
+        """Tells two data indexes apart: ids and lengths of all documents."""
+        content = hashlib.sha256()
+        for conversations, length in zip(self.members, self.lengths, strict=True):
+            content.update(f"{[one.id for one in conversations]}:{length};".encode())
+        return content.hexdigest()[:16]
+
+    def add(self, conversations: Sequence[Conversation], weight: float) -> None:
+        """Take in conversations that have the same media: one document where they can share a trunk and fit."""
+        good = [(one, encoded) for one in conversations if (encoded := self._try_encode(one)) is not None]
+        share = self.config.share_videos and len(good) > 1 and self.encoder.shared_trunk([e for _, e in good])
+        for group in [good] if share else [[one] for one in good]:
+            self._add_group(group, weight)
+
+    def _add_group(self, group: Sequence[tuple[Conversation, Encoded]], weight: float) -> None:
+        """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
+        if not group:
+            return
+        spec, limit = self.encoder.spec, self.config.pack_tokens
+        # Members of one group see the same frames: those that leave room for the longest text among them.
+        room = limit - max(code.text_tokens for _, code in group)
+        try:
+            plans = self._plan(group[0][0], room)
+        except UserError as error:
+            for one, _ in group:
+                self.reject(one, "unfit", str(error))
+            return
+        vision = sum(len(spec.expand(plan)[0]) for plan in plans)
+        trunk = group[0][1].trunk_tokens + vision
+        members: list[Conversation] = []
+        tokens = 0
+        for one, code in group:
+            total = code.text_tokens + vision
+            full = 0 < self.config.max_samples_per_pack <= len(members)
+            if members and (full or tokens + total - trunk > limit):
+                self._close(members, tokens, room, weight)
+                members, tokens = [], 0
+            tokens += total - trunk if members else total
+            members.append(one)
+        self._close(members, tokens, room, weight)
+
+    def _close(self, conversations: Sequence[Conversation], tokens: int, room: int, weight: float) -> None:
+        self.members.append(tuple(conversations))
+        self.lengths.append(tokens)
+        self.rooms.append(room)
+        self.weights.append(weight)
+        self.num_samples += len(conversations)
+
+    def _plan(self, conversation: Conversation, room: int) -> tuple[MediaPlan, ...]:
+        if room < 0:
+            raise UserError(
+                f"{conversation.origin}: {self.config.pack_tokens - room} tokens of text, more than "
+                f"data.pack_tokens = {self.config.pack_tokens}; raise it or shorten the text"
+            )
+        media = [(ref, self.index.info(ref), limits_of(ref, self.config)) for ref in conversation.media]
+        return plan_media(media, self.encoder.spec, room, conversation.origin)
+
+    def _try_encode(self, conversation: Conversation) -> Encoded | None:
+        """None, and an entry in `bad`, where a medium is bad or the text can't be used."""
+        for ref in conversation.media:
+            try:
+                self.index.info(ref)
+            except MediaError as error:
+                self.reject(conversation, error.reason, f"{conversation.origin}: {ref.field}: {error}", ref)
+                return None
+        try:
+            return self.encoder.encode(conversation)
+        except UserError as error:
+            self.reject(conversation, "record", str(error))
+            return None
+
+    def reject(self, conversation: Conversation, reason: str, message: str, ref: MediaRef | None = None) -> None:
+        """Keep a conversation out of training, with its reason."""
+        path = "" if ref is None else str(ref.path if isinstance(ref.path, Path) else ref.path[0])
+        self.bad.append(BadItem(conversation.id, path, reason, message))
+
+
+def load_documents(
+    config: DataConfig,
+    wanted: Sequence[SourceConfig],
+    make_conversation: MakeConversation,
+    encoder: ChatEncoder,
+    seed: int,
+    show_progress: bool,
+) -> Documents:
+    """Read the sources, scan their media once and lay conversations of the same media together.
+
+    UserError where more than `max_bad_fraction` of the samples can't be used: the first reasons and their counts.
+    """
+    conversations: list[tuple[Conversation, float]] = []
+    bad: list[BadItem] = []
+    for source in wanted:
+        samples, errors = sources.read(source.format, config.root / source.path, config.root)
+        bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
+        for sample in take(samples, source.take, seed):
+            try:
+                conversations.append((make_conversation(sample), source.weight))
+            except UserError as error:
+                bad.append(BadItem(sample.id, "", "record", str(error)))
+    refs = [ref for one, _ in conversations for ref in one.media]
+    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, show_progress)
+    documents = Documents(encoder, config, index, bad=bad)
+    groups: dict[object, list[tuple[Conversation, float]]] = {}
+    for number, (one, weight) in enumerate(conversations):
+        key = (one.media_key, weight) if one.media and config.share_videos else number
+        groups.setdefault(key, []).append((one, weight))
+    for group in groups.values():
+        documents.add([one for one, _ in group], group[0][1])
+    check_bad(documents.bad, documents.num_samples + len(documents.bad), config.max_bad_fraction)
+    if not documents.members:
+        raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
+    return documents
+
+
+def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:
+    """`all`, `first:N` or `random:N` of the samples, in their order."""
+    kind, _, count = rule.partition(":")
+    if kind == "all":
+        return list(samples)
+    if kind == "first":
+        return list(samples[: int(count)])
+    chosen = random.Random(f"take:{seed}").sample(range(len(samples)), min(int(count), len(samples)))
+    return [samples[i] for i in sorted(chosen)]
+
+
+def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
+    """UserError where the share of bad items is above `limit`: both numbers, counts by reason, the first message."""
+    if total and len(bad) / total > limit:
+        counts: dict[str, int] = {}
+        for item in bad:
+            counts[item.reason] = counts.get(item.reason, 0) + 1
+        by_reason = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        raise UserError(
+            f"{bad[0].message} [{len(bad)} of {total} samples can't be used ({by_reason}), more than "
+            f"data.max_bad_fraction = {limit}]"
+        )

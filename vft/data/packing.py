@@ -1,0 +1,181 @@
+"""Documents to rows: which documents share a pack, which packs a step and a rank take, and the batch itself.
+
+The sequence of packs is a pure function of (seed, epoch, lengths): every process computes it alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from vft.attention import build_plan, document_segments
+from vft.types import IGNORE_INDEX, Batch, Document, Patches, VisionSpec
+
+OPEN_PACKS = 16
+"""Packs that stay open while an epoch is laid out: more fill rows better, fewer keep the order closer to random."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """Lays an epoch of documents out in packs of at most `pack_tokens` tokens and `max_samples` samples (0: any)."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    samples: tuple[int, ...]
+    """Samples (branches) of each document."""
+    weights: tuple[float, ...]
+    """How often each document comes in an epoch: 2.0 twice, 0.5 in every other epoch on average."""
+    pack_tokens: int
+    max_samples: int
+    seed: int
+
+    def packs(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+        """The packs of one epoch, each a tuple of document numbers."""
+        return _epoch_packs(self, epoch)
+
+    def documents(self, epoch: int) -> list[int]:
+        """Document numbers of one epoch in random order."""
+        generator = random.Random(f"order:{self.seed}:{epoch}")
+        order = []
+        for number, weight in enumerate(self.weights):
+            order += [number] * (int(weight) + (generator.random() < weight % 1))
+        generator.shuffle(order)
+        return order
+
+    def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
+        """A document no longer than `number`, chosen by (seed, epoch, number, attempt) alone; None: there is none."""
+        candidates = [i for i, n in enumerate(self.lengths) if n <= self.lengths[number] and i != number]
+        candidates = [i for i in candidates if self.samples[i] <= self.samples[number]]
+        if not candidates:
+            return None
+        return random.Random(f"replace:{self.seed}:{epoch}:{number}:{attempt}").choice(candidates)
+
+
+@lru_cache(maxsize=3)
+def _epoch_packs(plan: PackPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
+    """First fit over the open packs; where none has room, the fullest is closed."""
+    closed: list[tuple[int, ...]] = []
+    opened: list[tuple[int, int, list[int]]] = []  # tokens, samples, documents
+    for number in plan.documents(epoch):
+        length, samples = plan.lengths[number], plan.samples[number]
+        for index, (tokens, taken, members) in enumerate(opened):
+            if tokens + length <= plan.pack_tokens and (not plan.max_samples or taken + samples <= plan.max_samples):
+                opened[index] = (tokens + length, taken + samples, [*members, number])
+                break
+        else:
+            if len(opened) == OPEN_PACKS:
+                fullest = max(range(len(opened)), key=lambda i: opened[i][0])
+                closed.append(tuple(opened.pop(fullest)[2]))
+            opened.append((length, samples, [number]))
+        if plan.max_samples:
+            # A pack with all its samples can take nothing more.
+            full = [i for i, (_, taken, _) in enumerate(opened) if taken >= plan.max_samples]
+            for index in reversed(full):
+                closed.append(tuple(opened.pop(index)[2]))
+    return tuple(closed) + tuple(tuple(members) for _, _, members in opened)
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """The next pack: all of the data's state there is."""
+
+    epoch: int = 0
+    pack: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackRef:
+    """One pack of a step. An empty one (`documents` = ()) fills the last step."""
+
+    epoch: int
+    slot: int
+    """Place in the step, from 0."""
+    documents: tuple[int, ...]
+
+
+def take_step(
+    plan: PackPlan, cursor: Cursor, packs_per_step: int, last_epoch: int | None
+) -> tuple[list[PackRef], Cursor]:
+    """The packs of the next step and where the one after it begins. Past `last_epoch` packs are empty."""
+    taken: list[PackRef] = []
+    epoch, pack = cursor.epoch, cursor.pack
+    for slot in range(packs_per_step):
+        while (last_epoch is None or epoch <= last_epoch) and pack >= len(plan.packs(epoch)):
+            epoch, pack = epoch + 1, 0
+        over = last_epoch is not None and epoch > last_epoch
+        taken.append(PackRef(epoch, slot, () if over else plan.packs(epoch)[pack]))
+        pack += not over
+    return taken, Cursor(epoch, pack)
+
+
+def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> list[list[PackRef]]:
+    """The packs of each rank: equally many, the dearest first to the rank that has the least to do."""
+    each = len(packs) // ranks
+    assert each * ranks == len(packs), f"{len(packs)} packs, {ranks} ranks"
+    loads, shares = [0.0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
+    for index in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(shares[r]) < each), key=lambda r: (loads[r], r))
+        shares[rank].append(packs[index])
+        loads[rank] += costs[index]
+    return [sorted(share, key=lambda pack: pack.slot) for share in shares]
+
+
+def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: VisionSpec) -> Batch:
+    """One row of documents. Without any it holds a single token that is not supervised: a pack of weight zero."""
+    members = [document for document, _ in documents]
+    media = [patches for _, all_patches in documents for patches in all_patches]
+    for document, patches in documents:
+        assert tuple(p.grid_thw for p in patches) == tuple(m.grid_thw for m in document.media), (
+            "patches of another plan"
+        )
+    segments, targets, start = [], [], 0
+    for document in members:
+        segments += document_segments(start, document.trunk_length, document.branch_lengths)
+        targets.append(_predicting_rows(document) + start)
+        start += document.num_tokens
+    grids = tuple(patches.grid_thw for patches in media)
+    labels_T = _join([d.labels_T for d in members], torch.full((1,), IGNORE_INDEX))
+    mask_T = _join([d.media_mask_T for d in members], torch.zeros(1, dtype=torch.bool))
+    return Batch(
+        input_ids_T=_join([d.ids_T for d in members], torch.zeros(1, dtype=torch.long)),
+        labels_T=labels_T,
+        positions_3T=_join([d.positions_3T for d in members], torch.zeros(3, 1, dtype=torch.long), dim=1),
+        plan=build_plan(segments or document_segments(0, 0, [1]), causal=True),
+        target_index_N=_join(targets, torch.zeros(0, dtype=torch.long)),
+        target_ids_N=labels_T[labels_T != IGNORE_INDEX],
+        media_index_M=mask_T.nonzero().flatten(),
+        pixels_PD=_join([p.pixels_PD for p in media], torch.zeros(0, spec.patch_features, dtype=torch.uint8)),
+        grids=grids,
+        layout=spec.layout(grids) if grids else None,
+        document_T=_join([torch.full((d.num_tokens,), i) for i, d in enumerate(members)], torch.zeros(1).long()),
+        branch_T=_join([_branch_of(d) for d in members], torch.zeros(1).long()),
+        documents=tuple(members),
+    )
+
+
+def _predicting_rows(document: Document) -> torch.Tensor:
+    """The row before each supervised token; before a branch's first token that is the trunk's last."""
+    before = torch.arange(document.num_tokens) - 1
+    start = document.trunk_length
+    for length in document.branch_lengths:
+        if document.trunk_length:
+            before[start] = document.trunk_length - 1
+        start += length
+    rows = before[document.labels_T != IGNORE_INDEX]
+    assert bool((rows >= 0).all()), f"{document.sample_ids}: the first token of a document can't be supervised"
+    return rows
+
+
+def _branch_of(document: Document) -> torch.Tensor:
+    if not document.trunk_length:
+        return torch.zeros(document.num_tokens, dtype=torch.long)
+    numbers = torch.tensor([-1, *range(len(document.branch_lengths))])
+    return numbers.repeat_interleave(torch.tensor([document.trunk_length, *document.branch_lengths]))
+
+
+def _join(tensors: Sequence[torch.Tensor], otherwise: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return torch.cat(list(tensors), dim=dim) if tensors else otherwise

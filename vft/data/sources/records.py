@@ -1,0 +1,184 @@
+"""Reading JSON and JSONL with line numbers, and turning the paths in records into files inside `data.root`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vft.types import UserError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DIGITS = re.compile(r"([0-9]+)")
+_URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|data|https?):")
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that can't be used: where it stands (`train.json:12`), the field at fault, what is wrong and the mend."""
+
+    origin: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.field}: {self.message}" if self.field else f"{self.origin}: {self.message}"
+
+
+class RecordError(Exception):
+    """Raised while one record is read; the reader makes a BadRecord of it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field, self.message = field, message
+
+
+def shown(value: object) -> str:
+    """A value in a message: its start, on one line."""
+    text = ascii(value) if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each record of a JSON list or of JSON objects one behind another (JSONL), with the line where it starts, from 1.
+
+    Raises:
+        UserError: the file can't be read, or isn't JSON; names file and line.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a JSON or JSONL file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    yield from _records(path, text)
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    line, counted = 1, 0
+
+    def skip_space(position: int) -> int:
+        match = _SPACE.match(text, position)
+        assert match is not None
+        return match.end()
+
+    def fail(position: int, what: str) -> NoReturn:
+        at = line + text.count("\n", counted, position)
+        raise UserError(f"{path}:{at}: {what}; each record must be a JSON object, in a list or on a line of its own")
+
+    position = skip_space(0)
+    in_list = text[position : position + 1] == "["
+    position = skip_space(position + in_list)
+    is_first = True
+    while position < len(text) and not (in_list and text[position] == "]"):
+        if in_list and not is_first:
+            if text[position] != ",":
+                fail(position, f"expected ',' or ']', found {shown(text[position : position + 20])}")
+            position = skip_space(position + 1)
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            record, end = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            fail(error.pos, f"{error.msg}, found {shown(text[error.pos : error.pos + 20])}")
+        except (ValueError, RecursionError) as error:  # a constant or number that JSON does not have, absurd nesting
+            fail(position, str(error))
+        yield line, record
+        position, is_first = skip_space(end), False
+    if in_list:
+        if position == len(text):
+            fail(position, "the list is not closed: the file is cut off")
+        position = skip_space(position + 1)
+        if position < len(text):
+            fail(position, f"text after the end of the list: {shown(text[position : position + 20])}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+# ----------------------------------------------------------------------------------------------------------- fields
+
+
+def get_text(record: Mapping[str, Any], key: str, field: str) -> str:
+    """`record[key]`, which must be a text. `field` is the name of `record` in messages, with a dot, or empty."""
+    if key not in record:
+        raise RecordError(f"{field}{key}", f"is missing; the record has {', '.join(map(shown, record)) or 'no fields'}")
+    return check_text(record[key], f"{field}{key}")
+
+
+def check_text(value: object, field: str) -> str:
+    """`value` if it is a text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RecordError(field, f"{shown(value)} is of type {type(value).__name__}; it must be a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(field, f"half a surrogate pair at character {error.start}; write the text as UTF-8") from None
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ paths
+
+
+def resolve_media(root: Path, value: object, field: str) -> Path:
+    """The file that a record names, relative to `root`, with symbolic links followed. It may be missing.
+
+    Raises:
+        RecordError: a URL, a path that leads out of `root`, or something else than a regular file.
+    """
+    path, mode = resolve_path(root, value, field)
+    if mode and not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RecordError(field, f"{shown(value)} is {what}; name a file")
+    return path
+
+
+def resolve_path(root: Path, value: object, field: str) -> tuple[Path, int]:
+    """As `resolve_media`, for files and folders; with the mode of what is there, 0 where nothing is."""
+    text = check_text(value, field)
+    if not text or "\0" in text:
+        raise RecordError(field, f"{shown(text)} is no path; name a file under data.root")
+    if _URL.match(text):
+        raise RecordError(field, f"{shown(text)}: URLs in records are off; download it, and name the file")
+    try:
+        return _resolve(root, text)
+    except PermissionError as error:
+        raise RecordError(field, f"{shown(text)} {error.args[0]}") from None
+
+
+@lru_cache(maxsize=65536)  # a video has several records, often one behind another, and a look at the disk is slow
+def _resolve(root: Path, text: str) -> tuple[Path, int]:
+    top = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(top, text))
+    if os.path.commonpath([top, real]) != top:
+        raise PermissionError(f"leads to {real}, out of data.root = {top}; move the file there or set data.root")
+    try:
+        return Path(real), os.stat(real).st_mode
+    except OSError:  # missing, or in a folder that may not be read: the index says which
+        return Path(real), 0
+
+
+def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
+    """The pictures in a folder under `root`, in the order of the numbers in their names.
+
+    Raises:
+        RecordError: as `resolve_media`; also where there are no pictures.
+    """
+    folder, _ = resolve_path(root, value, field)
+    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
+    if not names:
+        raise RecordError(field, f"the folder {folder} has no pictures; name a folder of frames or a video")
+    names.sort(key=lambda name: [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(name)])
+    return tuple(resolve_media(root, str(folder / name), field) for name in names)

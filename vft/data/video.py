@@ -1,0 +1,355 @@
+"""Video files and pictures: what is in them (`scan`, without decoding) and their frames (`decode`).
+
+Everything that can be wrong with a file ends as a `MediaError` with a reason from a fixed set. FFmpeg is reached in
+two ways: PyAV demuxes (packet times), torchcodec decodes. `T` frames, `C/H/W` channels, height, width of pixels.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import stat_result
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+from PIL import Image
+from torch import Tensor
+from torchcodec.decoders import VideoDecoder
+
+from vft.types import Clip, MediaInfo, MediaKind, MediaPlan, MediaRef
+
+Reason = Literal[
+    "missing",
+    "not_a_file",
+    "unreadable",
+    "empty",
+    "truncated",
+    "not_a_video",
+    "not_a_picture",
+    "no_video_stream",
+    "mixed_sizes",
+    "too_large",
+    "decode_error",
+    "changed",
+    "deadline",
+    "crashed",
+]
+
+Times = tuple[float, ...] | None
+"""Seconds from the first frame, one for each frame; None where the rate is constant."""
+
+MAX_FRAME_PIXELS = 89_478_485
+"""Pixels of one frame or picture beyond which it is refused (PIL's own limit against decompression bombs)."""
+CHUNK_BYTES = 256 * 2**20
+"""Decoded frames that a worker holds at once, at the size of the source."""
+LIST_FPS = 2.0
+"""Rate of a list of pictures that does not say its `sample_fps` (qwen-vl-utils' default), frames per second."""
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What PIL may try: not the formats that call other programs."""
+PLAYLISTS = frozenset({"hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp"})
+"""FFmpeg's demuxers that follow a file to other files or hosts: a video file must hold its own frames."""
+
+_DECODER_ERRORS = (RuntimeError, ValueError, IndexError)
+_PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
+
+
+class MediaError(Exception):
+    """One medium can't be used; the run can go on. `str()` is one line: the path, what is wrong, the mend."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)  # both in args: pickling between processes calls __init__(*args)
+        self.reason: Reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+# -------------------------------------------------------------------------------------------------------- scanning
+
+
+def scan(ref: MediaRef) -> MediaInfo:
+    """Find size, frame count and presentation times of a medium without decoding it.
+
+    Raises:
+        MediaError: the medium can't be used.
+    """
+    if isinstance(ref.path, tuple):
+        return join_pictures(ref, [scan_file("image", path) for path in ref.path])
+    return scan_file(ref.kind, ref.path)
+
+
+def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
+    """The video that consists of pictures; its rate is the record's `sample_fps`.
+
+    Raises:
+        MediaError: `mixed_sizes` where the pictures differ in size.
+    """
+    assert isinstance(ref.path, tuple) and len(ref.path) == len(infos) > 0
+    first, fps = infos[0], ref.options.sample_fps or LIST_FPS
+    for path, info in zip(ref.path, infos, strict=True):
+        if (info.height, info.width) != (first.height, first.width):
+            sizes = f"{info.width}x{info.height} but {ref.path[0].name} is {first.width}x{first.height}"
+            raise MediaError("mixed_sizes", f"{path}: is {sizes}; the pictures of a video must have one size")
+    return MediaInfo("video", first.height, first.width, len(infos), fps, duration_s=len(infos) / fps)
+
+
+def scan_file(kind: MediaKind, path: Path) -> MediaInfo:
+    """`scan` of one file."""
+    check_file(path)
+    info = _scan_video(path) if kind == "video" else _scan_picture(path)
+    if info.height * info.width > MAX_FRAME_PIXELS:
+        raise _too_large(path, f"{info.width}x{info.height}")
+    return info
+
+
+def check_file(path: Path) -> stat_result:
+    """The status of a regular file that isn't empty; a FIFO, say, would block whoever opens it.
+
+    Raises:
+        MediaError: `missing`, `unreadable`, `not_a_file` or `empty`.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError("missing", f"{path}: no such file; check the path in the record and data.root") from None
+    except OSError as error:
+        raise MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError("not_a_file", f"{path}: is no regular file; name a video or picture file")
+    if status.st_size == 0:
+        raise MediaError("empty", f"{path}: has 0 bytes; download it again")
+    return status
+
+
+def _scan_video(path: Path) -> MediaInfo:
+    try:
+        with _open(path) as container:
+            if PLAYLISTS.intersection(container.format.name.split(",")):
+                raise MediaError("not_a_video", f"{path}: is a playlist ({container.format.name}); name a video file")
+            best = container.streams.best("video")
+            if best is None or best.disposition & Disposition.attached_pic:
+                raise MediaError("no_video_stream", f"{path}: has no moving picture; take the record out")
+            # Which stream is best and how large it is after rotation is the decoder's to say.
+            metadata = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1).metadata
+            index, height, width = metadata.stream_index, metadata.height, metadata.width
+            num_frames, fps, duration_s, times_s = _scan_packets(path, container, index)
+    except av.FFmpegError as error:
+        raise _unopened(path, error) from error
+    except _DECODER_ERRORS as error:
+        raise MediaError("decode_error", f"{path}: {_first_line(error)}; encode it anew, as MP4 say") from error
+    if not height or not width:
+        raise MediaError("no_video_stream", f"{path}: its video stream has no size; encode it anew")
+    return MediaInfo("video", height, width, num_frames, fps, index, duration_s, times_s)
+
+
+def _scan_packets(path: Path, container: InputContainer, index: int) -> tuple[int, float, float, Times]:
+    """Frames, rate, duration and times of one stream, read from its packets: one packet is one frame.
+
+    Packets that an edit list trims away are marked to be discarded; the decoder leaves them out too.
+    """
+    stream = container.streams[index]
+    assert isinstance(stream, VideoStream)
+    ticks: list[int | None] = []
+    num_read, cut_off, last_ticks = 0, False, 0
+    for packet in container.demux(stream):
+        if not packet.size:  # the empty one that ends the stream
+            continue
+        num_read, cut_off = num_read + 1, packet.is_corrupt
+        if not packet.is_discard:
+            ticks.append(packet.pts if packet.pts is not None else packet.dts)
+            last_ticks = packet.duration or last_ticks
+    if not ticks:
+        raise MediaError("empty", f"{path}: its video stream has no frames; download or encode it anew")
+    if cut_off and num_read < stream.frames:
+        found = f"holds {num_read} of {stream.frames} frames"
+        raise MediaError("truncated", f"{path}: ends early, {found}; download it again")
+    known = sorted(tick for tick in ticks if tick is not None)
+    if len(known) < len(ticks):
+        known = []  # some frames have no time at all: trust the rate
+    claimed_fps = float(stream.average_rate or 0)
+    fps, duration_s, times_s = frame_times(known, float(stream.time_base or 0), last_ticks, claimed_fps)
+    return len(ticks), fps, duration_s or (len(ticks) / fps if fps else 0.0), times_s
+
+
+def frame_times(ticks: list[int], tick_s: float, last_ticks: int, claimed_fps: float) -> tuple[float, float, Times]:
+    """Rate, duration in seconds and, where the rate varies, times of frames whose sorted time stamps are `ticks`.
+
+    The rate is constant where no frame is further from an even spacing than time stamps are rounded: a tick, or 1 ms
+    for a file copied out of Matroska, whose ticks these are; never more than a quarter of a frame, for AVI's ticks are
+    whole frames. The container's claimed rate stands unless the time stamps contradict it by more than 1 %.
+    """
+    if len(ticks) < 2 or ticks[-1] == ticks[0]:
+        return claimed_fps, 0.0, None
+    period = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+    tolerance = min(max(1.0, 1e-3 / tick_s), period / 4) + 1e-6
+    is_constant = all(abs(tick - ticks[0] - i * period) <= tolerance for i, tick in enumerate(ticks))
+    span_s = (ticks[-1] - ticks[0]) * tick_s
+    last_s = period * tick_s if is_constant else (last_ticks or period) * tick_s
+    fps = len(ticks) / (span_s + last_s)
+    if claimed_fps and abs(len(ticks) / claimed_fps - (span_s + last_s)) <= 0.01 * span_s + tick_s:
+        fps = claimed_fps
+    if is_constant:
+        return fps, len(ticks) / fps, None
+    return fps, span_s + last_s, tuple((tick - ticks[0]) * tick_s for tick in ticks)
+
+
+def _scan_picture(path: Path) -> MediaInfo:
+    with _picture(path) as image:
+        return MediaInfo("image", image.height, image.width)
+
+
+# -------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(plan: MediaPlan) -> Clip:
+    """The planned frames at the size of the source.
+
+    Raises:
+        MediaError: `changed` where the file isn't what the plan was made for; otherwise what is wrong with it.
+    """
+    clips = list(decode_chunks(plan, chunk_bytes=None))
+    return clips[0]
+
+
+def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES) -> Iterator[Clip]:
+    """`decode` in pieces of at most `chunk_bytes` of pixels (at least one frame), in order."""
+    indices, path, info = plan.frame_indices, plan.ref.path, plan.info
+    step = len(indices) if chunk_bytes is None else max(1, chunk_bytes // (3 * info.height * info.width))
+    pieces = [indices[i : i + step] for i in range(0, len(indices), step)]
+    if isinstance(path, tuple):
+        if len(path) != info.num_frames:
+            raise MediaError("changed", f"{path[0].parent}: {len(path)} pictures, {info.num_frames} when indexed")
+        for piece in pieces:
+            frames_TCHW = torch.stack([_load_picture(path[i], info) for i in piece])
+            yield Clip(frames_TCHW, tuple(info.time_of(i) for i in piece))
+    elif plan.ref.kind == "image":
+        yield Clip(_load_picture(path, info)[None], (0.0,))
+    else:
+        decoder = _open_decoder(path, info)
+        for piece in pieces:
+            yield _decode_piece(decoder, path, info, piece)
+
+
+def _open_decoder(path: Path, info: MediaInfo) -> VideoDecoder:
+    check_file(path)
+    try:
+        decoder = VideoDecoder(str(path), stream_index=info.stream_index, num_ffmpeg_threads=1, seek_mode="exact")
+    except _DECODER_ERRORS as error:
+        raise MediaError("decode_error", f"{path}: {_first_line(error)}; download or encode it anew") from error
+    metadata = decoder.metadata
+    found, indexed = (len(decoder), metadata.height, metadata.width), (info.num_frames, info.height, info.width)
+    if found != indexed:
+        text = "{} frames of {} x {} (height x width)"
+        message = f"{path}: has {text.format(*found)}, when indexed {text.format(*indexed)}; index it again"
+        raise MediaError("changed", message)
+    return decoder
+
+
+def _decode_piece(decoder: VideoDecoder, path: Path, info: MediaInfo, indices: Sequence[int]) -> Clip:
+    # torchcodec 0.13 can't seek in MPEG-TS, and returns other frames than those asked for, or fails at the last one,
+    # where the packets of B-frames carry no presentation time (AVI): their times show it. Reading in sequence can.
+    try:
+        batch = decoder.get_frames_at(list(indices))
+    except _DECODER_ERRORS:
+        return _decode_in_sequence(path, info, indices)
+    begin_s = decoder.metadata.begin_stream_seconds or 0.0
+    times_s = tuple(t - begin_s for t in batch.pts_seconds.tolist())
+    half_frame_s = 0.5 / info.fps if info.fps else 1.0
+    for index, time_s in zip(indices, times_s, strict=True):
+        expected_s = info.time_of(index)  # from the container's rate, which is right within 1 %
+        if abs(time_s - expected_s) > half_frame_s + 0.01 * expected_s:
+            return _decode_in_sequence(path, info, indices)
+    return Clip(batch.data, times_s)
+
+
+def _decode_in_sequence(path: Path, info: MediaInfo, indices: Sequence[int]) -> Clip:
+    """The frames at `indices`, read from the first to the last of the file by PyAV; slow, and needs no seeking.
+
+    Pixels may differ from torchcodec's by 2 levels at most (another version of FFmpeg).
+    """
+    frames: dict[int, Tensor] = {}
+    wanted, count = frozenset(indices), 0
+    try:
+        with _open(path) as container:
+            stream = container.streams[info.stream_index]
+            assert isinstance(stream, VideoStream)
+            stream.codec_context.thread_count = 1
+            for frame in container.decode(stream):
+                if count in wanted:
+                    upright_HWC = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+                    frames[count] = torch.from_numpy(np.ascontiguousarray(upright_HWC)).permute(2, 0, 1)
+                count += 1
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError("decode_error", f"{path}: {_first_line(error)}; download or encode it anew") from error
+    if count != info.num_frames:  # a frame that is lost somewhere would shift all behind it
+        lost = f"{count} of {info.num_frames} frames can be decoded"
+        raise MediaError("decode_error", f"{path}: {lost}; download or encode it anew")
+    return Clip(torch.stack([frames[i] for i in indices]), tuple(info.time_of(i) for i in indices))
+
+
+def _load_picture(path: Path, info: MediaInfo) -> Tensor:
+    """uint8 [3, H, W]. As the model's processor does: no turning by EXIF, transparency dropped."""
+    with _picture(path) as image:
+        if (image.height, image.width) != (info.height, info.width):
+            sizes = f"is {image.height} x {image.width} (height x width), when indexed {info.height} x {info.width}"
+            raise MediaError("changed", f"{path}: {sizes}; index it again")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- opening
+
+
+def _open(path: Path) -> InputContainer:
+    container: InputContainer = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+    return container
+
+
+@contextmanager
+def _picture(path: Path) -> Iterator[Image.Image]:
+    """An open picture, its size known and its pixels not yet read; what PIL raises is a MediaError."""
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is an error
+            image = Image.open(path, formats=PICTURE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, "the picture") from error
+    except _PICTURE_ERRORS as error:
+        reason = f"can't be read as a picture of {', '.join(PICTURE_FORMATS)}"
+        raise MediaError("not_a_picture", f"{path}: {reason}; download or convert it") from error
+    with image:
+        if image.width * image.height > MAX_FRAME_PIXELS:
+            raise _too_large(path, f"{image.width}x{image.height}")
+        try:
+            yield image
+        except _PICTURE_ERRORS as error:
+            raise MediaError("decode_error", f"{path}: {_first_line(error)}; download it again") from error
+
+
+def _too_large(path: Path, what: str) -> MediaError:
+    return MediaError("too_large", f"{path}: {what} is over the limit of {MAX_FRAME_PIXELS} pixels; make it smaller")
+
+
+def _unopened(path: Path, error: av.FFmpegError) -> MediaError:
+    """What it means that FFmpeg could not open or read `path`."""
+    if isinstance(error, OSError) and not isinstance(error, ValueError):
+        return MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk")
+    with path.open("rb") as file:
+        is_mp4 = file.read(8)[4:] == b"ftyp"
+    if is_mp4:
+        return MediaError("truncated", f"{path}: is an MP4 file without its index (moov); download it again")
+    return MediaError("not_a_video", f"{path}: holds no video that FFmpeg can read; name a video file")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,71 @@
+"""Scores of generated text against references, over a whole set.
+
+BLEU and ROUGE-L come from sacrebleu and rouge-score (extra `eval`), so that figures compare with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from vft.metrics.words import check_references, count_ngrams, tokenize
+from vft.types import UserError
+
+
+def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU of n-grams up to 4, 0 to 100, as sacrebleu computes it by default.
+
+    Case counts, the tokenizer is `13a`, smoothing is exponential. Predictions may have different numbers of
+    references. Raises UserError without the extra `eval`, ValueError where a prediction has no reference.
+    """
+    check_references(predictions, references)
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise _missing("BLEU", "sacrebleu") from error
+    # sacrebleu wants the first references of all, then the second ones, with None where there is none.
+    most = max(map(len, references))
+    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    return float(sacrebleu.corpus_bleu(list(predictions), streams).score)  # type: ignore[arg-type]  # None is allowed
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F-measure of the longest common subsequence of words, 0 to 1, as rouge-score computes it without stemming.
+
+    Recall and precision weigh the same (beta 1; COCO's ROUGE_L has beta 1.2). Of several references the best one
+    counts. The tokenizer keeps the letters a-z and digits only. Raises UserError without the extra `eval`, ValueError
+    where a prediction has no reference.
+    """
+    check_references(predictions, references)
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _missing("ROUGE-L", "rouge-score") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(predictions, references, strict=True)
+    return fmean(scorer.score_multi(list(refs), text)["rougeL"].fmeasure for text, refs in pairs)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of predictions, 0 to 1, that equal a reference in their words (case and punctuation aside).
+
+    Raises ValueError where a prediction has no reference.
+    """
+    check_references(predictions, references)
+    pairs = zip(predictions, references, strict=True)
+    return fmean(float(tokenize(text) in [tokenize(ref) for ref in refs]) for text, refs in pairs)
+
+
+def distinct_n(predictions: Sequence[str], n: int) -> float:
+    """Different n-grams as a share of all n-grams in all predictions together, 0 to 1 (Li et al., NAACL 2016).
+
+    Low where a model repeats itself. 0 where no prediction has n words. Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n = {n}: needs at least 1")
+    counts = sum((count_ngrams(tokenize(text), [n]) for text in predictions), start=count_ngrams([], [n]))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+def _missing(metric: str, package: str) -> UserError:
+    return UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[eval]'")

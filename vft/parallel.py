@@ -1,0 +1,103 @@
+"""One function that makes a model parallel: checkpoint activations, compile, shard, in that order.
+
+Adapters and frozen parts are settled before (`vft.lora.choose_trainable`); the model's own file knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from vft.config import ParallelConfig
+
+_SAVED_OPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+}
+if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+    _SAVED_OPS.add(torch.ops.torch_attn._varlen_attn.default)
+
+
+def parallelize(model: Any, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype) -> None:
+    """Change `model` in place; it is still on the meta device. Without a mesh (one process) nothing is sharded."""
+    checkpoint_activations(model, config.activation_checkpointing)
+    if config.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    if mesh is not None:
+        shard(model, mesh, dtype)
+
+
+def checkpoint_activations(model: Any, mode: str) -> None:
+    """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
+    whole layers (`full`). A tower that is trained is checkpointed like the decoder."""
+    layers: list[nn.Module] = list(model.model.layers)
+    if any(p.requires_grad for p in model.visual.parameters()):
+        layers += list(model.visual.blocks)
+    if mode == "mlp":
+        _wrap((layer.get_submodule("mlp") for layer in layers), checkpoint)
+    elif mode == "selective":
+        _wrap(layers, partial(checkpoint, context_fn=_selective_contexts))
+    elif mode == "full":
+        _wrap(layers, checkpoint)
+
+
+def _wrap(modules: Iterable[nn.Module], run: Callable[..., Any]) -> None:
+    """Run each module's forward under `run`; an attribute, not a wrapper module, so that no parameter is renamed."""
+    for module in modules:
+        module.forward = partial(_checkpointed, run, module.forward)
+
+
+def _checkpointed(run: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return run(forward, *args, use_reentrant=False)
+
+
+def _selective_contexts() -> Any:
+    """Keep attention and every second matrix product (as torchtitan v0.1.0 does), recompute the rest."""
+    products = {False: 0, True: 0}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            products[context.is_recompute] += 1
+            if products[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """FSDP2 over the (replicate, shard) mesh: one group a decoder layer, the rest in the root.
+
+    Frozen weights keep their dtype and trainable ones are cast to `dtype` on the way; gradients are reduced in
+    float32. A tower in which nothing is trained stays whole on every rank and outside: it then needs no collective,
+    so a rank without a video can't hold up the others.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    ignored: set[nn.Parameter] = set()
+    if any(p.requires_grad for p in model.visual.parameters()):
+        fully_shard(model.visual, **options)
+    else:
+        ignored = set(model.visual.parameters())
+    fully_shard(model, **options, ignored_params=ignored)
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Reduce gradients in the backward pass of a step's last pack alone; the packs before only add up."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)

@@ -1,0 +1,31 @@
+"""Captioning: describe what happens in a video or a picture.
+
+torchrun --nproc-per-node N -m vft.recipes.caption CONFIG.toml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vft import train
+from vft.metrics import cider_d
+from vft.types import Conversation, Sample
+
+
+class Caption:
+    """The record's own conversation; scored by CIDEr-D."""
+
+    name = "caption"
+    default_prompt = "Describe the video."
+
+    def conversation(self, sample: Sample) -> Conversation:
+        """The record as it is."""
+        return Conversation(sample.id, sample.turns, sample.origin)
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        """CIDEr-D (0 to 10), on words without a PTB tokenizer."""
+        return {"cider_d": cider_d(predictions, references)}
+
+
+if __name__ == "__main__":
+    train.main(Caption())

@@ -1,0 +1,373 @@
+"""The only loop: a task and a configuration to trained weights. Read it from `run` down."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vft import checkpoint as checkpoints
+from vft import config as configs
+from vft.config import Config
+from vft.data.chat import ChatEncoder
+from vft.data.documents import BadItem, Documents, check_bad, load_documents
+from vft.data.loader import Loader
+from vft.data.packing import Cursor
+from vft.data.pool import WorkerPool
+from vft.distributed import World, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
+from vft.evaluate import Answerer, evaluate
+from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
+from vft.models import Skeleton, build
+from vft.models.generate import Sampling
+from vft.models.weights import Checkpoint, export_model, load_weights
+from vft.monitor import FlopCounter, Monitor, Stopwatch, peak_flops, peak_memory_bytes
+from vft.optim import build_optimizer, learning_rate, scale_and_clip
+from vft.parallel import parallelize, sync_gradients
+from vft.types import Task, UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(task: Task) -> None:
+    """Command line of a recipe: CONFIG.toml [section.key=value ...]."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m vft.recipes.{task.name}", description=f"Fine-tune for {task.name}."
+    )
+    parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    arguments = parser.parse_args()
+    try:
+        run(task, configs.load(arguments.config, arguments.overrides))
+    except UserError as error:
+        if environment().is_main:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(task: Task, config: Config) -> None:
+    """Train, or go on where a run in the same folder stopped."""
+    config.require_training()
+    world = environment()
+    if config.train.packs_per_step % world.size:
+        raise UserError(
+            f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
+            f"{world.size}"
+        )
+    check_output_dir(config)
+    checkpoint = Checkpoint.open(config.model.path)
+    skeleton = build(checkpoint, DTYPES[config.train.precision])
+    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
+    show = world.is_main
+    # Before the process group: the first scan of a large set may outlast any time-out of a collective.
+    documents = load_documents(config.data, config.data.sources, task.conversation, encoder, config.seed, show)
+    held_out = None
+    if config.eval.every_steps:
+        wanted = config.eval.sources or config.data.sources
+        held_out = load_documents(config.data, wanted, task.conversation, encoder, config.seed, show)
+    with process_group(world), WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
+        Trainer(task, config, world, checkpoint, skeleton, documents, held_out, pool).fit()
+
+
+@dataclass
+class StepResult:
+    """Sums of one step over all processes, and its times."""
+
+    loss: float
+    counts: dict[str, int]
+    grad_norm: float
+    elapsed_s: float
+    waited_s: float
+
+
+class Trainer:
+    """The state of a run; `fit` is the loop."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: Config,
+        world: World,
+        checkpoint: Checkpoint,
+        skeleton: Skeleton,
+        documents: Documents,
+        held_out: Documents | None,
+        pool: WorkerPool,
+    ) -> None:
+        self.task, self.config, self.world, self.pool = task, config, world, pool
+        self.checkpoint, self.skeleton, self.model = checkpoint, skeleton, skeleton.model
+        self.documents, self.held_out = documents, held_out
+        self.folder = config.output_dir
+        plan = documents.pack_plan(config.seed)
+        epochs = config.train.epochs
+        if epochs is not None:
+            packs = sum(len(plan.packs(epoch)) for epoch in range(epochs))
+            self.max_steps = math.ceil(packs / config.train.packs_per_step)
+        else:
+            self.max_steps = config.train.max_steps or 0
+        self.loader = Loader(
+            documents=documents,
+            plan=plan,
+            pool=pool,
+            ranks=world.size,
+            rank=world.rank,
+            packs_per_step=config.train.packs_per_step,
+            prefetch_packs=config.data.prefetch_packs,
+            last_epoch=None if epochs is None else epochs - 1,
+        )
+        self.monitor = Monitor(
+            self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
+        )
+        self.step = 0
+        self.prepare_model()
+
+    # ------------------------------------------------------------------------------------------------ preparation
+
+    def prepare_model(self) -> None:
+        """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
+        config, model = self.config, self.model
+        rows = choose_trainable(model, self.skeleton.towers, config.lora, config.model.train)
+        self.monitor.table_of_trainable(rows, model)
+        self.flops = FlopCounter(model)
+        adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
+        mesh = make_mesh(self.world, config.parallel.shard)
+        parallelize(model, mesh, config.parallel, DTYPES[config.train.precision])
+        model.to_empty(device=self.world.device)
+        load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
+        initialise(model, config.seed)
+        if config.model.adapter:
+            adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
+            adapter.check(model, config.model.path, self.checkpoint.fingerprint)
+            adapter.load_into(model)
+        model.train()
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(model, config.train)
+        same_on_all_ranks("the configuration", _digest(configs.dump(config)))
+        same_on_all_ranks("the index of the data", self.documents.digest)
+        self.start_folder()
+        self.resume()
+
+    def start_folder(self) -> None:
+        """Write what the run is and which samples it leaves out."""
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.replace_text(self.folder / "config.toml", configs.dump(self.config))
+            lines = "".join(item.line() + "\n" for item in self.documents.bad)
+            checkpoints.replace_text(self.folder / "quarantine.jsonl", lines)
+        if self.documents.bad:
+            self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
+
+    def resume(self) -> None:
+        """Load the newest whole checkpoint; every process takes the one that the first chose."""
+        found = [None]
+        if self.world.is_main:
+            found = [checkpoints.newest_good(self.folder / "checkpoints", self.monitor.say)]  # type: ignore[list-item]
+        if self.world.size > 1:
+            dist.broadcast_object_list(found)
+        if found[0] is not None:
+            state = checkpoints.load(found[0], self.model, self.optimizer)
+            self.step = state["step"]
+            self.loader.seek(Cursor(**state["cursor"]), [BadItem(**item) for item in state["bad"]])
+            self.write_bad(list(self.loader.known_bad.values()))
+            self.monitor.say(f"going on from {found[0]}")
+        self.monitor.resume_at(self.step)
+
+    # ------------------------------------------------------------------------------------------------------ loop
+
+    def fit(self) -> None:
+        """Steps, evaluations and checkpoints up to `max_steps`, then the export."""
+        config, last_saved = self.config, self.step
+        self.monitor.start(self.step)
+        try:
+            while self.step < self.max_steps:
+                self.step += 1
+                self.train_step()
+                if config.eval.every_steps and self.step % config.eval.every_steps == 0:
+                    self.evaluate()
+                if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+                    self.save()
+                    last_saved = self.step
+            if last_saved < self.step:
+                self.save()
+        finally:
+            self.monitor.close()
+        self.export()
+
+    def train_step(self) -> None:
+        """One optimizer step over `packs_per_step` packs of all processes together."""
+        watch = Stopwatch()
+        rate = learning_rate(self.config.train, self.step, self.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = self.forward_backward(watch)
+        if self.step == 1:
+            self.check_first_step(result.loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        result.elapsed_s = watch.elapsed_s
+        self.monitor.step(self.describe(result, rate))
+
+    def forward_backward(self, watch: Stopwatch) -> StepResult:
+        """Gradients of the mean loss over the step's supervised tokens, clipped."""
+        device, world = self.world.device, self.world
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        counts = dict.fromkeys(("num_targets", "tokens", "samples", "flops", "digest", "bad"), 0)
+        packs_left = self.config.train.packs_per_step // world.size
+        packs = self.loader.step()
+        while packs_left:
+            since = time.perf_counter()
+            pack = next(packs)
+            watch.waiting(since)
+            packs_left -= 1
+            batch = pack.batch.to(device)
+            sync_gradients(self.model, last=packs_left == 0)
+            # Dropout depends on the pack, not on the process that happens to run it.
+            torch.manual_seed(int(_digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
+            loss = self.model(batch)
+            loss.backward()
+            loss_sum += loss.detach()
+            counts["num_targets"] += batch.num_targets
+            counts["tokens"] += batch.num_tokens
+            counts["samples"] += len(batch.sample_ids)
+            counts["flops"] += int(self.flops.count(batch))
+            counts["digest"] += pack.digest
+        next(packs, None)  # lets the loader note that the step is over
+        counts["bad"] = len(self.loader.new_bad)
+        totals = sum_over_ranks(torch.tensor(list(counts.values()), device=device))
+        counts = dict(zip(counts, totals.tolist(), strict=True))
+        total_loss = float(sum_over_ranks(loss_sum))
+        if counts["bad"]:
+            self.gather_bad()
+        targets = max(counts["num_targets"], 1)
+        # FSDP2 averages over the processes: their number makes it a sum again.
+        norm = scale_and_clip(self.trainable, world.size / targets, self.config.train.max_grad_norm)
+        if not (math.isfinite(total_loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {self.step}: loss {total_loss / targets}, gradient norm {norm}: not finite; nothing was "
+                "updated. Lower train.learning_rate, or look at the samples of this step"
+            )
+        return StepResult(total_loss / targets, counts, norm, 0.0, watch.waited_s)
+
+    def check_first_step(self, loss: float) -> None:
+        """Silent failures show now: weights that were never loaded, adapters that get no gradient."""
+        chance = math.log(self.model.config.vocabulary)
+        if loss > chance:
+            self.monitor.say(
+                f"warning: the first loss, {loss:.2f}, is above that of guessing, ln(vocabulary) = {chance:.2f}: "
+                "check that model.path is the checkpoint you mean"
+            )
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != (parameter.grad is not None):
+                state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
+                raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
+
+    def describe(self, result: StepResult, rate: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        counts, seconds = result.counts, result.elapsed_s
+        peak = peak_flops(self.world.device)
+        return {
+            "step": self.step,
+            "epoch": self.loader.epoch,
+            "loss": result.loss,
+            "num_targets": counts["num_targets"],
+            "tokens": counts["tokens"],
+            "samples": counts["samples"],
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "step_time_s": seconds,
+            "data_wait_s": result.waited_s,
+            "tokens_per_s": counts["tokens"] / seconds,
+            "samples_per_s": counts["samples"] / seconds,
+            "mfu": None if peak is None else counts["flops"] / seconds / peak / self.world.size,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+            "sample_digest": f"{counts['digest']:x}",
+        }
+
+    # --------------------------------------------------------------------------------------------- what is left
+
+    def gather_bad(self) -> None:
+        """Clips that any process found bad become known to all; too many of them end the run."""
+        everyone: list[list[BadItem]] = [self.loader.new_bad]
+        if self.world.size > 1:
+            everyone = [[] for _ in range(self.world.size)]
+            dist.all_gather_object(everyone, self.loader.new_bad)
+        for item in (item for items in everyone for item in items):
+            self.loader.known_bad[item.path] = item
+        self.loader.new_bad.clear()
+        known = list(self.loader.known_bad.values())
+        self.write_bad(known)
+        bad = [*self.documents.bad, *known]
+        check_bad(bad, self.documents.num_samples + len(self.documents.bad), self.config.data.max_bad_fraction)
+
+    def write_bad(self, known: Sequence[BadItem]) -> None:
+        """quarantine.jsonl: what the index left out, then what failed to decode."""
+        if self.world.is_main:
+            lines = "".join(item.line() + "\n" for item in [*self.documents.bad, *known])
+            checkpoints.replace_text(self.folder / "quarantine.jsonl", lines)
+
+    def evaluate(self) -> None:
+        """Scores on held-out samples."""
+        assert self.held_out is not None
+        settings = self.config.eval
+        answerer = Answerer(
+            self.model, self.documents.encoder, self.config.data, self.held_out.index.info, self.pool, self.world
+        )
+        file = self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+        scores = evaluate(self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, file)
+        self.monitor.evaluation(self.step, scores)
+
+    def save(self) -> None:
+        """A checkpoint to resume from."""
+        cursor = self.loader.cursor
+        state = {
+            "cursor": {"epoch": cursor.epoch, "pack": cursor.pack},
+            "bad": [json.loads(item.line()) for item in self.loader.known_bad.values()],
+        }
+        keep = self.config.checkpoint.keep_last
+        root = self.folder / "checkpoints"
+        checkpoints.save(root, self.step, self.model, self.optimizer, state, keep, self.world.is_main)
+
+    def export(self) -> None:
+        """What others read: the adapter in PEFT's format, or the whole model in the released layout."""
+        about = {
+            "base_fingerprint": self.checkpoint.fingerprint,
+            "task": self.task.name,
+            "video": self.config.data.video.model_dump(mode="json", exclude_none=True),
+            "image": self.config.data.image.model_dump(mode="json", exclude_none=True),
+        }
+        if self.config.lora is not None:
+            target = self.folder / "adapter"
+            prefixes = self.skeleton.peft_prefixes
+            base = self.config.model.path
+            export_adapter(self.model, target, self.config.lora, base, prefixes, about, self.world.is_main)
+        else:
+            target = self.folder / "model"
+            export_model(self.model, self.checkpoint, target, about, self.world.is_main)
+        self.monitor.say(f"wrote {target}")
+
+
+def check_output_dir(config: Config) -> None:
+    """UserError where the folder holds a run of another configuration: going on would mix two runs."""
+    file = config.output_dir / "config.toml"
+    if not file.is_file():
+        return
+    before = configs.load(file)
+    for key, old, new in configs.differences(before, config):
+        raise UserError(
+            f"{file}: {key} = {old!r} in the run that is there, {new!r} asked for; "
+            "name another output_dir, or remove this one to begin anew"
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
