@@ -67,7 +67,7 @@ def make_mesh(world: World, shard: int) -> DeviceMesh | None:
     shard = shard or world.size
     if world.size % shard:
         raise UserError(
-            f"parallel.shard = {shard}: doesn't divide the number of processes, {world.size}; use a divisor or 0 for all"
+            f"parallel.shard = {shard}: doesn't divide the number of processes, {world.size}; use a divisor or 0"
         )
     if world.size == 1:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class Answerer:
     def answer_all(self, asked: Sequence[Question], sampling: Sampling, batch_size: int) -> list[str]:
         """Answers to all questions, shared out over the processes; every process gets them all."""
         mine = list(range(self.world.rank, len(asked), self.world.size))
-        passes = -(-(-(-len(asked) // self.world.size)) // batch_size)
+        passes = math.ceil(math.ceil(len(asked) / self.world.size) / batch_size)
         answers: dict[int, str] = {}
         for number in range(passes):
             chunk = mine[number * batch_size : (number + 1) * batch_size]

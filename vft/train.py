@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from vft import checkpoint as checkpoints
 from vft import config as configs
 from vft.config import Config
+from vft.console import user_errors
 from vft.data.chat import ChatEncoder
 from vft.data.documents import BadItem, Documents, check_bad, load_documents
 from vft.data.loader import Loader
@@ -46,12 +46,8 @@ def main(task: Task) -> None:
     parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     arguments = parser.parse_args()
-    try:
+    with user_errors():
         run(task, configs.load(arguments.config, arguments.overrides))
-    except UserError as error:
-        if environment().is_main:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(task: Task, config: Config) -> None:
@@ -342,6 +338,7 @@ class Trainer:
         about = {
             "base_fingerprint": self.checkpoint.fingerprint,
             "task": self.task.name,
+            "prompt": self.task.default_prompt,
             "video": self.config.data.video.model_dump(mode="json", exclude_none=True),
             "image": self.config.data.image.model_dump(mode="json", exclude_none=True),
         }

@@ -125,7 +125,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The released Conv3d as a matrix product, which it is on whole patches (some stacks are slow or broken in Conv3d)."""
+    """The released Conv3d as the matrix product that it is on whole patches: some stacks are slow or broken in Conv3d."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

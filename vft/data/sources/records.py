@@ -6,13 +6,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vft.types import UserError
+from vft.types import Sample, Turn, UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DIGITS = re.compile(r"([0-9]+)")
@@ -23,7 +23,7 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", 
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that can't be used: where it stands (`train.json:12`), the field at fault, what is wrong and the mend."""
+    """A record that can't be used: where it stands (`train.json:12`), the field at fault, what is wrong, the mend."""
 
     origin: str
     field: str
@@ -108,14 +108,52 @@ def _no_constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def collect(
+    files: Iterable[tuple[Path, str]], parse: Callable[[Mapping[str, Any], Path], tuple[Turn, ...]]
+) -> tuple[list[Sample], list[BadRecord]]:
+    """Read files, given with their name for messages, and turn each record into a sample or a BadRecord.
+
+    `parse` gets a record and its file, and raises RecordError. An id that came before gets a number: `x`, `x#2`, ...
+    """
+    samples: list[Sample] = []
+    bad: list[BadRecord] = []
+    seen: dict[str, int] = {}
+    for path, name in files:
+        for number, (line, record) in enumerate(read_json(path), 1):
+            origin = f"{name}:{line}"
+            try:
+                if not isinstance(record, dict):
+                    raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+                sample_id = _unique(_sample_id(record, f"{path.stem}-{number}"), seen)
+                fields = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
+                samples.append(Sample(sample_id, parse(record, path), origin, fields))
+            except RecordError as error:
+                bad.append(BadRecord(origin, error.field, error.message))
+    return samples, bad
+
+
+def _sample_id(record: Mapping[str, Any], default: str) -> str:
+    value = record.get("id")
+    if value is None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, "id") or default
+
+
+def _unique(sample_id: str, seen: dict[str, int]) -> str:
+    unique = sample_id
+    while unique in seen:
+        seen[sample_id] += 1
+        unique = f"{sample_id}#{seen[sample_id]}"
+    seen[unique] = 1
+    return unique
+
+
 # ----------------------------------------------------------------------------------------------------------- fields
-
-
-def get_text(record: Mapping[str, Any], key: str, field: str) -> str:
-    """`record[key]`, which must be a text. `field` is the name of `record` in messages, with a dot, or empty."""
-    if key not in record:
-        raise RecordError(f"{field}{key}", f"is missing; the record has {', '.join(map(shown, record)) or 'no fields'}")
-    return check_text(record[key], f"{field}{key}")
 
 
 def check_text(value: object, field: str) -> str:
@@ -152,22 +190,22 @@ def resolve_path(root: Path, value: object, field: str) -> tuple[Path, int]:
         raise RecordError(field, f"{shown(text)} is no path; name a file under data.root")
     if _URL.match(text):
         raise RecordError(field, f"{shown(text)}: URLs in records are off; download it, and name the file")
-    try:
-        return _resolve(root, text)
-    except PermissionError as error:
-        raise RecordError(field, f"{shown(text)} {error.args[0]}") from None
+    real, mode, top = _look_up(root, text)
+    if os.path.commonpath([top, real]) != top:
+        way_out = f"{shown(text)} leads to {real!r}, out of data.root = {top!r}"
+        raise RecordError(field, f"{way_out}; move the file there, or set data.root")
+    return Path(real), mode
 
 
 @lru_cache(maxsize=65536)  # a video has several records, often one behind another, and a look at the disk is slow
-def _resolve(root: Path, text: str) -> tuple[Path, int]:
+def _look_up(root: Path, text: str) -> tuple[str, int, str]:
+    """The real path of `text` under `root`, its mode (0: nothing there, or not to be seen), the real path of `root`."""
     top = os.path.realpath(root)
     real = os.path.realpath(os.path.join(top, text))
-    if os.path.commonpath([top, real]) != top:
-        raise PermissionError(f"leads to {real}, out of data.root = {top}; move the file there or set data.root")
     try:
-        return Path(real), os.stat(real).st_mode
-    except OSError:  # missing, or in a folder that may not be read: the index says which
-        return Path(real), 0
+        return real, os.stat(real).st_mode, top
+    except OSError:
+        return real, 0, top
 
 
 def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:

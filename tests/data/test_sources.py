@@ -1,0 +1,355 @@
+"""Readers of records: what real files hold, what users get wrong, and anything that JSON can say."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vft.data import sources
+from vft.data.sources.records import BadRecord, read_json
+from vft.types import MediaOptions, MediaRef, Sample, UserError
+
+
+def write(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
+    return path
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+ANSWER = {"role": "assistant", "content": "A cat."}
+
+
+def read_one(tmp_path: Path, record: Any, format: str = "messages") -> Sample:
+    samples, bad = sources.read(format, write(tmp_path / "train.json", [record]), tmp_path)
+    assert not bad, str(bad[0])
+    return samples[0]
+
+
+def fail_one(tmp_path: Path, record: Any, format: str = "messages") -> BadRecord:
+    samples, bad = sources.read(format, write(tmp_path / "train.json", [record]), tmp_path)
+    assert not samples and len(bad) == 1
+    assert "\n" not in str(bad[0])
+    return bad[0]
+
+
+def parts_of(sample: Sample, tmp_path: Path) -> list[list[Any]]:
+    """Parts with media as (kind, path relative to the root)."""
+
+    def name(path: Path) -> str:
+        return path.relative_to(tmp_path.resolve()).as_posix()
+
+    def plain(part: Any) -> Any:
+        if not isinstance(part, MediaRef):
+            return part
+        return part.kind, name(part.path) if isinstance(part.path, Path) else tuple(name(one) for one in part.path)
+
+    return [[plain(part) for part in turn.parts] for turn in sample.turns]
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_lines_of_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '\n[\n\n {"a": "x\\ny"},\n {"b":\n 2}, {"c": 3}\n]\n')
+    assert list(read_json(path)) == [(4, {"a": "x\ny"}), (5, {"b": 2}), (6, {"c": 3})]
+
+
+def test_lines_of_jsonl(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"b": 2}\r\n{\n"c": 3}')
+    assert list(read_json(path)) == [(1, {"a": 1}), (3, {"b": 2}), (4, {"c": 3})]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]", "[ \n]"])
+def test_nothing(tmp_path: Path, text: str) -> None:
+    assert list(read_json(write(tmp_path / "a.json", text))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('[{"a": 1},\n{"b": }]', 2),
+        ('[{"a": 1},\n{"b": 1}', 2),
+        ('[{"a": 1}\n\n{"b": 1}]', 3),
+        ('[{"a": 1},\n]', 2),
+        ('[{"a": 1}]\n\n{}', 3),
+        ('{"a": 1}\n{"b": 1', 2),
+        ('{"a": 1}\n{"b": NaN}', 2),
+        ('{"a": 1}\n' + "[" * 100_000, 2),
+        ('{"a": 1}\n{"b": ' + "9" * 5000 + "}", 2),
+        ("id,video\n1,a.mp4", 1),
+    ],
+)
+def test_malformed(tmp_path: Path, text: str, line: int) -> None:
+    path = write(tmp_path / "a.json", text)
+    with pytest.raises(UserError) as caught:
+        list(read_json(path))
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_not_utf8_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"a": 1}\n{"b": "\xe4"}')
+    with pytest.raises(UserError, match=r"a\.json:2: byte 16 is not UTF-8"):
+        list(read_json(tmp_path / "a.json"))
+    with pytest.raises(UserError, match=r"nope\.json: No such file"):
+        sources.read("messages", tmp_path / "nope.json", tmp_path)
+    with pytest.raises(UserError, match=r"unknown format 'parquet'; allowed are llava_video, messages"):
+        sources.read("parquet", tmp_path / "a.json", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+
+
+def test_llama_factory_demo(videos: Path) -> None:
+    samples, bad = sources.read("messages", videos / "mllm_video_demo.json", videos)
+    assert not bad
+    assert [sample.id for sample in samples] == [f"mllm_video_demo-{i}" for i in (1, 2, 3)]
+    assert [sample.origin for sample in samples] == [f"mllm_video_demo.json:{i}" for i in (2, 17, 32)]
+    media, question = samples[1].turns[0].parts
+    assert media == MediaRef("video", (videos / "mllm_demo_data/2.avi").resolve(), field="videos[0]")
+    assert question == "What is she doing?"
+    assert samples[1].turns[1].text == "She is cooking."
+    pictures, bad = sources.read("messages", videos / "mllm_demo.json", videos)
+    assert not bad and len(pictures) == 6
+    assert [len([p for p in turn.parts if isinstance(p, MediaRef)]) for turn in pictures[0].turns] == [1, 0, 1, 0]
+
+
+def test_typed_parts_with_options(tmp_path: Path) -> None:
+    video = {"type": "video", "video": "a.mp4", "fps": 1.5, "max_frames": 8, "video_start": 0, "image": None}
+    frames = {"type": "video", "video": ["0.jpg", "1.jpg"], "sample_fps": 4}
+    url = {"type": "image_url", "image_url": {"url": "p.png"}}
+    content = [video, {"type": "text", "text": "and <image> in HTML"}, frames, url]
+    sample = read_one(tmp_path, {"id": 7, "messages": [user(content), ANSWER], "source": "web"})
+    assert parts_of(sample, tmp_path) == [
+        [("video", "a.mp4"), "and <image> in HTML", ("video", ("0.jpg", "1.jpg")), ("image", "p.png")],
+        ["A cat."],
+    ]
+    media = [part for part in sample.turns[0].parts if isinstance(part, MediaRef)]
+    assert media[0].options == MediaOptions(fps=1.5, max_frames=8, video_start=0)
+    assert media[1].options == MediaOptions(sample_fps=4)
+    assert media[0].field == "messages[0].content[0].video"
+    assert (sample.id, sample.fields) == ("7", {"id": 7, "source": "web"})
+
+
+def test_placeholders_and_typed_slots(tmp_path: Path) -> None:
+    record = {
+        "messages": [
+            user("one <video>\nand <image>, frames <video>"),
+            ANSWER,
+            user([{"type": "image"}, {"type": "text", "text": "?"}]),
+            ANSWER,
+        ],
+        "videos": ["a.mp4", ["0.jpg", "1.jpg"]],
+        "images": ["p.png", "q.png"],
+    }
+    parts = parts_of(read_one(tmp_path, record), tmp_path)
+    assert parts[0] == ["one ", ("video", "a.mp4"), "\nand ", ("image", "p.png"), ", frames ", ("video", ("0.jpg", "1.jpg"))]
+    assert parts[2] == [("image", "q.png"), "?"]
+
+
+def test_no_placeholder_at_all(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "system", "content": "Be brief."}, user("What?"), ANSWER], "videos": ["a.mp4"]}
+    assert parts_of(read_one(tmp_path, record), tmp_path)[:2] == [["Be brief."], [("video", "a.mp4"), "What?"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<image>\nWhat?", [("video", "a.mp4"), "What?"]),
+        ("What?\n<image>", ["What?", ("video", "a.mp4")]),
+        ("<video>\nWhat?", [("video", "a.mp4"), "What?"]),
+        ("What?", [("video", "a.mp4"), "What?"]),
+    ],
+)
+def test_llava_layout(tmp_path: Path, text: str, expected: list[Any]) -> None:
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "A cat."}]
+    sample = read_one(tmp_path, {"id": "x", "conversations": turns, "video": "a.mp4"})
+    assert parts_of(sample, tmp_path) == [expected, ["A cat."]]
+    assert [turn.role for turn in sample.turns] == ["user", "assistant"]
+
+
+def test_ids_are_unique(tmp_path: Path) -> None:
+    records = [{"id": name, "messages": [user("?"), ANSWER]} for name in ("x", "x", "x#2", "x", None)]
+    samples, _ = sources.read("messages", write(tmp_path / "t.json", records), tmp_path)
+    ids = [sample.id for sample in samples]
+    assert ids[:2] == ["x", "x#2"] and ids[4] == "t-5" and len(set(ids)) == 5
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "message"),
+    [
+        (7, "", "7 is no JSON object"),
+        ({"prompt": "?"}, "messages", "it has 'prompt'"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": "hi"}, "messages", "must be a list"),
+        ({"messages": [user("?")]}, "messages", "no assistant turn"),
+        ({"messages": [{"role": "bot", "content": "?"}]}, "messages[0].role", "unknown role 'bot'; allowed are system"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+        ({"messages": [user(3), ANSWER]}, "messages[0].content", "3 is of type int"),
+        ({"messages": [user("?"), {"role": "assistant", "content": " "}]}, "messages[1]", "empty"),
+        ({"messages": [user("\ud800"), ANSWER]}, "messages[0].content", "surrogate"),
+        ({"messages": [user("?"), ANSWER], "id": ["x"]}, "id", "of type list"),
+        ({"messages": [user("<video><video>"), ANSWER], "videos": ["a.mp4"]}, "videos", "2 <video> placeholder(s) in the text but 1"),
+        ({"messages": [user("<video>"), ANSWER]}, "videos", "1 <video> placeholder(s) in the text but 0"),
+        ({"messages": [user("<image>"), ANSWER], "videos": ["a"], "images": ["b"]}, "videos", "0 <video> placeholder(s)"),
+        ({"messages": [user("?"), {"role": "assistant", "content": "<video>"}], "videos": ["a"]}, "messages[1].content", "in an answer"),
+        ({"messages": [user("<video>"), ANSWER], "videos": [5]}, "videos[0]", "5 is of type int"),
+        ({"messages": [user("<video>"), ANSWER], "videos": [[]]}, "videos[0]", "empty list"),
+        ({"messages": [user("<video>"), ANSWER], "videos": ["https://a.b/c.mp4"]}, "videos[0]", "URLs in records are off"),
+        ({"messages": [user("<video>"), ANSWER], "videos": ["file:///etc/passwd"]}, "videos[0]", "URLs in records are off"),
+        ({"messages": [user("<video>"), ANSWER], "videos": ["/etc/passwd"]}, "videos[0]", "out of data.root"),
+        ({"messages": [user("<video>"), ANSWER], "videos": ["../../x.mp4"]}, "videos[0]", "out of data.root"),
+        ({"messages": [user("<video>"), ANSWER], "videos": ["a\0b"]}, "videos[0]", "is no path"),
+        ({"messages": [user([{"type": "audio"}]), ANSWER]}, "messages[0].content[0].type", "unknown type 'audio'"),
+        ({"messages": [user([{"type": "video", "video": "a", "fsp": 2}]), ANSWER]}, "messages[0].content[0].fsp", "unknown key"),
+        ({"messages": [user([{"type": "video", "video": "a", "fps": True}]), ANSWER]}, "messages[0].content[0].fps", "True must be a number"),
+        ({"messages": [user([{"type": "video", "video": "a", "nframes": 2.5}]), ANSWER]}, "messages[0].content[0].nframes", "whole number"),
+        ({"messages": [user([{"type": "video", "video": "a", "fps": 1, "nframes": 2}]), ANSWER]}, "messages[0].content[0].nframes", "beside fps = 1"),
+        ({"messages": [user([{"type": "video", "video": "a", "video_start": 5, "video_end": 2}]), ANSWER]}, "messages[0].content[0].video_start", "above video_end = 2"),
+        ({"messages": [user([{"type": "image", "image": "a", "fps": 1}]), ANSWER]}, "messages[0].content[0].fps", "unknown key"),
+        ({"messages": [user([{"type": "video", "video": "a"}]), ANSWER], "videos": ["b"]}, "videos[0]", "keep one of the two"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, record: Any, field: str, message: str) -> None:
+    bad = fail_one(tmp_path, record)
+    assert (bad.origin, bad.field) == ("train.json:2", field)
+    assert message in bad.message
+
+
+def test_one_bad_record_among_good_ones(tmp_path: Path) -> None:
+    good = {"messages": [user("?"), ANSWER]}
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(r) for r in (good, {"messages": None}, good)))
+    samples, bad = sources.read("messages", path, tmp_path)
+    assert [sample.origin for sample in samples] == ["a.jsonl:1", "a.jsonl:3"]
+    assert [record.origin for record in bad] == ["a.jsonl:2"]
+
+
+def test_paths_through_links(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    write(tmp_path / "out.mp4", "x")
+    write(root / "in.mp4", "x")
+    (root / "leak.mp4").symlink_to(tmp_path / "out.mp4")
+    (root / "fine.mp4").symlink_to(root / "in.mp4")
+    (root / "loop.mp4").symlink_to(root / "loop.mp4")
+    os.mkfifo(root / "fifo.mp4")
+    names = ["leak.mp4", "fine.mp4", "fifo.mp4", ".", str(root / "in.mp4"), "gone.mp4", "loop.mp4"]
+    records = [{"messages": [user("<video>"), ANSWER], "videos": [name]} for name in names]
+    samples, bad = sources.read("messages", write(root / "a.json", records), root)
+    refs = [sample.turns[0].parts[0] for sample in samples]
+    paths = [ref.path.name for ref in refs if isinstance(ref, MediaRef) and isinstance(ref.path, Path)]
+    assert paths == ["in.mp4", "in.mp4", "gone.mp4", "loop.mp4"]  # what is missing is the index's to report
+    assert [record.message.split(";")[0].split(" is ")[-1] for record in bad[1:]] == ["no regular file", "a folder"]
+    assert "out of data.root" in bad[0].message
+
+
+# ------------------------------------------------------------------------------------------------------ llava_video
+
+
+def llava(video: str, data_source: str = "0_30_s_nextqa", **more: Any) -> dict[str, Any]:
+    turns = [
+        {"from": "human", "value": "<image>\nWhy? Please provide your answer."},
+        {"from": "gpt", "value": "E. training."},
+        {"from": "human", "value": "Who?"},
+        {"from": "gpt", "value": "A man."},
+    ]
+    return {"id": "8968804598", "conversations": turns, "data_source": data_source, "video": video, **more}
+
+
+def test_llava_video_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "0_30_s_activitynetqa"
+    for name in ("direct/a.mp4", "0_30_s_activitynetqa/c/b.mp4", "0_30_s_nextqa/NextQA/d.mp4"):
+        write(tmp_path / name, "x")
+    for i in (10, 2, 1):
+        write(tmp_path / f"hound/v/c{i}.jpeg", "x")
+    write(tmp_path / "hound/v/notes.txt", "x")
+    names = ["direct/a.mp4", "c/b.mp4", "NextQA/d.mp4", "gone.mp4", "hound/v"]
+    write(folder / "x_oe.json", [llava(name) for name in names])
+    write(folder / "sub" / "y_cap.json", [llava("direct/a.mp4"), {"id": "z", "video": "direct/a.mp4"}, {"id": "q"}])
+    samples, bad = sources.read("llava_video", folder, tmp_path)
+    found = [parts_of(sample, tmp_path)[0] for sample in samples]
+    assert [parts[0][1] for parts in found] == [
+        "direct/a.mp4",
+        "direct/a.mp4",
+        "0_30_s_activitynetqa/c/b.mp4",
+        "0_30_s_nextqa/NextQA/d.mp4",
+        "gone.mp4",
+        ("hound/v/c1.jpeg", "hound/v/c2.jpeg", "hound/v/c10.jpeg"),
+    ]
+    assert all(parts[1] == "Why? Please provide your answer." for parts in found)
+    assert [turn.role for turn in samples[0].turns] == ["user", "assistant", "user", "assistant"]
+    assert samples[0].origin == "sub/y_cap.json:2" and len({sample.id for sample in samples}) == 6
+    assert [record.field for record in bad] == ["messages", "video"]
+
+
+def test_llava_video_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "has no pictures" in fail_one(tmp_path, llava("empty"), "llava_video").message
+    assert "out of data.root" in fail_one(tmp_path, llava("../a.mp4"), "llava_video").message
+    assert "out of data.root" in fail_one(tmp_path, llava("a.mp4", data_source="../.."), "llava_video").message
+    assert fail_one(tmp_path, llava("a.mp4", data_source=["x"]), "llava_video").field == "data_source"
+    with pytest.raises(UserError, match=r"no \.json files"):
+        sources.read("llava_video", tmp_path / "empty", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzz
+
+WORDS = st.sampled_from(
+    ["user", "gpt", "system", "text", "video", "image", "<video>", "<image>\n?", "a.mp4", "..", "http://x/y", "0.jpg", ""]
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | WORDS
+KEYS = st.sampled_from(
+    "id messages conversations role content from value type text video image videos images video_url url data_source "
+    "fps nframes min_frames max_frames video_start video_end sample_fps resized_height path".split()
+)
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=6)
+)
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "video", "image"])}, optional={"text": WORDS, "video": JSON, "image": JSON, "fps": LEAVES}
+)
+TURN = st.fixed_dictionaries({"role": WORDS, "content": JSON | WORDS | st.lists(PART, max_size=3)}) | st.fixed_dictionaries(
+    {"from": WORDS, "value": JSON | WORDS}
+)
+RECORD = JSON | st.fixed_dictionaries(
+    {}, optional={"id": LEAVES, "messages": st.lists(TURN | JSON, max_size=3), "conversations": st.lists(TURN, max_size=3),
+                  "video": JSON, "videos": JSON, "images": JSON, "data_source": LEAVES}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", sorted(sources.FORMATS))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(records=st.lists(RECORD, max_size=3))
+def test_any_json(tmp_path: Path, format: str, records: list[Any]) -> None:
+    samples, bad = sources.read(format, write(tmp_path / "fuzz.json", records), tmp_path)
+    assert len(samples) + len(bad) == len(records)
+    assert all("\n" not in str(record) for record in bad)
+    assert all(turn.parts for sample in samples for turn in sample.turns)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet='[]{},:"\\ \n1truenI-.', max_size=40))
+def test_any_text(tmp_path: Path, text: str) -> None:
+    """Text that the standard library reads as a list gives the same records; the rest is a UserError or JSONL."""
+    path = write(tmp_path / "fuzz.json", text)
+    try:
+        found = [record for _, record in read_json(path)]
+    except UserError as error:
+        assert str(error).startswith(f"{path}:")
+        found = None
+    try:
+        expected = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(expected, list) and "NaN" not in text and "Infinity" not in text:
+        assert found == expected

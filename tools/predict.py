@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Answer a prompt about videos: python tools/predict.py --model MODEL [--adapter DIR] [--prompt TEXT] VIDEO...
+
+Frames and pixels are those that the adapter (or merged model) was trained with, unless options say otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vft.config import DataConfig
+from vft.console import user_errors
+from vft.data.pool import WorkerPool
+from vft.data.video import MediaError, scan
+from vft.distributed import environment
+from vft.evaluate import Answerer, load_model, require_folder, user_question
+from vft.models.generate import Sampling
+from vft.types import MediaRef, UserError
+
+DEFAULT_PROMPT = "Describe the video."
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+def main() -> None:
+    """Command line."""
+    arguments = parse()
+    with user_errors():
+        failed = predict(arguments)
+    sys.exit(1 if failed else 0)
+
+
+def parse() -> argparse.Namespace:
+    """Arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="folder or hub name of a base or merged model")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter on it")
+    parser.add_argument("--prompt", help=f"what to ask (default: that of the training task, or {DEFAULT_PROMPT!r})")
+    parser.add_argument("--json", action="store_true", help="one JSON object a video: video, prompt, prediction")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="TOKENS", help="length limit (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); higher: sampled")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--fps", type=float, metavar="FRAMES_PER_SECOND", help="frames sampled a second")
+    rate.add_argument("--frames", type=int, help="a fixed number of frames")
+    parser.add_argument("--max-frames", type=int, help="most frames of a video")
+    parser.add_argument("--max-pixels", type=int, metavar="PIXELS", help="height x width of a frame, at most")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video or picture files")
+    return parser.parse_args()
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Print an answer for each file; returns how many files could not be used."""
+    require_folder(arguments.adapter, "--adapter")
+    world = environment()
+    default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: default}[arguments.precision]
+    loaded = load_model(arguments.model, arguments.adapter, dtype, world.device)
+    about = trained_with(arguments.adapter, loaded.checkpoint.json_file("vft.json"))
+    prompt = arguments.prompt or about.get("prompt", DEFAULT_PROMPT)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    failed = 0
+    with WorkerPool(workers=0, deadline_s=600.0) as pool:
+        config = data_config(arguments, about)
+        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, scan, pool, world)
+        for path in arguments.videos:
+            kind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
+            question = user_question(str(path), [MediaRef(kind, path)], prompt)
+            try:
+                show(path, prompt, answerer.answer([question], sampling)[0], arguments)
+            except MediaError as error:
+                failed += 1
+                print(f"error: {error}", file=sys.stderr)
+    return failed
+
+
+def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]:
+    """What training recorded beside the adapter or in the merged model; empty for a plain base."""
+    if adapter is None:
+        return merged
+    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("vft") or {}
+
+
+def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataConfig:
+    """Frames and pixels as trained, with the command line's laid over them."""
+    video = dict(about.get("video", {}))
+    if arguments.fps is not None or arguments.frames is not None:
+        video = {key: value for key, value in video.items() if key not in ("fps", "frames")}
+    asked = {key: getattr(arguments, key) for key in ("fps", "frames", "max_frames", "max_pixels")}
+    video |= {key: value for key, value in asked.items() if value is not None}
+    try:
+        return DataConfig.model_validate({"video": video, "image": about.get("image", {}), "pack_tokens": 1 << 20})
+    except ValueError as error:
+        detail = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in detail["loc"])
+        raise UserError(f"{where}: {detail['msg']}; see --fps, --frames, --max-frames, --max-pixels") from error
+
+
+def show(path: Path, prompt: str, answer: str, arguments: argparse.Namespace) -> None:
+    """One answer."""
+    if arguments.json:
+        print(json.dumps({"video": str(path), "prompt": prompt, "prediction": answer}, ensure_ascii=False), flush=True)
+    else:
+        print(answer if len(arguments.videos) == 1 else f"{path}: {answer}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
