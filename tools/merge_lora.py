@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vft.console import user_errors
-from vft.lora import Adapter, attach, lora_scale, merged
+from vft.files import whole_folder
+from vft.lora import ABOUT_FILE, Adapter, attach, lora_scale, merged
 from vft.models import build
 from vft.models.weights import Checkpoint, copy_companions
 from vft.types import UserError
@@ -35,22 +35,12 @@ def merge(base: str, adapter_folder: Path, output: Path) -> int:
     adapter = Adapter.open(adapter_folder, skeleton.peft_prefixes)
     attach(skeleton.model, adapter, skeleton.towers)
     adapter.check(skeleton.model, base, checkpoint.fingerprint)
-    partial = output.with_name(f".partial-{output.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        changed = _merge_files(checkpoint, adapter, partial)
-        copy_companions(checkpoint, partial)
-        about = {**(adapter.config.get("vft") or {}), "base": base, "adapter": str(adapter_folder)}
-        (partial / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        _compare(checkpoint, partial)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"--output = {str(output)!r}: can't be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(output) as folder:
+        changed = _merge_files(checkpoint, adapter, folder)
+        copy_companions(checkpoint, folder)
+        about = {**adapter.about, "base": base, "adapter": str(adapter_folder)}
+        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        _compare(checkpoint, folder)
     return changed
 
 
@@ -83,7 +73,8 @@ def _compare(checkpoint: Checkpoint, folder: Path) -> None:
         base, written = _header(file), _header(folder / file.name)
         if base != written:
             odd = sorted(name for name in base.keys() | written.keys() if base.get(name) != written.get(name))
-            raise UserError(f"{folder / file.name}: {odd[0]}: {base.get(odd[0])} in the base, {written.get(odd[0])} here")
+            found = f"{base.get(odd[0])} in the base, {written.get(odd[0])} after merging"
+            raise UserError(f"{folder / file.name}: {odd[0]}: {found}")
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -95,8 +86,8 @@ def _header(file: Path) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--base", required=True, help="folder or hub name of the model that the adapter was trained on")
-    parser.add_argument("--adapter", required=True, type=Path, help="folder of the adapter, such as runs/caption/adapter")
+    parser.add_argument("--base", required=True, help="folder or hub name of the adapter's base model")
+    parser.add_argument("--adapter", required=True, type=Path, help="its folder, such as runs/caption/adapter")
     parser.add_argument("--output", required=True, type=Path, help="folder to write, new or empty")
     arguments = parser.parse_args()
     with user_errors():

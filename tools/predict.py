@@ -20,8 +20,9 @@ from vft.data.pool import WorkerPool
 from vft.data.video import MediaError, scan
 from vft.distributed import environment
 from vft.evaluate import Answerer, load_model, require_folder, user_question
+from vft.lora import ABOUT_FILE
 from vft.models.generate import Sampling
-from vft.types import MediaRef, UserError
+from vft.types import MediaKind, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -71,7 +72,7 @@ def predict(arguments: argparse.Namespace) -> int:
         config = data_config(arguments, about)
         answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, scan, pool, world)
         for path in arguments.videos:
-            kind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
+            kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
             question = user_question(str(path), [MediaRef(kind, path)], prompt)
             try:
                 show(path, prompt, answerer.answer([question], sampling)[0], arguments)
@@ -85,7 +86,8 @@ def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]
     """What training recorded beside the adapter or in the merged model; empty for a plain base."""
     if adapter is None:
         return merged
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("vft") or {}
+    file = adapter / ABOUT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataConfig:

@@ -2,14 +2,13 @@
 
     step-000100/   trainable.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written beside its final place, every file flushed to disk, the manifest last, and then renamed.
+A checkpoint is written beside its final place, the manifest last, every file flushed to disk, and then renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vft.distributed import local_part, local_rows, whole
+from vft.files import whole_folder
 from vft.types import UserError
 
 MANIFEST = "manifest.json"
@@ -47,25 +47,12 @@ def save(
             moments[f"{moment}.{name}"] = _to_cpu(slots[moment])
     if not write:
         return
-    folder, partial = root / f"step-{step:06d}", root / f".partial-step-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(trainable, partial / "trainable.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        write_text(partial / "state.json", json.dumps({**state, "step": step}, indent=1) + "\n")
-        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-        write_text(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
-        flush_folder(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        flush_folder(root)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{folder}: can't be written ({error.strerror}); free space or name another output_dir"
-        ) from error
+    with whole_folder(root / f"step-{step:06d}") as folder:
+        save_file(trainable, folder / "trainable.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n", encoding="utf-8")
+        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
     for old in list_checkpoints(root)[keep_last:] if keep_last else []:
         shutil.rmtree(old)
 
@@ -121,31 +108,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             for moment in MOMENTS:
                 _copy_rows(slots[moment], reader.get_slice(f"{moment}.{name}"))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and flush it to disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(f".partial-{path.name}")
-    write_text(partial, text)
-    partial.replace(path)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder and files written by libraries in it survive a power cut."""
-    for path in [folder, *(p for p in folder.iterdir() if p.is_file())]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

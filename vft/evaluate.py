@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vft.checkpoint import replace_text
 from vft.config import DataConfig
 from vft.data import vision
 from vft.data.budget import limits_of, plan_media
@@ -21,6 +20,7 @@ from vft.data.documents import Documents
 from vft.data.packing import collate
 from vft.data.pool import WorkerPool
 from vft.distributed import World
+from vft.files import replace_text
 from vft.lora import Adapter, attach
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
@@ -127,7 +127,6 @@ def evaluate(
     asked = questions([one for members in held_out.members for one in members], limit)
     answers = answerer.answer_all(asked, sampling, batch_size)
     if answerer.world.is_main:
-        file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(file, "".join(prediction_line(q, a) for q, a in zip(asked, answers, strict=True)))
     return task.score(answers, [question.references for question in asked])
 

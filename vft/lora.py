@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from vft.config import LoraConfig
 from vft.distributed import local_part, local_rows, whole
+from vft.files import whole_folder
 from vft.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ABOUT_FILE = "vft.json"
+"""Where an adapter came from and what it was trained with; PEFT and vLLM don't look at it."""
 PEFT_ROOT = "base_model.model."
 
 Towers = Mapping[str, tuple[str, ...]]
@@ -171,6 +174,8 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
+    about: dict[str, Any]
+    """What this project's training recorded; empty for another's adapter."""
     shapes: dict[str, tuple[int, ...]]
     """By the parameter names of this project's model."""
     file_names: dict[str, str]
@@ -195,7 +200,9 @@ class Adapter:
         except SafetensorError as error:
             raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
-        return Adapter(folder, config, {ours: stored[name] for ours, name in file_names.items()}, file_names)
+        about_file = folder / ABOUT_FILE
+        about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.is_file() else {}
+        return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
 
     @property
     def lora(self) -> LoraConfig:
@@ -210,7 +217,7 @@ class Adapter:
 
     def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
         """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
-        made_for = (self.config.get("vft") or {}).get("base_fingerprint")
+        made_for = self.about.get("base_fingerprint")
         if made_for and made_for != fingerprint:
             raise UserError(
                 f"{self.folder / CONFIG_FILE}: base_model_name_or_path = "
@@ -258,9 +265,9 @@ def export_adapter(
     about: Mapping[str, Any],
     write: bool,
 ) -> None:
-    """Write PEFT's two files. Every process calls it (tensors are gathered), the one with `write` writes.
+    """Write PEFT's two files, and `about` beside them.
 
-    `about` goes into the configuration under "vft": where the adapter came from. PEFT ignores it.
+    Every process calls it (tensors are gathered), the one with `write` writes.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -284,11 +291,11 @@ def export_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": _regular_expression(modules),
-        "vft": dict(about),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, content in ((CONFIG_FILE, config), (ABOUT_FILE, dict(about))):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

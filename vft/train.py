@@ -26,6 +26,7 @@ from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import Answerer, evaluate
+from vft.files import replace_text
 from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
@@ -155,10 +156,9 @@ class Trainer:
     def start_folder(self) -> None:
         """Write what the run is and which samples it leaves out."""
         if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.replace_text(self.folder / "config.toml", configs.dump(self.config))
+            replace_text(self.folder / "config.toml", configs.dump(self.config))
             lines = "".join(item.line() + "\n" for item in self.documents.bad)
-            checkpoints.replace_text(self.folder / "quarantine.jsonl", lines)
+            replace_text(self.folder / "quarantine.jsonl", lines)
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
 
@@ -308,7 +308,7 @@ class Trainer:
         """quarantine.jsonl: what the index left out, then what failed to decode."""
         if self.world.is_main:
             lines = "".join(item.line() + "\n" for item in [*self.documents.bad, *known])
-            checkpoints.replace_text(self.folder / "quarantine.jsonl", lines)
+            replace_text(self.folder / "quarantine.jsonl", lines)
 
     def evaluate(self) -> None:
         """Scores on held-out samples."""

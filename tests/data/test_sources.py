@@ -153,7 +153,14 @@ def test_placeholders_and_typed_slots(tmp_path: Path) -> None:
         "images": ["p.png", "q.png"],
     }
     parts = parts_of(read_one(tmp_path, record), tmp_path)
-    assert parts[0] == ["one ", ("video", "a.mp4"), "\nand ", ("image", "p.png"), ", frames ", ("video", ("0.jpg", "1.jpg"))]
+    assert parts[0] == [
+        "one ",
+        ("video", "a.mp4"),
+        "\nand ",
+        ("image", "p.png"),
+        ", frames ",
+        ("video", ("0.jpg", "1.jpg")),
+    ]
     assert parts[2] == [("image", "q.png"), "?"]
 
 
@@ -185,6 +192,17 @@ def test_ids_are_unique(tmp_path: Path) -> None:
     assert ids[:2] == ["x", "x#2"] and ids[4] == "t-5" and len(set(ids)) == 5
 
 
+def listing(text: str, *media: Any) -> dict[str, Any]:
+    return {"messages": [user(text), ANSWER], "videos": list(media)}
+
+
+def part(**keys: Any) -> dict[str, Any]:
+    return {"messages": [user([{"type": "video", "video": "a.mp4", **keys}]), ANSWER]}
+
+
+PART_0 = "messages[0].content[0]"
+
+
 @pytest.mark.parametrize(
     ("record", "field", "message"),
     [
@@ -199,27 +217,31 @@ def test_ids_are_unique(tmp_path: Path) -> None:
         ({"messages": [user("?"), {"role": "assistant", "content": " "}]}, "messages[1]", "empty"),
         ({"messages": [user("\ud800"), ANSWER]}, "messages[0].content", "surrogate"),
         ({"messages": [user("?"), ANSWER], "id": ["x"]}, "id", "of type list"),
-        ({"messages": [user("<video><video>"), ANSWER], "videos": ["a.mp4"]}, "videos", "2 <video> placeholder(s) in the text but 1"),
-        ({"messages": [user("<video>"), ANSWER]}, "videos", "1 <video> placeholder(s) in the text but 0"),
-        ({"messages": [user("<image>"), ANSWER], "videos": ["a"], "images": ["b"]}, "videos", "0 <video> placeholder(s)"),
-        ({"messages": [user("?"), {"role": "assistant", "content": "<video>"}], "videos": ["a"]}, "messages[1].content", "in an answer"),
-        ({"messages": [user("<video>"), ANSWER], "videos": [5]}, "videos[0]", "5 is of type int"),
-        ({"messages": [user("<video>"), ANSWER], "videos": [[]]}, "videos[0]", "empty list"),
-        ({"messages": [user("<video>"), ANSWER], "videos": ["https://a.b/c.mp4"]}, "videos[0]", "URLs in records are off"),
-        ({"messages": [user("<video>"), ANSWER], "videos": ["file:///etc/passwd"]}, "videos[0]", "URLs in records are off"),
-        ({"messages": [user("<video>"), ANSWER], "videos": ["/etc/passwd"]}, "videos[0]", "out of data.root"),
-        ({"messages": [user("<video>"), ANSWER], "videos": ["../../x.mp4"]}, "videos[0]", "out of data.root"),
-        ({"messages": [user("<video>"), ANSWER], "videos": ["a\0b"]}, "videos[0]", "is no path"),
-        ({"messages": [user([{"type": "audio"}]), ANSWER]}, "messages[0].content[0].type", "unknown type 'audio'"),
-        ({"messages": [user([{"type": "video", "video": "a", "fsp": 2}]), ANSWER]}, "messages[0].content[0].fsp", "unknown key"),
-        ({"messages": [user([{"type": "video", "video": "a", "fps": True}]), ANSWER]}, "messages[0].content[0].fps", "True must be a number"),
-        ({"messages": [user([{"type": "video", "video": "a", "nframes": 2.5}]), ANSWER]}, "messages[0].content[0].nframes", "whole number"),
-        ({"messages": [user([{"type": "video", "video": "a", "fps": 1, "nframes": 2}]), ANSWER]}, "messages[0].content[0].nframes", "beside fps = 1"),
-        ({"messages": [user([{"type": "video", "video": "a", "video_start": 5, "video_end": 2}]), ANSWER]}, "messages[0].content[0].video_start", "above video_end = 2"),
-        ({"messages": [user([{"type": "image", "image": "a", "fps": 1}]), ANSWER]}, "messages[0].content[0].fps", "unknown key"),
-        ({"messages": [user([{"type": "video", "video": "a"}]), ANSWER], "videos": ["b"]}, "videos[0]", "keep one of the two"),
+        (listing("<video><video>", "a.mp4"), "videos", "2 <video> placeholder(s) in the text but 1 video(s) listed"),
+        (listing("<video>"), "videos", "1 <video> placeholder(s) in the text but 0"),
+        (listing("<image>", "a") | {"images": ["b"]}, "videos", "0 <video> placeholder(s)"),
+        (
+            listing("?", "a") | {"messages": [{"role": "assistant", "content": "<video>"}]},
+            "messages[0].content",
+            "in an",
+        ),
+        (listing("<video>", 5), "videos[0]", "5 is of type int"),
+        (listing("<video>", []), "videos[0]", "empty list"),
+        (listing("<video>", "https://a.b/c.mp4"), "videos[0]", "URLs in records are off"),
+        (listing("<video>", "file:///etc/passwd"), "videos[0]", "URLs in records are off"),
+        (listing("<video>", "/etc/passwd"), "videos[0]", "out of data.root"),
+        (listing("<video>", "../../x.mp4"), "videos[0]", "out of data.root"),
+        (listing("<video>", "a\0b"), "videos[0]", "is no path"),
+        (part(type="audio"), f"{PART_0}.type", "unknown type 'audio'"),
+        (part(fsp=2), f"{PART_0}.fsp", "unknown key"),
+        (part(fps=True), f"{PART_0}.fps", "True must be a number"),
+        (part(nframes=2.5), f"{PART_0}.nframes", "whole number"),
+        (part(fps=1, nframes=2), f"{PART_0}.nframes", "beside fps = 1"),
+        (part(video_start=5, video_end=2), f"{PART_0}.video_start", "above video_end = 2"),
+        (part(type="image", video=None, image="a", fps=1), f"{PART_0}.fps", "unknown key"),
+        (part() | {"videos": ["b"]}, "videos[0]", "keep one of the two"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(tmp_path: Path, record: Any, field: str, message: str) -> None:
     bad = fail_one(tmp_path, record)
     assert (bad.origin, bad.field) == ("train.json:2", field)
@@ -305,30 +327,75 @@ def test_llava_video_mistakes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- fuzz
 
 WORDS = st.sampled_from(
-    ["user", "gpt", "system", "text", "video", "image", "<video>", "<image>\n?", "a.mp4", "..", "http://x/y", "0.jpg", ""]
+    [
+        "user",
+        "gpt",
+        "system",
+        "text",
+        "video",
+        "image",
+        "<video>",
+        "<image>\n?",
+        "a.mp4",
+        "..",
+        "http://x/y",
+        "0.jpg",
+        "",
+    ]
 )
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | WORDS
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | WORDS
+)
 KEYS = st.sampled_from(
-    "id messages conversations role content from value type text video image videos images video_url url data_source "
-    "fps nframes min_frames max_frames video_start video_end sample_fps resized_height path".split()
+    [
+        "id",
+        "messages",
+        "conversations",
+        "role",
+        "content",
+        "from",
+        "value",
+        "type",
+        "text",
+        "url",
+        "video",
+        "image",
+        "videos",
+        "images",
+        "video_url",
+        "path",
+        "data_source",
+        "fps",
+        "nframes",
+        "video_start",
+        "video_end",
+        "sample_fps",
+    ]
 )
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=6)
 )
 PART = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "video", "image"])}, optional={"text": WORDS, "video": JSON, "image": JSON, "fps": LEAVES}
+    {"type": st.sampled_from(["text", "video", "image"])},
+    optional={"text": WORDS, "video": JSON, "image": JSON, "fps": LEAVES},
 )
-TURN = st.fixed_dictionaries({"role": WORDS, "content": JSON | WORDS | st.lists(PART, max_size=3)}) | st.fixed_dictionaries(
-    {"from": WORDS, "value": JSON | WORDS}
-)
-RECORD = JSON | st.fixed_dictionaries(
-    {}, optional={"id": LEAVES, "messages": st.lists(TURN | JSON, max_size=3), "conversations": st.lists(TURN, max_size=3),
-                  "video": JSON, "videos": JSON, "images": JSON, "data_source": LEAVES}
-)  # fmt: skip
+TURN = st.fixed_dictionaries(
+    {"role": WORDS, "content": JSON | WORDS | st.lists(PART, max_size=3)}
+) | st.fixed_dictionaries({"from": WORDS, "value": JSON | WORDS})
+TURNS = st.lists(TURN | JSON, max_size=3)
+FIELDS = {"id": LEAVES, "messages": TURNS, "conversations": TURNS, "data_source": LEAVES}
+RECORD = JSON | st.fixed_dictionaries({}, optional=FIELDS | {key: JSON for key in ("video", "videos", "images")})
 
 
 @pytest.mark.parametrize("format", sorted(sources.FORMATS))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(records=st.lists(RECORD, max_size=3))
 def test_any_json(tmp_path: Path, format: str, records: list[Any]) -> None:
     samples, bad = sources.read(format, write(tmp_path / "fuzz.json", records), tmp_path)
@@ -337,7 +404,7 @@ def test_any_json(tmp_path: Path, format: str, records: list[Any]) -> None:
     assert all(turn.parts for sample in samples for turn in sample.turns)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet='[]{},:"\\ \n1truenI-.', max_size=40))
 def test_any_text(tmp_path: Path, text: str) -> None:
     """Text that the standard library reads as a list gives the same records; the rest is a UserError or JSONL."""

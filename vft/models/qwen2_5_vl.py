@@ -125,7 +125,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The released Conv3d as the matrix product that it is on whole patches: some stacks are slow or broken in Conv3d."""
+    """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

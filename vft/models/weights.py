@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from vft.distributed import local_part, local_rows, whole
+from vft.files import whole_folder
 from vft.types import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -171,26 +173,22 @@ def _open(file: Path) -> Any:
 def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: dict[str, Any], write: bool) -> None:
     """The whole model in the layout of its base: same files, names and dtypes, and everything else beside them.
 
-    Every process calls it (tensors are gathered, a file's worth at a time), the one with `write` writes: to a
-    temporary folder that is renamed when it is complete. `about` goes into vft.json.
+    Every process calls it (tensors are gathered, a file's worth at a time), the one with `write` writes. `about` goes
+    into vft.json.
     """
     parameters = dict(model.named_parameters())
-    partial = folder.with_name(f".partial-{folder.name}")
-    if write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    for file in sorted(set(checkpoint.weight_files.values())):
-        names = [name for name, home in checkpoint.weight_files.items() if home == file]
-        with _open(file) as reader:
-            dtypes = {name: reader.get_tensor(name).dtype for name in names}
-        tensors = {name: whole(parameters[name].detach()).to(dtypes[name]).cpu().contiguous() for name in names}
+    with whole_folder(folder) if write else nullcontext(folder) as partial:
+        for file in sorted(set(checkpoint.weight_files.values())):
+            names = [name for name, home in checkpoint.weight_files.items() if home == file]
+            with _open(file) as reader:
+                dtypes = {name: reader.get_tensor(name).dtype for name in names}
+            # Gathered by every process, whoever writes.
+            tensors = {name: whole(parameters[name].detach()).to(dtypes[name]).cpu().contiguous() for name in names}
+            if write:
+                save_file(tensors, partial / file.name, metadata={"format": "pt"})
         if write:
-            save_file(tensors, partial / file.name, metadata={"format": "pt"})
-    if write:
-        copy_companions(checkpoint, partial)
-        (partial / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+            copy_companions(checkpoint, partial)
+            (partial / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:

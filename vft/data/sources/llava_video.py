@@ -38,8 +38,8 @@ def _parse(record: Mapping[str, Any], file: Path, root: Path) -> tuple[Turn, ...
         raise RecordError("video", f"is missing; the record has {found}")
     video = check_text(record["video"], "video")
     located, mode = resolve_path(root, video, "video")
-    for folder in (_config(file, root), record.get("data_source")):
-        if mode or not folder:
+    for folder in filter(None, (_config(file, root), record.get("data_source"))):
+        if mode:
             break
         candidate, found_mode = resolve_path(root, f"{check_text(folder, 'data_source')}/{video}", "video")
         if found_mode:

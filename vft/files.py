@@ -1,0 +1,64 @@
+"""Files and folders that are whole or not there: written aside, flushed to disk, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vft.types import UserError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; at the end it takes the place of `folder`. After an error nothing of it is left.
+
+    UserError where it can't be written (a full disk, a read-only folder).
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _flush(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _flush_entry(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be written ({error.strerror}); free space, or name a folder that can be written"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written. UserError where it can't be written."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        _flush_entry(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: can't be written ({error.strerror}); free space, or name a folder that can be written"
+        ) from error
+
+
+def _flush(folder: Path) -> None:
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
