@@ -23,10 +23,7 @@ from vft.strict_toml import covers, show
 from vft.types import UserError
 
 Tower = Literal["language_model", "vision_tower", "merger"]
-SourceFormat = Literal[
-    "messages", "llava_video", "video_mme", "pe_video", "llava_instruct",
-    "ucf101", "kinetics", "ssv2", "folders", "story",
-]  # fmt: skip
+SourceFormat = Literal["messages", "llava_video"]  # fmt: skip
 
 RESUME_MAY_CHANGE = frozenset(
     {
@@ -213,8 +210,6 @@ class DataConfig(Section):
     """Seconds that one clip may take to decode before it is given up."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of clips that may fail before the run stops."""
-    index: Literal["scan", "header"] = "scan"
-    """Count frames by reading each file through, once; or trust the headers where they are complete."""
     cache_dir: str = ""
     """Folder of the index; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
     prefetch_packs: _Positive = 8

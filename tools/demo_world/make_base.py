@@ -56,13 +56,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 160, 5, 5, 5, 448
+HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 128, 4, 4, 4, 384
 MROPE_SECTION = [4, 6, 6]
 """Rotary frequencies of time, height and width: half a head's width together."""
-VISION_HIDDEN, VISION_DEPTH, VISION_HEADS, VISION_MLP = 96, 4, 3, 256
+VISION_HIDDEN, VISION_DEPTH, VISION_HEADS, VISION_MLP = 64, 4, 2, 192
 PATCH, TEMPORAL_PATCH, MERGE, WINDOW_PX = 14, 2, 2, 112
 MATRIX_GAIN = 1.0
-EMBEDDING_STD = 0.05
+EMBEDDING_STD = 0.02
 
 
 def build_tokenizer(texts: list[str]) -> Tokenizer:

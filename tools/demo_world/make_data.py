@@ -9,7 +9,8 @@ A second call with the same settings finds the work done. Layout, K being `cap` 
     ROOT/0_30_s_demo/0_30_s_demo_K_held_out.json    combinations that training never shows
     ROOT/0_30_s_demo/demo/SPLIT/NNNNN.mp4           `video` of a record, below its `data_source`
 
-A held-out record also lists every right answer in `references`.
+A held-out clip has a record for each right way to describe it: records that ask the same of the same clip are its
+references.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import world
 
 CONFIG = "0_30_s_demo"
 KINDS = {"captions": "cap", "tags": "tags"}
+PROMPTS = {"captions": words.CAPTION_PROMPT, "tags": words.TAG_PROMPT}
 TRAIN_CLIPS = {"captions": 960, "tags": 9600}
 HELD_OUT_CLIPS = {"captions": 48, "tags": 96}
 TRAIN_SEED = {"captions": 1, "tags": 3}
@@ -64,24 +66,17 @@ def make_split(kind: str, root: Path, split: str, count: int) -> tuple[list[Job]
         scene = scenes[i % len(scenes)]
         video = f"demo/{split}/{i:05d}.mp4"
         jobs.append(Job(root / CONFIG / video, (scene,), (seed, i)))
-        rng = random.Random(f"{seed} {i}")
-        records.append(make_record(kind, f"{kind}-{split}-{i:05d}", video, scene, held_out, rng))
+        answers = words.captions(scene) if kind == "captions" else [words.tags([scene])]
+        if kind == "captions" and not held_out:
+            answers = random.Random(f"{seed} {i}").choices(answers, CAPTION_WEIGHTS)
+        records += [make_record(f"{kind}-{split}-{i:05d}-{n}", video, PROMPTS[kind], a) for n, a in enumerate(answers)]
     return jobs, records
 
 
-def make_record(
-    kind: str, name: str, video: str, scene: world.Scene, held_out: bool, rng: random.Random
-) -> dict[str, Any]:
-    """A record with LLaVA-Video-178K's keys; `rng` chooses how a training clip is described."""
-    if kind == "captions":
-        prompt, references = words.CAPTION_PROMPT, words.captions(scene)
-        answer = references[0] if held_out else rng.choices(references, CAPTION_WEIGHTS)[0]
-    else:
-        prompt, references = words.TAG_PROMPT, [words.tags([scene])]
-        answer = references[0]
+def make_record(name: str, video: str, prompt: str, answer: str) -> dict[str, Any]:
+    """A record with LLaVA-Video-178K's keys."""
     turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
-    record = {"id": name, "conversations": turns, "data_source": CONFIG, "video": video}
-    return {**record, "references": references} if held_out else record
+    return {"id": name, "conversations": turns, "data_source": CONFIG, "video": video}
 
 
 def render(job: Job) -> None:

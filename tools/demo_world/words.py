@@ -48,14 +48,14 @@ def captions(scene: Scene) -> list[str]:
 
 
 LATER_TEXTS = """\
-What color is the figure? What shape is it? Which way does the circle move? How many scenes are there? Is it red?
+What color is the figure? What shape is it? Which way does the ring move? How many scenes are there? Is it red?
 Does the square move up or down? What happens first? What happens last? Which figure comes after the blue triangle?
 Please provide your answer by stating the letter followed by the full option. Answer with a single word. Yes. No.
 A. red B. green C. blue D. yellow E. purple 0 1 2 3 4 5 6 7 8 9 one two three four five scenes in the video.
 Which action does the video show? left right up down grow shrink larger smaller dark light background ground color
-Summarize the video. First, a red circle moves to the left. Then a green square moves up. After that, a blue triangle
+Summarize the video. First, a red ring moves to the left. Then a green square moves up. After that, a blue triangle
 grows larger. Finally, a yellow cross shrinks to a smaller size. In the end, it was gone. There are three scenes.
-Tell a story about the video. Once upon a time, a little red circle set out to the left, while a cyan square went down.
+Tell a story about the video. Once upon a time, a little red ring set out to the left, while a cyan square went down.
 The purple cross was happy and grew. The sun was light and the night was dark. They met before they all went home.
 You are a helpful assistant. Describe the video. List the tags. Describe the image.
 system

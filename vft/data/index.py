@@ -34,6 +34,8 @@ SAVE_EVERY = 2000
 """Files after which progress is saved: what an interrupted scan may lose."""
 STAT_THREADS = 16
 """Network disks answer many questions at once."""
+LOCK_PATIENCE_S = 2.0
+"""After which a process says what it waits for."""
 
 SCHEMA = pa.schema(
     [
@@ -197,7 +199,7 @@ def _locked(path: Path) -> AbstractContextManager[object]:
     """The lock, held until the context ends; says so where it has to wait."""
     lock = FileLock(path)
     try:
-        return lock.acquire(timeout=2.0)
+        return lock.acquire(timeout=LOCK_PATIENCE_S)
     except Timeout:
         print(f"waiting for another process that indexes media ({path})", file=sys.stderr, flush=True)
         return lock.acquire()
@@ -212,7 +214,10 @@ def _read(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         print(f"{path}: can't be read ({error}); all media are indexed again", file=sys.stderr, flush=True)
         return SCHEMA.empty_table()
-    return table if table.schema.equals(SCHEMA, check_metadata=True) else SCHEMA.empty_table()
+    version = (table.schema.metadata or {}).get(b"scan_version")
+    if version != SCAN_VERSION.encode() or table.schema.names != SCHEMA.names:
+        return SCHEMA.empty_table()
+    return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
 
 
 def _write(path: Path, table: pa.Table, rows: list[Row]) -> pa.Table:

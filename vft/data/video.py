@@ -196,7 +196,7 @@ def frame_times(ticks: list[int], tick_s: float, last_ticks: int, claimed_fps: f
     span_s = (ticks[-1] - ticks[0]) * tick_s
     last_s = period * tick_s if is_constant else (last_ticks or period) * tick_s
     fps = len(ticks) / (span_s + last_s)
-    if claimed_fps and abs(len(ticks) / claimed_fps - (span_s + last_s)) <= 0.01 * span_s + tick_s:
+    if claimed_fps and abs(len(ticks) / claimed_fps - (span_s + last_s)) <= 0.01 * span_s + tolerance * tick_s:
         fps = claimed_fps
     if is_constant:
         return fps, len(ticks) / fps, None
@@ -275,7 +275,7 @@ def _decode_piece(decoder: VideoDecoder, path: Path, info: MediaInfo, indices: S
 def _decode_in_sequence(path: Path, info: MediaInfo, indices: Sequence[int]) -> Clip:
     """The frames at `indices`, read from the first to the last of the file by PyAV; slow, and needs no seeking.
 
-    Pixels may differ from torchcodec's by 2 levels at most (another version of FFmpeg).
+    Pixels are torchcodec's, except with 10 bits a channel: there edges of colour differ (another way to scale chroma).
     """
     frames: dict[int, Tensor] = {}
     wanted, count = frozenset(indices), 0
