@@ -47,7 +47,9 @@ SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 )
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -142,6 +144,9 @@ def save_checkpoint(
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * 1.3 * parameter[0].numel() ** -0.5)
+            if "embed_tokens" in name or "lm_head" in name:
+                # A generated placeholder would make transformers ask for more media.
+                parameter[[ids["image_pad"], ids["video_pad"]]] = 0
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
@@ -221,9 +226,7 @@ class Media:
     patches: tuple[Patches, ...]
 
     @staticmethod
-    def make(
-        spec: Any, media: Sequence[tuple[MediaRef, MediaInfo]], frames: int | None = None, seed: int = 0
-    ) -> Media:
+    def make(spec: Any, media: Sequence[tuple[MediaRef, MediaInfo]], frames: int | None = None, seed: int = 0) -> Media:
         """All frames of each medium, or `frames` of them, at the nearest allowed size."""
         plans = tuple(spec.plan(ref, info, replace(LIMITS, frames=frames or info.num_frames)) for ref, info in media)
         generator = torch.Generator().manual_seed(seed)

@@ -188,7 +188,7 @@ def assert_loss_and_gradients(model: Any, case: Case, stored_name: Callable[[str
     model.zero_grad()
     loss = model(case.batch)
     loss.backward()
-    assert float(loss) == pytest.approx(case.facts["loss_sum"], rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(case.facts["loss_sum"], rel=1e-5)
     gradients = {stored_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
     norms = case.facts["grad_norms"]
     total = case.facts["grad_norm_total"]
