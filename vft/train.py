@@ -24,10 +24,10 @@ from vft.data.documents import BadItem, Documents, check_bad, load_documents
 from vft.data.loader import Loader
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.distributed import World, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
+from vft.distributed import World, environment, local_part, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import Answerer, evaluate
 from vft.files import replace_text
-from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
+from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter, tower_of
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, export_model, load_weights
@@ -206,7 +206,7 @@ class Trainer:
             group["lr"] = rate
         result = self.forward_backward(watch)
         if self.step == 1:
-            self.check_first_step(result.loss)
+            self.check_first_step(result)
         self.optimizer.step()
         self.optimizer.zero_grad()
         result.elapsed_s = watch.elapsed_s
@@ -216,7 +216,7 @@ class Trainer:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
         device, world = self.world.device, self.world
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        counts = dict.fromkeys(("num_targets", "tokens", "samples", "flops", "digest", "bad"), 0)
+        counts = dict.fromkeys(("num_targets", "tokens", "samples", "patches", "flops", "digest", "bad"), 0)
         packs_left = self.config.train.packs_per_step // world.size
         packs = self.loader.step()
         while packs_left:
@@ -234,6 +234,7 @@ class Trainer:
             counts["num_targets"] += batch.num_targets
             counts["tokens"] += batch.num_tokens
             counts["samples"] += len(batch.sample_ids)
+            counts["patches"] += batch.pixels_PD.shape[0]
             counts["flops"] += int(self.flops.count(batch))
             counts["digest"] += pack.digest
         next(packs, None)  # lets the loader note that the step is over
@@ -253,18 +254,27 @@ class Trainer:
             )
         return StepResult(total_loss / targets, counts, norm, 0.0, watch.waited_s)
 
-    def check_first_step(self, loss: float) -> None:
+    def check_first_step(self, result: StepResult) -> None:
         """Silent failures show now: weights that were never loaded, adapters that get no gradient."""
         chance = math.log(self.model.config.vocabulary)
-        if loss > chance:
+        if result.loss > chance:
             self.monitor.say(
-                f"warning: the first loss, {loss:.2f}, is above that of guessing, ln(vocabulary) = {chance:.2f}: "
+                f"warning: the first loss, {result.loss:.2f}, above that of guessing, ln(vocabulary) = {chance:.2f}: "
                 "check that model.path is the checkpoint you mean"
             )
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad != (parameter.grad is not None):
                 state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
                 raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
+        # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the tower.
+        named = {n: p for n, p in self.model.named_parameters() if n.endswith("lora_B.weight")}
+        if not named:
+            return
+        sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
+        for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
+            tower = tower_of(name, self.skeleton.towers)
+            if size == 0 and (tower == "language_model" or result.counts["patches"]):
+                raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({tower})")
 
     def describe(self, result: StepResult, rate: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -222,53 +219,53 @@ def greedy_by_recomputing(tiny: Tiny, batch: Batch) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def answers(tiny: Tiny) -> dict[str, list[int]]:
-    found = {name: greedy_by_recomputing(tiny, prompt(tiny, name)) for name in ROWS}
+def answers(tiny_untied: Tiny) -> dict[str, list[int]]:
+    found = {name: greedy_by_recomputing(tiny_untied, prompt(tiny_untied, name)) for name in ROWS}
     assert all(len(set(tokens)) > 4 for tokens in found.values()), "answers that repeat one token prove little"
     assert len({tuple(tokens) for tokens in found.values()}) == len(found)
     return found
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_generation_alone(tiny: Tiny, answers: dict[str, list[int]], name: str) -> None:
-    assert generate(tiny.ours(), prompt(tiny, name), (), Sampling(STEPS)) == [answers[name]]
+def test_generation_alone(tiny_untied: Tiny, answers: dict[str, list[int]], name: str) -> None:
+    assert generate(tiny_untied.ours(), prompt(tiny_untied, name), (), Sampling(STEPS)) == [answers[name]]
 
 
 @pytest.mark.parametrize("name", ["text", "picture"])
-def test_generation_is_that_of_transformers(tiny: Tiny, name: str) -> None:
+def test_generation_is_that_of_transformers(tiny_untied: Tiny, name: str) -> None:
     """Its `generate` numbers text after long videos otherwise; where no video is, both rules agree."""
-    batch = prompt(tiny, name)
-    inputs = inputs_for_transformers(batch, tiny.encoder.spec)
+    batch = prompt(tiny_untied, name)
+    inputs = inputs_for_transformers(batch, tiny_untied.encoder.spec)
     del inputs["position_ids"]
     kinds = batch.documents[0].media_mask_T.long()[None]
     options = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        whole = tiny.theirs.generate(**inputs, mm_token_type_ids=kinds, **options)
+        whole = tiny_untied.theirs.generate(**inputs, mm_token_type_ids=kinds, **options)
     wanted = whole[0, batch.num_tokens :].tolist()
-    assert generate(tiny.ours(), batch, (), Sampling(STEPS)) == [wanted]
+    assert generate(tiny_untied.ours(), batch, (), Sampling(STEPS)) == [wanted]
 
 
-def test_generation_of_several_prompts(tiny: Tiny, answers: dict[str, list[int]]) -> None:
+def test_generation_of_several_prompts(tiny_untied: Tiny, answers: dict[str, list[int]]) -> None:
     """Prompts of different length and media in one row: each as alone, one of them ended early by a stop token."""
-    batches = [prompt(tiny, name) for name in ROWS]
+    batches = [prompt(tiny_untied, name) for name in ROWS]
     members = []
     for name, batch in zip(ROWS, batches, strict=True):
-        members.append((batch.documents[0], Media.make(tiny.encoder.spec, ROWS[name][1]).patches))
+        members.append((batch.documents[0], Media.make(tiny_untied.encoder.spec, ROWS[name][1]).patches))
     stop = answers["video"][6]
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in answers.values()]
     assert len(expected[2]) <= 6 and max(map(len, expected)) == STEPS
-    found = generate(tiny.ours(), collate(members, tiny.encoder.spec), (stop,), Sampling(STEPS))
+    found = generate(tiny_untied.ours(), collate(members, tiny_untied.encoder.spec), (stop,), Sampling(STEPS))
     assert found == expected
 
 
-def test_generation_of_nothing(tiny: Tiny) -> None:
+def test_generation_of_nothing(tiny_untied: Tiny) -> None:
     """A process without a prompt takes part, and has no answers."""
-    assert generate(tiny.ours(), collate([], tiny.encoder.spec), (), Sampling(2)) == []
+    assert generate(tiny_untied.ours(), collate([], tiny_untied.encoder.spec), (), Sampling(2)) == []
 
 
-def test_sampling(tiny: Tiny) -> None:
+def test_sampling(tiny_untied: Tiny) -> None:
     """A nucleus of nearly nothing is the likeliest token; a seed gives the same draw again, another seed another."""
-    model, batch = tiny.ours(), prompt(tiny, "text")
+    model, batch = tiny_untied.ours(), prompt(tiny_untied, "text")
     greedy = generate(model, batch, (), Sampling(STEPS))
     assert generate(model, batch, (), Sampling(STEPS, temperature=1.0, top_p=1e-6, seed=3)) == greedy
     drawn = [generate(model, batch, (), Sampling(STEPS, temperature=2.0, seed=seed)) for seed in (0, 0, 1)]
@@ -315,15 +312,8 @@ def test_patches_of_a_picture(tiny: Tiny) -> None:
 
 @pytest.fixture(scope="module")
 def video_processor() -> Any:
-    """transformers' video processor, which needs torchvision; one built for another torch lacks compiled operators,
-    which the processor doesn't use."""
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        pytest.skip("torchvision isn't installed: transformers' video processor needs it")
-    except RuntimeError:
-        sys.modules["torchvision._meta_registrations"] = types.ModuleType("_meta_registrations")
-        importlib.import_module("torchvision")
+    """transformers' video processor."""
+    pytest.importorskip("torchvision", reason="transformers' video processor needs torchvision")
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     return Qwen2VLVideoProcessor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,3 +27,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Runs commands."""
     with commands_in(tmp_path_factory.mktemp("commands")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def learned(world: World, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that knows the answers to the clips by heart."""
+    settings = {
+        "lora": {"rank": 8, "alpha": 16},
+        "train": {"max_steps": 60, "learning_rate": 1e-2, "schedule": "linear"},
+    }
+    return commands.train(world.config(tmp_path_factory.mktemp("learned") / "run.toml", settings))

@@ -8,6 +8,7 @@ A second call with the same settings finds the work done. Layout, K being `cap` 
     ROOT/0_30_s_demo/0_30_s_demo_K_train.json       records of the clips to train on
     ROOT/0_30_s_demo/0_30_s_demo_K_held_out.json    combinations that training never shows
     ROOT/0_30_s_demo/demo/SPLIT/NNNNN.mp4           `video` of a record, below its `data_source`
+    ROOT/sentences.jsonl                            with tags: records without a video, of the training combinations
 
 A held-out clip has a record for each right way to describe it: records that ask the same of the same clip are its
 references.
@@ -79,6 +80,14 @@ def make_record(name: str, video: str, prompt: str, answer: str) -> dict[str, An
     return {"id": name, "conversations": turns, "data_source": CONFIG, "video": video}
 
 
+def sentence_records() -> Iterator[dict[str, Any]]:
+    """Text alone: tags and a sentence that says the same. Unused words would end up out of the model's reach."""
+    for scene in world.all_scenes(held_out=False):
+        for answer in words.captions(scene):
+            question = {"role": "user", "content": words.sentence_request(scene)}
+            yield {"messages": [question, {"role": "assistant", "content": answer}]}
+
+
 def render(job: Job) -> None:
     """Render and encode one clip."""
     # Imported here: the parent process needs neither.
@@ -141,6 +150,8 @@ def make_data(kind: str, root: Path, counts: dict[str, int], processes: int) -> 
     for split, (_, records) in splits.items():
         text = json.dumps(records, indent=1) + "\n"
         (root / CONFIG / f"{CONFIG}_{KINDS[kind]}_{split}.json").write_text(text)
+    if kind == "tags":
+        (root / "sentences.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sentence_records()))
     done_file.write_text(json.dumps(made) + "\n")
     described = " and ".join(f"{count} {split.replace('_', '-')}" for split, count in counts.items())
     print(f"{root}: {described} clips, {kind}")

@@ -1,7 +1,8 @@
 """What is said about the world: tags for the base model, captions for fine-tuning, and the texts of a tokenizer.
 
-Tags are the base model's own dry answers; captions are natural English that it has to learn. Both are functions of a
-scene alone, so a clip's references are known exactly.
+Tags are the base model's own dry answers about videos; captions are natural English, which it has read, but never
+together with a video: that is what fine-tuning teaches. Both are functions of a scene alone, so a clip's references
+are known exactly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from world import Scene, all_scenes
 
 TAG_PROMPT = "List the tags."
 CAPTION_PROMPT = "Describe the video."
+SENTENCE_PROMPT = "Write the tags as a sentence."
 
 VERBS = {
     "left": "moves to the left",
@@ -47,6 +49,11 @@ def captions(scene: Scene) -> list[str]:
     ]
 
 
+def sentence_request(scene: Scene) -> str:
+    """A question without a video, which teaches the base model the English that its tags never use."""
+    return f"{SENTENCE_PROMPT}\n{tags([scene])}"
+
+
 LATER_TEXTS = """\
 What color is the figure? What shape is it? Which way does the ring move? How many scenes are there? Is it red?
 Does the square move up or down? What happens first? What happens last? Which figure comes after the blue triangle?
@@ -69,4 +76,4 @@ def tokenizer_texts() -> list[str]:
     """Texts to learn the merges from: every whole word of the world occurs often enough to be one token."""
     scenes = all_scenes(held_out=False)
     texts = [text for scene in scenes for text in (tags([scene]), *captions(scene))]
-    return texts + [TAG_PROMPT, CAPTION_PROMPT, *LATER_TEXTS.splitlines()] * 20
+    return texts + [TAG_PROMPT, CAPTION_PROMPT, SENTENCE_PROMPT, *LATER_TEXTS.splitlines()] * 20

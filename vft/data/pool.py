@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -78,6 +79,7 @@ class WorkerPool:
         self._closed = ""  # why nothing can be submitted
         if workers == 0:
             return
+        _allow_open_files()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["vft.data.video"])  # so that a new worker starts in milliseconds
         self._wake_r, self._wake_w = os.pipe()
@@ -230,6 +232,12 @@ class WorkerPool:
         if worker.future is not None:
             worker.future.set_exception(error)
             worker.future = None
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files to the hard one: each waiting tensor holds one, and 1,024 are soon used up."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _subject(function: Callable[..., Any], args: tuple[Any, ...]) -> str:

@@ -1,0 +1,209 @@
+"""From clips to answers: train, merge, predict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.runs.commands import Commands, Result, metrics
+from tests.runs.world import ANSWERS, PROMPT, TEXTS, World
+
+STEP_KEYS = {
+    *("step", "epoch", "loss", "num_targets", "tokens", "samples", "grad_norm", "lr", "step_time_s", "data_wait_s"),
+    *("tokens_per_s", "samples_per_s", "mfu", "peak_memory_bytes", "sample_digest"),
+}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "vft.json"}
+
+
+def predictions(result: Result) -> dict[str, str]:
+    """Answers by the name of the clip, from `--json`."""
+    lines = [json.loads(line) for line in result.ok().stdout.splitlines()]
+    assert all(list(line) == ["video", "prompt", "prediction"] for line in lines), lines
+    return {Path(line["video"]).stem: line["prediction"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def clips(world: World) -> list[Path]:
+    """The clips, in another order than they were trained in."""
+    return [world.root / f"{colour}.mp4" for colour in reversed(ANSWERS)]
+
+
+@pytest.fixture(scope="module")
+def merged(world: World, commands: Commands, learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with the adapter in it."""
+    output = tmp_path_factory.mktemp("merged") / "model"
+    arguments = ("--base", world.base, "--adapter", learned / "adapter", "--output", output)
+    commands.run("tools/merge_lora.py", *arguments).ok()
+    return output
+
+
+def test_a_few_clips_are_learnt_by_heart(learned: Path) -> None:
+    lines = metrics(learned)
+    assert lines[0]["loss"] > 3.0
+    assert lines[-1]["loss"] < 0.05
+
+
+def test_what_a_run_leaves(learned: Path) -> None:
+    left = {path.name for path in learned.iterdir()}
+    assert left == {"config.toml", "metrics.jsonl", "checkpoints", "adapter", "quarantine.jsonl"}
+    assert {path.name for path in (learned / "adapter").iterdir()} == ADAPTER_FILES
+    assert [path.name for path in (learned / "checkpoints").iterdir()] == ["step-000060"]
+    assert (learned / "quarantine.jsonl").read_text() == ""
+
+
+def test_a_step_is_one_line_of_documented_keys(learned: Path) -> None:
+    lines = metrics(learned)
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert all(set(line) == STEP_KEYS for line in lines)
+    last = lines[-1]
+    # A pack holds three of the four clips at most: two packs are an epoch.
+    assert (last["samples"], last["epoch"]) == (4, 59)
+    assert last["num_targets"] == lines[0]["num_targets"] > 4 * 8
+    assert last["tokens_per_s"] == pytest.approx(last["tokens"] / last["step_time_s"])
+    assert 0 <= last["data_wait_s"] < last["step_time_s"]
+    assert last["mfu"] is None  # the peak of a CPU isn't known
+
+
+def test_answers_come_back_word_for_word(world: World, commands: Commands, learned: Path, clips: list[Path]) -> None:
+    model = ("--model", world.base, "--adapter", learned / "adapter", "--prompt", PROMPT)
+    assert predictions(commands.run("tools/predict.py", *model, "--json", *clips)) == ANSWERS
+    plain = commands.run("tools/predict.py", *model, *clips).ok()
+    assert plain.stdout.splitlines() == [f"{clip}: {ANSWERS[clip.stem]}" for clip in clips]
+
+
+def test_the_base_alone_knows_nothing(world: World, commands: Commands, clips: list[Path]) -> None:
+    arguments = ("--model", world.base, "--prompt", PROMPT, "--max-new-tokens", 12, "--json")
+    answers = predictions(commands.run("tools/predict.py", *arguments, *clips))
+    assert all(answers[colour] != ANSWERS[colour] for colour in ANSWERS)
+
+
+def test_a_merged_model_answers_the_same(commands: Commands, merged: Path, clips: list[Path]) -> None:
+    # No option says how frames are taken: that comes along with the merged model.
+    arguments = ("--model", merged, "--prompt", PROMPT, "--json")
+    assert predictions(commands.run("tools/predict.py", *arguments, *clips)) == ANSWERS
+
+
+def test_a_merged_model_has_the_files_and_tensors_of_its_base(world: World, merged: Path) -> None:
+    assert {path.name for path in merged.iterdir()} == {path.name for path in world.base.iterdir()} | {"vft.json"}
+    headers = []
+    for folder in (world.base, merged):
+        with safe_open(folder / "model.safetensors", framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+            headers.append({name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()})
+    assert headers[0] == headers[1]
+
+
+def test_a_clip_that_fails_costs_its_own_answer_alone(
+    world: World, commands: Commands, learned: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    clips = (text, world.root / "red.mp4", tmp_path / "none.mp4")
+    model = ("--model", world.base, "--adapter", learned / "adapter", "--prompt", PROMPT, "--json")
+    result = commands.run("tools/predict.py", *model, *clips)
+    assert result.status == 1
+    assert [json.loads(line)["prediction"] for line in result.stdout.splitlines()] == [ANSWERS["red"]]
+    errors = result.stderr.splitlines()
+    assert [str(path) in line for path, line in zip((text, clips[2]), errors, strict=True)] == [True, True], errors
+    assert all(line.startswith("error: ") for line in errors)
+
+
+def test_training_goes_on_from_an_adapter(world: World, commands: Commands, learned: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": {"adapter": str(learned / "adapter")},
+        "lora": {"rank": 8, "alpha": 16},
+        "train": {"max_steps": 1},
+    }
+    folder = commands.train(world.config(tmp_path / "on.toml", settings))
+    # The first step of the new run sees what the last of the old one left.
+    assert metrics(folder)[0]["loss"] == pytest.approx(metrics(learned)[-1]["loss"], rel=0.05)
+
+
+def test_evaluation_while_training(world: World, commands: Commands, learned: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": {"adapter": str(learned / "adapter")},
+        "lora": {"rank": 8, "alpha": 16},
+        "train": {"max_steps": 2, "learning_rate": 1e-6},
+        "eval": {"every_steps": 1, "max_new_tokens": 40},
+    }
+    folder = commands.train(world.config(tmp_path / "eval.toml", settings))
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [1, 1, 2, 2]
+    assert all(set(line) == {"step", "eval_cider_d"} for line in lines[1::2])
+    for step in (1, 2):
+        text = (folder / "predictions" / f"step-{step:06d}.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert [list(row) for row in rows] == [["id", "prompt", "prediction", "reference"]] * 4
+        assert {row["id"]: row["prediction"] for row in rows} == ANSWERS
+        assert all(row["prompt"] == PROMPT and row["prediction"] == row["reference"] for row in rows)
+
+
+def test_text_and_pictures_are_learnt_too(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings = {
+        "lora": {"rank": 8, "alpha": 16},
+        "data": {"sources": [{"format": "messages", "path": "mixed.jsonl"}]},
+        "train": {"max_steps": 80, "learning_rate": 1e-2, "schedule": "linear"},
+    }
+    folder = commands.train(world.config(tmp_path / "mixed.toml", settings))
+    assert metrics(folder)[-1]["loss"] < 0.05
+    model = ("--model", world.base, "--adapter", folder / "adapter", "--json")
+    pictures = [world.root / f"{colour}.png" for colour in ("red", "blue")]
+    answers = predictions(commands.run("tools/predict.py", *model, "--prompt", "Which colour?", *pictures))
+    assert answers == {"red": "It is red.", "blue": "It is blue."}
+    assert TEXTS  # text alone has no video to ask about: its loss is part of the figure above
+
+
+def test_full_fine_tuning_leaves_a_model(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings = {
+        "lora": None,
+        "model": {"train": ["language_model", "merger"]},
+        "train": {"max_steps": 60, "learning_rate": 3e-3, "schedule": "linear"},
+    }
+    folder = commands.train(world.config(tmp_path / "full.toml", settings))
+    assert metrics(folder)[-1]["loss"] < 0.05
+    assert not (folder / "adapter").exists()
+    clips = [world.root / f"{colour}.mp4" for colour in ANSWERS]
+    arguments = ("--model", folder / "model", "--prompt", PROMPT, "--json")
+    assert predictions(commands.run("tools/predict.py", *arguments, *clips)) == ANSWERS
+    # What isn't trained is the base's, bit for bit.
+    with (
+        safe_open(world.base / "model.safetensors", framework="pt") as before,
+        safe_open(folder / "model" / "model.safetensors", framework="pt") as after,
+    ):
+        assert set(before.keys()) == set(after.keys())
+        for name in before.keys():  # noqa: SIM118
+            same = bool((before.get_tensor(name) == after.get_tensor(name)).all())
+            assert same == (name.startswith("visual.") and "merger" not in name), name
+
+
+def test_a_merge_never_overwrites(world: World, commands: Commands, learned: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").write_text("mine")
+    arguments = ("--base", world.base, "--adapter", learned / "adapter", "--output", tmp_path / "model")
+    error = commands.run("tools/merge_lora.py", *arguments).error
+    assert str(tmp_path / "model") in error
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "precious"]
+
+
+@pytest.mark.parametrize("program", ["vft.recipes.caption", "tools/predict.py", "tools/merge_lora.py"])
+def test_help(commands: Commands, program: str) -> None:
+    result = commands.run(program, "--help").ok()
+    assert result.stdout.startswith("usage: ")
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(world: World, commands: Commands, learned: Path, tmp_path: Path) -> None:
+    """Started from nothing, as from a shell: the other tests copy a process that has imported torch already."""
+    config = world.config(tmp_path / "shell.toml", {"data": {"workers": 2}})
+    commands.shell("python", "-m", "vft.recipes.caption", config, "train.max_steps=2").ok()
+    assert len(metrics(tmp_path / "shell")) == 2
+    adapter = shutil.copytree(learned / "adapter", tmp_path / "adapter")
+    merge = ("tools/merge_lora.py", "--base", world.base, "--adapter", adapter, "--output", tmp_path / "merged")
+    commands.shell("python", *merge).ok()
+    ask = ("tools/predict.py", "--model", tmp_path / "merged", "--prompt", PROMPT, world.root / "red.mp4")
+    assert commands.shell("python", *ask).ok().stdout == f"{ANSWERS['red']}\n"
