@@ -113,9 +113,10 @@ def test_peft_loads_what_is_exported(tiny: Tiny, batch: Batch, tmp_path: Path, n
     """Equal logits, every tensor taken, none missing, and not a word about them."""
     ours = export(tiny, tmp_path / "adapter", EXPORTS[name]).model
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         model = PeftModel.from_pretrained(transformers_model(tiny.path), str(tmp_path / "adapter"))
+    assert not [str(w.message) for w in said if "adapter" in str(w.message) or "keys" in str(w.message)]
     result = model.load_adapter(str(tmp_path / "adapter"), "again")
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key and "again" in key]
@@ -241,9 +242,8 @@ def test_merged_folder(tiny_bf16: Tiny, batch: Batch, tmp_path: Path, name: str)
         assert float((one != other).float().mean()) < 0.01
         moved += not torch.equal(one, base[key])
     assert moved == changed
-    assert (
-        difference(their_logits(found.float(), batch, tiny_bf16), their_logits(wanted.float(), batch, tiny_bf16)) < 0.05
-    )
+    merged, exact, plain = (their_logits(m.float(), batch, tiny_bf16) for m in (found, wanted, tiny_bf16.theirs))
+    assert difference(merged, exact) < 0.05 * difference(exact, plain)
     before, after = (sorted(p.name for p in folder.iterdir()) for folder in (tiny_bf16.path, tmp_path / "merged"))
     assert set(after) - set(before) == {"vft.json"} and set(before) <= set(after)
     for file in tiny_bf16.path.glob("*.safetensors"):

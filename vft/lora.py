@@ -73,7 +73,7 @@ class TrainableRow:
 def tower_of(name: str, towers: Towers) -> str:
     """The part of the model that a parameter or module belongs to; the first prefix that fits counts."""
     for tower, prefixes in towers.items():
-        if name.startswith(prefixes):
+        if f"{name}.".startswith(prefixes):  # the dot: "lm_head" is a module of the prefix "lm_head."
             return tower
     raise AssertionError(f"{name} belongs to no tower of {list(towers)}")
 

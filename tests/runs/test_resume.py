@@ -214,6 +214,7 @@ def test_epochs_end_at_their_last_sample(world: World, commands: Commands, tmp_p
     config = world.config(tmp_path / "run.toml", STOCHASTIC, settings)
     folder = commands.train(config)
     assert column(folder, "samples") == [5, 5, 2]
+    assert column(folder, "epoch") == [1, 2, 2]
     lines = metrics(folder)
     commands.train(config)
     assert metrics(folder) == lines

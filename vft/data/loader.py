@@ -38,6 +38,8 @@ class _Pending:
     documents: list[tuple[int, Document, list[Future[Patches]]]]
     last_of_step: bool
     cursor_after: Cursor
+    epoch: int
+    """That of the step's last pack, whichever process takes it."""
 
     @property
     def pixel_bytes(self) -> int:
@@ -71,14 +73,14 @@ class Loader:
         self.known_bad = {item.path: item for item in bad}
         self._pending: deque[_Pending] = deque()
         self.epoch = cursor.epoch
-        """Epoch of the newest pack taken."""
+        """Epoch of the last pack of the newest step."""
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step; take them all."""
         while True:
             self._fill()
             pending = self._pending.popleft()
-            self.epoch = pending.pack.epoch
+            self.epoch = pending.epoch
             yield self._finish(pending)
             if pending.last_of_step:
                 self.cursor = pending.cursor_after
@@ -90,9 +92,11 @@ class Loader:
         while not self._pending or (len(self._pending) < self.prefetch_packs and waiting < MAX_PENDING_BYTES):
             packs, after = take_step(self.plan, self._planned, self.packs_per_step, self.last_epoch)
             costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in packs]
+            epoch = max((pack.epoch for pack in packs if pack.documents), default=self.epoch)
             mine = share_out(packs, costs, self.ranks)[self.rank]
             for pack in mine:
-                pending = _Pending(pack, [self._order(n) for n in pack.documents], pack is mine[-1], after)
+                ordered = [self._order(n) for n in pack.documents]
+                pending = _Pending(pack, ordered, pack is mine[-1], after, epoch)
                 waiting += pending.pixel_bytes
                 self._pending.append(pending)
             self._planned = after
