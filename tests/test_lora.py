@@ -77,7 +77,7 @@ def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if is_adapter(name):
-            fill(parameter, 0.2 * torch.randn(parameter.shape, generator=generator))
+            fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Checkpoint]:
@@ -173,7 +173,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "expression": {"r": 2, "lora_alpha": 3, "target_modules": r".*language_model\.layers\.\d+\.mlp\.(up|gate)_proj"},
     "rslora": {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["v_proj", "o_proj"]},
     "towers": {"r": 4, "lora_alpha": 4, "target_modules": r".*visual.*(qkv|proj|fc1|mlp\.0|mlp\.2|down_proj)"},
-    "all linears": {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"},
+    "all linears": {"r": 2, "lora_alpha": 1, "target_modules": "all-linear"},
     "one layer": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [1]},
 }
 

@@ -16,11 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from vft.console import user_errors
+from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
-from vft.lora import ABOUT_FILE, Adapter, attach, lora_scale, merged
+from vft.lora import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, lora_scale, merged
 from vft.models import build
 from vft.models.weights import Checkpoint, copy_companions
 from vft.types import UserError
@@ -49,8 +48,11 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
     scale = lora_scale(lora.rank, lora.alpha, lora.rslora)
     waiting = set(adapter.modules)
     files = sorted(set(checkpoint.weight_files.values()))
-    with safe_open(adapter.folder / "adapter_model.safetensors", framework="pt") as low_rank:
-        for file in tqdm(files, desc="merging", unit="file", delay=2):
+    with (
+        safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
+        progress_bar(len(files), "merging", "file") as bar,
+    ):
+        for file in files:
             tensors: dict[str, Tensor] = {}
             with safe_open(file, framework="pt") as reader:
                 metadata = reader.metadata()
@@ -62,6 +64,7 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
                         tensors[name] = merged(tensors[name], low_rank.get_tensor(a), low_rank.get_tensor(b), scale)
                         waiting.remove(module)
             save_file(tensors, folder / file.name, metadata=metadata or {"format": "pt"})
+            bar.update()
     if waiting:
         raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {sorted(waiting)[:3]}")
     return len(adapter.modules)

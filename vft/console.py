@@ -1,4 +1,4 @@
-"""How every command ends on a user's mistake: one line, no traceback, exit status 2."""
+"""What all commands do alike on a terminal: how they end on a user's mistake, how they show progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
 
 from vft.types import UserError
 
@@ -19,3 +22,9 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def progress_bar(total: int, what: str, unit: str, show: bool = True) -> tqdm[Any]:
+    """A bar for work of more than two seconds; where nobody watches (a log file) a line every ten."""
+    interval_s = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, unit=unit, delay=2.0, disable=not show, mininterval=interval_s)

@@ -257,7 +257,7 @@ class Trainer:
     def check_first_step(self, result: StepResult) -> None:
         """Silent failures show now: weights that were never loaded, adapters that get no gradient."""
         chance = math.log(self.model.config.vocabulary)
-        if result.loss > chance:
+        if result.loss > 1.05 * chance:  # random weights are a little above it too
             self.monitor.say(
                 f"warning: the first loss, {result.loss:.2f}, above that of guessing, ln(vocabulary) = {chance:.2f}: "
                 "check that model.path is the checkpoint you mean"

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from vft.console import progress_bar
 from vft.data.pool import WorkerPool
 from vft.data.video import MediaError, check_file, join_pictures, scan_file
 from vft.types import MediaInfo, MediaKind, MediaRef
@@ -162,7 +163,7 @@ def _scan_all(todo: dict[Key, os.stat_result], workers: int, deadline_s: float, 
         return
     window = max(1, 8 * workers)  # tasks in flight: enough to keep workers busy, few enough to stop at once
     pending: dict[Future[MediaInfo], Key] = {}
-    bar = tqdm(total=len(todo), desc="indexing media", unit="file", delay=2.0, disable=not show_progress)
+    bar = progress_bar(len(todo), "indexing media", "file", show_progress)
     with bar, WorkerPool(min(workers, len(todo)), deadline_s) as pool:
         waiting = iter(todo)
         for key in waiting:

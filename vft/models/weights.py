@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
 from vft.types import UserError
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
         by_file.setdefault(checkpoint.weight_files[name], []).append(name)
-    progress = tqdm(total=len(wanted), desc="loading weights", unit="tensor", disable=not show_progress, delay=2)
+    progress = progress_bar(len(wanted), "loading weights", "tensor", show_progress)
     with progress, torch.no_grad():
         for file, names in by_file.items():
             with _open(file) as reader:

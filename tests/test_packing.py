@@ -1,0 +1,525 @@
+"""Rows of several documents, trunks with branches, and what an epoch is made of.
+
+Loss and gradients are compared with those of the samples one by one; nothing here asks a file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import (
+    NO_MEDIA,
+    Media,
+    Tiny,
+    assert_same_gradients,
+    batch_of,
+    document,
+    every_logit,
+    loss_and_gradients,
+    medium,
+    talk,
+)
+from vft import loss as losses
+from vft.config import DataConfig, VideoConfig
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents
+from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
+from vft.types import Batch, Conversation, MediaInfo, MediaRef, UserError
+
+VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
+OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
+PICTURE, PICTURE_INFO = medium("image", 1, 90, 130, name="picture")
+QUESTIONS = [
+    ("What happens?", "A dog runs."),
+    ("Who is there?", "Nobody."),
+    ("Where?", "In a park, near the old mill, on a Sunday morning."),
+    ("Is it late?", "No"),
+    ("What happens?", "A dog runs."),
+]
+
+
+def about_video(count: int) -> list[Conversation]:
+    """Samples that ask about one video; the second has two turns."""
+    asked = []
+    for number, (question, answer) in enumerate(QUESTIONS[:count]):
+        turns: list[Any] = [("user", [VIDEO, question]), ("assistant", answer)]
+        if number == 1:
+            turns += [("user", "Sure?"), ("assistant", "Yes, quite.")]
+        asked.append(talk(*turns, id=f"q{number}"))
+    return asked
+
+
+@pytest.fixture(scope="module")
+def rows(tiny: Tiny) -> list[tuple[list[Conversation], Media]]:
+    """Four samples: text, a video, a picture, pictures and videos in two turns."""
+    spec = tiny.encoder.spec
+    mixed = talk(
+        ("user", ["One ", PICTURE, " two ", VIDEO]),
+        ("assistant", "Seen."),
+        ("user", [OTHER, "And?"]),
+        ("assistant", "Done."),
+        id="mixed",
+    )
+    infos = [(PICTURE, PICTURE_INFO), (VIDEO, VIDEO_INFO), (OTHER, OTHER_INFO)]
+    return [
+        ([talk(("user", "Hello"), ("assistant", "Hi there, how are you?"), id="text")], NO_MEDIA),
+        (about_video(1), Media.make(spec, [(VIDEO, VIDEO_INFO)], seed=1)),
+        ([talk(("user", [PICTURE, "Look"]), ("assistant", "A cat."), id="p")], Media.make(spec, infos[:1], seed=2)),
+        ([mixed], Media.make(spec, infos, seed=3)),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- packed = one by one
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0], [2]])
+def test_a_pack_is_the_sum_of_its_samples(tiny: Tiny, rows: Sequence[Any], order: list[int]) -> None:
+    model = tiny.ours()
+    chosen = [rows[i] for i in order]
+    alone = [batch_of(tiny.encoder, row) for row in chosen]
+    packed = batch_of(tiny.encoder, *chosen)
+    assert packed.num_targets == sum(one.num_targets for one in alone)
+    assert packed.num_tokens == packed.input_ids_T.numel() == sum(one.num_tokens for one in alone)
+    wanted_loss, wanted = loss_and_gradients(model, *alone)
+    loss, found = loss_and_gradients(model, packed)
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert_same_gradients(found, wanted)
+
+
+def test_logits_of_a_pack(tiny: Tiny, rows: Sequence[Any]) -> None:
+    """Token by token, and the batch says which document each row belongs to."""
+    model = tiny.ours()
+    packed = batch_of(tiny.encoder, *rows)
+    with torch.no_grad():
+        logits = every_logit(model, packed)
+        for number, row in enumerate(rows):
+            alone = every_logit(model, batch_of(tiny.encoder, row))
+            assert float((logits[packed.document_T == number] - alone).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_branches_are_the_separate_samples(tiny: Tiny, count: int) -> None:
+    """k questions behind one video: loss, gradients and positions of k samples that have the video each."""
+    model, spec = tiny.ours(), tiny.encoder.spec
+    media = Media.make(spec, [(VIDEO, VIDEO_INFO)])
+    talks = about_video(count)
+    shared = batch_of(tiny.encoder, (talks, media))
+    alone = [batch_of(tiny.encoder, ([one], media)) for one in talks]
+    assert len(shared.documents) == 1 and len(shared.grids) == 1 and shared.sample_ids == tuple(t.id for t in talks)
+    if count > 1:
+        assert shared.num_tokens < sum(one.num_tokens for one in alone) - (count - 1) * media.plans[0].num_tokens
+    wanted_loss, wanted = loss_and_gradients(model, *alone)
+    loss, found = loss_and_gradients(model, shared)
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert_same_gradients(found, wanted)
+    trunk = shared.documents[0].trunk_length
+    for number, one in enumerate(alone):
+        mine = shared.branch_T == (number if count > 1 else 0)
+        assert torch.equal(shared.positions_3T[:, mine][:, -5:], one.positions_3T[:, -5:])
+        assert torch.equal(shared.input_ids_T[mine], one.input_ids_T[trunk:])
+        assert torch.equal(shared.labels_T[mine], one.labels_T[trunk:])
+
+
+def test_branches_in_a_pack(tiny: Tiny, rows: Sequence[Any]) -> None:
+    """Shared and unshared documents side by side."""
+    model, spec = tiny.ours(), tiny.encoder.spec
+    media = Media.make(spec, [(VIDEO, VIDEO_INFO)], seed=7)
+    talks = about_video(3)
+    members = [rows[0], (talks, media), rows[2], (talks[:2], media)]
+    alone = [batch_of(tiny.encoder, ([one], m)) for talks_, m in members for one in talks_]
+    wanted_loss, wanted = loss_and_gradients(model, *alone)
+    loss, found = loss_and_gradients(model, batch_of(tiny.encoder, *members))
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert_same_gradients(found, wanted)
+
+
+def test_first_token_of_a_branch_is_predicted_by_the_trunk(tiny: Tiny) -> None:
+    """A template may put a supervised token right behind the trunk: its predictor is the trunk's last row."""
+    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    made = document(tiny.encoder, about_video(3), media)
+    starts = torch.tensor([0, *made.branch_lengths]).cumsum(0)[:-1] + made.trunk_length
+    labels = made.labels_T.clone()
+    labels[starts] = made.ids_T[starts]
+    batch = collate([(replace(made, labels_T=labels), media.patches)], tiny.encoder.spec)
+    predictors = dict(zip((labels != -100).nonzero().flatten().tolist(), batch.target_index_N.tolist(), strict=True))
+    assert [predictors[int(start)] for start in starts] == [made.trunk_length - 1] * 3
+    assert all(predictors[row] == row - 1 for row in predictors if row not in starts.tolist())
+
+
+def test_what_cannot_share_a_trunk(tiny: Tiny) -> None:
+    """A question, or an answer, before the video; texts that differ before it; no media at all."""
+    encode = tiny.encoder.encode
+    behind = [encode(one) for one in about_video(2)]
+    assert tiny.encoder.shared_trunk(behind)
+    before = [encode(talk(("user", [question, VIDEO]), ("assistant", "A."))) for question in ("What?", "Who?")]
+    assert not tiny.encoder.shared_trunk(before)
+    systems = [
+        encode(talk(("system", s), ("user", [VIDEO, "?"]), ("assistant", "A."))) for s in ("Be brief", "Be long")
+    ]
+    assert not tiny.encoder.shared_trunk(systems)
+    answered = talk(("user", "Hi"), ("assistant", "Yes."), ("user", [VIDEO, "What?"]), ("assistant", "A."))
+    assert not tiny.encoder.shared_trunk([encode(answered), encode(answered)])
+    texts = [encode(talk(("user", "Hi"), ("assistant", answer))) for answer in ("A", "B")]
+    assert not tiny.encoder.shared_trunk(texts)
+
+
+def test_empty_pack(tiny: Tiny) -> None:
+    """Weight zero: no loss, and a gradient of zero for every weight that is trained, the tower's too."""
+    empty = collate([], tiny.encoder.spec)
+    assert empty.num_targets == empty.num_tokens == 0 and empty.sample_ids == ()
+    model = tiny.ours()
+    loss, gradients = loss_and_gradients(model, empty)
+    assert float(loss) == 0.0
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert all(bool((g == 0).all()) for g in gradients.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_loss_in_chunks(tiny_untied: Tiny, rows: Sequence[Any], monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """A chunk of few tokens at a time: same loss and gradients, and those of float64 on all logits at once."""
+    model = tiny_untied.ours()
+    batch = batch_of(tiny_untied.encoder, *rows)
+    wanted_loss, wanted = loss_and_gradients(model, batch)
+    monkeypatch.setattr(losses, "MAX_LOGITS", tokens * model.config.vocabulary)
+    loss, found = loss_and_gradients(model, batch)
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
+    assert_same_gradients(found, wanted)
+    with torch.no_grad():
+        logits_NV = model(batch, loss=False).double()
+    exact = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="sum")
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- supervised spans
+
+HEADERS = "assistant"
+ANSWERS = [
+    ["A dog runs."],
+    ["First.", "Second, with more.", "Third"],
+    ["  leading spaces", "trailing spaces  "],
+    ["emoji 👍🏽 and 🙂", "👩‍👩‍👧"],
+    ["你好，世界！就这样。"],
+    ["assistant", "user\nassistant\n", "assistant\nassistant"],
+    ["system\nYou are a helpful assistant.", "user"],
+    ["```python\ndef f():\n\treturn 1\n```\n"],
+    ["\n\nstarts with line breaks"],
+    ["naïve café Å", "\te\u0301 combined"],
+    ["{{ message }} {% if %}", "\\n \\u0041 %s <video> <image>"],
+    ["x", "1", "."],
+    ["im_end|>", "<|im_", "<"],
+]
+
+
+def supervised(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
+    """Text of each run of supervised tokens, decoded by the tokenizer; a label is its own token."""
+    encoded = encoder.encode(conversation)
+    runs: list[list[int]] = []
+    before = False
+    for token, label in zip(encoded.ids, encoded.labels, strict=True):
+        assert label in (-100, token)
+        if label != -100:
+            runs += [] if before else [[]]
+            runs[-1].append(token)
+        before = label != -100
+    return [
+        encoder.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs
+    ]
+
+
+def normal(text: str) -> str:
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("answers", ANSWERS, ids=lambda answers: ascii(answers[0])[:20])
+@pytest.mark.parametrize("real", [False, True], ids=["small tokenizer", "released tokenizer"])
+def test_supervised_is_the_answer_and_its_end(request: pytest.FixtureRequest, answers: list[str], real: bool) -> None:
+    """Nothing of the headers, of the user, of the newline behind the closing token. A line break that the tokenizer
+    makes one token of with the header's belongs to the answer."""
+    encoder = request.getfixturevalue("released" if real else "tiny").encoder
+    turns: list[Any] = [("system", "assistant\nsays")]
+    for number, answer in enumerate(answers):
+        turns += [("user", f"{answer} assistant\n{number}"), ("assistant", answer)]
+    found = supervised(encoder, talk(*turns))
+    for text, answer in zip(found, answers, strict=True):
+        assert text in (f"{normal(answer)}<|im_end|>", f"\n{normal(answer)}<|im_end|>")
+        assert text[0] != "\n" or answer[0] == "\n"
+
+
+@pytest.fixture(scope="session")
+def released(reference: Path) -> Tiny:
+    """The checkpoint with the released tokenizer."""
+    return Tiny(reference / "qwen2_5_vl_tiny")
+
+
+def test_media_are_not_supervised(tiny: Tiny, rows: Sequence[Any]) -> None:
+    batch = batch_of(tiny.encoder, rows[3])
+    text = tiny.encoder.tokenizer.decode(batch.input_ids_T[batch.labels_T != -100])
+    assert text == "Seen.<|im_end|>Done.<|im_end|>"
+    assert bool((batch.labels_T[batch.media_index_M] == -100).all())
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|video_pad|>", "<|endoftext|>", "<|vision_start|>"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_control_tokens_in_text_are_refused(tiny: Tiny, token: str, role: str) -> None:
+    """They would end a turn, or stand for a video that isn't there."""
+    texts = {"system": "S", "user": "U", "assistant": "A"}
+    texts[role] += f"x{token}y"
+    with pytest.raises(UserError) as caught:
+        tiny.encoder.encode(talk(*texts.items()))  # type: ignore[arg-type]
+    assert token in str(caught.value) and role in str(caught.value) and "sample.json:1" in str(caught.value)
+
+
+def test_a_conversation_without_an_answer_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="no assistant message"):
+        tiny.encoder.encode(talk(("user", "Hello?")))
+
+
+# ------------------------------------------------------------------------------------- budgets: frames, then pixels
+
+
+class Known:
+    """An index of media that no file holds."""
+
+    def __init__(self, *media: tuple[MediaRef, MediaInfo]) -> None:
+        self.infos = {ref.path: info for ref, info in media}
+
+    def info(self, ref: MediaRef) -> MediaInfo:
+        return self.infos[ref.path]
+
+
+LONG, LONG_INFO = medium("video", 240, 280, 280, fps=24.0, name="long")
+
+
+def documents_of(tiny: Tiny, pack_tokens: int, **settings: Any) -> Documents:
+    video = VideoConfig(fps=2.0, min_frames=4, max_frames=32, max_pixels=280 * 280)
+    config = DataConfig(pack_tokens=pack_tokens, video=video, **settings)
+    index = Known((LONG, LONG_INFO), (VIDEO, VIDEO_INFO), (PICTURE, PICTURE_INFO))
+    return Documents(tiny.encoder, config, index)  # type: ignore[arg-type]
+
+
+def text_of(made: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels without the media's."""
+    return made.ids_T[~made.media_mask_T].tolist(), made.labels_T[~made.media_mask_T].tolist()
+
+
+def test_too_long_a_sample_loses_frames_then_pixels_never_text(tiny: Tiny) -> None:
+    """20 frames of 100 tokens a pair: 1000 tokens, less and less room, until not even the smallest fit."""
+    conversation = talk(("user", [LONG, "What happens in the video?"]), ("assistant", "A dog runs, and runs."))
+    whole = documents_of(tiny, 4096)
+    whole.add([conversation], 1.0)
+    full = whole.build(0)
+    assert len(full.media[0].frame_indices) == 20 and full.media[0].num_tokens == 1000
+    text_tokens = full.num_tokens - 1000
+    seen = []
+    for room in (1000, 999, 700, 400, 250, 200, 199, 100, 30, 8, 2):
+        documents = documents_of(tiny, text_tokens + room)
+        documents.add([conversation], 1.0)
+        made = documents.build(0)
+        assert not documents.bad and documents.lengths == [made.num_tokens]
+        assert made.media[0].num_tokens == int(made.media_mask_T.sum()) <= room
+        assert text_of(made) == text_of(full)
+        frames, pixels = len(made.media[0].frame_indices), made.media[0].height * made.media[0].width
+        assert made.media[0].frame_indices[0] == 0 and made.media[0].frame_indices[-1] == 239
+        assert made.media[0].seconds_per_grid == pytest.approx(2 / (frames / 10.0))
+        seen.append((frames, pixels))
+        # Resolution goes only once frames can't: four of 100 tokens a pair need 200.
+        assert pixels == 280 * 280 if room >= 200 else frames == 4 and pixels < 280 * 280
+        # Not more is given up than needed: a pair of frames more, or a size more, would not fit.
+        assert room < 200 or (frames + 2) // 2 * 100 > room or frames == 20
+    assert seen == sorted(seen, reverse=True) and seen[0] == (20, 280 * 280)
+    none = documents_of(tiny, text_tokens + 1)
+    none.add([conversation], 1.0)
+    assert not none.members and [item.reason for item in none.bad] == ["unfit"]
+    assert "sample.json:1" in none.bad[0].message and "data.pack_tokens" in none.bad[0].message
+
+
+def test_too_long_a_text_is_refused(tiny: Tiny) -> None:
+    documents = documents_of(tiny, 40)
+    documents.add([talk(("user", [LONG, "What?"]), ("assistant", "A dog. " * 40), id="long")], 1.0)
+    assert not documents.members and documents.bad[0].id == "long" and "40" in documents.bad[0].message
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("max_samples", [0, 1, 2, 4])
+def test_questions_of_one_video(tiny: Tiny, share: bool, max_samples: int) -> None:
+    """All samples are there once, in documents within both limits whose planned length is the true one; all see the
+    frames that the longest text leaves room for."""
+    documents = documents_of(tiny, 300, share_videos=share, max_samples_per_pack=max_samples)
+    talks = about_video(5)
+    documents.add(talks, 1.0)
+    made = [documents.build(i) for i in range(len(documents.members))]
+    assert sorted(i for one in made for i in one.sample_ids) == sorted(t.id for t in talks)
+    assert documents.num_samples == 5 and not documents.bad
+    assert [one.num_tokens for one in made] == documents.lengths and max(documents.lengths) <= 300
+    assert all(len(one.sample_ids) <= (max_samples or 5) for one in made)
+    assert len(made) == {(True, 0): 1, (True, 2): 3, (True, 4): 2}.get((share, max_samples), 5)
+    assert documents.pack_plan(0).samples == tuple(len(one.sample_ids) for one in made)
+    if share:
+        assert len({one.media[0].frame_indices for one in made}) == 1
+
+
+def test_documents_of_a_group_fill_rows(tiny: Tiny) -> None:
+    """Questions that don't fit one row are spread over several, each with the video."""
+    talks = about_video(5)
+    lengths = [document(tiny.encoder, [one], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])) for one in talks]
+    limit = max(one.num_tokens for one in lengths) + 20
+    documents = documents_of(tiny, limit)
+    documents.add(talks, 1.0)
+    made = [documents.build(i) for i in range(len(documents.members))]
+    assert 1 < len(made) < 5 and [one.num_tokens for one in made] == documents.lengths
+    assert max(documents.lengths) <= limit
+    assert [i for one in made for i in one.sample_ids] == [t.id for t in talks]
+
+
+# ------------------------------------------------------------------------------------------------------ pack plans
+
+
+def plan(seed: int = 0, count: int = 200, weights: Sequence[float] = (), **settings: Any) -> PackPlan:
+    chance = random.Random(5)
+    lengths = tuple(chance.choice([7, 30, 120, 400, 1000]) for _ in range(count))
+    samples = tuple(chance.choice([1, 1, 2, 5]) for _ in range(count))
+    limits = {"pack_tokens": 1000, "max_samples": 0} | settings
+    return PackPlan(lengths, samples, tuple(weights) or (1.0,) * count, **limits, seed=seed)
+
+
+@pytest.mark.parametrize("max_samples", [0, 5, 8])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_an_epoch(max_samples: int, epoch: int) -> None:
+    """Every document once, both limits kept, rows well filled, another order each epoch."""
+    made = plan(max_samples=max_samples)
+    packs = made.packs(epoch)
+    assert sorted(i for pack in packs for i in pack) == list(range(200))
+    tokens = [sum(made.lengths[i] for i in pack) for pack in packs]
+    assert max(tokens) <= 1000 and min(map(len, packs)) > 0
+    if max_samples:
+        assert max(sum(made.samples[i] for i in pack) for pack in packs) <= max_samples
+    else:
+        assert len(packs) <= 1.15 * sum(made.lengths) / 1000
+    assert packs != made.packs(epoch + 1)
+
+
+def test_one_sample_a_pack() -> None:
+    made = PackPlan((5,) * 30, (1,) * 30, (1.0,) * 30, pack_tokens=1000, max_samples=1, seed=0)
+    assert sorted(made.packs(0)) == [(i,) for i in range(30)]
+
+
+def test_plans_are_pure() -> None:
+    """A process of its own, with its own hash seed, finds the same packs; another seed finds others."""
+    code = (
+        "import json, random; from vft.data.packing import PackPlan; chance = random.Random(5);"
+        "n = [chance.choice([7, 30, 120, 400, 1000]) for _ in range(200)];"
+        "s = [chance.choice([1, 1, 2, 5]) for _ in range(200)];"
+        "plan = PackPlan(tuple(n), tuple(s), (1.0,) * 200, pack_tokens=1000, max_samples=0, seed=0);"
+        "print(json.dumps([plan.packs(e) for e in (2, 0)]))"
+    )
+    root = Path(__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == [[list(pack) for pack in plan().packs(epoch)] for epoch in (2, 0)]
+    assert plan(seed=1).packs(0) != plan().packs(0)
+
+
+def test_weights() -> None:
+    """2.0: twice an epoch; 0.25: once in four epochs on average; 1.5: once or twice."""
+    made = plan(count=90, weights=[2.0, 0.25, 1.5] * 30)
+    totals: Counter[int] = Counter()
+    for epoch in range(20):
+        counts = Counter(i for pack in made.packs(epoch) for i in pack)
+        assert all(counts[i] == 2 for i in range(0, 90, 3))
+        assert all(counts[i] in (0, 1) for i in range(1, 90, 3)) and all(counts[i] in (1, 2) for i in range(2, 90, 3))
+        totals += counts
+    assert 120 <= sum(totals[i] for i in range(1, 90, 3)) <= 180  # 150 expected, deviation 10.6
+    assert 860 <= sum(totals[i] for i in range(2, 90, 3)) <= 940  # 900, 12.2
+
+
+def test_steps_go_through_the_epochs() -> None:
+    """Packs of all epochs in their order, wherever one begins anew from a cursor; then empty ones."""
+    made = plan(count=40)
+    everything = [pack for epoch in range(3) for pack in made.packs(epoch)]
+    epochs = [epoch for epoch in range(3) for _ in made.packs(epoch)]
+    assert len(everything) % 7, "the last step should lack packs"
+    cursor, taken = Cursor(), []
+    cursors = []
+    for _ in range(len(everything) // 7 + 2):
+        cursors.append(cursor)
+        packs, cursor = take_step(made, cursor, 7, last_epoch=2)
+        assert [pack.slot for pack in packs] == list(range(7))
+        taken += packs
+    real = taken[: len(everything)]
+    assert [pack.documents for pack in real] == everything and [pack.epoch for pack in real] == epochs
+    assert all(pack.documents == () for pack in taken[len(everything) :]) and len(taken) > len(everything) + 7
+    # Another process that knows the cursor alone.
+    for number in (1, 3):
+        packs, _ = take_step(plan(count=40), Cursor(cursors[number].epoch, cursors[number].pack), 7, last_epoch=2)
+        assert packs == taken[7 * number : 7 * number + 7]
+
+
+def test_steps_without_end() -> None:
+    made = plan(count=5)
+    cursor = Cursor()
+    for _ in range(30):
+        packs, cursor = take_step(made, cursor, 3, last_epoch=None)
+        assert all(pack.documents for pack in packs)
+    assert cursor.epoch > 10
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_share_out(ranks: int) -> None:
+    """Equally many for each, all of them once, and far more even than in their order."""
+    chance = random.Random(0)
+    costs = [chance.choice([100.0, 120.0, 700.0, 1000.0]) for _ in range(24)]
+    packs = [PackRef(0, slot, (slot,)) for slot in range(24)]
+    shares = share_out(packs, costs, ranks)
+    assert [len(share) for share in shares] == [24 // ranks] * ranks
+    assert sorted(pack.slot for share in shares for pack in share) == list(range(24))
+    assert all([p.slot for p in share] == sorted(p.slot for p in share) for share in shares)
+    loads = [sum(costs[p.slot] for p in share) for share in shares]
+    assert max(loads) - min(loads) <= 1000.0
+    assert max(loads) <= 1.25 * sum(costs) / ranks
+
+
+def test_replacement() -> None:
+    """No longer and with no more samples than the document it stands for, never that one, and always the same."""
+    made = plan()
+    for number in range(0, 200, 7):
+        chosen = [made.replacement(number, 0, attempt) for attempt in range(5)]
+        for other in chosen:
+            assert other is not None and other != number
+            assert made.lengths[other] <= made.lengths[number] and made.samples[other] <= made.samples[number]
+        assert chosen == [plan().replacement(number, 0, attempt) for attempt in range(5)]
+    alone = PackPlan((10, 20), (1, 1), (1.0, 1.0), pack_tokens=20, max_samples=0, seed=0)
+    assert alone.replacement(0, 0, 0) is None and alone.replacement(1, 0, 0) == 0
+
+
+def test_batch_is_moved_whole(tiny: Tiny, rows: Sequence[Any]) -> None:
+    """To the meta device, where a tensor left behind would show."""
+    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    moved = batch_of(tiny.encoder, *rows, (about_video(2), media)).to(torch.device("meta"))
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        if isinstance(value, dict):
+            return [x for item in value.values() for x in tensors(item)]
+        if hasattr(value, "__dataclass_fields__") and not isinstance(value, tuple):
+            return [
+                x for name in value.__dataclass_fields__ if name != "documents" for x in tensors(getattr(value, name))
+            ]
+        return []
+
+    found = tensors(moved)
+    assert len(found) > 15 and all(x.is_meta for x in found)
+    assert isinstance(moved, Batch)
