@@ -134,6 +134,8 @@ def test_head_of_its_own(tiny_untied: Tiny, batch: Batch, tmp_path: Path) -> Non
     model = PeftModel.from_pretrained(transformers_model(tiny_untied.path), str(tmp_path / "adapter"))
     found = their_logits(model, batch, tiny_untied)
     assert difference(found, logits_of(ours, batch)) <= 1e-4
+    _, gradients = loss_and_gradients(ours, batch)
+    assert len(gradients) == 2 * 4 and all(bool(g.abs().max() > 0) for g in gradients.values())
     merge(str(tiny_untied.path), tmp_path / "adapter", tmp_path / "merged")
     assert difference(their_logits(transformers_model(tmp_path / "merged"), batch, tiny_untied), found) <= 1e-4
 

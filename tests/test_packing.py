@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -204,7 +205,6 @@ def test_loss_in_chunks(tiny_untied: Tiny, rows: Sequence[Any], monkeypatch: pyt
 
 # ----------------------------------------------------------------------------------------------- supervised spans
 
-HEADERS = "assistant"
 ANSWERS = [
     ["A dog runs."],
     ["First.", "Second, with more.", "Third"],
@@ -238,12 +238,6 @@ def supervised(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
     ]
 
 
-def normal(text: str) -> str:
-    import unicodedata
-
-    return unicodedata.normalize("NFC", text)
-
-
 @pytest.mark.parametrize("answers", ANSWERS, ids=lambda answers: ascii(answers[0])[:20])
 @pytest.mark.parametrize("real", [False, True], ids=["small tokenizer", "released tokenizer"])
 def test_supervised_is_the_answer_and_its_end(request: pytest.FixtureRequest, answers: list[str], real: bool) -> None:
@@ -255,7 +249,7 @@ def test_supervised_is_the_answer_and_its_end(request: pytest.FixtureRequest, an
         turns += [("user", f"{answer} assistant\n{number}"), ("assistant", answer)]
     found = supervised(encoder, talk(*turns))
     for text, answer in zip(found, answers, strict=True):
-        assert text in (f"{normal(answer)}<|im_end|>", f"\n{normal(answer)}<|im_end|>")
+        assert text in (f"{normalize('NFC', answer)}<|im_end|>", f"\n{normalize('NFC', answer)}<|im_end|>")
         assert text[0] != "\n" or answer[0] == "\n"
 
 

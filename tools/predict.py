@@ -19,7 +19,7 @@ from vft.console import user_errors
 from vft.data.pool import WorkerPool
 from vft.data.video import MediaError, scan
 from vft.distributed import environment
-from vft.evaluate import Answerer, load_model, require_folder, user_question
+from vft.evaluate import Answerer, Prompt, Question, load_model, require_folder, user_question
 from vft.lora import ABOUT_FILE
 from vft.models.generate import Sampling
 from vft.types import MediaKind, MediaRef, UserError
@@ -74,12 +74,21 @@ def predict(arguments: argparse.Namespace) -> int:
         for path in arguments.videos:
             kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
             question = user_question(str(path), [MediaRef(kind, path)], prompt)
-            try:
-                show(path, prompt, answerer.answer([question], sampling)[0], arguments)
-            except MediaError as error:
+            media = read(answerer, question)
+            if isinstance(media, MediaError):
                 failed += 1
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {media}", file=sys.stderr)
+            else:
+                show(path, prompt, answerer.answer([media], sampling)[0], arguments)
     return failed
+
+
+def read(answerer: Answerer, question: Question) -> Prompt | MediaError:
+    """The question with its frames, or what is wrong with the file."""
+    try:
+        return answerer.load([question])[0]
+    except MediaError as error:  # found by the scan
+        return error
 
 
 def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.packing import collate
 from vft.data.pool import WorkerPool
+from vft.data.video import MediaError
 from vft.distributed import World
 from vft.files import replace_text
 from vft.lora import Adapter, attach
@@ -56,6 +57,10 @@ def user_question(id: str, media: Sequence[MediaRef], text: str) -> Question:
     return Question(id, Conversation(id, (Turn("user", (*media, text)),), id), ())
 
 
+Prompt = tuple[Document, list[Patches]]
+"""A document that ends where an answer begins, and its decoded media."""
+
+
 class Answerer:
     """A model with what it takes to answer questions about media."""
 
@@ -79,38 +84,48 @@ class Answerer:
         plans = plan_media(media, self.encoder.spec, room, question.prompt.origin)
         return self.encoder.document([encoded], plans, [question.id])
 
-    def answer(
-        self,
-        asked: Sequence[Question],
-        sampling: Sampling,
-        on_tokens: Callable[[list[int | None]], None] | None = None,
-    ) -> list[str]:
-        """Answers to a handful of questions at once. Every process must call it; it may bring none."""
+    def load(self, asked: Sequence[Question]) -> list[Prompt | MediaError]:
+        """Decode the media of some questions side by side; an error where they can't be."""
         documents = [self.document(question) for question in asked]
-        futures = [[self.pool.submit(vision.load, plan, self.encoder.spec) for plan in d.media] for d in documents]
-        patches: list[list[Patches]] = [[future.result() for future in each] for each in futures]
-        batch = collate(list(zip(documents, patches, strict=True)), self.encoder.spec).to(self.world.device)
+        spec = self.encoder.spec
+        futures = [[self.pool.submit(vision.load, plan, spec) for plan in document.media] for document in documents]
+        loaded: list[Prompt | MediaError] = []
+        for document, waiting in zip(documents, futures, strict=True):
+            try:
+                loaded.append((document, [future.result() for future in waiting]))
+            except MediaError as error:
+                loaded.append(error)
+        return loaded
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """Answers to a handful of prompts at once. Every process must call it; it may bring none."""
+        batch = collate(prompts, self.encoder.spec).to(self.world.device)
         training = self.model.training
         self.model.eval()
         try:
-            answers = generate(self.model, batch, self.stop_ids, sampling, on_tokens)
+            answers = generate(self.model, batch, self.stop_ids, sampling)
         finally:
             self.model.train(training)
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
-    def answer_all(self, asked: Sequence[Question], sampling: Sampling, batch_size: int) -> list[str]:
-        """Answers to all questions, shared out over the processes; every process gets them all."""
+    def answer_all(self, asked: Sequence[Question], sampling: Sampling, batch_size: int) -> dict[int, str]:
+        """Answers by number of the question, shared out over the processes; every process gets them all.
+
+        A question whose media can't be decoded has none.
+        """
         mine = list(range(self.world.rank, len(asked), self.world.size))
         passes = math.ceil(math.ceil(len(asked) / self.world.size) / batch_size)
         answers: dict[int, str] = {}
         for number in range(passes):
             chunk = mine[number * batch_size : (number + 1) * batch_size]
-            answers |= zip(chunk, self.answer([asked[i] for i in chunk], sampling), strict=True)
+            loaded = zip(chunk, self.load([asked[i] for i in chunk]), strict=True)
+            good = {index: prompt for index, prompt in loaded if not isinstance(prompt, MediaError)}
+            answers |= zip(good, self.answer(list(good.values()), sampling), strict=True)
         if self.world.size > 1:
             gathered: list[dict[int, str]] = [{} for _ in range(self.world.size)]
             dist.all_gather_object(gathered, answers)
             answers = {index: text for part in gathered for index, text in part.items()}
-        return [answers[index] for index in range(len(asked))]
+        return dict(sorted(answers.items()))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -127,8 +142,9 @@ def evaluate(
     asked = questions([one for members in held_out.members for one in members], limit)
     answers = answerer.answer_all(asked, sampling, batch_size)
     if answerer.world.is_main:
-        replace_text(file, "".join(prediction_line(q, a) for q, a in zip(asked, answers, strict=True)))
-    return task.score(answers, [question.references for question in asked])
+        replace_text(file, "".join(prediction_line(asked[i], answer) for i, answer in answers.items()))
+    scores = task.score(list(answers.values()), [asked[i].references for i in answers])
+    return {**scores, "answered": len(answers), "unreadable": len(asked) - len(answers)}
 
 
 def prediction_line(question: Question, prediction: str) -> str:

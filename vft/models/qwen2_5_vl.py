@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vft.attention import attend
-from vft.loss import linear_cross_entropy_sum
+from vft.loss import cross_entropy_sum
 from vft.models.cache import KeyValueCache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
 from vft.models.qwen2_5_vl_vision import QwenVision
@@ -273,10 +273,15 @@ class Qwen2_5_VL(nn.Module):
         x_TE = self.embed(batch)
         x_TE = self.model(x_TE, batch.positions_3T, batch.plan, cache)
         hidden_NE = self.model.norm(x_TE[batch.target_index_N])
-        weight_VE = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if loss:
-            return linear_cross_entropy_sum(hidden_NE, weight_VE, batch.target_ids_N)
-        return F.linear(hidden_NE, weight_VE.to(hidden_NE.dtype)).float()
+            return cross_entropy_sum(hidden_NE, self.head, self.config.vocabulary, batch.target_ids_N)
+        return self.head(hidden_NE).float()
+
+    def head(self, hidden_NE: Tensor) -> Tensor:
+        """Logits [N, V]. A head of its own is called as the module that it is: it may have an adapter."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_NE)
+        return F.linear(hidden_NE, self.model.embed_tokens.weight.to(hidden_NE.dtype))
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings [T, E] with the media's in their places, in the compute dtype."""
