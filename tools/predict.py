@@ -17,6 +17,7 @@ import torch
 from vft.config import DataConfig
 from vft.console import user_errors
 from vft.data.pool import WorkerPool
+from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import MediaError, scan
 from vft.distributed import environment
 from vft.evaluate import Answerer, Prompt, Question, load_model, require_folder, user_question
@@ -25,7 +26,6 @@ from vft.models.generate import Sampling
 from vft.types import MediaKind, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 def main() -> None:

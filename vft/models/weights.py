@@ -30,6 +30,21 @@ from vft.types import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
+HUB_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+"""Small files that others need beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +208,8 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Everything that lies beside the weights: configuration, tokenizer, template, index; no code, no pickles."""
+    for name in HUB_COMPANIONS:
+        _file(checkpoint.path, name)  # of a hub name, only what was asked for so far is on this machine
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
             shutil.copyfile(path, folder / path.name)
