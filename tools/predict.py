@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """UserError for values out of range."""
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens = {arguments.max_new_tokens}: must be at least 1")
+    if not 0 <= arguments.temperature < math.inf:
+        raise UserError(f"--temperature = {arguments.temperature}: must be 0 (greedy) or above")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-p = {arguments.top_p}: must be above 0 and at most 1")
+
+
 def predict(arguments: argparse.Namespace) -> int:
     """Print an answer for each file; returns how many files could not be used."""
+    check(arguments)
     require_folder(arguments.adapter, "--adapter")
     world = environment()
     default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -111,7 +123,8 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
     except ValueError as error:
         detail = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in detail["loc"])
-        raise UserError(f"{where}: {detail['msg']}; see --fps, --frames, --max-frames, --max-pixels") from error
+        value = f" = {detail['input']}" if isinstance(detail.get("input"), int | float) else ""
+        raise UserError(f"{where}{value}: {detail['msg']}; see --fps, --frames, --max-frames, --max-pixels") from error
 
 
 def show(path: Path, prompt: str, answer: str, arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vft.types import UserError
@@ -44,7 +44,8 @@ def replace_text(path: Path, text: str) -> None:
         _flush_entry(partial)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(
             f"{path}: can't be written ({error.strerror}); free space, or name a folder that can be written"
         ) from error

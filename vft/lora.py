@@ -187,7 +187,7 @@ class Adapter:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = _read_object(folder / CONFIG_FILE)
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
             kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
             raise UserError(f"{folder / CONFIG_FILE}: peft_type = {kind!r}: only plain LORA adapters are read")
@@ -201,14 +201,18 @@ class Adapter:
             raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
         about_file = folder / ABOUT_FILE
-        about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.is_file() else {}
+        about = _read_object(about_file) if about_file.is_file() else {}
         return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
 
     @property
     def lora(self) -> LoraConfig:
         """Rank, alpha and kind of scale as a configuration (targets are read off the tensors)."""
         config = self.config
-        return LoraConfig(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("use_rslora", False))
+        try:
+            return LoraConfig(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("use_rslora", False))
+        except (KeyError, ValueError) as error:
+            found = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
+            raise UserError(f"{self.folder / CONFIG_FILE}: {found}: not the settings of a LoRA adapter") from error
 
     @property
     def modules(self) -> list[str]:
@@ -323,6 +327,16 @@ def _from_peft(name: str, prefixes: Mapping[str, str]) -> str:
         if bare.startswith(theirs):
             return ours + bare.removeprefix(theirs)
     return bare
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; fetch it again")
+    return content
 
 
 def _regular_expression(modules: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -364,7 +365,13 @@ class Trainer:
 
 
 def check_output_dir(config: Config) -> None:
-    """UserError where the folder holds a run of another configuration: going on would mix two runs."""
+    """UserError where the folder can't be written, or holds a run of another configuration: two runs would mix."""
+    folder = config.output_dir.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir = {str(config.output_dir)!r}: {existing} is no folder that can be written; name another"
+        )
     file = config.output_dir / "config.toml"
     if not file.is_file():
         return

@@ -231,6 +231,37 @@ def test_generation_alone(tiny_untied: Tiny, answers: dict[str, list[int]], name
     assert generate(tiny_untied.ours(), prompt(tiny_untied, name), (), Sampling(STEPS)) == [answers[name]]
 
 
+class Recorder:
+    """A model that keeps the logits of each pass."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        self.logits: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits.append(self.model(*args, **kwargs))
+        return self.logits[-1]
+
+
+def test_logits_with_a_cache(tiny_untied: Tiny) -> None:
+    """Each pass over the newest token of a short and a long prompt: the logits of transformers over the whole row."""
+    batches = [prompt(tiny_untied, name) for name in ("text", "video")]
+    patches = [Media.make(tiny_untied.encoder.spec, ROWS[name][1]).patches for name in ("text", "video")]
+    documents = [batch.documents[0] for batch in batches]
+    model = Recorder(tiny_untied.ours())
+    packed = collate(list(zip(documents, patches, strict=True)), tiny_untied.encoder.spec)
+    answers = generate(model, packed, (), Sampling(STEPS))
+    for number, (batch, answer) in enumerate(zip(batches, answers, strict=True)):
+        inputs = inputs_for_transformers(batch, tiny_untied.encoder.spec)
+        new = torch.arange(1, STEPS) + inputs["position_ids"].max()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer[:-1]])], dim=1)
+        inputs["position_ids"] = torch.cat([inputs["position_ids"], new.expand(3, 1, -1)], dim=2)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            wanted = tiny_untied.theirs(**inputs).logits[0, -STEPS:]
+        assert float((torch.stack([step[number] for step in model.logits]) - wanted).abs().max()) <= 1e-4
+
+
 @pytest.mark.parametrize("name", ["text", "picture"])
 def test_generation_is_that_of_transformers(tiny_untied: Tiny, name: str) -> None:
     """Its `generate` numbers text after long videos otherwise; where no video is, both rules agree."""

@@ -61,7 +61,7 @@ def no_answer(own: World) -> list[str]:
 
 
 def no_json(own: World) -> list[str]:
-    write_records(own, video_record("red"), '{"messages": [')
+    write_records(own, video_record("red"), '{"messages": [}')
     return [f"{own.root / 'videos.json'}:2"]
 
 
@@ -192,9 +192,7 @@ def test_broken_files(commands: Commands, own: World, tmp_path: Path, spoil: Cal
         ("eval.sources=[{format='messages',path='none.json'}]", ["none.json"]),
     ],
 )
-def test_wrong_settings(
-    world: World, commands: Commands, tmp_path: Path, override: str, expected: list[str]
-) -> None:
+def test_wrong_settings(world: World, commands: Commands, tmp_path: Path, override: str, expected: list[str]) -> None:
     evaluates = ["eval.every_steps=1"] if override.startswith("eval.") else []
     error = commands.run(CAPTION, world.config(tmp_path / "run.toml"), override, *evaluates).error
     assert [text for text in expected if text not in error] == [], error
@@ -302,7 +300,8 @@ def test_a_broken_adapter(
     merge = ("--base", world.base, "--adapter", adapter, "--output", tmp_path / "merged")
     predict = ("--model", world.base, "--adapter", adapter, world.root / "red.mp4")
     for command in ((MERGE, *merge), (PREDICT, *predict)):
-        assert str(adapter / name) in commands.run(*command).error or name in commands.run(*command).error
+        error = commands.run(*command).error
+        assert str(adapter) in error and name in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -316,6 +315,7 @@ def test_a_broken_adapter(
         (("--max-pixels", "10"), ["max_pixels", "10"]),
         (("--max-new-tokens", "0"), ["--max-new-tokens", "0"]),
         (("--temperature", "-1"), ["--temperature", "-1"]),
+        (("--top-p", "0"), ["--top-p", "0"]),
     ],
 )
 def test_wrong_options_of_predict(
@@ -343,7 +343,7 @@ def test_tools_on_a_broken_base(
 
 MANY = {
     "data": {"max_samples_per_pack": 1, "max_bad_fraction": 0.3},
-    "train": {"max_steps": 8, "packs_per_step": 2},
+    "train": {"max_steps": 8, "packs_per_step": 2, "schedule": "constant"},
     "checkpoint": {"every_steps": 2},
 }
 
@@ -369,24 +369,19 @@ def test_a_clip_that_is_no_video_is_left_out(commands: Commands, own: World, tmp
 
 def test_a_clip_damaged_in_the_middle_is_replaced(commands: Commands, own: World, tmp_path: Path) -> None:
     damage(own.root / "green.mp4")
-    lines, files = [], []
-    for name, settings in (("first", {}), ("second", {}), ("workers", {"data": {"workers": 1}})):
-        folder = commands.train(own.config(tmp_path / f"{name}.toml", MANY, settings))
+    runs = [own.config(tmp_path / f"{name}.toml", MANY) for name in ("straight", "halves")]
+    commands.train(runs[0])
+    # A run that is interrupted agrees: what it found is part of its state.
+    commands.train(runs[1], "train.max_steps=4")
+    commands.train(runs[1])
+    lines = []
+    for config in runs:
+        folder = config.with_suffix("")
         (bad,) = quarantine(folder)
         assert (bad["id"], bad["path"], bad["reason"]) == ("green", str(own.root / "green.mp4"), "decode_error")
         assert column(folder, "samples") == [2] * 8  # another took its place in each of the four epochs
         lines.append([(line["loss"], line["sample_digest"]) for line in metrics(folder)])
-        files.append((folder / "quarantine.jsonl").read_bytes())
-    assert lines[0] == lines[1] == lines[2]
-    assert files[0] == files[1] == files[2]
-    # A run that is interrupted agrees: what it found is part of its state.
-    config = own.config(tmp_path / "halves.toml", MANY, {"train": {"schedule": "constant"}})
-    straight = commands.train(own.config(tmp_path / "straight.toml", MANY, {"train": {"schedule": "constant"}}))
-    commands.train(config, "train.max_steps=4")
-    halves = commands.train(config)
-    assert column(halves, "loss") == column(straight, "loss")
-    assert column(halves, "sample_digest") == column(straight, "sample_digest")
-    assert quarantine(halves) == quarantine(straight)
+    assert lines[0] == lines[1]
 
 
 def test_too_many_damaged_clips_stop_the_run(commands: Commands, own: World, tmp_path: Path) -> None:
@@ -400,9 +395,7 @@ def test_too_many_damaged_clips_stop_the_run(commands: Commands, own: World, tmp
     assert [bad["id"] for bad in quarantine(tmp_path / "run")] == ["green"]
 
 
-def test_a_damaged_clip_is_an_error_of_predict(
-    commands: Commands, own: World, learned: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_clip_is_an_error_of_predict(commands: Commands, own: World, learned: Path, tmp_path: Path) -> None:
     damage(own.root / "green.mp4")
     clips = (own.root / "green.mp4", own.root / "red.mp4")
     model = ("--model", own.base, "--adapter", learned / "adapter", "--prompt", PROMPT, "--json")
@@ -418,6 +411,6 @@ def test_two_processes_replace_as_one_does(commands: Commands, own: World, tmp_p
     damage(own.root / "green.mp4")
     one = commands.train(own.config(tmp_path / "one.toml", MANY))
     two = own.config(tmp_path / "two.toml", MANY)
-    commands.torchrun(2, two).ok()
+    commands.torchrun(2, two, "data.workers=1").ok()
     assert column(two.with_suffix(""), "sample_digest") == column(one, "sample_digest")
     assert quarantine(two.with_suffix("")) == quarantine(one)

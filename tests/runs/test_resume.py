@@ -27,7 +27,7 @@ STOCHASTIC: dict[str, Any] = {
     "train": {"max_steps": STEPS, "warmup_steps": 3, "weight_decay": 0.01, "packs_per_step": 3},
     "checkpoint": {"every_steps": 3, "keep_last": 3},
 }
-"""Dropout, a schedule, and epochs (of 4 packs) that end within a step (of 3): everything that state could be lost of."""
+"""Dropout, a schedule, and epochs (of 4 packs) that end within a step (of 3): what could get lost."""
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def copy(undisturbed: Path, world: World, tmp_path: Path) -> Path:
     return world.config(tmp_path / "run.toml", STOCHASTIC)
 
 
-@pytest.mark.parametrize("settings", [{}, FULL_TUNING], ids=["lora", "full"])
+@pytest.mark.parametrize("settings", [{}, pytest.param(FULL_TUNING, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_a_run_killed_at_random_steps(
     world: World, commands: Commands, undisturbed: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -234,9 +234,7 @@ def test_another_number_of_processes(commands: Commands, undisturbed: Path, copy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_processes_killed(
-    world: World, commands: Commands, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, victim: int
-) -> None:
+def test_one_of_two_processes_killed(world: World, commands: Commands, tmp_path: Path, victim: int) -> None:
     settings = {"train": {"packs_per_step": 4}}
     undisturbed = world.config(tmp_path / "undisturbed.toml", STOCHASTIC, settings)
     commands.torchrun(2, undisturbed).ok()

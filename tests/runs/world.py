@@ -28,6 +28,7 @@ TEXTS = {
     "Who sees nothing here?": "Whoever has no picture.",
 }
 
+
 @dataclass(frozen=True)
 class World:
     """What the tests train with."""

@@ -85,9 +85,11 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's own tokenizer with its chat template; it must be a fast one (offsets are needed)."""
-        tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        if not tokenizer.is_fast:
+        # Without the file transformers makes a tokenizer with an empty vocabulary.
+        if _file(self.path, "tokenizer.json") is None:
             raise UserError(f"{self.path}: no tokenizer.json; only fast tokenizers give character offsets")
+        tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        assert tokenizer.is_fast, type(tokenizer)
         if tokenizer.chat_template is None:
             template = self.json_file("chat_template.json").get("chat_template")
             if template is None:
