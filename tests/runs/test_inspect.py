@@ -1,0 +1,84 @@
+"""What tools/inspect_batch.py and tools/evaluate.py leave."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.runs.commands import Commands
+from tests.runs.world import ANSWERS, MIXED, PROMPT, World
+
+INSPECT = "tools/inspect_batch.py"
+ROWS = {"input_ids_T", "labels_T", "document_T", "branch_T"}
+REST = {"positions_3T", "pixels_PD", "grid_thw", "seconds_per_grid", "frame_times_s"}
+WHOLE = {"data": {"pack_tokens": 512}}
+"""Settings under which all clips fit in one row."""
+FORWARD = {"loss_sum", "num_targets", "target_logits_NV"}
+
+
+def test_first_pack_with_forward(world: World, commands: Commands, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", WHOLE)
+    commands.run(INSPECT, config, "--output", tmp_path / "look", "--forward").ok()
+    batch = load_file(tmp_path / "look" / "batch.safetensors")
+    assert set(batch) == ROWS | REST | FORWARD
+    tokens = batch["input_ids_T"].numel()
+    assert {batch[name].shape for name in ROWS} == {(tokens,)} and batch["positions_3T"].shape == (3, tokens)
+    # 12 frames in 3 s, of which 4 are seen.
+    assert batch["grid_thw"].tolist() == [[2, 4, 4]] * 4
+    assert batch["pixels_PD"].shape == (4 * 2 * 4 * 4, 1176) and batch["pixels_PD"].dtype == torch.float32
+    assert batch["frame_times_s"].tolist() == [0.0, 1.0, 1.75, 2.75] * 4
+    assert batch["seconds_per_grid"].tolist() == [1.5] * 4
+    assert torch.equal(batch["document_T"].unique(), torch.arange(4)) and not batch["branch_T"].any()
+    # The logits, in row order, are those whose cross-entropies with the labels add up to the loss.
+    targets_N = batch["labels_T"][batch["labels_T"] != -100]
+    chosen_N = batch["target_logits_NV"].double().log_softmax(-1).gather(-1, targets_N[:, None])
+    assert batch["num_targets"] == targets_N.numel()
+    torch.testing.assert_close(batch["loss_sum"].double(), -chosen_N.sum(), rtol=1e-5, atol=0)
+
+
+def test_preview_stands_alone_and_shows_what_is_supervised(world: World, commands: Commands, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", WHOLE)
+    commands.run(INSPECT, config, "--output", tmp_path / "look").ok()
+    page = (tmp_path / "look" / "preview.html").read_text()
+    assert "<script" not in page and not re.search(r"(src|href)=\"?(https?:|//)", page)
+    assert page.count("<img ") == 16
+    tokens = re.findall(r"<div class=tokens>(.*?)</div>", page, re.DOTALL)
+    supervised = ["".join(re.findall(r'<span class="t supervised">(.*?)</span>', row, re.DOTALL)) for row in tokens]
+    assert sorted(supervised) == sorted(f"{answer}&lt;|im_end|&gt;" for answer in ANSWERS.values())
+
+
+def test_pictures_and_text_alone(world: World, commands: Commands, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", MIXED, {"data": {"max_samples_per_pack": 0, "pack_tokens": 1024}})
+    commands.run(INSPECT, config, "--output", tmp_path / "look").ok()
+    batch = load_file(tmp_path / "look" / "batch.safetensors")
+    assert sorted(batch["grid_thw"].tolist()) == sorted([[2, 4, 4]] * 3 + [[1, 4, 4]] * 4)
+    assert batch["document_T"].max() == 8
+
+
+def test_a_folder_with_other_files_is_left_alone(world: World, commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "look").mkdir()
+    (tmp_path / "look" / "precious.txt").write_text("mine")
+    error = commands.run(INSPECT, world.config(tmp_path / "run.toml"), "--output", tmp_path / "look").error
+    assert "--output" in error and str(tmp_path / "look") in error
+    assert [path.name for path in (tmp_path / "look").iterdir()] == ["precious.txt"]
+
+
+def test_base_and_adapter_side_by_side(world: World, commands: Commands, learned: Path, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", {"eval": {"max_new_tokens": 60}})
+    shown = commands.run(
+        "tools/evaluate.py", config, "--adapter", learned / "adapter", "--compare-base", "--show", "1"
+    ).ok()
+    folder = tmp_path / "run" / "predictions"
+    adapter, base = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("adapter.jsonl", "base.jsonl")
+    )
+    assert {row["id"]: row["prediction"] for row in adapter} == ANSWERS
+    assert all(row["prompt"] == PROMPT and row["reference"] == ANSWERS[row["id"]] for row in adapter + base)
+    assert not {row["prediction"] for row in base} & set(ANSWERS.values())
+    scores = re.search(r"cider_d\s*│\s*([0-9.]+)\s*│\s*([0-9.]+)", shown.stdout)
+    assert scores and float(scores[1]) < 1.0 and float(scores[2]) > 5.0, shown.stdout
