@@ -33,11 +33,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: the base model alone)")
     parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="also print the first N answers")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="also print N answers, spread over the samples"
+    )
     parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
     arguments = parser.parse_args()
     with user_errors():
         require_folder(arguments.adapter, "--adapter")
+        if environment().size > 1:
+            raise UserError("tools/evaluate.py runs in one process; in training, eval.every_steps uses all of them")
         if arguments.compare_base and arguments.adapter is None:
             raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
         config = configs.load(arguments.config, arguments.overrides)
@@ -57,7 +61,7 @@ def score(config: Config, adapter: Path | None, file: Path) -> dict[str, float]:
     loaded = load_model(config.model.path, adapter, dtype, world.device)
     task = Caption()
     wanted = config.eval.sources or config.data.sources
-    held_out = load_documents(config.data, wanted, task.conversation, loaded.encoder, config.seed, show_progress=True)
+    held_out = load_documents(config.data, wanted, task.conversation, loaded.encoder, config.seed)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
         answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.index.info, pool, world)
@@ -65,12 +69,14 @@ def score(config: Config, adapter: Path | None, file: Path) -> dict[str, float]:
 
 
 def show_answers(files: dict[str, Path], count: int) -> None:
-    """The first answers of every model under their references."""
+    """Some answers of every model under their references."""
     read = {name: [json.loads(line) for line in file.open(encoding="utf-8")] for name, file in files.items()}
-    for rows in list(zip(*read.values(), strict=True))[:count]:
-        print(f"\n{rows[0]['id']}\n  reference  {rows[0]['reference']}")
-        for name, row in zip(read, rows, strict=True):
-            print(f"  {name:9}  {row['prediction']}")
+    by_id = {name: {row["id"]: row for row in rows} for name, rows in read.items()}
+    first = next(iter(read.values()))
+    for row in first[:: max(1, len(first) // max(1, count))][:count]:
+        print(f"\n{row['id']}\n  reference  {row['reference']}")
+        for name, answers in by_id.items():
+            print(f"  {name:9}  {answers[row['id']]['prediction'] if row['id'] in answers else '(not read)'}")
 
 
 def show_scores(scores: dict[str, dict[str, float]], folder: Path) -> None:
@@ -80,7 +86,7 @@ def show_scores(scores: dict[str, dict[str, float]], folder: Path) -> None:
     for name in scores:
         table.add_column(name, justify="right")
     for metric in next(iter(scores.values())):
-        table.add_row(metric, *(f"{values[metric]:.4f}" for values in scores.values()))
+        table.add_row(metric, *(f"{values[metric]:.4g}" for values in scores.values()))
     Console().print(table)
 
 

@@ -62,7 +62,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     checkpoint = Checkpoint.open(config.model.path)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
-    documents = load_documents(config.data, config.data.sources, Caption().conversation, encoder, config.seed, True)
+    documents = load_documents(config.data, config.data.sources, Caption().conversation, encoder, config.seed)
     with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
         loader = Loader(documents, documents.pack_plan(config.seed), pool, 1, 0, 1, 1, last_epoch=None)
         batch = next(loader.step()).batch

@@ -118,6 +118,11 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
         video = {key: value for key, value in video.items() if key not in ("fps", "frames")}
     asked = {key: getattr(arguments, key) for key in ("fps", "frames", "max_frames", "max_pixels")}
     video |= {key: value for key, value in asked.items() if value is not None}
+    most = arguments.max_frames
+    if most is not None:
+        video["min_frames"] = min(video.get("min_frames", most), most, DataConfig().video.min_frames)
+        if arguments.frames is None and "frames" in video:
+            video["frames"] = min(video["frames"], most)
     try:
         return DataConfig.model_validate({"video": video, "image": about.get("image", {}), "pack_tokens": 1 << 20})
     except ValueError as error:

@@ -72,9 +72,19 @@ def attended_pairs(plan: AttentionPlan) -> int:
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     """Attention of a packed row [T, H, K]; keys and values may have fewer heads than queries (grouped queries)."""
-    if q_THK.is_cuda and varlen_attn is not None and q_THK.dtype in (torch.bfloat16, torch.float16):
+    if _has_kernel(q_THK):
         return _attend_varlen(q_THK, k_THK, v_THK, plan)
     return _attend_groups(q_THK, k_THK, v_THK, plan)
+
+
+def prepare(plan: AttentionPlan, x: Tensor) -> None:
+    """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
+    if plan.groups is None and not _has_kernel(x):
+        plan.groups = _group(plan, x.device)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and varlen_attn is not None and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
@@ -100,8 +110,8 @@ def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
 
 def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     """Segments of equal lengths are one batched call; the rows are put back in order afterwards."""
-    if plan.groups is None:
-        plan.groups = _group(plan, q_THK.device)
+    prepare(plan, q_THK)
+    assert plan.groups is not None
     rows, outputs = [], []
     for q_rows, k_rows, count, q_length, k_length in plan.groups:
         q, k, v = (

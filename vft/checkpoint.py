@@ -38,13 +38,16 @@ def save(
     write: bool,
 ) -> None:
     """Every process calls it (tensors are gathered); the one with `write` writes and prunes older checkpoints."""
-    trainable, moments = {}, {}
+    trainable: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in _trainable(model):
-        trainable[name] = _to_cpu(parameter)
         slots = optimizer.state[parameter]
-        moments[f"step.{name}"] = slots["step"].detach().cpu()
-        for moment in MOMENTS:
-            moments[f"{moment}.{name}"] = _to_cpu(slots[moment])
+        # Gathered by every process, kept by the one that writes.
+        gathered = [whole(tensor.detach()) for tensor in (parameter, *(slots[moment] for moment in MOMENTS))]
+        if write:
+            trainable[name], *rest = (tensor.cpu().contiguous() for tensor in gathered)
+            moments |= {f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest, strict=True)}
+            moments[f"step.{name}"] = slots["step"].detach().cpu()
     if not write:
         return
     with whole_folder(root / f"step-{step:06d}") as folder:
@@ -112,10 +115,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
 
 
 def _copy_rows(target: Tensor, source: Any) -> None:

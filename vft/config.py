@@ -35,6 +35,7 @@ RESUME_MAY_CHANGE = frozenset(
         "eval",
         "parallel",
         "data.workers",
+        "data.max_bad_fraction",
         "data.clip_deadline_s",
         "data.cache_dir",
         "data.prefetch_packs",

@@ -15,13 +15,17 @@ from vft.types import UserError
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr (of the first process alone) and exit status 2."""
+    """Turn a UserError into one line on stderr (of one process a host) and exit status 2; Ctrl-C into status 130."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def progress_bar(total: int, what: str, unit: str, show: bool = True) -> tqdm[Any]:

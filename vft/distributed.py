@@ -17,7 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from vft.types import UserError
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(hours=1)
+"""Of a collective: others wait in one while the first process writes or verifies a large checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ def environment() -> World:
 def process_group(world: World) -> Iterator[None]:
     """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs."""
     if world.device.type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {world.local_rank} of this host has no GPU, there are {torch.cuda.device_count()}; "
+                "lower --nproc-per-node"
+            )
         torch.cuda.set_device(world.device)
     if world.size == 1:
         yield

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vft.config import DataConfig
+from vft.console import progress_bar
 from vft.data import vision
 from vft.data.budget import limits_of, plan_media
 from vft.data.chat import ChatEncoder
@@ -116,11 +117,14 @@ class Answerer:
         mine = list(range(self.world.rank, len(asked), self.world.size))
         passes = math.ceil(math.ceil(len(asked) / self.world.size) / batch_size)
         answers: dict[int, str] = {}
+        bar = progress_bar(len(mine), "answering", "question", self.world.is_main)
         for number in range(passes):
             chunk = mine[number * batch_size : (number + 1) * batch_size]
             loaded = zip(chunk, self.load([asked[i] for i in chunk]), strict=True)
             good = {index: prompt for index, prompt in loaded if not isinstance(prompt, MediaError)}
             answers |= zip(good, self.answer(list(good.values()), sampling), strict=True)
+            bar.update(len(chunk))
+        bar.close()
         if self.world.size > 1:
             gathered: list[dict[int, str]] = [{} for _ in range(self.world.size)]
             dist.all_gather_object(gathered, answers)

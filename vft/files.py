@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vft.types import UserError
 
 
@@ -22,14 +24,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        _open_to_all(partial)
         _flush(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
         _flush_entry(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{folder}: can't be written ({error.strerror}); free space, or name a folder that can be written"
+            f"{folder}: can't be written ({reason}); free space, or name a folder that can be written"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -49,6 +53,14 @@ def replace_text(path: Path, text: str) -> None:
         raise UserError(
             f"{path}: can't be written ({error.strerror}); free space, or name a folder that can be written"
         ) from error
+
+
+def _open_to_all(folder: Path) -> None:
+    """The permissions that any new file gets: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def _flush(folder: Path) -> None:

@@ -221,6 +221,13 @@ class Adapter:
 
     def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
         """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
+        own = lora_scale(self.lora.rank, self.lora.alpha, self.lora.rslora)
+        for layer in (module for module in model.modules() if isinstance(module, LoRALinear)):
+            if layer.scale != own:
+                raise UserError(
+                    f"{self.folder / CONFIG_FILE}: lora_alpha = {self.lora.alpha}, use_rslora = {self.lora.rslora}: "
+                    f"scale {own}, but {layer.scale} by the [lora] table; make alpha, rank and rslora equal"
+                )
         made_for = self.about.get("base_fingerprint")
         if made_for and made_for != fingerprint:
             raise UserError(
@@ -276,7 +283,9 @@ def export_adapter(
     tensors = {}
     for name, parameter in model.named_parameters():
         if is_adapter(name):
-            tensors[PEFT_ROOT + _to_peft(name, peft_prefixes)] = whole(parameter.detach()).cpu().contiguous()
+            tensor = whole(parameter.detach())  # gathered by every process, kept by the one that writes
+            if write:
+                tensors[PEFT_ROOT + _to_peft(name, peft_prefixes)] = tensor.cpu().contiguous()
     if not write:
         return
     modules = sorted({name.removeprefix(PEFT_ROOT).rsplit(".lora_", 1)[0] for name in tensors})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from rich.table import Table
 from torch import nn
 
 from vft.attention import attended_pairs
-from vft.lora import TrainableRow, is_adapter
-from vft.types import Batch
+from vft.lora import TrainableRow
+from vft.types import Batch, UserError
 
 PEAK_FLOPS = {
     "H100": 989e12,
@@ -38,7 +40,7 @@ class FlopCounter:
 
     A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
     attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen tower runs
-    forward only. The same count as in the published tables that docs/performance.md compares with.
+    forward only (2 a weight).
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,10 +52,10 @@ class FlopCounter:
         self.pair = 12 * config.heads * config.head_width * config.layers
         head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
-        passes = 3 if any(p.requires_grad for p in model.visual.parameters()) else 1
-        tower = sum(p.numel() for n, p in model.visual.named_parameters() if p.dim() >= 2 and "merger" not in n)
-        merger = sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2)
-        self.patch = passes * (2 * tower + 2 * merger // config.vision.merge**2)
+        tower, merger = [*model.visual.patch_embed.parameters(), *model.visual.blocks.parameters()], model.visual.merger
+        patch, passes = _passes(tower)
+        merged, _ = _passes(list(merger.parameters()), fed=passes > 1)
+        self.patch = patch + merged // config.vision.merge**2
         full = len(config.vision.full_attention_blocks)
         self.tower_pairs = {
             "frame": passes * 4 * config.vision.width * full,
@@ -69,12 +71,36 @@ class FlopCounter:
         return total
 
 
+def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
+    """FLOPs of one input through `weights`, and how many forward passes its attention costs.
+
+    2 a weight where nothing is trained; else 4 a frozen and 6 a trained one, attention three passes. `fed`: what comes
+    in needs a gradient, so even frozen weights are passed backwards.
+    """
+    counts = {True: 0, False: 0}
+    for weight in weights:
+        counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
+    backward = fed or counts[True] > 0
+    return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1
+
+
+def describe_device(device: torch.device) -> str:
+    """What the run computes on, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def require_tensorboard() -> None:
+    """UserError where the extra isn't installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("log.tensorboard = true: not installed; pip install 'vft[tensorboard]', or leave it out")
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device, None where it isn't known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -97,10 +123,7 @@ class Monitor:
         self.file = folder / "metrics.jsonl"
         self.live: Progress | None = None
         self.board: Any = None
-        if main and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.board_folder = folder / "tensorboard" if main and tensorboard else None
 
     def say(self, text: str) -> None:
         """One line to the person in front."""
@@ -127,7 +150,11 @@ class Monitor:
         partial.replace(self.file)
 
     def start(self, step: int) -> None:
-        """Begin the live view at `step`."""
+        """Begin the live view after `step`."""
+        if self.board_folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
         if self.main and self.console.is_terminal:
             columns = [
                 TextColumn("step"),
@@ -197,11 +224,6 @@ class Stopwatch:
     def elapsed_s(self) -> float:
         """Seconds since it was made."""
         return time.perf_counter() - self.begin
-
-
-def count_adapters(model: nn.Module) -> int:
-    """Adapter tensors in the model."""
-    return sum(is_adapter(name) for name, _ in model.named_parameters())
 
 
 def _step_of(line: str) -> int:

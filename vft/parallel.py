@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vft.attention import varlen_attn
 from vft.config import ParallelConfig
 
 _SAVED_OPS = {
@@ -24,7 +25,7 @@ _SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
 }
-if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+if varlen_attn is not None:  # importing it has registered the operator
     _SAVED_OPS.add(torch.ops.torch_attn._varlen_attn.default)
 
 
@@ -32,6 +33,8 @@ def parallelize(model: Any, mesh: DeviceMesh | None, config: ParallelConfig, dty
     """Change `model` in place; it is still on the meta device. Without a mesh (one process) nothing is sharded."""
     checkpoint_activations(model, config.activation_checkpointing)
     if config.compile:
+        # One graph a layer where a checkpointed forward is bound to its layer; torch gives up after 8 by default.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(model.model.layers))
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     if mesh is not None:
@@ -97,7 +100,10 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     fully_shard(model, **options, ignored_params=ignored)
 
 
-def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the backward pass of a step's last pack alone; the packs before only add up."""
+def sync_gradients(model: nn.Module, last: bool, adapters_only: bool) -> None:
+    """Reduce the gradients of adapters in the backward pass of a step's last pack alone; the packs before only add up.
+
+    Whole gradients of a model that is trained in full would fill the memory: they are reduced after every pack.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or not adapters_only)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
 from vft import config as configs
@@ -32,12 +33,22 @@ from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_a
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, export_model, load_weights
-from vft.monitor import FlopCounter, Monitor, Stopwatch, peak_flops, peak_memory_bytes
+from vft.monitor import (
+    FlopCounter,
+    Monitor,
+    Stopwatch,
+    describe_device,
+    peak_flops,
+    peak_memory_bytes,
+    require_tensorboard,
+)
 from vft.optim import build_optimizer, learning_rate, scale_and_clip
 from vft.parallel import parallelize, sync_gradients
 from vft.types import Task, UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+IDENTITY = {"data": "the samples or their lengths", "base": "the weights of model.path"}
+"""What the digests in a checkpoint stand for."""
 
 
 def main(task: Task) -> None:
@@ -62,16 +73,17 @@ def run(task: Task, config: Config) -> None:
             f"{world.size}"
         )
     check_output_dir(config)
+    if config.log.tensorboard:
+        require_tensorboard()
     checkpoint = Checkpoint.open(config.model.path)
     skeleton = build(checkpoint, DTYPES[config.train.precision])
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
-    show = world.is_main
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
-    documents = load_documents(config.data, config.data.sources, task.conversation, encoder, config.seed, show)
+    documents = load_documents(config.data, config.data.sources, task.conversation, encoder, config.seed)
     held_out = None
     if config.eval.every_steps:
         wanted = config.eval.sources or config.data.sources
-        held_out = load_documents(config.data, wanted, task.conversation, encoder, config.seed, show)
+        held_out = load_documents(config.data, wanted, task.conversation, encoder, config.seed)
     with process_group(world), WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
         Trainer(task, config, world, checkpoint, skeleton, documents, held_out, pool).fit()
 
@@ -105,6 +117,7 @@ class Trainer:
         self.checkpoint, self.skeleton, self.model = checkpoint, skeleton, skeleton.model
         self.documents, self.held_out = documents, held_out
         self.folder = config.output_dir
+        self.lock = FileLock(self.folder / ".lock")
         plan = documents.pack_plan(config.seed)
         epochs = config.train.epochs
         if epochs is not None:
@@ -112,6 +125,11 @@ class Trainer:
             self.max_steps = math.ceil(packs / config.train.packs_per_step)
         else:
             self.max_steps = config.train.max_steps or 0
+        if config.train.warmup_steps > self.max_steps:
+            raise UserError(
+                f"train.warmup_steps = {config.train.warmup_steps}: the run has {self.max_steps} steps and would "
+                "never reach the learning rate; lower it"
+            )
         self.loader = Loader(
             documents=documents,
             plan=plan,
@@ -134,6 +152,10 @@ class Trainer:
         """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
         config, model = self.config, self.model
         rows = choose_trainable(model, self.skeleton.towers, config.lora, config.model.train)
+        self.monitor.say(
+            f"{describe_device(self.world.device)}, {self.world.size} process(es), {config.train.precision}; "
+            f"{self.documents.num_samples} samples in {len(self.documents.lengths)} documents, {self.max_steps} steps"
+        )
         self.monitor.table_of_trainable(rows, model)
         self.flops = FlopCounter(model)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
@@ -157,6 +179,13 @@ class Trainer:
     def start_folder(self) -> None:
         """Write what the run is and which samples it leaves out."""
         if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"output_dir = {str(self.folder)!r}: another run is at work there; wait for it, or name another"
+                ) from None
             replace_text(self.folder / "config.toml", configs.dump(self.config))
             lines = "".join(item.line() + "\n" for item in self.documents.bad)
             replace_text(self.folder / "quarantine.jsonl", lines)
@@ -172,6 +201,12 @@ class Trainer:
             dist.broadcast_object_list(found)
         if found[0] is not None:
             state = checkpoints.load(found[0], self.model, self.optimizer)
+            for what, now in self.identity().items():
+                if state[what] != now:
+                    raise UserError(
+                        f"{found[0]}: {what} = {state[what][:16]} then, {now[:16]} now: {IDENTITY[what]} changed "
+                        "since; put it back, or name another output_dir"
+                    )
             self.step = state["step"]
             self.loader.seek(Cursor(**state["cursor"]), [BadItem(**item) for item in state["bad"]])
             self.write_bad(list(self.loader.known_bad.values()))
@@ -188,11 +223,11 @@ class Trainer:
             while self.step < self.max_steps:
                 self.step += 1
                 self.train_step()
-                if config.eval.every_steps and self.step % config.eval.every_steps == 0:
-                    self.evaluate()
                 if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
                     self.save()
                     last_saved = self.step
+                if config.eval.every_steps and self.step % config.eval.every_steps == 0:
+                    self.evaluate()
             if last_saved < self.step:
                 self.save()
         finally:
@@ -226,7 +261,7 @@ class Trainer:
             watch.waiting(since)
             packs_left -= 1
             batch = pack.batch.to(device)
-            sync_gradients(self.model, last=packs_left == 0)
+            sync_gradients(self.model, last=packs_left == 0, adapters_only=self.config.lora is not None)
             # Dropout depends on the pack, not on the process that happens to run it.
             torch.manual_seed(int(_digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
             loss = self.model(batch)
@@ -261,7 +296,7 @@ class Trainer:
         if result.loss > 1.05 * chance:  # random weights are a little above it too
             self.monitor.say(
                 f"warning: the first loss, {result.loss:.2f}, above that of guessing, ln(vocabulary) = {chance:.2f}: "
-                "check that model.path is the checkpoint you mean"
+                "check that model.path is the checkpoint you mean, unless you know that it answers in another form"
             )
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad != (parameter.grad is not None):
@@ -333,10 +368,15 @@ class Trainer:
         scores = evaluate(self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, file)
         self.monitor.evaluation(self.step, scores)
 
+    def identity(self) -> dict[str, str]:
+        """Digests of what a resumed run must find unchanged."""
+        return {"data": self.documents.digest, "base": self.checkpoint.fingerprint}
+
     def save(self) -> None:
         """A checkpoint to resume from."""
         cursor = self.loader.cursor
         state = {
+            **self.identity(),
             "cursor": {"epoch": cursor.epoch, "pack": cursor.pack},
             "bad": [json.loads(item.line()) for item in self.loader.known_bad.values()],
         }

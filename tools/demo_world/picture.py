@@ -69,7 +69,8 @@ def main() -> None:
         source = config.data.root / config.eval.sources[0].path
         videos = {record["id"]: record for record in json.loads(source.read_text(encoding="utf-8"))}
         rows = []
-        for id, row in list(after.items())[:CLIPS]:
+        for id in list(after)[:: max(1, len(after) // CLIPS)][:CLIPS]:
+            row = after[id]
             video = f"{videos[id]['data_source']}/{videos[id]['video']}"
             texts = {"reference": row["reference"], "before": before[id]["prediction"], "after": row["prediction"]}
             rows.append({"video": video, **texts})

@@ -8,9 +8,6 @@ from dataclasses import replace
 from vft.config import DataConfig
 from vft.types import MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits, VisionSpec
 
-DEFAULT_LIST_FPS = 2.0
-"""Frames per second at which a list of frame pictures counts as sampled where it doesn't say (qwen-vl-utils 0.0.14)."""
-
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     """The configuration's limits with the record's own options laid over them."""

@@ -153,7 +153,6 @@ def load_documents(
     make_conversation: MakeConversation,
     encoder: ChatEncoder,
     seed: int,
-    show_progress: bool,
 ) -> Documents:
     """Read the sources, scan their media once and lay conversations of the same media together.
 
@@ -170,7 +169,7 @@ def load_documents(
             except UserError as error:
                 bad.append(BadItem(sample.id, "", "record", str(error)))
     refs = [ref for one, _ in conversations for ref in one.media]
-    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, show_progress)
+    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s)
     documents = Documents(encoder, config, index, bad=bad)
     groups: dict[object, list[tuple[Conversation, float]]] = {}
     for number, (one, weight) in enumerate(conversations):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vft.console import progress_bar
 from vft.data.pool import WorkerPool
 from vft.data.video import MediaError, check_file, join_pictures, scan_file
-from vft.types import MediaInfo, MediaKind, MediaRef
+from vft.types import MediaInfo, MediaKind, MediaRef, UserError
 
 Key = tuple[MediaKind, str]
 """Kind and path of a file."""
@@ -100,7 +100,12 @@ def build(
     `deadline_s` seconds a file. Another process that builds in the same `cache_dir` is waited for.
     """
     wanted = _distinct(refs)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir = {str(cache_dir)!r}: can't be made ({error.strerror}); name a folder that can be written"
+        ) from error
     with _locked(cache_dir / "media.lock"):
         cache = cache_dir / "media.parquet"
         table = _read(cache)

@@ -32,14 +32,22 @@ class LoadedPack:
     """Of its sample ids and its place; those of a step add up to the step's."""
 
 
-@dataclass
-class _Pending:
+@dataclass(frozen=True)
+class _Place:
+    """A pack of this process and the step that it belongs to."""
+
     pack: PackRef
-    documents: list[tuple[int, Document, list[Future[Patches]]]]
     last_of_step: bool
     cursor_after: Cursor
     epoch: int
-    """That of the step's last pack, whichever process takes it."""
+
+
+@dataclass
+class _Pending:
+    """A pack whose media are being decoded."""
+
+    place: _Place
+    documents: list[tuple[int, Document, list[Future[Patches]]]]
 
     @property
     def pixel_bytes(self) -> int:
@@ -71,39 +79,48 @@ class Loader:
         """Go on at `cursor`, knowing what was found bad before; nothing is read to skip."""
         self.cursor = self._planned = cursor
         self.known_bad = {item.path: item for item in bad}
+        self._agreed = frozenset(self.known_bad)
+        self._ahead: deque[_Place] = deque()
         self._pending: deque[_Pending] = deque()
         self.epoch = cursor.epoch
-        """Epoch of the last pack of the newest step."""
+        """Epoch that the newest step ends in."""
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step; take them all."""
+        # Known to all processes alike: what one of them finds during the step counts from the next step on.
+        self._agreed = frozenset(self.known_bad)
         while True:
             self._fill()
             pending = self._pending.popleft()
-            self.epoch = pending.epoch
             yield self._finish(pending)
-            if pending.last_of_step:
-                self.cursor = pending.cursor_after
+            if pending.place.last_of_step:
+                self.cursor, self.epoch = pending.place.cursor_after, pending.place.epoch
                 return
 
     def _fill(self) -> None:
         """Hand out work for the packs ahead, within the bounds on packs and bytes."""
         waiting = sum(pending.pixel_bytes for pending in self._pending)
         while not self._pending or (len(self._pending) < self.prefetch_packs and waiting < MAX_PENDING_BYTES):
-            packs, after = take_step(self.plan, self._planned, self.packs_per_step, self.last_epoch)
-            costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in packs]
-            epoch = max((pack.epoch for pack in packs if pack.documents), default=self.epoch)
-            mine = share_out(packs, costs, self.ranks)[self.rank]
-            for pack in mine:
-                ordered = [self._order(n) for n in pack.documents]
-                pending = _Pending(pack, ordered, pack is mine[-1], after, epoch)
-                waiting += pending.pixel_bytes
-                self._pending.append(pending)
-            self._planned = after
+            if not self._ahead:
+                self._plan_step()
+            place = self._ahead.popleft()
+            pending = _Pending(place, [self._order(number) for number in place.pack.documents])
+            waiting += pending.pixel_bytes
+            self._pending.append(pending)
+
+    def _plan_step(self) -> None:
+        """This process's packs of one more step."""
+        packs, after = take_step(self.plan, self._planned, self.packs_per_step, self.last_epoch)
+        costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in packs]
+        # Of the whole step, so that it doesn't depend on which packs this process got.
+        epoch = max((pack.epoch for pack in packs if pack.documents), default=self._planned.epoch)
+        mine = share_out(packs, costs, self.ranks)[self.rank]
+        self._ahead.extend(_Place(pack, pack is mine[-1], after, epoch) for pack in mine)
+        self._planned = after
 
     def _order(self, number: int) -> tuple[int, Document, list[Future[Patches]]]:
         document = self.documents.build(number)
-        if any(path_of(plan.ref.path) in self.known_bad for plan in document.media):
+        if any(path_of(plan.ref.path) in self._agreed for plan in document.media):
             return number, document, []
         spec = self.documents.encoder.spec
         return number, document, [self.pool.submit(vision.load, plan, spec) for plan in document.media]
@@ -114,7 +131,7 @@ class Loader:
             good = self._decoded(document, futures)
             attempt = 0
             while good is None and attempt < MAX_REPLACEMENTS:
-                other = self.plan.replacement(number, pending.pack.epoch, attempt)
+                other = self.plan.replacement(number, pending.place.pack.epoch, attempt)
                 if other is None:
                     break
                 _, document, futures = self._order(other)
@@ -123,11 +140,11 @@ class Loader:
             if good is not None:
                 ready.append((document, good))
         batch = collate(ready, self.documents.encoder.spec)
-        return LoadedPack(batch, pending.pack.slot, _digest(pending.pack.slot, batch.sample_ids))
+        return LoadedPack(batch, pending.place.pack.slot, _digest(pending.place.pack.slot, batch.sample_ids))
 
     def _decoded(self, document: Document, futures: list[Future[Patches]]) -> list[Patches] | None:
         """None where a medium failed; the first time that it did is put on record."""
-        if len(futures) < len(document.media):
+        if any(path_of(plan.ref.path) in self._agreed for plan in document.media):
             return None
         patches, failed = [], False
         for plan, future in zip(document.media, futures, strict=True):

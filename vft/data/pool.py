@@ -18,11 +18,13 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
+import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -161,7 +163,8 @@ class WorkerPool:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs, self._initializer), daemon=True)
-        process.start()
+        with _no_main_module():
+            process.start()
         theirs.close()  # so that the worker's end is the only one, and its death is an end of file
         return _Worker(process, ours, time.monotonic() + START_DEADLINE_S)
 
@@ -232,6 +235,20 @@ class WorkerPool:
         if worker.future is not None:
             worker.future.set_exception(error)
             worker.future = None
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keep a new process from importing the program that it serves: that takes seconds and hundreds of megabytes.
+
+    multiprocessing does so to find what `__main__` defines; nothing that workers run is defined there.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _allow_open_files() -> None:

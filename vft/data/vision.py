@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.data.video import decode_chunks
+from vft.data.video import as_media_error, decode_chunks
 from vft.types import Clip, MediaPlan, Patches, VisionSpec
 
 
@@ -23,7 +23,9 @@ def load(plan: MediaPlan, spec: VisionSpec) -> Patches:
     Raises:
         MediaError: the file can't be decoded as planned.
     """
-    return _cut([resize(clip.frames_TCHW, plan.height, plan.width) for clip in decode_chunks(plan)], plan, spec)
+    path = plan.ref.path
+    with as_media_error(path[0] if isinstance(path, tuple) else path):
+        return _cut([resize(clip.frames_TCHW, plan.height, plan.width) for clip in decode_chunks(plan)], plan, spec)
 
 
 def patchify(clip: Clip, plan: MediaPlan, spec: VisionSpec) -> Patches:

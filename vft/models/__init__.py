@@ -32,7 +32,6 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
         raise UserError(
             f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
-    spec = family.QwenVision.from_hf(checkpoint.config, checkpoint.json_file("preprocessor_config.json"))
     with torch.device("meta"):
-        model = family.Qwen2_5_VL(family.ModelConfig.from_hf(checkpoint.config), spec, dtype).to(dtype)
-    return Skeleton(model, spec, family.TOWERS, family.PEFT_PREFIXES)
+        model = family.build(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype)
+    return Skeleton(model, model.spec, family.TOWERS, family.PEFT_PREFIXES)

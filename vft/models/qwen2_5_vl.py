@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.attention import attend
+from vft.attention import attend, prepare
 from vft.loss import cross_entropy_sum
 from vft.models.cache import KeyValueCache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
@@ -242,6 +242,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings [T, E] to hidden states [T, E] before the final norm."""
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
+        prepare(plan, x_TE)  # outside the layers, which may be compiled
         for index, layer in enumerate(self.layers):
             x_TE = layer(x_TE, cos_TK, sin_TK, plan, cache, index)
         return x_TE
@@ -304,3 +305,9 @@ class Qwen2_5_VL(nn.Module):
             for values in (self.spec.mean, self.spec.std)
         )
         return ((pixels_PD.float() / 255 - mean_D) / std_D).to(self.compute_dtype)
+
+
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen2_5_VL:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
+    spec = QwenVision.from_hf(config, preprocessor)
+    return Qwen2_5_VL(ModelConfig.from_hf(config), spec, dtype).to(dtype)

@@ -30,6 +30,9 @@ from vft.types import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
+TIED_TO = "model.embed_tokens.weight"
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of the types that weights come in."""
 HUB_COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -45,6 +48,8 @@ HUB_COMPANIONS = (
     "processor_config.json",
 )
 """Small files that others need beside the weights."""
+NOT_COPIED = frozenset({"adapter_config.json", "trainer_state.json", "vft.json"})
+"""Of another training that happen to lie there: with adapter_config.json a full model would be taken for an adapter."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def _file(path: str, name: str) -> Path | None:
 def _required_file(path: str, name: str) -> Path:
     file = _file(path, name)
     if file is None or not file.is_file():
-        raise UserError(f"model.path = {path!r}: {name} is missing; only safetensors weights are read")
+        raise UserError(f"model.path = {path!r}: {name} is missing, or the hub can't be reached; safetensors only")
     return file
 
 
@@ -197,10 +202,15 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
     with whole_folder(folder) if write else nullcontext(folder) as partial:
         for file in sorted(set(checkpoint.weight_files.values())):
             names = [name for name, home in checkpoint.weight_files.items() if home == file]
+            tensors: dict[str, Tensor] = {}
             with _open(file) as reader:
-                dtypes = {name: reader.get_tensor(name).dtype for name in names}
-            # Gathered by every process, whoever writes.
-            tensors = {name: whole(parameters[name].detach()).to(dtypes[name]).cpu().contiguous() for name in names}
+                for name in names:
+                    # A tied head may have been saved all the same: then it is the embedding here too.
+                    parameter = parameters[name if name in parameters else TIED_TO]
+                    tensor = whole(parameter.detach())  # gathered by every process, kept by the one that writes
+                    if write:
+                        dtype = getattr(torch, DTYPE_NAMES[reader.get_slice(name).get_dtype()])
+                        tensors[name] = tensor.to(dtype).cpu().contiguous().clone()
             if write:
                 save_file(tensors, partial / file.name, metadata={"format": "pt"})
         if write:
@@ -213,5 +223,5 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for name in HUB_COMPANIONS:
         _file(checkpoint.path, name)  # of a hub name, only what was asked for so far is on this machine
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)

@@ -23,8 +23,8 @@ class Caption:
         return Conversation(sample.id, sample.turns, sample.origin)
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """CIDEr-D (0 to 10), on words without a PTB tokenizer."""
-        return {"cider_d": cider_d(predictions, references)}
+        """CIDEr-D, 0 to 10 (no PTB tokenizer); nothing for fewer than two captions, where it has no meaning."""
+        return {"cider_d": cider_d(predictions, references)} if len(predictions) > 1 else {}
 
 
 if __name__ == "__main__":
