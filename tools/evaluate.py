@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: the base model alone)")
     parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
-    parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="also print N answers, spread over the samples"
-    )
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="also print N of the answers")
     parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
     arguments = parser.parse_args()
     with user_errors():

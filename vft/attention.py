@@ -81,6 +81,9 @@ def prepare(plan: AttentionPlan, x: Tensor) -> None:
     """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
     if plan.groups is None and not _has_kernel(x):
         plan.groups = _group(plan, x.device)
+        every = torch.arange(x.shape[0], device=x.device)
+        rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
+        plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -112,7 +115,7 @@ def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
     """Segments of equal lengths are one batched call; the rows are put back in order afterwards."""
     prepare(plan, q_THK)
     assert plan.groups is not None
-    rows, outputs = [], []
+    outputs = []
     for q_rows, k_rows, count, q_length, k_length in plan.groups:
         q, k, v = (
             x.unflatten(0, (count, length)).transpose(1, 2)
@@ -123,14 +126,8 @@ def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
         gqa = q_THK.shape[1] != k_THK.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        rows.append(q_rows)
-    if len(outputs) == 1:
-        return outputs[0]
-    joined = torch.cat(outputs)
-    if all(isinstance(r, slice) for r in rows) and sorted(rows, key=lambda r: r.start) == rows:
-        return joined
-    every = torch.arange(q_THK.shape[0], device=q_THK.device)
-    return joined[torch.argsort(torch.cat([every[r] for r in rows]))]
+    joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return joined if plan.restore_T is None else joined[plan.restore_T]
 
 
 def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int]]:

@@ -251,6 +251,8 @@ class AttentionPlan:
     groups: list[tuple[Any, Any, int, int, int]] | None = None
     """For the SDPA path, made on first use: rows of queries and of keys (slice or index), how many segments, q and k
     length."""
+    restore_T: Tensor | None = None
+    """Beside `groups`: where each row stands in the groups' joined outputs; None where they are in order."""
 
 
 @dataclass(eq=False)

@@ -108,7 +108,7 @@ def load_case(
         file.write_text(json.dumps(record(facts), ensure_ascii=False) + "\n", encoding="utf-8")
         config = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0)
         source = SourceConfig(format="messages", path=str(file))
-        documents = load_documents(config, [source], Caption().conversation, encoder, seed=0, show_progress=False)
+        documents = load_documents(config, [source], Caption().conversation, encoder, seed=0)
         document = documents.build(0)
         assert documents.lengths == [document.num_tokens]
         patches = [vision.load(plan, encoder.spec) for plan in document.media]
