@@ -7,6 +7,7 @@ Reads the answers that tools/evaluate.py --compare-base left in the run's folder
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def main() -> None:
         source = config.data.root / config.eval.sources[0].path
         videos = {record["id"]: record for record in json.loads(source.read_text(encoding="utf-8"))}
         rows = []
-        for id in list(after)[:: max(1, len(after) // CLIPS)][:CLIPS]:
+        for id in sorted(random.Random(0).sample(sorted(after), min(CLIPS, len(after)))):
             row = after[id]
             video = f"{videos[id]['data_source']}/{videos[id]['video']}"
             texts = {"reference": row["reference"], "before": before[id]["prediction"], "after": row["prediction"]}
