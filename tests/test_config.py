@@ -85,7 +85,7 @@ def test_one_of_two_is_filled_in(small: Path) -> None:
             "lora": st.fixed_dictionaries({"alpha": st.floats(1e-300, 1e300), "dropout": st.floats(0, 0.999)}),
             "data": st.fixed_dictionaries(
                 {"video": st.fixed_dictionaries({"frames": st.integers(1, 10**6)})},
-                optional={"sources": st.just([{"format": "ssv2", "path": "x", "take": "random:7"}])},
+                optional={"sources": st.just([{"format": "llava_video", "path": "x", "take": "random:7"}])},
             ),
             "train": st.fixed_dictionaries({"learning_rate": st.floats(1e-300, 1e300), "epochs": st.integers(1, 99)}),
         },

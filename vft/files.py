@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from vft.types import UserError
 
+PARTIAL = ".partial-"
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
@@ -19,7 +21,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     UserError where it can't be written (a full disk, a read-only folder).
     """
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -41,7 +43,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is never seen half-written. UserError where it can't be written."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
@@ -53,6 +55,15 @@ def replace_text(path: Path, text: str) -> None:
         raise UserError(
             f"{path}: can't be written ({error.strerror}); free space, or name a folder that can be written"
         ) from error
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder` and the folders in it. Nobody else may write there."""
+    for partial in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"*/{PARTIAL}*")]:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
 
 
 def _open_to_all(folder: Path) -> None:

@@ -28,7 +28,7 @@ from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, local_part, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import Answerer, evaluate
-from vft.files import replace_text
+from vft.files import remove_partials, replace_text
 from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter, tower_of
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
@@ -186,6 +186,7 @@ class Trainer:
                 raise UserError(
                     f"output_dir = {str(self.folder)!r}: another run is at work there; wait for it, or name another"
                 ) from None
+            remove_partials(self.folder)
             replace_text(self.folder / "config.toml", configs.dump(self.config))
             lines = "".join(item.line() + "\n" for item in self.documents.bad)
             replace_text(self.folder / "quarantine.jsonl", lines)

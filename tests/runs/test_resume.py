@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -298,4 +299,6 @@ def test_the_state_is_json_and_safetensors_alone(undisturbed: Path) -> None:
     names = {path.name for path in (undisturbed / "checkpoints" / f"step-{STEPS:06d}").iterdir()}
     assert names == {"trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     state = json.loads((undisturbed / "checkpoints" / f"step-{STEPS:06d}" / "state.json").read_text())
+    digests = {state.pop(name) for name in ("data", "base")}
+    assert len(digests) == 2 and all(re.fullmatch(r"[0-9a-f]{16,64}", digest) for digest in digests)
     assert state == {"cursor": {"epoch": 8, "pack": 4}, "bad": [], "step": STEPS}
