@@ -72,6 +72,8 @@ def predict(arguments: argparse.Namespace) -> int:
     """Print an answer for each file; returns how many files could not be used."""
     check(arguments)
     require_folder(arguments.adapter, "--adapter")
+    if not any(path.exists() for path in arguments.videos):  # before a large model is loaded for nothing
+        raise UserError(f"{arguments.videos[0]}: no such file; check the path")
     world = environment()
     default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: default}[arguments.precision]

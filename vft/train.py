@@ -118,13 +118,8 @@ class Trainer:
         self.documents, self.held_out = documents, held_out
         self.folder = config.output_dir
         self.lock = FileLock(self.folder / ".lock")
-        plan = documents.pack_plan(config.seed)
-        epochs = config.train.epochs
-        if epochs is not None:
-            packs = sum(len(plan.packs(epoch)) for epoch in range(epochs))
-            self.max_steps = math.ceil(packs / config.train.packs_per_step)
-        else:
-            self.max_steps = config.train.max_steps or 0
+        self.plan = documents.pack_plan(config.seed)
+        self.max_steps = self.count_steps(0, Cursor())
         if config.train.warmup_steps > self.max_steps:
             raise UserError(
                 f"train.warmup_steps = {config.train.warmup_steps}: the run has {self.max_steps} steps and would "
@@ -132,19 +127,27 @@ class Trainer:
             )
         self.loader = Loader(
             documents=documents,
-            plan=plan,
+            plan=self.plan,
             pool=pool,
             ranks=world.size,
             rank=world.rank,
             packs_per_step=config.train.packs_per_step,
             prefetch_packs=config.data.prefetch_packs,
-            last_epoch=None if epochs is None else epochs - 1,
+            last_epoch=None if config.train.epochs is None else config.train.epochs - 1,
         )
         self.monitor = Monitor(
             self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
         )
         self.step = 0
         self.prepare_model()
+
+    def count_steps(self, step: int, cursor: Cursor) -> int:
+        """Steps of the whole run, of which `step` have been done and brought the data to `cursor`."""
+        config = self.config.train
+        if config.epochs is None:
+            return config.max_steps or 0
+        packs_left = sum(len(self.plan.packs(epoch)) for epoch in range(cursor.epoch, config.epochs)) - cursor.pack
+        return step + math.ceil(max(packs_left, 0) / config.packs_per_step)
 
     # ------------------------------------------------------------------------------------------------ preparation
 
@@ -208,8 +211,9 @@ class Trainer:
                         f"{found[0]}: {what} = {state[what][:16]} then, {now[:16]} now: {IDENTITY[what]} changed "
                         "since; put it back, or name another output_dir"
                     )
-            self.step = state["step"]
-            self.loader.seek(Cursor(**state["cursor"]), [BadItem(**item) for item in state["bad"]])
+            self.step, cursor = state["step"], Cursor(**state["cursor"])
+            self.max_steps = self.monitor.max_steps = self.count_steps(self.step, cursor)
+            self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]])
             self.write_bad(list(self.loader.known_bad.values()))
             self.monitor.say(f"going on from {found[0]}")
         self.monitor.resume_at(self.step)

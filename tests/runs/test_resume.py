@@ -302,3 +302,15 @@ def test_the_state_is_json_and_safetensors_alone(undisturbed: Path) -> None:
     digests = {state.pop(name) for name in ("data", "base")}
     assert len(digests) == 2 and all(re.fullmatch(r"[0-9a-f]{16,64}", digest) for digest in digests)
     assert state == {"cursor": {"epoch": 8, "pack": 4}, "bad": [], "step": STEPS}
+
+
+def test_more_epochs_train_on_every_sample_of_them(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data": {"max_samples_per_pack": 1},
+        "train": {"max_steps": None, "epochs": 1, "packs_per_step": 3, "schedule": "constant"},
+    }
+    config = world.config(tmp_path / "run.toml", settings)
+    folder = commands.train(config)
+    assert column(folder, "samples") == [3, 1]  # the last step is filled up with empty packs
+    commands.train(config, "train.epochs=2")
+    assert column(folder, "samples") == [3, 1, 3, 1]

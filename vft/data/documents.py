@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vft.config import DataConfig, SourceConfig
+from vft.console import progress_bar
 from vft.data import sources
 from vft.data.budget import limits_of, plan_media
 from vft.data.chat import ChatEncoder, Encoded
 from vft.data.index import Index, build
 from vft.data.packing import PackPlan
 from vft.data.video import MediaError
+from vft.distributed import environment
 from vft.types import Conversation, Document, MediaPlan, MediaRef, Sample, UserError
 
 MakeConversation = Callable[[Sample], Conversation]
@@ -175,8 +177,10 @@ def load_documents(
     for number, (one, weight) in enumerate(conversations):
         key = (one.media_key, weight) if one.media and config.share_videos else number
         groups.setdefault(key, []).append((one, weight))
-    for group in groups.values():
-        documents.add([one for one, _ in group], group[0][1])
+    with progress_bar(len(groups), "counting tokens", "document", environment().is_main) as bar:
+        for group in groups.values():
+            documents.add([one for one, _ in group], group[0][1])
+            bar.update()
     check_bad(documents.bad, documents.num_samples + len(documents.bad), config.max_bad_fraction)
     if not documents.members:
         raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
