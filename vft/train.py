@@ -82,6 +82,7 @@ def run(task: Task, config: Config) -> None:
     documents = load_documents(config.data, config.data.sources, task.conversation, encoder, config.seed)
     held_out = None
     if config.eval.every_steps:
+        task.score(["a"], [["a"]])  # a metric's package that isn't installed shows now, not after hours
         wanted = config.eval.sources or config.data.sources
         held_out = load_documents(config.data, wanted, task.conversation, encoder, config.seed)
     with process_group(world), WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:

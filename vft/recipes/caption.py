@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vft import train
-from vft.metrics import cider_d
+from vft.metrics import bleu4, cider_d, rouge_l
 from vft.types import Conversation, Sample
 
 
 class Caption:
-    """The record's own conversation; scored by CIDEr-D."""
+    """The record's own conversation; scored by CIDEr-D, BLEU-4 and ROUGE-L."""
 
     name = "caption"
     default_prompt = "Describe the video."
@@ -23,8 +23,14 @@ class Caption:
         return Conversation(sample.id, sample.turns, sample.origin)
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """CIDEr-D, 0 to 10 (no PTB tokenizer); nothing for fewer than two captions, where it has no meaning."""
-        return {"cider_d": cider_d(predictions, references)} if len(predictions) > 1 else {}
+        """CIDEr-D (0 to 10, no PTB tokenizer), BLEU-4 (0 to 100), ROUGE-L (0 to 1, beta 1).
+
+        Nothing without captions; no CIDEr-D for a single one, where it has no meaning.
+        """
+        if not predictions:
+            return {}
+        scores = {"cider_d": cider_d(predictions, references)} if len(predictions) > 1 else {}
+        return {**scores, "bleu4": bleu4(predictions, references), "rouge_l": rouge_l(predictions, references)}
 
 
 if __name__ == "__main__":
