@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ from vft.data.documents import BadItem, Documents, check_bad, load_documents
 from vft.data.loader import Loader
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.distributed import World, environment, local_part, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
+from vft.distributed import World, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import Answerer, evaluate
 from vft.files import remove_partials, replace_text
-from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter, tower_of
+from vft.guards import check_first_step, check_identity, check_output_dir
+from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, export_model, load_weights
@@ -47,8 +47,6 @@ from vft.parallel import parallelize, sync_gradients
 from vft.types import Task, UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-IDENTITY = {"data": "the samples or their lengths", "base": "the weights of model.path"}
-"""What the digests in a checkpoint stand for."""
 
 
 def main(task: Task) -> None:
@@ -206,12 +204,7 @@ class Trainer:
             dist.broadcast_object_list(found)
         if found[0] is not None:
             state = checkpoints.load(found[0], self.model, self.optimizer)
-            for what, now in self.identity().items():
-                if state[what] != now:
-                    raise UserError(
-                        f"{found[0]}: {what} = {state[what][:16]} then, {now[:16]} now: {IDENTITY[what]} changed "
-                        "since; put it back, or name another output_dir"
-                    )
+            check_identity(found[0], state, self.identity())
             self.step, cursor = state["step"], Cursor(**state["cursor"])
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, cursor)
             self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]])
@@ -248,7 +241,8 @@ class Trainer:
             group["lr"] = rate
         result = self.forward_backward(watch)
         if self.step == 1:
-            self.check_first_step(result)
+            had_media = result.counts["patches"] > 0
+            check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
         self.optimizer.step()
         self.optimizer.zero_grad()
         result.elapsed_s = watch.elapsed_s
@@ -295,28 +289,6 @@ class Trainer:
                 "updated. Lower train.learning_rate, or look at the samples of this step"
             )
         return StepResult(total_loss / targets, counts, norm, 0.0, watch.waited_s)
-
-    def check_first_step(self, result: StepResult) -> None:
-        """Silent failures show now: weights that were never loaded, adapters that get no gradient."""
-        chance = math.log(self.model.config.vocabulary)
-        if result.loss > 1.05 * chance:  # random weights are a little above it too
-            self.monitor.say(
-                f"warning: the first loss, {result.loss:.2f}, above that of guessing, ln(vocabulary) = {chance:.2f}: "
-                "check that model.path is the checkpoint you mean, unless you know that it answers in another form"
-            )
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad != (parameter.grad is not None):
-                state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
-                raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
-        # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the tower.
-        named = {n: p for n, p in self.model.named_parameters() if n.endswith("lora_B.weight")}
-        if not named:
-            return
-        sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
-        for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
-            tower = tower_of(name, self.skeleton.towers)
-            if size == 0 and (tower == "language_model" or result.counts["patches"]):
-                raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({tower})")
 
     def describe(self, result: StepResult, rate: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
@@ -408,25 +380,6 @@ class Trainer:
             target = self.folder / "model"
             export_model(self.model, self.checkpoint, target, about, self.world.is_main)
         self.monitor.say(f"wrote {target}")
-
-
-def check_output_dir(config: Config) -> None:
-    """UserError where the folder can't be written, or holds a run of another configuration: two runs would mix."""
-    folder = config.output_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"output_dir = {str(config.output_dir)!r}: {existing} is no folder that can be written; name another"
-        )
-    file = config.output_dir / "config.toml"
-    if not file.is_file():
-        return
-    before = configs.load(file)
-    for key, old, new in configs.differences(before, config):
-        raise UserError(
-            f"{file}: {key} = {old!r} in the run that is there, {new!r} asked for; "
-            "name another output_dir, or remove this one to begin anew"
-        )
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,76 @@
+"""Checks that stop a run before it goes wrong in silence: of its folder, of what it resumes, of its first step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vft import config as configs
+from vft.config import Config
+from vft.distributed import local_part, sum_over_ranks
+from vft.lora import Towers, tower_of
+from vft.types import UserError
+
+IDENTITY = {"data": "the samples or their lengths", "base": "the weights of model.path"}
+"""What the digests in a checkpoint stand for."""
+
+
+def check_output_dir(config: Config) -> None:
+    """UserError where the folder can't be written, or holds a run of another configuration: two runs would mix."""
+    folder = config.output_dir.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir = {str(config.output_dir)!r}: {existing} is no folder that can be written; name another"
+        )
+    file = config.output_dir / "config.toml"
+    if not file.is_file():
+        return
+    before = configs.load(file)
+    for key, old, new in configs.differences(before, config):
+        raise UserError(
+            f"{file}: {key} = {old!r} in the run that is there, {new!r} asked for; "
+            "name another output_dir, or remove this one to begin anew"
+        )
+
+
+def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """UserError where the data or the base are not those that the checkpoint was made with: its cursor would lie."""
+    for what, digest in now.items():
+        if then[what] != digest:
+            raise UserError(
+                f"{checkpoint}: {what} = {then[what][:16]} then, {digest[:16]} now: {IDENTITY[what]} changed since; "
+                "put it back, or name another output_dir"
+            )
+
+
+def check_first_step(model: Any, towers: Towers, loss: float, had_media: bool, say: Callable[[str], None]) -> None:
+    """Weights that were never loaded, and adapters or towers that get no gradient: both train on without a word.
+
+    Call it between the first backward pass and the first update; every process must. UserError for a sure sign, a
+    warning through `say` for a doubtful one.
+    """
+    chance = math.log(model.config.vocabulary)
+    if loss > 1.05 * chance:  # random weights are a little above it too
+        say(
+            f"warning: the first loss, {loss:.2f}, is above that of guessing, ln(vocabulary) = {chance:.2f}: check "
+            "that model.path is the checkpoint you mean, unless you know that it answers in another form"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (parameter.grad is not None):
+            state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
+            raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
+    # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the tower.
+    named = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.weight")}
+    if not named:
+        return
+    sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
+    for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
+        tower = tower_of(name, towers)
+        if size == 0 and (tower == "language_model" or had_media):
+            raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({tower})")
