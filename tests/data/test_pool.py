@@ -162,6 +162,8 @@ SCRIPT = """
 import os, signal, sys, time
 from vft.data.pool import WorkerPool
 if __name__ == "__main__":
+    # A shell that runs the tests in the background has Ctrl-C ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = WorkerPool(2, 600)
     pids = set()
     while len(pids) < 2:
@@ -185,7 +187,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(script), how]
     env = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, start_new_session=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, start_new_session=True)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     assert done.returncode != 0 and ("KeyboardInterrupt" in done.stderr) == (how == "interrupt"), done.stderr
