@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vft.config import TrainConfig
 from vft.distributed import whole
@@ -52,12 +52,7 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], scale: float, max_norm: f
     """Multiply all gradients by `scale`, then shorten them to `max_norm` (0: never). Returns the norm before that."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    norm = float(whole(total_norm(gradients)))
+    norm = float(whole(torch.nn.utils.get_total_norm(gradients)))  # of sharded gradients it is sharded too
     if max_norm and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm
-
-
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """2-norm of all gradients together; sharded ones give a sharded scalar."""
-    return torch.nn.utils.get_total_norm(list(gradients))
