@@ -17,10 +17,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from vft.answer import load_model
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
-from vft.evaluate import load_model
 from vft.models import Skeleton, build
 from vft.models.qwen2_5_vl import Qwen2_5_VL
 from vft.models.weights import Checkpoint, load_weights

@@ -31,8 +31,8 @@ from tests.helpers import (
     transformers_model,
 )
 from tools.merge_lora import merge
+from vft.answer import load_model
 from vft.config import LoraConfig
-from vft.evaluate import load_model
 from vft.lora import (
     Adapter,
     LoRALinear,

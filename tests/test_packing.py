@@ -33,10 +33,10 @@ from tests.helpers import (
     talk,
 )
 from vft import loss as losses
-from vft.config import DataConfig, VideoConfig
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
+from vft.data_config import DataConfig, VideoConfig
 from vft.types import Batch, Conversation, MediaInfo, MediaRef, UserError
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
@@ -285,24 +285,14 @@ def test_a_conversation_without_an_answer_is_refused(tiny: Tiny) -> None:
 # ------------------------------------------------------------------------------------- budgets: frames, then pixels
 
 
-class Known:
-    """An index of media that no file holds."""
-
-    def __init__(self, *media: tuple[MediaRef, MediaInfo]) -> None:
-        self.infos = {ref.path: info for ref, info in media}
-
-    def info(self, ref: MediaRef) -> MediaInfo:
-        return self.infos[ref.path]
-
-
 LONG, LONG_INFO = medium("video", 240, 280, 280, fps=24.0, name="long")
 
 
 def documents_of(tiny: Tiny, pack_tokens: int, **settings: Any) -> Documents:
     video = VideoConfig(fps=2.0, min_frames=4, max_frames=32, max_pixels=280 * 280)
     config = DataConfig(pack_tokens=pack_tokens, video=video, **settings)
-    index = Known((LONG, LONG_INFO), (VIDEO, VIDEO_INFO), (PICTURE, PICTURE_INFO))
-    return Documents(tiny.encoder, config, index)  # type: ignore[arg-type]
+    infos = {ref.path: info for ref, info in ((LONG, LONG_INFO), (VIDEO, VIDEO_INFO), (PICTURE, PICTURE_INFO))}
+    return Documents(tiny.encoder, config, lambda ref: infos[ref.path])
 
 
 def text_of(made: Any) -> tuple[list[int], list[int]]:

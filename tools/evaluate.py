@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Score a model on held-out samples: python tools/evaluate.py CONFIG.toml [--adapter DIR] [--compare-base] [key=value]
 
-The samples are those of `eval.sources` in a training configuration. Answers go to a file, scores to the terminal.
+The samples are those of `eval.sources` in a training configuration, the scores those of its `task`, each with a 95 %
+interval. Answers go to a file, a line each, scores to the terminal and to scores.json beside the answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,15 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from vft import config as configs
+from vft.answer import Answerer, load_model, require_folder
 from vft.config import Config
 from vft.console import user_errors
-from vft.data.documents import load_documents
 from vft.data.pool import WorkerPool
 from vft.distributed import environment
-from vft.evaluate import Answerer, evaluate, load_model, require_folder
+from vft.evaluate import evaluate, load_held_out
+from vft.files import replace_text
+from vft.lora import ABOUT_FILE
+from vft.metrics import Interval
 from vft.models.generate import Sampling
-from vft.recipes.caption import Caption
+from vft.recipes import task_of
 from vft.types import UserError
+
+Scores = dict[str, Interval]
 
 
 def main() -> None:
@@ -42,27 +49,36 @@ def main() -> None:
             raise UserError("tools/evaluate.py runs in one process; in training, eval.every_steps uses all of them")
         if arguments.compare_base and arguments.adapter is None:
             raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
-        config = configs.load(arguments.config, arguments.overrides)
+        config = with_task(configs.load(arguments.config, arguments.overrides), arguments.adapter)
         folder = arguments.output or config.output_dir / "predictions"
         runs = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
         if arguments.adapter is not None:
             runs["adapter"] = arguments.adapter
         scores = {name: score(config, adapter, folder / f"{name}.jsonl") for name, adapter in runs.items()}
+        plain = {name: {metric: asdict(one) for metric, one in found.items()} for name, found in scores.items()}
+        replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
-    show_scores(scores, folder)
+    show_scores(scores, f"{task_of(config).name}: answers in {folder}")
 
 
-def score(config: Config, adapter: Path | None, file: Path) -> dict[str, float]:
+def with_task(config: Config, adapter: Path | None) -> Config:
+    """The configuration with the task that the adapter was trained for, where it names none itself."""
+    file = None if adapter is None else adapter / ABOUT_FILE
+    if config.task is not None or file is None or not file.is_file():
+        return config
+    return Config.model_validate({**config.model_dump(), "task": json.loads(file.read_text()).get("task")})
+
+
+def score(config: Config, adapter: Path | None, file: Path) -> Scores:
     """Scores of the base model, or of the adapter on it; its answers go to `file`."""
     world = environment()
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     loaded = load_model(config.model.path, adapter, dtype, world.device)
-    task = Caption()
-    wanted = config.eval.sources or config.data.sources
-    held_out = load_documents(config.data, wanted, task.conversation, loaded.encoder, config.seed)
+    task = task_of(config)
+    held_out = load_held_out(task, config, loaded.encoder)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
-        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.index.info, pool, world)
+        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
         return evaluate(task, answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file)
 
 
@@ -72,20 +88,36 @@ def show_answers(files: dict[str, Path], count: int) -> None:
     by_id = {name: {row["id"]: row for row in rows} for name, rows in read.items()}
     first = next(iter(read.values()))
     for row in first[:: max(1, len(first) // max(1, count))][:count]:
-        print(f"\n{row['id']}\n  reference  {row['reference']}")
+        print(f"\n{row['id']}: {row['prompt']}\n  reference  {row['reference']}")
         for name, answers in by_id.items():
-            print(f"  {name:9}  {answers[row['id']]['prediction'] if row['id'] in answers else '(not read)'}")
+            print(f"  {name:9}  {described(answers[row['id']]) if row['id'] in answers else '(not read)'}")
 
 
-def show_scores(scores: dict[str, dict[str, float]], folder: Path) -> None:
-    """A table: a row a metric, a column a model."""
-    table = Table(title=f"answers in {folder}")
+def described(row: dict[str, str]) -> str:
+    """What a model said, and which option it found likeliest."""
+    return f"{row['prediction']}   [likeliest: {row['choice']}]" if "choice" in row else row["prediction"]
+
+
+def show_scores(scores: dict[str, Scores], title: str) -> None:
+    """A table: a row a metric, a column a model; an interval is marked where the models' do not overlap."""
+    table = Table(title=title)
     table.add_column("metric")
     for name in scores:
         table.add_column(name, justify="right")
+    if len(scores) > 1:
+        table.add_column("intervals")
     for metric in next(iter(scores.values())):
-        table.add_row(metric, *(f"{values[metric]:.4g}" for values in scores.values()))
+        row = [values[metric] for values in scores.values()]
+        cells = [shown(one) for one in row]
+        if len(row) > 1 and all(one.low < one.high for one in row):
+            cells.append("apart" if row[0].high < row[1].low or row[1].high < row[0].low else "overlap")
+        table.add_row(metric, *cells)
     Console().print(table)
+
+
+def shown(score: Interval) -> str:
+    """A value with its interval, where it has one."""
+    return f"{score.value:.4g} [{score.low:.4g}, {score.high:.4g}]" if score.low < score.high else f"{score.value:.4g}"
 
 
 if __name__ == "__main__":

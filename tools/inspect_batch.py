@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vft import config as configs
+from vft.answer import load_model
 from vft.config import Config
 from vft.console import user_errors
 from vft.data.chat import ChatEncoder
 from vft.data.documents import load_documents
 from vft.data.loader import Loader
 from vft.data.pool import WorkerPool
-from vft.evaluate import load_model
 from vft.files import whole_folder
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
-from vft.recipes.caption import Caption
+from vft.recipes import task_of
 from vft.types import IGNORE_INDEX, Batch, MediaPlan, UserError, VisionSpec
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
@@ -62,7 +62,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     checkpoint = Checkpoint.open(config.model.path)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
-    documents = load_documents(config.data, config.data.sources, Caption().conversation, encoder, config.seed)
+    documents = load_documents(config.data, config.data.sources, task_of(config).conversations, encoder, config.seed)
     with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
         loader = Loader(documents, documents.pack_plan(config.seed), pool, 1, 0, 1, 1, last_epoch=None)
         batch = next(loader.step()).batch

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from vft.config import DataConfig
+from vft.answer import Answerer, Prompt, load_model, require_folder, user_question
 from vft.console import user_errors
 from vft.data.pool import WorkerPool
 from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import MediaError, scan
+from vft.data_config import DataConfig
 from vft.distributed import environment
-from vft.evaluate import Answerer, Prompt, Question, load_model, require_folder, user_question
 from vft.lora import ABOUT_FILE
 from vft.models.generate import Sampling
+from vft.task import Question
 from vft.types import MediaKind, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
@@ -87,7 +88,7 @@ def predict(arguments: argparse.Namespace) -> int:
         answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, scan, pool, world)
         for path in arguments.videos:
             kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
-            question = user_question(str(path), [MediaRef(kind, path)], prompt)
+            question = user_question(str(path), [MediaRef(kind, path)], prompt, config.video.timestamps)
             media = read(answerer, question)
             if isinstance(media, MediaError):
                 failed += 1

@@ -40,16 +40,19 @@ def document_segments(start: int, trunk_length: int, branch_lengths: Sequence[in
     return segments
 
 
-def build_plan(segments: Iterable[Segment], causal: bool) -> AttentionPlan:
-    """The plan of a row made of `segments`, which must cover its rows in order."""
+def build_plan(segments: Iterable[Segment], causal: bool, kept: int = 0) -> AttentionPlan:
+    """The plan of a row made of `segments`, which must cover its rows in order.
+
+    With `kept` rows of keys from an earlier pass, keys are these and then the row's own, and prefixes lie among these.
+    """
     segments = tuple(segment for segment in segments if segment.q_length)
     row = 0
     for segment in segments:
         assert segment.q_start == row, f"segment starts at row {segment.q_start}, the one before ended at {row}"
         row += segment.q_length
     k_index = None
-    if any(segment.prefix_length for segment in segments):
-        k_index = torch.cat([_key_rows(segment) for segment in segments])
+    if kept or any(segment.prefix_length for segment in segments):
+        k_index = torch.cat([_key_rows(segment, kept) for segment in segments])
     return AttentionPlan(
         segments=segments,
         causal=causal,
@@ -58,6 +61,7 @@ def build_plan(segments: Iterable[Segment], causal: bool) -> AttentionPlan:
         k_index=k_index,
         max_q=max((segment.q_length for segment in segments), default=0),
         max_k=max((segment.k_length for segment in segments), default=0),
+        kept=kept,
     )
 
 
@@ -137,14 +141,15 @@ def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, in
     groups = []
     for (q_length, k_length), members in by_length.items():
         q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
-        k_rows = torch.cat([_key_rows(s) for s in members])
+        k_rows = torch.cat([_key_rows(s, plan.kept) for s in members])
         groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length))
     return groups
 
 
-def _key_rows(segment: Segment) -> Tensor:
+def _key_rows(segment: Segment, kept: int) -> Tensor:
     prefix = torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
-    return torch.cat([prefix, torch.arange(segment.q_start, segment.q_start + segment.q_length)])
+    own = kept + segment.q_start
+    return torch.cat([prefix, torch.arange(own, own + segment.q_length)])
 
 
 def _rows(index: Tensor, device: torch.device) -> slice | Tensor:

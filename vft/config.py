@@ -9,21 +9,34 @@ A leading `~` is the home folder.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vft import strict_toml
+from vft.data_config import DataConfig, SourceConfig
+from vft.settings import (
+    Below1,
+    Count,
+    Folder,
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Tuple,
+    check_order,
+    contradiction,
+)
 from vft.strict_toml import covers, show
 from vft.types import UserError
 
 Tower = Literal["language_model", "vision_tower", "merger"]
-SourceFormat = Literal["messages", "llava_video"]  # fmt: skip
+TaskName = Literal["caption", "qa", "classify", "summarize", "story"]
 
 RESUME_MAY_CHANGE = frozenset(
     {
@@ -48,12 +61,6 @@ new end.
 """
 
 
-def _check_take(text: str) -> str:
-    if not re.fullmatch(r"all|(first|random):[1-9][0-9]*", text):
-        raise ValueError('must be "all", "first:N" or "random:N" with N from 1')
-    return text
-
-
 def _check_target(text: str) -> str:
     if not re.fullmatch(rf"({'|'.join(get_args(Tower))})(\.[A-Za-z0-9_*]+)+", text):
         raise ValueError(
@@ -63,64 +70,27 @@ def _check_target(text: str) -> str:
     return text
 
 
-def _check_order(low_name: str, low: int, high_name: str, high: int) -> None:
-    if low > high:
-        raise ValueError(f"{low_name} = {low} is above {high_name} = {high}")
-
-
-def _contradiction(name: str, value: object, other: str, other_value: object, section: str) -> ValueError:
-    return ValueError(
-        f"{name} = {value} and {other} = {other_value} contradict each other; keep one "
-        f"(on the command line, {section}.{name}= takes it away)"
-    )
-
-
-def _expand(folder: Path) -> Path:
-    # Not Path.expanduser: it raises where there is no such user.
-    return Path(os.path.expanduser(folder))
-
-
-_Item = TypeVar("_Item")
-_Folder = Annotated[Path, Field(strict=False), AfterValidator(_expand)]
-# TOML has lists, frozen objects want tuples: the sequence alone is converted, its items stay strict.
-_Tuple = Annotated[tuple[_Item, ...], Field(strict=False)]
-_Positive = Annotated[int, Field(ge=1)]
-_Count = Annotated[int, Field(ge=0)]
-_PositiveFloat = Annotated[float, Field(gt=0)]
-_NonNegativeFloat = Annotated[float, Field(ge=0)]
-_Below1 = Annotated[float, Field(ge=0, lt=1)]
-_Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, no unknown keys, no conversion of types except int to float."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
 class ModelConfig(Section):
     """`[model]`: the weights to start from."""
 
-    path: _Name
+    path: Name
     """A folder, relative to the current directory, or a hub name such as `Qwen/Qwen2.5-VL-7B-Instruct`."""
     adapter: str = ""
     """Folder of a LoRA adapter in PEFT's format to go on from; empty: fresh matrices."""
-    train: _Tuple[Tower] = ()
+    train: Tuple[Tower] = ()
     """Parts that full fine-tuning trains. Only without a `[lora]` table."""
 
 
 class LoraConfig(Section):
     """`[lora]`: low-rank adapters (Hu et al. 2021). Without this table, `model.train` is fine-tuned in full."""
 
-    rank: _Positive = 16
+    rank: Positive = 16
     """Columns of A and rows of B, from 1."""
-    alpha: _PositiveFloat = 32.0
+    alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
-    dropout: _Below1 = 0.0
+    dropout: Below1 = 0.0
     """Share of the adapter's inputs that are zeroed in training, 0 <= dropout < 1."""
-    targets: Annotated[_Tuple[Annotated[str, AfterValidator(_check_target)]], Field(min_length=1)] = (
+    targets: Annotated[Tuple[Annotated[str, AfterValidator(_check_target)]], Field(min_length=1)] = (
         "language_model.*",
     )
     """Linears that get an adapter: `TOWER.NAME`, or `TOWER.*` for all linears of the tower. Anchored to a tower,
@@ -129,128 +99,28 @@ class LoraConfig(Section):
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
 
 
-class SourceConfig(Section):
-    """One entry of `data.sources` or `eval.sources`."""
-
-    format: SourceFormat
-    """How the records are laid out. `messages` also reads ShareGPT and LLaVA records."""
-    path: _Name
-    """A file or folder, relative to `data.root`."""
-    weight: _PositiveFloat = 1.0
-    """How often its records come, relative to those of the other sources: 2.0 is twice as often as they are."""
-    take: Annotated[str, AfterValidator(_check_take)] = "all"
-    """`all`, `first:N` or `random:N` records; the choice depends on `seed`."""
-
-
-class VideoConfig(Section):
-    """`[data.video]`: what one video may take. A record's own keys go before these."""
-
-    fps: _PositiveFloat | None = None
-    """Frames sampled a second; 2.0 where neither `fps` nor `frames` is given."""
-    frames: _Positive | None = None
-    """A fixed number of frames instead of a rate."""
-    min_frames: _Positive = 4
-    """Fewest frames that `fps` may come to."""
-    max_frames: _Positive = 32
-    """Most frames that `fps` may come to; longer videos are sampled more sparsely. `frames` is not bounded by it."""
-    min_pixels: _Positive = 4 * 28 * 28
-    """Height x width of a frame after resizing, at least. The default is the model's own."""
-    max_pixels: _Positive = 128 * 28 * 28
-    """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames."""
-    total_pixels: _Positive | None = None
-    """Frames x height x width of a video, at most; none: `max_pixels` alone limits."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_rate(cls, table: Any) -> Any:
-        if isinstance(table, dict) and table.get("fps") is None and table.get("frames") is None:
-            return {**table, "fps": 2.0}
-        return table
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.fps is not None and self.frames is not None:
-            raise _contradiction("fps", self.fps, "frames", self.frames, "data.video")
-        _check_order("min_frames", self.min_frames, "max_frames", self.max_frames)
-        _check_order("min_pixels", self.min_pixels, "max_pixels", self.max_pixels)
-        if self.total_pixels is not None:
-            _check_order("min_pixels", self.min_pixels, "total_pixels", self.total_pixels)
-        return self
-
-
-class ImageConfig(Section):
-    """`[data.image]`: what one picture may take."""
-
-    min_pixels: _Positive = 4 * 28 * 28
-    """Height x width after resizing, at least."""
-    max_pixels: _Positive = 1280 * 28 * 28
-    """Height x width after resizing, at most; 28 x 28 pixels are one token."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        _check_order("min_pixels", self.min_pixels, "max_pixels", self.max_pixels)
-        return self
-
-
-class DataConfig(Section):
-    """`[data]`: what is read, and how it is packed into rows."""
-
-    root: _Folder = Path(".")
-    """Folder of the sources and their media, relative to the current directory."""
-    sources: _Tuple[SourceConfig] = ()
-    """Records to train on."""
-    pack_tokens: _Positive = 8192
-    """Tokens of a row, at most."""
-    max_samples_per_pack: _Count = 0
-    """Samples in a row, at most; 0: as many as fit."""
-    share_videos: bool = True
-    """Lay the questions of one video behind a single copy of it. Loss and gradients stay those of separate samples."""
-    workers: _Count = 4
-    """Processes that decode, for each training process; 0: the training process decodes, without a deadline."""
-    clip_deadline_s: _PositiveFloat = 60.0
-    """Seconds that one clip may take to decode before it is given up."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Share of clips that may fail before the run stops."""
-    cache_dir: str = ""
-    """Folder of the index; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
-    prefetch_packs: _Positive = 8
-    """Rows that are prepared ahead of the training step, for each training process."""
-    video: VideoConfig = VideoConfig()
-    """Limits of one video."""
-    image: ImageConfig = ImageConfig()
-    """Limits of one picture."""
-
-    @property
-    def cache_path(self) -> Path:
-        """Folder of the index: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
-        chosen = self.cache_dir or os.environ.get("VFT_CACHE", "")
-        if chosen:
-            return _expand(Path(chosen))
-        return _expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "vft"
-
-
 class TrainConfig(Section):
     """`[train]`: length, optimizer, schedule."""
 
-    max_steps: _Positive | None = None
+    max_steps: Positive | None = None
     """Optimizer steps."""
-    epochs: _Positive | None = None
+    epochs: Positive | None = None
     """Passes over the data instead; 1 where neither is given."""
-    packs_per_step: _Positive = 16
+    packs_per_step: Positive = 16
     """Rows that one optimizer step consumes, over all processes; their number must divide it."""
-    learning_rate: _PositiveFloat = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up: decay to zero at the last step along a half cosine or a line, or no decay."""
-    warmup_steps: _Count = 0
+    warmup_steps: Count = 0
     """Steps of linear growth up to `learning_rate`."""
-    weight_decay: _NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled (AdamW), per step times the learning rate."""
-    max_grad_norm: _NonNegativeFloat = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradients of a larger 2-norm are scaled down to it; 0: never."""
-    betas: Annotated[tuple[_Below1, _Below1], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Below1, Below1], Field(strict=False)] = (0.9, 0.999)
     """Decay of AdamW's two running means, each 0 <= beta < 1."""
-    eps: _PositiveFloat = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the computation and of frozen weights; trained weights are kept in fp32 either way."""
@@ -265,16 +135,16 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
-            raise _contradiction("max_steps", self.max_steps, "epochs", self.epochs, "train")
+            raise contradiction("max_steps", self.max_steps, "epochs", self.epochs, "train")
         if self.max_steps is not None:
-            _check_order("warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
+            check_order("warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
         return self
 
 
 class ParallelConfig(Section):
     """`[parallel]`: how the work is spread and how memory is traded for time. Results stay the same."""
 
-    shard: _Count = 0
+    shard: Count = 0
     """Processes over which the decoder's weights are sharded; 0: all, 1: plain data parallel."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping."""
@@ -285,31 +155,44 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """`[checkpoint]`: the state to resume from."""
 
-    every_steps: _Count = 50
+    every_steps: Count = 50
     """Optimizer steps between two; 0: at the end only."""
-    keep_last: _Count = 3
+    keep_last: Count = 3
     """Newest that are kept; 0: all."""
 
 
 class EvalConfig(Section):
-    """`[eval]`: generation on held-out records while training."""
+    """`[eval]`: answers and loss on held-out records while training."""
 
-    every_steps: _Count = 0
+    every_steps: Count = 0
     """Optimizer steps between two; 0: never."""
-    sources: _Tuple[SourceConfig] = ()
+    sources: Tuple[SourceConfig] = ()
     """Held-out records; empty: those of `data.sources`, which shows what was memorised, not what carries over."""
-    max_new_tokens: _Positive = 128
+    max_new_tokens: Positive = 128
     """Tokens of an answer, at most."""
-    batch_size: _Positive = 8
+    batch_size: Positive = 8
     """Answers generated at a time, for each process."""
-    max_samples: _Count = 0
+    max_samples: Count = 0
     """Records evaluated, at most; 0: all."""
+    at_start: bool = True
+    """Also evaluate before the first step: what the base says."""
+    best_metric: str = ""
+    """Keep what the run exports in `best/` whenever this metric is better than before, such as `cider_d` or `loss`;
+    empty: never."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.best_metric and not self.every_steps:
+            raise ValueError(f"best_metric = {show(self.best_metric)} needs every_steps above 0")
+        if any(source.stream for source in self.sources):
+            raise ValueError('sources: stream = true is for training; use take = "first:N", which unpacks N clips')
+        return self
 
 
 class LogConfig(Section):
     """`[log]`: what is shown and written."""
 
-    every_steps: _Positive = 1
+    every_steps: Positive = 1
     """Optimizer steps between two lines on the screen."""
     tensorboard: bool = False
     """Also write TensorBoard's event files (extra `tensorboard`)."""
@@ -318,7 +201,9 @@ class LogConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output_dir: _Folder
+    task: TaskName | None = None
+    """What is learnt; a recipe's own where it is left out. Tools that read the file without a recipe go by it."""
+    output_dir: Folder
     """Where all that the run leaves goes, relative to the current directory. The same command again resumes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order of samples, dropout and fresh adapters."""
@@ -337,6 +222,8 @@ class Config(Section):
             raise ValueError(
                 f"model.train = {show(self.model.train)} and a [lora] table contradict each other; keep one"
             )
+        if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
+            raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
         return self
 
     def require_training(self) -> None:

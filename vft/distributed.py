@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vft.types import UserError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective: others wait in one while the first process writes or verifies a large checkpoint."""
@@ -87,12 +90,27 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all processes' values."""
+    if not dist.is_initialized():
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
+def all_of(value: T) -> list[T]:
+    """Every process's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def same_on_all_ranks(what: str, digest: str) -> None:
     """UserError where `digest` (of a configuration, an index) differs between processes."""
-    if not dist.is_initialized():
-        return
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = all_of(digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise UserError(f"{what} differs between processes: {digests[0]} on rank 0, {other} on rank {rank}")

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from vft.attention import attended_pairs
 from vft.lora import TrainableRow
+from vft.metrics import Interval
 from vft.types import Batch, UserError
 
 PEAK_FLOPS = {
@@ -144,7 +146,8 @@ class Monitor:
         """Drop the lines of steps that will be done again."""
         if not self.main or not self.file.exists():
             return
-        lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        before = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at 0 all begins anew
+        lines = [line for line in before if _step_of(line) <= step]
         partial = self.file.with_name(".partial-metrics.jsonl")
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         partial.replace(self.file)
@@ -183,13 +186,15 @@ class Monitor:
         elif line["step"] % self.every_steps == 0 or line["step"] == self.max_steps:
             self.say(f"step {line['step']}/{self.max_steps}  {shown}")
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """Record scores of an evaluation under `eval_` keys."""
+    def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
+        """Record scores of an evaluation under `eval_` keys, their 95 % intervals under `eval_intervals`."""
         if self.main:
-            line = {"step": step, **{f"eval_{name}": value for name, value in scores.items()}}
+            line: dict[str, Any] = {"step": step, **{f"eval_{name}": one.value for name, one in scores.items()}}
+            line["eval_intervals"] = {name: [one.low, one.high] for name, one in scores.items() if one.low < one.high}
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-            self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            shown = "  ".join(f"{name} {one.value:.4g}" for name, one in scores.items() if "/" not in name)
+            self.say(f"step {step}  {shown}")
 
     def close(self) -> None:
         """End the live view."""
@@ -224,6 +229,39 @@ class Stopwatch:
     def elapsed_s(self) -> float:
         """Seconds since it was made."""
         return time.perf_counter() - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step, summed over all processes."""
+
+    loss: float
+    """Mean over the supervised tokens."""
+    counts: dict[str, int]
+    grad_norm: float
+    """Before clipping."""
+
+
+def describe_step(
+    result: StepResult, watch: Stopwatch, rate: float, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """What a step's line of metrics.jsonl says of it."""
+    counts, seconds, peak = result.counts, watch.elapsed_s, peak_flops(device)
+    return {
+        "loss": result.loss,
+        "num_targets": counts["num_targets"],
+        "tokens": counts["tokens"],
+        "samples": counts["samples"],
+        "grad_norm": result.grad_norm,
+        "lr": rate,
+        "step_time_s": seconds,
+        "data_wait_s": watch.waited_s,
+        "tokens_per_s": counts["tokens"] / seconds,
+        "samples_per_s": counts["samples"] / seconds,
+        "mfu": None if peak is None else counts["flops"] / seconds / peak / processes,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "sample_digest": f"{counts['digest']:x}",
+    }
 
 
 def _step_of(line: str) -> int:

@@ -7,10 +7,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,33 +17,37 @@ from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
 from vft import config as configs
+from vft.answer import Answerer
 from vft.config import Config
 from vft.console import user_errors
 from vft.data.chat import ChatEncoder
-from vft.data.documents import BadItem, Documents, check_bad, load_documents
-from vft.data.loader import Loader
+from vft.data.documents import Documents, load_documents
+from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.distributed import World, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
-from vft.evaluate import Answerer, evaluate
+from vft.data.quarantine import BadItem, check_bad, check_bad_of_stream, write_quarantine
+from vft.distributed import World, all_of, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
+from vft.evaluate import evaluate, load_held_out
 from vft.files import remove_partials, replace_text
 from vft.guards import check_first_step, check_identity, check_output_dir
 from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
+from vft.metrics import Interval
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, export_model, load_weights
 from vft.monitor import (
     FlopCounter,
     Monitor,
+    StepResult,
     Stopwatch,
     describe_device,
-    peak_flops,
-    peak_memory_bytes,
+    describe_step,
     require_tensorboard,
 )
 from vft.optim import build_optimizer, learning_rate, scale_and_clip
 from vft.parallel import parallelize, sync_gradients
-from vft.types import Task, UserError
+from vft.task import Task, asking, main_conversation
+from vft.types import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,6 +67,10 @@ def main(task: Task) -> None:
 def run(task: Task, config: Config) -> None:
     """Train, or go on where a run in the same folder stopped."""
     config.require_training()
+    if config.task not in (None, task.name):
+        raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
+    config = config.model_copy(update={"task": task.name})
+    task = asking(task, config.data.prompt)
     world = environment()
     if config.train.packs_per_step % world.size:
         raise UserError(
@@ -77,25 +84,17 @@ def run(task: Task, config: Config) -> None:
     skeleton = build(checkpoint, DTYPES[config.train.precision])
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
-    documents = load_documents(config.data, config.data.sources, task.conversation, encoder, config.seed)
-    held_out = None
-    if config.eval.every_steps:
-        task.score(["a"], [["a"]])  # a metric's package that isn't installed shows now, not after hours
-        wanted = config.eval.sources or config.data.sources
-        held_out = load_documents(config.data, wanted, task.conversation, encoder, config.seed)
-    with process_group(world), WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
-        Trainer(task, config, world, checkpoint, skeleton, documents, held_out, pool).fit()
-
-
-@dataclass
-class StepResult:
-    """Sums of one step over all processes, and its times."""
-
-    loss: float
-    counts: dict[str, int]
-    grad_norm: float
-    elapsed_s: float
-    waited_s: float
+    indexed = [source for source in config.data.sources if not source.stream]
+    make = task.conversations if config.data.segment_questions else main_conversation(task)
+    documents = load_documents(config.data, indexed, make, encoder, config.seed)
+    held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
+    data, slots = config.data, config.train.packs_per_step
+    with (
+        process_group(world),
+        WorkerPool(data.workers, data.clip_deadline_s) as pool,
+        open_streams(data, make, encoder, pool, slots, config.seed) as streams,
+    ):
+        Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool).fit()
 
 
 class Trainer:
@@ -109,12 +108,15 @@ class Trainer:
         checkpoint: Checkpoint,
         skeleton: Skeleton,
         documents: Documents,
+        streams: Streams | None,
         held_out: Documents | None,
         pool: WorkerPool,
     ) -> None:
         self.task, self.config, self.world, self.pool = task, config, world, pool
         self.checkpoint, self.skeleton, self.model = checkpoint, skeleton, skeleton.model
-        self.documents, self.held_out = documents, held_out
+        self.documents, self.streams, self.held_out = documents, streams, held_out
+        if streams is not None:
+            documents.bad += [item for archives in streams.archives for item in archives.bad]
         self.folder = config.output_dir
         self.lock = FileLock(self.folder / ".lock")
         self.plan = documents.pack_plan(config.seed)
@@ -133,11 +135,14 @@ class Trainer:
             packs_per_step=config.train.packs_per_step,
             prefetch_packs=config.data.prefetch_packs,
             last_epoch=None if config.train.epochs is None else config.train.epochs - 1,
+            streams=streams,
         )
         self.monitor = Monitor(
             self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
         )
         self.step = 0
+        self.samples = 0
+        """Trained on so far."""
         self.prepare_model()
 
     def count_steps(self, step: int, cursor: Cursor) -> int:
@@ -158,6 +163,11 @@ class Trainer:
             f"{describe_device(self.world.device)}, {self.world.size} process(es), {config.train.precision}; "
             f"{self.documents.num_samples} samples in {len(self.documents.lengths)} documents, {self.max_steps} steps"
         )
+        if self.streams is not None:
+            shards = sum(len(one.shards) for one in self.streams.archives)
+            self.monitor.say(f"{shards} archives are streamed to {config.train.packs_per_step} rows a step")
+        if any(source.format == "video_mme" for source in config.data.sources):
+            self.monitor.say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
         self.monitor.table_of_trainable(rows, model)
         self.flops = FlopCounter(model)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
@@ -174,7 +184,7 @@ class Trainer:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config.train)
         same_on_all_ranks("the configuration", _digest(configs.dump(config)))
-        same_on_all_ranks("the index of the data", self.documents.digest)
+        same_on_all_ranks("the index of the data", self.identity()["data"])
         self.start_folder()
         self.resume()
 
@@ -190,8 +200,7 @@ class Trainer:
                 ) from None
             remove_partials(self.folder)
             replace_text(self.folder / "config.toml", configs.dump(self.config))
-            lines = "".join(item.line() + "\n" for item in self.documents.bad)
-            replace_text(self.folder / "quarantine.jsonl", lines)
+            write_quarantine(self.folder, self.documents.bad)
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
 
@@ -207,8 +216,9 @@ class Trainer:
             check_identity(found[0], state, self.identity())
             self.step, cursor = state["step"], Cursor(**state["cursor"])
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, cursor)
-            self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]])
-            self.write_bad(list(self.loader.known_bad.values()))
+            self.samples = state["samples"]
+            self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]], state["streams"])
+            self.write_bad()
             self.monitor.say(f"going on from {found[0]}")
         self.monitor.resume_at(self.step)
 
@@ -219,6 +229,8 @@ class Trainer:
         config, last_saved = self.config, self.step
         self.monitor.start(self.step)
         try:
+            if config.eval.every_steps and config.eval.at_start and self.step == 0:
+                self.evaluate()
             while self.step < self.max_steps:
                 self.step += 1
                 self.train_step()
@@ -245,8 +257,8 @@ class Trainer:
             check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        result.elapsed_s = watch.elapsed_s
-        self.monitor.step(self.describe(result, rate))
+        line = describe_step(result, watch, rate, self.world.device, self.world.size)
+        self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
 
     def forward_backward(self, watch: Stopwatch) -> StepResult:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
@@ -278,6 +290,7 @@ class Trainer:
         totals = sum_over_ranks(torch.tensor(list(counts.values()), device=device))
         counts = dict(zip(counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
+        self.samples += counts["samples"]
         if counts["bad"]:
             self.gather_bad()
         targets = max(counts["num_targets"], 1)
@@ -288,96 +301,92 @@ class Trainer:
                 f"step {self.step}: loss {total_loss / targets}, gradient norm {norm}: not finite; nothing was "
                 "updated. Lower train.learning_rate, or look at the samples of this step"
             )
-        return StepResult(total_loss / targets, counts, norm, 0.0, watch.waited_s)
-
-    def describe(self, result: StepResult, rate: float) -> dict[str, Any]:
-        """The step's line of metrics.jsonl."""
-        counts, seconds = result.counts, result.elapsed_s
-        peak = peak_flops(self.world.device)
-        return {
-            "step": self.step,
-            "epoch": self.loader.epoch,
-            "loss": result.loss,
-            "num_targets": counts["num_targets"],
-            "tokens": counts["tokens"],
-            "samples": counts["samples"],
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "step_time_s": seconds,
-            "data_wait_s": result.waited_s,
-            "tokens_per_s": counts["tokens"] / seconds,
-            "samples_per_s": counts["samples"] / seconds,
-            "mfu": None if peak is None else counts["flops"] / seconds / peak / self.world.size,
-            "peak_memory_bytes": peak_memory_bytes(self.world.device),
-            "sample_digest": f"{counts['digest']:x}",
-        }
+        return StepResult(total_loss / targets, counts, norm)
 
     # --------------------------------------------------------------------------------------------- what is left
 
     def gather_bad(self) -> None:
         """Clips that any process found bad become known to all; too many of them end the run."""
-        everyone: list[list[BadItem]] = [self.loader.new_bad]
-        if self.world.size > 1:
-            everyone = [[] for _ in range(self.world.size)]
-            dist.all_gather_object(everyone, self.loader.new_bad)
-        for item in (item for items in everyone for item in items):
-            self.loader.known_bad[item.path] = item
+        for item in (item for items in all_of(self.loader.new_bad) for item in items):
+            self.loader.known_bad[item.key] = item
         self.loader.new_bad.clear()
-        known = list(self.loader.known_bad.values())
-        self.write_bad(known)
-        bad = [*self.documents.bad, *known]
-        check_bad(bad, self.documents.num_samples + len(self.documents.bad), self.config.data.max_bad_fraction)
+        self.write_bad()
+        bad, limit = [*self.documents.bad, *self.loader.known_bad.values()], self.config.data.max_bad_fraction
+        if self.streams is None:
+            check_bad(bad, self.documents.num_samples + len(self.documents.bad), limit)
+        else:
+            check_bad_of_stream(bad, self.samples, limit)
 
-    def write_bad(self, known: Sequence[BadItem]) -> None:
-        """quarantine.jsonl: what the index left out, then what failed to decode."""
+    def write_bad(self) -> None:
+        """quarantine.jsonl: what reading and scanning left out, then what failed to decode."""
         if self.world.is_main:
-            lines = "".join(item.line() + "\n" for item in [*self.documents.bad, *known])
-            replace_text(self.folder / "quarantine.jsonl", lines)
+            write_quarantine(self.folder, [*self.documents.bad, *self.loader.known_bad.values()])
 
     def evaluate(self) -> None:
         """Scores on held-out samples."""
         assert self.held_out is not None
         settings = self.config.eval
         answerer = Answerer(
-            self.model, self.documents.encoder, self.config.data, self.held_out.index.info, self.pool, self.world
+            self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )
         file = self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
         sampling = Sampling(max_new_tokens=settings.max_new_tokens)
         scores = evaluate(self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, file)
         self.monitor.evaluation(self.step, scores)
+        if settings.best_metric and self.step:
+            self.keep_best(settings.best_metric, scores)
+
+    def keep_best(self, metric: str, scores: Mapping[str, Interval]) -> None:
+        """Export to `best/` where the metric is better than at any evaluation before."""
+        if metric not in scores:
+            raise UserError(f"eval.best_metric = {metric!r}: not among the scores, {', '.join(scores)}")
+        value, file = scores[metric].value, self.folder / "best.json"
+        best = [json.loads(file.read_text(encoding="utf-8"))["value"] if self.world.is_main and file.exists() else None]
+        if self.world.size > 1:
+            dist.broadcast_object_list(best)
+        if best[0] is None or (value < best[0] if metric == "loss" else value > best[0]):
+            self.export(self.folder / "best")
+            if self.world.is_main:
+                replace_text(file, json.dumps({"step": self.step, "metric": metric, "value": value}) + "\n")
 
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
-        return {"data": self.documents.digest, "base": self.checkpoint.fingerprint}
+        data = self.documents.digest
+        if self.streams is not None:
+            data = _digest(f"{data}{[one.shards for one in self.streams.archives]}")
+        return {"data": data, "base": self.checkpoint.fingerprint}
 
     def save(self) -> None:
         """A checkpoint to resume from."""
         cursor = self.loader.cursor
         state = {
             **self.identity(),
-            "cursor": {"epoch": cursor.epoch, "pack": cursor.pack},
+            "cursor": asdict(cursor),
+            "streams": {name: list(at) for part in all_of(self.loader.positions) for name, at in part.items()},
+            "samples": self.samples,
             "bad": [json.loads(item.line()) for item in self.loader.known_bad.values()],
         }
         keep = self.config.checkpoint.keep_last
         root = self.folder / "checkpoints"
         checkpoints.save(root, self.step, self.model, self.optimizer, state, keep, self.world.is_main)
 
-    def export(self) -> None:
+    def export(self, folder: Path | None = None) -> None:
         """What others read: the adapter in PEFT's format, or the whole model in the released layout."""
         about = {
             "base_fingerprint": self.checkpoint.fingerprint,
             "task": self.task.name,
-            "prompt": self.task.default_prompt,
+            "prompt": self.task.prompt,
+            "step": self.step,
             "video": self.config.data.video.model_dump(mode="json", exclude_none=True),
             "image": self.config.data.image.model_dump(mode="json", exclude_none=True),
         }
         if self.config.lora is not None:
-            target = self.folder / "adapter"
+            target = folder or self.folder / "adapter"
             prefixes = self.skeleton.peft_prefixes
             base = self.config.model.path
             export_adapter(self.model, target, self.config.lora, base, prefixes, about, self.world.is_main)
         else:
-            target = self.folder / "model"
+            target = folder or self.folder / "model"
             export_model(self.model, self.checkpoint, target, about, self.world.is_main)
         self.monitor.say(f"wrote {target}")
 

@@ -23,10 +23,9 @@ Role = Literal["system", "user", "assistant"]
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can mend: one line that names the file, the field, the value and the mend.
 
-    The message is one line that names the file, the field, the value and the mend. Commands print it without a
-    traceback and exit with status 2.
+    Commands print it without a traceback and exit with status 2.
     """
 
 
@@ -35,10 +34,9 @@ class UserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class MediaOptions:
-    """What one record asks for one of its media; None leaves it to the configuration.
+    """What one record asks for one of its media, by qwen-vl-utils' per-video keys; None leaves it to the configuration.
 
-    The names are those of qwen-vl-utils' per-video keys. Pixels are of one frame, except `total_pixels`.
-    """
+    Pixels are of one frame, except `total_pixels`."""
 
     fps: float | None = None
     nframes: int | None = None
@@ -58,16 +56,29 @@ class MediaOptions:
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """One video or picture that a record points to.
-
-    `path` is a file, or for a video kept as pictures the pictures in order. `field` is where the record named it
-    (`videos[0]`), for messages.
-    """
+    """One video or picture that a record points to."""
 
     kind: MediaKind
     path: Path | tuple[Path, ...]
+    """A file, or for a video kept as pictures the pictures in order."""
     options: MediaOptions = MediaOptions()
     field: str = ""
+    """Where the record named it (`videos[0]`), for messages."""
+    member: str = ""
+    """`shard.tar/name.mp4` where the file is a passing copy out of an archive: its name in records."""
+
+    @property
+    def name(self) -> str:
+        """What stands for the medium in records: its file, of a list of pictures the first."""
+        return self.member or str(self.path[0] if isinstance(self.path, tuple) else self.path)
+
+
+class PlannedText(Protocol):
+    """Text that depends on which frames of the media are seen, such as their times: settled once these are planned."""
+
+    def settle(self, plans: Sequence[MediaPlan]) -> str:
+        """The text, given the plans of all media of the conversation in reading order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,7 @@ class Turn:
     """One message: text and media in reading order."""
 
     role: Role
-    parts: tuple[str | MediaRef, ...]
+    parts: tuple[str | MediaRef | PlannedText, ...]
 
     @property
     def text(self) -> str:
@@ -100,6 +111,11 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     origin: str
+    options: tuple[str, ...] = ()
+    """The closed set of answers to the last question, in the form in which the assistant gives them; scored by their
+    likelihood. Empty: any answer."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What scoring needs beside the answer: `groups` (name to value), `segments` (texts), as the task has them."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:
@@ -111,20 +127,12 @@ class Conversation:
         """Equal for conversations about the same media, decoded alike."""
         return tuple((ref.kind, ref.path, ref.options) for ref in self.media)
 
-
-class Task(Protocol):
-    """What distinguishes one recipe from another: how a sample becomes a conversation and how answers are scored."""
-
-    name: str
-    default_prompt: str
-
-    def conversation(self, sample: Sample) -> Conversation:
-        """The conversation to train on; UserError names the sample where it can't be made."""
-        ...
-
-    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """Metrics by name of `predictions` against each one's references."""
-        ...
+    def settled(self, plans: Sequence[MediaPlan]) -> Conversation:
+        """The same with every `PlannedText` settled."""
+        if all(isinstance(part, str | MediaRef) for turn in self.turns for part in turn.parts):
+            return self
+        parts = [[p if isinstance(p, str | MediaRef) else p.settle(plans) for p in turn.parts] for turn in self.turns]
+        return replace(self, turns=tuple(Turn(t.role, tuple(p)) for t, p in zip(self.turns, parts, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------- media, planned
@@ -248,6 +256,8 @@ class AttentionPlan:
     """Rows of the keys of all segments, in order; None where they are the row itself."""
     max_q: int
     max_k: int
+    kept: int = 0
+    """Rows of keys that were kept from an earlier pass and stand before the row's own; prefixes lie among them."""
     groups: list[tuple[Any, Any, int, int, int]] | None = None
     """For the SDPA path, made on first use: rows of queries and of keys (slice or index), how many segments, q and k
     length."""
@@ -275,8 +285,7 @@ class VisionLayout:
 class Document:
     """A trunk (system text, video) and its branches (each a question with its answer), one behind another.
 
-    A branch sees the trunk and itself; its positions go on where the trunk ends.
-    """
+    A branch sees the trunk and itself; its positions go on where the trunk ends."""
 
     sample_ids: tuple[str, ...]
     """One for each branch."""

@@ -28,9 +28,9 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = index.scan_file
 
-    def spy(kind: MediaKind, path: Path) -> MediaInfo:
+    def spy(kind: MediaKind, path: Path, headers: bool) -> MediaInfo:
         names.append(path.name)
-        return real(kind, path)
+        return real(kind, path, headers)
 
     monkeypatch.setattr(index, "scan_file", spy)
     return names
@@ -88,10 +88,10 @@ def test_an_interrupted_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refs = [MediaRef("video", make_clip(tmp_path / f"{i}.mp4", [0])) for i in range(5)]
     spy = index.scan_file
 
-    def interrupt(kind: MediaKind, path: Path) -> MediaInfo:
+    def interrupt(kind: MediaKind, path: Path, headers: bool) -> MediaInfo:
         if path.name == "3.mp4":
             raise KeyboardInterrupt
-        return spy(kind, path)
+        return spy(kind, path, headers)
 
     monkeypatch.setattr(index, "scan_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -108,9 +108,9 @@ def test_progress_is_saved_before_a_kill(tmp_path: Path) -> None:
     script = (
         "import os, signal; from pathlib import Path; from vft.data import index; from vft.types import MediaRef\n"
         "real, index.SAVE_EVERY = index.scan_file, 2\n"
-        "def scan(kind, path):\n"
+        "def scan(kind, path, headers):\n"
         "    if path.name == '4.mp4': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(kind, path)\n"
+        "    return real(kind, path, headers)\n"
         "index.scan_file = scan\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "index.build([MediaRef('video', folder / f'{i}.mp4') for i in range(5)], folder / 'cache', 0, 9.0)\n"

@@ -7,11 +7,26 @@ import sys
 from collections.abc import Callable, Sequence
 
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
-from vft.metrics import bleu4, cider_d, distinct_n, exact_match, rouge_l, tokenize
+from vft.metrics import (
+    anls_scores,
+    bleu4,
+    bleu4_interval,
+    cider_d,
+    cider_d_text_scores,
+    distinct_n,
+    exact_match,
+    exact_match_scores,
+    rouge_l,
+    rouge_l_scores,
+    segment_coverage_scores,
+    token_f1_scores,
+    tokenize,
+)
 from vft.types import UserError
 
-Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], object]
 
 
 def test_tokenize() -> None:
@@ -43,8 +58,24 @@ def test_rouge_l() -> None:
     assert rouge_l(["the dog", "a cat"], [["the dog"], ["nothing else"]]) == pytest.approx(0.5)
 
 
+def test_rouge_l_scores_equal_rouge_score() -> None:
+    predictions = ["the dog runs along the beach", "", "Ünïcode 犬 dog", "a cat sits"]
+    references = [["a dog on the beach", "the beach"], ["nothing"], ["a dog", "naïve dog"], ["a cat sits"]]
+    scorer = RougeScorer(["rougeL"])
+    expected = [
+        max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs)
+        for text, refs in zip(predictions, references, strict=True)
+    ]
+    assert rouge_l_scores(predictions, references) == pytest.approx(expected)
+    assert expected[1] == 0 < expected[2] < expected[3] == 1
+    assert rouge_l(predictions, references) == pytest.approx(sum(expected) / 4)
+    assert rouge_l_scores(predictions[:1], references[:1]) == pytest.approx(expected[:1])
+
+
 def test_exact_match() -> None:
-    assert exact_match(["A dog.", "cat", "tree"], [["a dog"], ["dog", "Cat!"], ["trees"]]) == pytest.approx(2 / 3)
+    predictions, references = ["A dog.", "cat", "tree", ""], [["a dog"], ["dog", "Cat!"], ["trees"], ["?"]]
+    assert exact_match_scores(predictions, references) == [1, 1, 0, 1]
+    assert exact_match(predictions, references) == pytest.approx(3 / 4)
 
 
 def test_distinct_n() -> None:
@@ -56,20 +87,47 @@ def test_distinct_n() -> None:
         distinct_n(texts, 0)
 
 
-@pytest.mark.parametrize("metric", [bleu4, rouge_l, exact_match, cider_d])
-def test_misfits_are_refused_with_both_numbers(metric: Metric) -> None:
-    with pytest.raises(ValueError, match="2 predictions, but references for 1"):
+WITH_REFERENCES: list[Metric] = [
+    anls_scores,
+    bleu4,
+    bleu4_interval,
+    cider_d,
+    cider_d_text_scores,
+    exact_match,
+    exact_match_scores,
+    rouge_l,
+    rouge_l_scores,
+    token_f1_scores,
+]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"), [*((m, "references") for m in WITH_REFERENCES), (segment_coverage_scores, "segments")]
+)
+def test_misfits_are_refused_with_both_numbers(metric: Metric, name: str) -> None:
+    with pytest.raises(ValueError, match=f"2 predictions, but {name} for 1"):
         metric(["a", "b"], [["a"]])
-    with pytest.raises(ValueError, match="prediction 1 has 0 references"):
+    with pytest.raises(ValueError, match=f"prediction 1 has 0 {name}"):
         metric(["a", "b"], [["a"], []])
-    with pytest.raises(ValueError, match="a list of texts"):
+    with pytest.raises(ValueError, match=f"{name} of prediction 0: a list of texts"):
         metric(["a", "b"], ["a", "b"])
     with pytest.raises(ValueError, match="no predictions"):
         metric([], [])
 
 
-@pytest.mark.parametrize(("metric", "module"), [(bleu4, "sacrebleu"), (rouge_l, "rouge_score.rouge_scorer")])
-def test_missing_package_names_the_extra(metric: Metric, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("metric", "module", "package"),
+    [
+        (bleu4, "sacrebleu", "sacrebleu"),
+        (bleu4_interval, "sacrebleu", "sacrebleu"),
+        (rouge_l_scores, "rouge_score.rouge_scorer", "rouge-score"),
+        (segment_coverage_scores, "rouge_score.rouge_scorer", "rouge-score"),
+        (anls_scores, "rapidfuzz.distance", "rapidfuzz"),
+    ],
+)
+def test_missing_package_names_the_extra(
+    metric: Metric, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"vft\[eval\]"):
+    with pytest.raises(UserError, match=rf"needs {package}, .*vft\[eval\]"):
         metric(["a"], [["a"]])

@@ -30,9 +30,9 @@ from tests.helpers import (
     save_checkpoint,
     talk,
 )
+from vft.answer import load_model
 from vft.data import vision
 from vft.data.packing import collate
-from vft.evaluate import load_model
 from vft.models import media as rules
 from vft.models.generate import Sampling, generate
 from vft.models.qwen2_5_vl import PEFT_PREFIXES

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from tests.helpers import CPU, every_logit, load_prepared
 from tools.merge_lora import merge
-from vft.config import DataConfig, SourceConfig
+from vft.answer import load_model
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.documents import load_documents
 from vft.data.packing import collate
 from vft.data.video import decode
-from vft.evaluate import load_model
+from vft.data_config import DataConfig, SourceConfig
 from vft.lora import choose_trainable, is_adapter
 from vft.models import Skeleton
 from vft.models.qwen2_5_vl import PEFT_PREFIXES
@@ -108,7 +108,7 @@ def load_case(
         file.write_text(json.dumps(record(facts), ensure_ascii=False) + "\n", encoding="utf-8")
         config = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0)
         source = SourceConfig(format="messages", path=str(file))
-        documents = load_documents(config, [source], Caption().conversation, encoder, seed=0)
+        documents = load_documents(config, [source], Caption().conversations, encoder, seed=0)
         document = documents.build(0)
         assert documents.lengths == [document.num_tokens]
         patches = [vision.load(plan, encoder.spec) for plan in document.media]

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from vft.config import DataConfig
-from vft.types import MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits, VisionSpec
+from vft.data.chat import ChatEncoder
+from vft.data_config import DataConfig
+from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits, VisionSpec
+
+
+def fit(
+    conversations: Sequence[Conversation],
+    encoder: ChatEncoder,
+    config: DataConfig,
+    info: Callable[[MediaRef], MediaInfo],
+    answer_next: bool = False,
+) -> tuple[tuple[MediaPlan, ...], int]:
+    """Plans of the media that some conversations have in common, such that each of them fits `pack_tokens` alone.
+
+    Also the tokens that the media were planned to fit into: with them `plan_within` gives the same plans. Text that
+    depends on the plans (times of frames, subtitles) is counted as it will be. UserError where nothing fits.
+    """
+    room = config.pack_tokens - max(encoder.encode(one, answer_next).text_tokens for one in conversations)
+    while True:
+        plans = plan_within(room, conversations[0], encoder.spec, config, info)
+        text = max(encoder.encode(one.settled(plans), answer_next).text_tokens for one in conversations)
+        vision = sum(len(encoder.spec.expand(plan)[0]) for plan in plans)
+        over = text + vision - config.pack_tokens
+        if over <= 0:
+            return plans, room
+        room = min(room, vision) - over
+
+
+def plan_within(
+    room: int,
+    conversation: Conversation,
+    spec: VisionSpec,
+    config: DataConfig,
+    info: Callable[[MediaRef], MediaInfo],
+) -> tuple[MediaPlan, ...]:
+    """Plans of a conversation's media that together take at most `room` tokens; UserError where they can't."""
+    if room < 0:
+        raise UserError(
+            f"{conversation.origin}: {config.pack_tokens - room} tokens of text, more than "
+            f"data.pack_tokens = {config.pack_tokens}; raise it or shorten the text"
+        )
+    media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
+    return plan_media(media, spec, room, conversation.origin)
 
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:

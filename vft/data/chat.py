@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from vft.types import IGNORE_INDEX, Conversation, Document, MediaPlan, UserError, VisionSpec
+from vft.types import (
+    IGNORE_INDEX,
+    Conversation,
+    Document,
+    MediaKind,
+    MediaPlan,
+    MediaRef,
+    Role,
+    Turn,
+    UserError,
+    VisionSpec,
+)
+
+Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
+"""What the template sees of a conversation: roles, texts, and which kind of medium stands where."""
+
+MAX_KEPT = 1 << 14
+"""Encoded texts that are kept: a question is often asked of many videos, a label offered to all of them."""
 
 # Private-use characters stand for an answer while the template's own text around it is looked at.
 _SENTINEL = "\ue000{}\ue001"
@@ -42,6 +60,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.spec = spec
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
+        self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
 
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
@@ -49,30 +68,38 @@ class ChatEncoder:
         A span is an assistant message's content and the token that closes it, nothing else. With `answer_next` the
         text ends where the model is to answer.
         """
-        true_text = self._apply(conversation, answer_next, hide_answers=False)
-        pieces = re.split("\ue000[0-9]+\ue001", self._apply(conversation, answer_next, hide_answers=True))
-        answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
+        return self._render(_text_of(conversation), answer_next)
+
+    def encode(self, conversation: Conversation, answer_next: bool = False) -> Encoded:
+        """Ids and labels from one tokenizer call over the whole text; `PlannedText` not yet settled is left out.
+
+        A token that straddles the start of an answer belongs to the answer.
+        """
+        try:
+            return self._encode_kept(_text_of(conversation), answer_next)
+        except UserError as error:
+            raise UserError(f"{conversation.origin}: {error}") from None
+
+    def _render(self, turns: Text, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
+        true_text = self._apply(turns, answer_next, hide_answers=False)
+        pieces = re.split("\ue000[0-9]+\ue001", self._apply(turns, answer_next, hide_answers=True))
+        answers = [_joined(parts) for role, parts in turns if role == "assistant"]
         if len(pieces) != len(answers) + 1:
-            raise UserError(f"{conversation.origin}: the chat template leaves out assistant messages")
+            raise UserError("the chat template leaves out assistant messages")
         text, spans = pieces[0], []
         for answer, after in zip(answers, pieces[1:], strict=True):
             if not after.startswith(self.spec.turn_end):
                 raise UserError(
-                    f"{conversation.origin}: the chat template closes an answer with {after[:20]!r}, "
-                    f"expected {self.spec.turn_end!r}"
+                    f"the chat template closes an answer with {after[:20]!r}, expected {self.spec.turn_end!r}"
                 )
             spans.append((len(text), len(text) + len(answer) + len(self.spec.turn_end)))
             text += answer + after
         if text != true_text:
-            raise UserError(f"{conversation.origin}: the chat template changes the text of an answer")
+            raise UserError("the chat template changes the text of an answer")
         return text, spans
 
-    def encode(self, conversation: Conversation, answer_next: bool = False) -> Encoded:
-        """Ids and labels from one tokenizer call over the whole text.
-
-        A token that straddles the start of an answer belongs to the answer.
-        """
-        text, spans = self.render(conversation, answer_next)
+    def _encode(self, turns: Text, answer_next: bool) -> Encoded:
+        text, spans = self._render(turns, answer_next)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, labels = list(tokens["input_ids"]), []
         waiting = list(spans)
@@ -81,25 +108,39 @@ class ChatEncoder:
                 waiting.pop(0)
             labels.append(token if waiting and end > waiting[0][0] else IGNORE_INDEX)
         if not answer_next and all(label == IGNORE_INDEX for label in labels):
-            raise UserError(f"{conversation.origin}: no assistant message, so nothing to learn from; add an answer")
-        return Encoded(tuple(ids), tuple(labels), self._media_rows(ids, conversation))
+            raise UserError("no assistant message, so nothing to learn from; add an answer")
+        return Encoded(tuple(ids), tuple(labels), self._media_rows(ids, turns))
 
     def document(self, encoded: Sequence[Encoded], media: Sequence[MediaPlan], sample_ids: Sequence[str]) -> Document:
         """One document of conversations that share all their media; several of them need `shared_trunk`."""
         wholes = [self._expand(one, media) for one in encoded]
         trunk = 0 if len(wholes) == 1 else self._trunk_length(encoded, wholes)
-        parts = [wholes[0] if i == 0 else tuple(x[..., trunk:] for x in whole) for i, whole in enumerate(wholes)]
-        ids, labels, mask, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
-        return Document(
-            sample_ids=tuple(sample_ids),
-            ids_T=ids,
-            labels_T=labels,
-            positions_3T=positions,
-            trunk_length=trunk,
-            branch_lengths=tuple(whole[0].numel() - trunk for whole in wholes),
-            media=tuple(media),
-            media_mask_T=mask,
-        )
+        return _lay_out(wholes, trunk, media, sample_ids)
+
+    def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
+        """A prompt with each of `options` as a branch that answers it; the options alone are labelled.
+
+        The trunk is all that the prompts have in common but for their last token, which begins each branch and
+        predicts its first label. The token that closes an answer is not labelled: it says nothing about the option.
+        """
+        closing = len(self.tokenizer(self.spec.turn_end, add_special_tokens=False)["input_ids"])
+        wholes = []
+        for option in options:
+            answered = replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,))))
+            ids, labels, *rest = self._expand(self.encode(answered), media)
+            # Answers of earlier turns are part of the question.
+            supervised = (labels != IGNORE_INDEX).nonzero().flatten()
+            last = supervised[-1]
+            gaps = (supervised.diff() != 1).nonzero().flatten()
+            first = supervised[gaps[-1] + 1] if len(gaps) else supervised[0]
+            kept = torch.full_like(labels, IGNORE_INDEX)
+            kept[first : last + 1 - closing] = labels[first : last + 1 - closing]
+            wholes.append((ids, kept, *rest))
+        starts = [int((labels != IGNORE_INDEX).nonzero()[0]) for _, labels, *_ in wholes]
+        shortest = min(starts)
+        same = torch.stack([ids[:shortest] == wholes[0][0][:shortest] for ids, *_ in wholes]).all(0)
+        common = shortest if bool(same.all()) else int((~same).nonzero()[0])
+        return _lay_out(wholes, common - 1, media, list(options))
 
     def shared_trunk(self, encoded: Sequence[Encoded]) -> bool:
         """Whether these conversations (with the same media) may be branches of one trunk.
@@ -140,37 +181,71 @@ class ChatEncoder:
         positions_3T = self.spec.positions(len(ids), starts)
         return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask), positions_3T
 
-    def _media_rows(self, ids: Sequence[int], conversation: Conversation) -> tuple[int, ...]:
+    def _media_rows(self, ids: Sequence[int], turns: Text) -> tuple[int, ...]:
         rows: list[int] = []
         row = 0
-        for ref in conversation.media:
-            mark = list(self.spec.placeholder(ref.kind))
+        kinds = [part[0] for _, parts in turns for part in parts if not isinstance(part, str)]
+        for kind in kinds:
+            mark = list(self.spec.placeholder(kind))
             while row + len(mark) <= len(ids) and ids[row : row + len(mark)] != mark:
                 row += 1
             if row + len(mark) > len(ids):
                 raise UserError(
-                    f"{conversation.origin}: {len(conversation.media)} media, but the chat template wrote "
-                    f"{len(rows)} placeholders; media may stand in user turns only"
+                    f"{len(kinds)} media, but the chat template wrote {len(rows)} placeholders; media may stand in "
+                    "user turns only"
                 )
             rows.append(row)
             row += len(mark)
         return tuple(rows)
 
-    def _apply(self, conversation: Conversation, answer_next: bool, hide_answers: bool) -> str:
+    def _apply(self, turns: Text, answer_next: bool, hide_answers: bool) -> str:
         messages = []
-        for index, turn in enumerate(conversation.turns):
-            for part in turn.parts:
+        for index, (role, parts) in enumerate(turns):
+            for part in parts:
                 if isinstance(part, str) and (found := self._control.search(part)):
-                    raise UserError(
-                        f"{conversation.origin}: {turn.role} text holds the control token {found[0]!r}; remove it"
-                    )
-            content: str | list[dict[str, str]] = turn.text
-            if turn.role == "assistant" and hide_answers:
+                    raise UserError(f"{role} text holds the control token {found[0]!r}; remove it")
+            content: str | list[dict[str, str]] = _joined(parts)
+            if role == "assistant" and hide_answers:
                 content = _SENTINEL.format(index)
-            elif any(not isinstance(part, str) for part in turn.parts):
+            elif any(not isinstance(part, str) for part in parts):
                 content = [
-                    {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
-                    for part in turn.parts
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": part[0]} for part in parts
                 ]
-            messages.append({"role": turn.role, "content": content})
+            messages.append({"role": role, "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+
+
+def _text_of(conversation: Conversation) -> Text:
+    return tuple(
+        (
+            turn.role,
+            tuple(
+                (part.kind,) if isinstance(part, MediaRef) else part
+                for part in turn.parts
+                if isinstance(part, str | MediaRef)
+            ),
+        )
+        for turn in conversation.turns
+    )
+
+
+def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _lay_out(
+    wholes: Sequence[tuple[torch.Tensor, ...]], trunk: int, media: Sequence[MediaPlan], sample_ids: Sequence[str]
+) -> Document:
+    """A document of conversations, of which the first `trunk` tokens are laid down once."""
+    parts = [wholes[0] if i == 0 else tuple(x[..., trunk:] for x in whole) for i, whole in enumerate(wholes)]
+    ids, labels, mask, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
+    return Document(
+        sample_ids=tuple(sample_ids),
+        ids_T=ids,
+        labels_T=labels,
+        positions_3T=positions,
+        trunk_length=trunk,
+        branch_lengths=tuple(whole[0].numel() - trunk for whole in wholes),
+        media=tuple(media),
+        media_mask_T=mask,
+    )

@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from vft.config import DataConfig, SourceConfig
 from vft.console import progress_bar
 from vft.data import sources
-from vft.data.budget import limits_of, plan_media
+from vft.data.budget import fit, plan_within
 from vft.data.chat import ChatEncoder, Encoded
-from vft.data.index import Index, build
+from vft.data.frame_times import with_frame_times
+from vft.data.index import build
 from vft.data.packing import PackPlan
+from vft.data.quarantine import BadItem, check_bad
 from vft.data.video import MediaError
+from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
-from vft.types import Conversation, Document, MediaPlan, MediaRef, Sample, UserError
+from vft.types import Conversation, Document, MediaInfo, MediaRef, Sample, UserError
 
-MakeConversation = Callable[[Sample], Conversation]
-
-
-@dataclass(frozen=True, slots=True)
-class BadItem:
-    """Something that can't be trained on, as `quarantine.jsonl` records it."""
-
-    id: str
-    path: str
-    reason: str
-    message: str
-
-    def line(self) -> str:
-        """One line of JSON."""
-        return json.dumps({"id": self.id, "path": self.path, "reason": self.reason, "message": self.message})
+MakeConversations = Callable[[Sample], Sequence[Conversation]]
 
 
 @dataclass
 class Documents:
-    """What the documents are made of, and how long each one is."""
+    """What the documents of a run, or of one streamed clip, are made of, and how long each one is."""
 
     encoder: ChatEncoder
     config: DataConfig
-    index: Index
+    info: Callable[[MediaRef], MediaInfo]
+    """What a scan of a medium found; MediaError where it can't be used."""
     members: list[tuple[Conversation, ...]] = field(default_factory=list)
     """The conversations of each document."""
     lengths: list[int] = field(default_factory=list)
@@ -56,8 +43,8 @@ class Documents:
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document: always the same ones."""
         conversations = self.members[number]
-        encoded = [self.encoder.encode(one) for one in conversations]
-        plans = self._plan(conversations[0], self.rooms[number])
+        plans = plan_within(self.rooms[number], conversations[0], self.encoder.spec, self.config, self.info)
+        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
         return self.encoder.document(encoded, plans, [one.id for one in conversations])
 
     def pack_plan(self, seed: int) -> PackPlan:
@@ -79,6 +66,17 @@ class Documents:
             content.update(f"{[one.id for one in conversations]}:{length};".encode())
         return content.hexdigest()[:16]
 
+    def add_all(self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool) -> None:
+        """Take in conversations with their weights, those about the same media together."""
+        groups: dict[object, list[tuple[Conversation, float]]] = {}
+        for number, (one, weight) in enumerate(conversations):
+            key = (one.media_key, weight) if one.media and self.config.share_videos else number
+            groups.setdefault(key, []).append((one, weight))
+        with progress_bar(len(groups), "counting tokens", "document", show_progress) as bar:
+            for group in groups.values():
+                self.add([one for one, _ in group], group[0][1])
+                bar.update()
+
     def add(self, conversations: Sequence[Conversation], weight: float) -> None:
         """Take in conversations that have the same media: one document where they can share a trunk and fit."""
         good = [(one, encoded) for one in conversations if (encoded := self._try_encode(one)) is not None]
@@ -90,23 +88,22 @@ class Documents:
         """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
         if not group:
             return
-        spec, limit = self.encoder.spec, self.config.pack_tokens
         # Members of one group see the same frames: those that leave room for the longest text among them.
-        room = limit - max(code.text_tokens for _, code in group)
         try:
-            plans = self._plan(group[0][0], room)
+            plans, room = fit([one for one, _ in group], self.encoder, self.config, self.info)
         except UserError as error:
             for one, _ in group:
                 self.reject(one, "unfit", str(error))
             return
-        vision = sum(len(spec.expand(plan)[0]) for plan in plans)
-        trunk = group[0][1].trunk_tokens + vision
+        vision = sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
+        settled = [(one, self.encoder.encode(one.settled(plans))) for one, _ in group]
+        trunk = settled[0][1].trunk_tokens + vision
         members: list[Conversation] = []
         tokens = 0
-        for one, code in group:
+        for one, code in settled:
             total = code.text_tokens + vision
             full = 0 < self.config.max_samples_per_pack <= len(members)
-            if members and (full or tokens + total - trunk > limit):
+            if members and (full or tokens + total - trunk > self.config.pack_tokens):
                 self._close(members, tokens, room, weight)
                 members, tokens = [], 0
             tokens += total - trunk if members else total
@@ -120,20 +117,11 @@ class Documents:
         self.weights.append(weight)
         self.num_samples += len(conversations)
 
-    def _plan(self, conversation: Conversation, room: int) -> tuple[MediaPlan, ...]:
-        if room < 0:
-            raise UserError(
-                f"{conversation.origin}: {self.config.pack_tokens - room} tokens of text, more than "
-                f"data.pack_tokens = {self.config.pack_tokens}; raise it or shorten the text"
-            )
-        media = [(ref, self.index.info(ref), limits_of(ref, self.config)) for ref in conversation.media]
-        return plan_media(media, self.encoder.spec, room, conversation.origin)
-
     def _try_encode(self, conversation: Conversation) -> Encoded | None:
         """None, and an entry in `bad`, where a medium is bad or the text can't be used."""
         for ref in conversation.media:
             try:
-                self.index.info(ref)
+                self.info(ref)
             except MediaError as error:
                 self.reject(conversation, error.reason, f"{conversation.origin}: {ref.field}: {error}", ref)
                 return None
@@ -145,14 +133,13 @@ class Documents:
 
     def reject(self, conversation: Conversation, reason: str, message: str, ref: MediaRef | None = None) -> None:
         """Keep a conversation out of training, with its reason."""
-        path = "" if ref is None else str(ref.path if isinstance(ref.path, Path) else ref.path[0])
-        self.bad.append(BadItem(conversation.id, path, reason, message))
+        self.bad.append(BadItem(conversation.id, "" if ref is None else ref.name, reason, message))
 
 
 def load_documents(
     config: DataConfig,
     wanted: Sequence[SourceConfig],
-    make_conversation: MakeConversation,
+    make_conversations: MakeConversations,
     encoder: ChatEncoder,
     seed: int,
 ) -> Documents:
@@ -163,28 +150,31 @@ def load_documents(
     conversations: list[tuple[Conversation, float]] = []
     bad: list[BadItem] = []
     for source in wanted:
-        samples, errors = sources.read(source.format, config.root / source.path, config.root)
+        samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
         for sample in take(samples, source.take, seed):
-            try:
-                conversations.append((make_conversation(sample), source.weight))
-            except UserError as error:
-                bad.append(BadItem(sample.id, "", "record", str(error)))
+            made, wrong = converse(sample, make_conversations, config)
+            conversations += [(one, source.weight) for one in made]
+            bad += wrong
     refs = [ref for one, _ in conversations for ref in one.media]
-    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s)
-    documents = Documents(encoder, config, index, bad=bad)
-    groups: dict[object, list[tuple[Conversation, float]]] = {}
-    for number, (one, weight) in enumerate(conversations):
-        key = (one.media_key, weight) if one.media and config.share_videos else number
-        groups.setdefault(key, []).append((one, weight))
-    with progress_bar(len(groups), "counting tokens", "document", environment().is_main) as bar:
-        for group in groups.values():
-            documents.add([one for one, _ in group], group[0][1])
-            bar.update()
+    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, config.index == "header")
+    documents = Documents(encoder, config, index.info, bad=bad)
+    documents.add_all(conversations, environment().is_main)
     check_bad(documents.bad, documents.num_samples + len(documents.bad), config.max_bad_fraction)
-    if not documents.members:
+    if wanted and not documents.members:
         raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
     return documents
+
+
+def converse(
+    sample: Sample, make_conversations: MakeConversations, config: DataConfig
+) -> tuple[list[Conversation], list[BadItem]]:
+    """The conversations that the task makes of a sample, or why it makes none."""
+    try:
+        made = list(make_conversations(sample))
+    except UserError as error:
+        return [], [BadItem(sample.id, "", "record", str(error))]
+    return [with_frame_times(one) for one in made] if config.video.timestamps else made, []
 
 
 def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:
@@ -196,16 +186,3 @@ def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:
         return list(samples[: int(count)])
     chosen = random.Random(f"take:{seed}").sample(range(len(samples)), min(int(count), len(samples)))
     return [samples[i] for i in sorted(chosen)]
-
-
-def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
-    """UserError where the share of bad items is above `limit`: both numbers, counts by reason, the first message."""
-    if total and len(bad) / total > limit:
-        counts: dict[str, int] = {}
-        for item in bad:
-            counts[item.reason] = counts.get(item.reason, 0) + 1
-        by_reason = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-        raise UserError(
-            f"{bad[0].message} [{len(bad)} of {total} samples can't be used ({by_reason}), more than "
-            f"data.max_bad_fraction = {limit}]"
-        )

@@ -1,8 +1,9 @@
 """The index of media: every file scanned once, its findings kept in a cache folder.
 
-`media.parquet` holds a row a file, keyed by kind and path and valid while size and modification time stay the same.
-It is written whole and renamed into place, under a lock, so that processes and hosts may share the folder. Bad files
-have a row too, with their reason; what may pass (a missing or unreadable file, a crash) is looked at again next time.
+`media.parquet` holds a row a file, keyed by kind and path and valid while size and modification time stay the same;
+`media-headers.parquet` the same where containers' headers are trusted. It is written whole and renamed into place,
+under a lock, so that processes and hosts may share the folder. Bad files have a row too, with their reason; what may
+pass (a missing or unreadable file, a crash) is looked at again next time.
 """
 
 from __future__ import annotations
@@ -93,11 +94,17 @@ class Index:
 
 
 def build(
-    refs: Iterable[MediaRef], cache_dir: Path, workers: int, deadline_s: float, show_progress: bool = True
+    refs: Iterable[MediaRef],
+    cache_dir: Path,
+    workers: int,
+    deadline_s: float,
+    headers: bool = False,
+    show_progress: bool = True,
 ) -> Index:
     """Index the files of `refs`, scanning those that are new or have changed in `workers` processes.
 
-    `deadline_s` seconds a file. Another process that builds in the same `cache_dir` is waited for.
+    `deadline_s` seconds a file. `headers`: count frames from containers' headers where these are complete. Another
+    process that builds in the same `cache_dir` is waited for.
     """
     wanted = _distinct(refs)
     try:
@@ -107,12 +114,12 @@ def build(
             f"data.cache_dir = {str(cache_dir)!r}: can't be made ({error.strerror}); name a folder that can be written"
         ) from error
     with _locked(cache_dir / "media.lock"):
-        cache = cache_dir / "media.parquet"
+        cache = cache_dir / ("media-headers.parquet" if headers else "media.parquet")
         table = _read(cache)
         todo, passing = _find_stale(wanted, table, deadline_s)
         rows: list[Row] = []
         try:
-            for row in _scan_all(todo, workers, deadline_s, show_progress):
+            for row in _scan_all(todo, workers, deadline_s, headers, show_progress):
                 if row["reason"] in ("missing", "unreadable", "crashed"):
                     passing[row["kind"], row["path"]] = MediaError(row["reason"], row["message"])
                     continue
@@ -162,7 +169,9 @@ def _status(key: Key) -> os.stat_result | MediaError:
         return error
 
 
-def _scan_all(todo: dict[Key, os.stat_result], workers: int, deadline_s: float, show_progress: bool) -> Iterator[Row]:
+def _scan_all(
+    todo: dict[Key, os.stat_result], workers: int, deadline_s: float, headers: bool, show_progress: bool
+) -> Iterator[Row]:
     """The rows of the files, as they are done."""
     if not todo:
         return
@@ -172,7 +181,7 @@ def _scan_all(todo: dict[Key, os.stat_result], workers: int, deadline_s: float, 
     with bar, WorkerPool(min(workers, len(todo)), deadline_s) as pool:
         waiting = iter(todo)
         for key in waiting:
-            pending[pool.submit(scan_file, key[0], Path(key[1]))] = key
+            pending[pool.submit(scan_file, key[0], Path(key[1]), headers)] = key
             while len(pending) >= window:
                 yield from _collect(pending, todo, deadline_s, bar)
         while pending:

@@ -1,19 +1,28 @@
-"""Packs of a run, step by step: decoded ahead in worker processes, bad clips replaced, the cursor carried along."""
+"""Packs of a run, step by step: decoded ahead in worker processes, bad clips replaced, the cursor carried along.
+
+Packs come from the index, from streams, or from both: which feed fills a slot of a step is drawn by weight, as a pure
+function of (seed, step, slot).
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from vft.data import vision
-from vft.data.documents import BadItem, Documents
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents, MakeConversations
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.pool import WorkerPool
+from vft.data.quarantine import BadItem
+from vft.data.stream import Archives, Position, SlotStream, Spooled, StreamContext, open_archives
 from vft.data.video import MediaError
+from vft.data_config import DataConfig
 from vft.types import Batch, Document, Patches
 
 MAX_PENDING_BYTES = 2 << 30
@@ -37,9 +46,22 @@ class _Place:
     """A pack of this process and the step that it belongs to."""
 
     pack: PackRef
+    feed: int
+    """Number of the stream that fills it; -1: the index."""
     last_of_step: bool
     cursor_after: Cursor
     epoch: int
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """A document whose media are being decoded."""
+
+    number: int
+    """In the index; -1: out of a stream."""
+    document: Document
+    patches: list[Future[Patches]]
+    clip: Spooled | None = None
 
 
 @dataclass
@@ -47,11 +69,51 @@ class _Pending:
     """A pack whose media are being decoded."""
 
     place: _Place
-    documents: list[tuple[int, Document, list[Future[Patches]]]]
+    documents: list[_Ordered]
+    bad: list[BadItem]
+    after: Position | None
+    """Where the pack's stream goes on."""
 
     @property
     def pixel_bytes(self) -> int:
-        return sum(patch_bytes(document) for _, document, _ in self.documents)
+        return sum(patch_bytes(one.document) for one in self.documents)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The archives of a run, what it takes to read them, and how often the index comes beside them."""
+
+    archives: Sequence[Archives]
+    context: StreamContext
+    index_weight: float
+
+    def feed_of(self, step: int, slot: int) -> int:
+        """Which stream fills a slot of a step; -1: the index."""
+        weights = [self.index_weight, *(one.weight for one in self.archives)]
+        draw = random.Random(f"feed:{self.context.seed}:{step}:{slot}")
+        return draw.choices(range(-1, len(self.archives)), weights)[0]
+
+
+@contextmanager
+def open_streams(
+    config: DataConfig,
+    make_conversations: MakeConversations,
+    encoder: ChatEncoder,
+    pool: WorkerPool,
+    slots: int,
+    seed: int,
+) -> Iterator[Streams | None]:
+    """The sources with `stream = true`, for `slots` rows a step; None where there are none."""
+    streaming = [source for source in config.sources if source.stream]
+    if not streaming:
+        yield None
+        return
+    archives = [open_archives(source, config) for source in streaming]
+    context = StreamContext(config, encoder, make_conversations, pool, slots, seed)
+    try:
+        yield Streams(archives, context, sum(source.weight for source in config.sources if not source.stream))
+    finally:
+        context.close()
 
 
 @dataclass
@@ -67,23 +129,29 @@ class Loader:
     prefetch_packs: int
     last_epoch: int | None
     """None: go round for ever."""
+    streams: Streams | None = None
     known_bad: dict[str, BadItem] = field(default_factory=dict)
-    """By path: what failed so far, in this run and before it was resumed."""
+    """By key: what failed so far, in this run and before it was resumed."""
     new_bad: list[BadItem] = field(default_factory=list)
     """What this process has found since the list was last emptied."""
 
     def __post_init__(self) -> None:
         self.seek(Cursor(), [])
 
-    def seek(self, cursor: Cursor, bad: Sequence[BadItem]) -> None:
-        """Go on at `cursor`, knowing what was found bad before; nothing is read to skip."""
+    def seek(
+        self, cursor: Cursor, bad: Sequence[BadItem], positions: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Go on at `cursor` and where the streams stood, knowing what was found bad before; nothing is read to skip."""
         self.cursor = self._planned = cursor
-        self.known_bad = {item.path: item for item in bad}
+        self.known_bad = {item.key: item for item in bad}
         self._agreed = frozenset(self.known_bad)
         self._ahead: deque[_Place] = deque()
         self._pending: deque[_Pending] = deque()
         self.epoch = cursor.epoch
         """Epoch that the newest step ends in."""
+        self.positions = {name: Position(*values) for name, values in (positions or {}).items()}
+        """Of this process's streams: where each goes on once the packs taken so far are trained."""
+        self._open: dict[str, SlotStream] = {}
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step; take them all."""
@@ -92,6 +160,8 @@ class Loader:
         while True:
             self._fill()
             pending = self._pending.popleft()
+            if pending.after is not None:
+                self.positions[_stream_name(pending.place)] = pending.after
             yield self._finish(pending)
             if pending.place.last_of_step:
                 self.cursor, self.epoch = pending.place.cursor_after, pending.place.epoch
@@ -104,65 +174,95 @@ class Loader:
             if not self._ahead:
                 self._plan_step()
             place = self._ahead.popleft()
-            pending = _Pending(place, [self._order(number) for number in place.pack.documents])
+            pending = self._order_pack(place)
             waiting += pending.pixel_bytes
             self._pending.append(pending)
 
     def _plan_step(self) -> None:
         """This process's packs of one more step."""
-        packs, after = take_step(self.plan, self._planned, self.packs_per_step, self.last_epoch)
-        costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in packs]
+        slots = range(self.packs_per_step)
+        step = self._planned.step
+        feeds = [-1 if self.streams is None else self.streams.feed_of(step, slot) for slot in slots]
+        indexed = [slot for slot in slots if feeds[slot] < 0]
+        taken, after = take_step(self.plan, self._planned, len(indexed), self.last_epoch)
+        packs = {slot: PackRef(pack.epoch, slot, pack.documents) for slot, pack in zip(indexed, taken, strict=True)}
         # Of the whole step, so that it doesn't depend on which packs this process got.
-        epoch = max((pack.epoch for pack in packs if pack.documents), default=self._planned.epoch)
-        mine = share_out(packs, costs, self.ranks)[self.rank]
-        self._ahead.extend(_Place(pack, pack is mine[-1], after, epoch) for pack in mine)
+        epoch = max((pack.epoch for pack in taken if pack.documents), default=self._planned.epoch)
+        everything = [packs.get(slot) or PackRef(epoch, slot, ()) for slot in slots]
+        if self.streams is None:
+            costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in everything]
+            mine = share_out(everything, costs, self.ranks)[self.rank]
+        else:
+            # A stream stays with one process; how long its next pack is, nobody knows.
+            mine = everything[self.rank :: self.ranks]
+        self._ahead.extend(_Place(pack, feeds[pack.slot], pack is mine[-1], after, epoch) for pack in mine)
         self._planned = after
 
-    def _order(self, number: int) -> tuple[int, Document, list[Future[Patches]]]:
+    def _order_pack(self, place: _Place) -> _Pending:
+        """Hand out the work of one pack."""
+        if place.feed < 0:
+            return _Pending(place, [self._order(number) for number in place.pack.documents], [], None)
+        assert self.streams is not None
+        name = _stream_name(place)
+        if name not in self._open:
+            archives, start = self.streams.archives[place.feed], self.positions.get(name, Position())
+            self._open[name] = SlotStream(archives, place.pack.slot, self.streams.context, start)
+        pack = self._open[name].next_pack()
+        ordered = [_Ordered(-1, one.document, self._decode(one.document), one.clip) for one in pack.documents]
+        return _Pending(place, ordered, pack.bad, pack.after)
+
+    def _order(self, number: int) -> _Ordered:
         document = self.documents.build(number)
-        if any(path_of(plan.ref.path) in self._agreed for plan in document.media):
-            return number, document, []
+        return _Ordered(number, document, self._decode(document))
+
+    def _decode(self, document: Document) -> list[Future[Patches]]:
+        if any(plan.ref.name in self._agreed for plan in document.media):
+            return []
         spec = self.documents.encoder.spec
-        return number, document, [self.pool.submit(vision.load, plan, spec) for plan in document.media]
+        return [self.pool.submit(vision.load, plan, spec) for plan in document.media]
 
     def _finish(self, pending: _Pending) -> LoadedPack:
         ready = []
-        for number, document, futures in pending.documents:
-            good = self._decoded(document, futures)
+        for item in pending.bad:
+            self._note(item)
+        for one in pending.documents:
+            document, good = one.document, self._decoded(one)
+            if one.clip is not None:
+                one.clip.release()
             attempt = 0
-            while good is None and attempt < MAX_REPLACEMENTS:
-                other = self.plan.replacement(number, pending.place.pack.epoch, attempt)
+            while good is None and attempt < MAX_REPLACEMENTS and one.number >= 0:
+                other = self.plan.replacement(one.number, pending.place.pack.epoch, attempt)
                 if other is None:
                     break
-                _, document, futures = self._order(other)
-                good = self._decoded(document, futures)
+                instead = self._order(other)
+                document, good = instead.document, self._decoded(instead)
                 attempt += 1
             if good is not None:
                 ready.append((document, good))
         batch = collate(ready, self.documents.encoder.spec)
         return LoadedPack(batch, pending.place.pack.slot, _digest(pending.place.pack.slot, batch.sample_ids))
 
-    def _decoded(self, document: Document, futures: list[Future[Patches]]) -> list[Patches] | None:
+    def _decoded(self, one: _Ordered) -> list[Patches] | None:
         """None where a medium failed; the first time that it did is put on record."""
-        if any(path_of(plan.ref.path) in self._agreed for plan in document.media):
+        if any(plan.ref.name in self._agreed for plan in one.document.media):
             return None
         patches, failed = [], False
-        for plan, future in zip(document.media, futures, strict=True):
+        for plan, future in zip(one.document.media, one.patches, strict=True):
             try:
                 patches.append(future.result())
             except MediaError as error:
                 failed = True
-                path = path_of(plan.ref.path)
-                if path not in self.known_bad:
-                    item = BadItem(document.sample_ids[0], path, error.reason, str(error))
-                    self.known_bad[path] = item
-                    self.new_bad.append(item)
+                self._note(BadItem(one.document.sample_ids[0], plan.ref.name, error.reason, str(error)))
         return None if failed else patches
 
+    def _note(self, item: BadItem) -> None:
+        if item.key not in self.known_bad:
+            self.known_bad[item.key] = item
+            self.new_bad.append(item)
 
-def path_of(path: Path | tuple[Path, ...]) -> str:
-    """The file that stands for a medium in records: of a list of pictures the first."""
-    return str(path[0] if isinstance(path, tuple) else path)
+
+def _stream_name(place: _Place) -> str:
+    return f"{place.feed}:{place.pack.slot}"
 
 
 def patch_bytes(document: Document) -> int:

@@ -81,10 +81,12 @@ def _epoch_packs(plan: PackPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """The next pack: all of the data's state there is."""
+    """The next pack: all of the data's state there is, but for streams."""
 
     epoch: int = 0
     pack: int = 0
+    step: int = 0
+    """Steps taken before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def take_step(
         over = last_epoch is not None and epoch > last_epoch
         taken.append(PackRef(epoch, slot, () if over else plan.packs(epoch)[pack]))
         pack += not over
-    return taken, Cursor(epoch, pack)
+    return taken, Cursor(epoch, pack, cursor.step + 1)
 
 
 def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> list[list[PackRef]]:

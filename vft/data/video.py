@@ -115,11 +115,11 @@ def as_media_error(path: Path) -> Iterator[None]:
         raise MediaError("decode_error", message) from error
 
 
-def scan_file(kind: MediaKind, path: Path) -> MediaInfo:
-    """`scan` of one file."""
+def scan_file(kind: MediaKind, path: Path, headers: bool = False) -> MediaInfo:
+    """`scan` of one file. With `headers` a video's frame count is the header's, where that states it with a rate."""
     check_file(path)
     with as_media_error(path):
-        info = _scan_video(path) if kind == "video" else _scan_picture(path)
+        info = _scan_video(path, headers) if kind == "video" else _scan_picture(path)
     if info.height * info.width > MAX_FRAME_PIXELS:
         raise _too_large(path, f"{info.width}x{info.height}")
     return info
@@ -144,7 +144,7 @@ def check_file(path: Path) -> stat_result:
     return status
 
 
-def _scan_video(path: Path) -> MediaInfo:
+def _scan_video(path: Path, headers: bool) -> MediaInfo:
     try:
         with _open(path) as container:
             if PLAYLISTS.intersection(container.format.name.split(",")):
@@ -155,7 +155,8 @@ def _scan_video(path: Path) -> MediaInfo:
             # Which stream is best and how large it is after rotation is the decoder's to say.
             metadata = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1).metadata
             index, height, width = metadata.stream_index, metadata.height, metadata.width
-            num_frames, fps, duration_s, times_s = _scan_packets(path, container, index)
+            found = _read_header(container, index) if headers else None
+            num_frames, fps, duration_s, times_s = found or _scan_packets(path, container, index)
     except av.FFmpegError as error:
         raise _unopened(path, error) from error
     except _DECODER_ERRORS as error:
@@ -163,6 +164,16 @@ def _scan_video(path: Path) -> MediaInfo:
     if not height or not width:
         raise MediaError("no_video_stream", f"{path}: its video stream has no size; encode it anew")
     return MediaInfo("video", height, width, num_frames, fps, index, duration_s, times_s)
+
+
+def _read_header(container: InputContainer, index: int) -> tuple[int, float, float, Times] | None:
+    """Frames, rate, duration and times as the header states them; None where it doesn't, or the rate may vary."""
+    stream = container.streams[index]
+    assert isinstance(stream, VideoStream)
+    fps, base_fps = float(stream.average_rate or 0), float(stream.base_rate or 0)
+    if not stream.frames or not fps or abs(fps - base_fps) > 0.01 * fps:
+        return None
+    return stream.frames, fps, stream.frames / fps, None
 
 
 def _scan_packets(path: Path, container: InputContainer, index: int) -> tuple[int, float, float, Times]:

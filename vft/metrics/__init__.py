@@ -1,7 +1,37 @@
-"""Scores of predictions against references. Each function says its range and where its definition comes from."""
+"""Scores of predictions against references. Each function says its range and where its definition comes from.
 
-from vft.metrics.cider import cider_d, cider_d_scores
-from vft.metrics.text import bleu4, distinct_n, exact_match, rouge_l
+`..._scores` gives a list, one score a prediction; `..._interval` a mean or corpus score with its confidence interval.
+"""
+
+from vft.metrics.answers import anls_scores, segment_coverage_scores, token_f1_scores
+from vft.metrics.bootstrap import Interval, bleu4_interval, mean_interval, paired_interval
+from vft.metrics.choice import accuracy_by_class, breakdown, confusion, count_classes, extract_letter, top_k
+from vft.metrics.cider import cider_d, cider_d_scores, cider_d_text_scores
+from vft.metrics.text import bleu4, distinct_n, exact_match, exact_match_scores, rouge_l, rouge_l_scores
 from vft.metrics.words import tokenize
 
-__all__ = ["bleu4", "cider_d", "cider_d_scores", "distinct_n", "exact_match", "rouge_l", "tokenize"]
+__all__ = [
+    "Interval",
+    "accuracy_by_class",
+    "anls_scores",
+    "bleu4",
+    "bleu4_interval",
+    "breakdown",
+    "cider_d",
+    "cider_d_scores",
+    "cider_d_text_scores",
+    "confusion",
+    "count_classes",
+    "distinct_n",
+    "exact_match",
+    "exact_match_scores",
+    "extract_letter",
+    "mean_interval",
+    "paired_interval",
+    "rouge_l",
+    "rouge_l_scores",
+    "segment_coverage_scores",
+    "token_f1_scores",
+    "tokenize",
+    "top_k",
+]

@@ -29,9 +29,17 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     Raises ValueError as `cider_d_scores` does.
     """
+    return fmean(cider_d_text_scores(predictions, references))
+
+
+def cider_d_text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of each prediction, 0 to 10, against its references; texts are split by `tokenize`.
+
+    Raises ValueError as `cider_d_scores` does.
+    """
     check_references(predictions, references)
     words = [tokenize(text) for text in predictions]
-    return fmean(cider_d_scores(words, [[tokenize(text) for text in refs] for refs in references]))
+    return cider_d_scores(words, [[tokenize(text) for text in refs] for refs in references])
 
 
 def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:

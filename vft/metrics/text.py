@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from vft.metrics.words import check_references, count_ngrams, tokenize
-from vft.types import UserError
+from vft.metrics.words import check_references, count_ngrams, missing_package, tokenize
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -22,7 +21,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     try:
         import sacrebleu
     except ImportError as error:
-        raise _missing("BLEU", "sacrebleu") from error
+        raise missing_package("BLEU", "sacrebleu") from error
     # sacrebleu wants the first references of all, then the second ones, with None where there is none.
     most = max(map(len, references))
     streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
@@ -36,14 +35,19 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     counts. The tokenizer keeps the letters a-z and digits only. Raises UserError without the extra `eval`, ValueError
     where a prediction has no reference.
     """
+    return fmean(rouge_l_scores(predictions, references))
+
+
+def rouge_l_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """ROUGE-L of each prediction, 0 to 1; definition and errors are those of `rouge_l`."""
     check_references(predictions, references)
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _missing("ROUGE-L", "rouge-score") from error
+        raise missing_package("ROUGE-L", "rouge-score") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(predictions, references, strict=True)
-    return fmean(scorer.score_multi(list(refs), text)["rougeL"].fmeasure for text, refs in pairs)
+    return [float(scorer.score_multi(list(refs), text)["rougeL"].fmeasure) for text, refs in pairs]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -51,9 +55,14 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
     Raises ValueError where a prediction has no reference.
     """
+    return fmean(exact_match_scores(predictions, references))
+
+
+def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """1 for each prediction that equals a reference in its words, else 0; errors are those of `exact_match`."""
     check_references(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return fmean(float(tokenize(text) in [tokenize(ref) for ref in refs]) for text, refs in pairs)
+    return [float(tokenize(text) in [tokenize(ref) for ref in refs]) for text, refs in pairs]
 
 
 def distinct_n(predictions: Sequence[str], n: int) -> float:
@@ -65,7 +74,3 @@ def distinct_n(predictions: Sequence[str], n: int) -> float:
         raise ValueError(f"n = {n}: needs at least 1")
     counts = sum((count_ngrams(tokenize(text), [n]) for text in predictions), start=count_ngrams([], [n]))
     return len(counts) / counts.total() if counts else 0.0
-
-
-def _missing(metric: str, package: str) -> UserError:
-    return UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[eval]'")

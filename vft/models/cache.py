@@ -1,8 +1,9 @@
-"""Keys and values kept while answers are generated."""
+"""Keys and values kept from one pass to the next: while answers are generated, and while options are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,33 @@ from torch import Tensor
 
 from vft.attention import attend
 from vft.types import AttentionPlan
+
+
+class Cache(Protocol):
+    """What an attention layer asks of a cache."""
+
+    def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attention of the row to what is kept and to itself."""
+        ...
+
+
+class TrunkCache:
+    """Keeps the keys and values of its first pass, a row of trunks; later passes are rows of branches upon them.
+
+    Their plans are built with `kept` = the rows of the first pass.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+        """The first pass attends as its plan says; a later one sees the kept keys before its own."""
+        kept = self.kept[layer]
+        if kept is None:
+            self.kept[layer] = k_THK, v_THK
+            return attend(q_THK, k_THK, v_THK, plan)
+        assert plan.kept == len(kept[0]), (plan.kept, len(kept[0]))
+        return attend(q_THK, torch.cat([kept[0], k_THK]), torch.cat([kept[1], v_THK]), plan)
 
 
 class KeyValueCache:

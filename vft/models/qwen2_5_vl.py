@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vft.attention import attend, prepare
 from vft.loss import cross_entropy_sum
-from vft.models.cache import KeyValueCache
+from vft.models.cache import Cache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
 from vft.models.qwen2_5_vl_vision import QwenVision
 from vft.types import AttentionPlan, Batch, UserError, VisionLayout, move
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(
-        self, x_TE: Tensor, cos_TK: Tensor, sin_TK: Tensor, plan: AttentionPlan, cache: KeyValueCache | None, index: int
+        self, x_TE: Tensor, cos_TK: Tensor, sin_TK: Tensor, plan: AttentionPlan, cache: Cache | None, index: int
     ) -> Tensor:
         """[T, E] to [T, E]; with a cache the keys of earlier calls are attended too."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -219,7 +219,7 @@ class DecoderLayer(nn.Module):
         cos_TK: Tensor,
         sin_TK: Tensor,
         plan: AttentionPlan,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         index: int = 0,
     ) -> Tensor:
         """[T, E] to [T, E]."""
@@ -237,9 +237,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(
-        self, x_TE: Tensor, positions_3T: Tensor, plan: AttentionPlan, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x_TE: Tensor, positions_3T: Tensor, plan: AttentionPlan, cache: Cache | None = None) -> Tensor:
         """Embeddings [T, E] to hidden states [T, E] before the final norm."""
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
         prepare(plan, x_TE)  # outside the layers, which may be compiled
@@ -269,7 +267,7 @@ class Qwen2_5_VL(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(self, batch: Batch, cache: KeyValueCache | None = None, loss: bool = True) -> Tensor:
+    def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True) -> Tensor:
         """The sum of cross-entropies over `batch.target_ids_N` (a scalar); without `loss` the logits [N, V]."""
         x_TE = self.embed(batch)
         x_TE = self.model(x_TE, batch.positions_3T, batch.plan, cache)

@@ -1,1 +1,19 @@
-"""One module a task: how a sample becomes a conversation and how answers are scored. The loop is `vft.train`."""
+"""A recipe is a Task: how a sample becomes conversations, and how answers are scored. The loop is in `vft.train`."""
+
+from __future__ import annotations
+
+from vft.config import Config
+from vft.task import Task, asking
+
+
+def task_of(config: Config) -> Task:
+    """The task that a configuration names, with its prompt; captioning where it names none."""
+    # Imported here: `python -m vft.recipes.caption` runs that module anew, and warns where it is there already.
+    from vft.recipes.caption import Caption
+    from vft.recipes.classify import Classify
+    from vft.recipes.qa import QuestionAnswering
+    from vft.recipes.story import Story
+    from vft.recipes.summarize import Summarize
+
+    tasks: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story())
+    return asking({task.name: task for task in tasks}[config.task or "caption"], config.data.prompt)

@@ -6,31 +6,40 @@ torchrun --nproc-per-node N -m vft.recipes.caption CONFIG.toml [section.key=valu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import bleu4, cider_d, rouge_l
+from vft.metrics import Interval, bleu4_interval, cider_d_text_scores, mean_interval, rouge_l_scores
+from vft.task import Answer, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
 
+@dataclass(frozen=True)
 class Caption:
     """The record's own conversation; scored by CIDEr-D, BLEU-4 and ROUGE-L."""
 
+    prompt: str = "Describe the video."
     name = "caption"
-    default_prompt = "Describe the video."
+    main_metric = "cider_d"
 
-    def conversation(self, sample: Sample) -> Conversation:
+    def conversations(self, sample: Sample) -> list[Conversation]:
         """The record as it is."""
-        return Conversation(sample.id, sample.turns, sample.origin)
+        return [Conversation(sample.id, with_prompt(sample.turns, self.prompt), sample.origin)]
 
-    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """CIDEr-D (0 to 10, no PTB tokenizer), BLEU-4 (0 to 100), ROUGE-L (0 to 1, beta 1).
 
         Nothing without captions; no CIDEr-D for a single one, where it has no meaning.
         """
-        if not predictions:
+        if not answers:
             return {}
-        scores = {"cider_d": cider_d(predictions, references)} if len(predictions) > 1 else {}
-        return {**scores, "bleu4": bleu4(predictions, references), "rouge_l": rouge_l(predictions, references)}
+        predictions, references = texts_of(answers)
+        scores = {}
+        if len(predictions) > 1:
+            scores["cider_d"] = mean_interval(cider_d_text_scores(predictions, references))
+        scores["bleu4"] = bleu4_interval(predictions, references)
+        scores["rouge_l"] = mean_interval(rouge_l_scores(predictions, references))
+        return scores
 
 
 if __name__ == "__main__":

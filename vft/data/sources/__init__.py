@@ -5,25 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vft.data.sources import llava_video, messages
+from vft.data.sources import (
+    folders,
+    kinetics,
+    llava_instruct,
+    llava_video,
+    messages,
+    pe_video,
+    ssv2,
+    story,
+    ucf101,
+    video_mme,
+)
 from vft.data.sources.records import BadRecord
-from vft.types import Sample, UserError
+from vft.data_config import DataConfig, SourceConfig
+from vft.types import Sample
 
-FORMATS: dict[str, Callable[[Path, Path], tuple[list[Sample], list[BadRecord]]]] = {
-    "messages": messages.read,
-    "llava_video": llava_video.read,
+Records = tuple[list[Sample], list[BadRecord]]
+"""The samples of a source, and the records that can't be used."""
+
+FORMATS: dict[str, Callable[[SourceConfig, DataConfig], Records]] = {
+    "messages": lambda source, data: messages.read(data.root / source.path, data.root),
+    "llava_video": lambda source, data: llava_video.read(data.root / source.path, data.root),
+    "llava_instruct": lambda source, data: llava_instruct.read(data.root / source.path, data.root, source.media),
+    "video_mme": lambda source, data: video_mme.read(
+        locate(source.path, data.root), data.root, source.media, source.subtitles
+    ),
+    "ucf101": lambda source, data: ucf101.read(data.root / source.path, data.root, source.media),
+    "kinetics": lambda source, data: kinetics.read(data.root / source.path, data.root, source.media),
+    "ssv2": lambda source, data: ssv2.read(data.root / source.path, data.root, source.media),
+    "folders": lambda source, data: folders.read(data.root / source.path, data.root),
+    "story": lambda source, data: story.read(data.root / source.path, data.root),
+    "pe_video": lambda source, data: pe_video.unpack(locate(source.path, data.root), source.take, data.cache_path),
 }
-"""By name: reads a path, with the media under a root."""
+"""By name. Archives read as they come, `stream = true`, are the matter of `vft.data.stream`."""
 
-__all__ = ["FORMATS", "BadRecord", "read"]
+__all__ = ["FORMATS", "BadRecord", "Records", "locate", "read"]
 
 
-def read(format: str, path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
-    """The samples at `path`, and the records there that can't be used. Media are looked for under `root` alone.
+def read(source: SourceConfig, data: DataConfig) -> Records:
+    """The samples of a source, and the records there that can't be used. Media are looked for under `data.root` alone.
 
     Raises:
-        UserError: unknown format, or a file that can't be read or isn't JSON; names file and line.
+        UserError: a file that can't be read or is not in the source's format; names file and line.
     """
-    if format not in FORMATS:
-        raise UserError(f"data.sources: unknown format {format!r}; allowed are {', '.join(sorted(FORMATS))}")
-    return FORMATS[format](path, root)
+    return FORMATS[source.format](source, data)
+
+
+def locate(path: str, root: Path) -> str:
+    """A path below `root`, or a URL as it is."""
+    return path if path.startswith("hf://") else str(root / path)

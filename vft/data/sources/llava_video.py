@@ -1,20 +1,38 @@
 """LLaVA-Video-178K: JSON lists of conversations about videos that lie in folders of several layouts.
 
 Records hold `conversations`, `data_source` and `video`; the video's placeholder is literally `<image>\\n`. The card of
-the dataset is the source of the layout; llava_hound's "videos" are folders of frames.
+the dataset is the source of the layout; llava_hound's "videos" are folders of frames. The videos are published as
+tar.gz parts whose members are named as `video`: they can be read as a stream, the JSON files being held in memory.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vft.data.archives import SUFFIXES, Member, list_files, members, read_bytes
 from vft.data.sources import messages
-from vft.data.sources.records import BadRecord, RecordError, check_text, collect, resolve_frames, resolve_path
-from vft.types import Sample, Turn, UserError
+from vft.data.sources.records import (
+    PICTURE_SUFFIXES,
+    BadRecord,
+    Group,
+    RecordError,
+    check_text,
+    collect,
+    natural_order,
+    parse_json,
+    resolve_frames,
+    resolve_path,
+    sample_id_of,
+    shown,
+    unique,
+)
+from vft.types import MediaRef, Sample, Turn, UserError
 
 
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
@@ -55,3 +73,83 @@ def _config(file: Path, root: Path) -> str:
     """The folder of the configuration that `file` belongs to, relative to `root`; empty where it lies outside."""
     relative = os.path.relpath(os.path.realpath(file.parent), os.path.realpath(root))
     return "" if relative == "." or relative.startswith("..") else relative
+
+
+# ------------------------------------------------------------------------------------------------------- as a stream
+
+
+@dataclass(frozen=True)
+class Archives:
+    """The tar parts of a configuration, and its records by the video that they are about."""
+
+    shards: list[str]
+    records: dict[str, list[tuple[str, str, Mapping[str, Any]]]]
+    """Origin, id and record, by `video`."""
+    bad: list[BadRecord]
+    """Records that name no video."""
+
+    @staticmethod
+    def open(location: str) -> Archives:
+        """List the parts at `location`, a folder or `hf://...`, and read the JSON files there. UserError as `read`."""
+        shards = list_files(location, SUFFIXES)
+        records: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
+        bad: list[BadRecord] = []
+        seen: dict[str, int] = {}
+        for file in list_files(location, (".json",)):
+            name = file.rpartition("/")[2]
+            for number, (line, record) in enumerate(parse_json(read_bytes(file), file), 1):
+                origin = f"{name}:{line}"
+                try:
+                    if not isinstance(record, dict):
+                        raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+                    video = check_text(record.get("video"), "video")
+                    sample_id = unique(sample_id_of(record, f"{name.removesuffix('.json')}-{number}"), seen)
+                    records.setdefault(video, []).append((origin, sample_id, record))
+                except RecordError as error:
+                    bad.append(BadRecord(origin, error.field, error.message))
+        return Archives(shards, records, bad)
+
+    def groups(self, shard: str, place: int, spool: Path) -> Iterator[Group]:
+        """The videos of a part from `place` on that have records, each copied into `spool`, with all its records.
+
+        Raises:
+            DamagedArchive: after the last video that can be read.
+        """
+        for video, files in groupby(members(shard, place), key=self._video_of):
+            if video is not None:
+                yield self._group(video, files, spool)
+
+    def _video_of(self, member: Member) -> str | None:
+        """The video that a member is, or is a frame of; None where no record asks for it."""
+        folder = member.name.rpartition("/")[0]
+        return member.name if member.name in self.records else folder if folder in self.records else None
+
+    def _group(self, video: str, files: Iterator[Member], spool: Path) -> Group:
+        place, title = -1, ""
+        saved: dict[str, Path] = {}
+        for member in files:
+            place, title = (member.place, member.title) if place < 0 else (place, title)
+            if member.name == video or Path(member.name).suffix.lower() in PICTURE_SUFFIXES:
+                saved[member.name] = member.save(spool)
+        frames = [str(saved[name]) for name in natural_order(saved)]
+        value: Any = frames[0] if video in saved else frames
+        samples: list[Sample] = []
+        bad: list[BadRecord] = []
+        for origin, sample_id, record in self.records[video]:
+            try:
+                record_now = {"conversations": record.get("conversations"), "video": value}
+                turns = tuple(_named(turn, title) for turn in messages.parse(record_now, spool))
+                samples.append(Sample(sample_id, turns, origin, _fields(record)))
+            except RecordError as error:
+                bad.append(BadRecord(origin, error.field, error.message))
+        return Group(place, samples, bad, tuple(saved.values()))
+
+
+def _named(turn: Turn, title: str) -> Turn:
+    """The turn with its media known by their place in the archive."""
+    parts = (replace(part, member=title) if isinstance(part, MediaRef) else part for part in turn.parts)
+    return replace(turn, parts=tuple(parts))
+
+
+def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "conversations"}

@@ -33,6 +33,17 @@ class BadRecord:
         return f"{self.origin}: {self.field}: {self.message}" if self.field else f"{self.origin}: {self.message}"
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All that one clip of an archive gives: its records, and its files, copied out for the time being."""
+
+    place: int
+    """Where the clip begins in its archive."""
+    samples: list[Sample]
+    bad: list[BadRecord]
+    files: tuple[Path, ...]
+
+
 class RecordError(Exception):
     """Raised while one record is read; the reader makes a BadRecord of it."""
 
@@ -54,16 +65,23 @@ def read_json(path: Path) -> Iterator[tuple[int, Any]]:
         UserError: the file can't be read, or isn't JSON; names file and line.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a JSON or JSONL file") from None
+    yield from parse_json(content, str(path))
+
+
+def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
+    """As `read_json`, of a file called `name` with this content."""
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    yield from _records(path, text)
+        raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    yield from _records(name, text)
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _records(path: str, text: str) -> Iterator[tuple[int, Any]]:
     line, counted = 1, 0
 
     def skip_space(position: int) -> int:
@@ -127,7 +145,7 @@ def collect(
             try:
                 if not isinstance(record, dict):
                     raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
-                sample_id = _unique(_sample_id(record, f"{path.stem}-{number}"), seen)
+                sample_id = unique(sample_id_of(record, f"{path.stem}-{number}"), seen)
                 fields = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
                 samples.append(Sample(sample_id, parse(record, path), origin, fields))
             except RecordError as error:
@@ -135,7 +153,8 @@ def collect(
     return samples, bad
 
 
-def _sample_id(record: Mapping[str, Any], default: str) -> str:
+def sample_id_of(record: Mapping[str, Any], default: str) -> str:
+    """The record's own id, a text or a number, or the default. RecordError where it is something else."""
     value = record.get("id")
     if value is None:
         return default
@@ -144,13 +163,14 @@ def _sample_id(record: Mapping[str, Any], default: str) -> str:
     return check_text(value, "id") or default
 
 
-def _unique(sample_id: str, seen: dict[str, int]) -> str:
-    unique = sample_id
-    while unique in seen:
+def unique(sample_id: str, seen: dict[str, int]) -> str:
+    """`x`, or `x#2`, `x#3`, ... where it has been `seen`."""
+    name = sample_id
+    while name in seen:
         seen[sample_id] += 1
-        unique = f"{sample_id}#{seen[sample_id]}"
-    seen[unique] = 1
-    return unique
+        name = f"{sample_id}#{seen[sample_id]}"
+    seen[name] = 1
+    return name
 
 
 # ----------------------------------------------------------------------------------------------------------- fields
@@ -218,5 +238,11 @@ def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
     names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
     if not names:
         raise RecordError(field, f"the folder {folder} has no pictures; name a folder of frames or a video")
-    names.sort(key=lambda name: [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(name)])
-    return tuple(resolve_media(root, str(folder / name), field) for name in names)
+    return tuple(resolve_media(root, str(folder / name), field) for name in natural_order(names))
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sorted by the numbers in them: `f2` before `f10`."""
+    return sorted(
+        names, key=lambda n: [(int(part), "") if part.isdecimal() else (0, part) for part in _DIGITS.split(n)]
+    )

@@ -1,0 +1,115 @@
+"""Letters of answers, top k and groups against cases worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vft.metrics import accuracy_by_class, breakdown, confusion, count_classes, extract_letter, top_k
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", "B"),
+        (" (C) a red car\n", "C"),
+        ("D. Because A is wrong", "D"),
+        ("The best answer is B.", "B"),
+        ("The correct answer is C", "C"),
+        ("The answer is: D", "D"),
+        ("The answer (B)", "B"),
+        ("The best option is C", "C"),
+        ("The correct option is D", "D"),
+        ("Best answer: C", "C"),  # neither the B of Best
+        ("Best option: D", "D"),
+        ("Answer: C", "C"),  # nor the A of Answer
+        ("Option: D", "D"),
+        ("The correct answer would be C", "C"),
+        ("I watched it. Answer: D", "D"),  # wherever the phrase stands
+        ("All of them, so D", "A"),  # within a word, as published
+        ("answer: c", None),  # capitals only
+        ("", None),
+        ("Ünïcode 犬", None),
+        ("the man in the video opens his umbrella as soon as it rains", None),
+        ("the man in the video opens his umbrella as soon as it rains, so C", "C"),
+        ("E", None),
+    ],
+)
+def test_extract_letter(text: str, expected: str | None) -> None:
+    assert extract_letter(text) == expected
+
+
+def test_extract_letter_out_of_more() -> None:
+    assert extract_letter("The answer is J, not B", "ABCDEFGHIJ") == "J"
+    assert extract_letter("E", "ABCDE") == "E"
+    assert extract_letter("C or B", "AB") == "B"
+    assert extract_letter("x] or ]", "]^") == "]"  # no pattern is made of them
+    with pytest.raises(ValueError, match="letters = ''"):
+        extract_letter("A", "")
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "least_k"),
+    [
+        ([0.1, 0.7, 0.2], 1, 1),
+        ([0.1, 0.7, 0.2], 2, 2),
+        ([0.1, 0.7, 0.2], 0, 3),
+        ([0.5, 0.5, 0.1], 0, 2),  # a tie counts against the model, whichever stands first
+        ([0.5, 0.5, 0.1], 1, 2),
+        ([0.0, 0.0, 0.0, 0.0], 0, 4),
+        ([float("nan"), 1.0], 0, 2),
+        ([float("nan"), 1.0], 1, 2),
+        ([-3.0], 0, 1),
+    ],
+)
+def test_top_k(scores: list[float], right: int, least_k: int) -> None:
+    assert [top_k(scores, right, k) for k in range(1, 6)] == [k >= least_k for k in range(1, 6)]
+
+
+def test_top_k_refuses() -> None:
+    with pytest.raises(ValueError, match="k = 0"):
+        top_k([0.1], 0, 0)
+    for right in (2, -1):
+        with pytest.raises(ValueError, match=f"right = {right}, but there are 2 options"):
+            top_k([0.1, 0.2], right, 1)
+
+
+def test_accuracy_by_class() -> None:
+    correct, classes = [1, 0, True, 0, 0.5], ["run", "jump", "run", "run", "été"]
+    accuracy = accuracy_by_class(correct, classes)
+    assert accuracy == pytest.approx({"jump": 0, "run": 2 / 3, "été": 0.5})
+    assert list(accuracy) == list(count_classes(classes)) == ["jump", "run", "été"]
+    assert count_classes(classes) == {"jump": 1, "run": 3, "été": 1}
+    assert accuracy_by_class([], []) == {}
+    with pytest.raises(ValueError, match="2 scores, but classes for 1"):
+        accuracy_by_class([1, 0], ["run"])
+
+
+def test_confusion() -> None:
+    counts = confusion(["B", "A", None, "B", "A"], ["A", "A", "C", "A", "B"])
+    assert counts == {("", "C"): 1, ("A", "A"): 1, ("A", "B"): 1, ("B", "A"): 2}
+    assert list(counts) == sorted(counts)
+    with pytest.raises(ValueError, match="1 choices, but 2 right"):
+        confusion(["A"], ["A", "B"])
+
+
+def test_breakdown() -> None:
+    correct = [1, 0, 1, 1]
+    groups = [
+        {"topic": "sport", "duration": "short"},
+        {"duration": "long", "topic": "sport"},
+        {"duration": "short"},
+        {},
+    ]
+    means = breakdown(correct, groups)
+    assert means == pytest.approx({"duration/long": 0, "duration/short": 1, "topic/sport": 0.5})
+    assert list(means) == ["duration/long", "duration/short", "topic/sport"]
+    # By key, then value, not by the letters of both: "-" stands before "/".
+    assert list(breakdown([1, 1], [{"a-b": "x"}, {"a": "y"}])) == ["a/y", "a-b/x"]
+    assert breakdown([1], [{"topic": "food/drink"}]) == {"topic/food/drink": 1}
+
+
+def test_breakdown_refuses() -> None:
+    with pytest.raises(ValueError, match="1 scores, but groups for 2"):
+        breakdown([1], [{}, {}])
+    with pytest.raises(ValueError, match="two groups are called 'a/b/c'"):
+        breakdown([1, 0], [{"a/b": "c"}, {"a": "b/c"}])

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""VideoXum to stories: a list of {video_id, duration, sampled_frames, timestamps, tsum, vsum, vsum_onehot}.
+
+Each text of `tsum` summarises the segment at the same place of `timestamps` (seconds); the text is all of them. `vsum`
+and `vsum_onehot` say which frames workers chose, which is no text, and are not taken. Videos are ActivityNet's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from activitynet_captions import describe
+from converter import Work, run
+
+
+def convert(work: Work) -> Iterator[dict[str, Any]]:
+    """A record for each video that is there."""
+    for record in work.records("VideoXum", ("video_id", "timestamps", "tsum")):
+        yield from describe(work, str(record["video_id"]), record["timestamps"], record["tsum"])
+
+
+if __name__ == "__main__":
+    run(__doc__, "--videos", convert)

@@ -1,0 +1,174 @@
+"""Answers of a model: generated text, and which of a closed set of answers it finds likeliest.
+
+Used by evaluation, in training and after it, and by tools/predict.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vft.console import progress_bar
+from vft.data import vision
+from vft.data.budget import fit
+from vft.data.chat import ChatEncoder
+from vft.data.frame_times import with_frame_times
+from vft.data.packing import collate
+from vft.data.pool import WorkerPool
+from vft.data.video import MediaError
+from vft.data_config import DataConfig
+from vft.distributed import World, all_of
+from vft.lora import Adapter, attach
+from vft.models import Skeleton, build
+from vft.models.generate import Sampling, generate
+from vft.models.score import score_options, trunk_of
+from vft.models.weights import Checkpoint, load_weights
+from vft.task import Answer, Question
+from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn, UserError
+
+
+def user_question(id: str, media: Sequence[MediaRef], text: str, timestamps: bool = False) -> Question:
+    """A question without known answers; with `timestamps` a line about the frames of each video before it."""
+    asked = Conversation(id, (Turn("user", (*media, text)),), id)
+    return Question(id, with_frame_times(asked) if timestamps else asked, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model gets it."""
+
+    document: Document
+    """It ends where an answer begins."""
+    patches: list[Patches]
+    options: Document | None
+    """The question's options as branches; None where it has none."""
+
+
+class Answerer:
+    """A model with what it takes to answer questions about media."""
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: ChatEncoder,
+        config: DataConfig,
+        info: Callable[[MediaRef], MediaInfo],
+        pool: WorkerPool,
+        world: World,
+    ) -> None:
+        self.model, self.encoder, self.config = model, encoder, config
+        self.info, self.pool, self.world = info, pool, world
+
+    def documents(self, question: Question) -> tuple[Document, Document | None]:
+        """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames."""
+        prompt = question.prompt
+        plans, _ = fit([prompt], self.encoder, self.config, self.info, answer_next=True)
+        settled = prompt.settled(plans)
+        encoded = self.encoder.encode(settled, answer_next=True)
+        options = self.encoder.options(settled, prompt.options, plans) if prompt.options else None
+        return self.encoder.document([encoded], plans, [question.id]), options
+
+    def load(self, asked: Sequence[Question]) -> list[Prompt | MediaError]:
+        """Decode the media of some questions side by side; an error where they can't be."""
+        documents = [self.documents(question) for question in asked]
+        spec = self.encoder.spec
+        futures = [[self.pool.submit(vision.load, plan, spec) for plan in one.media] for one, _ in documents]
+        loaded: list[Prompt | MediaError] = []
+        for (document, options), waiting in zip(documents, futures, strict=True):
+            try:
+                loaded.append(Prompt(document, [future.result() for future in waiting], options))
+            except MediaError as error:
+                loaded.append(error)
+        return loaded
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """Answers to a handful of prompts at once. Every process must call it; it may bring none."""
+        batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.spec)
+        answers = generate(self.model, batch.to(self.world.device), self.stop_ids, sampling)
+        return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+    def score(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+        """How likely each prompt's options are, nothing for those without. Every process must call it."""
+        having = [(i, prompt.options, prompt.patches) for i, prompt in enumerate(prompts) if prompt.options is not None]
+        trunks = collate([(trunk_of(options), patches) for _, options, patches in having], self.encoder.spec)
+        scores = score_options(self.model, trunks.to(self.world.device), [options for _, options, _ in having])
+        found: list[tuple[float, ...]] = [() for _ in prompts]
+        for (index, _, _), values in zip(having, scores, strict=True):
+            found[index] = tuple(values)
+        return found
+
+    def answer_all(self, asked: Sequence[Question], sampling: Sampling, batch_size: int) -> dict[int, Answer]:
+        """Answers by number of the question, shared out over the processes; every process gets them all.
+
+        A question whose media can't be decoded has none.
+        """
+        mine = list(range(self.world.rank, len(asked), self.world.size))
+        passes = math.ceil(math.ceil(len(asked) / self.world.size) / batch_size)
+        has_options = any(question.prompt.options for question in asked)
+        answers: dict[int, Answer] = {}
+        training = self.model.training
+        self.model.eval()
+        bar = progress_bar(len(mine), "answering", "question", self.world.is_main)
+        try:
+            for number in range(passes):
+                chunk = mine[number * batch_size : (number + 1) * batch_size]
+                loaded = zip(chunk, self.load([asked[i] for i in chunk]), strict=True)
+                good = {index: prompt for index, prompt in loaded if isinstance(prompt, Prompt)}
+                texts = self.answer(list(good.values()), sampling)
+                scores = self.score(list(good.values())) if has_options else [()] * len(good)
+                for index, text, values in zip(good, texts, scores, strict=True):
+                    answers[index] = Answer(asked[index], text, values)
+                bar.update(len(chunk))
+        finally:
+            self.model.train(training)
+            bar.close()
+        gathered = [
+            pair for part in all_of([(i, a.text, a.option_scores) for i, a in answers.items()]) for pair in part
+        ]
+        return {i: Answer(asked[i], text, scores) for i, text, scores in sorted(gathered)}
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The token that closes a message, and the tokenizer's own end."""
+        tokenizer = self.encoder.tokenizer
+        closing = tokenizer(self.encoder.spec.turn_end, add_special_tokens=False)["input_ids"]
+        return frozenset([*closing, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for use, not for training."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    encoder: ChatEncoder
+
+
+def load_model(path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """A base model with an adapter on it, if one is named, ready to answer."""
+    checkpoint = Checkpoint.open(path)
+    skeleton = build(checkpoint, dtype)
+    files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
+    base_names = frozenset(name for name, _ in skeleton.model.named_parameters())
+    if files is not None:
+        attach(skeleton.model, files, skeleton.towers)
+        files.check(skeleton.model, path, checkpoint.fingerprint)
+    skeleton.model.requires_grad_(False)
+    skeleton.model.to_empty(device=device)
+    extra = frozenset(name for name, _ in skeleton.model.named_parameters()) - base_names
+    load_weights(skeleton.model, checkpoint, extra, show_progress=True)
+    if files is not None:
+        files.load_into(skeleton.model)
+    skeleton.model.eval()
+    return LoadedModel(skeleton, checkpoint, ChatEncoder(checkpoint.tokenizer, skeleton.spec))
+
+
+def require_folder(path: Path | None, what: str) -> None:
+    """UserError where a folder that was named isn't there."""
+    if path is not None and not path.is_dir():
+        raise UserError(f"{what} = {str(path)!r}: no such folder")

@@ -1,0 +1,83 @@
+"""Kinetics-400, -600, -700: CSV lists of clips of YouTube videos, named by video and seconds.
+
+The columns are `label,youtube_id,time_start,time_end,split` and in some releases `is_cc`; a clip is the file
+`{youtube_id}_{time_start:06d}_{time_end:06d}.mp4`. Lists to test on have no labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vft.data.sources import tables
+from vft.data.sources.records import BadRecord, RecordError, shown
+from vft.types import MediaRef, Sample, UserError
+
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+_VIDEO = re.compile("[A-Za-z0-9_-]+")
+_SECONDS = re.compile("[0-9]{1,6}")
+
+
+def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
+    """The clips of one CSV file, and its rows that can't be used.
+
+    A file lies in `media` or in a folder with the label's name there; without `media`, in a folder called as the CSV
+    file is, or beside it. All labels are those of `classes.txt` (a name a line) beside the CSV file, else those that
+    occur in it: a list to validate on may lack some.
+
+    Raises:
+        UserError: the file or `classes.txt` can't be read, or has no labels.
+    """
+    (_, header), *rows = _read_rows(path)
+    column = header.index("label")
+    occurring = {row[column] for _, row in rows if len(row) == len(header)} - {""}
+    file, names = tables.read_classes(path.parent) or (path, sorted(occurring))
+    labels = tuple(names)
+    known = frozenset(labels)
+    folders = tables.media_folders(path, root, media, path.stem, "")
+
+    def parse(row: list[str], origin: str) -> Sample:
+        if len(row) != len(header):
+            raise RecordError("", f"{len(row)} values under {len(header)} columns; put quotes around commas in a value")
+        values = dict(zip(header, row, strict=True))
+        label, video, *seconds = (values[name] for name in COLUMNS)
+        if label not in known:
+            raise RecordError("label", f"{shown(label)} is no label of {file.name}; mend either")
+        if not _VIDEO.fullmatch(video):
+            raise RecordError("youtube_id", f"{shown(video)} must be letters, digits, '-' and '_'; mend the id")
+        for name, value in zip(COLUMNS[2:], seconds, strict=True):
+            if not _SECONDS.fullmatch(value):
+                raise RecordError(name, f"{shown(value)} must be a whole number of seconds, of up to six digits")
+        clip = "_".join([video, *(f"{int(value):06d}" for value in seconds)])
+        places = [f"{folder}/{inner}{clip}.mp4" for folder in folders for inner in ("", f"{label}/")]
+        ref = MediaRef("video", tables.first_present(root, places, "youtube_id"), field="youtube_id")
+        return tables.labelled(clip, ref, label, labels, origin)
+
+    return tables.gather(rows, parse)
+
+
+def _read_rows(path: Path) -> list[tuple[str, list[str]]]:
+    """The rows, without space around their values, and the origin of each; the first is the header."""
+    rows = list(_split_rows(path))
+    header = rows[0][1] if rows else []
+    missing = [name for name in COLUMNS if name not in header]
+    if missing == ["label"]:
+        raise UserError(f"{path}: no column 'label', as in the lists to test on; give the list to train or validate on")
+    if missing:
+        raise UserError(f"{path}:1: columns {shown(header)}; expected {','.join(COLUMNS)},split in the first line")
+    return rows
+
+
+def _split_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(io.StringIO(tables.read_text(path), newline=""), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                yield f"{path.name}:{line}", [value.strip() for value in row]
+            line = reader.line_num + 1  # a quoted value may take several lines
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: {error}; mend the quotes of this row") from None

@@ -1,0 +1,104 @@
+"""Summaries and stories: the project's own JSON or JSONL, which `tools/convert/` writes from public sets.
+
+`{"id"?, "video": path | "images": [paths], "segments"?: [{"start_s", "end_s", "text"}], "text", "speech"?}`: `text` is
+what is to be said about the video or the run of pictures, `segments` tell parts of it, `speech` is what is heard in it.
+Other keys stay in the sample's fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vft.data.sources.records import BadRecord, RecordError, check_text, collect, resolve_media, shown
+from vft.types import MediaRef, Sample, Turn
+
+KEYS = ("video", "images", "segments", "text", "speech")
+MAX_S = 1e9
+"""Times from here on are no seconds."""
+
+
+def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
+    """The samples of one JSON or JSONL file and the records that can't be used; media are relative to `root`.
+
+    The user's turn holds the media alone; the task asks. Fields: `segments` is a tuple of (start_s, end_s, text) by
+    start, empty where there are none; `speech` a text, empty where there is none.
+
+    Raises:
+        UserError: the file as a whole can't be read.
+    """
+    samples, bad = collect([(path, path.name)], lambda record, _: _parse(record, root))
+    return [replace(sample, fields={**sample.fields, **_facts(sample.fields)}) for sample in samples], bad
+
+
+def _parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
+    for key in record:
+        # Left alone, a misspelt key would silently lose what it holds.
+        meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
+        if key not in KEYS and meant and record.get(meant[0]) is None:
+            raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
+    has = ", ".join(map(shown, record)) or "no fields"
+    text = _text(record.get("text"), "text", f"the record has {has}; call what is to be said 'text'")
+    _facts(record)
+    return Turn("user", _media(record, root)), Turn("assistant", (text,))
+
+
+def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
+    video, images = record.get("video"), record.get("images")
+    if (video is None) == (images is None):
+        found = ", ".join(map(shown, record)) if video is None else "both"
+        raise RecordError("video", f"the record needs either 'video' or 'images'; it has {found}")
+    if video is not None:
+        if isinstance(video, list):
+            raise RecordError("video", f"{shown(video)} must be one file; a run of pictures goes under 'images'")
+        return (MediaRef("video", resolve_media(root, video, "video"), field="video"),)
+    if record.get("segments"):
+        raise RecordError("segments", "stand beside 'images', and a run of pictures has no seconds; take them out")
+    if not isinstance(images, list) or not images:
+        raise RecordError("images", f"{shown(images)} must be a list with at least one picture")
+    fields = [f"images[{i}]" for i in range(len(images))]
+    return tuple(
+        MediaRef("image", resolve_media(root, image, field), field=field)
+        for image, field in zip(images, fields, strict=True)
+    )
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`segments` and `speech`, checked."""
+    segments, speech = record.get("segments"), record.get("speech")
+    if segments is not None and not isinstance(segments, list):
+        raise RecordError("segments", f'{shown(segments)} must be a list of {{"start_s", "end_s", "text"}}')
+    parsed = [_segment(segment, f"segments[{i}]") for i, segment in enumerate(segments or [])]
+    return {
+        "segments": tuple(sorted(parsed, key=lambda segment: segment[:2])),
+        "speech": "" if speech is None else check_text(speech, "speech"),
+    }
+
+
+def _segment(value: object, field: str) -> tuple[float, float, str]:
+    if not isinstance(value, dict):
+        raise RecordError(field, f"{shown(value)} must be an object with 'start_s', 'end_s' and 'text'")
+    start_s, end_s = (_seconds(value, name, f"{field}.{name}") for name in ("start_s", "end_s"))
+    if start_s >= end_s:
+        raise RecordError(f"{field}.start_s", f"{start_s:g} is not below end_s = {end_s:g}; give seconds, start first")
+    return start_s, end_s, _text(value.get("text"), f"{field}.text", "say what happens in the segment")
+
+
+def _seconds(segment: Mapping[str, Any], name: str, field: str) -> float:
+    value = segment.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_S:
+        has = f"; the segment has {', '.join(map(shown, segment)) or 'no fields'}" if name not in segment else ""
+        raise RecordError(field, f"{shown(value)} must be a number of seconds, from 0{has}")
+    return float(value)
+
+
+def _text(value: object, field: str, mend: str) -> str:
+    if value is None:
+        raise RecordError(field, f"is missing; {mend}")
+    text = check_text(value, field)
+    if not text.strip():
+        raise RecordError(field, f"is empty; {mend}")
+    return text

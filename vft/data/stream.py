@@ -1,0 +1,280 @@
+"""Documents out of archives that are read as they come: no index, nothing unpacked, a cursor for each row of a step.
+
+Each of the `train.packs_per_step` rows of a step, a slot, has a stream of its own through a share of the shards, so
+what a row holds depends neither on the number of processes nor on when it was asked for. A clip is copied to a spool
+folder, scanned there in a worker process, planned and packed like any other, and removed once it is decoded.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from vft.data.archives import DamagedArchive
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents, MakeConversations, converse
+from vft.data.pool import WorkerPool
+from vft.data.quarantine import BadItem
+from vft.data.sources import llava_video, locate, pe_video
+from vft.data.sources.records import Group
+from vft.data.video import join_pictures, scan_file
+from vft.data_config import DataConfig, SourceConfig
+from vft.types import Document, MediaInfo, MediaRef, UserError
+
+LOOKAHEAD = 2
+"""Clips that each slot has read beyond the one in use."""
+
+
+class Position(NamedTuple):
+    """Where a slot's stream stands: the next document is number `document` of the clip at `place`."""
+
+    epoch: int = 0
+    shard: int = 0
+    """Number in the slot's order of shards."""
+    place: int = 0
+    """In the shard, as `vft.data.archives` counts."""
+    clip: int = 0
+    """How many clips of the shard come before."""
+    document: int = 0
+
+
+@dataclass(frozen=True)
+class Archives:
+    """A source that streams: its shards, and how the clips of one are read from a place on."""
+
+    name: str
+    weight: float
+    shards: Sequence[str]
+    groups: Callable[[str, int, Path], Iterator[Group]]
+    bad: Sequence[BadItem] = ()
+    """Records that no clip can have."""
+
+
+def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
+    """List the shards of a source with `stream = true`. UserError where there are none."""
+    location = locate(source.path, config.root)
+    if source.format == "pe_video":
+        return Archives(source.path, source.weight, pe_video.shards(location), pe_video.groups)
+    opened = llava_video.Archives.open(location)
+    bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
+    return Archives(source.path, source.weight, opened.shards, opened.groups, bad)
+
+
+@dataclass(eq=False)
+class Spooled:
+    """The files of one clip and how many documents still need them."""
+
+    files: Sequence[Path]
+    needed: int
+
+    def release(self) -> None:
+        """One document less."""
+        self.needed -= 1
+        self.remove_unneeded()
+
+    def remove_unneeded(self) -> None:
+        """Remove the files where nothing needs them."""
+        if self.needed <= 0:
+            for file in self.files:
+                file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StreamedDocument:
+    """A document, the files that it is decoded from, and where the stream goes on behind it."""
+
+    document: Document
+    length: int
+    samples: int
+    clip: Spooled
+    after: Position
+
+
+@dataclass(frozen=True)
+class StreamedPack:
+    """The documents of one row, what could not be used on the way to them, and where the stream goes on."""
+
+    documents: list[StreamedDocument]
+    bad: list[BadItem]
+    after: Position
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A clip that has been copied out, its media being scanned."""
+
+    position: Position
+    group: Group
+    scans: dict[Path, Future[MediaInfo]]
+    damage: Sequence[BadItem]
+    """Archives that ended before their time, on the way here."""
+
+
+@dataclass
+class StreamContext:
+    """What all streams of a process share. Its thread reads archives; close it at the end."""
+
+    config: DataConfig
+    encoder: ChatEncoder
+    make_conversations: MakeConversations
+    pool: WorkerPool
+    slots: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.reader = ThreadPoolExecutor(1, "vft-archives")
+        self.spool, self._lock = _make_spool(self.config.cache_path / "stream")
+
+    def close(self) -> None:
+        """Stop reading and remove the copies."""
+        self.reader.shutdown(wait=True, cancel_futures=True)
+        self._lock.release()
+        shutil.rmtree(self.spool, ignore_errors=True)
+
+
+class SlotStream:
+    """One slot's share of one source, as packs."""
+
+    def __init__(self, archives: Archives, slot: int, context: StreamContext, start: Position) -> None:
+        self.archives, self.slot, self.context = archives, slot, context
+        self._position = start
+        self._clips = self._read(start)
+        self._ahead: deque[Future[_Read]] = deque()
+        self._ready: deque[StreamedDocument] = deque()
+        self._bad: list[BadItem] = []
+
+    def next_pack(self) -> StreamedPack:
+        """As many documents, in order, as fit a row; at least one."""
+        config, tokens, samples = self.context.config, 0, 0
+        taken: list[StreamedDocument] = []
+        while not (0 < config.max_samples_per_pack <= samples):
+            one = self._peek()
+            full = tokens + one.length > config.pack_tokens
+            if taken and (full or 0 < config.max_samples_per_pack < samples + one.samples):
+                break
+            taken.append(self._ready.popleft())
+            tokens, samples, self._position = tokens + one.length, samples + one.samples, one.after
+        bad, self._bad = self._bad, []
+        return StreamedPack(taken, bad, self._position)
+
+    def _peek(self) -> StreamedDocument:
+        while not self._ready:
+            while len(self._ahead) <= LOOKAHEAD:
+                self._ahead.append(self.context.reader.submit(next, self._clips))
+            self._unfold(self._ahead.popleft().result())
+        return self._ready[0]
+
+    def _unfold(self, read: _Read) -> None:
+        """The documents of a clip, those before the stream's position left out."""
+        context, group = self.context, read.group
+
+        def info(ref: MediaRef) -> MediaInfo:
+            paths = ref.path if isinstance(ref.path, tuple) else (ref.path,)
+            found = [read.scans[path].result() for path in paths]
+            return found[0] if not isinstance(ref.path, tuple) else join_pictures(ref, found)
+
+        documents = Documents(context.encoder, context.config, info)
+        documents.bad += [BadItem(error.origin, error.origin, "record", str(error)) for error in group.bad]
+        conversations = []
+        for sample in group.samples:
+            made, wrong = converse(sample, context.make_conversations, context.config)
+            conversations += made
+            documents.bad += wrong
+        documents.add_all([(one, 1.0) for one in conversations], show_progress=False)
+        numbers = range(read.position.document, len(documents.members))
+        clip = Spooled(group.files, len(numbers))
+        clip.remove_unneeded()
+        if not read.position.document:
+            self._bad += [*read.damage, *documents.bad]
+        for number in numbers:
+            after = read.position._replace(document=number + 1)
+            document = documents.build(number)
+            counted = len(documents.members[number])
+            self._ready.append(StreamedDocument(document, documents.lengths[number], counted, clip, after))
+
+    # ------------------------------------------------------------------------------ in the reading thread, from here
+
+    def _read(self, start: Position) -> Iterator[_Read]:
+        """The slot's clips for ever, from `start` on."""
+        epoch, idle = start.epoch, 0
+        while idle < 2:
+            found = False
+            for read in self._read_epoch(epoch, start if epoch == start.epoch else Position(epoch)):
+                found = True
+                yield read
+            idle = 0 if found else idle + 1
+            epoch += 1
+        raise UserError(
+            f"{self.archives.name}: {len(self.archives.shards)} archives have too few clips for train.packs_per_step = "
+            f"{self.context.slots} streams; lower it, or read the source with stream = false"
+        )
+
+    def _read_epoch(self, epoch: int, start: Position) -> Iterator[_Read]:
+        shards, stride, offset = self._share(epoch)
+        damage: list[BadItem] = []
+        for number in range(start.shard, len(shards)):
+            place, clip = (start.place, start.clip) if number == start.shard else (0, 0)
+            try:
+                for group in self.archives.groups(shards[number], place, self.context.spool):
+                    position = Position(epoch, number, group.place, clip)
+                    clip += 1
+                    if (clip - 1) % stride != offset:
+                        Spooled(group.files, 0).remove_unneeded()
+                        continue
+                    if position[:3] == start[:3]:
+                        position = start
+                    yield _Read(position, group, self._scan(group), damage)
+                    damage = []
+            except DamagedArchive as error:
+                damage.append(BadItem(shards[number], shards[number], "archive", str(error)))
+
+    def _share(self, epoch: int) -> tuple[list[str], int, int]:
+        """This slot's shards in the order of the epoch, and of their clips every how manieth, from which on."""
+        order = list(self.archives.shards)
+        random.Random(f"shards:{self.context.seed}:{epoch}").shuffle(order)
+        slots, count = self.context.slots, len(order)
+        if count >= slots:
+            return order[self.slot :: slots], 1, 0
+        mine = self.slot % count
+        return [order[mine]], len(range(mine, slots, count)), self.slot // count
+
+    def _scan(self, group: Group) -> dict[Path, Future[MediaInfo]]:
+        refs = [ref for s in group.samples for turn in s.turns for ref in turn.parts if isinstance(ref, MediaRef)]
+        scans: dict[Path, Future[MediaInfo]] = {}
+        for ref in refs:
+            many = isinstance(ref.path, tuple)
+            for path in ref.path if isinstance(ref.path, tuple) else (ref.path,):
+                if path not in scans:
+                    scans[path] = self.context.pool.submit(scan_file, "image" if many else ref.kind, path)
+        return scans
+
+
+def _make_spool(folder: Path) -> tuple[Path, FileLock]:
+    """A folder for this process's copies, and the lock that says it is in use; those of the killed are removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            lock = FileLock(old / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except (Timeout, OSError):
+                continue
+            lock.release()
+            shutil.rmtree(old, ignore_errors=True)
+        spool = Path(tempfile.mkdtemp(dir=folder))
+        lock = FileLock(spool / ".lock")
+        lock.acquire(timeout=0)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be written ({error.strerror}); name another data.cache_dir for copies of streamed clips"
+        ) from error
+    return spool, lock

@@ -1,0 +1,182 @@
+"""`[data]` of a configuration: which records are read, how their media are sampled, how rows are packed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from vft.settings import (
+    Count,
+    Folder,
+    Name,
+    Positive,
+    PositiveFloat,
+    Section,
+    Tuple,
+    check_order,
+    contradiction,
+    expand,
+)
+from vft.strict_toml import show
+
+SourceFormat = Literal[
+    "messages",
+    "llava_video",
+    "llava_instruct",
+    "video_mme",
+    "pe_video",
+    "ucf101",
+    "kinetics",
+    "ssv2",
+    "folders",
+    "story",
+]
+HAVE_MEDIA_FOLDER = frozenset({"llava_instruct", "video_mme", "ucf101", "kinetics", "ssv2"})
+"""Formats whose records name files in a folder that may lie elsewhere."""
+CAN_STREAM = frozenset({"llava_video", "pe_video"})
+"""Formats that come as tar archives, which can be read in sequence without unpacking them."""
+
+
+def _check_take(text: str) -> str:
+    if not re.fullmatch(r"all|(first|random):[1-9][0-9]*", text):
+        raise ValueError('must be "all", "first:N" or "random:N" with N from 1')
+    return text
+
+
+class SourceConfig(Section):
+    """One entry of `data.sources` or `eval.sources`."""
+
+    format: SourceFormat
+    """How the records are laid out. `messages` also reads ShareGPT and LLaVA records."""
+    path: Name
+    """A file or folder, relative to `data.root`."""
+    weight: PositiveFloat = 1.0
+    """How often its records come, relative to those of the other sources: 2.0 is twice as often as they are."""
+    take: Annotated[str, AfterValidator(_check_take)] = "all"
+    """`all`, `first:N` or `random:N` records; the choice depends on `seed`."""
+    media: str = ""
+    """Folder of the videos or pictures, relative to `data.root`; empty: where the format's publishers put it. For
+    formats whose records hold bare names."""
+    stream: bool = False
+    """Read tar archives in sequence, unpacking nothing: for sets that don't fit the disk. Then no index is made, epochs
+    have no length, and each of the `train.packs_per_step` rows of a step has a stream of its own."""
+    subtitles: bool = False
+    """Put the subtitles that overlap the sampled frames into the prompt (`video_mme`)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.media and self.format not in HAVE_MEDIA_FOLDER:
+            raise ValueError(
+                f"media = {show(self.media)} goes with {', '.join(sorted(HAVE_MEDIA_FOLDER))}; take it out"
+            )
+        if self.stream and self.format not in CAN_STREAM:
+            raise ValueError(f"stream = true goes with {' and '.join(sorted(CAN_STREAM))}; take it out")
+        if self.stream and self.take != "all":
+            raise ValueError(f"stream = true and take = {show(self.take)} contradict each other; take one out")
+        if self.format == "pe_video" and not self.stream and not self.take.startswith("first"):
+            raise ValueError(
+                'format = "pe_video" needs stream = true, or take = "first:N" to unpack N clips into the cache'
+            )
+        if self.subtitles and self.format != "video_mme":
+            raise ValueError("subtitles = true goes with video_mme; take it out")
+        return self
+
+
+class VideoConfig(Section):
+    """`[data.video]`: what one video may take. A record's own keys go before these."""
+
+    fps: PositiveFloat | None = None
+    """Frames sampled a second; 2.0 where neither `fps` nor `frames` is given."""
+    frames: Positive | None = None
+    """A fixed number of frames instead of a rate."""
+    min_frames: Positive = 4
+    """Fewest frames that `fps` may come to."""
+    max_frames: Positive = 32
+    """Most frames that `fps` may come to; longer videos are sampled more sparsely. `frames` is not bounded by it."""
+    min_pixels: Positive = 4 * 28 * 28
+    """Height x width of a frame after resizing, at least. The default is the model's own."""
+    max_pixels: Positive = 128 * 28 * 28
+    """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames."""
+    total_pixels: Positive | None = None
+    """Frames x height x width of a video, at most; none: `max_pixels` alone limits."""
+    timestamps: bool = False
+    """Say before each video how long it is and at which seconds its frames were taken."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rate(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("fps") is None and table.get("frames") is None:
+            return {**table, "fps": 2.0}
+        return table
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.fps is not None and self.frames is not None:
+            raise contradiction("fps", self.fps, "frames", self.frames, "data.video")
+        check_order("min_frames", self.min_frames, "max_frames", self.max_frames)
+        check_order("min_pixels", self.min_pixels, "max_pixels", self.max_pixels)
+        if self.total_pixels is not None:
+            check_order("min_pixels", self.min_pixels, "total_pixels", self.total_pixels)
+        return self
+
+
+class ImageConfig(Section):
+    """`[data.image]`: what one picture may take."""
+
+    min_pixels: Positive = 4 * 28 * 28
+    """Height x width after resizing, at least."""
+    max_pixels: Positive = 1280 * 28 * 28
+    """Height x width after resizing, at most; 28 x 28 pixels are one token."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        check_order("min_pixels", self.min_pixels, "max_pixels", self.max_pixels)
+        return self
+
+
+class DataConfig(Section):
+    """`[data]`: what is read, and how it is packed into rows."""
+
+    root: Folder = Path(".")
+    """Folder of the sources and their media, relative to the current directory."""
+    sources: Tuple[SourceConfig] = ()
+    """Records to train on."""
+    pack_tokens: Positive = 8192
+    """Tokens of a row, at most."""
+    max_samples_per_pack: Count = 0
+    """Samples in a row, at most; 0: as many as fit."""
+    prompt: str = ""
+    """What is asked where records hold no question (labels, captions, stories); empty: the task's own words."""
+    segment_questions: bool = True
+    """Where records describe segments of their video, also train on a question about each (`summarize`, `story`)."""
+    index: Literal["scan", "header"] = "scan"
+    """How frames are counted: by reading every file once, or from the container's header where it is complete. Headers
+    are quick and sometimes wrong; a clip that then turns out shorter is left out when its turn comes."""
+    share_videos: bool = True
+    """Lay the questions of one video behind a single copy of it. Loss and gradients stay those of separate samples."""
+    workers: Count = 4
+    """Processes that decode, for each training process; 0: the training process decodes, without a deadline."""
+    clip_deadline_s: PositiveFloat = 60.0
+    """Seconds that one clip may take to decode before it is given up."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Share of clips that may fail before the run stops."""
+    cache_dir: str = ""
+    """Folder of the index; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
+    prefetch_packs: Positive = 8
+    """Rows that are prepared ahead of the training step, for each training process."""
+    video: VideoConfig = VideoConfig()
+    """Limits of one video."""
+    image: ImageConfig = ImageConfig()
+    """Limits of one picture."""
+
+    @property
+    def cache_path(self) -> Path:
+        """Folder of the index: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
+        chosen = self.cache_dir or os.environ.get("VFT_CACHE", "")
+        if chosen:
+            return expand(Path(chosen))
+        return expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "vft"

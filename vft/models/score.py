@@ -1,0 +1,142 @@
+"""How likely a model finds each of a closed set of answers: labels of a data set, options of a question.
+
+The prompt runs once, its keys and values are kept, and the options run upon them as branches, in chunks of bounded
+size. A score is the mean log-likelihood of the option's tokens, so long options are not at a disadvantage; the token
+that closes the answer is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vft.attention import build_plan
+from vft.distributed import largest_over_ranks
+from vft.models.cache import TrunkCache
+from vft.types import IGNORE_INDEX, Batch, Document, Segment
+
+MAX_ROWS = 1024
+"""Tokens of options in a pass: their logits over the vocabulary are what takes memory."""
+MAX_KEY_ROWS = 1 << 18
+"""Keys of a pass, each branch's trunk counted: where they are gathered, they take memory too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """One option: where it stands in its document, and which rows of kept keys are its trunk."""
+
+    question: int
+    document: Document
+    start: int
+    length: int
+    trunk: tuple[int, int]
+
+
+def trunk_of(document: Document) -> Document:
+    """The trunk alone, as a document with nothing to learn."""
+    end = document.trunk_length
+    return replace(
+        document,
+        sample_ids=document.sample_ids[:1],
+        ids_T=document.ids_T[:end],
+        labels_T=torch.full_like(document.labels_T[:end], IGNORE_INDEX),
+        positions_3T=document.positions_3T[:, :end],
+        media_mask_T=document.media_mask_T[:end],
+        trunk_length=0,
+        branch_lengths=(end,),
+    )
+
+
+@torch.no_grad()
+def score_options(
+    model: Any, trunks: Batch, documents: Sequence[Document], max_rows: int = MAX_ROWS, max_keys: int = MAX_KEY_ROWS
+) -> list[list[float]]:
+    """Mean log-likelihood of every option of `documents` (from `ChatEncoder.options`), in order.
+
+    `trunks` is their trunks as one batch, on the model's device. All processes must call it, with an empty batch where
+    they have no question: a sharded model needs every one in each pass.
+    """
+    device = trunks.input_ids_T.device
+    cache = TrunkCache(model.config.layers)
+    model(trunks, cache, loss=False)
+    kept = trunks.input_ids_T.numel()
+    chunks = _chunks(_branches(documents), max_rows, max_keys)
+    scores: list[list[float]] = [[] for _ in documents]
+    idle = [_Branch(-1, _blank(), 0, 1, (0, 1))]
+    for number in range(largest_over_ranks(len(chunks), device)):
+        chunk = chunks[number] if number < len(chunks) else idle
+        batch = _batch(chunk, trunks, kept).to(device)
+        logits_NV = model(batch, cache, loss=False)
+        losses_N = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none")
+        counts = [int((_labels(branch) != IGNORE_INDEX).sum()) for branch in chunk]
+        for branch, part in zip(chunk, losses_N.split(counts), strict=True):
+            if branch.question >= 0:
+                scores[branch.question].append(-float(part.mean()))
+    return scores
+
+
+def _branches(documents: Sequence[Document]) -> list[_Branch]:
+    branches, row = [], 0
+    for number, document in enumerate(documents):
+        start = document.trunk_length
+        for length in document.branch_lengths:
+            branches.append(_Branch(number, document, start, length, (row, document.trunk_length)))
+            start += length
+        row += document.trunk_length
+    return branches
+
+
+def _chunks(branches: Sequence[_Branch], max_rows: int, max_keys: int) -> list[list[_Branch]]:
+    """In order, as many at a time as the bounds allow, and at least one."""
+    chunks: list[list[_Branch]] = []
+    rows = keys = 0
+    for branch in branches:
+        more = branch.trunk[1] + branch.length
+        if not chunks or rows + branch.length > max_rows or keys + more > max_keys:
+            chunks.append([])
+            rows = keys = 0
+        chunks[-1].append(branch)
+        rows, keys = rows + branch.length, keys + more
+    return chunks
+
+
+def _labels(branch: _Branch) -> Tensor:
+    return branch.document.labels_T[branch.start : branch.start + branch.length]
+
+
+def _batch(chunk: Sequence[_Branch], trunks: Batch, kept: int) -> Batch:
+    """A row of branches. The row before a labelled one predicts it; a branch's first row is never labelled."""
+    parts = [(b.document, slice(b.start, b.start + b.length)) for b in chunk]
+    labels_T = torch.cat([document.labels_T[rows] for document, rows in parts])
+    segments, row = [], 0
+    for branch in chunk:
+        segments.append(Segment(row, branch.length, *branch.trunk))
+        row += branch.length
+    number_T = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([b.length for b in chunk]))
+    targets_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
+    return Batch(
+        input_ids_T=torch.cat([document.ids_T[rows] for document, rows in parts]),
+        labels_T=labels_T,
+        positions_3T=torch.cat([document.positions_3T[:, rows] for document, rows in parts], dim=1),
+        plan=build_plan(segments, causal=True, kept=kept),
+        target_index_N=targets_N - 1,
+        target_ids_N=labels_T[targets_N],
+        media_index_M=targets_N[:0],
+        pixels_PD=trunks.pixels_PD[:0],
+        grids=(),
+        layout=None,
+        document_T=number_T,
+        branch_T=number_T,
+    )
+
+
+def _blank() -> Document:
+    """One token without a label: what a process without work runs while others have some."""
+    none = torch.zeros(1, dtype=torch.long)
+    mask = none.bool()
+    return Document(("",), none, none + IGNORE_INDEX, none.expand(3, 1), 0, (1,), (), mask)

@@ -1,0 +1,110 @@
+"""Question answering: open questions and multiple choice about a video or a picture.
+
+torchrun --nproc-per-node N -m vft.recipes.qa CONFIG.toml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vft import train
+from vft.metrics import (
+    Interval,
+    anls_scores,
+    breakdown,
+    exact_match_scores,
+    extract_letter,
+    mean_interval,
+    token_f1_scores,
+)
+from vft.task import Answer, groups_of, options_of, texts_of, with_prompt
+from vft.types import Conversation, Sample
+
+OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
+"""An option in the text of a question: `A. red`, `(B) green`."""
+
+
+@dataclass(frozen=True)
+class QuestionAnswering:
+    """The record's own questions and answers. Options are scored by likelihood, and by what is generated."""
+
+    prompt: str = "What happens in the video?"
+    name = "qa"
+    main_metric = "accuracy"
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """The record as it is; its last question is multiple choice where the record or its text gives options."""
+        turns = with_prompt(sample.turns, self.prompt)
+        given = options_of(sample)
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+        options = given or written_options(turns[last - 1].text, turns[last].text)
+        return [Conversation(sample.id, turns, sample.origin, options, {"groups": groups_of(sample)})]
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
+        """`accuracy`, 0 to 1: the likeliest option is right, or an open answer matches exactly; its parts beside it.
+
+        `choice_...` are questions with options: by likelihood, and `_generated` by the letter (Video-MME's official
+        extraction) or the words of the text; `open_...` are the others: exact match, token F1, ANLS.
+        `accuracy/KEY/VALUE` are the groups that the data set names.
+        """
+        if not answers:
+            return {}
+        choice = [answer for answer in answers if answer.choice is not None]
+        rest = [answer for answer in answers if answer.choice is None]
+        right = {id(answer): float(_chosen(answer) in answer.question.references) for answer in choice}
+        scores = {}
+        if choice:
+            scores["choice_accuracy"] = mean_interval(list(right.values()))
+            scores["choice_accuracy_generated"] = mean_interval([float(_generated_right(answer)) for answer in choice])
+        if rest:
+            predictions, references = texts_of(rest)
+            exact = exact_match_scores(predictions, references)
+            right |= {id(answer): score for answer, score in zip(rest, exact, strict=True)}
+            scores["open_exact_match"] = mean_interval(exact)
+            scores["open_token_f1"] = mean_interval(token_f1_scores(predictions, references))
+            scores["open_anls"] = mean_interval(anls_scores(predictions, references))
+        everything = [right[id(answer)] for answer in answers]
+        groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
+        parts = {f"accuracy/{name}": Interval(v, v, v) for name, v in breakdown(everything, groups).items()}
+        return {"accuracy": mean_interval(everything), **scores, **parts}
+
+
+def written_options(question: str, answer: str) -> tuple[str, ...]:
+    """The options that a question lists line by line, in the form in which it is answered.
+
+    LLaVA-Video-178K answers `B. green.` to an option `B. green`; others with the letter alone. Empty where the text
+    lists fewer than two, or the answer is none of them.
+    """
+    lines = OPTION_LINE.findall(question)
+    letters = [letter for letter, _ in lines]
+    if len(lines) < 2 or letters != [chr(ord("A") + i) for i in range(len(lines))]:
+        return ()
+    said = answer.strip()
+    for form in ("{0}", "{0}.", "({0})", "{0}. {1}", "{0}. {1}.", "({0}) {1}", "{0}) {1}", "{0}: {1}", "{1}", "{1}."):
+        options = tuple(form.format(letter, text) for letter, text in lines)
+        if said in options and len(set(options)) == len(options):
+            return options
+    return ()
+
+
+def _chosen(answer: Answer) -> str:
+    assert answer.choice is not None
+    return answer.question.prompt.options[answer.choice]
+
+
+def _generated_right(answer: Answer) -> bool:
+    """Whether the text says a right option, by its words or by its letter."""
+    options, references = answer.question.prompt.options, answer.question.references
+    if exact_match_scores([answer.text], [references])[0]:
+        return True
+    letters = "".join(option.lstrip("(")[:1] for option in options)
+    if letters != "".join(chr(ord("A") + i) for i in range(len(options))):
+        return False
+    letter = extract_letter(answer.text, letters)
+    return letter is not None and letter in {reference.lstrip("(")[:1] for reference in references}
+
+
+if __name__ == "__main__":
+    train.main(QuestionAnswering())

@@ -1,0 +1,44 @@
+"""Video to story: a narrative from a video or a run of pictures.
+
+torchrun --nproc-per-node N -m vft.recipes.story CONFIG.toml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vft import train
+from vft.metrics import Interval, bleu4_interval, distinct_n, mean_interval, rouge_l_scores
+from vft.task import Answer, narrate, texts_of
+from vft.types import Conversation, Sample
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story, and a question about each segment where the record describes them."""
+
+    prompt: str = "Tell a story about what you see."
+    name = "story"
+    main_metric = "rouge_l"
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """The story first, then what happens in each segment."""
+        return narrate(sample, self.prompt)
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
+        """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), and the share of different word pairs among all (0 to 1): a low
+        one means that all stories are alike."""
+        if not answers:
+            return {}
+        predictions, references = texts_of(answers)
+        distinct = distinct_n(predictions, 2)
+        return {
+            "rouge_l": mean_interval(rouge_l_scores(predictions, references)),
+            "bleu4": bleu4_interval(predictions, references),
+            "distinct_2": Interval(distinct, distinct, distinct),
+        }
+
+
+if __name__ == "__main__":
+    train.main(Story())

@@ -1,0 +1,46 @@
+"""Summarization: a long video in a few sentences.
+
+torchrun --nproc-per-node N -m vft.recipes.summarize CONFIG.toml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vft import train
+from vft.metrics import Interval, bleu4_interval, mean_interval, rouge_l_scores, segment_coverage_scores
+from vft.task import Answer, narrate, texts_of
+from vft.types import Conversation, Sample
+
+
+@dataclass(frozen=True)
+class Summarize:
+    """A summary of the video, and a question about each of its segments where the record describes them."""
+
+    prompt: str = "Summarize the video."
+    name = "summarize"
+    main_metric = "rouge_l"
+
+    def conversations(self, sample: Sample) -> list[Conversation]:
+        """The summary first, then what happens in each segment."""
+        return narrate(sample, self.prompt)
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
+        """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), and where records have segments the share of them that the
+        summary covers (ROUGE-L recall of its best sentence at least 0.3)."""
+        if not answers:
+            return {}
+        predictions, references = texts_of(answers)
+        scores = {"rouge_l": mean_interval(rouge_l_scores(predictions, references))}
+        scores["bleu4"] = bleu4_interval(predictions, references)
+        having = [(answer.text, answer.question.prompt.facts.get("segments", ())) for answer in answers]
+        having = [(text, segments) for text, segments in having if segments]
+        if having:
+            covered = segment_coverage_scores([text for text, _ in having], [segments for _, segments in having])
+            scores["coverage"] = mean_interval(covered)
+        return scores
+
+
+if __name__ == "__main__":
+    train.main(Summarize())
