@@ -1,4 +1,4 @@
-"""Rows of several documents, trunks with branches, and what an epoch is made of.
+"""Rows of several documents, what is supervised in them, and what an epoch is made of; trunks have a file of their own.
 
 Loss and gradients are compared with those of the samples one by one; nothing here asks a file.
 """
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -37,7 +36,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data_config import DataConfig, VideoConfig
-from vft.types import Batch, Conversation, MediaInfo, MediaRef, UserError
+from vft.types import Batch, Conversation, UserError
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -108,72 +107,6 @@ def test_logits_of_a_pack(tiny: Tiny, rows: Sequence[Any]) -> None:
         for number, row in enumerate(rows):
             alone = every_logit(model, batch_of(tiny.encoder, row))
             assert float((logits[packed.document_T == number] - alone).abs().max()) <= 1e-4
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_branches_are_the_separate_samples(tiny: Tiny, count: int) -> None:
-    """k questions behind one video: loss, gradients and positions of k samples that have the video each."""
-    model, spec = tiny.ours(), tiny.encoder.spec
-    media = Media.make(spec, [(VIDEO, VIDEO_INFO)])
-    talks = about_video(count)
-    shared = batch_of(tiny.encoder, (talks, media))
-    alone = [batch_of(tiny.encoder, ([one], media)) for one in talks]
-    assert len(shared.documents) == 1 and len(shared.grids) == 1 and shared.sample_ids == tuple(t.id for t in talks)
-    if count > 1:
-        assert shared.num_tokens < sum(one.num_tokens for one in alone) - (count - 1) * media.plans[0].num_tokens
-    wanted_loss, wanted = loss_and_gradients(model, *alone)
-    loss, found = loss_and_gradients(model, shared)
-    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
-    assert_same_gradients(found, wanted)
-    trunk = shared.documents[0].trunk_length
-    for number, one in enumerate(alone):
-        mine = shared.branch_T == (number if count > 1 else 0)
-        assert torch.equal(shared.positions_3T[:, mine][:, -5:], one.positions_3T[:, -5:])
-        assert torch.equal(shared.input_ids_T[mine], one.input_ids_T[trunk:])
-        assert torch.equal(shared.labels_T[mine], one.labels_T[trunk:])
-
-
-def test_branches_in_a_pack(tiny: Tiny, rows: Sequence[Any]) -> None:
-    """Shared and unshared documents side by side."""
-    model, spec = tiny.ours(), tiny.encoder.spec
-    media = Media.make(spec, [(VIDEO, VIDEO_INFO)], seed=7)
-    talks = about_video(3)
-    members = [rows[0], (talks, media), rows[2], (talks[:2], media)]
-    alone = [batch_of(tiny.encoder, ([one], m)) for talks_, m in members for one in talks_]
-    wanted_loss, wanted = loss_and_gradients(model, *alone)
-    loss, found = loss_and_gradients(model, batch_of(tiny.encoder, *members))
-    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
-    assert_same_gradients(found, wanted)
-
-
-def test_first_token_of_a_branch_is_predicted_by_the_trunk(tiny: Tiny) -> None:
-    """A template may put a supervised token right behind the trunk: its predictor is the trunk's last row."""
-    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
-    made = document(tiny.encoder, about_video(3), media)
-    starts = torch.tensor([0, *made.branch_lengths]).cumsum(0)[:-1] + made.trunk_length
-    labels = made.labels_T.clone()
-    labels[starts] = made.ids_T[starts]
-    batch = collate([(replace(made, labels_T=labels), media.patches)], tiny.encoder.spec)
-    predictors = dict(zip((labels != -100).nonzero().flatten().tolist(), batch.target_index_N.tolist(), strict=True))
-    assert [predictors[int(start)] for start in starts] == [made.trunk_length - 1] * 3
-    assert all(predictors[row] == row - 1 for row in predictors if row not in starts.tolist())
-
-
-def test_what_cannot_share_a_trunk(tiny: Tiny) -> None:
-    """A question, or an answer, before the video; texts that differ before it; no media at all."""
-    encode = tiny.encoder.encode
-    behind = [encode(one) for one in about_video(2)]
-    assert tiny.encoder.shared_trunk(behind)
-    before = [encode(talk(("user", [question, VIDEO]), ("assistant", "A."))) for question in ("What?", "Who?")]
-    assert not tiny.encoder.shared_trunk(before)
-    systems = [
-        encode(talk(("system", s), ("user", [VIDEO, "?"]), ("assistant", "A."))) for s in ("Be brief", "Be long")
-    ]
-    assert not tiny.encoder.shared_trunk(systems)
-    answered = talk(("user", "Hi"), ("assistant", "Yes."), ("user", [VIDEO, "What?"]), ("assistant", "A."))
-    assert not tiny.encoder.shared_trunk([encode(answered), encode(answered)])
-    texts = [encode(talk(("user", "Hi"), ("assistant", answer))) for answer in ("A", "B")]
-    assert not tiny.encoder.shared_trunk(texts)
 
 
 def test_empty_pack(tiny: Tiny) -> None:

@@ -26,6 +26,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.documents import load_documents
 from vft.data.loader import Loader
 from vft.data.pool import WorkerPool
+from vft.data.vision import frames_of
 from vft.files import whole_folder
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
@@ -138,15 +139,6 @@ def _pieces(trunk: int, branches: tuple[int, ...]) -> list[tuple[str, int, int]]
         pieces.append((f"branch {number}" if trunk else "one branch", start, length))
         start += length
     return pieces
-
-
-def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
-    """Patches back to frames [T, 3, H, W]: the spec's own ordering, applied to pixel numbers, says where each goes."""
-    count = 1 if plan.ref.kind == "image" else round(pixels_PD.numel() / (3 * plan.height * plan.width))
-    numbers = torch.arange(count * 3 * plan.height * plan.width).view(count, 3, plan.height, plan.width)
-    frames = torch.empty(numbers.numel(), dtype=torch.uint8)
-    frames[spec.order_patches(numbers).flatten()] = pixels_PD.flatten()
-    return frames.view_as(numbers)
 
 
 def _strip(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> str:

@@ -173,7 +173,7 @@ class EvalConfig(Section):
     batch_size: Positive = 8
     """Answers generated at a time, for each process."""
     max_samples: Count = 0
-    """Records evaluated, at most; 0: all."""
+    """Questions asked, and documents whose loss is taken, at most; always the same ones. 0: all."""
     at_start: bool = True
     """Also evaluate before the first step: what the base says."""
     best_metric: str = ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from vft.config import Config
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader
-from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
 from vft.distributed import World, sum_over_ranks
 from vft.files import replace_text
@@ -36,7 +37,15 @@ def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Que
         references = (*(before.references if before else ()), one.turns[last].text)
         found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
     everything = list(found.values())
-    return everything[:limit] if limit else everything
+    return [everything[i] for i in some(len(everything), limit)]
+
+
+def some(count: int, limit: int) -> list[int]:
+    """`limit` numbers below `count`, in order; all where `limit` is 0. Always the same, and not the first: sets are
+    often sorted."""
+    if not limit or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"some:{count}").sample(range(count), limit))
 
 
 def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
@@ -73,11 +82,13 @@ def evaluate(
 
 @torch.no_grad()
 def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
-    """Mean loss over the supervised tokens of (the first `limit`) held-out samples; None where nothing is readable.
+    """Mean loss over the supervised tokens of (`limit`) held-out documents; None where nothing is readable.
 
     The interval is of packs drawn anew.
     """
-    plan = _first_samples(held_out.pack_plan(seed=0), limit)
+    whole = held_out.pack_plan(seed=0)
+    chosen = frozenset(some(len(whole.lengths), limit))
+    plan = replace(whole, weights=tuple(float(i in chosen) for i in range(len(whole.lengths))))
     loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)
     packs = len(plan.packs(0))
     sums_P2 = torch.zeros(packs + world.size, 2, dtype=torch.float64, device=world.device)
@@ -104,17 +115,6 @@ def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: Worl
     return Interval(float(mean), spread.low, spread.high)
 
 
-def _first_samples(plan: PackPlan, limit: int) -> PackPlan:
-    """The plan of the first documents that hold `limit` samples (0: all), each once."""
-    count, samples = 0, 0
-    while count < len(plan.lengths) and (not limit or samples < limit):
-        samples += plan.samples[count]
-        count += 1
-    return PackPlan(
-        plan.lengths[:count], plan.samples[:count], (1.0,) * count, plan.pack_tokens, plan.max_samples, plan.seed
-    )
-
-
 def prediction_line(answer: Answer) -> str:
     """A line of a predictions file: id, prompt, prediction, the references, and the likeliest of the options."""
     question = answer.question
@@ -128,6 +128,4 @@ def prediction_line(answer: Answer) -> str:
         line["references"] = question.references
     if answer.choice is not None:
         line |= {"choice": question.prompt.options[answer.choice], "option_scores": answer.option_scores}
-    if question.prompt.media:
-        line["media"] = [ref.name for ref in question.prompt.media]
     return json.dumps(line, ensure_ascii=False) + "\n"

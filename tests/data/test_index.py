@@ -126,7 +126,7 @@ def test_what_may_pass_is_scanned_again(tmp_path: Path, monkeypatch: pytest.Monk
     real = index.scan_file
 
     def failing(with_reason: str) -> Callable[[MediaKind, Path], MediaInfo]:
-        def fail(kind: MediaKind, path: Path) -> MediaInfo:
+        def fail(kind: MediaKind, path: Path, headers: bool) -> MediaInfo:
             raise MediaError(with_reason, f"{path}: {with_reason}")  # type: ignore[arg-type]
 
         return fail

@@ -132,11 +132,13 @@ def test_evaluation_while_training(world: World, commands: Commands, learned: Pa
     }
     folder = commands.train(world.config(tmp_path / "eval.toml", settings))
     lines = metrics(folder)
-    assert [line["step"] for line in lines] == [1, 1, 2, 2]
-    for line in lines[1::2]:
-        assert set(line) >= {"step", "eval_cider_d"}
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2]
+    for line in lines[::2]:
+        assert set(line) >= {"step", "eval_cider_d", "eval_loss"}
+        # The adapter knows the answers: what is said and how likely it is agree.
+        assert line["eval_loss"] == pytest.approx(lines[1]["loss"], abs=0.05)
         assert all(key == "step" or key.startswith("eval_") for key in line), line
-    for step in (1, 2):
+    for step in (0, 1, 2):
         text = (folder / "predictions" / f"step-{step:06d}.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]
         assert [list(row) for row in rows] == [["id", "prompt", "prediction", "reference"]] * 4

@@ -185,6 +185,7 @@ def test_as_a_command() -> None:
         ('{"a": ', "v", "in.json:1: "),
         ("[]", "v", "in.json: nothing to write"),
         ("[]", "empty", "empty: no files of "),
+        ("[]", "..", "..: lies outside --root"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, name: str, content: str, media: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 import tomllib
@@ -11,9 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import pyarrow.parquet
 import pytest
 
-from vft.data_config import SourceConfig
+from vft.data import sources
+from vft.data_config import DataConfig, SourceConfig
+from vft.types import MediaRef
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("download", ROOT / "tools" / "download.py")
@@ -142,5 +146,77 @@ def test_sources_are_those_of_the_page(name: str) -> None:
     assert dataset.source in page and f"tools/download.py {name}" in page and dataset.page in page
 
 
+def test_every_source_on_the_page_is_valid() -> None:
+    entries = re.findall(r"\{ format = [^}]*\}", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
+    assert len(entries) > 15
+    for entry in entries:
+        SourceConfig.model_validate(tomllib.loads(f"source = {entry}")["source"])
+
+
 def test_free_space_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert download.free_bytes(tmp_path / "a" / "b") > 0
+
+
+ROW = {
+    "video_id": "001",
+    "videoID": "fFjv93ACGo8",
+    "question_id": "001-1",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "History",
+    "task_type": "Counting",
+    "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
+    "question": "What?",
+    "options": ["A. One.", "B. Two."],
+    "answer": "A",
+}
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+LAID_OUT: dict[str, tuple[dict[str, Any], str]] = {
+    "llava-video-178k": (
+        {"x_cap.json": [{"id": "1", "conversations": TALK, "data_source": "0_30_s_academic_v0_1", "video": "c/a.mp4"}]},
+        "LLaVA-Video-178K/0_30_s_academic_v0_1/c/a.mp4",
+    ),
+    "video-mme": ({"test-00000-of-00001.parquet": ROW}, "Video-MME/data/fFjv93ACGo8.mp4"),
+    "llava-instruct-150k": (
+        {"llava_instruct_150k.json": [{"id": "1", "image": "000000033471.jpg", "conversations": TALK}]},
+        "coco/train2017/000000033471.jpg",
+    ),
+    "ucf101": (
+        {"trainlist01.txt": "YoYo/v_YoYo_g08_c01.avi 1\n", "classInd.txt": "1 YoYo\n"},
+        "UCF101/UCF-101/YoYo/v_YoYo_g08_c01.avi",
+    ),
+    "kinetics-700": (
+        {"train.csv": "label,youtube_id,time_start,time_end,split\nyodeling,-0A-b_12345,1,11,train\n"},
+        "Kinetics-700/k700-2020/train/-0A-b_12345_000001_000011.mp4",
+    ),
+    "ssv2": (
+        {
+            "train.json": [
+                {"id": "78687", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
+            ],
+            "labels.json": {"Holding something": "0"},
+        },
+        "SSv2/20bn-something-something-v2/78687.webm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_what_is_laid_out_so_is_found(tmp_path: Path, name: str) -> None:
+    """The reader of a set finds its media where the tool has them put."""
+    files, medium = LAID_OUT[name]
+    source = SourceConfig.model_validate(tomllib.loads(f"source = {download.SETS[name].source}")["source"])
+    place = tmp_path / source.path
+    folder = place.parent if place.suffix else place
+    for path in (folder / "-", tmp_path / medium):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / medium).write_bytes(b"")
+    for file, content in files.items():
+        if file.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([content]), folder / file)
+        else:
+            (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    samples, bad = sources.read(source, DataConfig(root=tmp_path, sources=(source,)))
+    assert not bad and len(samples) == 1
+    refs = [part for turn in samples[0].turns for part in turn.parts if isinstance(part, MediaRef)]
+    assert [ref.path for ref in refs] == [(tmp_path / medium).resolve()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vft.console import user_errors
+from vft.data.sources.folders import VIDEO_SUFFIXES
 from vft.data.sources.records import PICTURE_SUFFIXES, read_json
 from vft.files import replace_text
 from vft.types import UserError
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"})
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class Media:
     @staticmethod
     def scan(folder: Path, root: Path, suffixes: frozenset[str]) -> Media:
         """All of `root / folder` and the folders in it. UserError where there is nothing."""
+        if not (root / folder).resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
         found: dict[str, str] = {}
         for path in sorted((root / folder).rglob("*")):
             if path.suffix.lower() in suffixes:
-                found.setdefault(path.stem, path.relative_to(root).as_posix())
+                found.setdefault(path.stem, Path(os.path.relpath(path, root)).as_posix())
         if not found:
             kinds = ", ".join(sorted(suffixes))
             raise UserError(f"{root / folder}: no files of {kinds} there; name the folder of the media below --root")
@@ -91,7 +93,7 @@ def run(description: str, option: str, convert: Callable[[Work], Iterator[dict[s
         reasons = "".join(f"\nleft out {count:,}: {reason}" for reason, count in (+work.left_out).most_common())
         if not records:
             raise UserError(f"{arguments.annotations}: nothing to write{reasons.replace(chr(10), '; ')}")
-        replace_text(arguments.output, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
+        replace_text(arguments.output, "".join(json.dumps(one) + "\n" for one in records))
         segments = sum(len(one.get("segments", [])) for one in records)
         print(f"wrote {len(records):,} records with {segments:,} segments to {arguments.output}{reasons}")
 

@@ -1,30 +1,33 @@
 """Tar archives, on disk or on the hub, read from front to back, and picked up again where one stopped.
 
-A place in an archive is a number: of a plain tar the byte where a member's header begins, so that going on there reads
-nothing before it; of a compressed one, which can't be entered in the middle, how many members come before.
+A place in an archive is the byte of the tar where a member's header begins. To go on there, nothing before it is read;
+of a compressed archive, which can't be entered in the middle, all before it is unpacked and thrown away.
 """
 
 from __future__ import annotations
 
 import gzip
 import itertools
-import shutil
+import os
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
-import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from vft.types import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+CHUNK_BYTES = 1 << 20
 _NUMBERS = itertools.count()
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,8}\Z")
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OverflowError)
 
 
 class DamagedArchive(Exception):
@@ -33,24 +36,88 @@ class DamagedArchive(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file in an archive; `save` it before going on to the next."""
+    """One regular file in an archive; `read` or `save` it before going on to the next.
+
+    Both raise DamagedArchive where the archive breaks off within it.
+    """
 
     archive: str
     name: str
     place: int
     file: IO[bytes]
 
-    @property
-    def title(self) -> str:
-        """`shard.tar/name`, for records and messages."""
-        return f"{self.archive.rsplit('/', 1)[-1]}/{self.name}"
+    def read(self, size_bytes: int = -1) -> bytes:
+        """The next bytes of the content; without a size all of them."""
+        with _reading(self.archive):
+            return self.file.read(size_bytes)
 
     def save(self, folder: Path) -> Path:
         """Copy the content to a file in `folder`, under a name that this process has not used before."""
-        path = folder / f"{next(_NUMBERS):08d}{Path(self.name).suffix.lower()}"
-        with path.open("wb") as target:
-            shutil.copyfileobj(self.file, target, 1 << 20)
+        suffix = _SUFFIX.search(self.name.lower())
+        path = folder / f"{next(_NUMBERS):08d}{suffix[0] if suffix else ''}"
+        try:
+            with path.open("wb") as target:
+                while chunk := self.read(CHUNK_BYTES):
+                    target.write(chunk)
+        except BaseException as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(f"{folder}: can't be written ({error.strerror}); free space there") from error
+            raise
         return path
+
+
+@dataclass
+class Run:
+    """Members one behind another that belong together, copied out."""
+
+    archive: str
+    key: str
+    place: int
+    """Of the first."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """The copy of each member, by its name."""
+    cut_off: bool = False
+    """The archive breaks off within or right behind it."""
+
+    def title(self, name: str) -> str:
+        """`shard.tar/name`, for records and messages."""
+        return f"{self.archive.rpartition('/')[2]}/{name}"
+
+    def remove(self) -> None:
+        """Remove the copies."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+
+
+def copied(archive: str, place: int, spool: Path, key_of: Callable[[str], str | None]) -> Iterator[Run]:
+    """The members from `place` on whose names have a key, those with the same one together, copied into `spool`.
+
+    Raises:
+        DamagedArchive: after the last that can be read.
+    """
+    run: Run | None = None
+    try:
+        for member in members(archive, place):
+            key = key_of(member.name)
+            if key is None:
+                continue
+            if run is not None and run.key != key:
+                yield run
+                run = None
+            run = run or Run(archive, key, member.place)
+            path = member.save(spool)
+            if member.name in run.files:
+                run.files[member.name].unlink()
+            run.files[member.name] = path
+    except DamagedArchive:
+        if run is not None:
+            run.cut_off = True
+            yield run
+        raise
+    if run is not None:
+        yield run
 
 
 def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -59,7 +126,7 @@ def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
     UserError where there are none, or they can't be listed.
     """
     try:
-        files, root = url_to_fs(location)
+        files, root = _files(location)
         found = [root] if files.isfile(root) else files.find(root)
         chosen = sorted(files.unstrip_protocol(name) for name in found if name.endswith(suffixes))
     except Exception as error:  # the hub's client has a dozen kinds, of being offline and of unknown names
@@ -71,11 +138,11 @@ def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def read_bytes(url: str) -> bytes:
     """The content of a file, local or `hf://`. UserError where it can't be read."""
-    try:
-        with fsspec.open(url, "rb") as file:
+    with _opened(url) as file:
+        try:
             return bytes(file.read())
-    except Exception as error:
-        raise UserError(f"{url}: can't be read ({_first_line(error)}); check the name and the network") from error
+        except Exception as error:
+            raise UserError(f"{url}: can't be read ({_first_line(error)}); check the disk or network") from error
 
 
 def members(archive: str, place: int = 0) -> Iterator[Member]:
@@ -86,44 +153,67 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
         UserError: the archive can't be opened, or its disk or network fails.
     """
     is_plain = archive.endswith(".tar")
-    with _opened(archive) as file:
-        if is_plain:
+    with _opened(archive) as opened:
+        file = opened if is_plain else gzip.GzipFile(fileobj=opened)
+        with _reading(archive):
             file.seek(place)
-        number = 0
+            # Offsets count from the file's start, wherever it stands; those of headers rise, so nothing is read twice.
+            tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
+        while True:
+            with _reading(archive):
+                entry = tar.next()
+                if entry is None:
+                    while not is_plain and file.read(CHUNK_BYTES):
+                        pass  # up to the checksum
+                    return
+                if tar.offset <= entry.offset:
+                    raise tarfile.ReadError("a member of negative size")
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of a whole archive
+                content = tar.extractfile(entry) if entry.isreg() else None
+            if content is not None:
+                yield Member(archive, entry.name.removeprefix("./"), entry.offset, content)
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is cut off or garbled is damage. tarfile by itself takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        """The next header; EOFHeaderError at the block of zeros that ends an archive."""
         try:
-            # Offsets count from the file's start, wherever it stood when it was opened.
-            with tarfile.open(fileobj=file, mode="r:" if is_plain else "r|gz") as tar:
-                while (entry := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of a whole archive
-                    here = entry.offset if is_plain else number
-                    number += 1
-                    content = tar.extractfile(entry) if entry.isreg() and (is_plain or here >= place) else None
-                    if content is not None:
-                        yield Member(archive, entry.name.removeprefix("./"), here, content)
-                if is_plain:
-                    _check_end(file, tar.offset)
-        except _DAMAGE as error:
-            raise DamagedArchive(f"{archive}: {_first_line(error)}; download it again") from error
-        except OSError as error:
-            raise UserError(f"{archive}: can't be read ({_first_line(error)}); check the disk or network") from error
-
-
-def _check_end(file: IO[bytes], place: int) -> None:
-    """tarfile takes a cut header for the end; a whole archive ends with a block of zeros."""
-    file.seek(place)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it is cut off")
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed leaves it out
+            raise
+        except (tarfile.HeaderError, ValueError, IndexError) as error:
+            raise tarfile.ReadError(f"cut off or garbled ({_first_line(error)})") from error
 
 
 @contextmanager
-def _opened(archive: str) -> Iterator[Any]:
+def _reading(archive: str) -> Iterator[None]:
     try:
-        # Blocks of 5 MB read ahead suit a file that is read from front to back.
-        opened = fsspec.open(archive, "rb").open()
+        yield
+    except _DAMAGE as error:
+        raise DamagedArchive(f"{archive}: {_first_line(error)}; download it again") from error
+    except Exception as error:  # of the disk, of the hub's client, of its network library: no class in common
+        raise UserError(f"{archive}: can't be read ({_first_line(error)}); check the disk or network") from error
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    try:
+        files, path = _files(url)
+        opened = files.open(path, "rb")  # remote: blocks of 5 MB read ahead, which suits reading from front to back
     except Exception as error:
-        raise UserError(f"{archive}: can't be opened ({_first_line(error)}); check the name and the network") from error
+        raise UserError(f"{url}: can't be opened ({_first_line(error)}); check the name and the network") from error
     with opened as file:
         yield file
+
+
+def _files(location: str) -> tuple[Any, str]:
+    """The file system that holds a location, and its path there."""
+    if location.startswith("hf://"):
+        return url_to_fs(location)
+    return LocalFileSystem(), os.path.abspath(location)  # not by fsspec's rules: it splits names at "::"
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,15 @@ from vft.data.documents import Documents, MakeConversations
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem
-from vft.data.stream import Archives, Position, SlotStream, Spooled, StreamContext, open_archives
+from vft.data.stream import (
+    Archives,
+    Position,
+    SlotStream,
+    Spooled,
+    StreamContext,
+    name_members,
+    open_archives,
+)
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.types import Batch, Document, Patches
@@ -149,7 +157,11 @@ class Loader:
         self._pending: deque[_Pending] = deque()
         self.epoch = cursor.epoch
         """Epoch that the newest step ends in."""
-        self.positions = {name: Position(*values) for name, values in (positions or {}).items()}
+        self.positions = {
+            name: Position(*values)
+            for name, values in (positions or {}).items()
+            if int(name.partition(":")[2]) % self.ranks == self.rank
+        }
         """Of this process's streams: where each goes on once the packs taken so far are trained."""
         self._open: dict[str, SlotStream] = {}
 
@@ -252,7 +264,8 @@ class Loader:
                 patches.append(future.result())
             except MediaError as error:
                 failed = True
-                self._note(BadItem(one.document.sample_ids[0], plan.ref.name, error.reason, str(error)))
+                message = name_members(str(error), plan.ref)
+                self._note(BadItem(one.document.sample_ids[0], plan.ref.name, error.reason, message))
         return None if failed else patches
 
     def _note(self, item: BadItem) -> None:

@@ -23,15 +23,17 @@ from vft.data.archives import DamagedArchive
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations, converse
 from vft.data.pool import WorkerPool
-from vft.data.quarantine import BadItem
+from vft.data.quarantine import BadItem, check_bad
 from vft.data.sources import llava_video, locate, pe_video
 from vft.data.sources.records import Group
-from vft.data.video import join_pictures, scan_file
+from vft.data.video import MediaError, join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
 from vft.types import Document, MediaInfo, MediaRef, UserError
 
 LOOKAHEAD = 2
 """Clips that each slot has read beyond the one in use."""
+MAX_BARREN = 16
+"""Archives that a slot reads one behind another without finding a clip before it gives up."""
 
 
 class Position(NamedTuple):
@@ -66,6 +68,7 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
         return Archives(source.path, source.weight, pe_video.shards(location), pe_video.groups)
     opened = llava_video.Archives.open(location)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
+    check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
     return Archives(source.path, source.weight, opened.shards, opened.groups, bad)
 
 
@@ -115,7 +118,7 @@ class _Read:
     position: Position
     group: Group
     scans: dict[Path, Future[MediaInfo]]
-    damage: Sequence[BadItem]
+    damage: list[BadItem]
     """Archives that ended before their time, on the way here."""
 
 
@@ -178,9 +181,12 @@ class SlotStream:
         context, group = self.context, read.group
 
         def info(ref: MediaRef) -> MediaInfo:
-            paths = ref.path if isinstance(ref.path, tuple) else (ref.path,)
-            found = [read.scans[path].result() for path in paths]
-            return found[0] if not isinstance(ref.path, tuple) else join_pictures(ref, found)
+            try:
+                if isinstance(ref.path, tuple):
+                    return join_pictures(ref, [read.scans[path].result() for path in ref.path])
+                return read.scans[ref.path].result()
+            except MediaError as error:
+                raise MediaError(error.reason, name_members(str(error), ref)) from None
 
         documents = Documents(context.encoder, context.config, info)
         documents.bad += [BadItem(error.origin, error.origin, "record", str(error)) for error in group.bad]
@@ -205,24 +211,25 @@ class SlotStream:
 
     def _read(self, start: Position) -> Iterator[_Read]:
         """The slot's clips for ever, from `start` on."""
-        epoch, idle = start.epoch, 0
-        while idle < 2:
-            found = False
-            for read in self._read_epoch(epoch, start if epoch == start.epoch else Position(epoch)):
-                found = True
-                yield read
-            idle = 0 if found else idle + 1
+        damage: list[BadItem] = []
+        barren: list[str] = []
+        epoch = start.epoch
+        while len(barren) < MAX_BARREN and len(set(barren)) < len(self.archives.shards):
+            yield from self._read_epoch(epoch, start if epoch == start.epoch else Position(epoch), damage, barren)
             epoch += 1
+        found = f"{len(self.archives.shards)} archives have too few clips with records"
         raise UserError(
-            f"{self.archives.name}: {len(self.archives.shards)} archives have too few clips for train.packs_per_step = "
-            f"{self.context.slots} streams; lower it, or read the source with stream = false"
+            f"{self.archives.name}: {found} for train.packs_per_step = {self.context.slots} streams; lower it, or read "
+            "the source with stream = false" + (f" [{damage[-1].message}]" if damage else "")
         )
 
-    def _read_epoch(self, epoch: int, start: Position) -> Iterator[_Read]:
+    def _read_epoch(self, epoch: int, start: Position, damage: list[BadItem], barren: list[str]) -> Iterator[_Read]:
+        """One epoch's. Keeps the `damage` not yet told and the archives without a clip for this slot, one after
+        another."""
         shards, stride, offset = self._share(epoch)
-        damage: list[BadItem] = []
         for number in range(start.shard, len(shards)):
             place, clip = (start.place, start.clip) if number == start.shard else (0, 0)
+            barren.append(shards[number])
             try:
                 for group in self.archives.groups(shards[number], place, self.context.spool):
                     position = Position(epoch, number, group.place, clip)
@@ -232,8 +239,9 @@ class SlotStream:
                         continue
                     if position[:3] == start[:3]:
                         position = start
-                    yield _Read(position, group, self._scan(group), damage)
-                    damage = []
+                    barren.clear()
+                    yield _Read(position, group, self._scan(group), damage[:])
+                    damage.clear()
             except DamagedArchive as error:
                 damage.append(BadItem(shards[number], shards[number], "archive", str(error)))
 
@@ -258,21 +266,30 @@ class SlotStream:
         return scans
 
 
+def name_members(message: str, ref: MediaRef) -> str:
+    """A message about a medium with its name in the archive in the place of the passing copy's."""
+    paths = ref.path if isinstance(ref.path, tuple) else (ref.path,)
+    for path in paths if ref.member else ():
+        message = message.replace(str(path), ref.name)
+    return message
+
+
 def _make_spool(folder: Path) -> tuple[Path, FileLock]:
     """A folder for this process's copies, and the lock that says it is in use; those of the killed are removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            lock = FileLock(old / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except (Timeout, OSError):
-                continue
-            lock.release()
-            shutil.rmtree(old, ignore_errors=True)
-        spool = Path(tempfile.mkdtemp(dir=folder))
-        lock = FileLock(spool / ".lock")
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock"):  # or others that start now would take a folder not yet locked for left behind
+            for old in folder.glob("*/"):
+                lock = FileLock(old / ".lock")
+                try:
+                    lock.acquire(timeout=0)
+                except (Timeout, OSError):
+                    continue
+                lock.release()
+                shutil.rmtree(old, ignore_errors=True)
+            spool = Path(tempfile.mkdtemp(dir=folder))
+            lock = FileLock(spool / ".lock")
+            lock.acquire(timeout=0)
     except OSError as error:
         raise UserError(
             f"{folder}: can't be written ({error.strerror}); name another data.cache_dir for copies of streamed clips"

@@ -44,6 +44,15 @@ def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(frames_TCHW, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
+def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
+    """Patches back to frames [T, 3, H, W]: the spec's own ordering, applied to pixel numbers, says where each goes."""
+    count = 1 if plan.ref.kind == "image" else round(pixels_PD.numel() / (3 * plan.height * plan.width))
+    numbers = torch.arange(count * 3 * plan.height * plan.width).view(count, 3, plan.height, plan.width)
+    frames = torch.empty(numbers.numel(), dtype=torch.uint8)
+    frames[spec.order_patches(numbers).flatten()] = pixels_PD.flatten()
+    return frames.view_as(numbers)
+
+
 def _cut(pieces_TCHW: list[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
     frames_TCHW = torch.cat(pieces_TCHW)
     assert len(frames_TCHW) == len(plan.frame_indices), (len(frames_TCHW), len(plan.frame_indices))

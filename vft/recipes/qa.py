@@ -25,6 +25,9 @@ from vft.types import Conversation, Sample
 OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
 """An option in the text of a question: `A. red`, `(B) green`."""
 
+LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+"""The letter of an option: alone, or before its text."""
+
 
 @dataclass(frozen=True)
 class QuestionAnswering:
@@ -53,7 +56,7 @@ class QuestionAnswering:
             return {}
         choice = [answer for answer in answers if answer.choice is not None]
         rest = [answer for answer in answers if answer.choice is None]
-        right = {id(answer): float(_chosen(answer) in answer.question.references) for answer in choice}
+        right = {id(answer): float(_likeliest_right(answer)) for answer in choice}
         scores = {}
         if choice:
             scores["choice_accuracy"] = mean_interval(list(right.values()))
@@ -89,9 +92,12 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
     return ()
 
 
-def _chosen(answer: Answer) -> str:
-    assert answer.choice is not None
-    return answer.question.prompt.options[answer.choice]
+def _likeliest_right(answer: Answer) -> bool:
+    """Whether a right option is likelier than every wrong one: a tie is none, or the order of options would decide."""
+    right, wrong = [], []
+    for option, score in zip(answer.question.prompt.options, answer.option_scores, strict=True):
+        (right if option in answer.question.references else wrong).append(score)
+    return any(all(other < score for other in wrong) for score in right)
 
 
 def _generated_right(answer: Answer) -> bool:
@@ -99,11 +105,17 @@ def _generated_right(answer: Answer) -> bool:
     options, references = answer.question.prompt.options, answer.question.references
     if exact_match_scores([answer.text], [references])[0]:
         return True
-    letters = "".join(option.lstrip("(")[:1] for option in options)
+    letters = "".join(_letter_of(option) for option in options)
     if letters != "".join(chr(ord("A") + i) for i in range(len(options))):
         return False
     letter = extract_letter(answer.text, letters)
-    return letter is not None and letter in {reference.lstrip("(")[:1] for reference in references}
+    return letter is not None and letter in map(_letter_of, references)
+
+
+def _letter_of(option: str) -> str:
+    """`B` of `B`, `(B) green` and `B. green`; of a text that only begins with a capital letter nothing."""
+    found = LETTER.match(option)
+    return found[1] if found else ""
 
 
 if __name__ == "__main__":

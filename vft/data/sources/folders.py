@@ -23,11 +23,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
+def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     """The clips in the folder `path`, and the files there that can't be used (links that lead out of `root`).
 
     Left out are hidden files, files that are neither video nor picture, and folders that are links, below a class.
-    `media` has no meaning here.
 
     Raises:
         UserError: no folder, no classes, no clips, or class names that don't go together.

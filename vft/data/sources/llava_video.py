@@ -11,11 +11,10 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vft.data.archives import SUFFIXES, Member, list_files, members, read_bytes
+from vft.data.archives import SUFFIXES, Run, copied, list_files, read_bytes
 from vft.data.sources import messages
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
@@ -95,15 +94,15 @@ class Archives:
         records: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
         bad: list[BadRecord] = []
         seen: dict[str, int] = {}
-        for file in list_files(location, (".json",)):
-            name = file.rpartition("/")[2]
+        for file in sorted(list_files(location, (".json",)), key=lambda name: name.split("/")):  # as `read` does
+            name = os.path.relpath(file, location)
             for number, (line, record) in enumerate(parse_json(read_bytes(file), file), 1):
                 origin = f"{name}:{line}"
                 try:
                     if not isinstance(record, dict):
                         raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+                    sample_id = unique(sample_id_of(record, f"{Path(name).stem}-{number}"), seen)
                     video = check_text(record.get("video"), "video")
-                    sample_id = unique(sample_id_of(record, f"{name.removesuffix('.json')}-{number}"), seen)
                     records.setdefault(video, []).append((origin, sample_id, record))
                 except RecordError as error:
                     bad.append(BadRecord(origin, error.field, error.message))
@@ -115,34 +114,33 @@ class Archives:
         Raises:
             DamagedArchive: after the last video that can be read.
         """
-        for video, files in groupby(members(shard, place), key=self._video_of):
-            if video is not None:
-                yield self._group(video, files, spool)
+        for run in copied(shard, place, spool, self._video_of):
+            if run.cut_off and run.key not in run.files:
+                run.remove()  # a folder of frames, perhaps not all of them
+            else:
+                yield self._group(run, spool)
 
-    def _video_of(self, member: Member) -> str | None:
+    def _video_of(self, name: str) -> str | None:
         """The video that a member is, or is a frame of; None where no record asks for it."""
-        folder = member.name.rpartition("/")[0]
-        return member.name if member.name in self.records else folder if folder in self.records else None
+        if name in self.records:
+            return name
+        folder = name.rpartition("/")[0]
+        return folder if folder in self.records and Path(name).suffix.lower() in PICTURE_SUFFIXES else None
 
-    def _group(self, video: str, files: Iterator[Member], spool: Path) -> Group:
-        place, title = -1, ""
-        saved: dict[str, Path] = {}
-        for member in files:
-            place, title = (member.place, member.title) if place < 0 else (place, title)
-            if member.name == video or Path(member.name).suffix.lower() in PICTURE_SUFFIXES:
-                saved[member.name] = member.save(spool)
-        frames = [str(saved[name]) for name in natural_order(saved)]
-        value: Any = frames[0] if video in saved else frames
+    def _group(self, run: Run, spool: Path) -> Group:
+        frames = [str(run.files[name]) for name in natural_order(run.files)]
+        value: Any = str(run.files[run.key]) if run.key in run.files else frames
+        title = run.title(next(iter(run.files)))
         samples: list[Sample] = []
         bad: list[BadRecord] = []
-        for origin, sample_id, record in self.records[video]:
+        for origin, sample_id, record in self.records[run.key]:
             try:
                 record_now = {"conversations": record.get("conversations"), "video": value}
                 turns = tuple(_named(turn, title) for turn in messages.parse(record_now, spool))
                 samples.append(Sample(sample_id, turns, origin, _fields(record)))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
-        return Group(place, samples, bad, tuple(saved.values()))
+        return Group(run.place, samples, bad, tuple(run.files.values()))
 
 
 def _named(turn: Turn, title: str) -> Turn:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from vft.data.archives import SUFFIXES, DamagedArchive, Member, list_files, members
+from vft.data.archives import SUFFIXES, DamagedArchive, Run, copied, list_files
 from vft.data.sources.records import BadRecord, Group, RecordError, check_text, shown
 from vft.files import whole_folder
 from vft.types import MediaRef, Sample, Turn, UserError
 
 CAPTIONS = ("human_caption", "model_caption", "description")
+_MEMBER = re.compile(r"((?:.*/)?[^/.][^/]*)\.(?:mp4|json)", re.DOTALL)
 
 
 def shards(location: str) -> list[str]:
@@ -35,32 +39,52 @@ def groups(shard: str, place: int, spool: Path) -> Iterator[Group]:
     Raises:
         DamagedArchive: after the last clip that can be read.
     """
-    for key, pair in groupby(members(shard, place), key=_key):
-        yield _group(key, pair, spool)
+    for run in copied(shard, place, spool, _key):
+        if run.cut_off and len(run.files) < 2:
+            run.remove()  # the other half lies behind the damage, which is no fault of the clip's
+        else:
+            yield _group(run)
 
 
 def unpack(location: str, take: str, cache: Path) -> tuple[list[Sample], list[BadRecord]]:
     """The first clips, `take` = `first:N`, unpacked into `cache` once and kept there: what evaluation reads."""
     count = int(take.partition(":")[2])
-    name = hashlib.sha256(f"{location}:{count}".encode()).hexdigest()[:16]
-    folder = cache / "unpacked" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    where = location if "://" in location else os.path.abspath(location)
+    folder = cache / "unpacked" / hashlib.sha256(f"{where}:{count}".encode()).hexdigest()[:16]
+    with _locked(folder.with_suffix(".lock")):
         if not folder.is_dir():
             with whole_folder(folder) as partial:
                 for number, group in enumerate(islice(_all_groups(location, partial), count)):
                     for file in group.files:
-                        file.rename(partial / f"{number:06d}{file.suffix}")
+                        if file.suffix == ".mp4":
+                            file.rename(partial / f"{number:06d}.mp4")
+                        else:
+                            file.unlink()
                     (partial / f"{number:06d}.json").write_text(json.dumps(_kept(group)), encoding="utf-8")
     samples: list[Sample] = []
     bad: list[BadRecord] = []
     for file in sorted(folder.glob("*.json")):
         kept = json.loads(file.read_text(encoding="utf-8"))
         bad += [BadRecord(**one) for one in kept["bad"]]
-        video = next((path for path in folder.glob(f"{file.stem}.*") if path.suffix != ".json"), None)
-        if kept["record"] is not None and video is not None:
+        if kept["record"] is not None:
+            video = file.with_suffix(".mp4")
             samples.append(_sample(kept["key"], kept["record"], video, kept["origin"], kept["member"]))
     return samples, bad
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock; another process that unpacks the same is waited for."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); name another data.cache_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _all_groups(location: str, spool: Path) -> Iterator[Group]:
@@ -82,40 +106,30 @@ def _kept(group: Group) -> dict[str, Any]:
     return about
 
 
-def _key(member: Member) -> str:
-    """WebDataset's rule: the name up to the first dot of its last part."""
-    folder, _, name = member.name.rpartition("/")
-    return f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
+def _key(name: str) -> str | None:
+    """The clip that a member belongs to: its name without the ending; None of other files, and of hidden ones."""
+    found = _MEMBER.fullmatch(name)
+    return found[1] if found else None
 
 
-def _group(key: str, pair: Iterator[Member], spool: Path) -> Group:
-    place, title, origin = -1, "", ""
-    record: Any = None
-    video: Path | None = None
-    bad: list[BadRecord] = []
-    for member in pair:
-        place = member.place if place < 0 else place
-        origin = origin or member.title
-        if member.name.endswith(".json"):
-            origin = member.title
-            try:
-                record = json.loads(member.file.read())
-            except (ValueError, RecursionError) as error:
-                bad.append(BadRecord(origin, "", f"is not JSON ({str(error)[:60]}); download the archive again"))
-        elif member.name.endswith(".mp4") and video is None:
-            title, video = member.title, member.save(spool)
-    files = () if video is None else (video,)
-    if not bad:
+def _group(run: Run) -> Group:
+    video, about = f"{run.key}.mp4", f"{run.key}.json"
+    files, origin = tuple(run.files.values()), run.title(about if about in run.files else video)
+    try:
+        if video not in run.files:
+            raise RecordError("mp4", "the clip has no .mp4 beside its .json; download the archive again")
+        if about not in run.files:
+            raise RecordError("json", "the clip has no .json beside its .mp4; download the archive again")
         try:
-            if video is None:
-                raise RecordError("mp4", "the clip has no .mp4 beside its .json; download the archive again")
-            if not isinstance(record, dict):
-                raise RecordError("json", f"{shown(record)}: the clip has no .json object beside its .mp4")
-            sample = _sample(key.rpartition("/")[2], record, video, origin, title)
-            return Group(place, [sample], [], files)
-        except RecordError as error:
-            bad.append(BadRecord(origin, error.field, error.message))
-    return Group(place, [], bad, files)
+            record = json.loads(run.files[about].read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise RecordError("", f"is not JSON ({str(error)[:60]}); download the archive again") from None
+        if not isinstance(record, dict):
+            raise RecordError("", f"{shown(record)} is no JSON object; download the archive again")
+        sample = _sample(run.key.rpartition("/")[2], record, run.files[video], origin, run.title(video))
+        return Group(run.place, [sample], [], files)
+    except RecordError as error:
+        return Group(run.place, [], [BadRecord(origin, error.field, error.message)], files)
 
 
 def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title: str) -> Sample:

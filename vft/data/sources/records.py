@@ -49,7 +49,8 @@ class RecordError(Exception):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
-        self.field, self.message = field, message
+        # A key of the user's may hold line breaks, or what can't be written at all.
+        self.field, self.message = field if field.isprintable() else ascii(field), message
 
 
 def shown(value: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from vft.data.sources.records import BadRecord, RecordError, resolve_media, resolve_path, shown, unique
+from vft.data.sources.records import BadRecord, RecordError, resolve_media, shown, unique
 from vft.types import MediaRef, Sample, Turn, UserError
 
 Row = TypeVar("Row")
@@ -82,7 +82,8 @@ def first_present(root: Path, names: Iterable[str], field: str) -> Path:
         RecordError: as `resolve_media`.
     """
     names = list(names)
-    there = (name for name in names if resolve_path(root, name, field)[1])
+    # Quicker than to resolve each: a list may name a hundred thousand files of which many are not there.
+    there = (name for name in names if os.path.exists(os.path.join(root, name)))
     return resolve_media(root, next(there, names[0]), field)
 
 
