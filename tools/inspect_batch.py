@@ -24,7 +24,7 @@ from vft.config import Config
 from vft.console import user_errors
 from vft.data.chat import ChatEncoder
 from vft.data.documents import load_documents
-from vft.data.loader import Loader
+from vft.data.loader import Loader, open_streams
 from vft.data.pool import WorkerPool
 from vft.data.vision import frames_of
 from vft.files import whole_folder
@@ -63,9 +63,16 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     checkpoint = Checkpoint.open(config.model.path)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
-    documents = load_documents(config.data, config.data.sources, task_of(config).conversations, encoder, config.seed)
-    with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
-        loader = Loader(documents, documents.pack_plan(config.seed), pool, 1, 0, 1, 1, last_epoch=None)
+    task, data = task_of(config), config.data
+    indexed = [source for source in data.sources if not source.stream]
+    documents = load_documents(data, indexed, task.conversations, encoder, config.seed)
+    with (
+        WorkerPool(data.workers, data.clip_deadline_s) as pool,
+        open_streams(data, task.conversations, encoder, pool, config.train.packs_per_step, config.seed) as streams,
+    ):
+        plan = documents.pack_plan(config.seed)
+        slots = 1 if streams is None else config.train.packs_per_step
+        loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
         batch = next(loader.step()).batch
     tensors = batch_tensors(batch, skeleton)
     if forward:

@@ -53,7 +53,7 @@ def line_chart(title: str, series: Mapping[str, Curve]) -> str:
     for tick in y.ticks:
         at = y.place(tick, foot, TOP)
         lines.append(f'<line class="grid" x1="{left:.1f}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>')
-        lines.append(f'<text class="tick y" x="{left - 5:.1f}" y="{at + 3.5:.1f}">{_label(tick)}</text>')
+        lines.append(f'<text class="tick y" x="{left - 5:.1f}" y="{at:.1f}">{_label(tick)}</text>')
     for tick in x.ticks:
         at = x.place(tick, left, right)
         lines.append(f'<line class="grid" x1="{at:.1f}" y1="{foot}" x2="{at:.1f}" y2="{foot + 4}"/>')

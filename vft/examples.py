@@ -33,9 +33,7 @@ FRAME_PIXELS = 224
 """Longest side of a frame on the page."""
 
 
-def examples(
-    predictions: Mapping[str, list[Row]], held_out: Documents | None, spec: VisionSpec | None
-) -> list[Row]:
+def examples(predictions: Mapping[str, list[Row]], held_out: Documents | None, spec: VisionSpec | None) -> list[Row]:
     """The best answers of the last evaluation, some spread evenly and the worst, with what was said at the first."""
     if not predictions:
         return []

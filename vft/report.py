@@ -50,7 +50,7 @@ def write_report(folder: Path, held_out: Documents | None, spec: VisionSpec | No
     page = environment.from_string(LAYOUT.read_text(encoding="utf-8")).render(
         title=f"{task}: {base}",
         facts=facts(run, held_out),
-        tables=[table for scores in (run.evaluations, run.compared) if scores for table in comparison(scores)],
+        tables=[*comparison(run.evaluations), *comparison(run.compared, ", by tools/evaluate.py")],
         charts=charts(run),
         confusion=confused(run.predictions) if task == "classify" else None,
         examples=examples(run.predictions, held_out, spec),
@@ -172,7 +172,7 @@ def facts(run: Run, held_out: Documents | None) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def comparison(evaluations: Mapping[str, Scores]) -> list[Row]:
+def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row]:
     """Tables of the first evaluation beside the last: of the scores, and of their groups."""
     names = list(dict.fromkeys([*evaluations][:1] + [*evaluations][-1:]))
     sides = [evaluations[name] for name in names]
@@ -185,16 +185,18 @@ def comparison(evaluations: Mapping[str, Scores]) -> list[Row]:
         if len(both) > 1 and all(one.low < one.high for one in both):
             verdict = "apart" if both[0].high < both[1].low or both[1].high < both[0].low else "overlap"
         rows.append({"metric": metric, "scores": [shown(one) for one in scores], "change": change, "verdict": verdict})
-    whole, groups = [row for row in rows if "/" not in row["metric"]], [row for row in rows if "/" in row["metric"]]
-    tables = [{"title": "Scores", "names": names, "rows": whole}, {"title": "Groups", "names": names, "rows": groups}]
-    return [table for table in tables if table["rows"]]
+    parts = {
+        f"Scores{made_by}": [row for row in rows if "/" not in row["metric"]],
+        f"Groups{made_by}": [row for row in rows if "/" in row["metric"]],
+    }
+    return [{"title": title, "names": names, "rows": part} for title, part in parts.items() if part]
 
 
 def shown(score: Interval | None) -> tuple[str, str]:
     """A value and its interval, empty where there is none."""
     if score is None:
         return "", ""
-    return f"{score.value:.4g}", f"[{score.low:.4g}, {score.high:.4g}]" if score.low < score.high else ""
+    return f"{score.value:.4g}", f"[{score.low:.3g}, {score.high:.3g}]" if score.low < score.high else ""
 
 
 def charts(run: Run) -> list[Row]:

@@ -327,6 +327,8 @@ class Batch:
     branch_T: Tensor
     """Branch of each token within its document; -1 in a trunk that several branches share."""
     documents: tuple[Document, ...] = ()
+    continues: bool = False
+    """Goes on from a pass before, in every process: none has media now."""
 
     @property
     def num_targets(self) -> int:

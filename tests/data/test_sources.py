@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vft.data import sources
-from vft.data.sources.records import BadRecord, read_json
+from vft.data.sources.records import BadRecord, Malformed, read_json
 from vft.data_config import DataConfig, SourceConfig
 from vft.types import MediaOptions, MediaRef, Sample, UserError
 
@@ -87,10 +87,6 @@ def test_nothing(tmp_path: Path, text: str) -> None:
         ('[{"a": 1}\n\n{"b": 1}]', 3),
         ('[{"a": 1},\n]', 2),
         ('[{"a": 1}]\n\n{}', 3),
-        ('{"a": 1}\n{"b": 1', 2),
-        ('{"a": 1}\n{"b": NaN}', 2),
-        ('{"a": 1}\n' + "[" * 100_000, 2),
-        ('{"a": 1}\n{"b": ' + "9" * 5000 + "}", 2),
         ("id,video\n1,a.mp4", 1),
     ],
 )
@@ -100,6 +96,20 @@ def test_malformed(tmp_path: Path, text: str, line: int) -> None:
         list(read_json(path))
     assert str(caught.value).startswith(f"{path}:{line}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ['{"b": 1', '{"b": NaN}', "[" * 100_000, '{"b": ' + "9" * 5000 + "}", "id,video"])
+@pytest.mark.parametrize("after", ["", "\n", '\n{"c": 3}', '\n\n{"c": 3}\n'])
+def test_a_malformed_line_is_one_bad_record(tmp_path: Path, text: str, after: str) -> None:
+    """It costs itself, not the file; what follows keeps its line."""
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n' + text + after)
+    records = list(read_json(path))
+    assert records[0] == (1, {"a": 1})
+    assert records[1][0] == 2 and isinstance(records[1][1], Malformed)
+    assert [record for _, record in records[2:]] == ([{"c": 3}] if "c" in after else [])
+    assert all(path.read_text().split("\n")[line - 1] == '{"c": 3}' for line, _ in records[2:])
+    samples, bad = read("messages", path, tmp_path)
+    assert not samples and str(bad[1]).startswith("a.jsonl:2: ") and len(str(bad[1]).splitlines()) == 1
 
 
 def test_not_utf8_and_missing(tmp_path: Path) -> None:

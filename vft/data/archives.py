@@ -166,7 +166,7 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
                     while not is_plain and file.read(CHUNK_BYTES):
                         pass  # up to the checksum
                     return
-                if tar.offset <= entry.offset:
+                if entry.size < 0 or tar.offset <= entry.offset:
                     raise tarfile.ReadError("a member of negative size")
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of a whole archive
                 content = tar.extractfile(entry) if entry.isreg() else None

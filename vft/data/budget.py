@@ -22,15 +22,36 @@ def fit(
     Also the tokens that the media were planned to fit into: with them `plan_within` gives the same plans. Text that
     depends on the plans (times of frames, subtitles) is counted as it will be. UserError where nothing fits.
     """
-    room = config.pack_tokens - max(encoder.encode(one, answer_next).text_tokens for one in conversations)
-    while True:
+
+    def planned(room: int) -> tuple[tuple[MediaPlan, ...], int]:
+        """Plans for this room, and by how many tokens they and their text are too long."""
         plans = plan_within(room, conversations[0], encoder.spec, config, info)
         text = max(encoder.encode(one.settled(plans), answer_next).text_tokens for one in conversations)
-        vision = sum(len(encoder.spec.expand(plan)[0]) for plan in plans)
-        over = text + vision - config.pack_tokens
-        if over <= 0:
-            return plans, room
-        room = min(room, vision) - over
+        return plans, text + sum(len(encoder.spec.expand(plan)[0]) for plan in plans) - config.pack_tokens
+
+    high = config.pack_tokens - max(encoder.encode(one, answer_next).text_tokens for one in conversations)
+    plans, over = planned(high)
+    if over <= 0:
+        return plans, high
+    # Fewer frames have less text of their own, by how much nobody knows: search for the most room that fits.
+    low, found = 0, None
+    while low < high:
+        room = (low + high) // 2
+        try:
+            plans, over_now = planned(room)
+        except UserError:  # less than the smallest size of these media
+            low = room + 1
+            continue
+        if over_now > 0:
+            high, over = room, over_now
+        else:
+            low, found = room + 1, (plans, room)
+    if found is None:
+        raise UserError(
+            f"{conversations[0].origin}: {config.pack_tokens + over} tokens with the fewest and smallest frames, more "
+            f"than data.pack_tokens = {config.pack_tokens}; raise it or shorten the text"
+        )
+    return found
 
 
 def plan_within(

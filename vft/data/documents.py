@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vft.console import progress_bar
@@ -18,7 +19,10 @@ from vft.data.quarantine import BadItem, check_bad
 from vft.data.video import MediaError
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
-from vft.types import Conversation, Document, MediaInfo, MediaRef, Sample, UserError
+from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, UserError
+
+WORTH_SHARING = 0.25
+"""Share of the vision tokens that is given up so that all questions about it fit into one row."""
 
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
 
@@ -95,20 +99,36 @@ class Documents:
             for one, _ in group:
                 self.reject(one, "unfit", str(error))
             return
-        vision = sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
-        settled = [(one, self.encoder.encode(one.settled(plans))) for one, _ in group]
-        trunk = settled[0][1].trunk_tokens + vision
+        trunk, texts = self._sizes(group, plans)
+        over = trunk + sum(texts) - self.config.pack_tokens
+        vision = sum(plan.num_tokens for plan in plans)
+        if len(group) > 1 and 0 < over <= vision * WORTH_SHARING:
+            # A few frames less, and the video need not come again for the last of its questions.
+            less = min(room, vision) - over
+            with suppress(UserError):
+                fewer = plan_within(less, group[0][0], self.encoder.spec, self.config, self.info)
+                trunk_now, texts_now = self._sizes(group, fewer)
+                if trunk_now + sum(texts_now) <= self.config.pack_tokens:
+                    room, trunk, texts = less, trunk_now, texts_now
         members: list[Conversation] = []
         tokens = 0
-        for one, code in settled:
-            total = code.text_tokens + vision
+        for (one, _), text in zip(group, texts, strict=True):
             full = 0 < self.config.max_samples_per_pack <= len(members)
-            if members and (full or tokens + total - trunk > self.config.pack_tokens):
+            if members and (full or tokens + text > self.config.pack_tokens):
                 self._close(members, tokens, room, weight)
                 members, tokens = [], 0
-            tokens += total - trunk if members else total
+            tokens += text if members else trunk + text
             members.append(one)
         self._close(members, tokens, room, weight)
+
+    def _sizes(
+        self, group: Sequence[tuple[Conversation, Encoded]], plans: Sequence[MediaPlan]
+    ) -> tuple[int, list[int]]:
+        """Tokens of the trunk and of each text behind it, with these plans."""
+        encoded = [self.encoder.encode(one.settled(plans)) for one, _ in group]
+        vision = sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
+        shared = encoded[0].trunk_tokens
+        return shared + vision, [one.text_tokens - shared for one in encoded]
 
     def _close(self, conversations: Sequence[Conversation], tokens: int, room: int, weight: float) -> None:
         self.members.append(tuple(conversations))

@@ -99,4 +99,5 @@ def _single_tokens(tokens_S: Tensor, positions_S: Tensor, prompts: Batch) -> Bat
         layout=None,
         document_T=rows_S,
         branch_T=rows_S * 0,
+        continues=True,
     )

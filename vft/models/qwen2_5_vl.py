@@ -288,8 +288,9 @@ class Qwen2_5_VL(nn.Module):
         if batch.layout is not None:
             media_ME = self.visual(self.normalise(batch.pixels_PD), batch.layout)
             return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype))
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters()):
-            # A trained tower is in every rank's graph in every pack, or backward waits for the others for ever.
+        if not batch.continues and any(p.requires_grad for p in self.visual.parameters()):
+            # A trained tower is sharded: it runs in every process, or the others wait for ever; and in the graph, so
+            # that backward doesn't either.
             layout = move(self.spec.layout([(1, self.spec.merge, self.spec.merge)]), x_TE.device)
             dummy_PD = batch.pixels_PD.new_zeros(self.spec.merge**2, self.spec.patch_features)
             x_TE = x_TE + 0.0 * self.visual(self.normalise(dummy_PD), layout).sum()

@@ -132,6 +132,7 @@ def _batch(chunk: Sequence[_Branch], trunks: Batch, kept: int) -> Batch:
         layout=None,
         document_T=number_T,
         branch_T=number_T,
+        continues=True,
     )
 
 

@@ -94,10 +94,10 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
 
 def _likeliest_right(answer: Answer) -> bool:
     """Whether a right option is likelier than every wrong one: a tie is none, or the order of options would decide."""
-    right, wrong = [], []
-    for option, score in zip(answer.question.prompt.options, answer.option_scores, strict=True):
-        (right if option in answer.question.references else wrong).append(score)
-    return any(all(other < score for other in wrong) for score in right)
+    references = answer.question.references
+    scored = list(zip(answer.question.prompt.options, answer.option_scores, strict=True))
+    wrong = [score for option, score in scored if option not in references]
+    return any(all(other < score for other in wrong) for option, score in scored if option in references)
 
 
 def _generated_right(answer: Answer) -> bool:

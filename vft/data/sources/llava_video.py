@@ -21,6 +21,7 @@ from vft.data.sources.records import (
     BadRecord,
     Group,
     RecordError,
+    as_object,
     check_text,
     collect,
     natural_order,
@@ -28,7 +29,6 @@ from vft.data.sources.records import (
     resolve_frames,
     resolve_path,
     sample_id_of,
-    shown,
     unique,
 )
 from vft.types import MediaRef, Sample, Turn, UserError
@@ -99,8 +99,7 @@ class Archives:
             for number, (line, record) in enumerate(parse_json(read_bytes(file), file), 1):
                 origin = f"{name}:{line}"
                 try:
-                    if not isinstance(record, dict):
-                        raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+                    record = as_object(record)
                     sample_id = unique(sample_id_of(record, f"{Path(name).stem}-{number}"), seen)
                     video = check_text(record.get("video"), "video")
                     records.setdefault(video, []).append((origin, sample_id, record))

@@ -59,8 +59,14 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class Malformed(str):
+    """What is wrong with a line of JSONL, in the place of its record."""
+
+
 def read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """Each record of a JSON list or of JSON objects one behind another (JSONL), with the line where it starts, from 1.
+
+    A line of JSONL that isn't JSON comes as `Malformed`, where a good one came before it.
 
     Raises:
         UserError: the file can't be read, or isn't JSON; names file and line.
@@ -106,10 +112,15 @@ def _records(path: str, text: str) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            fail(error.pos, f"{error.msg}, found {shown(text[error.pos : error.pos + 20])}")
-        except (ValueError, RecursionError) as error:  # a constant or number that JSON does not have, absurd nesting
-            fail(position, str(error))
+        except (ValueError, RecursionError) as error:  # also a constant that JSON does not have, absurd nesting
+            at, what = position, str(error)
+            if isinstance(error, json.JSONDecodeError):
+                at, what = error.pos, f"{error.msg}, found {shown(text[error.pos : error.pos + 20])}"
+            if in_list or is_first:
+                fail(at, what)
+            # One broken line of many is one bad record.
+            end = text.find("\n", position) % (len(text) + 1)
+            record = Malformed(f"{what}; each line must be a JSON object")
         yield line, record
         position, is_first = skip_space(end), False
     if in_list:
@@ -144,14 +155,22 @@ def collect(
         for number, (line, record) in enumerate(read_json(path), 1):
             origin = f"{name}:{line}"
             try:
-                if not isinstance(record, dict):
-                    raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+                record = as_object(record)
                 sample_id = unique(sample_id_of(record, f"{path.stem}-{number}"), seen)
                 fields = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
                 samples.append(Sample(sample_id, parse(record, path), origin, fields))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
     return samples, bad
+
+
+def as_object(record: object) -> dict[str, Any]:
+    """`record` if it is a JSON object."""
+    if isinstance(record, Malformed):
+        raise RecordError("", str(record))
+    if not isinstance(record, dict):
+        raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+    return record
 
 
 def sample_id_of(record: Mapping[str, Any], default: str) -> str:

@@ -1,0 +1,77 @@
+"""Scores the options of questions in as many processes as the environment says; the tests start it.
+
+Arguments: a base model, a JSON file with questions, `adapters` or `towers` for what is trained, a file for the scores.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from vft.answer import Answerer
+from vft.config import LoraConfig, ParallelConfig
+from vft.data.chat import ChatEncoder
+from vft.data.index import build as build_index
+from vft.data.pool import WorkerPool
+from vft.data_config import DataConfig, VideoConfig
+from vft.distributed import all_of, environment, make_mesh, process_group
+from vft.lora import choose_trainable, fill, initialise, is_adapter
+from vft.models import build
+from vft.models import score as scores
+from vft.models.generate import Sampling
+from vft.models.weights import Checkpoint, load_weights
+from vft.parallel import parallelize
+from vft.task import Question
+from vft.types import Conversation, MediaRef, Turn
+
+TARGETS = {
+    "adapters": ("language_model.*",),
+    "towers": ("language_model.*", "vision_tower.*", "merger.*"),
+}
+
+
+def main(base: str, questions: str, trained: str, output: str) -> None:
+    """Answer and score; the first process writes what each question got and how many passes each process took."""
+    scores.MAX_ROWS = 64  # several chunks for few options
+    world = environment()
+    asked = [question_of(one) for one in json.loads(Path(questions).read_text())]
+    checkpoint = Checkpoint.open(base)
+    skeleton = build(checkpoint, torch.float32)
+    model = skeleton.model
+    config = DataConfig(video=VideoConfig(frames=4, max_pixels=56 * 56), workers=0)
+    refs = [ref for question in asked for ref in question.prompt.media]
+    index = build_index(refs, config.cache_path, 0, config.clip_deadline_s, False)
+    with process_group(world), WorkerPool(0, config.clip_deadline_s) as pool:
+        lora = LoraConfig(rank=2, alpha=4, targets=TARGETS[trained])
+        choose_trainable(model, skeleton.towers, lora, ())
+        adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
+        parallelize(model, make_mesh(world, 0), ParallelConfig(), torch.float32)
+        model.to_empty(device=world.device)
+        load_weights(model, checkpoint, adapters)
+        initialise(model, seed=0)
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if is_adapter(name):
+                generator = torch.Generator().manual_seed(number)
+                fill(parameter, 0.3 * torch.randn(parameter.shape, generator=generator))
+        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, skeleton.spec), config, index.info, pool, world)
+        passes: list[int] = []
+        model.register_forward_pre_hook(lambda module, args: passes.append(args[0].num_targets))
+        answers = answerer.answer_all(asked, Sampling(max_new_tokens=3), batch_size=2)
+        everything = all_of(len([one for one in passes if one]))
+        if world.is_main:
+            found = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers.values()}
+            Path(output).write_text(json.dumps({"answers": found, "passes": everything}))
+
+
+def question_of(one: dict[str, list[str]]) -> Question:
+    """A question of its id, media and options."""
+    media = [MediaRef("video" if path.endswith(".mp4") else "image", Path(path)) for path in one["media"]]
+    prompt = Conversation(one["id"][0], (Turn("user", (*media, "What?")),), "q", tuple(one["options"]))
+    return Question(one["id"][0], prompt, ())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

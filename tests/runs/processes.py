@@ -1,0 +1,30 @@
+"""One command in several processes that find each other, as torchrun starts them, without the seconds it takes."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from tests.runs.commands import Commands, Result
+
+PATIENCE_S = 40.0
+"""Until processes that wait for each other for ever are ended."""
+
+
+def run_together(commands: Commands, processes: int, program: str, *arguments: object) -> list[Result]:
+    """How each of `processes` ended; all are killed where one fails or they take too long."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [commands.start(program, *arguments, **place, **address) for place in places]
+    end = time.monotonic() + PATIENCE_S
+    while any(one.is_running for one in started):
+        failed = any(not one.is_running and one.wait().status for one in started)
+        if failed or time.monotonic() > end:
+            for one in started:
+                if one.is_running:
+                    one.kill()
+        time.sleep(0.02)
+    return [one.wait() for one in started]
