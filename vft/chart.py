@@ -46,7 +46,10 @@ def line_chart(title: str, series: Mapping[str, Curve]) -> str:
     """An SVG element. At least one curve must have a point; values must be finite."""
     parts = {name: _in_parts(curve) for name, curve in series.items()}
     everything = [part for curve in parts.values() for part in curve]
-    y = value_axis([value for _, _, one in everything for value in (one.value, one.low, one.high)])
+    # Of a mean's range, which is its parts' extremes, the title tells; it would press the curve flat.
+    y = value_axis(
+        [v for a, b, one in everything for v in ((one.value, one.low, one.high) if a == b else (one.value,))]
+    )
     x = step_axis([last for _, last, _ in everything])
     left, right, foot = 12 + 6.2 * max(len(_label(tick)) for tick in y.ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
     lines = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps">']
@@ -63,12 +66,13 @@ def line_chart(title: str, series: Mapping[str, Curve]) -> str:
         for first, last, one in curve:
             px, py = x.place(last, left, right), y.place(one.value, foot, TOP)
             points.append(f"{px:.1f},{py:.1f}")
-            when = f"step {last}" if first == last else f"steps {first} to {last}, mean"
+            when = f"step {last}" if first == last else f"mean of steps {first} to {last}"
             told = f"{name}, {when}: {one.value:.5g}"
             if one.low < one.high:
+                told += f" [{one.low:.5g}, {one.high:.5g}]"
+            if one.low < one.high and first == last:
                 ends = f'y1="{y.place(one.low, foot, TOP):.1f}" y2="{y.place(one.high, foot, TOP):.1f}"'
                 marks.append(f'<line class="whisker" x1="{px:.1f}" x2="{px:.1f}" {ends}/>')
-                told += f" [{one.low:.5g}, {one.high:.5g}]"
             kind = "dot" if len(curve) <= MAX_DOTS else "dot hidden"
             marks.append(
                 f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{escape(told)}</title></circle>'
@@ -108,13 +112,14 @@ def _round_up(rough: float) -> float:
 
 
 def _in_parts(curve: Curve) -> list[tuple[int, int, Interval]]:
-    """First step, last step and value of each point that is drawn."""
+    """First step, last step and value of each point that is drawn; of several steps mean, least and largest value."""
     size = math.ceil(len(curve) / MAX_POINTS)
     if size <= 1:
         return [(step, step, one) for step, one in curve]
     parts = [curve[i : i + size] for i in range(0, len(curve), size)]
-    means = [fmean(one.value for _, one in part) for part in parts]
-    return [(part[0][0], part[-1][0], Interval(mean, mean, mean)) for part, mean in zip(parts, means, strict=True)]
+    values = [[one.value for _, one in part] for part in parts]
+    means = [Interval(fmean(some), min(some), max(some)) for some in values]
+    return [(part[0][0], part[-1][0], mean) for part, mean in zip(parts, means, strict=True)]
 
 
 def _label(value: float) -> str:

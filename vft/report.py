@@ -189,7 +189,11 @@ def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row
         f"Scores{made_by}": [row for row in rows if "/" not in row["metric"]],
         f"Groups{made_by}": [row for row in rows if "/" in row["metric"]],
     }
-    return [{"title": title, "names": names, "rows": part} for title, part in parts.items() if part]
+    return [
+        {"title": title, "names": names, "rows": part, "intervals": any(i for row in part for _, i in row["scores"])}
+        for title, part in parts.items()
+        if part
+    ]
 
 
 def shown(score: Interval | None) -> tuple[str, str]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from vft import answer as answering
 from vft.answer import Answerer
 from vft.config import LoraConfig, ParallelConfig
 from vft.data.chat import ChatEncoder
@@ -20,8 +22,8 @@ from vft.data_config import DataConfig, VideoConfig
 from vft.distributed import all_of, environment, make_mesh, process_group
 from vft.lora import choose_trainable, fill, initialise, is_adapter
 from vft.models import build
-from vft.models import score as scores
 from vft.models.generate import Sampling
+from vft.models.score import score_options
 from vft.models.weights import Checkpoint, load_weights
 from vft.parallel import parallelize
 from vft.task import Question
@@ -35,7 +37,7 @@ TARGETS = {
 
 def main(base: str, questions: str, trained: str, output: str) -> None:
     """Answer and score; the first process writes what each question got and how many passes each process took."""
-    scores.MAX_ROWS = 64  # several chunks for few options
+    answering.score_options = partial(score_options, max_rows=64)  # several chunks for few options
     world = environment()
     asked = [question_of(one) for one in json.loads(Path(questions).read_text())]
     checkpoint = Checkpoint.open(base)

@@ -217,10 +217,10 @@ class SlotStream:
         while len(barren) < MAX_BARREN and len(set(barren)) < len(self.archives.shards):
             yield from self._read_epoch(epoch, start if epoch == start.epoch else Position(epoch), damage, barren)
             epoch += 1
-        found = f"{len(self.archives.shards)} archives have too few clips with records"
+        found = f"too few clips with records in {len(self.archives.shards)} archive(s)"
         raise UserError(
-            f"{self.archives.name}: {found} for train.packs_per_step = {self.context.slots} streams; lower it, or read "
-            "the source with stream = false" + (f" [{damage[-1].message}]" if damage else "")
+            f"{self.archives.name}: {found} for the {self.context.slots} streams of train.packs_per_step; lower it, or "
+            "read the source with stream = false" + (f" [{damage[-1].message}]" if damage else "")
         )
 
     def _read_epoch(self, epoch: int, start: Position, damage: list[BadItem], barren: list[str]) -> Iterator[_Read]:
