@@ -109,7 +109,7 @@ def show_scores(scores: dict[str, Scores], title: str) -> None:
     for metric in next(iter(scores.values())):
         row = [values[metric] for values in scores.values()]
         cells = [shown(one) for one in row]
-        if len(row) > 1 and all(one.low < one.high for one in row):
+        if len(row) > 1 and any(one.low < one.high for one in row):
             cells.append("apart" if row[0].high < row[1].low or row[1].high < row[0].low else "overlap")
         table.add_row(metric, *cells)
     Console().print(table)

@@ -6,17 +6,18 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from vft.answer import Answerer
 from vft.config import Config
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader
+from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
 from vft.distributed import World, sum_over_ranks
 from vft.files import replace_text
@@ -27,12 +28,12 @@ from vft.types import Conversation, UserError
 
 
 def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
-    """The last answer of each conversation as the reference; equal prompts on equal media are one question."""
+    """The last answer of each conversation as the reference; equal prompts, media and options are one question."""
     found: dict[object, Question] = {}
     for one in conversations:
         last = max(i for i, turn in enumerate(one.turns) if turn.role == "assistant")
         prompt = Conversation(one.id, one.turns[:last], one.origin, one.options, one.facts)
-        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns))
+        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), one.options)
         before = found.get(key)
         references = (*(before.references if before else ()), one.turns[last].text)
         found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
@@ -76,8 +77,20 @@ def evaluate(
     loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
     if loss is not None:
         scores["loss"] = loss
+    if isinstance(answerer.model, FSDPModule):
+        # After a pass without a backward one the root's weights stay gathered, in tensors that the optimizer, and so a
+        # checkpoint, knows nothing of.
+        answerer.model.reshard()
     counts = {"answered": len(answers), "unreadable": len(asked) - len(answers)}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
+
+
+class _NothingInstead(PackPlan):
+    """Leaves the place of what can't be decoded empty: another document in it would count twice."""
+
+    def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
+        """There is none."""
+        return None
 
 
 @torch.no_grad()
@@ -88,7 +101,8 @@ def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: Worl
     """
     whole = held_out.pack_plan(seed=0)
     chosen = frozenset(some(len(whole.lengths), limit))
-    plan = replace(whole, weights=tuple(float(i in chosen) for i in range(len(whole.lengths))))
+    weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
+    plan = _NothingInstead(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
     loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)
     packs = len(plan.packs(0))
     sums_P2 = torch.zeros(packs + world.size, 2, dtype=torch.float64, device=world.device)

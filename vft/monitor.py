@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from vft.attention import attended_pairs
+from vft.distributed import World
 from vft.lora import TrainableRow
 from vft.metrics import Interval
 from vft.types import Batch, UserError
@@ -89,6 +91,14 @@ def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, in
 def describe_device(device: torch.device) -> str:
     """What the run computes on, in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def describe_run(world: World, samples: int, documents: int, archives: int) -> dict[str, Any]:
+    """What is at work on what, for run.json and the first line on the screen."""
+    facts: dict[str, Any] = {"device": describe_device(world.device), "processes": world.size}
+    facts |= {name: count for name, count in (("samples", samples), ("documents", documents)) if count}
+    facts |= {"archives": archives} if archives else {}
+    return {**facts, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def require_tensorboard() -> None:

@@ -40,12 +40,13 @@ from vft.monitor import (
     Monitor,
     StepResult,
     Stopwatch,
-    describe_device,
+    describe_run,
     describe_step,
     require_tensorboard,
 )
 from vft.optim import build_optimizer, learning_rate, scale_and_clip
 from vft.parallel import parallelize, sync_gradients
+from vft.report import write_report
 from vft.task import Task, asking, main_conversation
 from vft.types import UserError
 
@@ -159,13 +160,9 @@ class Trainer:
         """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
         config, model = self.config, self.model
         rows = choose_trainable(model, self.skeleton.towers, config.lora, config.model.train)
-        self.monitor.say(
-            f"{describe_device(self.world.device)}, {self.world.size} process(es), {config.train.precision}; "
-            f"{self.documents.num_samples} samples in {len(self.documents.lengths)} documents, {self.max_steps} steps"
-        )
-        if self.streams is not None:
-            shards = sum(len(one.shards) for one in self.streams.archives)
-            self.monitor.say(f"{shards} archives are streamed to {config.train.packs_per_step} rows a step")
+        shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
+        self.about = describe_run(self.world, self.documents.num_samples, len(self.documents.lengths), shards)
+        self.monitor.say(f"{', '.join(f'{k} {v}' for k, v in self.about.items())}, steps {self.max_steps}")
         if any(source.format == "video_mme" for source in config.data.sources):
             self.monitor.say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
         self.monitor.table_of_trainable(rows, model)
@@ -200,6 +197,7 @@ class Trainer:
                 ) from None
             remove_partials(self.folder)
             replace_text(self.folder / "config.toml", configs.dump(self.config))
+            replace_text(self.folder / "run.json", json.dumps(self.about, indent=1) + "\n")
             write_quarantine(self.folder, self.documents.bad)
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
@@ -244,6 +242,8 @@ class Trainer:
         finally:
             self.monitor.close()
         self.export()
+        if self.world.is_main:
+            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.skeleton.spec)}")
 
     def train_step(self) -> None:
         """One optimizer step over `packs_per_step` packs of all processes together."""

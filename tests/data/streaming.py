@@ -56,7 +56,7 @@ def pe_shards(folder: Path, sizes: Sequence[int], suffix: str = ".tar") -> list[
     return [name for members in names for name in members]
 
 
-def llava_record(video: str, number: int, **more: Any) -> dict[str, Any]:
+def llava_record(video: Any, number: int, **more: Any) -> dict[str, Any]:
     """A question about a video, as LLaVA-Video-178K has it; every third has a second turn."""
     turns = [
         {"from": "human", "value": f"<image>\nWhat of {number}?"},
@@ -64,7 +64,7 @@ def llava_record(video: str, number: int, **more: Any) -> dict[str, Any]:
     ]
     if number % 3 == 2:
         turns += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
-    return {"id": f"q{number}", "conversations": turns, "data_source": "0_30_s_x", "video": video, **more}
+    return {"id": f"q{number}", "conversations": turns, "data_source": "0_30_s_x", "video": video} | more
 
 
 def data_config(root: Path, *sources: Mapping[str, Any], **more: Any) -> DataConfig:

@@ -1,6 +1,7 @@
 """Scores the options of questions in as many processes as the environment says; the tests start it.
 
-Arguments: a base model, a JSON file with questions, `adapters` or `towers` for what is trained, a file for the scores.
+Arguments: a base model, a JSON file with lists of questions by name, `adapters` or `towers` for what is trained, a file
+for the scores.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ TARGETS = {
 
 
 def main(base: str, questions: str, trained: str, output: str) -> None:
-    """Answer and score; the first process writes what each question got and how many passes each process took."""
+    """Answer and score each list; the first process writes what each question got and how many options-passes each
+    process had."""
     answering.score_options = partial(score_options, max_rows=64)  # several chunks for few options
     world = environment()
-    asked = [question_of(one) for one in json.loads(Path(questions).read_text())]
+    lists = {name: list(map(question_of, some)) for name, some in json.loads(Path(questions).read_text()).items()}
     checkpoint = Checkpoint.open(base)
     skeleton = build(checkpoint, torch.float32)
     model = skeleton.model
     config = DataConfig(video=VideoConfig(frames=4, max_pixels=56 * 56), workers=0)
-    refs = [ref for question in asked for ref in question.prompt.media]
+    refs = [ref for asked in lists.values() for question in asked for ref in question.prompt.media]
     index = build_index(refs, config.cache_path, 0, config.clip_deadline_s, False)
     with process_group(world), WorkerPool(0, config.clip_deadline_s) as pool:
         lora = LoraConfig(rank=2, alpha=4, targets=TARGETS[trained])
@@ -61,11 +63,14 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
         answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, skeleton.spec), config, index.info, pool, world)
         passes: list[int] = []
         model.register_forward_pre_hook(lambda module, args: passes.append(args[0].num_targets))
-        answers = answerer.answer_all(asked, Sampling(max_new_tokens=3), batch_size=2)
-        everything = all_of(len([one for one in passes if one]))
+        found = {}
+        for name, asked in lists.items():
+            passes.clear()
+            answers = answerer.answer_all(asked, Sampling(max_new_tokens=3), batch_size=2)
+            told = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers.values()}
+            found[name] = {"answers": told, "passes": all_of(sum(map(bool, passes)))}
         if world.is_main:
-            found = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers.values()}
-            Path(output).write_text(json.dumps({"answers": found, "passes": everything}))
+            Path(output).write_text(json.dumps(found))
 
 
 def question_of(one: dict[str, list[str]]) -> Question:

@@ -59,7 +59,7 @@ class Element:
 
 
 class Reader(HTMLParser):
-    """A tree of the page; fails where elements don't nest, but for SVG's own closed ones."""
+    """A tree of the page; fails where elements don't nest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +146,18 @@ def chart(page: Element, title: str) -> Element:
 
 def points(figure: Element) -> list[tuple[float, float]]:
     """(step, value) of every circle, by the axes' own ticks, as a reader of the picture finds them."""
-    scales = {}
-    for axis, place in (("x", "x"), ("y", "y")):
-        ticks = [(float(t.attributes[place]), float(t.text.replace(",", ""))) for t in figure.all("text", class_=axis)]
-        assert len(ticks) >= 2 and len(ticks) <= 12
-        scales[axis] = np.polyfit(*zip(*ticks, strict=True), 1)
-    circles = figure.all("circle")
-    return [tuple(float(np.polyval(scales[a], float(c.attributes[f"c{a}"]))) for a in "xy") for c in circles]  # type: ignore[misc]
+    columns = []
+    for axis in ("x", "y"):
+        ticks = [(number(tick, axis), float(tick.text.replace(",", ""))) for tick in figure.all("text", class_=axis)]
+        assert 2 <= len(ticks) <= 12
+        scale = np.polyfit(*np.array(ticks).T, 1)
+        columns.append([float(np.polyval(scale, number(circle, f"c{axis}"))) for circle in figure.all("circle")])
+    return list(zip(*columns, strict=True))
+
+
+def number(element: Element, name: str) -> float:
+    """The value of a numeric attribute."""
+    return float(element.attributes[name] or "")
 
 
 # ------------------------------------------------------------------------------------------------------ made by hand
@@ -177,10 +182,10 @@ def test_curves_lie_where_their_values_are(tmp_path: Path) -> None:
 def test_a_spike_makes_the_axis_logarithmic(tmp_path: Path) -> None:
     norms = [1.0, 1.2, 0.9, 1000.0, 1.1]
     figure = chart(read(write_run(tmp_path, [step(i, grad_norm=n) for i, n in enumerate(norms, 1)])), "gradient norm")
-    ticks = [(float(t.attributes["y"] or 0), float(t.text.replace(",", ""))) for t in figure.all("text", class_="y")]
+    ticks = [(number(t, "y"), float(t.text.replace(",", ""))) for t in figure.all("text", class_="y")]
     assert [value for _, value in ticks] == [0.1, 1, 10, 100, 1000]
     slope = np.polyfit([y for y, _ in ticks], np.log10([value for _, value in ticks]), 1)
-    shown = [10 ** np.polyval(slope, float(c.attributes["cy"] or 0)) for c in figure.all("circle")]
+    shown = [10 ** np.polyval(slope, number(c, "cy")) for c in figure.all("circle")]
     assert np.allclose(shown, norms, rtol=0.03)
 
 
@@ -263,7 +268,7 @@ def test_options_are_right_or_wrong_with_their_likelihood(tmp_path: Path) -> Non
         "clip-1 worst wrong",
         "clip-2 worst wrong",  # the surest of the wrong ones
     ]
-    assert shown[0].all("dd")[-1].text == "A. likeliest: A. (-0.125 a token)"
+    assert shown[0].all("dd")[-1].text == "A. likeliest: A. (log-likelihood -0.125 a token)"
     assert not [heading for heading in page.all("h2") if "Confusion" in heading.text]
 
 

@@ -49,7 +49,10 @@ def test_a_few_clips_are_learnt_by_heart(learned: Path) -> None:
 
 def test_what_a_run_leaves(learned: Path) -> None:
     left = {path.name for path in learned.iterdir()}
-    assert left == {".lock", "config.toml", "metrics.jsonl", "checkpoints", "adapter", "quarantine.jsonl"}
+    assert left == {".lock", "config.toml", "metrics.jsonl", "checkpoints", "adapter", "quarantine.jsonl"} | {
+        "run.json",
+        "report.html",
+    }
     assert {path.name for path in (learned / "adapter").iterdir()} == ADAPTER_FILES
     assert [path.name for path in (learned / "checkpoints").iterdir()] == ["step-000060"]
     assert (learned / "quarantine.jsonl").read_text() == ""

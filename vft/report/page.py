@@ -19,11 +19,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from vft.chart import Curve, line_chart
 from vft.data.documents import Documents
-from vft.examples import examples
 from vft.files import replace_text
 from vft.metrics import Interval, confusion
+from vft.report.chart import Curve, line_chart
+from vft.report.examples import examples
 from vft.types import VisionSpec
 
 Row = dict[str, Any]

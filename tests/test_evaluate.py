@@ -1,0 +1,290 @@
+"""Evaluation of a model on held-out records: which questions are asked, the loss beside them, the file of answers.
+
+The loss is compared with transformers' model on each sample alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.helpers import CPU, Tiny, inputs_for_transformers, talk
+from vft.answer import Answerer
+from vft.config import Config, ModelConfig
+from vft.data import vision
+from vft.data.documents import Documents
+from vft.data.packing import collate
+from vft.data.pool import WorkerPool
+from vft.data_config import DataConfig, ImageConfig, SourceConfig
+from vft.distributed import World
+from vft.evaluate import evaluate, held_out_loss, load_held_out, prediction_line, questions
+from vft.models.generate import Sampling
+from vft.recipes.caption import Caption
+from vft.recipes.classify import Classify
+from vft.recipes.summarize import Summarize
+from vft.task import Answer, Question, Task
+from vft.types import Conversation, MediaOptions, MediaRef, Turn, UserError
+
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+VIDEO = MediaRef("video", Path("a.mp4"))
+GREYS = (30, 90, 150, 210)
+
+# ---------------------------------------------------------------------------------------------- which are asked
+
+
+def ask(text: Any, answer: str, id: str, **more: Any) -> Conversation:
+    return replace(talk(("user", text), ("assistant", answer), id=id), **more)
+
+
+def test_equal_prompts_are_one_question() -> None:
+    """With all their answers as references, in order, under the first one's name."""
+    conversations = [
+        ask([VIDEO, "What?"], "A dog.", "a", facts={"n": 1}),
+        ask([VIDEO, "Who?"], "A cook.", "b"),
+        ask([VIDEO, "What?"], "A brown dog.", "c", facts={"n": 2}),
+        ask([VIDEO, "What?"], "A dog.", "d"),
+    ]
+    what, who = questions(conversations)
+    assert (what.id, what.references) == ("a", ("A dog.", "A brown dog.", "A dog."))
+    assert (who.id, who.references) == ("b", ("A cook.",))
+    assert what.prompt == Conversation("a", conversations[0].turns[:1], "a.json:1", (), {"n": 1})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ask([VIDEO, "What ?"], "B", "other"),
+        ask([replace(VIDEO, path=Path("b.mp4")), "What?"], "B", "other"),
+        ask([replace(VIDEO, options=MediaOptions(fps=1.0)), "What?"], "B", "other"),
+        ask([VIDEO, VIDEO, "What?"], "B", "other"),
+        ask("What?", "B", "other"),
+        ask([VIDEO, "What?"], "B", "other", options=("B", "C")),
+        talk(("system", "Be brief."), ("user", [VIDEO, "What?"]), ("assistant", "B"), id="other"),
+        talk(("user", [VIDEO, "What?"]), ("assistant", "A"), ("user", "So?"), ("assistant", "B"), id="other"),
+    ],
+    ids=["text", "file", "frames", "media", "no media", "options", "system", "turns"],
+)
+def test_other_prompts_are_other_questions(other: Conversation) -> None:
+    first = ask([VIDEO, "What?"], "A", "first", options=("A", "B"))
+    assert [(one.id, one.references) for one in questions([first, other])] == [("first", ("A",)), ("other", ("B",))]
+
+
+def test_the_last_answer_is_asked_for() -> None:
+    """Earlier answers belong to the prompt, what comes behind the last one to nothing."""
+    one = talk(
+        ("user", [VIDEO, "Who?"]), ("assistant", "A cook."), ("user", "Why?"), ("assistant", "Lunch."), ("user", "Oh.")
+    )
+    (question,) = questions([one])
+    assert question.references == ("Lunch.",) and question.prompt.turns == one.turns[:3]
+
+
+def test_a_limit() -> None:
+    """So many of them, in their order, always the same; all where it is 0 or more than there are."""
+    conversations = [ask(f"What is {i}?", "x", str(i)) for i in range(20)]
+    everything = questions(conversations)
+    assert len(everything) == 20
+    few = questions(conversations, 5)
+    assert len(few) == 5 and few == questions(conversations, 5) and few == [one for one in everything if one in few]
+    assert questions(conversations, 20) == questions(conversations, 99) == everything
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, and one whose file ends too early: its header is right, so that only decoding shows it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for grey in GREYS:
+        noise = torch.randint(0, 40, (56, 84, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray((noise + grey).numpy()).save(folder / f"{grey}.png")
+    content = (folder / "30.png").read_bytes()
+    (folder / "broken.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def record(answer: str, picture: str = "", question: str = "What is seen?") -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": f"{'<image>' * bool(picture)}{question}"},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": turns, **({"images": [picture]} if picture else {})}
+
+
+RECORDS = [
+    record("A grey picture.", "30.png"),
+    record("Grey", "90.png"),
+    record("Nothing", "30.png", "Who is seen?"),
+    record("Something of a light grey, and not much more than that.", "150.png"),
+    record("Four.", question="What is two and two?"),
+    record("Light.", "210.png"),
+]
+
+
+def held_out_of(
+    tiny: Tiny, root: Path, records: Sequence[dict[str, Any]], task: Task | None = None, **settings: Any
+) -> tuple[Config, Documents]:
+    """The records as a run reads them."""
+    (root / "held_out.json").write_text(json.dumps(records))
+    data = {"pack_tokens": 120, "workers": 0, "image": ImageConfig(max_pixels=84 * 56)} | settings
+    source = SourceConfig(format="messages", path="held_out.json")
+    data = DataConfig(root=root, sources=(source,), cache_dir=str(root / "cache"), **data)
+    config = Config(output_dir=root / "run", model=ModelConfig(path=str(tiny.path)), data=data)
+    return config, load_held_out(task or Caption(), config, tiny.encoder)
+
+
+@torch.no_grad()
+def sums_of(tiny: Tiny, held_out: Documents, leave_out: str = "") -> list[tuple[float, int]]:
+    """Summed loss and supervised tokens of each readable sample alone, by transformers."""
+    found = []
+    for one in (one for members in held_out.members for one in members):
+        if leave_out and any(leave_out in ref.name for ref in one.media):
+            continue
+        documents = Documents(held_out.encoder, held_out.config, held_out.info)
+        documents.add([one], 1.0)
+        made = documents.build(0)
+        batch = collate([(made, [vision.load(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)
+        logits_TV = tiny.theirs(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0].double()
+        loss = F.cross_entropy(logits_TV[:-1], batch.labels_T[1:], ignore_index=-100, reduction="sum")
+        found.append((float(loss), int((batch.labels_T[1:] != -100).sum())))
+    return found
+
+
+def mean_of(sums: Sequence[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: bool) -> None:
+    """Over all supervised tokens, however they are packed; the model is left in the mode in which it was."""
+    _, held_out = held_out_of(tiny, root, RECORDS, share_videos=share)
+    packs = held_out.pack_plan(0).packs(0)
+    assert len(held_out.members) == (5 if share else 6) and 1 < len(packs) < 5 and max(map(len, packs)) > 1
+    model, modes = tiny.ours().train(), []
+    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    with WorkerPool(0, 60.0) as pool:
+        loss = held_out_loss(model, held_out, pool, ALONE)
+    assert loss is not None and model.training and set(modes) == {False} and len(modes) == len(packs)
+    assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out)), rel=1e-5)
+    assert loss.low <= loss.value <= loss.high and loss.low < loss.high
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_loss_of_some_documents(tiny: Tiny, root: Path) -> None:
+    """A limit is a number of documents, each once: the loss is that of some choice of so many."""
+    _, held_out = held_out_of(tiny, root, RECORDS, share_videos=False)
+    sums, model = sums_of(tiny, held_out), tiny.ours()
+    with WorkerPool(0, 60.0) as pool:
+        for limit in (1, 3, 6, 7):
+            loss = held_out_loss(model, held_out, pool, ALONE, limit)
+            assert loss is not None
+            possible = [mean_of(chosen) for chosen in itertools.combinations(sums, min(limit, 6))]
+            assert min(abs(loss.value / one - 1) for one in possible) <= 1e-5
+
+
+def test_what_is_unreadable_does_not_count(tiny: Tiny, root: Path) -> None:
+    """Nor does anything take its place, as it would in training: no sample counts twice."""
+    broken = record("Half a picture, which nobody sees.", "broken.png")
+    _, held_out = held_out_of(tiny, root, [*RECORDS[:2], broken, *RECORDS[2:]])
+    assert not held_out.bad
+    model = tiny.ours()
+    with WorkerPool(0, 60.0) as pool:
+        loss = held_out_loss(model, held_out, pool, ALONE)
+        assert loss is not None
+        assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out, leave_out="broken")), rel=1e-5)
+        _, nothing = held_out_of(tiny, root, [broken])
+        assert held_out_loss(model, nothing, pool, ALONE) is None
+
+
+# --------------------------------------------------------------------------------------------- all of an evaluation
+
+
+def evaluated(
+    tiny: Tiny, root: Path, task: Task, records: Sequence[dict[str, Any]], folder: Path, limit: int = 0
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores, and the lines of the file of answers."""
+    config, held_out = held_out_of(tiny, root, records, task)
+    with WorkerPool(0, 60.0) as pool:
+        answerer = Answerer(tiny.ours(), tiny.encoder, config.data, held_out.info, pool, ALONE)
+        scores = evaluate(task, answerer, held_out, Sampling(max_new_tokens=4), 2, limit, folder / "answers.jsonl")
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return {name: one.value for name, one in scores.items()}, lines
+
+
+def test_an_evaluation(tiny: Tiny, root: Path, tmp_path: Path) -> None:
+    """Every readable question is answered and scored; the others are counted; the loss stands beside."""
+    broken = record("Half a picture.", "broken.png")
+    again = record("Another grey.", "90.png")
+    scores, lines = evaluated(tiny, root, Caption(), [RECORDS[0], RECORDS[1], broken, RECORDS[4], again], tmp_path)
+    assert (scores["answered"], scores["unreadable"]) == (3, 1)
+    assert {"cider_d", "bleu4", "rouge_l", "loss"} < scores.keys()
+    assert [line["reference"] for line in lines] == ["A grey picture.", "Grey", "Four."]
+    assert [line.get("references") for line in lines] == [None, ["Grey", "Another grey."], None]
+    assert [line["prompt"] for line in lines] == ["What is seen?"] * 2 + ["What is two and two?"]
+    assert all(isinstance(line["prediction"], str) and "choice" not in line for line in lines)
+    assert len({line["id"] for line in lines}) == 3
+
+
+def test_an_evaluation_with_options(tiny: Tiny, root: Path, tmp_path: Path) -> None:
+    """Each option's score in its place; top1 is the share of those whose label scores highest."""
+    labels = ["grey", "light grey", "black", "a picture of nothing"]
+    records = [{**record(label, f"{grey}.png"), "labels": labels} for grey, label in zip(GREYS, labels, strict=True)]
+    scores, lines = evaluated(tiny, root, Classify(), records, tmp_path)
+    assert [line["reference"] for line in lines] == labels and all(len(line["option_scores"]) == 4 for line in lines)
+    for line in lines:
+        assert line["choice"] == labels[line["option_scores"].index(max(line["option_scores"]))]
+        assert max(line["option_scores"]) < 0
+    assert scores["top1"] == sum(line["choice"] == line["reference"] for line in lines) / 4
+    # Pictures differ, so do likelihoods.
+    assert len({line["option_scores"][0] for line in lines}) == 4
+
+
+def test_a_limit_of_questions(tiny: Tiny, root: Path, tmp_path: Path) -> None:
+    scores, lines = evaluated(tiny, root, Caption(), RECORDS, tmp_path, limit=2)
+    assert (scores["answered"], scores["unreadable"], len(lines)) == (2, 0, 2)
+
+
+def test_segments_are_not_asked_about(tiny: Tiny, root: Path) -> None:
+    """They are further supervision: an evaluation has the main question of each record alone."""
+    story = {"images": ["30.png"], "text": "It is grey."}
+    (root / "story.json").write_text(json.dumps([story]))
+    (root / "video_story.json").write_text(
+        json.dumps([{"video": "none.mp4", "text": "x", "segments": [{"start_s": 0, "end_s": 1, "text": "y"}]}])
+    )
+    source = SourceConfig(format="story", path="story.json")
+    data = DataConfig(root=root, sources=(source,), workers=0, cache_dir=str(root / "cache"))
+    config = Config(output_dir=root / "run", model=ModelConfig(path=str(tiny.path)), data=data)
+    held_out = load_held_out(Summarize(), config, tiny.encoder)
+    assert [[one.id for one in members] for members in held_out.members] == [["story-1"]]
+
+
+def test_a_stream_has_no_held_out_records(tiny: Tiny, root: Path) -> None:
+    source = SourceConfig(format="llava_video", path="shards", stream=True)
+    data = DataConfig(root=root, sources=(source,))
+    config = Config.model_construct(data=data, eval=Config.model_fields["eval"].default, seed=0)
+    with pytest.raises(UserError, match=r"^eval\.sources = \[\]: a stream has no held-out records"):
+        load_held_out(Caption(), config, tiny.encoder)
+
+
+def test_a_line_of_the_file() -> None:
+    """JSON on one line, whatever the texts hold; the choice is the likeliest option."""
+    prompt = Conversation("q", (Turn("user", (VIDEO, "What\nis it?")),), "q", ("ä", "b"))
+    answer = Answer(Question("q", prompt, ("b",)), "line\u2028break\n", (-2.5, -1.5))
+    text = prediction_line(answer)
+    assert text.count("\n") == 1 and text.endswith("\n") and len(text[:-1].split("\n")) == 1
+    line = json.loads(text)
+    assert line["prompt"] == "What\nis it?" and line["prediction"] == "line\u2028break\n"
+    assert (line["choice"], line["option_scores"], line["reference"]) == ("b", [-2.5, -1.5], "b")
+    assert "references" not in line
+    unknown = json.loads(prediction_line(Answer(Question("q", replace(prompt, options=()), ()), "x")))
+    assert unknown["reference"] is None and "choice" not in unknown
