@@ -315,6 +315,8 @@ def test_members_that_belong_together(tmp_path: Path) -> None:
     ]
     assert not list(spool.iterdir())
     assert [run.place for run in copied(str(archive), starts[4], spool, key_of)] == [starts[4], starts[6]]
+    found = [(run.place, run.passed_over, len(run.files)) for run in copied(str(archive), 0, spool, key_of, bool)]
+    assert found == [(starts[0], True, 0), (starts[4], False, 1), (starts[6], False, 1)]
 
 
 @pytest.mark.parametrize("name", KINDS[:2])

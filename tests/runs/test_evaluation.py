@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs.commands import Commands, metrics
+from tests.runs.commands import Commands, column, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, TOWER_LORA, World, damage, record
 from vft.metrics import Interval
@@ -162,6 +162,9 @@ def test_two_processes_evaluate_as_one(
             result.ok()
         folders.append(path.with_suffix(""))
     one, two = folders
+    assert column(one, "step") == column(two, "step") == [0, 1, 2, 2]
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert list(evaluations(one)) == list(evaluations(two)) == [0, 2]
     for step, line in evaluations(one).items():
         other = evaluations(two)[step]

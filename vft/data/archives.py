@@ -78,6 +78,8 @@ class Run:
     """Of the first."""
     files: dict[str, Path] = field(default_factory=dict)
     """The copy of each member, by its name."""
+    passed_over: bool = False
+    """Nobody wanted it: it has no copies."""
     cut_off: bool = False
     """The archive breaks off within or right behind it."""
 
@@ -91,13 +93,20 @@ class Run:
             path.unlink(missing_ok=True)
 
 
-def copied(archive: str, place: int, spool: Path, key_of: Callable[[str], str | None]) -> Iterator[Run]:
+def copied(
+    archive: str,
+    place: int,
+    spool: Path,
+    key_of: Callable[[str], str | None],
+    wanted: Callable[[int], bool] = lambda number: True,
+) -> Iterator[Run]:
     """The members from `place` on whose names have a key, those with the same one together, copied into `spool`.
 
     Raises:
         DamagedArchive: after the last that can be read.
     """
     run: Run | None = None
+    number = 0
     try:
         for member in members(archive, place):
             key = key_of(member.name)
@@ -105,8 +114,10 @@ def copied(archive: str, place: int, spool: Path, key_of: Callable[[str], str | 
                 continue
             if run is not None and run.key != key:
                 yield run
-                run = None
-            run = run or Run(archive, key, member.place)
+                run, number = None, number + 1
+            run = run or Run(archive, key, member.place, passed_over=not wanted(number))
+            if run.passed_over:
+                continue
             path = member.save(spool)
             if member.name in run.files:
                 run.files[member.name].unlink()

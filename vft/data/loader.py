@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,7 +32,8 @@ from vft.data.stream import (
 )
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
-from vft.types import Batch, Document, Patches
+from vft.distributed import environment
+from vft.types import Batch, Document, Patches, UserError
 
 MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""
@@ -219,7 +221,12 @@ class Loader:
         if name not in self._open:
             archives, start = self.streams.archives[place.feed], self.positions.get(name, Position())
             self._open[name] = SlotStream(archives, place.pack.slot, self.streams.context, start)
-        pack = self._open[name].next_pack()
+        try:
+            pack = self._open[name].next_pack()
+        except UserError as error:
+            if environment().local_rank:  # commands tell the errors of a host's first process, which all others share
+                print(f"error: rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            raise
         ordered = [_Ordered(-1, one.document, self._decode(one.document), one.clip) for one in pack.documents]
         return _Pending(place, ordered, pack.bad, pack.after)
 

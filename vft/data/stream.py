@@ -56,7 +56,8 @@ class Archives:
     name: str
     weight: float
     shards: Sequence[str]
-    groups: Callable[[str, int, Path], Iterator[Group]]
+    groups: Callable[[str, int, Path, Callable[[int], bool]], Iterator[Group]]
+    """Of an archive from a place on; copied into a folder where their number is wanted, else empty."""
     bad: Sequence[BadItem] = ()
     """Records that no clip can have."""
 
@@ -228,20 +229,22 @@ class SlotStream:
         another."""
         shards, stride, offset = self._share(epoch)
         for number in range(start.shard, len(shards)):
-            place, clip = (start.place, start.clip) if number == start.shard else (0, 0)
+            place, before = (start.place, start.clip) if number == start.shard else (0, 0)
             barren.append(shards[number])
+
+            def is_mine(clip: int, before: int = before) -> bool:
+                return (before + clip) % stride == offset
+
             try:
-                for group in self.archives.groups(shards[number], place, self.context.spool):
-                    position = Position(epoch, number, group.place, clip)
-                    clip += 1
-                    if (clip - 1) % stride != offset:
-                        Spooled(group.files, 0).remove_unneeded()
-                        continue
-                    if position[:3] == start[:3]:
-                        position = start
-                    barren.clear()
-                    yield _Read(position, group, self._scan(group), damage[:])
-                    damage.clear()
+                found = self.archives.groups(shards[number], place, self.context.spool, is_mine)
+                for clip, group in enumerate(found):
+                    if is_mine(clip):
+                        position = Position(epoch, number, group.place, before + clip)
+                        if position[:3] == start[:3]:
+                            position = start
+                        barren.clear()
+                        yield _Read(position, group, self._scan(group), damage[:])
+                        damage.clear()
             except DamagedArchive as error:
                 damage.append(BadItem(shards[number], shards[number], "archive", str(error)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,18 @@ class Archives:
                     bad.append(BadRecord(origin, error.field, error.message))
         return Archives(shards, records, bad)
 
-    def groups(self, shard: str, place: int, spool: Path) -> Iterator[Group]:
-        """The videos of a part from `place` on that have records, each copied into `spool`, with all its records.
+    def groups(self, shard: str, place: int, spool: Path, wanted: Callable[[int], bool]) -> Iterator[Group]:
+        """The videos of a part from `place` on that have records, each with all of these.
+
+        Those whose number is `wanted` are copied into `spool`, others are empty.
 
         Raises:
             DamagedArchive: after the last video that can be read.
         """
-        for run in copied(shard, place, spool, self._video_of):
-            if run.cut_off and run.key not in run.files:
+        for run in copied(shard, place, spool, self._video_of, wanted):
+            if run.passed_over:
+                yield Group(run.place, [], [], ())
+            elif run.cut_off and run.key not in run.files:
                 run.remove()  # a folder of frames, perhaps not all of them
             else:
                 yield self._group(run, spool)

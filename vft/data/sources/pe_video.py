@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -33,14 +33,16 @@ def shards(location: str) -> list[str]:
     return list_files(location, SUFFIXES)
 
 
-def groups(shard: str, place: int, spool: Path) -> Iterator[Group]:
-    """The clips of a shard from `place` on, each copied into `spool`.
+def groups(shard: str, place: int, spool: Path, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Group]:
+    """The clips of a shard from `place` on, those whose number is `wanted` copied into `spool`, others empty.
 
     Raises:
         DamagedArchive: after the last clip that can be read.
     """
-    for run in copied(shard, place, spool, _key):
-        if run.cut_off and len(run.files) < 2:
+    for run in copied(shard, place, spool, _key, wanted):
+        if run.passed_over:
+            yield Group(run.place, [], [], ())
+        elif run.cut_off and len(run.files) < 2:
             run.remove()  # the other half lies behind the damage, which is no fault of the clip's
         else:
             yield _group(run)
