@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -104,14 +104,14 @@ def slot_stream(context: StreamContext, slot: int, start: Position | None = None
     return SlotStream(open_archives(source, context.config), slot, context, start or Position())
 
 
-def one_epoch(stream: SlotStream) -> list[Document]:
-    """The documents of a slot's first epoch; their copies are removed."""
-    documents = []
+def one_epoch(stream: SlotStream, look: Callable[[Document], Any] = lambda document: document) -> list[Any]:
+    """The documents of a slot's first epoch, or what `look` sees in them while their copies are there."""
+    seen = []
     while True:
         for one in stream.next_pack().documents:
             if one.after.epoch:
-                return documents
-            documents.append(one.document)
+                return seen
+            seen.append(look(one.document))
             one.clip.release()
 
 

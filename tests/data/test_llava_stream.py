@@ -27,8 +27,9 @@ from vft.data.archives import DamagedArchive
 from vft.data.documents import load_documents
 from vft.data.sources import llava_video
 from vft.data.stream import open_archives
+from vft.data.vision import load
 from vft.recipes.caption import Caption
-from vft.types import Document, UserError
+from vft.types import Document, UserError, VisionSpec
 
 PART = "LLaVA/0_30_s_x"
 STREAM = {"format": "llava_video", "path": PART, "stream": True}
@@ -80,25 +81,28 @@ def publish(root: Path) -> Path:
     return part
 
 
-def about(document: Document) -> dict[str, Any]:
-    """All of a document but where its files lie."""
+def about(document: Document, spec: VisionSpec) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Its ids, and all else of it but where its files lie."""
     plans = [
         (plan.info, plan.frame_indices, plan.height, plan.width, plan.grid_thw, plan.num_tokens, plan.seconds_per_grid)
         for plan in document.media
     ]
+    pixels = [load(plan, spec).pixels_PD.tolist() for plan in document.media]
     tensors = {name: getattr(document, name).tolist() for name in ("ids_T", "labels_T", "positions_3T", "media_mask_T")}
-    return {"plans": plans, "trunk": document.trunk_length, "branches": document.branch_lengths, **tensors}
+    shape = {"trunk": document.trunk_length, "branches": document.branch_lengths}
+    return document.sample_ids, {"plans": plans, "pixels": pixels, **shape, **tensors}
 
 
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int, samples: int) -> None:
-    """Ids, labels, positions, plans, and which questions share a video's trunk; some in several documents."""
-    root = tmp_path / "data"
+    """Ids, labels, positions, plans, pixels, and which questions share a video's trunk; some in several documents."""
+    root, spec = tmp_path / "data", tiny.encoder.spec
     part = publish(root)
     config = data_config(root, STREAM, max_samples_per_pack=samples, pack_tokens=300)
     with stream_context(config, tiny.encoder, slots) as context:
-        streamed = [document for slot in range(slots) for document in one_epoch(slot_stream(context, slot))]
+        streams = [slot_stream(context, slot) for slot in range(slots)]
+        streamed = [one for stream in streams for one in one_epoch(stream, lambda document: about(document, spec))]
     for archive in part.glob("*.gz"):
         shutil.unpack_archive(archive, part, filter="data")
         archive.unlink()
@@ -106,8 +110,8 @@ def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int,
         config, [config.sources[0].model_copy(update={"stream": False})], Caption().conversations, tiny.encoder, seed=0
     )
     extracted = [documents.build(number) for number in range(len(documents.members))]
-    expected = {document.sample_ids: about(document) for document in extracted}
-    assert {document.sample_ids: about(document) for document in streamed} == expected
+    expected = dict(about(document, spec) for document in extracted)
+    assert dict(streamed) == expected
     assert len(streamed) == len(expected)
     assert sum(len(ids) for ids in expected) == 10 and max(map(len, expected)) == (samples or 4)
     assert ("twice", "twice#2", "q6", "q8") in expected or samples

@@ -7,8 +7,12 @@ Clips are captioned by their own names, so that it is known what has to come out
 from __future__ import annotations
 
 import itertools
+import json
+import multiprocessing
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +30,9 @@ from tests.data.streaming import (
 )
 from tests.data.tars import write_tar
 from tests.helpers import Tiny
-from vft.data.stream import Position
+from vft.data.archives import Member
+from vft.data.stream import Position, _make_spool
+from vft.data_config import DataConfig
 from vft.types import UserError
 
 PE = {"format": "pe_video", "path": "pe", "stream": True}
@@ -119,17 +125,11 @@ def llava_set(root: Path, videos: int, questions: int, parts: int = 2) -> list[s
     (root / "llava").mkdir(parents=True)
     names = [f"v/{number}.mp4" for number in range(videos)]
     records = [llava_record(name, i * questions + j) for i, name in enumerate(names) for j in range(questions)]
-    (root / "llava" / "all.json").write_text(_dump(records))
+    (root / "llava" / "all.json").write_text(json.dumps(records))
     for part in range(parts):
         members = {name: clip() for name in reversed(names[part::parts])}
         write_tar(root / "llava" / f"videos_{part}.tar.gz", members)
     return [record["id"] for record in records]
-
-
-def _dump(records: object) -> str:
-    import json
-
-    return json.dumps(records)
 
 
 @pytest.mark.parametrize(("tokens", "samples"), [(400, 0), (400, 2), (250, 0), (160, 0), (1000, 5), (400, 1)])
@@ -217,12 +217,12 @@ def test_another_prefetch_and_workers_change_nothing(tiny: Tiny, tmp_path: Path)
 # --------------------------------------------------------------------------------------------------------- mixtures
 
 
-def mixture(root: Path, *weights: float) -> object:
+def mixture(root: Path, *weights: float) -> DataConfig:
     """An index of text records beside two streams, by weight."""
     pe_shards(root / "pe", [4, 3])
     llava_set(root, 4, 2)
     turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(10)]
-    (root / "texts.json").write_text(_dump([{"id": f"t{i}", "messages": turns[i]} for i in range(10)]))
+    (root / "texts.json").write_text(json.dumps([{"id": f"t{i}", "messages": turns[i]} for i in range(10)]))
     texts = {"format": "messages", "path": "texts.json"}
     sources = [{**one, "weight": weight} for one, weight in zip((texts, PE, LLAVA), weights, strict=True)]
     return data_config(root, *sources, max_samples_per_pack=1)
@@ -288,6 +288,50 @@ def test_copies_are_removed_as_they_are_used_up(tiny: Tiny, tmp_path: Path) -> N
     # A clip and its record, for each slot: those read ahead, the one in use and the one being read; and of `other`.
     assert 0 < most <= 2 * (3 * 5 + 2 * 5)
     assert not list((config.cache_path / "stream").glob("*/"))
+
+
+def test_slots_copy_their_own_clips_alone(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several that share an archive all go through it; copying all of it each time would be work for nothing."""
+    pe_shards(tmp_path / "data" / "pe", [12])
+    names: list[str] = []
+    real = Member.save
+    monkeypatch.setattr(Member, "save", lambda member, folder: names.append(member.name) or real(member, folder))
+    config = data_config(tmp_path / "data", PE)
+    with stream_context(config, tiny.encoder, 4) as context:
+        stream = slot_stream(context, 3)
+        assert {name for document in one_epoch(stream) for name in document.sample_ids} == {
+            "000-03",
+            "000-07",
+            "000-11",
+        }
+    assert {name.partition(".")[0] for name in names} == {"000-03", "000-07", "000-11"}
+
+
+def make_and_remove(folder: Path, problems: Any) -> None:
+    for _ in range(25):
+        try:
+            spool, lock = _make_spool(folder)
+            (spool / "00000000.mp4").write_bytes(b"x")
+            lock.release()
+            shutil.rmtree(spool)
+        except Exception as error:
+            problems.put(repr(error))
+    problems.put(None)
+
+
+def test_processes_that_start_together(tmp_path: Path) -> None:
+    """None takes the folder that another has just made, and not yet locked, for one left behind."""
+    forked = multiprocessing.get_context("fork")
+    problems = forked.Queue()
+    processes = [forked.Process(target=make_and_remove, args=(tmp_path, problems)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    told = [problems.get(timeout=60)]
+    while told.count(None) < len(processes):
+        told.append(problems.get(timeout=60))
+    for process in processes:
+        process.join(60)
+    assert told == [None] * 4
 
 
 def test_a_cache_that_can_not_be_written(tiny: Tiny, tmp_path: Path) -> None:
