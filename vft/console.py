@@ -20,7 +20,7 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

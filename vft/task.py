@@ -81,8 +81,8 @@ def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
     """The turns with `prompt` as the text of the first user's turn, where that holds media alone."""
     for i, turn in enumerate(turns):
         if turn.role == "user":
-            if all(not isinstance(part, str) for part in turn.parts):
-                turn = replace(turn, parts=(*turn.parts, prompt))
+            if all(not isinstance(part, str) or not part.strip() for part in turn.parts):
+                turn = replace(turn, parts=(*(part for part in turn.parts if not isinstance(part, str)), prompt))
             return (*turns[:i], turn, *turns[i + 1 :])
     return tuple(turns)
 
@@ -119,7 +119,7 @@ def options_of(sample: Sample) -> tuple[str, ...]:
     options = sample.fields.get("options") or sample.fields.get("labels") or ()
     if not options:
         return ()
-    if isinstance(options, str) or not all(isinstance(one, str) and one for one in options):
+    if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one for one in options):
         raise UserError(f"{sample.origin}: options: {options!r:.60} must be a list of texts")
     right = [turn.text for turn in sample.turns if turn.role == "assistant"][-1]
     if right not in options or len(set(options)) < len(options):

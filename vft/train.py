@@ -197,7 +197,8 @@ class Trainer:
                 ) from None
             remove_partials(self.folder)
             replace_text(self.folder / "config.toml", configs.dump(self.config))
-            replace_text(self.folder / "run.json", json.dumps(self.about, indent=1) + "\n")
+            if not (self.folder / "run.json").exists():
+                replace_text(self.folder / "run.json", json.dumps(self.about, indent=1) + "\n")
             write_quarantine(self.folder, self.documents.bad)
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
@@ -224,7 +225,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Steps, evaluations and checkpoints up to `max_steps`, then the export."""
-        config, last_saved = self.config, self.step
+        config, begun = self.config, self.step
+        last_saved = begun
         self.monitor.start(self.step)
         try:
             if config.eval.every_steps and config.eval.at_start and self.step == 0:
@@ -242,7 +244,7 @@ class Trainer:
         finally:
             self.monitor.close()
         self.export()
-        if self.world.is_main:
+        if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
             self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.skeleton.spec)}")
 
     def train_step(self) -> None:
@@ -311,11 +313,12 @@ class Trainer:
             self.loader.known_bad[item.key] = item
         self.loader.new_bad.clear()
         self.write_bad()
-        bad, limit = [*self.documents.bad, *self.loader.known_bad.values()], self.config.data.max_bad_fraction
+        known, limit = list(self.loader.known_bad.values()), self.config.data.max_bad_fraction
         if self.streams is None:
+            bad = [*self.documents.bad, *known]
             check_bad(bad, self.documents.num_samples + len(self.documents.bad), limit)
         else:
-            check_bad_of_stream(bad, self.samples, limit)
+            check_bad_of_stream(known, self.samples, limit)
 
     def write_bad(self) -> None:
         """quarantine.jsonl: what reading and scanning left out, then what failed to decode."""
@@ -353,7 +356,7 @@ class Trainer:
         """Digests of what a resumed run must find unchanged."""
         data = self.documents.digest
         if self.streams is not None:
-            data = _digest(f"{data}{[one.shards for one in self.streams.archives]}")
+            data = _digest(f"{data}{[one.digest for one in self.streams.archives]}")
         return {"data": data, "base": self.checkpoint.fingerprint}
 
     def save(self) -> None:

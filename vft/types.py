@@ -25,8 +25,9 @@ Role = Literal["system", "user", "assistant"]
 class UserError(ValueError):
     """A mistake that the user can mend: one line that names the file, the field, the value and the mend.
 
-    Commands print it without a traceback and exit with status 2.
-    """
+    Commands print it without a traceback and exit with status 2. Of a host's processes the first one prints."""
+
+    on_one_rank = False  # whether no other process has met it
 
 
 # ---------------------------------------------------------------------------------------------- what a source reads
@@ -78,7 +79,6 @@ class PlannedText(Protocol):
 
     def settle(self, plans: Sequence[MediaPlan]) -> str:
         """The text, given the plans of all media of the conversation in reading order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +325,7 @@ class Batch:
     """None where there are no media."""
     document_T: Tensor
     branch_T: Tensor
-    """Branch of each token within its document; -1 in a trunk that several branches share."""
+    """Branch of each token within its document; -1 in a trunk that several share."""
     documents: tuple[Document, ...] = ()
     continues: bool = False
     """Goes on from a pass before, in every process: none has media now."""

@@ -313,7 +313,7 @@ def make_and_remove(folder: Path, problems: Any) -> None:
             spool, lock = _make_spool(folder)
             (spool / "00000000.mp4").write_bytes(b"x")
             lock.release()
-            shutil.rmtree(spool)
+            shutil.rmtree(spool, ignore_errors=True)  # as a run does: others may be at it too
         except Exception as error:
             problems.put(repr(error))
     problems.put(None)

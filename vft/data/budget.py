@@ -16,20 +16,28 @@ def fit(
     config: DataConfig,
     info: Callable[[MediaRef], MediaInfo],
     answer_next: bool = False,
+    together: int = 1,
 ) -> tuple[tuple[MediaPlan, ...], int]:
-    """Plans of the media that some conversations have in common, such that each of them fits `pack_tokens` alone.
+    """Plans of the media that some conversations have in common, such that any `together` of them fit `pack_tokens`.
 
-    Also the tokens that the media were planned to fit into: with them `plan_within` gives the same plans. Text that
-    depends on the plans (times of frames, subtitles) is counted as it will be. UserError where nothing fits.
+    Several share one copy of the media and of the text up to it. Also the tokens that the media were planned to fit
+    into: with them `plan_within` gives the same plans. Text that depends on the plans (times of frames, subtitles) is
+    counted as it will be. UserError where nothing fits.
     """
 
     def planned(room: int) -> tuple[tuple[MediaPlan, ...], int]:
         """Plans for this room, and by how many tokens they and their text are too long."""
         plans = plan_within(room, conversations[0], encoder.spec, config, info)
-        text = max(encoder.encode(one.settled(plans), answer_next).text_tokens for one in conversations)
-        return plans, text + sum(len(encoder.spec.expand(plan)[0]) for plan in plans) - config.pack_tokens
+        vision = sum(len(encoder.spec.expand(plan)[0]) for plan in plans)
+        return plans, text_tokens([one.settled(plans) for one in conversations]) + vision - config.pack_tokens
 
-    high = config.pack_tokens - max(encoder.encode(one, answer_next).text_tokens for one in conversations)
+    def text_tokens(texts: Sequence[Conversation]) -> int:
+        """Of the longest `together`."""
+        encoded = [encoder.encode(one, answer_next) for one in texts]
+        shared = encoded[0].trunk_tokens if together > 1 else 0
+        return shared + sum(sorted(one.text_tokens - shared for one in encoded)[-together:])
+
+    high = config.pack_tokens - text_tokens(conversations)
     plans, over = planned(high)
     if over <= 0:
         return plans, high

@@ -112,7 +112,7 @@ class ChatEncoder:
         return Encoded(tuple(ids), tuple(labels), self._media_rows(ids, turns))
 
     def document(self, encoded: Sequence[Encoded], media: Sequence[MediaPlan], sample_ids: Sequence[str]) -> Document:
-        """One document of conversations that share all their media; several of them need `shared_trunk`."""
+        """One document of conversations that share all their media; several of them need one `shareable_head`."""
         wholes = [self._expand(one, media) for one in encoded]
         trunk = 0 if len(wholes) == 1 else self._trunk_length(encoded, wholes)
         return _lay_out(wholes, trunk, media, sample_ids)
@@ -142,20 +142,21 @@ class ChatEncoder:
         common = shortest if bool(same.all()) else int((~same).nonzero()[0])
         return _lay_out(wholes, common - 1, media, list(options))
 
-    def shared_trunk(self, encoded: Sequence[Encoded]) -> bool:
-        """Whether these conversations (with the same media) may be branches of one trunk.
+    def shareable_head(self, one: Encoded) -> tuple[int, ...] | None:
+        """The ids up to the token after the last medium, which conversations about the same media share if theirs are
+        equal: they may then be branches of one trunk.
 
-        They may where they are equal up to the token after the last medium and nothing before is supervised: a
-        question or an answer that precedes its video can't share it.
+        None where something in it is supervised, or nothing stands before or behind it: a question or an answer that
+        precedes its video can't share it.
         """
-        end = encoded[0].media_rows[-1] + 2 if encoded[0].media_rows else 0
-        head = encoded[0].ids[:end]
-        return end > 0 and all(
-            one.ids[:end] == head and len(one.ids) > end and set(one.labels[:end]) == {IGNORE_INDEX} for one in encoded
-        )
+        end = one.media_rows[-1] + 2 if one.media_rows else 0
+        if not 0 < end < len(one.ids) or set(one.labels[:end]) != {IGNORE_INDEX}:
+            return None
+        return one.ids[:end]
 
     def _trunk_length(self, encoded: Sequence[Encoded], wholes: Sequence[tuple[torch.Tensor, ...]]) -> int:
-        assert self.shared_trunk(encoded), "these conversations share no trunk"
+        heads = {self.shareable_head(one) for one in encoded}
+        assert len(heads) == 1 and None not in heads, "these conversations share no trunk"
         return int(wholes[0][2].nonzero()[-1]) + 2
 
     def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> tuple[torch.Tensor, ...]:

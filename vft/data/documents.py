@@ -84,8 +84,11 @@ class Documents:
     def add(self, conversations: Sequence[Conversation], weight: float) -> None:
         """Take in conversations that have the same media: one document where they can share a trunk and fit."""
         good = [(one, encoded) for one in conversations if (encoded := self._try_encode(one)) is not None]
-        share = self.config.share_videos and len(good) > 1 and self.encoder.shared_trunk([e for _, e in good])
-        for group in [good] if share else [[one] for one in good]:
+        groups: dict[object, list[tuple[Conversation, Encoded]]] = {}
+        for number, (one, encoded) in enumerate(good):
+            head = self.encoder.shareable_head(encoded) if self.config.share_videos else None
+            groups.setdefault(number if head is None else head, []).append((one, encoded))
+        for group in groups.values():
             self._add_group(group, weight)
 
     def _add_group(self, group: Sequence[tuple[Conversation, Encoded]], weight: float) -> None:
@@ -93,26 +96,26 @@ class Documents:
         if not group:
             return
         # Members of one group see the same frames: those that leave room for the longest text among them.
+        conversations = [one for one, _ in group]
         try:
-            plans, room = fit([one for one, _ in group], self.encoder, self.config, self.info)
+            plans, room = fit(conversations, self.encoder, self.config, self.info)
         except UserError as error:
-            for one, _ in group:
+            for one in conversations:
                 self.reject(one, "unfit", str(error))
             return
-        trunk, texts = self._sizes(group, plans)
-        over = trunk + sum(texts) - self.config.pack_tokens
-        vision = sum(plan.num_tokens for plan in plans)
-        if len(group) > 1 and 0 < over <= vision * WORTH_SHARING:
+        together = min(len(group), self.config.max_samples_per_pack or len(group))
+        if together > 1:
             # A few frames less, and the video need not come again for the last of its questions.
-            less = min(room, vision) - over
             with suppress(UserError):
-                fewer = plan_within(less, group[0][0], self.encoder.spec, self.config, self.info)
-                trunk_now, texts_now = self._sizes(group, fewer)
-                if trunk_now + sum(texts_now) <= self.config.pack_tokens:
-                    room, trunk, texts = less, trunk_now, texts_now
+                fewer, less = fit(conversations, self.encoder, self.config, self.info, together=together)
+                if _vision_tokens(fewer) >= (1 - WORTH_SHARING) * _vision_tokens(plans):
+                    plans, room = fewer, less
+        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
+        shared = encoded[0].trunk_tokens
+        trunk = shared + sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
         members: list[Conversation] = []
         tokens = 0
-        for (one, _), text in zip(group, texts, strict=True):
+        for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
             full = 0 < self.config.max_samples_per_pack <= len(members)
             if members and (full or tokens + text > self.config.pack_tokens):
                 self._close(members, tokens, room, weight)
@@ -120,15 +123,6 @@ class Documents:
             tokens += text if members else trunk + text
             members.append(one)
         self._close(members, tokens, room, weight)
-
-    def _sizes(
-        self, group: Sequence[tuple[Conversation, Encoded]], plans: Sequence[MediaPlan]
-    ) -> tuple[int, list[int]]:
-        """Tokens of the trunk and of each text behind it, with these plans."""
-        encoded = [self.encoder.encode(one.settled(plans)) for one, _ in group]
-        vision = sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
-        shared = encoded[0].trunk_tokens
-        return shared + vision, [one.text_tokens - shared for one in encoded]
 
     def _close(self, conversations: Sequence[Conversation], tokens: int, room: int, weight: float) -> None:
         self.members.append(tuple(conversations))
@@ -154,6 +148,10 @@ class Documents:
     def reject(self, conversation: Conversation, reason: str, message: str, ref: MediaRef | None = None) -> None:
         """Keep a conversation out of training, with its reason."""
         self.bad.append(BadItem(conversation.id, "" if ref is None else ref.name, reason, message))
+
+
+def _vision_tokens(plans: Sequence[MediaPlan]) -> int:
+    return sum(plan.num_tokens for plan in plans)
 
 
 def load_documents(

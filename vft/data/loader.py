@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -32,7 +31,6 @@ from vft.data.stream import (
 )
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
-from vft.distributed import environment
 from vft.types import Batch, Document, Patches, UserError
 
 MAX_PENDING_BYTES = 2 << 30
@@ -224,8 +222,7 @@ class Loader:
         try:
             pack = self._open[name].next_pack()
         except UserError as error:
-            if environment().local_rank:  # commands tell the errors of a host's first process, which all others share
-                print(f"error: rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            error.on_one_rank = True
             raise
         ordered = [_Ordered(-1, one.document, self._decode(one.document), one.clip) for one in pack.documents]
         return _Pending(place, ordered, pack.bad, pack.after)

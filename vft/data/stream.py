@@ -7,6 +7,7 @@ folder, scanned there in a worker process, planned and packed like any other, an
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
 import tempfile
@@ -58,6 +59,8 @@ class Archives:
     shards: Sequence[str]
     groups: Callable[[str, int, Path, Callable[[int], bool]], Iterator[Group]]
     """Of an archive from a place on; copied into a folder where their number is wanted, else empty."""
+    digest: str
+    """Tells these archives and their records from others, wherever they lie."""
     bad: Sequence[BadItem] = ()
     """Records that no clip can have."""
 
@@ -66,11 +69,18 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
     """List the shards of a source with `stream = true`. UserError where there are none."""
     location = locate(source.path, config.root)
     if source.format == "pe_video":
-        return Archives(source.path, source.weight, pe_video.shards(location), pe_video.groups)
+        shards = pe_video.shards(location)
+        return Archives(source.path, source.weight, shards, pe_video.groups, _digest(shards, ""))
     opened = llava_video.Archives.open(location)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
-    return Archives(source.path, source.weight, opened.shards, opened.groups, bad)
+    digest = _digest(opened.shards, opened.digest)
+    return Archives(source.path, source.weight, opened.shards, opened.groups, digest, bad)
+
+
+def _digest(shards: Sequence[str], records: str) -> str:
+    names = [shard.rpartition("/")[2] for shard in shards]
+    return hashlib.sha256(f"{names}{records}".encode()).hexdigest()[:16]
 
 
 @dataclass(eq=False)
@@ -125,7 +135,7 @@ class _Read:
 
 @dataclass
 class StreamContext:
-    """What all streams of a process share. Its thread reads archives; close it at the end."""
+    """What all streams of a process share; close it at the end."""
 
     config: DataConfig
     encoder: ChatEncoder
@@ -135,12 +145,18 @@ class StreamContext:
     seed: int
 
     def __post_init__(self) -> None:
-        self.reader = ThreadPoolExecutor(1, "vft-archives")
+        self.readers: list[ThreadPoolExecutor] = []
         self.spool, self._lock = _make_spool(self.config.cache_path / "stream")
+
+    def reader(self) -> ThreadPoolExecutor:
+        """A thread that reads for one stream: over a network, many read faster than one."""
+        self.readers.append(ThreadPoolExecutor(1, "vft-archives"))
+        return self.readers[-1]
 
     def close(self) -> None:
         """Stop reading and remove the copies."""
-        self.reader.shutdown(wait=True, cancel_futures=True)
+        for reader in self.readers:
+            reader.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
         shutil.rmtree(self.spool, ignore_errors=True)
 
@@ -152,6 +168,7 @@ class SlotStream:
         self.archives, self.slot, self.context = archives, slot, context
         self._position = start
         self._clips = self._read(start)
+        self._reader = context.reader()
         self._ahead: deque[Future[_Read]] = deque()
         self._ready: deque[StreamedDocument] = deque()
         self._bad: list[BadItem] = []
@@ -173,7 +190,7 @@ class SlotStream:
     def _peek(self) -> StreamedDocument:
         while not self._ready:
             while len(self._ahead) <= LOOKAHEAD:
-                self._ahead.append(self.context.reader.submit(next, self._clips))
+                self._ahead.append(self._reader.submit(next, self._clips))
             self._unfold(self._ahead.popleft().result())
         return self._ready[0]
 

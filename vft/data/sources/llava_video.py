@@ -7,6 +7,7 @@ tar.gz parts whose members are named as `video`: they can be read as a stream, t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,8 @@ class Archives:
     """Origin, id and record, by `video`."""
     bad: list[BadRecord]
     """Records that name no video."""
+    digest: str
+    """Of the JSON files' contents."""
 
     @staticmethod
     def open(location: str) -> Archives:
@@ -94,9 +97,12 @@ class Archives:
         records: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
         bad: list[BadRecord] = []
         seen: dict[str, int] = {}
+        digest = hashlib.sha256()
         for file in sorted(list_files(location, (".json",)), key=lambda name: name.split("/")):  # as `read` does
             name = os.path.relpath(file, location)
-            for number, (line, record) in enumerate(parse_json(read_bytes(file), file), 1):
+            content = read_bytes(file)
+            digest.update(content)
+            for number, (line, record) in enumerate(parse_json(content, file), 1):
                 origin = f"{name}:{line}"
                 try:
                     record = as_object(record)
@@ -105,7 +111,7 @@ class Archives:
                     records.setdefault(video, []).append((origin, sample_id, record))
                 except RecordError as error:
                     bad.append(BadRecord(origin, error.field, error.message))
-        return Archives(shards, records, bad)
+        return Archives(shards, records, bad, digest.hexdigest()[:16])
 
     def groups(self, shard: str, place: int, spool: Path, wanted: Callable[[int], bool]) -> Iterator[Group]:
         """The videos of a part from `place` on that have records, each with all of these.
