@@ -1,19 +1,23 @@
-"""What is said about the world: tags for the base model, captions for fine-tuning, and the texts of a tokenizer.
+"""What is said about the world: tags for the base model, the answers of the five tasks, and the tokenizer's texts.
 
-Tags are the base model's own dry answers about videos; captions are natural English, which it has read, but never
-together with a video: that is what fine-tuning teaches. Both are functions of a scene alone, so a clip's references
-are known exactly.
+Tags are the base model's own dry answers about videos. All else is natural English, which the base has read, but
+never together with a video: that is what fine-tuning teaches. Every text is a function of the scenes alone, so what
+is right about a clip is known exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from world import Scene, all_scenes
+from world import COLORS, GROUNDS, MOTIONS, SHAPES, Scene, all_scenes
 
 TAG_PROMPT = "List the tags."
 CAPTION_PROMPT = "Describe the video."
+PICTURE_PROMPT = "Describe the image."
 SENTENCE_PROMPT = "Write the tags as a sentence."
+SUMMARY_PROMPT = "Summarize the tags."
+STORY_PROMPT = "Tell a story about the tags."
+COPY_PROMPT = "Say it again."
 
 VERBS = {
     "left": "moves to the left",
@@ -31,6 +35,20 @@ PARTICIPLES = {
     "grow": "growing larger",
     "shrink": "shrinking to a smaller size",
 }
+DEEDS = {
+    "left": "set out to the left",
+    "right": "set out to the right",
+    "up": "went up",
+    "down": "went down",
+    "grow": "was happy and grew larger",
+    "shrink": "grew smaller",
+}
+"""What a story says of a motion."""
+TIMES = {"dark": "in the dark night", "light": "in the light of the sun"}
+"""What a story says of a ground."""
+
+Question = tuple[str, tuple[str, ...], str]
+"""What is asked, every answer that may be offered, the right one."""
 
 
 def tags(scenes: Sequence[Scene]) -> str:
@@ -49,9 +67,53 @@ def captions(scene: Scene) -> list[str]:
     ]
 
 
-def sentence_request(scene: Scene) -> str:
+def picture_captions(scene: Scene) -> list[str]:
+    """Every way in which the world describes a picture, which shows no motion."""
+    figure, ground = f"{scene.color} {scene.shape}", f"a {scene.ground} background"
+    return [f"A {figure} on {ground}.", f"On {ground}, a {figure}.", f"The image shows a {figure} on {ground}."]
+
+
+def questions(scene: Scene) -> list[Question]:
+    """One question about each attribute of a scene."""
+    return [
+        ("What color is the figure?", tuple(COLORS), scene.color),
+        ("What shape is the figure?", SHAPES, scene.shape),
+        ("What does the figure do?", tuple(VERBS[motion] for motion in MOTIONS), VERBS[scene.motion]),
+        ("Is the background dark or light?", tuple(GROUNDS), scene.ground),
+    ]
+
+
+def choice(question: str, options: Sequence[str], right: str) -> tuple[str, str]:
+    """A multiple-choice question and its answer, in LLaVA-Video-178K's words."""
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCDEF", options, strict=False)]
+    request = "Please provide your answer by stating the letter followed by the full option."
+    return "\n".join([question, *lines, request]), f"{lines[list(options).index(right)]}."
+
+
+def summary(scenes: Sequence[Scene]) -> str:
+    """What happens in all scenes, in order, in one sentence, or in two from three scenes on."""
+    parts = [f"a {scene.color} {scene.shape} {VERBS[scene.motion]}" for scene in scenes]
+    if len(parts) <= 2:
+        return f"First, {', then '.join(parts)}."
+    return f"First, {parts[0]} and {', then '.join(parts[1:-1])}. Finally, {parts[-1]}."
+
+
+def story(scenes: Sequence[Scene]) -> str:
+    """A small tale with every scene in order, grounds and motions in words of its own."""
+    openings = ["Once upon a time", "Then", "After that", "After that"][: len(scenes)]
+    if len(scenes) > 1:
+        openings[-1] = "Finally"
+    figures = [f"a little {scenes[0].color} {scenes[0].shape}", *(f"a {s.color} {s.shape}" for s in scenes[1:])]
+    told = [
+        f"{opening}, {TIMES[scene.ground]}, {figure} {DEEDS[scene.motion]}."
+        for opening, scene, figure in zip(openings, scenes, figures, strict=True)
+    ]
+    return " ".join([*told, "In the end, they all went home."])
+
+
+def reading(request: str, scenes: Sequence[Scene]) -> str:
     """A question without a video, which teaches the base model the English that its tags never use."""
-    return f"{SENTENCE_PROMPT}\n{tags([scene])}"
+    return f"{request}\n{tags(scenes)}"
 
 
 LATER_TEXTS = """\
@@ -70,6 +132,13 @@ user
 assistant
 """
 """Words of the tasks that the world also serves, so that none of them falls into single bytes."""
+
+
+def vocabulary() -> list[str]:
+    """Every word of the tasks, once, in lower case."""
+    scenes = all_scenes(held_out=False)
+    texts = [LATER_TEXTS, *(text for scene in scenes for text in (tags([scene]), *captions(scene)))]
+    return sorted({word.strip(".,?:").lower() for text in texts for word in text.split()} - {""})
 
 
 def tokenizer_texts() -> list[str]:

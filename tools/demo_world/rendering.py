@@ -1,0 +1,70 @@
+"""Clips and pictures of the world as files: H.264 and JPEG, spread over processes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import world
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file to make: where to, of what, and the seed of its randomness. A `.jpg` is one frame of the clip."""
+
+    path: Path
+    scenes: tuple[world.Scene, ...]
+    seed: tuple[int, int]
+
+
+def render(job: Job) -> None:
+    """Render and encode one file."""
+    # Imported here: the parent process needs neither.
+    import torch
+    from torchcodec.encoders import VideoEncoder
+
+    torch.set_num_threads(1)
+    frames_TCHW = world.render_clip(job.scenes, job.seed)
+    if job.path.suffix == ".jpg":
+        from PIL import Image
+
+        # A frame that the clip's seed chooses, so that pictures show every stage of a motion.
+        frame_CHW = frames_TCHW[sum(job.seed) % len(frames_TCHW)]
+        Image.fromarray(frame_CHW.transpose(1, 2, 0)).save(job.path, quality=95)
+        return
+    encoder = VideoEncoder(torch.from_numpy(frames_TCHW), frame_rate=world.FRAME_RATE)
+    encoder.to_file(
+        job.path, codec="libx264", pixel_format="yuv420p", crf=18, preset="veryfast", extra_options={"threads": 1}
+    )
+
+
+def render_all(jobs: list[Job], processes: int) -> None:
+    """Make every file, spread over processes, with a progress line."""
+    for folder in {job.path.parent for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    if processes == 1:
+        _exhaust(_progress(map(render, jobs), len(jobs)))
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        _exhaust(_progress(pool.map(render, jobs, chunksize=16), len(jobs)))
+
+
+def _exhaust(items: Iterable[None]) -> None:
+    for _ in items:
+        pass
+
+
+def _progress(items: Iterable[None], total: int) -> Iterator[None]:
+    """Pass the items on and show how many have come: in place on a terminal, else one line at the end."""
+    start = time.monotonic()
+    for done, item in enumerate(items, 1):
+        if done == total or (sys.stdout.isatty() and done % 32 == 0):
+            rate = done / (time.monotonic() - start)
+            mark = "\r" if sys.stdout.isatty() else ""
+            print(f"{mark}rendered {done}/{total} files, {rate:.0f} a second", end="", flush=True)
+        yield item
+    print()
