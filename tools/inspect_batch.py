@@ -31,6 +31,7 @@ from vft.files import whole_folder
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
+from vft.task import main_conversation
 from vft.types import IGNORE_INDEX, Batch, MediaPlan, UserError, VisionSpec
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
@@ -58,17 +59,20 @@ def main() -> None:
 def inspect(config: Config, output: Path, forward: bool) -> None:
     """Load the first pack of the configured run and write what it holds."""
     config.require_training()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     checkpoint = Checkpoint.open(config.model.path)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     task, data = task_of(config), config.data
+    make = task.conversations if data.segment_questions else main_conversation(task)
     indexed = [source for source in data.sources if not source.stream]
-    documents = load_documents(data, indexed, task.conversations, encoder, config.seed)
+    documents = load_documents(data, indexed, make, encoder, config.seed)
     with (
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
-        open_streams(data, task.conversations, encoder, pool, config.train.packs_per_step, config.seed) as streams,
+        open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,
     ):
         plan = documents.pack_plan(config.seed)
         slots = 1 if streams is None else config.train.packs_per_step

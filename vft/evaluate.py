@@ -55,7 +55,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
-    held_out = load_documents(config.data, wanted, main_conversation(task), encoder, config.seed)
+    held_out = load_documents(config.data, wanted, main_conversation(task), encoder, seed=0)  # the same in every run
     # A metric's package that isn't installed, or a reference that can't be scored, shows now and not after hours.
     asked = questions([one for members in held_out.members for one in members])[:2]
     task.score([Answer(q, q.references[0], (0.0,) * len(q.prompt.options)) for q in asked])
@@ -81,7 +81,8 @@ def evaluate(
         # After a pass without a backward one the root's weights stay gathered, in tensors that the optimizer, and so a
         # checkpoint, knows nothing of.
         answerer.model.reshard()
-    counts = {"answered": len(answers), "unreadable": len(asked) - len(answers)}
+    left_out = len(held_out.bad) + len(asked) - len(answers)
+    counts = {"answered": len(answers), "unreadable": left_out}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
 
 

@@ -95,6 +95,8 @@ def asking(task: Task, prompt: str) -> Task:
 def narrate(sample: Sample, prompt: str) -> list[Conversation]:
     """The record's text as the answer, what is said in the video beside the question; then a question a segment."""
     segments = sample.fields.get("segments") or ()
+    if not isinstance(segments, tuple):  # of records in another format, in a form of their own
+        segments = ()
     speech = sample.fields.get("speech")
     facts = {"segments": tuple(text for _, _, text in segments)}
     turns = with_prompt(sample.turns, f"{prompt}\nWhat is said: {speech}" if speech else prompt)
@@ -116,12 +118,15 @@ def options_of(sample: Sample) -> tuple[str, ...]:
 
     UserError where the set holds the same answer twice, or not the record's own.
     """
-    options = sample.fields.get("options") or sample.fields.get("labels") or ()
+    right = [turn.text for turn in sample.turns if turn.role == "assistant"][-1]
+    options, labels = sample.fields.get("options") or (), sample.fields.get("labels")
+    # Of a user's own record `labels` may mean something else: they are options where the answer is among them.
+    if not options and (isinstance(labels, tuple) or (isinstance(labels, list) and right in labels)):
+        options = labels
     if not options:
         return ()
     if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one for one in options):
         raise UserError(f"{sample.origin}: options: {options!r:.60} must be a list of texts")
-    right = [turn.text for turn in sample.turns if turn.role == "assistant"][-1]
     if right not in options or len(set(options)) < len(options):
         raise UserError(
             f"{sample.origin}: options: the answer {right!r:.60} must be among {len(options)} different options, "

@@ -28,13 +28,14 @@ from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem, check_bad, check_bad_of_stream, write_quarantine
 from vft.distributed import World, all_of, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import evaluate, load_held_out
+from vft.export import export
 from vft.files import remove_partials, replace_text
 from vft.guards import check_first_step, check_identity, check_output_dir
-from vft.lora import Adapter, choose_trainable, export_adapter, initialise, is_adapter
+from vft.lora import Adapter, choose_trainable, initialise, is_adapter
 from vft.metrics import Interval
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
-from vft.models.weights import Checkpoint, export_model, load_weights
+from vft.models.weights import Checkpoint, load_weights
 from vft.monitor import (
     FlopCounter,
     Monitor,
@@ -182,6 +183,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.train)
         same_on_all_ranks("the configuration", _digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity()["data"])
+        same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
         self.start_folder()
         self.resume()
 
@@ -225,11 +227,17 @@ class Trainer:
 
     def fit(self) -> None:
         """Steps, evaluations and checkpoints up to `max_steps`, then the export."""
-        config, begun = self.config, self.step
-        last_saved = begun
+        config, begun, last_saved = self.config, self.step, self.step
         self.monitor.start(self.step)
         try:
-            if config.eval.every_steps and config.eval.at_start and self.step == 0:
+            every = config.eval.every_steps
+            # Also where a kill came between a step's checkpoint and its evaluation.
+            if (
+                every
+                and (begun or config.eval.at_start)
+                and begun % every == 0
+                and not any(all_of(self.answers.exists()))
+            ):
                 self.evaluate()
             while self.step < self.max_steps:
                 self.step += 1
@@ -325,6 +333,11 @@ class Trainer:
         if self.world.is_main:
             write_quarantine(self.folder, [*self.documents.bad, *self.loader.known_bad.values()])
 
+    @property
+    def answers(self) -> Path:
+        """File of this step's answers to the held-out questions."""
+        return self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
+
     def evaluate(self) -> None:
         """Scores on held-out samples."""
         assert self.held_out is not None
@@ -332,9 +345,10 @@ class Trainer:
         answerer = Answerer(
             self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )
-        file = self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
         sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-        scores = evaluate(self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, file)
+        scores = evaluate(
+            self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, self.answers
+        )
         self.monitor.evaluation(self.step, scores)
         if settings.best_metric and self.step:
             self.keep_best(settings.best_metric, scores)
@@ -344,7 +358,8 @@ class Trainer:
         if metric not in scores:
             raise UserError(f"eval.best_metric = {metric!r}: not among the scores, {', '.join(scores)}")
         value, file = scores[metric].value, self.folder / "best.json"
-        best = [json.loads(file.read_text(encoding="utf-8"))["value"] if self.world.is_main and file.exists() else None]
+        before = json.loads(file.read_text(encoding="utf-8")) if self.world.is_main and file.exists() else {}
+        best = [before.get("value") if before.get("metric") == metric else None]
         if self.world.size > 1:
             dist.broadcast_object_list(best)
         if best[0] is None or (value < best[0] if metric == "loss" else value > best[0]):
@@ -374,23 +389,9 @@ class Trainer:
         checkpoints.save(root, self.step, self.model, self.optimizer, state, keep, self.world.is_main)
 
     def export(self, folder: Path | None = None) -> None:
-        """What others read: the adapter in PEFT's format, or the whole model in the released layout."""
-        about = {
-            "base_fingerprint": self.checkpoint.fingerprint,
-            "task": self.task.name,
-            "prompt": self.task.prompt,
-            "step": self.step,
-            "video": self.config.data.video.model_dump(mode="json", exclude_none=True),
-            "image": self.config.data.image.model_dump(mode="json", exclude_none=True),
-        }
-        if self.config.lora is not None:
-            target = folder or self.folder / "adapter"
-            prefixes = self.skeleton.peft_prefixes
-            base = self.config.model.path
-            export_adapter(self.model, target, self.config.lora, base, prefixes, about, self.world.is_main)
-        else:
-            target = folder or self.folder / "model"
-            export_model(self.model, self.checkpoint, target, about, self.world.is_main)
+        """What others read, in `folder` or in the run's own."""
+        target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
+        export(self.skeleton, self.checkpoint, self.config, self.task, self.step, target, self.world.is_main)
         self.monitor.say(f"wrote {target}")
 
 

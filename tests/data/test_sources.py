@@ -433,3 +433,16 @@ def test_any_text(tmp_path: Path, text: str) -> None:
         return
     if isinstance(expected, list) and "NaN" not in text and "Infinity" not in text:
         assert found == expected
+
+
+def test_a_system_text_beside_the_turns_is_the_first_turn(tmp_path: Path) -> None:
+    """As LLaMA-Factory's ShareGPT has it; dropped, the template's own system text would be trained instead."""
+    record = {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    turns = read_one(tmp_path, record).turns
+    assert [(turn.role, turn.text) for turn in turns] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")]
+
+
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}])
+def test_answers_that_others_would_mask_are_not_learnt_in_silence(tmp_path: Path, mask: dict[str, Any]) -> None:
+    bad = fail_one(tmp_path, {"messages": [user("Hi"), {**ANSWER, **mask}]})
+    assert bad.field == f"messages[1].{next(iter(mask))}"

@@ -167,9 +167,11 @@ def load_documents(
     """
     conversations: list[tuple[Conversation, float]] = []
     bad: list[BadItem] = []
+    passed_over = 0
     for source in wanted:
         samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
+        passed_over += len(samples) - len(take(samples, source.take, seed))
         for sample in take(samples, source.take, seed):
             made, wrong = converse(sample, make_conversations, config)
             conversations += [(one, source.weight) for one in made]
@@ -178,7 +180,7 @@ def load_documents(
     index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, config.index == "header")
     documents = Documents(encoder, config, index.info, bad=bad)
     documents.add_all(conversations, environment().is_main)
-    check_bad(documents.bad, documents.num_samples + len(documents.bad), config.max_bad_fraction)
+    check_bad(documents.bad, documents.num_samples + len(documents.bad) + passed_over, config.max_bad_fraction)
     if wanted and not documents.members:
         raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
     return documents

@@ -90,6 +90,9 @@ def parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
     is_llava = key == "conversations" and not any(one.key.endswith("s") for one in listed.values())
     reader = _Reader(root, any(one.refs for one in listed.values()), LINE_PLACEHOLDER if is_llava else PLACEHOLDER)
     turns = [reader.turn(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    system = check_text(record.get("system") or "", "system")
+    if system and turns[0][0] != "system":
+        turns.insert(0, ("system", [system]))
     return finish(_fill(turns, listed, key), key)
 
 
@@ -119,6 +122,9 @@ class _Reader:
             if key not in entry:
                 found = ", ".join(map(shown, entry)) or "no fields"
                 raise RecordError(f"{name}.{key}", f"is missing; the message has {found}")
+        for key in ("weight", "loss"):  # others' masks of answers
+            if entry.get(key) not in (None, 1, True):
+                raise RecordError(f"{name}.{key}", f"{shown(entry[key])}: every answer is learnt; split the record")
         said = entry[role_key]
         if not isinstance(said, str) or said not in ROLES:
             raise RecordError(f"{name}.{role_key}", f"unknown role {shown(said)}; allowed are {', '.join(ROLES)}")
