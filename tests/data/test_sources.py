@@ -437,8 +437,8 @@ def test_any_text(tmp_path: Path, text: str) -> None:
 
 def test_a_system_text_beside_the_turns_is_the_first_turn(tmp_path: Path) -> None:
     """As LLaMA-Factory's ShareGPT has it; dropped, the template's own system text would be trained instead."""
-    record = {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-    turns = read_one(tmp_path, record).turns
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    turns = read_one(tmp_path, {"system": "Be brief.", "conversations": turns}).turns
     assert [(turn.role, turn.text) for turn in turns] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")]
 
 
