@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="also print N of the answers")
     parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may stand behind options
     with user_errors():
         require_folder(arguments.adapter, "--adapter")
         if environment().size > 1:

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument("--output", required=True, type=Path, help="folder to write, new or written by this tool")
     parser.add_argument("--forward", action="store_true", help="run the model too, in fp32 (for small models)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may stand behind options
     with user_errors():
         inspect(configs.load(arguments.config, arguments.overrides), arguments.output, arguments.forward)
 
