@@ -249,7 +249,16 @@ def test_absurd_sizes(tmp_path: Path, name: str, size_field: bytes) -> None:
     assert names[0] == "a.mp4" and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"no archive at all" * 100, gzip.compress(b"no archive"), b"\x1f\x8b"])
+NO_ARCHIVES = {
+    "empty": b"",
+    "letter": b"x",
+    "text": b"no archive at all" * 100,
+    "gzipped text": gzip.compress(b"no archive", mtime=0),
+    "half a header": b"\x1f\x8b",
+}
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES.keys())
 @pytest.mark.parametrize("name", KINDS[:2])
 def test_no_archive_at_all(tmp_path: Path, name: str, content: bytes) -> None:
     archive = tmp_path / name
