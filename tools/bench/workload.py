@@ -1,0 +1,169 @@
+"""What the benchmarks work on: checkpoints of any size with random weights, clips, records with questions about them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torchcodec.encoders import VideoEncoder
+from transformers import AutoConfig
+
+from vft.models import Skeleton, qwen2_5_vl
+from vft.models.qwen2_5_vl import Qwen2_5_VL
+
+DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
+"""Its tokenizer, template and processor files serve every size."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2.5-VL."""
+
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool
+    vision_width: int
+    vision_depth: int
+    vision_heads: int
+    vision_mlp: int
+    vision_full: tuple[int, ...]
+
+    def config(self) -> dict[str, Any]:
+        """The demo base's config.json with these sizes."""
+        config = json.loads((DEMO_BASE / "config.json").read_text(encoding="utf-8"))
+        config |= {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "intermediate_size": self.mlp,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_window_layers": self.layers,
+        }
+        half = self.width // self.heads // 2
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
+        config["vision_config"] |= {
+            "depth": self.vision_depth,
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_mlp,
+            "num_heads": self.vision_heads,
+            "out_hidden_size": self.width,
+            "fullatt_block_indexes": list(self.vision_full),
+        }
+        return config
+
+
+_LARGE_TOWER = {"vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "vision_full": (7, 15, 23, 31)}
+_SEVEN_B = Shape(3584, 28, 28, 4, 18944, 152064, False, vision_mlp=3420, **_LARGE_TOWER)  # type: ignore[arg-type]
+SHAPES = {
+    "tiny": Shape(128, 3, 4, 2, 384, 640, True, 64, 2, 2, 192, (1,)),
+    # A hundredth of the 7B, with its proportions of tower, decoder and head.
+    "small": Shape(640, 14, 10, 2, 1728, 7680, False, 224, 8, 4, 608, (1, 3, 5, 7)),
+    "3b": Shape(2048, 36, 16, 2, 11008, 151936, True, vision_mlp=3420, **_LARGE_TOWER),  # type: ignore[arg-type]
+    "7b": _SEVEN_B,
+    "7b-slice": replace(_SEVEN_B, layers=4),
+    "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
+}
+"""Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
+
+
+def build_model(shape: Shape, dtype: torch.dtype) -> Skeleton:
+    """A model of this shape on the meta device."""
+    config = AutoConfig.for_model(**shape.config())
+    processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = qwen2_5_vl.build(config, processor, dtype)
+    return Skeleton(model, model.spec, qwen2_5_vl.TOWERS, qwen2_5_vl.PEFT_PREFIXES)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights that keep activations of ordinary size: as an initialiser would make them."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A checkpoint with random weights in the released layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in DEMO_BASE.glob("*.json"):
+        if file.name not in ("config.json", "vft.json"):
+            shutil.copy(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), encoding="utf-8")
+    model: Qwen2_5_VL = build_model(shape, dtype).model
+    model.to_empty(device="cpu")
+    fill(model, seed)
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_clips(
+    folder: Path, count: int, height: int = 256, width: int = 256, frames: int = 60, fps: float = 30.0
+) -> list[Path]:
+    """H.264 clips of coarse noise that drifts: every frame differs, and decoding costs what it costs for real ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:05}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(number)
+        coarse = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=generator)
+        picture = torch.nn.functional.interpolate(coarse, scale_factor=16, mode="bilinear")[0] * 255
+        grain = torch.randint(0, 12, (3, height, width), generator=generator)
+        clip = torch.stack([_window(picture, step, height, width) + grain for step in range(frames)])
+        VideoEncoder(clip.clamp(0, 255).to(torch.uint8), frame_rate=fps).to_file(path)
+    return paths
+
+
+def _window(picture: torch.Tensor, step: int, height: int, width: int) -> torch.Tensor:
+    y, x = step % 96, (2 * step) % 96
+    return picture[:, y : y + height, x : x + width]
+
+
+def write_records(
+    file: Path, clips: Sequence[Path], questions: int, words: int = 12, mixed: bool = False, seed: int = 0
+) -> Path:
+    """LLaVA-shaped JSON: `questions` records for each clip, each a question and an answer of about `words` words.
+
+    `mixed`: answers of very different lengths, from 1 word to 16 x `words`, most of them short.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = "red blue green disc square ring moves jumps turns left right up down slowly on a dark field".split()
+
+    def text(count: int) -> str:
+        chosen = torch.randint(len(vocabulary), (count,), generator=generator)
+        return " ".join(vocabulary[i] for i in chosen)
+
+    def lengths() -> Iterator[int]:
+        while True:
+            factor = 2 ** (4 * float(torch.rand((), generator=generator)) ** 2) if mixed else 1.0
+            yield max(1, round(words * factor / (2 if mixed else 1)))
+
+    length = lengths()
+    records = [
+        {
+            "id": f"{clip.stem}-{number}",
+            "video": str(clip.relative_to(file.parent)),
+            "conversations": [
+                {"from": "human", "value": f"<video>\n{text(words)}?"},
+                {"from": "gpt", "value": f"{text(next(length))}."},
+            ],
+        }
+        for clip in clips
+        for number in range(questions)
+    ]
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return file
