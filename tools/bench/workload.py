@@ -1,4 +1,4 @@
-"""What the benchmarks work on: checkpoints of any size with random weights, clips, records with questions about them."""
+"""What the benchmarks work on: checkpoints of any size with random weights, clips, questions about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
-from vft.models import Skeleton, qwen2_5_vl
+from vft.models import qwen2_5_vl
 from vft.models.qwen2_5_vl import Qwen2_5_VL
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
@@ -78,13 +78,12 @@ SHAPES = {
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Skeleton:
+def build_model(shape: Shape, dtype: torch.dtype) -> Qwen2_5_VL:
     """A model of this shape on the meta device."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        model = qwen2_5_vl.build(config, processor, dtype)
-    return Skeleton(model, model.spec, qwen2_5_vl.TOWERS, qwen2_5_vl.PEFT_PREFIXES)
+        return qwen2_5_vl.build(config, processor, dtype)
 
 
 @torch.no_grad()
@@ -105,7 +104,7 @@ def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.floa
         if file.name not in ("config.json", "vft.json"):
             shutil.copy(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), encoding="utf-8")
-    model: Qwen2_5_VL = build_model(shape, dtype).model
+    model = build_model(shape, dtype)
     model.to_empty(device="cpu")
     fill(model, seed)
     save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
@@ -141,7 +140,21 @@ def write_records(
     `mixed`: answers of very different lengths, from 1 word to 16 x `words`, most of them short.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = "red blue green disc square ring moves jumps turns left right up down slowly on a dark field".split()
+    vocabulary = (
+        "red",
+        "blue",
+        "disc",
+        "square",
+        "moves",
+        "jumps",
+        "left",
+        "right",
+        "slowly",
+        "on",
+        "a",
+        "dark",
+        "field",
+    )
 
     def text(count: int) -> str:
         chosen = torch.randint(len(vocabulary), (count,), generator=generator)
