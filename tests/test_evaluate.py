@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.helpers import CPU, Tiny, inputs_for_transformers, talk
 from vft.answer import Answerer
-from vft.config import Config, ModelConfig
+from vft.config import Config, EvalConfig, ModelConfig
 from vft.data import vision
 from vft.data.documents import Documents
 from vft.data.packing import collate
@@ -243,11 +243,11 @@ def test_an_evaluation_with_options(tiny: Tiny, root: Path, tmp_path: Path) -> N
     scores, lines = evaluated(tiny, root, Classify(), records, tmp_path)
     assert [line["reference"] for line in lines] == labels and all(len(line["option_scores"]) == 4 for line in lines)
     for line in lines:
-        assert line["choice"] == labels[line["option_scores"].index(max(line["option_scores"]))]
-        assert max(line["option_scores"]) < 0
+        assert line["choice"] == max(line["option_scores"], key=line["option_scores"].__getitem__)
+        assert set(line["option_scores"]) == set(labels) and max(line["option_scores"].values()) < 0
     assert scores["top1"] == sum(line["choice"] == line["reference"] for line in lines) / 4
     # Pictures differ, so do likelihoods.
-    assert len({line["option_scores"][0] for line in lines}) == 4
+    assert len({line["option_scores"]["grey"] for line in lines}) == 4
 
 
 def test_a_limit_of_questions(tiny: Tiny, root: Path, tmp_path: Path) -> None:
@@ -269,6 +269,23 @@ def test_segments_are_not_asked_about(tiny: Tiny, root: Path) -> None:
     assert [[one.id for one in members] for members in held_out.members] == [["story-1"]]
 
 
+def test_what_can_not_be_asked_or_kept_shows_at_the_start(tiny: Tiny, root: Path) -> None:
+    """A conversation that begins with an answer asks nothing; a metric that the task hasn't can't choose the best."""
+    monologue = {"messages": [{"role": "assistant", "content": "I see."}], "id": "monologue"}
+    config, held_out = held_out_of(tiny, root, [RECORDS[0], monologue, RECORDS[1]], max_bad_fraction=0.5)
+    assert len(held_out.members) == 2
+    assert [item.reason for item in held_out.bad] == ["record"] and "begin with a question" in held_out.bad[0].message
+    for metric, known in (("cider_d", True), ("loss", True), ("cider", False)):
+        chosen = config.model_copy(update={"eval": EvalConfig(every_steps=1, best_metric=metric)})
+        if known:
+            load_held_out(Caption(), chosen, tiny.encoder)
+        else:
+            with pytest.raises(
+                UserError, match=r"^eval\.best_metric = 'cider': caption has cider_d, bleu4, rouge_l, loss"
+            ):
+                load_held_out(Caption(), chosen, tiny.encoder)
+
+
 def test_a_stream_has_no_held_out_records(tiny: Tiny, root: Path) -> None:
     source = SourceConfig(format="llava_video", path="shards", stream=True)
     data = DataConfig(root=root, sources=(source,))
@@ -285,7 +302,11 @@ def test_a_line_of_the_file() -> None:
     assert text.count("\n") == 1 and text.endswith("\n") and len(text[:-1].split("\n")) == 1
     line = json.loads(text)
     assert line["prompt"] == "What\nis it?" and line["prediction"] == "line\u2028break\n"
-    assert (line["choice"], line["option_scores"], line["reference"]) == ("b", [-2.5, -1.5], "b")
+    assert (line["choice"], line["option_scores"], line["reference"]) == ("b", {"b": -1.5, "ä": -2.5}, "b")
     assert "references" not in line
+    many = replace(prompt, options=tuple("abcdefgh"))
+    scores = tuple(-1.0 - i / 3 for i in range(8))
+    line = json.loads(prediction_line(Answer(Question("q", many, ("g",)), "x", scores)))
+    assert list(line["option_scores"]) == ["a", "b", "c", "d", "e", "g"] and line["option_scores"]["b"] == -1.3333
     unknown = json.loads(prediction_line(Answer(Question("q", replace(prompt, options=()), ()), "x")))
     assert unknown["reference"] is None and "choice" not in unknown

@@ -101,7 +101,7 @@ def predict(arguments: argparse.Namespace) -> int:
 def read(answerer: Answerer, question: Question) -> Prompt | MediaError:
     """The question with its frames, or what is wrong with the file."""
     try:
-        return answerer.load([question])[0]
+        return answerer.load([question])()[0]
     except MediaError as error:  # found by the scan
         return error
 

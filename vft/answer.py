@@ -73,18 +73,25 @@ class Answerer:
         options = self.encoder.options(settled, prompt.options, plans) if prompt.options else None
         return self.encoder.document([encoded], plans, [question.id]), options
 
-    def load(self, asked: Sequence[Question]) -> list[Prompt | MediaError]:
-        """Decode the media of some questions side by side; an error where they can't be."""
+    def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:
+        """Begin to decode the media of some questions side by side; what is returned waits for them.
+
+        An error stands where a question's media can't be decoded.
+        """
         documents = [self.documents(question) for question in asked]
         spec = self.encoder.spec
         futures = [[self.pool.submit(vision.load, plan, spec) for plan in one.media] for one, _ in documents]
-        loaded: list[Prompt | MediaError] = []
-        for (document, options), waiting in zip(documents, futures, strict=True):
-            try:
-                loaded.append(Prompt(document, [future.result() for future in waiting], options))
-            except MediaError as error:
-                loaded.append(error)
-        return loaded
+
+        def wait() -> list[Prompt | MediaError]:
+            loaded: list[Prompt | MediaError] = []
+            for (document, options), waiting in zip(documents, futures, strict=True):
+                try:
+                    loaded.append(Prompt(document, [future.result() for future in waiting], options))
+                except MediaError as error:
+                    loaded.append(error)
+            return loaded
+
+        return wait
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
         """Answers to a handful of prompts at once. Every process must call it; it may bring none."""
@@ -114,11 +121,13 @@ class Answerer:
         training = self.model.training
         self.model.eval()
         bar = progress_bar(len(mine), "answering", "question", self.world.is_main)
+        chunks = [mine[number * batch_size : (number + 1) * batch_size] for number in range(passes)]
+        loading = self.load([asked[i] for i in mine[:batch_size]])
         try:
-            for number in range(passes):
-                chunk = mine[number * batch_size : (number + 1) * batch_size]
-                loaded = zip(chunk, self.load([asked[i] for i in chunk]), strict=True)
-                good = {index: prompt for index, prompt in loaded if isinstance(prompt, Prompt)}
+            for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+                ready = zip(chunk, loading(), strict=True)
+                loading = self.load([asked[i] for i in following])  # decoded while these are answered
+                good = {index: prompt for index, prompt in ready if isinstance(prompt, Prompt)}
                 texts = self.answer(list(good.values()), sampling)
                 scores = self.score(list(good.values())) if has_options else [()] * len(good)
                 for index, text, values in zip(good, texts, scores, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from vft.files import replace_text
 from vft.metrics import Interval, mean_interval
 from vft.models.generate import Sampling
 from vft.task import Answer, Question, Task, main_conversation
-from vft.types import Conversation, UserError
+from vft.types import Conversation, Sample, UserError
+
+MOST_OPTIONS = 5
+"""Options of a question, the likeliest, whose scores stand in a file of predictions; those of right ones stand too."""
 
 
 def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
@@ -55,11 +58,29 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
-    held_out = load_documents(config.data, wanted, main_conversation(task), encoder, seed=0)  # the same in every run
-    # A metric's package that isn't installed, or a reference that can't be scored, shows now and not after hours.
-    asked = questions([one for members in held_out.members for one in members])[:2]
-    task.score([Answer(q, q.references[0], (0.0,) * len(q.prompt.options)) for q in asked])
+    held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed=0)  # the same in every run
+    # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
+    # and not after hours.
+    asked = questions([one for members in held_out.members for one in members])
+    asked = [asked[i] for i in some(len(asked), 64)]
+    scores = task.score([Answer(q, q.references[0], (0.0,) * len(q.prompt.options)) for q in asked])
+    known, best = [*scores, "loss"], config.eval.best_metric
+    if best and asked and "/" not in best and best not in known:
+        raise UserError(f"eval.best_metric = {best!r}: {task.name} has {', '.join(n for n in known if '/' not in n)}")
     return held_out
+
+
+def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
+    """What `task` asks of each record in evaluation. UserError where a record asks nothing before its last answer."""
+
+    def make(sample: Sample) -> Sequence[Conversation]:
+        made = main_conversation(task)(sample)
+        for one in made:
+            if [turn.role for turn in one.turns if turn.role != "system"][:1] != ["user"]:
+                raise UserError(f"{sample.origin}: a conversation must begin with a question to be asked in evaluation")
+        return made
+
+    return make
 
 
 def evaluate(
@@ -131,7 +152,7 @@ def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: Worl
 
 
 def prediction_line(answer: Answer) -> str:
-    """A line of a predictions file: id, prompt, prediction, the references, and the likeliest of the options."""
+    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores."""
     question = answer.question
     line: dict[str, Any] = {
         "id": question.id,
@@ -142,5 +163,8 @@ def prediction_line(answer: Answer) -> str:
     if len(question.references) > 1:
         line["references"] = question.references
     if answer.choice is not None:
-        line |= {"choice": question.prompt.options[answer.choice], "option_scores": answer.option_scores}
+        scores = dict(zip(question.prompt.options, answer.option_scores, strict=True))
+        kept = sorted(scores, key=lambda option: -scores[option])[:MOST_OPTIONS]
+        kept += [option for option in question.references if option in scores and option not in kept]
+        line |= {"choice": kept[0], "option_scores": {option: round(scores[option], 4) for option in kept}}
     return json.dumps(line, ensure_ascii=False) + "\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from vft.metrics import Interval, bleu4, bleu4_interval, mean_interval, paired_interval
+from vft.metrics import Interval, bleu4, bleu4_interval, mean_interval
 
 WORDS = [*"abcdefghijklmno", "café"]
 
@@ -104,26 +104,6 @@ def test_memory_is_bounded() -> None:
     assert peak_bytes < 40e6  # all resamples at once would be 160 MB of indices
 
 
-def test_paired() -> None:
-    generator = random.Random(3)
-    before = [generator.random() for _ in range(200)]
-    after = [score + 0.05 + generator.gauss(0, 0.02) for score in before]
-    found = paired_interval(after, before)
-    differences = [a - b for a, b in zip(after, before, strict=True)]
-    half = 1.96 * pstdev(differences) / 200**0.5
-    assert found.value == fmean(differences)
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.2 * half)
-    # Apart, the two overlap: only the pairs show the gain.
-    assert found.low > 0 and mean_interval(before).high > mean_interval(after).low
-    reverse = paired_interval(before, after)
-    assert (reverse.value, reverse.low, reverse.high) == pytest.approx(
-        (-found.value, -found.high, -found.low), abs=0.2 * half
-    )
-    assert paired_interval([0.5], [0.25]) == Interval(0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="2 scores after, but 3 before"):
-        paired_interval([1, 0], [1, 0, 1])
-
-
 def test_bleu_equals_a_loop() -> None:
     predictions, references = captions(40, seed=4)
 
@@ -178,8 +158,3 @@ def test_settings_are_checked() -> None:
             bleu4_interval(["a"], [["a"]], confidence)
     with pytest.raises(ValueError, match="resamples = 0"):
         mean_interval([0.5], resamples=0)
-
-
-def test_format() -> None:
-    assert Interval(71.204, 68.891, 73.4).format() == "71.20 [68.89, 73.40]"
-    assert Interval(0.5, -0.00001, 1).format(3) == "0.500 [0.000, 1.000]"

@@ -176,5 +176,5 @@ def test_two_processes_evaluate_as_one(
     for step, rows in predictions(one).items():
         assert len(rows) == 8 and sum("choice" in row for row in rows) == 6
         for row, other in zip(rows, predictions(two)[step], strict=True):
-            assert row.pop("option_scores", []) == pytest.approx(other.pop("option_scores", []), rel=1e-5)
+            assert row.pop("option_scores", {}) == pytest.approx(other.pop("option_scores", {}), abs=2e-4)  # rounded
             assert row == other

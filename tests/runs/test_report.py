@@ -245,7 +245,13 @@ def test_examples_are_the_best_the_worst_and_some_between(tmp_path: Path) -> Non
 
 def test_what_a_model_says_is_never_markup(tmp_path: Path) -> None:
     nasty = "</dd><script>alert(1)</script><img src=x onerror=alert(2)> & \"'{{ 7 * 7 }}"
-    row = {**answer(0, nasty, nasty), "id": nasty, "prompt": nasty, "choice": nasty, "option_scores": [-1.5, -2.0]}
+    row = {
+        **answer(0, nasty, nasty),
+        "id": nasty,
+        "prompt": nasty,
+        "choice": nasty,
+        "option_scores": {nasty: -1.5, "other": -2.0},
+    }
     line = {"step": 1, f"eval_{nasty}": 0.5, "eval_loss": 1.0, "eval_intervals": {}}
     folder = write_run(tmp_path, [step(1), line], "classify", step_000001=[row, {**row, "id": "other"}])
     (folder / "run.json").write_text(json.dumps({"device": nasty}))
@@ -258,8 +264,8 @@ def test_what_a_model_says_is_never_markup(tmp_path: Path) -> None:
 
 
 def test_options_are_right_or_wrong_with_their_likelihood(tmp_path: Path) -> None:
-    rows = [answer(i, "B.", "A.", choice="B.", option_scores=[-2.0, -1.0 + i / 10]) for i in range(3)]
-    rows += [answer(3, "A.", "A.", choice="A.", option_scores=[-0.125, -4.0])]
+    rows = [answer(i, "B.", "A.", choice="B.", option_scores={"A.": -2.0, "B.": -1.0 + i / 10}) for i in range(3)]
+    rows += [answer(3, "A.", "A.", choice="A.", option_scores={"A.": -0.125, "B.": -4.0})]
     page = read(write_run(tmp_path, [evaluation(1)], "qa", step_000001=rows))
     shown = page.all("article")
     assert [one.all("h3")[0].text for one in shown] == [
@@ -274,7 +280,7 @@ def test_options_are_right_or_wrong_with_their_likelihood(tmp_path: Path) -> Non
 
 def test_confusion_of_few_classes_and_of_many(tmp_path: Path) -> None:
     def chosen(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        return [answer(i, c, r, choice=c, option_scores=[-1.0, -2.0]) for i, (r, c) in enumerate(pairs)]
+        return [answer(i, c, r, choice=c, option_scores={c: -1.0, "other": -2.0}) for i, (r, c) in enumerate(pairs)]
 
     few = chosen([("cat", "cat")] * 3 + [("cat", "dog")] + [("dog", "cat")] * 2)
     page = read(write_run(tmp_path / "few", [evaluation(1)], "classify", step_000001=few))

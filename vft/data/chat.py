@@ -32,6 +32,9 @@ MAX_KEPT = 1 << 14
 # Private-use characters stand for an answer while the template's own text around it is looked at.
 _SENTINEL = "\ue000{}\ue001"
 
+Tensors = tuple[torch.Tensor, ...]
+"""ids [T], labels [T], media mask [T], positions [3, T] of a stretch of a document."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -115,7 +118,8 @@ class ChatEncoder:
         """One document of conversations that share all their media; several of them need one `shareable_head`."""
         wholes = [self._expand(one, media) for one in encoded]
         trunk = 0 if len(wholes) == 1 else self._trunk_length(encoded, wholes)
-        return _lay_out(wholes, trunk, media, sample_ids)
+        branches = [tuple(x[..., trunk:] for x in whole) for whole in wholes]
+        return _lay_out(tuple(x[..., :trunk] for x in wholes[0]), branches, media, sample_ids)
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
         """A prompt with each of `options` as a branch that answers it; the options alone are labelled.
@@ -124,23 +128,22 @@ class ChatEncoder:
         predicts its first label. The token that closes an answer is not labelled: it says nothing about the option.
         """
         closing = len(self.tokenizer(self.spec.turn_end, add_special_tokens=False)["input_ids"])
-        wholes = []
-        for option in options:
-            answered = replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,))))
-            ids, labels, *rest = self._expand(self.encode(answered), media)
-            # Answers of earlier turns are part of the question.
-            supervised = (labels != IGNORE_INDEX).nonzero().flatten()
-            last = supervised[-1]
-            gaps = (supervised.diff() != 1).nonzero().flatten()
-            first = supervised[gaps[-1] + 1] if len(gaps) else supervised[0]
-            kept = torch.full_like(labels, IGNORE_INDEX)
-            kept[first : last + 1 - closing] = labels[first : last + 1 - closing]
-            wholes.append((ids, kept, *rest))
-        starts = [int((labels != IGNORE_INDEX).nonzero()[0]) for _, labels, *_ in wholes]
-        shortest = min(starts)
-        same = torch.stack([ids[:shortest] == wholes[0][0][:shortest] for ids, *_ in wholes]).all(0)
-        common = shortest if bool(same.all()) else int((~same).nonzero()[0])
-        return _lay_out(wholes, common - 1, media, list(options))
+        answered = [replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,)))) for option in options]
+        encoded = [_last_answer_alone(self.encode(one), closing) for one in answered]
+        common = min(next(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) for one in encoded)
+        while any(one.ids[:common] != encoded[0].ids[:common] for one in encoded):
+            common -= 1  # a token that straddles the answer's start differs from option to option
+        # The media's tokens are laid out once, for the longest; the positions behind them are the same for all.
+        longest = max(encoded, key=lambda one: len(one.ids))
+        whole = self._expand(longest, media)
+        trunk = common - 1 + len(whole[0]) - len(longest.ids)
+        branches = []
+        for one in encoded:
+            ids, labels = torch.tensor(one.ids[common - 1 :]), torch.tensor(one.labels[common - 1 :])
+            mask_T, positions_3T = whole[2][trunk:], whole[3][:, trunk:]
+            branches.append((ids, labels, mask_T[: len(ids)], positions_3T[:, : len(ids)]))
+        head = (*(x[:trunk] for x in whole[:3]), whole[3][:, :trunk])
+        return _lay_out((head[0], torch.full_like(head[1], IGNORE_INDEX), *head[2:]), branches, media, list(options))
 
     def shareable_head(self, one: Encoded) -> tuple[int, ...] | None:
         """The ids up to the token after the last medium, which conversations about the same media share if theirs are
@@ -154,13 +157,13 @@ class ChatEncoder:
             return None
         return one.ids[:end]
 
-    def _trunk_length(self, encoded: Sequence[Encoded], wholes: Sequence[tuple[torch.Tensor, ...]]) -> int:
+    def _trunk_length(self, encoded: Sequence[Encoded], wholes: Sequence[Tensors]) -> int:
         heads = {self.shareable_head(one) for one in encoded}
         assert len(heads) == 1 and None not in heads, "these conversations share no trunk"
         return int(wholes[0][2].nonzero()[-1]) + 2
 
-    def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> tuple[torch.Tensor, ...]:
-        """ids [T], labels [T], media mask [T], positions [3, T] with every placeholder replaced."""
+    def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> Tensors:
+        """The whole conversation with every placeholder replaced."""
         ids: list[int] = []
         labels: list[int] = []
         mask: list[bool] = []
@@ -234,19 +237,30 @@ def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:
     return "".join(part for part in parts if isinstance(part, str))
 
 
+def _last_answer_alone(one: Encoded, closing: int) -> Encoded:
+    """With labels for the last answer only, without the `closing` tokens that end it: earlier answers are part of the
+    question."""
+    end = max(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) + 1
+    start = end
+    while start and one.labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    kept = one.labels[start : end - closing]
+    nothing = (IGNORE_INDEX,)
+    return replace(one, labels=nothing * start + kept + nothing * (len(one.ids) - start - len(kept)))
+
+
 def _lay_out(
-    wholes: Sequence[tuple[torch.Tensor, ...]], trunk: int, media: Sequence[MediaPlan], sample_ids: Sequence[str]
+    trunk: Tensors, branches: Sequence[Tensors], media: Sequence[MediaPlan], sample_ids: Sequence[str]
 ) -> Document:
-    """A document of conversations, of which the first `trunk` tokens are laid down once."""
-    parts = [wholes[0] if i == 0 else tuple(x[..., trunk:] for x in whole) for i, whole in enumerate(wholes)]
-    ids, labels, mask, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
+    """A document of a trunk, which may be empty, and its branches."""
+    ids, labels, mask, positions = (torch.cat(parts, dim=-1) for parts in zip(trunk, *branches, strict=True))
     return Document(
         sample_ids=tuple(sample_ids),
         ids_T=ids,
         labels_T=labels,
         positions_3T=positions,
-        trunk_length=trunk,
-        branch_lengths=tuple(whole[0].numel() - trunk for whole in wholes),
+        trunk_length=trunk[0].numel(),
+        branch_lengths=tuple(branch[0].numel() for branch in branches),
         media=tuple(media),
         media_mask_T=mask,
     )

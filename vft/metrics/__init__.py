@@ -4,10 +4,10 @@
 """
 
 from vft.metrics.answers import anls_scores, segment_coverage_scores, token_f1_scores
-from vft.metrics.bootstrap import Interval, bleu4_interval, mean_interval, paired_interval
-from vft.metrics.choice import accuracy_by_class, breakdown, confusion, count_classes, extract_letter, top_k
-from vft.metrics.cider import cider_d, cider_d_scores, cider_d_text_scores
-from vft.metrics.text import bleu4, distinct_n, exact_match, exact_match_scores, rouge_l, rouge_l_scores
+from vft.metrics.bootstrap import Interval, bleu4_interval, mean_interval
+from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_letter, top_k
+from vft.metrics.cider import cider_d_scores, cider_d_text_scores
+from vft.metrics.text import bleu4, distinct_n, exact_match_scores, rouge_l_scores
 from vft.metrics.words import tokenize
 
 __all__ = [
@@ -17,18 +17,13 @@ __all__ = [
     "bleu4",
     "bleu4_interval",
     "breakdown",
-    "cider_d",
     "cider_d_scores",
     "cider_d_text_scores",
     "confusion",
-    "count_classes",
     "distinct_n",
-    "exact_match",
     "exact_match_scores",
     "extract_letter",
     "mean_interval",
-    "paired_interval",
-    "rouge_l",
     "rouge_l_scores",
     "segment_coverage_scores",
     "token_f1_scores",

@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from vft.metrics.words import check_references, missing_package
+from vft.metrics.words import check_references, missing_package, rouge_l_scorer
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -57,7 +57,7 @@ def segment_coverage_scores(
     """Share of the reference segments, 0 to 1, that each prediction mentions.
 
     A segment is mentioned if a sentence of the prediction holds at least `threshold` of its words in order: recall of
-    ROUGE-L, as rouge-score computes it without stemming, of the letters a-z and digits only. Nothing is subtracted for
+    ROUGE-L, words as in `rouge_l_scores`. Nothing is subtracted for
     what a prediction says besides, so a longer one scores no lower. A measure of this project's own, without
     a published counterpart. Raises UserError without the extra `eval`, ValueError where a prediction has no segment or
     `threshold` is not above 0 and at most 1.
@@ -65,11 +65,7 @@ def segment_coverage_scores(
     check_references(predictions, segments, "segments")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold = {threshold}: needs more than 0, at most 1")
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise missing_package("segment coverage", "rouge-score") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = rouge_l_scorer([segment for wanted in segments for segment in wanted])
     scores = []
     for text, wanted in zip(predictions, segments, strict=True):
         sentences = _split_sentences(text)

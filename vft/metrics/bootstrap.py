@@ -32,10 +32,6 @@ class Interval:
     low: float
     high: float
 
-    def format(self, digits: int = 2) -> str:
-        """`71.20 [68.90, 73.40]`, with `digits` decimals; never a negative zero."""
-        return f"{self.value:z.{digits}f} [{self.low:z.{digits}f}, {self.high:z.{digits}f}]"
-
 
 def mean_interval(scores: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean of `scores` and its percentile bootstrap interval.
@@ -52,19 +48,6 @@ def mean_interval(scores: Sequence[float], confidence: float = 0.95, resamples: 
     column = np.asarray(scores, dtype=np.float64)[:, None]
     sums = np.concatenate(list(_resampled_sums(column, resamples, seed)))
     return _percentile(fmean(scores), sums[:, 0] / len(scores), confidence)
-
-
-def paired_interval(
-    after: Sequence[float], before: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """The mean of `after - before`, scores of the same samples in the same order, and its interval.
-
-    Narrower than two intervals apart suggest, for what makes a sample hard is hard for both. Raises ValueError for
-    different numbers of both, and as `mean_interval` does.
-    """
-    if len(after) != len(before):
-        raise ValueError(f"{len(after)} scores after, but {len(before)} before; both need the same samples")
-    return mean_interval([a - b for a, b in zip(after, before, strict=True)], confidence, resamples, seed)
 
 
 def bleu4_interval(

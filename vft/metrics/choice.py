@@ -56,17 +56,12 @@ def top_k(option_scores: Sequence[float], right: int, k: int) -> bool:
 
 
 def accuracy_by_class(correct: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
-    """Mean of `correct`, 0 to 1, over the samples of each class, in sorted order; `count_classes` says of how many.
+    """Mean of `correct`, 0 to 1, over the samples of each class, in sorted order.
 
     Raises ValueError for different numbers of both.
     """
     members = _gather(correct, [[(name,)] for name in classes], "classes")
     return {name: fmean(values) for (name,), values in members.items()}
-
-
-def count_classes(classes: Sequence[str]) -> dict[str, int]:
-    """Samples of each class, in the order of `accuracy_by_class`."""
-    return dict(sorted(Counter(classes).items()))
 
 
 def confusion(chosen: Sequence[str | None], right: Sequence[str]) -> dict[tuple[str, str], int]:

@@ -24,14 +24,6 @@ _SIGMA = 6.0
 _Counts = Counter[tuple[str, ...]]
 
 
-def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean CIDEr-D of `predictions`, 0 to 10, against each one's references.
-
-    Raises ValueError as `cider_d_scores` does.
-    """
-    return fmean(cider_d_text_scores(predictions, references))
-
-
 def cider_d_text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr-D of each prediction, 0 to 10, against its references; texts are split by `tokenize`.
 

@@ -6,9 +6,8 @@ BLEU and ROUGE-L come from sacrebleu and rouge-score (extra `eval`), so that fig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
-from vft.metrics.words import check_references, count_ngrams, missing_package, tokenize
+from vft.metrics.words import check_references, count_ngrams, missing_package, rouge_l_scorer, tokenize
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -28,38 +27,25 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)  # type: ignore[arg-type]  # None is allowed
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean F-measure of the longest common subsequence of words, 0 to 1, as rouge-score computes it without stemming.
+def rouge_l_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """F-measure of the longest common subsequence of words, 0 to 1, as rouge-score computes it without stemming.
 
     Recall and precision weigh the same (beta 1; COCO's ROUGE_L has beta 1.2). Of several references the best one
-    counts. The tokenizer keeps the letters a-z and digits only. Raises UserError without the extra `eval`, ValueError
-    where a prediction has no reference.
+    counts. Words are what rouge-score takes for words, runs of the letters a-z and digits; where references are in
+    another script than the Latin one, `script_words`. Raises UserError without the extra `eval`, ValueError where a
+    prediction has no reference.
     """
-    return fmean(rouge_l_scores(predictions, references))
-
-
-def rouge_l_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """ROUGE-L of each prediction, 0 to 1; definition and errors are those of `rouge_l`."""
     check_references(predictions, references)
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise missing_package("ROUGE-L", "rouge-score") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = rouge_l_scorer([ref for refs in references for ref in refs])
     pairs = zip(predictions, references, strict=True)
     return [float(scorer.score_multi(list(refs), text)["rougeL"].fmeasure) for text, refs in pairs]
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of predictions, 0 to 1, that equal a reference in their words (case and punctuation aside).
+def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """1 for each prediction that equals a reference in its words (case and punctuation aside), else 0.
 
     Raises ValueError where a prediction has no reference.
     """
-    return fmean(exact_match_scores(predictions, references))
-
-
-def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """1 for each prediction that equals a reference in its words, else 0; errors are those of `exact_match`."""
     check_references(predictions, references)
     pairs = zip(predictions, references, strict=True)
     return [float(tokenize(text) in [tokenize(ref) for ref in refs]) for text, refs in pairs]

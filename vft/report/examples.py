@@ -52,7 +52,7 @@ def examples(predictions: Mapping[str, list[Row]], held_out: Documents | None, s
                 "media": [] if held_out is None or spec is None else strips(row, held_out, spec),
                 "prompt": row.get("prompt", ""),
                 "references": references_of(row),
-                "answers": [(name, one, max(one.get("option_scores") or [0.0])) for name, one in told],
+                "answers": [(name, one, max((one.get("option_scores") or {"": 0.0}).values())) for name, one in told],
             }
         )
     return made
@@ -86,7 +86,7 @@ def grade(rows: Sequence[Row]) -> list[tuple[tuple[float, float] | None, str]]:
     for i, row in enumerate(rows):
         if "choice" in row and references_of(row):
             right = row["choice"] in references_of(row)
-            first, second, *_ = *sorted(row["option_scores"], reverse=True), -math.inf
+            first, second, *_ = *sorted(row["option_scores"].values(), reverse=True), -math.inf
             found[i] = (float(right), first - second if right else second - first), "right" if right else "wrong"
     return found
 
