@@ -6,6 +6,7 @@ T frames, C/H/W channels, height, width of pixels, P patches, D features of a pa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,28 @@ from vft.data.video import as_media_error, decode_chunks
 from vft.types import Clip, MediaPlan, Patches, VisionSpec
 
 
-def load(plan: MediaPlan, spec: VisionSpec) -> Patches:
-    """Decode, resize and cut one medium: what a worker process runs.
+def decode_resized(plan: MediaPlan) -> Tensor:
+    """The planned frames at the planned size, uint8 [T, 3, height, width].
 
-    Frames are resized as they are decoded, so that a long video is never held at the size of its source.
+    They are resized as they are decoded, so that a long video is never held at the size of its source.
+    """
+    return torch.cat([resize(clip.frames_TCHW, plan.height, plan.width) for clip in decode_chunks(plan)])
+
+
+def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], Tensor] = decode_resized) -> Patches:
+    """Decode, resize and cut one medium: what a worker process runs. `read_frames` may know a shorter way to them.
 
     Raises:
         MediaError: the file can't be decoded as planned.
     """
     path = plan.ref.path
     with as_media_error(path[0] if isinstance(path, tuple) else path):
-        return _cut([resize(clip.frames_TCHW, plan.height, plan.width) for clip in decode_chunks(plan)], plan, spec)
+        return _cut(read_frames(plan), plan, spec)
 
 
 def patchify(clip: Clip, plan: MediaPlan, spec: VisionSpec) -> Patches:
     """Resize the planned frames and cut them into patches."""
-    return _cut([resize(clip.frames_TCHW, plan.height, plan.width)], plan, spec)
+    return _cut(resize(clip.frames_TCHW, plan.height, plan.width), plan, spec)
 
 
 def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
@@ -53,14 +60,23 @@ def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
     return frames.view_as(numbers)
 
 
-def _cut(pieces_TCHW: list[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
-    frames_TCHW = torch.cat(pieces_TCHW)
-    assert len(frames_TCHW) == len(plan.frame_indices), (len(frames_TCHW), len(plan.frame_indices))
-    # A temporal patch of several frames may lack its last one; a single frame is the spec's to double.
-    temporal_patch = math.ceil(len(frames_TCHW) / plan.grid_thw[0])
-    num_repeats = plan.grid_thw[0] * temporal_patch - len(frames_TCHW)
-    if num_repeats:
-        frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(num_repeats, -1, -1, -1)])
-    pixels_PD = spec.order_patches(frames_TCHW)
-    assert pixels_PD.shape == (math.prod(plan.grid_thw), spec.patch_features), (pixels_PD.shape, plan.grid_thw)
+def _temporal_patch(plan: MediaPlan) -> int:
+    """Frames of one temporal patch; 1 for a single frame, which is the spec's to double."""
+    return math.ceil(len(plan.frame_indices) / plan.grid_thw[0])
+
+
+def _cut(clips: Iterable[Clip], plan: MediaPlan, spec: VisionSpec) -> Patches:
+    """Resize and cut clip by clip, while it is in the processor's cache; all but the last are whole temporal patches."""
+    pixels_PD = torch.empty(math.prod(plan.grid_thw), spec.patch_features, dtype=torch.uint8)
+    temporal_patch, num_frames, end = _temporal_patch(plan), 0, 0
+    for clip in clips:
+        frames_TCHW = resize(clip.frames_TCHW, plan.height, plan.width)
+        num_frames += len(frames_TCHW)
+        num_repeats = -len(frames_TCHW) % temporal_patch  # the last temporal patch may lack frames
+        if num_repeats:
+            frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(num_repeats, -1, -1, -1)])
+        piece_PD = spec.order_patches(frames_TCHW)
+        start, end = end, end + len(piece_PD)
+        pixels_PD[start:end] = piece_PD
+    assert (num_frames, end) == (len(plan.frame_indices), len(pixels_PD)), (num_frames, end, plan)
     return Patches(pixels_PD, plan.grid_thw, plan.seconds_per_grid)
