@@ -380,7 +380,7 @@ class VisionSpec(Protocol):
         ...
 
     def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized uint8 frames [T, 3, H, W] to pixels_PD uint8, in the order that the tower expects."""
+        """Resized frames [T, 3, H, W] to pixels_PD uint8, in the tower's order: temporal patch by temporal patch."""
         ...
 
     def placeholder(self, kind: MediaKind) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from tests.data.clips import make_clip
 from vft.data import video
 from vft.data.video import decode, scan
 from vft.data.vision import load, patchify
+from vft.models.media import order_patches
 from vft.types import Clip, MediaInfo, MediaPlan, MediaRef, VisionSpec
 
 
@@ -63,13 +64,31 @@ def test_reference_pixels(reference: Path, videos: Path, case: str) -> None:
     torch.testing.assert_close((torch.cat(found) / 255 - mean) / std, tensors[name], rtol=0, atol=1e-6)
 
 
-def test_load_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk_frames", [0.5, 2, 3, 4.5, 6])
+@pytest.mark.parametrize("indices", [(0, 4, 9, 14, 19), (1, 2, 2, 3, 18, 19), tuple(range(20))])
+def test_load_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indices: tuple[int, ...], chunk_frames: float
+) -> None:
+    """Whatever is decoded at a time, patches are those of the whole clip; a temporal patch is never split."""
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", range(20), size=(96, 64)))
-    plan = plan_of(ref, scan(ref), (0, 4, 9, 14, 19), 28, 56)
-    whole = load(plan, SPEC)
-    monkeypatch.setattr(video.decode_chunks, "__defaults__", (2 * 3 * 96 * 64,))
-    assert torch.equal(load(plan, SPEC).pixels_PD, whole.pixels_PD)
-    assert (whole.grid_thw, whole.seconds_per_grid) == ((3, 2, 4), 1.5)
+    plan = plan_of(ref, scan(ref), indices, 28, 56)
+    whole = patchify(decode(plan), plan, SPEC)
+    monkeypatch.setattr(video.decode_chunks, "__defaults__", (round(chunk_frames * 3 * 96 * 64),))
+    patches = load(plan, SPEC)
+    assert torch.equal(patches.pixels_PD, whole.pixels_PD)
+    assert (patches.grid_thw, patches.seconds_per_grid) == ((math.ceil(len(indices) / 2), 2, 4), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("count", "height", "width"), [(2, 28, 28), (6, 56, 140), (4, 84, 28)])
+def test_order_of_patches(count: int, height: int, width: int, channels_last: bool, dtype: torch.dtype) -> None:
+    """Against a permutation of single pixels, whatever their type and layout in memory."""
+    generator = torch.Generator().manual_seed(0)
+    frames_TCHW = torch.randint(0, 256, (count, 3, height, width), generator=generator).to(dtype)
+    if channels_last:
+        frames_TCHW = frames_TCHW.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(order_patches(frames_TCHW, patch=14, merge=2, temporal=2), SPEC.order_patches(frames_TCHW))
 
 
 def test_odd_count_repeats_the_resized_last_frame() -> None:

@@ -49,8 +49,9 @@ Times = tuple[float, ...] | None
 
 MAX_FRAME_PIXELS = 89_478_485
 """Pixels of one frame or picture beyond which it is refused (PIL's own limit against decompression bombs)."""
-CHUNK_BYTES = 256 * 2**20
-"""Decoded frames that a worker holds at once, at the size of the source."""
+CHUNK_BYTES = 16 * 2**20
+"""Decoded frames that a worker holds at once, at the size of the source. Under 32 MiB malloc keeps the memory and gives
+it out again; fresh pages for every chunk cost more than the resize."""
 LIST_FPS = 2.0
 """Rate of a list of pictures that does not say its `sample_fps` (qwen-vl-utils' default), frames per second."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -245,10 +246,12 @@ def decode(plan: MediaPlan) -> Clip:
     return clips[0]
 
 
-def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES) -> Iterator[Clip]:
-    """`decode` in pieces of at most `chunk_bytes` of pixels (at least one frame), in order."""
+def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES, *, multiple: int = 1) -> Iterator[Clip]:
+    """`decode` in pieces, in order: as many times `multiple` frames (the last piece: what is left) as `chunk_bytes` of
+    pixels hold, at least once."""
     indices, path, info = plan.frame_indices, plan.ref.path, plan.info
-    step = len(indices) if chunk_bytes is None else max(1, chunk_bytes // (3 * info.height * info.width))
+    step = len(indices) if chunk_bytes is None else max(1, chunk_bytes // (3 * info.height * info.width * multiple))
+    step *= multiple
     pieces = [indices[i : i + step] for i in range(0, len(indices), step)]
     if isinstance(path, tuple):
         if len(path) != info.num_frames:

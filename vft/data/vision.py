@@ -6,7 +6,7 @@ T frames, C/H/W channels, height, width of pixels, P patches, D features of a pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,25 @@ from vft.types import Clip, MediaPlan, Patches, VisionSpec
 
 
 def decode_resized(plan: MediaPlan) -> Tensor:
-    """The planned frames at the planned size, uint8 [T, 3, height, width].
-
-    They are resized as they are decoded, so that a long video is never held at the size of its source.
-    """
-    return torch.cat([resize(clip.frames_TCHW, plan.height, plan.width) for clip in decode_chunks(plan)])
+    """The planned frames at the planned size, uint8 [T, 3, height, width]."""
+    return torch.cat(list(_resized_pieces(plan)))
 
 
-def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], Tensor] = decode_resized) -> Patches:
-    """Decode, resize and cut one medium: what a worker process runs. `read_frames` may know a shorter way to them.
+def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], Tensor] | None = None) -> Patches:
+    """Decode, resize and cut one medium: what a worker process runs. `read_frames` may know a shorter way than
+    `decode_resized` to the planned frames at the planned size.
 
     Raises:
         MediaError: the file can't be decoded as planned.
     """
     path = plan.ref.path
     with as_media_error(path[0] if isinstance(path, tuple) else path):
-        return _cut(read_frames(plan), plan, spec)
+        return _cut(_resized_pieces(plan) if read_frames is None else [read_frames(plan)], plan, spec)
 
 
 def patchify(clip: Clip, plan: MediaPlan, spec: VisionSpec) -> Patches:
     """Resize the planned frames and cut them into patches."""
-    return _cut(resize(clip.frames_TCHW, plan.height, plan.width), plan, spec)
+    return _cut([resize(clip.frames_TCHW, plan.height, plan.width)], plan, spec)
 
 
 def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
@@ -60,17 +58,22 @@ def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
     return frames.view_as(numbers)
 
 
+def _resized_pieces(plan: MediaPlan) -> Iterator[Tensor]:
+    """Frames [T, 3, height, width], resized as they are decoded: a long video is never held at its source's size."""
+    for clip in decode_chunks(plan, multiple=_temporal_patch(plan)):
+        yield resize(clip.frames_TCHW, plan.height, plan.width)
+
+
 def _temporal_patch(plan: MediaPlan) -> int:
     """Frames of one temporal patch; 1 for a single frame, which is the spec's to double."""
     return math.ceil(len(plan.frame_indices) / plan.grid_thw[0])
 
 
-def _cut(clips: Iterable[Clip], plan: MediaPlan, spec: VisionSpec) -> Patches:
-    """Resize and cut clip by clip, while it is in the processor's cache; all but the last are whole temporal patches."""
+def _cut(pieces_TCHW: Iterable[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
+    """Cut resized frames as they come; all pieces but the last hold whole temporal patches."""
     pixels_PD = torch.empty(math.prod(plan.grid_thw), spec.patch_features, dtype=torch.uint8)
     temporal_patch, num_frames, end = _temporal_patch(plan), 0, 0
-    for clip in clips:
-        frames_TCHW = resize(clip.frames_TCHW, plan.height, plan.width)
+    for frames_TCHW in pieces_TCHW:
         num_frames += len(frames_TCHW)
         num_repeats = -len(frames_TCHW) % temporal_patch  # the last temporal patch may lack frames
         if num_repeats:

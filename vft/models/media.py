@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,8 +91,12 @@ def order_patches(frames_TCHW: Tensor, patch: int, merge: int, temporal: int) ->
     """Frames to patches [P, D]: rows [t, h/merge, w/merge, merge, merge], features [channel, time, y, x]."""
     t, c, h, w = frames_TCHW.shape
     side = patch * merge
-    x = frames_TCHW.reshape(t // temporal, temporal, c, h // side, merge, patch, w // side, merge, patch)
-    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * temporal * patch * patch)
+    # Through numpy, which moves a patch's line of pixels as one item; torch's permute moves single bytes, 3x as slowly.
+    line = np.dtype((np.void, patch * frames_TCHW.element_size()))
+    lines = frames_TCHW.contiguous().view(torch.uint8).numpy().view(line)
+    lines = lines.reshape(t // temporal, temporal, c, h // side, merge, patch, w // side, merge)
+    ordered = np.ascontiguousarray(lines.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
+    return torch.from_numpy(ordered).view(frames_TCHW.dtype).reshape(-1, c * temporal * patch * patch)
 
 
 def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
