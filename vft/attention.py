@@ -76,22 +76,23 @@ def attended_pairs(plan: AttentionPlan) -> int:
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     """Attention of a packed row [T, H, K]; keys and values may have fewer heads than queries (grouped queries)."""
-    if _has_kernel(q_THK):
+    if has_kernel(q_THK.device, q_THK.dtype):
         return _attend_varlen(q_THK, k_THK, v_THK, plan)
     return _attend_groups(q_THK, k_THK, v_THK, plan)
 
 
 def prepare(plan: AttentionPlan, x: Tensor) -> None:
     """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
-    if plan.groups is None and not _has_kernel(x):
+    if plan.groups is None and not has_kernel(x.device, x.dtype):
         plan.groups = _group(plan, x.device)
         every = torch.arange(x.shape[0], device=x.device)
         rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
         plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and varlen_attn is not None and x.dtype in (torch.bfloat16, torch.float16)
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows on this device in this precision take one call of `torch.nn.attention.varlen` a layer."""
+    return device.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
 
 
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:

@@ -51,6 +51,8 @@ RESUME_MAY_CHANGE = frozenset(
         "data.max_bad_fraction",
         "data.clip_deadline_s",
         "data.cache_dir",
+        "data.cache",
+        "data.cache_gib",
         "data.prefetch_packs",
     }
 )
@@ -146,10 +148,23 @@ class ParallelConfig(Section):
 
     shard: Count = 0
     """Processes over which the decoder's weights are sharded; 0: all, 1: plain data parallel."""
-    activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping."""
+    activation_checkpointing: Literal["none", "mlp", "selective", "full", "auto"] = "none"
+    """What the backward pass computes again instead of keeping; `auto`: the least that fits `memory_budget_gib`."""
+    tower_checkpointing: Literal["same", "none", "mlp", "selective", "full"] = "same"
+    """The same for a vision tower that is trained; one that is frozen keeps nothing."""
+    memory_budget_gib: PositiveFloat | None = None
+    """GiB of one device's memory that `activation_checkpointing = "auto"` may plan with."""
     compile: bool = False
     """`torch.compile` each decoder layer: slower to start, faster steps."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.activation_checkpointing == "auto") != (self.memory_budget_gib is not None):
+            raise ValueError(
+                f"activation_checkpointing = {show(self.activation_checkpointing)} and memory_budget_gib = "
+                f"{show(self.memory_budget_gib)}: auto needs a budget, and a budget needs auto"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -224,6 +239,9 @@ class Config(Section):
             )
         if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
+        read = (*self.data.sources, *self.eval.sources)
+        if self.data.cache == "frames" and read and all(source.stream for source in read):
+            raise ValueError('data.cache = "frames" keeps nothing of sources with stream = true; take it out')
         return self
 
     def require_training(self) -> None:

@@ -91,11 +91,12 @@ def evaluate(
     The answers go to `file`, a line each. Every process must call it; all get the same scores.
     """
     asked = questions([one for members in held_out.members for one in members], limit)
-    answers = answerer.answer_all(asked, sampling, batch_size)
+    with torch.compiler.set_stance("force_eager"):  # graphs that were compiled for training would be compiled anew
+        answers = answerer.answer_all(asked, sampling, batch_size)
+        loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
     if answerer.world.is_main:
         replace_text(file, "".join(prediction_line(answer) for answer in answers.values()))
     scores = task.score(list(answers.values()))
-    loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
     if loss is not None:
         scores["loss"] = loss
     if isinstance(answerer.model, FSDPModule):

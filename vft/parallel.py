@@ -6,7 +6,7 @@ Adapters and frozen parts are settled before (`vft.lora.choose_trainable`); the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vft.attention import varlen_attn
+from vft.attention import has_kernel, varlen_attn
 from vft.config import ParallelConfig
 
 _SAVED_OPS = {
@@ -29,42 +29,59 @@ if varlen_attn is not None:  # importing it has registered the operator
     _SAVED_OPS.add(torch.ops.torch_attn._varlen_attn.default)
 
 
-def parallelize(model: Any, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype) -> None:
-    """Change `model` in place; it is still on the meta device. Without a mesh (one process) nothing is sharded."""
-    checkpoint_activations(model, config.activation_checkpointing)
+def parallelize(
+    model: Any, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Change `model`, to be run on `device`, in place; it is still on the meta device. Without a mesh (one process)
+    nothing is sharded."""
+    checkpoint_activations(model, config.activation_checkpointing, config.tower_checkpointing)
     if config.compile:
-        # One graph a layer where a checkpointed forward is bound to its layer; torch gives up after 8 by default.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(model.model.layers))
+        # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
+        # loop over what a row is made of, which would be compiled for every row.
         for layer in model.model.layers:
-            layer.compile(dynamic=True)
+            (layer if has_kernel(device, dtype) else layer.mlp).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype)
 
 
-def checkpoint_activations(model: Any, mode: str) -> None:
+def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> None:
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
-    whole layers (`full`). A tower that is trained is checkpointed like the decoder."""
-    layers: list[nn.Module] = list(model.model.layers)
+    whole layers (`full`). `tower` is for a vision tower that is trained; one that is frozen keeps nothing anyway."""
+    _checkpoint_layers(model.model.layers, decoder)
     if any(p.requires_grad for p in model.visual.parameters()):
-        layers += list(model.visual.blocks)
-    if mode == "mlp":
-        _wrap((layer.get_submodule("mlp") for layer in layers), checkpoint)
-    elif mode == "selective":
-        _wrap(layers, partial(checkpoint, context_fn=_selective_contexts))
-    elif mode == "full":
-        _wrap(layers, checkpoint)
+        _checkpoint_layers(model.visual.blocks, decoder if tower == "same" else tower)
 
 
-def _wrap(modules: Iterable[nn.Module], run: Callable[..., Any]) -> None:
-    """Run each module's forward under `run`; an attribute, not a wrapper module, so that no parameter is renamed."""
-    for module in modules:
-        module.forward = partial(_checkpointed, run, module.forward)
+def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
+    for layer in layers:
+        if mode == "mlp":
+            _checkpoint(layer.get_submodule("mlp"), checkpoint)
+        elif mode == "selective":
+            _checkpoint(layer, _selectively)
+        elif mode == "full":
+            _checkpoint(layer, checkpoint)
 
 
-def _checkpointed(run: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    return run(forward, *args, use_reentrant=False)
+def _checkpoint(module: nn.Module, run: Callable[..., Any]) -> None:
+    """Run the module's forward under `run`: a class of its own, as FSDP2 does it, so that no parameter is renamed.
+
+    A forward bound to each module would be compiled anew for each.
+    """
+    module.__class__ = _checkpointed(module.__class__, run)
+
+
+@cache
+def _checkpointed(kind: type[nn.Module], run: Callable[..., Any]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kind.forward(self, *args)
+        return run(partial(kind.forward, self), *args, use_reentrant=False)
+
+    return type(f"Checkpointed{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _selectively(*args: Any, **options: Any) -> Any:
+    return checkpoint(*args, context_fn=_selective_contexts, **options)
 
 
 def _selective_contexts() -> Any:

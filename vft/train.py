@@ -170,7 +170,7 @@ class Trainer:
         self.flops = FlopCounter(model)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         mesh = make_mesh(self.world, config.parallel.shard)
-        parallelize(model, mesh, config.parallel, DTYPES[config.train.precision])
+        parallelize(model, mesh, config.parallel, DTYPES[config.train.precision], self.world.device)
         model.to_empty(device=self.world.device)
         load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
         initialise(model, config.seed)

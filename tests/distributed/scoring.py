@@ -52,7 +52,7 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
         lora = LoraConfig(rank=2, alpha=4, targets=TARGETS[trained])
         choose_trainable(model, skeleton.towers, lora, ())
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
-        parallelize(model, make_mesh(world, 0), ParallelConfig(), torch.float32)
+        parallelize(model, make_mesh(world, 0), ParallelConfig(), torch.float32, world.device)
         model.to_empty(device=world.device)
         load_weights(model, checkpoint, adapters)
         initialise(model, seed=0)

@@ -6,7 +6,9 @@ report, arXiv 2502.13923, and qwen-vl-utils 0.0.14); where a public implementati
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from vft.models.qwen2_5_vl_vision import QwenVision
 from vft.types import AttentionPlan, Batch, UserError, VisionLayout, move
 
 MODEL_TYPE = "qwen2_5_vl"
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
+"""Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""
 
 TOWERS = {"language_model": ("model.", "lm_head."), "merger": ("visual.merger.",), "vision_tower": ("visual.",)}
 """Parts that can be trained or adapted, by prefixes of parameter names; the first that fits counts."""
@@ -194,12 +199,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(
-        self, x_TE: Tensor, cos_TK: Tensor, sin_TK: Tensor, plan: AttentionPlan, cache: Cache | None, index: int
+        self, x_TE: Tensor, cos_TK: Tensor, sin_TK: Tensor, plan: AttentionPlan, attend_kept: Attend | None
     ) -> Tensor:
-        """[T, E] to [T, E]; with a cache the keys of earlier calls are attended too."""
+        """[T, E] to [T, E]; with `attend_kept` the keys of earlier calls are attended too."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
-        out = attend(q, k, v, plan) if cache is None else cache.attend(index, q, k, v, plan)
+        out = (attend_kept or attend)(q, k, v, plan)
         return self.o_proj(out.flatten(1))
 
 
@@ -219,11 +224,10 @@ class DecoderLayer(nn.Module):
         cos_TK: Tensor,
         sin_TK: Tensor,
         plan: AttentionPlan,
-        cache: Cache | None = None,
-        index: int = 0,
+        attend_kept: Attend | None = None,
     ) -> Tensor:
         """[T, E] to [T, E]."""
-        x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, cache, index)
+        x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_kept)
         return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
 
 
@@ -242,7 +246,8 @@ class Decoder(nn.Module):
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
         prepare(plan, x_TE)  # outside the layers, which may be compiled
         for index, layer in enumerate(self.layers):
-            x_TE = layer(x_TE, cos_TK, sin_TK, plan, cache, index)
+            # Without a cache all layers are called alike: one compiled graph serves them.
+            x_TE = layer(x_TE, cos_TK, sin_TK, plan, None if cache is None else partial(cache.attend, index))
         return x_TE
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
