@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from vft.console import progress_bar
-from vft.data import vision
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
+from vft.data.frame_cache import FrameCache
 from vft.data.frame_times import with_frame_times
 from vft.data.packing import collate
 from vft.data.pool import WorkerPool
@@ -63,6 +63,7 @@ class Answerer:
     ) -> None:
         self.model, self.encoder, self.config = model, encoder, config
         self.info, self.pool, self.world = info, pool, world
+        self.frames = FrameCache.of(config)
 
     def documents(self, question: Question) -> tuple[Document, Document | None]:
         """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames."""
@@ -80,7 +81,7 @@ class Answerer:
         """
         documents = [self.documents(question) for question in asked]
         spec = self.encoder.spec
-        futures = [[self.pool.submit(vision.load, plan, spec) for plan in one.media] for one, _ in documents]
+        futures = [[self.frames.submit(self.pool, plan, spec) for plan in one.media] for one, _ in documents]
 
         def wait() -> list[Prompt | MediaError]:
             loaded: list[Prompt | MediaError] = []

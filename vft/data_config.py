@@ -165,7 +165,13 @@ class DataConfig(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of clips that may fail before the run stops."""
     cache_dir: str = ""
-    """Folder of the index; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
+    """Folder of index and frames; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
+    cache: Literal["none", "frames"] = "none"
+    """`frames`: keep decoded and resized frames below `cache_dir`, so that a clip is decoded once for all epochs,
+    evaluations and runs with the same limits. What sources with `stream = true` read is never kept."""
+    cache_gib: PositiveFloat = 100.0
+    """GiB (2^30 bytes) of frames, at most, of all runs that share the folder; then no more are added, and none is
+    removed. A video takes frames x height x width x 3 bytes."""
     prefetch_packs: Positive = 8
     """Rows that are prepared ahead of the training step, for each training process."""
     video: VideoConfig = VideoConfig()
@@ -175,7 +181,7 @@ class DataConfig(Section):
 
     @property
     def cache_path(self) -> Path:
-        """Folder of the index: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
+        """Folder of the caches: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
         chosen = self.cache_dir or os.environ.get("VFT_CACHE", "")
         if chosen:
             return expand(Path(chosen))

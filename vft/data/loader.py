@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations
+from vft.data.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem
@@ -144,6 +144,7 @@ class Loader:
     """What this process has found since the list was last emptied."""
 
     def __post_init__(self) -> None:
+        self._frames = FrameCache.of(self.documents.config)
         self.seek(Cursor(), [])
 
     def seek(
@@ -224,18 +225,18 @@ class Loader:
         except UserError as error:
             error.on_one_rank = True
             raise
-        ordered = [_Ordered(-1, one.document, self._decode(one.document), one.clip) for one in pack.documents]
+        ordered = [_Ordered(-1, one.document, self._decode(one.document, NO_CACHE), one.clip) for one in pack.documents]
         return _Pending(place, ordered, pack.bad, pack.after)
 
     def _order(self, number: int) -> _Ordered:
         document = self.documents.build(number)
-        return _Ordered(number, document, self._decode(document))
+        return _Ordered(number, document, self._decode(document, self._frames))
 
-    def _decode(self, document: Document) -> list[Future[Patches]]:
+    def _decode(self, document: Document, frames: FrameCache) -> list[Future[Patches]]:
         if any(plan.ref.name in self._agreed for plan in document.media):
             return []
         spec = self.documents.encoder.spec
-        return [self.pool.submit(vision.load, plan, spec) for plan in document.media]
+        return [frames.submit(self.pool, plan, spec) for plan in document.media]
 
     def _finish(self, pending: _Pending) -> LoadedPack:
         ready = []
