@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vft.data.pool import WorkerPool
+from vft.data.pool import WorkerPool, empty_bytes
 from vft.data.video import MediaError, scan_file
 
 
@@ -121,6 +121,24 @@ def test_tensors_leave_no_descriptors(pool: WorkerPool) -> None:
     assert [int(future.result(30)[0]) for future in kept] == list(range(20))
     del kept, tensor
     assert descriptors() <= before + 4
+
+
+def test_results_in_shared_memory_are_sent_as_they_are(pool: WorkerPool) -> None:
+    before = descriptors()
+    for count in (1, 1000, 3_000_000):
+        tensor, was_shared = pool.submit(counted, count).result(30)
+        assert was_shared and tensor.is_shared() and tensor.shape == (count, 2)
+        assert torch.equal(tensor[:, 1], torch.arange(count).to(torch.uint8))
+        del tensor
+    assert descriptors() <= before + 4
+    assert not empty_bytes(5, 2).is_shared()
+
+
+def counted(count: int) -> tuple[torch.Tensor, bool]:
+    """0, 1, 2, ... in memory that was made to be sent, and whether it was shared before it was."""
+    tensor = empty_bytes(count, 2)
+    tensor[:] = torch.arange(count).to(torch.uint8)[:, None]
+    return tensor, tensor.is_shared()
 
 
 def test_without_workers() -> None:

@@ -140,6 +140,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
         targets.append(_predicting_rows(document) + start)
         start += document.num_tokens
     grids = tuple(patches.grid_thw for patches in media)
+    pixels, no_pixels = [patches.pixels_PD for patches in media], torch.zeros(0, spec.patch_features, dtype=torch.uint8)
     labels_T = _join([d.labels_T for d in members], torch.full((1,), IGNORE_INDEX))
     mask_T = _join([d.media_mask_T for d in members], torch.zeros(1, dtype=torch.bool))
     return Batch(
@@ -150,7 +151,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
         target_index_N=_join(targets, torch.zeros(0, dtype=torch.long)),
         target_ids_N=labels_T[labels_T != IGNORE_INDEX],
         media_index_M=mask_T.nonzero().flatten(),
-        pixels_PD=_join([p.pixels_PD for p in media], torch.zeros(0, spec.patch_features, dtype=torch.uint8)),
+        pixels_PD=pixels[0] if len(pixels) == 1 else torch.cat([no_pixels, *pixels]),
         grids=grids,
         layout=spec.layout(grids) if grids else None,
         document_T=_join([torch.full((d.num_tokens,), i) for i, d in enumerate(members)], torch.zeros(1).long()),

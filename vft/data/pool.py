@@ -237,6 +237,14 @@ class WorkerPool:
             worker.future = None
 
 
+def empty_bytes(*shape: int) -> torch.Tensor:
+    """uint8 memory for a task's result: in a worker the shared memory itself, so that to send it copies nothing."""
+    if not _in_worker:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
     """Keep a new process from importing the program that it serves: that takes seconds and hundreds of megabytes.
@@ -271,8 +279,12 @@ def _subject(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
 
 # ---------------------------------------------------------------------------------------------- in a worker process
 
+_in_worker = False
+
 
 def _work(connection: Connection, initializer: Callable[[], None] | None) -> None:
+    global _in_worker
+    _in_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)

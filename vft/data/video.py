@@ -49,9 +49,9 @@ Times = tuple[float, ...] | None
 
 MAX_FRAME_PIXELS = 89_478_485
 """Pixels of one frame or picture beyond which it is refused (PIL's own limit against decompression bombs)."""
-CHUNK_BYTES = 16 * 2**20
-"""Decoded frames that a worker holds at once, at the size of the source. Under 32 MiB malloc keeps the memory and gives
-it out again; fresh pages for every chunk cost more than the resize."""
+CHUNK_BYTES = 8 * 2**20
+"""Decoded frames that a worker holds at once, at the size of the source. So little memory is used again for the next
+ones: fresh memory for every chunk costs as much as the resize."""
 LIST_FPS = 2.0
 """Rate of a list of pictures that does not say its `sample_fps` (qwen-vl-utils' default), frames per second."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vft.data.pool import empty_bytes
 from vft.data.video import as_media_error, decode_chunks
 from vft.types import Clip, MediaPlan, Patches, VisionSpec
 
@@ -71,7 +72,7 @@ def _temporal_patch(plan: MediaPlan) -> int:
 
 def _cut(pieces_TCHW: Iterable[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
     """Cut resized frames as they come; all pieces but the last hold whole temporal patches."""
-    pixels_PD = torch.empty(math.prod(plan.grid_thw), spec.patch_features, dtype=torch.uint8)
+    pixels_PD = empty_bytes(math.prod(plan.grid_thw), spec.patch_features)
     temporal_patch, num_frames, end = _temporal_patch(plan), 0, 0
     for frames_TCHW in pieces_TCHW:
         num_frames += len(frames_TCHW)
