@@ -167,8 +167,8 @@ class DataConfig(Section):
     cache_dir: str = ""
     """Folder of index and frames; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
     cache: Literal["none", "frames"] = "none"
-    """`frames`: keep decoded and resized frames below `cache_dir`, so that a clip is decoded once for all epochs,
-    evaluations and runs with the same limits. What sources with `stream = true` read is never kept."""
+    """`frames`: keep the decoded and resized frames of videos below `cache_dir`, so that a clip is decoded once for all
+    epochs, evaluations and runs with the same limits. Not those of pictures, nor of sources with `stream = true`."""
     cache_gib: PositiveFloat = 100.0
     """GiB (2^30 bytes) of frames, at most, of all runs that share the folder; then no more are added, and none is
     removed. A video takes frames x height x width x 3 bytes."""

@@ -1,8 +1,8 @@
 """Decoded and resized frames kept on disk, so that from the second epoch on, and in later runs, nothing is decoded.
 
-Frames and not patches: they depend on files and sizes alone and not on a model family, a picture takes half the bytes,
-and cutting costs little beside decoding (docs/decisions.md). Any number of processes and hosts may share a folder.
-Trouble with the cache costs time, never a clip and never the run; what fails to decode is not kept.
+Frames and not patches: they depend on files and sizes alone and not on a model family, and cutting costs little beside
+decoding (docs/decisions.md). Any number of processes and hosts may share a folder. Trouble with the cache costs time,
+never a clip and never the run; what fails to decode is not kept.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ class FrameCache:
         return _open(config.cache_path / "frames", int(config.cache_gib * GIB))
 
     def submit(self, pool: WorkerPool, plan: MediaPlan, spec: VisionSpec) -> Future[Patches]:
-        """Have a worker load a medium, out of the cache where it is there; else it will be."""
-        if self.folder is None:
+        """Have a worker load a medium, a video out of the cache where it is there; else it will be.
+
+        Pictures are decoded: as frames they take many times the bytes of their files, and reading those saves little.
+        """
+        if self.folder is None or plan.ref.kind == "image":
             return pool.submit(vision.load, plan, spec)
         future = pool.submit(self.load, plan, spec)
         future.add_done_callback(_tell)

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Frames a second out of the frame cache and by decoding: python tools/bench/frame_cache.py [--clips N] [--output FILE]
+
+On one core, as a worker has it, in turns: H.264 clips of 10 s, 640 x 360 at 30 frames a second, sampled with the
+default limits; JPEG pictures of 1280 x 960, which a run doesn't keep. Files lie in the file cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import interleaved, median, report
+from PIL import Image
+from workload import write_clips
+
+from vft.data import vision
+from vft.data.budget import limits_of
+from vft.data.frame_cache import FrameCache
+from vft.data.frame_files import count_bytes
+from vft.data.video import scan
+from vft.data_config import DataConfig
+from vft.models.qwen2_5_vl_vision import QwenVision
+from vft.types import MediaPlan, MediaRef
+
+SPEC: Any = QwenVision(image_token=0, video_token=1, tokens_per_second=2.0)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--clips", type=int, default=8, help="clips, and pictures, at a time (default 8)")
+    parser.add_argument("--repeats", type=int, default=7, help="times that each is measured (default 7)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = write_clips(Path(folder) / "clips", arguments.clips, 360, 640, frames=300)
+        rows = compare("clips", [MediaRef("video", path) for path in clips], Path(folder), arguments.repeats)
+        pictures = write_pictures(Path(folder), arguments.clips)
+        rows += compare("pictures", [MediaRef("image", path) for path in pictures], Path(folder), arguments.repeats)
+    report("Frame cache", rows, arguments.output)
+
+
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    """Pictures of coarse noise."""
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        coarse = torch.rand(1, 3, 60, 80, generator=torch.Generator().manual_seed(number))
+        pixels_HWC = torch.nn.functional.interpolate(coarse, scale_factor=16, mode="bicubic")[0].permute(1, 2, 0)
+        Image.fromarray((pixels_HWC.clamp(0, 1) * 255).byte().numpy()).save(path, quality=90)
+    return paths
+
+
+def compare(name: str, media: Sequence[MediaRef], folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """Rows: decoding alone, decoding and keeping, out of the cache."""
+    config = DataConfig()
+    plans = [SPEC.plan(ref, scan(ref), limits_of(ref, config)) for ref in media]
+    full, filled = (FrameCache(folder / f"{name}-{kept}", limit_bytes=1 << 40) for kept in ("kept", "filled"))
+    ways: dict[str, Callable[[MediaPlan], Any]] = {
+        "decoded": lambda plan: vision.load(plan, SPEC),
+        "decoded and kept": lambda plan: full.load(plan, SPEC),
+        "out of the cache": lambda plan: filled.load(plan, SPEC),
+    }
+
+    def all_of_them(way: str) -> None:
+        if way == "decoded and kept" and full.folder is not None:
+            shutil.rmtree(full.folder, ignore_errors=True)
+        for plan in plans:
+            ways[way](plan)
+
+    times = interleaved({way: lambda way=way: all_of_them(way) for way in ways}, repeats)  # type: ignore[misc]
+    file_bytes = sum(ref.path.stat().st_size for ref in media if isinstance(ref.path, Path))
+    filled_bytes = count_bytes(folder / f"{name}-filled")
+    frames = sum(len(plan.frame_indices) for plan in plans)
+    size = f"{len(plans[0].frame_indices)} x {plans[0].width} x {plans[0].height}"
+    return [
+        {
+            "media": f"{name}, {size}",
+            "way": way,
+            "frames/s": frames / median(taken),
+            "ms each": 1000 * median(taken) / len(plans),
+            "times the bytes": filled_bytes / file_bytes if way == "out of the cache" else 1.0,
+            "times as fast": median(times["decoded"]) / median(taken),
+        }
+        for way, taken in times.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
