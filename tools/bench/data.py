@@ -1,0 +1,300 @@
+#!/usr/bin/env python
+"""Frames a second of the whole data path: python tools/bench/data.py [--clips FOLDER] [--output FILE]
+
+Three ways to the same frames of the same clips, in equally many processes on equally many CPU cores, taken in turns:
+
+  vft        records, index, documents, decoding, resizing, patches, collating: `Loader` and `WorkerPool`
+             as in training, the training process on the same cores as its workers
+  torchcodec VideoDecoder(num_ffmpeg_threads=1).get_frames_at of the same indices; the frames are thrown away
+  processor  qwen-vl-utils' fetch_video and one call of transformers' Qwen2.5-VL processor a sample, also thrown away;
+             left out where qwen_vl_utils or torchvision can't be imported
+
+Clips lie in the file cache: they are indexed and decoded once before. Frames are those that a model gets to see, not
+those between them that a decoder has to go through. CPU seconds are those of all processes of a side together; on a
+busy machine they tell more than the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_sides import decode_bare, fetch_and_process, pid_after, start_on, start_processor
+from measure import median, report
+from workload import DEMO_BASE, write_clips, write_records
+
+from vft.console import user_errors
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents, load_documents
+from vft.data.loader import Loader
+from vft.data.packing import Cursor
+from vft.data.pool import WorkerPool
+from vft.data.video import MediaError, scan_file
+from vft.data_config import DataConfig, SourceConfig, VideoConfig
+from vft.models import build
+from vft.models.weights import Checkpoint
+from vft.recipes.caption import Caption
+from vft.types import MediaPlan, UserError
+
+SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts"})
+DEADLINE_S = 600.0
+CLIP_FPS = 30.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Clips of one size, sampled at one rate."""
+
+    name: str
+    documents: Documents
+    plans: tuple[MediaPlan, ...]
+    """One for each sample."""
+
+    @property
+    def frames(self) -> int:
+        """Frames that a model gets to see, of all samples."""
+        return sum(len(plan.frame_indices) for plan in self.plans)
+
+
+@dataclass
+class Side:
+    """One way to the frames, and what its runs took."""
+
+    name: str
+    run: Callable[[], int]
+    """Once through all samples; how many frames."""
+    pids: Sequence[int]
+    """Of its workers."""
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def take(self, frames: int) -> None:
+        """One timed run."""
+        cpu_s, since = self._cpu_s(), time.perf_counter()
+        found = self.run()
+        self.seconds.append(time.perf_counter() - since)
+        self.cpu_seconds.append(self._cpu_s() - cpu_s)
+        assert found == frames, (self.name, found, frames)
+
+    def _cpu_s(self) -> float:
+        return time.process_time() + sum(cpu_seconds(pid) for pid in self.pids)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clips", type=Path, help="folder of videos; without it H.264 clips are made")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["640x360", "1280x720"], help="width x height of made clips, pixels"
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help=f"length of made clips, at {CLIP_FPS:g} fps (8)")
+    parser.add_argument("--count", type=int, default=2, help="made clips of each size (2)")
+    parser.add_argument("--samples", type=int, default=16, help="samples of each size, round the clips (16)")
+    parser.add_argument("--fps", type=float, nargs="+", default=[2.0, 8.0], help="frames sampled a second (2 8)")
+    parser.add_argument("--max-frames", type=int, default=64, help="frames sampled of a clip, at most (64)")
+    parser.add_argument("--max-pixels", type=int, default=128 * 28 * 28, help="height x width after resizing (100352)")
+    available = len(os.sched_getaffinity(0))
+    cores = sorted({1, min(available, 8)})
+    parser.add_argument("--cores", type=int, nargs="+", default=cores, help=f"CPU cores, each with a worker ({cores})")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (5)")
+    parser.add_argument("--without-processor", action="store_true", help="leave out the usual processor, which is slow")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    with user_errors(), tempfile.TemporaryDirectory(prefix="vft-data-") as folder:
+        check(options, available)
+        compare(options, Path(folder))
+
+
+def check(options: argparse.Namespace, available: int) -> None:
+    """UserError where a number can't be."""
+    for name in ("seconds", "count", "samples", "max_frames", "max_pixels", "repeats"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above 0")
+    for rate in options.fps:
+        if rate <= 0:
+            raise UserError(f"--fps {rate}: must be above 0")
+    for cores in options.cores:
+        if not 1 <= cores <= available:
+            raise UserError(f"--cores {cores}: must be from 1 to {available}, which this process may use")
+    if options.clips is not None and not options.clips.is_dir():
+        raise UserError(f"--clips {str(options.clips)!r}: no such folder")
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    """Time all sides on all cases and report."""
+    torch.set_num_threads(1)
+    everywhere, load = os.sched_getaffinity(0), os.getloadavg()[0]
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for case in list(cases(options, folder)):
+        for count in options.cores:
+            cores = sorted(everywhere)[:count]
+            os.sched_setaffinity(0, cores)  # before the pools, whose threads and workers inherit it
+            try:
+                with sides_of(case, cores, not options.without_processor, notes) as sides:
+                    for side in sides * options.repeats:
+                        side.take(case.frames)
+                    rows += table(case, count, sides)
+            finally:
+                os.sched_setaffinity(0, everywhere)
+            print(f"{case.name}, {count} core(s): done", file=sys.stderr)
+    for note in dict.fromkeys(notes):
+        rows.append({"clips": "left out", "side": note})
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    report("Delivered frames", rows, options.output, settings=settings, load_before=load)
+
+
+def table(case: Case, cores: int, sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """A line for each side, medians over its runs; the ratios are to bare decoding."""
+    bare = next(side for side in sides if side.name == "torchcodec")
+    return [
+        {
+            "clips": case.name,
+            "cores": cores,
+            "side": side.name,
+            "frames/s": case.frames / median(side.seconds),
+            "of bare": median(bare.seconds) / median(side.seconds),
+            "samples/s": len(case.plans) / median(side.seconds),
+            "frames/CPU s": case.frames / median(side.cpu_seconds),
+            "of bare, CPU": median(bare.cpu_seconds) / median(side.cpu_seconds),
+            "frames": case.frames,
+            "seconds": f"{min(side.seconds):.3g} to {max(side.seconds):.3g}",
+        }
+        for side in sides
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+
+def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
+    """Every size at every rate."""
+    skeleton = build(Checkpoint.open(str(DEMO_BASE)), torch.float32)
+    encoder = ChatEncoder(Checkpoint.open(str(DEMO_BASE)).tokenizer, skeleton.spec)
+    root = options.clips or folder
+    for size, clips in clips_by_size(options, folder).items():
+        questions = -(-options.samples // len(clips))
+        records = write_records(folder / f"{size}.json", clips[: options.samples], questions, root=root)
+        for rate in options.fps:
+            config = DataConfig(
+                root=root,
+                sources=(SourceConfig(format="llava_video", path=str(records)),),
+                share_videos=False,  # a sample is a clip decoded
+                workers=0,
+                cache_dir=str(folder / "cache"),
+                clip_deadline_s=DEADLINE_S,
+                video=VideoConfig(fps=rate, max_frames=options.max_frames, max_pixels=options.max_pixels),
+            )
+            documents = load_documents(config, config.sources, Caption().conversations, encoder, seed=0)
+            plans = [plan for number in range(len(documents.members)) for plan in documents.build(number).media]
+            yield Case(f"{size}, {rate:g} fps", documents, tuple(plans))
+
+
+def clips_by_size(options: argparse.Namespace, folder: Path) -> dict[str, list[Path]]:
+    """Clips by `width x height`: made ones, or those of a folder."""
+    if options.clips is None:
+        return {size: made_clips(options, folder, size) for size in options.sizes}
+    found: dict[str, list[Path]] = {}
+    for path in sorted(path for path in options.clips.rglob("*") if path.suffix.lower() in SUFFIXES):
+        try:
+            info = scan_file("video", path)
+        except MediaError as error:
+            raise UserError(f"--clips: {error}") from error
+        found.setdefault(f"{info.width}x{info.height}", []).append(path)
+    if not found:
+        raise UserError(f"--clips {str(options.clips)!r}: no videos there ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def made_clips(options: argparse.Namespace, folder: Path, size: str) -> list[Path]:
+    """Clips as `--sizes` asks for them."""
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) > 1 and int(height) > 1):
+        raise UserError(f"--sizes {size}: must be WIDTHxHEIGHT in pixels, as 640x360")
+    print(f"making {options.count} clips of {size}", file=sys.stderr)
+    frames = max(2, round(options.seconds * CLIP_FPS))
+    return write_clips(folder / size, options.count, int(height), int(width), frames, CLIP_FPS)
+
+
+# ----------------------------------------------------------------------------------------------------------- sides
+
+
+@contextmanager
+def sides_of(case: Case, cores: Sequence[int], processor: bool, notes: list[str]) -> Iterator[list[Side]]:
+    """The sides, started and warm. What can't be had goes into `notes`."""
+    with ExitStack() as stack:
+
+        def start(initializer: Callable[[Sequence[int]], None]) -> WorkerPool:
+            return stack.enter_context(WorkerPool(len(cores), DEADLINE_S, partial(initializer, cores)))
+
+        pool = start(start_on)
+        sides = [Side("vft", partial(run_vft, case, pool), pids_of(pool))]
+        pool = start(start_on)
+        sides.append(Side("torchcodec", partial(run_bare, case, pool), pids_of(pool)))
+        for side in sides:
+            side.run()
+        if processor:
+            pool = start(start_processor)
+            try:
+                usual = Side("processor", partial(run_processor, case, pool), pids_of(pool))
+                usual.run()
+                sides.append(usual)
+            except (ImportError, RuntimeError, ValueError) as error:
+                notes.append(f"processor, {case.name}: {str(error).splitlines()[0]}")
+        yield sides
+
+
+def run_vft(case: Case, pool: WorkerPool) -> int:
+    """An epoch of the data path."""
+    plan = case.documents.pack_plan(seed=0)
+    loader = Loader(case.documents, plan, pool, 1, 0, 1, case.documents.config.prefetch_packs, last_epoch=0)
+    loader.seek(Cursor(), [])
+    frames = 0
+    for _ in plan.packs(0):
+        for pack in loader.step():
+            frames += sum(len(medium.frame_indices) for one in pack.batch.documents for medium in one.media)
+    if loader.new_bad:
+        raise UserError(f"{len(loader.new_bad)} clips can't be decoded: {loader.new_bad[0].message}")
+    return frames
+
+
+def run_bare(case: Case, pool: WorkerPool) -> int:
+    """The same frames, decoded alone."""
+    plans = [(plan.ref.path, plan.info.stream_index, plan.frame_indices) for plan in case.plans]
+    return sum(future.result() for future in [pool.submit(decode_bare, *plan) for plan in plans])
+
+
+def run_processor(case: Case, pool: WorkerPool) -> int:
+    """The same frames by the usual way."""
+    plans = [(plan.ref.path, plan.frame_indices, plan.height, plan.width) for plan in case.plans]
+    return sum(future.result() for future in [pool.submit(fetch_and_process, DEMO_BASE, *plan) for plan in plans])
+
+
+def pids_of(pool: WorkerPool) -> list[int]:
+    """The process numbers of its workers."""
+    found: set[int] = set()
+    while len(found) < pool.workers:
+        found |= {future.result() for future in [pool.submit(pid_after, 0.02) for _ in range(pool.workers)]}
+    return sorted(found)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has taken, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
