@@ -6,6 +6,7 @@ Loss and gradients are compared with those of the samples one by one; nothing he
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -34,9 +35,11 @@ from tests.helpers import (
 from vft import loss as losses
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
+from vft.data.loader import Loader
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
+from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig, VideoConfig
-from vft.types import Batch, Conversation, UserError
+from vft.types import Batch, Conversation, Patches, UserError
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -440,3 +443,53 @@ def test_batch_is_moved_whole(tiny: Tiny, rows: Sequence[Any]) -> None:
     found = tensors(moved)
     assert len(found) > 15 and all(x.is_meta for x in found)
     assert isinstance(moved, Batch)
+
+
+def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
+    """Known from the index: tokens, attended pairs and patches, with and without a shared trunk."""
+    spec = tiny.encoder.spec
+    for share in (True, False):
+        made = documents_of(tiny, 4096, share_videos=share)
+        made.add([*about_video(5), talk(("user", "And?"), ("assistant", "No."))], 1.0)
+        assert len(made.members) == (2 if share else 6)
+        for number, (tokens, pairs, patches) in enumerate(made.work):
+            built = made.build(number)
+            blank = [
+                Patches(
+                    torch.zeros(math.prod(one.grid_thw), tiny.encoder.spec.patch_features).byte(), one.grid_thw, 1.0
+                )
+                for one in built.media
+            ]
+            row = collate([(built, blank)], spec)
+            assert tokens == row.num_tokens and patches == row.pixels_PD.shape[0]
+            # Who sees whom: trunk and own branch, up to oneself.
+            branch, position = row.branch_T, torch.arange(row.num_tokens)
+            seen = (position[None] <= position[:, None]) & ((branch[None] == -1) | (branch[None] == branch[:, None]))
+            assert pairs == int(seen.sum())
+
+
+def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
+    """Rows of equal length, some of video and some of text: by tokens one process could get all the video."""
+    documents = documents_of(tiny, 400, share_videos=False, max_samples_per_pack=1)
+    long = "word " * 30
+    for number in range(8):
+        talks = [talk(("user", [VIDEO, "What?"]), ("assistant", "A dog."), id=f"v{number}")]
+        documents.add(talks if number % 2 else [talk(("user", long), ("assistant", long), id=f"t{number}")], 1.0)
+    assert len(documents.members) == 8
+    tower = 20.0
+    costs = tuple(tokens + tower * patches for tokens, _, patches in documents.work)
+    with WorkerPool(0, 60.0) as pool:
+        shares: dict[bool, list[float]] = {}
+        for by_cost in (False, True):
+            loads = []
+            for rank in range(2):
+                plan = documents.pack_plan(seed=3)
+                loader = Loader(
+                    documents, plan, pool, 2, rank, len(plan.packs(0)), 1, 0, costs=costs if by_cost else ()
+                )
+                loader._plan_step()
+                loads.append(sum(costs[n] for place in loader._ahead for n in place.pack.documents))
+            shares[by_cost] = loads
+    assert sum(shares[True]) == sum(shares[False]) == sum(costs)
+    assert max(shares[True]) - min(shares[True]) <= max(costs)
+    assert max(shares[True]) <= max(shares[False])

@@ -8,14 +8,14 @@ CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewher
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from vft.types import AttentionPlan, Segment
 
@@ -24,6 +24,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch build without flash attention: the SDPA path serves
     varlen_attn = None
+
+_planned_device: torch.device | None = None
 
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
@@ -65,11 +67,11 @@ def build_plan(segments: Iterable[Segment], causal: bool, kept: int = 0) -> Atte
     )
 
 
-def attended_pairs(plan: AttentionPlan) -> int:
-    """Query-key pairs that the plan computes: the count behind every FLOP figure (causal part only)."""
+def attended_pairs(segments: Iterable[Segment], causal: bool) -> int:
+    """Query-key pairs that are computed: the count behind every FLOP figure (causal part only)."""
     total = 0
-    for segment in plan.segments:
-        own = segment.q_length * (segment.q_length + 1) // 2 if plan.causal else segment.q_length**2
+    for segment in segments:
+        own = segment.q_length * (segment.q_length + 1) // 2 if causal else segment.q_length**2
         total += own + segment.q_length * segment.prefix_length
     return total
 
@@ -92,7 +94,19 @@ def prepare(plan: AttentionPlan, x: Tensor) -> None:
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows on this device in this precision take one call of `torch.nn.attention.varlen` a layer."""
-    return device.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+    planned = device if _planned_device is None else _planned_device
+    return planned.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def planning_for(device: torch.device) -> Iterator[None]:
+    """Within it tensors without values take the path of `device`, wherever they are said to be."""
+    global _planned_device
+    _planned_device = device
+    try:
+        yield
+    finally:
+        _planned_device = None
 
 
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
@@ -121,21 +135,20 @@ def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
     prepare(plan, q_THK)
     assert plan.groups is not None
     outputs = []
-    for q_rows, k_rows, count, q_length, k_length in plan.groups:
+    for q_rows, k_rows, count, q_length, k_length, mask_QK in plan.groups:
         q, k, v = (
             x.unflatten(0, (count, length)).transpose(1, 2)
             for x, length in ((q_THK[q_rows], q_length), (k_THK[k_rows], k_length), (v_THK[k_rows], k_length))
         )
-        mask = causal_lower_right(q_length, k_length) if plan.causal and q_length != k_length else None
-        is_causal = plan.causal and q_length == k_length
+        is_causal = plan.causal and mask_QK is None
         gqa = q_THK.shape[1] != k_THK.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QK, is_causal=is_causal, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return joined if plan.restore_T is None else joined[plan.restore_T]
 
 
-def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int]]:
+def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int, Tensor | None]]:
     by_length: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan.segments:
         by_length.setdefault((segment.q_length, segment.k_length), []).append(segment)
@@ -143,7 +156,10 @@ def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, in
     for (q_length, k_length), members in by_length.items():
         q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
         k_rows = torch.cat([_key_rows(s, plan.kept) for s in members])
-        groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length))
+        mask_QK = None
+        if plan.causal and q_length != k_length:  # aligned lower right; made once, for all layers
+            mask_QK = torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length).to(device)
+        groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length, mask_QK))
     return groups
 
 

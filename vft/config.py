@@ -211,6 +211,14 @@ class LogConfig(Section):
     """Optimizer steps between two lines on the screen."""
     tensorboard: bool = False
     """Also write TensorBoard's event files (extra `tensorboard`)."""
+    profile_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None
+    """First and last step that torch.profiler records, into `profile/` of the run's folder; none: no trace."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.profile_steps is not None:
+            check_order("profile_steps[0]", self.profile_steps[0], "profile_steps[1]", self.profile_steps[1])
+        return self
 
 
 class Config(Section):

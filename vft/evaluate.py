@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
-from vft.distributed import World, sum_over_ranks
+from vft.distributed import World, all_of, sum_over_ranks
 from vft.files import replace_text
 from vft.metrics import Interval, mean_interval
 from vft.models.generate import Sampling
@@ -114,6 +115,30 @@ class _NothingInstead(PackPlan):
     def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
         """There is none."""
         return None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of a metric so far, in a file of the run's folder, so that a resumed run knows it."""
+
+    file: Path
+    metric: str
+    world: World
+
+    def is_beaten(self, scores: Mapping[str, Interval]) -> bool:
+        """Whether these scores are the best so far: of `loss` the lowest, else the highest. Every process must ask."""
+        if self.metric not in scores:
+            raise UserError(f"eval.best_metric = {self.metric!r}: not among the scores, {', '.join(scores)}")
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.world.is_main and self.file.exists() else {}
+        best = all_of(known.get("value") if known.get("metric") == self.metric else None)[0]
+        value = scores[self.metric].value
+        return best is None or (value < best if self.metric == "loss" else value > best)
+
+    def record(self, step: int, scores: Mapping[str, Interval]) -> None:
+        """Note them as the best."""
+        if self.world.is_main:
+            line = {"step": step, "metric": self.metric, "value": scores[self.metric].value}
+            replace_text(self.file, json.dumps(line) + "\n")
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,74 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from vft.attention import attended_pairs
 from vft.distributed import World
+from vft.flops import Flops, peak_flops
 from vft.lora import TrainableRow
 from vft.metrics import Interval
 from vft.types import Batch, UserError
-
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "MI300X": 1307e12,
-    "MI325X": 1307e12,
-    "MI250X": 191.5e12,
-}
-"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets (MI250X: one of its two dies)."""
-
-
-class FlopCounter:
-    """Model FLOPs of a batch: products that the step needs, recomputation and padding not counted.
-
-    A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
-    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen tower runs
-    forward only (2 a weight).
-    """
-
-    def __init__(self, model: Any) -> None:
-        config = model.config
-        decoder = dict(model.model.layers.named_parameters())
-        frozen = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
-        trained = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
-        self.token = 4 * frozen + 6 * trained
-        self.pair = 12 * config.heads * config.head_width * config.layers
-        head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-        self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
-        tower, merger = [*model.visual.patch_embed.parameters(), *model.visual.blocks.parameters()], model.visual.merger
-        patch, passes = _passes(tower)
-        merged, _ = _passes(list(merger.parameters()), fed=passes > 1)
-        self.patch = patch + merged // config.vision.merge**2
-        full = len(config.vision.full_attention_blocks)
-        self.tower_pairs = {
-            "frame": passes * 4 * config.vision.width * full,
-            "window": passes * 4 * config.vision.width * (config.vision.blocks - full),
-        }
-
-    def count(self, batch: Batch) -> float:
-        """FLOPs of forward and backward."""
-        total = float(self.token * batch.num_tokens + self.pair * attended_pairs(batch.plan))
-        total += self.target * batch.num_targets + self.patch * batch.pixels_PD.shape[0]
-        if batch.layout is not None:
-            total += sum(self.tower_pairs[kind] * attended_pairs(plan) for kind, plan in batch.layout.plans.items())
-        return total
-
-
-def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
-    """FLOPs of one input through `weights`, and how many forward passes its attention costs.
-
-    2 a weight where nothing is trained; else 4 a frozen and 6 a trained one, attention three passes. `fed`: what comes
-    in needs a gradient, so even frozen weights are passed backwards.
-    """
-    counts = {True: 0, False: 0}
-    for weight in weights:
-        counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
-    backward = fed or counts[True] > 0
-    return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1
 
 
 def describe_device(device: torch.device) -> str:
@@ -105,14 +41,6 @@ def require_tensorboard() -> None:
     """UserError where the extra isn't installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("log.tensorboard = true: not installed; pip install 'vft[tensorboard]', or leave it out")
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device, None where it isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -218,10 +146,59 @@ class Monitor:
         waiting = line["data_wait_s"] / max(line["step_time_s"], 1e-9)
         text = (
             f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
-            f"{line['samples_per_s']:.2f} samples/s  waiting for data {waiting:.0%}  "
-            f"memory {line['peak_memory_bytes'] / 2**30:.1f} GiB"
+            f"{line['samples_per_s']:.2f} samples/s  {line['frames_per_s']:,.0f} frames/s  "
+            f"waiting for data {waiting:.0%}  memory {line['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
-        return text if line["mfu"] is None else f"{text}  MFU {line['mfu']:.1%}"
+        return text if line["mfu"] is None else f"{text}  MFU {line['mfu']:.1%}  HFU {line['hfu']:.1%}"
+
+
+class Tally:
+    """What a process's packs of one step come to."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(COUNTED, 0)
+
+    def add(self, batch: Batch, flops: Flops, digest: int) -> None:
+        """Count one pack."""
+        for name, count in {
+            "num_targets": batch.num_targets,
+            "tokens": batch.num_tokens,
+            "samples": len(batch.sample_ids),
+            "frames": sum(len(media.frame_indices) for document in batch.documents for media in document.media),
+            "patches": batch.pixels_PD.shape[0],
+            "flops": int(flops.model),
+            "hardware_flops": int(flops.hardware),
+            "digest": digest,
+        }.items():
+            self.counts[name] += count
+
+
+COUNTED = ("num_targets", "tokens", "samples", "frames", "patches", "flops", "hardware_flops", "digest", "bad")
+"""Of a step, summed over its packs and processes; `bad`: clips that were found unreadable."""
+
+
+class Profiler:
+    """Records the steps of `log.profile_steps` with torch.profiler: a trace for chrome://tracing or Perfetto."""
+
+    def __init__(self, file: Path, first: int, last: int) -> None:
+        self.file, self.first, self.last = file, first, last
+        self.profile: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """Begin where `step` is the first to be recorded."""
+        if step == self.first:
+            self.profile = torch.profiler.profile()  # of the CPU, and of the GPU where there is one
+            self.profile.start()
+
+    def after(self, step: int) -> bool:
+        """End where `step` was the last one; whether a trace has been written."""
+        if self.profile is None or step < self.last:
+            return False
+        self.profile.stop()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(self.file))
+        self.profile = None
+        return True
 
 
 class Stopwatch:
@@ -268,7 +245,10 @@ def describe_step(
         "data_wait_s": watch.waited_s,
         "tokens_per_s": counts["tokens"] / seconds,
         "samples_per_s": counts["samples"] / seconds,
+        "frames_per_s": counts["frames"] / seconds,
+        "tflops": counts["flops"] / seconds / processes / 1e12,
         "mfu": None if peak is None else counts["flops"] / seconds / peak / processes,
+        "hfu": None if peak is None else counts["hardware_flops"] / seconds / peak / processes,
         "peak_memory_bytes": peak_memory_bytes(device),
         "sample_digest": f"{counts['digest']:x}",
     }

@@ -67,11 +67,12 @@ def _checkpoint(module: nn.Module, run: Callable[..., Any]) -> None:
 
     A forward bound to each module would be compiled anew for each.
     """
-    module.__class__ = _checkpointed(module.__class__, run)
+    kind: Any = type(module)
+    module.__class__ = _checkpointed(kind, run)
 
 
 @cache
-def _checkpointed(kind: type[nn.Module], run: Callable[..., Any]) -> type[nn.Module]:
+def _checkpointed(kind: type[Any], run: Callable[..., Any]) -> type[Any]:
     def forward(self: nn.Module, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return kind.forward(self, *args)

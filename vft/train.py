@@ -7,12 +7,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
@@ -27,20 +25,22 @@ from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem, check_bad, check_bad_of_stream, write_quarantine
 from vft.distributed import World, all_of, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
-from vft.evaluate import evaluate, load_held_out
+from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
 from vft.files import remove_partials, replace_text
+from vft.flops import FlopCounter
 from vft.guards import check_first_step, check_identity, check_output_dir
 from vft.lora import Adapter, choose_trainable, initialise, is_adapter
-from vft.metrics import Interval
+from vft.memory import longest_row, settle_checkpointing
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, load_weights
 from vft.monitor import (
-    FlopCounter,
     Monitor,
+    Profiler,
     StepResult,
     Stopwatch,
+    Tally,
     describe_run,
     describe_step,
     require_tensorboard,
@@ -142,6 +142,8 @@ class Trainer:
         self.monitor = Monitor(
             self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
         )
+        steps, file = config.log.profile_steps, self.folder / "profile" / f"rank-{world.rank}.json.gz"
+        self.profiler = None if steps is None else Profiler(file, *steps)
         self.step = 0
         self.samples = 0
         """Trained on so far."""
@@ -167,10 +169,15 @@ class Trainer:
         if any(source.format == "video_mme" for source in config.data.sources):
             self.monitor.say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
         self.monitor.table_of_trainable(rows, model)
-        self.flops = FlopCounter(model)
+        parallel = config.parallel
+        if parallel.memory_budget_gib is not None:
+            row = longest_row(self.documents, self.plan)
+            parallel = settle_checkpointing(parallel, self.trained_skeleton, row, self.world, self.monitor.say)
+        self.flops = FlopCounter(model, parallel.activation_checkpointing)
+        self.loader.costs = tuple(self.flops.row(*work) for work in self.documents.work)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         mesh = make_mesh(self.world, config.parallel.shard)
-        parallelize(model, mesh, config.parallel, DTYPES[config.train.precision], self.world.device)
+        parallelize(model, mesh, parallel, DTYPES[config.train.precision], self.world.device)
         model.to_empty(device=self.world.device)
         load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
         initialise(model, config.seed)
@@ -186,6 +193,12 @@ class Trainer:
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
         self.start_folder()
         self.resume()
+
+    def trained_skeleton(self) -> Skeleton:
+        """The same model once more, on the meta device."""
+        again = build(self.checkpoint, DTYPES[self.config.train.precision])
+        choose_trainable(again.model, again.towers, self.config.lora, self.config.model.train)
+        return again
 
     def start_folder(self) -> None:
         """Write what the run is and which samples it leaves out."""
@@ -207,20 +220,17 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the newest whole checkpoint; every process takes the one that the first chose."""
-        found = [None]
-        if self.world.is_main:
-            found = [checkpoints.newest_good(self.folder / "checkpoints", self.monitor.say)]  # type: ignore[list-item]
-        if self.world.size > 1:
-            dist.broadcast_object_list(found)
-        if found[0] is not None:
-            state = checkpoints.load(found[0], self.model, self.optimizer)
-            check_identity(found[0], state, self.identity())
+        root, main = self.folder / "checkpoints", self.world.is_main
+        found = all_of(checkpoints.newest_good(root, self.monitor.say) if main else None)[0]
+        if found is not None:
+            state = checkpoints.load(found, self.model, self.optimizer)
+            check_identity(found, state, self.identity())
             self.step, cursor = state["step"], Cursor(**state["cursor"])
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, cursor)
             self.samples = state["samples"]
             self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]], state["streams"])
             self.write_bad()
-            self.monitor.say(f"going on from {found[0]}")
+            self.monitor.say(f"going on from {found}")
         self.monitor.resume_at(self.step)
 
     # ------------------------------------------------------------------------------------------------------ loop
@@ -257,6 +267,8 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step over `packs_per_step` packs of all processes together."""
+        if self.profiler is not None:
+            self.profiler.before(self.step)
         watch = Stopwatch()
         rate = learning_rate(self.config.train, self.step, self.max_steps)
         for group in self.optimizer.param_groups:
@@ -269,12 +281,14 @@ class Trainer:
         self.optimizer.zero_grad()
         line = describe_step(result, watch, rate, self.world.device, self.world.size)
         self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
+        if self.profiler is not None and self.profiler.after(self.step):
+            self.monitor.say(f"wrote {self.profiler.file}")
 
     def forward_backward(self, watch: Stopwatch) -> StepResult:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
         device, world = self.world.device, self.world
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        counts = dict.fromkeys(("num_targets", "tokens", "samples", "patches", "flops", "digest", "bad"), 0)
+        tally = Tally()
         packs_left = self.config.train.packs_per_step // world.size
         packs = self.loader.step()
         while packs_left:
@@ -282,6 +296,7 @@ class Trainer:
             pack = next(packs)
             watch.waiting(since)
             packs_left -= 1
+            tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
             batch = pack.batch.to(device)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=self.config.lora is not None)
             # Dropout depends on the pack, not on the process that happens to run it.
@@ -289,16 +304,10 @@ class Trainer:
             loss = self.model(batch)
             loss.backward()
             loss_sum += loss.detach()
-            counts["num_targets"] += batch.num_targets
-            counts["tokens"] += batch.num_tokens
-            counts["samples"] += len(batch.sample_ids)
-            counts["patches"] += batch.pixels_PD.shape[0]
-            counts["flops"] += int(self.flops.count(batch))
-            counts["digest"] += pack.digest
         next(packs, None)  # lets the loader note that the step is over
-        counts["bad"] = len(self.loader.new_bad)
-        totals = sum_over_ranks(torch.tensor(list(counts.values()), device=device))
-        counts = dict(zip(counts, totals.tolist(), strict=True))
+        tally.counts["bad"] = len(self.loader.new_bad)
+        totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
+        counts = dict(zip(tally.counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
         self.samples += counts["samples"]
         if counts["bad"]:
@@ -351,21 +360,10 @@ class Trainer:
         )
         self.monitor.evaluation(self.step, scores)
         if settings.best_metric and self.step:
-            self.keep_best(settings.best_metric, scores)
-
-    def keep_best(self, metric: str, scores: Mapping[str, Interval]) -> None:
-        """Export to `best/` where the metric is better than at any evaluation before."""
-        if metric not in scores:
-            raise UserError(f"eval.best_metric = {metric!r}: not among the scores, {', '.join(scores)}")
-        value, file = scores[metric].value, self.folder / "best.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if self.world.is_main and file.exists() else {}
-        best = [before.get("value") if before.get("metric") == metric else None]
-        if self.world.size > 1:
-            dist.broadcast_object_list(best)
-        if best[0] is None or (value < best[0] if metric == "loss" else value > best[0]):
-            self.export(self.folder / "best")
-            if self.world.is_main:
-                replace_text(file, json.dumps({"step": self.step, "metric": metric, "value": value}) + "\n")
+            best = Best(self.folder / "best.json", settings.best_metric, self.world)
+            if best.is_beaten(scores):
+                self.export(self.folder / "best")
+                best.record(self.step, scores)
 
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""

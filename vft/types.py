@@ -258,9 +258,9 @@ class AttentionPlan:
     max_k: int
     kept: int = 0
     """Rows of keys that were kept from an earlier pass and stand before the row's own; prefixes lie among them."""
-    groups: list[tuple[Any, Any, int, int, int]] | None = None
+    groups: list[tuple[Any, Any, int, int, int, Tensor | None]] | None = None
     """For the SDPA path, made on first use: rows of queries and of keys (slice or index), how many segments, q and k
-    length."""
+    length, mask [Q, K]."""
     restore_T: Tensor | None = None
     """Beside `groups`: where each row stands in the groups' joined outputs; None where they are in order."""
 
@@ -276,9 +276,6 @@ class VisionLayout:
     plans: dict[str, AttentionPlan]
     restore_M: Tensor
     """Permutation of merged tokens from the tower's order back to media order."""
-
-
-# ------------------------------------------------------------------------------------------------- rows and batches
 
 
 @dataclass(eq=False, slots=True)
@@ -353,7 +350,8 @@ class Batch:
 def move(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`; what an attention plan made for another device is dropped."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        pin = device.type == "cuda" and value.device.type == "cpu"  # a copy from other memory would be waited for
+        return (value.pin_memory() if pin else value).to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: move(item, device) for key, item in value.items()}
     if isinstance(value, Batch | VisionLayout | AttentionPlan):

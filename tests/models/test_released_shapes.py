@@ -7,9 +7,9 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 from vft.config import LoraConfig
+from vft.flops import FlopCounter
 from vft.lora import choose_trainable
 from vft.models import qwen2_5_vl
-from vft.monitor import FlopCounter
 
 TEXT = {
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},

@@ -23,6 +23,11 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 CAPTION = "vft.recipes.caption"
 TIMEOUT_S = 240.0
+TIMES = (
+    *("step_time_s", "data_wait_s", "tokens_per_s", "samples_per_s", "frames_per_s", "tflops", "mfu", "hfu"),
+    "peak_memory_bytes",
+)
+"""Figures of a step that differ from run to run."""
 
 SERVER = r"""
 import importlib, json, os, runpy, signal, sys, traceback

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.runs.commands import Commands, column, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, TOWER_LORA, World, damage, record
+from vft import distributed
+from vft.evaluate import Best
 from vft.metrics import Interval
-from vft.train import Trainer
 from vft.types import UserError
 
+ALONE = distributed.World(0, 1, 0, torch.device("cpu"))
 LISTED = "Which colour is the ground?\n" + "\n".join(
     f"{a}. {colour}" for a, colour in zip("ABCD", COLOURS, strict=True)
 )
@@ -84,11 +86,12 @@ def test_which_export_is_the_best(tmp_path: Path) -> None:
     exported: list[tuple[str, float]] = []
 
     def keep(metric: str, value: float, folder: str) -> None:
-        # A new object each time, as after a restart.
-        trainer: Any = SimpleNamespace(folder=tmp_path / folder, world=SimpleNamespace(is_main=True, size=1), step=3)
-        trainer.export = lambda target: exported.append((target.name, value))
-        trainer.folder.mkdir(exist_ok=True)
-        Trainer.keep_best(trainer, metric, {metric: Interval(value, value, value)})
+        (tmp_path / folder).mkdir(exist_ok=True)
+        best = Best(tmp_path / folder / "best.json", metric, ALONE)  # as after a restart
+        scores = {metric: Interval(value, value, value)}
+        if best.is_beaten(scores):
+            exported.append(("best", value))
+            best.record(3, scores)
 
     for value in (0.5, 0.4, 0.5, 0.7, 0.6):
         keep("accuracy", value, "up")
@@ -98,9 +101,9 @@ def test_which_export_is_the_best(tmp_path: Path) -> None:
         keep("loss", value, "down")
     assert exported == [("best", 3.0), ("best", 2.0)]
     assert json.loads((tmp_path / "down" / "best.json").read_text()) == {"step": 3, "metric": "loss", "value": 2.0}
-    trainer: Any = SimpleNamespace(folder=tmp_path)
+    best = Best(tmp_path / "best.json", "cider", ALONE)
     with pytest.raises(UserError, match=r"^eval\.best_metric = 'cider': not among the scores, bleu4, loss$"):
-        Trainer.keep_best(trainer, "cider", {name: Interval(0, 0, 0) for name in ("bleu4", "loss")})
+        best.is_beaten({name: Interval(0, 0, 0) for name in ("bleu4", "loss")})
 
 
 # -------------------------------------------------------------------------------------------------- several processes

@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.runs.commands import CAPTION, REPOSITORY, Commands, column, largest_difference, metrics
+from tests.runs.commands import CAPTION, REPOSITORY, TIMES, Commands, column, largest_difference, metrics
 from tests.runs.world import FULL_TUNING, World
 
 STEPS = 12
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_s", "samples_per_s", "peak_memory_bytes")
 STOCHASTIC: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
     "data": {"max_samples_per_pack": 1},

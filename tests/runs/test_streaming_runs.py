@@ -14,7 +14,7 @@ import pytest
 
 from tests.data.streaming import clip, damaged_clip, llava_record, pe_pair, pe_shards
 from tests.data.tars import cut, write_tar
-from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
+from tests.runs.commands import CAPTION, TIMES, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import World, record
 
@@ -27,7 +27,6 @@ SETS: dict[str, dict[str, Any]] = {
     "llava": {"sources": [LLAVA], "max_samples_per_pack": 1},
     "mixture": {"sources": [{**TEXTS, "weight": 2.0}, PE, LLAVA], "max_samples_per_pack": 1},
 }
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_s", "samples_per_s", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.runs.commands import Commands, Result, metrics
+from tests.runs.commands import CAPTION, Commands, Result, column, metrics
 from tests.runs.world import ANSWERS, PROMPT, World
 
 STEP_KEYS = {
     *("step", "epoch", "loss", "num_targets", "tokens", "samples", "grad_norm", "lr", "step_time_s", "data_wait_s"),
-    *("tokens_per_s", "samples_per_s", "mfu", "peak_memory_bytes", "sample_digest"),
+    *("tokens_per_s", "samples_per_s", "frames_per_s", "tflops", "mfu", "hfu", "peak_memory_bytes", "sample_digest"),
 }
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "vft.json"}
 
@@ -68,7 +69,32 @@ def test_a_step_is_one_line_of_documented_keys(learned: Path) -> None:
     assert last["num_targets"] == lines[0]["num_targets"] > 4 * 8
     assert last["tokens_per_s"] == pytest.approx(last["tokens"] / last["step_time_s"])
     assert 0 <= last["data_wait_s"] < last["step_time_s"]
-    assert last["mfu"] is None  # the peak of a CPU isn't known
+    frames_a_sample = last["frames_per_s"] / last["samples_per_s"]
+    assert frames_a_sample == pytest.approx(round(frames_a_sample)) and frames_a_sample >= 4
+    assert last["tflops"] > 0 and last["mfu"] is last["hfu"] is None  # the peak of a CPU isn't known
+
+
+def test_a_trace_of_some_steps(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings = {"train": {"max_steps": 3}, "log": {"profile_steps": [2, 3]}}
+    folder = commands.train(world.config(tmp_path / "run.toml", settings))
+    trace = json.loads(gzip.decompress((folder / "profile" / "rank-0.json.gz").read_bytes()))
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op"]
+    assert names.count("aten::_fused_adamw_") == 2 and any("attention" in name for name in names)
+
+
+def test_memory_decides_on_checkpointing(world: World, commands: Commands, tmp_path: Path) -> None:
+    """The same losses; what was tried is told; a budget that nothing fits ends the run before it begins."""
+    plain = commands.train(world.config(tmp_path / "plain.toml", {"train": {"max_steps": 2}}))
+    auto = ("parallel.activation_checkpointing=auto", f"output_dir={tmp_path / 'auto'}")
+    config = world.config(tmp_path / "auto.toml", {"train": {"max_steps": 2}})
+    told = commands.run(CAPTION, config, *auto, "parallel.memory_budget_gib=10.0").ok().stderr
+    assert "activation_checkpointing = none: none 0.0 GiB of 10" in told
+    assert column(plain, "loss") == column(tmp_path / "auto", "loss")
+    refused = commands.run(
+        CAPTION, config, *auto[:1], f"output_dir={tmp_path / 'no'}", "parallel.memory_budget_gib=1e-5"
+    )
+    assert refused.status == 2 and "even with full activation checkpointing" in refused.stderr
+    assert not (tmp_path / "no").exists()
 
 
 def test_answers_come_back_word_for_word(world: World, commands: Commands, learned: Path, clips: list[Path]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from vft.attention import attended_pairs, document_segments
 from vft.console import progress_bar
 from vft.data import sources
 from vft.data.budget import fit, plan_within
@@ -41,6 +43,8 @@ class Documents:
     rooms: list[int] = field(default_factory=list)
     """Tokens that the media of each document were planned to fit into."""
     weights: list[float] = field(default_factory=list)
+    work: list[tuple[int, int, int]] = field(default_factory=list)
+    """Tokens, attended pairs and vision patches of each document: what it costs."""
     bad: list[BadItem] = field(default_factory=list)
     num_samples: int = 0
 
@@ -113,20 +117,27 @@ class Documents:
         encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
         shared = encoded[0].trunk_tokens
         trunk = shared + sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
+        patches = sum(math.prod(plan.grid_thw) for plan in plans)
         members: list[Conversation] = []
-        tokens = 0
+        texts: list[int] = []
         for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
             full = 0 < self.config.max_samples_per_pack <= len(members)
-            if members and (full or tokens + text > self.config.pack_tokens):
-                self._close(members, tokens, room, weight)
-                members, tokens = [], 0
-            tokens += text if members else trunk + text
+            if members and (full or trunk + sum(texts) + text > self.config.pack_tokens):
+                self._close(members, (trunk, texts, patches), room, weight)
+                members, texts = [], []
             members.append(one)
-        self._close(members, tokens, room, weight)
+            texts.append(text)
+        self._close(members, (trunk, texts, patches), room, weight)
 
-    def _close(self, conversations: Sequence[Conversation], tokens: int, room: int, weight: float) -> None:
+    def _close(
+        self, conversations: Sequence[Conversation], size: tuple[int, list[int], int], room: int, weight: float
+    ) -> None:
+        trunk, texts, patches = size
+        tokens = trunk + sum(texts)
+        pairs = attended_pairs(document_segments(0, trunk, texts), causal=True)
         self.members.append(tuple(conversations))
         self.lengths.append(tokens)
+        self.work.append((tokens, pairs, patches))
         self.rooms.append(room)
         self.weights.append(weight)
         self.num_samples += len(conversations)

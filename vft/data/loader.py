@@ -138,6 +138,8 @@ class Loader:
     last_epoch: int | None
     """None: go round for ever."""
     streams: Streams | None = None
+    costs: Sequence[float] = ()
+    """What each document costs, by which packs are shared out; empty: its tokens."""
     known_bad: dict[str, BadItem] = field(default_factory=dict)
     """By key: what failed so far, in this run and before it was resumed."""
     new_bad: list[BadItem] = field(default_factory=list)
@@ -203,7 +205,8 @@ class Loader:
         epoch = max((pack.epoch for pack in taken if pack.documents), default=self._planned.epoch)
         everything = [packs.get(slot) or PackRef(epoch, slot, ()) for slot in slots]
         if self.streams is None:
-            costs = [float(sum(self.plan.lengths[n] for n in pack.documents)) for pack in everything]
+            each = self.costs or self.plan.lengths
+            costs = [float(sum(each[n] for n in pack.documents)) for pack in everything]
             mine = share_out(everything, costs, self.ranks)[self.rank]
         else:
             # A stream stays with one process; how long its next pack is, nobody knows.

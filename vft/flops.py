@@ -1,0 +1,105 @@
+"""Floating-point operations of a step, as papers count them and as the machine does them, and what machines can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vft.attention import attended_pairs
+from vft.types import Batch
+
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
+    "MI250X": 191.5e12,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets (MI250X: one of its two dies)."""
+
+RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
+"""Share of a layer's forward products that the backward pass computes again; of `mlp` the MLP's, counted apart."""
+
+
+class Flops(NamedTuple):
+    """Of forward and backward."""
+
+    model: float
+    """What the step needs."""
+    hardware: float
+    """With what is computed again for want of memory."""
+
+
+class FlopCounter:
+    """FLOPs of a batch: products that the step needs, and those that checkpointing repeats; nothing is padding.
+
+    A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
+    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen tower runs
+    forward only (2 a weight).
+    """
+
+    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+        config = model.config
+        decoder = dict(model.model.layers.named_parameters())
+        frozen = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
+        trained = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
+        self.token = 4 * frozen + 6 * trained
+        self.pair = 12 * config.heads * config.head_width * config.layers
+        mlp = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and ".mlp." in n)
+        share = RECOMPUTED[checkpointing]
+        self.token_again = 2 * mlp if checkpointing == "mlp" else 2 * share * (frozen + trained)
+        self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
+        head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+        self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
+        tower, merger = [*model.visual.patch_embed.parameters(), *model.visual.blocks.parameters()], model.visual.merger
+        patch, passes = _passes(tower)
+        merged, _ = _passes(list(merger.parameters()), fed=passes > 1)
+        self.patch = patch + merged // config.vision.merge**2
+        full = len(config.vision.full_attention_blocks)
+        self.tower_pairs = {
+            "frame": passes * 4 * config.vision.width * full,
+            "window": passes * 4 * config.vision.width * (config.vision.blocks - full),
+        }
+
+    def count(self, batch: Batch) -> Flops:
+        """FLOPs of forward and backward."""
+        pairs = attended_pairs(batch.plan.segments, causal=True)
+        total = self.row(batch.num_tokens, pairs, batch.pixels_PD.shape[0]) + self.target * batch.num_targets
+        if batch.layout is not None:
+            for kind, plan in batch.layout.plans.items():
+                total += self.tower_pairs[kind] * attended_pairs(plan.segments, causal=False)
+        return Flops(total, total + self.token_again * batch.num_tokens + self.pair_again * pairs)
+
+    def row(self, tokens: int, pairs: int, patches: int) -> float:
+        """Model FLOPs of rows known by numbers alone, but for the head and attention within the tower."""
+        return float(self.token * tokens + self.pair * pairs + self.patch * patches)
+
+
+def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
+    """FLOPs of one input through `weights`, and how many forward passes its attention costs.
+
+    2 a weight where nothing is trained; else 4 a frozen and 6 a trained one, attention three passes. `fed`: what comes
+    in needs a gradient, so even frozen weights are passed backwards.
+    """
+    counts = {True: 0, False: 0}
+    for weight in weights:
+        counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
+    backward = fed or counts[True] > 0
+    return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device, None where it isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -1,0 +1,180 @@
+"""Memory of a step before it is run: the real forward and backward on tensors without values, every storage counted.
+
+What a device will hold is known to within the allocator's rounding, in seconds, on any machine; no formula has to
+follow the code. `tests/test_memory.py` compares with what torch's profiler sees allocated in a real step.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vft.attention import planning_for, prepare
+from vft.config import ParallelConfig
+from vft.data.documents import Documents
+from vft.data.packing import PackPlan, collate
+from vft.distributed import World
+from vft.models import Skeleton
+from vft.parallel import checkpoint_activations
+from vft.types import AttentionPlan, Batch, Patches, UserError, VisionLayout
+
+MODES = ("none", "mlp", "selective", "full")
+"""Of activation checkpointing, from what keeps most to what keeps least."""
+GIB = 1 << 30
+
+
+def settle_checkpointing(
+    config: ParallelConfig, make: Callable[[], Skeleton], row: Batch, world: World, say: Callable[[str], None]
+) -> ParallelConfig:
+    """`activation_checkpointing = "auto"` replaced by the mode that recomputes least and fits the budget.
+
+    `make` gives the model on the meta device, with what is trained settled; `row` is the longest there is. UserError
+    where nothing fits.
+    """
+    budget_gib = config.memory_budget_gib
+    assert budget_gib is not None
+    found: dict[str, float] = {}
+    for mode in MODES:
+        model = make().model
+        checkpoint_activations(model, mode, config.tower_checkpointing)
+        resident = resident_bytes(model, config.shard or world.size)
+        found[mode] = (resident + step_bytes(model, row, world.device)) / GIB
+        if found[mode] <= budget_gib:
+            tried = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
+            say(f"activation_checkpointing = {mode}: {tried} GiB of {budget_gib:g}")
+            return config.model_copy(update={"activation_checkpointing": mode})
+    raise UserError(
+        f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {row.num_tokens} tokens, takes "
+        f"{found['full']:.1f} GiB even with full activation checkpointing; lower data.pack_tokens, shard over more "
+        "devices, or raise it"
+    )
+
+
+def longest_row(documents: Documents, plan: PackPlan) -> Batch:
+    """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank."""
+    if not documents.members:
+        raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
+    size = documents.work
+
+    def extent(pack: Iterable[int]) -> tuple[int, int]:
+        members = list(pack)
+        return sum(size[n][0] for n in members), sum(size[n][2] for n in members)
+
+    pack = max(plan.packs(0), key=extent)
+    built = [documents.build(number) for number in pack]
+    spec = documents.encoder.spec
+    blank = [
+        [
+            Patches(
+                torch.zeros(math.prod(media.grid_thw), spec.patch_features, dtype=torch.uint8),
+                media.grid_thw,
+                media.seconds_per_grid,
+            )
+            for media in one.media
+        ]
+        for one in built
+    ]
+    return collate(list(zip(built, blank, strict=True)), spec)
+
+
+def resident_bytes(model: Any, shards: int) -> int:
+    """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
+
+    A vision tower in which nothing is trained is whole on every device. With several devices the layer at work and
+    the next are gathered.
+    """
+    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
+    whole = {id(p) for p in model.visual.parameters()} if frozen_tower else set()
+    total = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            size += 2 * 4 * parameter.numel()
+        total += size if id(parameter) in whole else -(-size // shards)
+    if shards > 1:
+        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in model.model.layers]
+        ends = sum(p.numel() * p.element_size() for p in model.parameters()) - sum(layers)
+        ends -= sum(p.numel() * p.element_size() for p in model.visual.parameters()) if frozen_tower else 0
+        total += 2 * max(layers) + ends
+    return total
+
+
+def step_bytes(model: Any, row: Batch, device: torch.device) -> int:
+    """Peak of what forward and backward of one row hold beside the weights, gradients among it.
+
+    `model` is on the meta device and can't be used afterwards.
+    """
+    x = torch.empty(0, dtype=model.compute_dtype)
+    with planning_for(device):
+        for plan, length in _plans(row):
+            prepare(plan, x.new_empty(length))
+        with FakeTensorMode() as mode:
+            _replace_parameters(model)
+            batch = _fake(row, mode)
+            with LiveBytes(model.parameters()) as live:
+                model(batch).backward()
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make and that still live; `known` ones don't count."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen[storage] = True
+                size = storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self._drop, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
+    """Every plan of the row, and its rows."""
+    patches = row.pixels_PD.shape[0]
+    towers = [] if row.layout is None else [(plan, patches) for plan in row.layout.plans.values()]
+    return [(row.plan, row.input_ids_T.numel()), *towers]
+
+
+def _replace_parameters(model: nn.Module) -> None:
+    """Parameters without values instead of those on the meta device."""
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        instead = torch.empty(parameter.shape, dtype=parameter.dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(instead, parameter.requires_grad))
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    """`value` with every tensor in it without values."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, dict):
+        return {key: _fake(item, mode) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_fake(item, mode) for item in value)
+    if isinstance(value, Batch | VisionLayout | AttentionPlan):
+        return replace(value, **{f.name: _fake(getattr(value, f.name), mode) for f in fields(value)})
+    return value
