@@ -19,7 +19,13 @@ from vft.types import Clip, MediaPlan, Patches, VisionSpec
 
 def decode_resized(plan: MediaPlan) -> Tensor:
     """The planned frames at the planned size, uint8 [T, 3, height, width]."""
-    return torch.cat(list(_resized_pieces(plan)))
+    frames_TCHW = torch.empty(len(plan.frame_indices), 3, plan.height, plan.width, dtype=torch.uint8)
+    end = 0
+    for piece_TCHW in _resized_pieces(plan):  # copied as they come: joined at the end, they would be there twice
+        start, end = end, end + len(piece_TCHW)
+        frames_TCHW[start:end] = piece_TCHW
+    assert end == len(frames_TCHW), (end, len(frames_TCHW))
+    return frames_TCHW
 
 
 def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], Tensor] | None = None) -> Patches:
