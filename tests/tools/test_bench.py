@@ -1,0 +1,81 @@
+"""The benchmarks of data, loading and checkpoints, on the smallest sizes: their tables and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools/bench"
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def figures(name: str, output: Path, *arguments: object) -> dict[str, Any]:
+    done = run(name, *arguments, "--output", output)
+    assert done.returncode == 0, done.stderr
+    made: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    assert made["environment"]["cpus"] > 0 and made["title"] in " ".join(done.stdout.split()) and made["settings"]
+    return made
+
+
+def test_data(tmp_path: Path) -> None:
+    sizes = ("--sizes", "64x56", "--seconds", "1", "--fps", "8", "--max-frames", "8", "--max-pixels", "3136")
+    # The usual processor is left out: to import what it needs takes longer than all the rest.
+    few = ("--count", "2", "--samples", "4", "--repeats", "2", "--cores", "1", "--without-processor")
+    rows = figures("data.py", tmp_path / "data.json", *sizes, *few)["rows"]
+    assert [(row["clips"], row["cores"], row["side"]) for row in rows] == [
+        ("64x56, 8 fps", 1, "vft"),
+        ("64x56, 8 fps", 1, "torchcodec"),
+    ]
+    assert {row["frames"] for row in rows} == {4 * 8}
+    for row in rows:
+        assert row["frames/s"] == pytest.approx(8 * row["samples/s"]) and row["frames/s"] > 0
+        assert row["frames/CPU s"] > 0
+    assert rows[1]["of bare"] == 1 and 0 < rows[0]["of bare"] < 5
+
+
+def test_load(tmp_path: Path) -> None:
+    made = figures("load.py", tmp_path / "load.json", "--shape", "tiny", "--repeats", "1", "--device", "cpu")
+    rows = {row["side"]: row for row in made["rows"]}
+    assert list(rows) == ["vft", "safetensors", "safetensors, copied", "transformers"]
+    sizes = [row["model GiB"] * 2**30 for row in rows.values()]
+    assert max(sizes) - min(sizes) < 4096 and made["file_bytes"] == pytest.approx(sizes[0], rel=0.05)
+    for row in rows.values():
+        assert 0 < row["weights, s"] <= row["seconds"] < 60 and row["GiB/s"] > 0
+    assert rows["vft"]["time / vft's"] == 1
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    few = ("--shape", "tiny", "--ranks", "4", "--full", "--repeats", "1", "--device", "cpu", "--folder", tmp_path)
+    lora, full = figures("checkpoint.py", tmp_path / "checkpoint.json", *few)["rows"]
+    assert (lora["trained"], full["trained"]) == ("LoRA rank 4", "full")
+    for row in (lora, full):
+        # Three float32 values a parameter: itself and two moments.
+        assert row["MiB"] * 2**20 == pytest.approx(12 * row["parameters"], rel=0.2)
+        parts = row["copy and write, s"] + row["hash, s"] + row["flush, s"]
+        assert parts == pytest.approx(row["save, s"]) and min(row["hash, s"], row["flush, s"], row["load, s"]) > 0
+    assert full["parameters"] > lora["parameters"] > 0
+    assert not list(tmp_path.glob("vft-checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("data.py", ("--sizes", "640"), "--sizes 640: must be WIDTHxHEIGHT"),
+        ("load.py", ("--model", "/no/such/folder"), "no safetensors files"),
+        ("checkpoint.py", ("--ranks", "0"), "--ranks 0: must be at least 1"),
+    ],
+)
+def test_mistakes(name: str, arguments: tuple[str, ...], message: str) -> None:
+    done = run(name, *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
