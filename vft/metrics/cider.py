@@ -77,4 +77,5 @@ def _cosine(prediction: dict[tuple[str, ...], float], reference: dict[tuple[str,
     norms = math.hypot(*prediction.values()) * math.hypot(*reference.values())
     if norms == 0.0:
         return 0.0
-    return sum(min(prediction[g], reference[g]) * reference[g] for g in prediction.keys() & reference.keys()) / norms
+    # In the order of the words: a set's order, and with it the last digit, would change from run to run.
+    return sum(min(value, reference[g]) * reference[g] for g, value in prediction.items() if g in reference) / norms

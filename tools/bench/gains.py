@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""What each optimisation of a step is worth, with and without it in turns: python tools/bench/gains.py [--shape small]
+
+Every line is the same work with the same loss, done in the obvious way and in the trainer's. `gain` is the ratio of the
+two times.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import default_device, interleaved, median, report
+from rows import Video, row_of, text_document, video_document
+from workload import SHAPES, build_model, fill
+
+from vft import attention
+from vft.config import LoraConfig
+from vft.console import user_errors
+from vft.lora import choose_trainable, initialise
+from vft.models import qwen2_5_vl
+from vft.models.qwen2_5_vl import TOWERS
+from vft.types import AttentionPlan, Batch, Document, UserError
+
+WORDS, ANSWER = 25, 10
+"""Tokens of a question with its answer, and of the answer."""
+Work = Callable[[], torch.Tensor]
+"""Runs forward and backward and gives the summed loss."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    arguments = parser.parse_args()
+    with user_errors():
+        if arguments.repeats < 1:
+            raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
+        device = default_device()
+        name = arguments.shape or ("3b" if device.type == "cuda" else "small")
+        model = build_model(SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32)
+        choose_trainable(model, TOWERS, LoraConfig(), ())
+        model.to_empty(device=device)
+        fill(model)
+        initialise(model, seed=0)
+        lines = [compare(what, *make(model, device), arguments.repeats) for what, make in GAINS.items()]
+        report(f"what each optimisation is worth: {name}", lines, arguments.output, shape=name)
+
+
+def compare(what: str, plainly: Work, ours: Work, repeats: int) -> dict[str, Any]:
+    """One line of the table. UserError where the two ways give different losses: then the figure means nothing."""
+    losses = [float(work()) for work in (plainly, ours)]
+    difference = abs(losses[1] / losses[0] - 1)
+    if difference > (1e-4 if default_device().type == "cpu" else 2e-2):
+        raise UserError(f"{what}: losses {losses[0]} and {losses[1]} differ")
+    times = {name: median(t) for name, t in interleaved({"plainly": plainly, "ours": ours}, repeats).items()}
+    figures = {"plainly s": times["plainly"], "ours s": times["ours"], "gain": times["plainly"] / times["ours"]}
+    return {"optimisation": what, **figures, "loss differs by": difference}
+
+
+def passes(model: Any, rows: list[Batch], device: torch.device) -> Work:
+    """Forward and backward of rows one after another."""
+
+    def run() -> torch.Tensor:
+        total = torch.zeros((), device=device)
+        for row in rows:
+            loss = model(row.to(device))
+            loss.backward()
+            total += loss.detach()
+        model.zero_grad()
+        return total
+
+    return run
+
+
+def shared_videos(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """Five questions on one copy of their video, and on five."""
+    shared = video_document(model.spec, Video(), 5, WORDS, ANSWER)
+    return passes(model, [row_of(model.spec, apart(shared))], device), passes(
+        model, [row_of(model.spec, [shared])], device
+    )
+
+
+def apart(document: Document) -> list[Document]:
+    """Each branch with a copy of the trunk."""
+    trunk, made, start = document.trunk_length, [], document.trunk_length
+    for sample, words in zip(document.sample_ids, document.branch_lengths, strict=True):
+        rows = torch.cat([torch.arange(trunk), torch.arange(start, start + words)])
+        made.append(
+            replace(
+                document,
+                sample_ids=(sample,),
+                ids_T=document.ids_T[rows],
+                labels_T=document.labels_T[rows],
+                positions_3T=document.positions_3T[:, rows],
+                trunk_length=0,
+                branch_lengths=(len(rows),),
+                media_mask_T=document.media_mask_T[rows],
+            )
+        )
+        start += words
+    return made
+
+
+def packed_rows(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """Sixteen short documents in one row, and in a row each."""
+    documents = [text_document(20 + 8 * seed, 10, seed) for seed in range(16)]
+    alone = [row_of(model.spec, [document]) for document in documents]
+    return passes(model, alone, device), passes(model, [row_of(model.spec, documents)], device)
+
+
+def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """Logits of supervised tokens, and of every token."""
+    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+
+    def everywhere() -> torch.Tensor:
+        batch = row.to(device)
+        every = torch.arange(row.num_tokens, device=device)
+        hidden_TE = model.model.norm(model.model(model.embed(batch), batch.positions_3T, batch.plan)[every])
+        losses_T = torch.nn.functional.cross_entropy(
+            model.head(hidden_TE).float().index_select(0, batch.target_index_N), batch.target_ids_N, reduction="sum"
+        )
+        losses_T.backward()
+        model.zero_grad()
+        return losses_T.detach()
+
+    return everywhere, passes(model, [row], device)
+
+
+def windows_at_once(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """All windows of the vision tower in one call, and each in its own, as without flash-attention elsewhere."""
+    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+    ours = passes(model, [row], device)
+
+    def one_by_one() -> torch.Tensor:
+        with each_segment_alone():
+            return ours()
+
+    return one_by_one, ours
+
+
+@contextmanager
+def each_segment_alone() -> Iterator[None]:
+    """A call of attention for each segment of the tower's plans."""
+    attend = attention.attend
+
+    def loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        if plan.causal:
+            return attend(q, k, v, plan)
+        parts = []
+        for one in plan.segments:
+            own = slice(one.q_start, one.q_start + one.q_length)
+            q1, k1, v1 = (x[own].transpose(0, 1)[None] for x in (q, k, v))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(q1, k1, v1)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    module: Any = qwen2_5_vl
+    module.attend = loop
+    try:
+        yield
+    finally:
+        module.attend = attend
+
+
+def frozen_tower(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """No graph through the frozen tower, and one all the way, as where the patches' embedding needs a gradient."""
+    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+
+    def with_graph() -> torch.Tensor:
+        weight = model.visual.patch_embed.proj.weight
+        weight.requires_grad_(True)
+        try:
+            return ours()
+        finally:
+            weight.requires_grad_(False)
+
+    ours = passes(model, [row], device)
+    return with_graph, ours
+
+
+GAINS: dict[str, Callable[[Any, torch.device], tuple[Work, Work]]] = {
+    "5 questions on one video": shared_videos,
+    "16 documents in one row": packed_rows,
+    "head on supervised tokens": supervised_head,
+    "windows in one call": windows_at_once,
+    "no graph in a frozen tower": frozen_tower,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Rows for benchmarks of a step: documents with random words and random pixels, made without files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vft.data.packing import collate
+from vft.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaRef, Patches, VisionLimits
+
+SYSTEM_TOKENS = 15
+"""Before the video, as the chat template has them."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Size of a video as the model sees it; pixels in multiples of 28."""
+
+    frames: int = 8
+    height: int = 224
+    width: int = 224
+
+    @property
+    def tokens(self) -> int:
+        """Of the language model: 28 x 28 pixels of two frames each."""
+        return math.ceil(self.frames / 2) * (self.height // 28) * (self.width // 28)
+
+
+def video_document(spec: Any, video: Video, questions: int, words: int, answer: int, seed: int = 0) -> Document:
+    """One video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    ref = MediaRef("video", Path("video.mp4"))
+    info = MediaInfo("video", video.height, video.width, video.frames, 2.0, duration_s=video.frames / 2)
+    pixels = video.height * video.width
+    limits = VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None)
+    plan = spec.plan(ref, info, limits)
+    vision_ids, vision_mask = spec.expand(plan)
+    head = torch.randint(20, 500, (SYSTEM_TOKENS,), generator=generator).tolist()
+    trunk = [*head, *vision_ids, 1]  # and the token that ends the video
+    positions_3T = spec.positions(len(trunk) + words, [(SYSTEM_TOKENS, plan)])
+    shared = len(trunk) if questions > 1 else 0
+    ids = [torch.tensor(trunk)]
+    labels = [torch.full((len(trunk),), IGNORE_INDEX)]
+    for _ in range(questions):
+        text = torch.randint(20, 500, (words,), generator=generator)
+        ids.append(text)
+        labels.append(torch.where(torch.arange(words) >= words - answer, text, IGNORE_INDEX))
+    mask = [*([False] * SYSTEM_TOKENS), *vision_mask, False, *([False] * (questions * words))]
+    branches = [positions_3T[:, len(trunk) :]] * questions
+    return Document(
+        sample_ids=tuple(f"{seed}-{i}" for i in range(questions)),
+        ids_T=torch.cat(ids),
+        labels_T=torch.cat(labels),
+        positions_3T=torch.cat([positions_3T[:, : len(trunk)], *branches], dim=1),
+        trunk_length=shared,
+        branch_lengths=(words,) * questions if shared else (len(trunk) + words,),
+        media=(plan,),
+        media_mask_T=torch.tensor(mask),
+    )
+
+
+def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
+    """`tokens` of text, of which the last `answer` are supervised."""
+    ids = torch.randint(20, 500, (tokens,), generator=torch.Generator().manual_seed(seed))
+    labels = torch.where(torch.arange(tokens) >= tokens - answer, ids, IGNORE_INDEX)
+    positions_3T = torch.arange(tokens).expand(3, -1).contiguous()
+    return Document((f"text-{seed}",), ids, labels, positions_3T, 0, (tokens,), (), torch.zeros(tokens).bool())
+
+
+def row_of(spec: Any, documents: list[Document], seed: int = 0) -> Batch:
+    """One pack of them, with random pixels, the same for videos of one size."""
+    members = []
+    for document in documents:
+        patches = []
+        for plan in document.media:
+            generator = torch.Generator().manual_seed(seed)  # copies of a video are equal
+            shape = (math.prod(plan.grid_thw), spec.patch_features)
+            pixels_PD = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+            patches.append(Patches(pixels_PD, plan.grid_thw, plan.seconds_per_grid))
+        members.append((document, patches))
+    return collate(members, spec)

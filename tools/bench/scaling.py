@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""How the cost of a step grows: with rows, frames, questions about a video, row length: python tools/bench/scaling.py
+
+Each line's `expected` says what the time should be, as a multiple of the first line's; `found / expected` is what came
+out, 1 if the code keeps what it promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import default_device, interleaved, median, report
+from rows import Video, row_of, video_document
+from step import make_step
+from workload import SHAPES, build_model, fill
+
+from vft.config import LoraConfig
+from vft.console import user_errors
+from vft.flops import FlopCounter
+from vft.lora import choose_trainable, initialise
+from vft.models.qwen2_5_vl import TOWERS
+from vft.types import Batch, UserError
+
+WORDS, ANSWER = 25, 10
+"""Tokens of a question with its answer, and of the answer."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
+    parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="what grows (all)")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    arguments = parser.parse_args()
+    with user_errors():
+        if arguments.repeats < 1:
+            raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
+        device = default_device()
+        name = arguments.shape or ("3b" if device.type == "cuda" else "small")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = build_model(SHAPES[name], dtype)
+        choose_trainable(model, TOWERS, LoraConfig(), ())
+        model.to_empty(device=device)
+        fill(model)
+        initialise(model, seed=0)
+        rows = [line for kind in arguments.of for line in measure(kind, model, device, arguments.repeats)]
+        report(f"growth of a step: {name}", rows, arguments.output, shape=name)
+
+
+def measure(kind: str, model: Any, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """The lines of one kind, timed in turns."""
+    cases = KINDS[kind](model)
+    steps = {name: _all(model, rows, device) for name, (rows, _) in cases.items()}
+    seconds = {name: median(times) for name, times in interleaved(steps, repeats).items()}
+    first = next(iter(cases))
+    lines = []
+    for name, (rows, expected) in cases.items():
+        found = seconds[name] / seconds[first]
+        tokens = sum(row.num_tokens for row in rows)
+        line = {"grows": kind, "case": name, "tokens": tokens, "s": seconds[name], "tokens/s": tokens / seconds[name]}
+        lines.append({**line, "expected": expected, "found": found, "found / expected": found / expected})
+    return lines
+
+
+def _all(model: Any, rows: Sequence[Batch], device: torch.device) -> Callable[[], None]:
+    steps = [make_step(model, row, device) for row in rows]
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+Cases = dict[str, tuple[list[Batch], float]]
+"""Rows by the name of the case, and their time as a multiple of the first case's."""
+
+
+def packs(model: Any) -> Cases:
+    """One row after another: in proportion to their number."""
+    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(2)])
+    return {f"{count} rows": ([row] * count, float(count)) for count in (1, 2, 4)}
+
+
+def questions(model: Any) -> Cases:
+    """k questions on one copy of their video instead of k copies: (V + kq) / k(V + q) of the time."""
+    cases: Cases = {}
+    video = Video(8, 224, 224)
+    for k in (2, 5, 8):
+        alone = [video_document(model.spec, video, 1, WORDS, ANSWER, seed) for seed in range(k)]
+        shared = [video_document(model.spec, video, k, WORDS, ANSWER)]
+        both = [row_of(model.spec, documents) for documents in (alone, shared)]
+        unit = 1.0 if not cases else both[0].num_tokens / cases["2 apart"][0][0].num_tokens
+        cases[f"{k} apart"] = ([both[0]], unit)
+        cases[f"{k} shared"] = ([both[1]], unit * both[1].num_tokens / both[0].num_tokens)
+    return cases
+
+
+def frames(model: Any) -> Cases:
+    """More frames of one video: as its FLOPs grow, the tower's in proportion, attention faster."""
+    return _by_flops(
+        model,
+        {f"{count} frames": [video_document(model.spec, Video(count), 1, WORDS, ANSWER)] for count in (8, 16, 32, 64)},
+    )
+
+
+def length(model: Any) -> Cases:
+    """More videos in a row: in proportion, for documents don't attend one another."""
+    return _by_flops(
+        model,
+        {
+            f"{count} videos": [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(count)]
+            for count in (2, 4, 8, 16)
+        },
+    )
+
+
+def _by_flops(model: Any, documents: dict[str, list[Any]]) -> Cases:
+    counter = FlopCounter(model)
+    rows = {name: row_of(model.spec, members) for name, members in documents.items()}
+    unit = counter.count(next(iter(rows.values()))).model
+    return {name: ([row], counter.count(row).model / unit) for name, row in rows.items()}
+
+
+KINDS: dict[str, Callable[[Any], Cases]] = {
+    "frames": frames,
+    "length": length,
+    "packs": packs,
+    "questions": questions,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""Time and memory of one training step at a real size: python tools/bench/step.py [--shape 7b] [--tokens 8192] ...
+
+Random weights, no files: forward, backward, clipping and the optimizer of the trainer's own parts, for each mode of
+activation checkpointing. MFU and HFU are of the device's dense bf16 peak; of a CPU none is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import default_device, median, report, seconds_of
+from rows import Video, row_of, text_document, video_document
+from torch._dynamo.utils import counters
+from workload import SHAPES, Shape, build_model, fill
+
+from vft.config import LoraConfig, ParallelConfig, TrainConfig
+from vft.console import user_errors
+from vft.flops import FlopCounter, peak_flops
+from vft.lora import choose_trainable, initialise
+from vft.memory import GIB, MODES, resident_bytes, step_bytes
+from vft.models.qwen2_5_vl import TOWERS
+from vft.optim import build_optimizer, scale_and_clip
+from vft.parallel import checkpoint_activations, parallelize
+from vft.types import Batch, UserError
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
+"""Calls of the runtime that make the processor wait for the device."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    lora: LoraConfig
+    parallel: ParallelConfig
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 7b on a GPU, small on a CPU")
+    parser.add_argument("--tokens", type=int, help="of the row (default: 8192 on a GPU, 1024 on a CPU)")
+    parser.add_argument("--video", type=float, default=0.9, metavar="SHARE", help="of the tokens, 0 to 1 (default 0.9)")
+    parser.add_argument("--questions", type=int, default=1, help="about each video (default 1)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--modes", nargs="+", default=["none"], choices=MODES, help="of activation checkpointing")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    arguments = parser.parse_args()
+    with user_errors():
+        check(arguments)
+        device = default_device()
+        on_gpu = device.type == "cuda"
+        name = arguments.shape or ("7b" if on_gpu else "small")
+        precision = arguments.precision or ("bf16" if on_gpu else "fp32")
+        tokens = arguments.tokens or (8192 if on_gpu else 1024)
+        rows = []
+        for mode in arguments.modes:
+            setting = Setting(
+                SHAPES[name],
+                torch.bfloat16 if precision == "bf16" else torch.float32,
+                device,
+                LoraConfig(rank=arguments.rank),
+                ParallelConfig(activation_checkpointing=mode, compile=arguments.compile),
+            )
+            rows.append(measure(setting, tokens, arguments.video, arguments.questions, arguments.repeats))
+        what = f"{name}, {precision}, LoRA r{arguments.rank}, {arguments.video:.0%} video"
+        report(f"one step: {what}{', compiled' if arguments.compile else ''}", rows, arguments.output, shape=name)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError where a number makes no sense."""
+    if not 0 <= arguments.video <= 1:
+        raise UserError(f"--video {arguments.video}: must be 0 to 1")
+    for name in ("tokens", "questions", "repeats", "rank"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
+    """One line of the table."""
+    model = build_model(setting.shape, setting.dtype)
+    choose_trainable(model, TOWERS, setting.lora, ())
+    mode = setting.parallel.activation_checkpointing
+    flops = FlopCounter(model, mode)
+    row = make_row(model.spec, tokens, video, questions)
+    planned = plan_bytes(setting, row)
+    counters.clear()
+    parallelize(model, None, setting.parallel, setting.dtype, setting.device)
+    model.to_empty(device=setting.device)
+    fill(model)
+    initialise(model, seed=0)
+    step = make_step(model, row, setting.device)
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = median(seconds_of(step, repeats, warm_up=2))
+    graphs = counters["stats"]["unique_graphs"]
+    waits = count_waits(step)
+    count, peak = flops.count(row), peak_flops(setting.device)
+    line: dict[str, Any] = {"checkpointing": mode, "tokens": row.num_tokens, "step s": seconds}
+    line |= {"tokens/s": row.num_tokens / seconds, "samples/s": len(row.sample_ids) / seconds}
+    line["TFLOP/s"] = count.model / seconds / 1e12
+    if peak is not None:
+        line |= {"MFU": count.model / seconds / peak, "HFU": count.hardware / seconds / peak}
+        line["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
+    line["planned GiB"] = planned / GIB
+    if setting.parallel.compile:
+        line |= {"graphs": graphs, "recompiled": counters["stats"]["unique_graphs"] - graphs}
+    if waits is not None:
+        line["waits"] = waits
+    return line
+
+
+def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
+    """A row of about so many tokens: videos of 16 frames at 448 x 448 where they fit, and text for the rest."""
+    for size in (Video(16, 448, 448), Video(8, 224, 224), Video(4, 112, 112)):
+        count = int(tokens * video / (size.tokens + questions * 40))
+        if count or not video:
+            break
+    documents = [video_document(spec, size, questions, 40, 20, seed) for seed in range(count)]
+    left = tokens - sum(document.num_tokens for document in documents)
+    if left > 1:
+        documents.append(text_document(left, max(1, left // 4), seed=count))
+    return row_of(spec, documents)
+
+
+def plan_bytes(setting: Setting, row: Batch) -> int:
+    """What vft.memory says the step will hold."""
+    model = build_model(setting.shape, setting.dtype)
+    choose_trainable(model, TOWERS, setting.lora, ())
+    checkpoint_activations(model, setting.parallel.activation_checkpointing)
+    return resident_bytes(model, 1) + step_bytes(model, row, setting.device)
+
+
+def make_step(model: Any, row: Batch, device: torch.device) -> Callable[[], None]:
+    """What the trainer does with one pack."""
+    optimizer = build_optimizer(model, TrainConfig())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(row.to(device)).backward()
+        scale_and_clip(trainable, 1 / row.num_targets, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def count_waits(step: Callable[[], None]) -> int | None:
+    """How often the processor waited for the GPU in one step; None without one. The gradient's norm is one."""
+    if not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile() as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    # The profiler itself waits once, at its end.
+    return sum(event.get("name") in WAITS for event in events) - 1
+
+
+if __name__ == "__main__":
+    main()
