@@ -75,17 +75,22 @@ def environment() -> dict[str, Any]:
 def report(title: str, rows: Sequence[Row], output: Path | None = None, **facts: Any) -> None:
     """Print `rows` as a table, and write them with the environment and `facts` as JSON where `output` says so."""
     where = environment()
-    table = Table(title=title, caption=", ".join(f"{name} {value}" for name, value in where.items()))
+    show_table(title, rows, ", ".join(f"{name} {value}" for name, value in where.items()))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"title": title, "environment": where, **facts, "rows": [dict(row) for row in rows]}
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def show_table(title: str, rows: Sequence[Row], caption: str = "") -> None:
+    """Print `rows` as a table; the first of them to name a column places it."""
+    table = Table(title=title, caption=caption)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
         table.add_column(name, justify="left" if name == columns[0] else "right")
     for row in rows:
         table.add_row(*(shown(row.get(name, "")) for name in columns))
     Console(width=None if os.isatty(1) else 160).print(table)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"title": title, "environment": where, **facts, "rows": [dict(row) for row in rows]}
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def shown(value: Any) -> str:
