@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from tests.helpers import CPU, Tiny, inputs_for_transformers, talk
 from vft.answer import Answerer
@@ -211,12 +212,18 @@ def test_what_is_unreadable_does_not_count(tiny: Tiny, root: Path) -> None:
 
 
 def evaluated(
-    tiny: Tiny, root: Path, task: Task, records: Sequence[dict[str, Any]], folder: Path, limit: int = 0
+    tiny: Tiny,
+    root: Path,
+    task: Task,
+    records: Sequence[dict[str, Any]],
+    folder: Path,
+    limit: int = 0,
+    model: Any = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Scores, and the lines of the file of answers."""
     config, held_out = held_out_of(tiny, root, records, task)
     with WorkerPool(0, 60.0) as pool:
-        answerer = Answerer(tiny.ours(), tiny.encoder, config.data, held_out.info, pool, ALONE)
+        answerer = Answerer(model or tiny.ours(), tiny.encoder, config.data, held_out.info, pool, ALONE)
         scores = evaluate(task, answerer, held_out, Sampling(max_new_tokens=4), 2, limit, folder / "answers.jsonl")
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     return {name: one.value for name, one in scores.items()}, lines
@@ -248,6 +255,23 @@ def test_an_evaluation_with_options(tiny: Tiny, root: Path, tmp_path: Path) -> N
     assert scores["top1"] == sum(line["choice"] == line["reference"] for line in lines) / 4
     # Pictures differ, so do likelihoods.
     assert len({line["option_scores"]["grey"] for line in lines}) == 4
+
+
+def test_an_evaluation_compiles_nothing(tiny: Tiny, root: Path, tmp_path: Path) -> None:
+    """What was compiled for training stays; rows of one token, or without gradients, would need graphs of their own."""
+    plain, _ = evaluated(tiny, root, Caption(), RECORDS[:3], tmp_path)
+    model = tiny.ours()
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.mlp.compile(dynamic=True, backend="aot_eager")
+    _, held_out = held_out_of(tiny, root, RECORDS[:2])
+    made = held_out.build(0)
+    model(collate([(made, [vision.load(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)).backward()
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs
+    scores, _ = evaluated(tiny, root, Caption(), RECORDS[:3], tmp_path, model=model)
+    assert counters["stats"]["unique_graphs"] == graphs and scores == pytest.approx(plain)
+    torch._dynamo.reset()
 
 
 def test_a_limit_of_questions(tiny: Tiny, root: Path, tmp_path: Path) -> None:
