@@ -51,8 +51,31 @@ class LoRALinear(nn.Linear):
         """[..., in] to [..., out]."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         base = F.linear(x, self.weight.to(x.dtype), bias)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
+        down = self.lora_A.weight.to(x.dtype)
+        dropped = self.training and self.dropout > 0
+        low = _DropoutLinear.apply(x, down, self.dropout) if dropped else F.linear(x, down)
         return base + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+
+class _DropoutLinear(torch.autograd.Function):
+    """dropout(x) W^T. It keeps x, which the layer's neighbours keep too, and a mask of bytes; autograd would keep the
+    dropped input of each adapter besides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+        dropped, mask = torch.native_dropout(x, dropout, True)
+        ctx.save_for_backward(x, mask, weight)
+        ctx.dropout = dropout
+        return F.linear(dropped, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (grad,) = grads
+        x, mask, weight = ctx.saved_tensors
+        kept = mask * (1 / (1 - ctx.dropout))
+        grad_x = grad @ weight * kept.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.flatten(0, -2).T @ (x * kept.to(x.dtype)).flatten(0, -2)
+        return grad_x, grad_weight, None
 
 
 def lora_scale(rank: int, alpha: float, rslora: bool) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,9 +24,9 @@ from vft.attention import planning_for, prepare
 from vft.config import ParallelConfig
 from vft.data.documents import Documents
 from vft.data.packing import PackPlan, collate
-from vft.distributed import World
+from vft.distributed import World, local_part
 from vft.models import Skeleton
-from vft.parallel import checkpoint_activations
+from vft.parallel import checkpoint_activations, shard
 from vft.types import AttentionPlan, Batch, Patches, UserError, VisionLayout
 
 MODES = ("none", "mlp", "selective", "full")
@@ -110,46 +111,95 @@ def resident_bytes(model: Any, shards: int) -> int:
 
 
 def step_bytes(model: Any, row: Batch, device: torch.device) -> int:
-    """Peak of what forward and backward of one row hold beside the weights, gradients among it.
+    """Peak of what forward and backward of one row hold beside the weights, gradients among it."""
+    return run_step(model, row, device).peak
 
-    `model` is on the meta device and can't be used afterwards.
+
+def run_step(model: Any, row: Batch, device: torch.device, mesh: DeviceMesh | None = None) -> LiveBytes:
+    """Forward and backward of one row as they would be on `device`, and what lived beside the weights.
+
+    With a mesh the model is sharded as in training; the process group behind it may be a fake one. `model` is on the
+    meta device and can't be used afterwards.
     """
     x = torch.empty(0, dtype=model.compute_dtype)
     with planning_for(device):
         for plan, length in _plans(row):
             prepare(plan, x.new_empty(length))
-        with FakeTensorMode() as mode:
-            _replace_parameters(model)
+        with FakeTensorMode(allow_non_fake_inputs=mesh is not None) as mode:
+            if mesh is not None:
+                shard(model, mesh, model.compute_dtype)
+                model.to_empty(device="cpu")
+            else:
+                _replace_parameters(model)
             batch = _fake(row, mode)
-            with LiveBytes(model.parameters()) as live:
+            with LiveBytes(map(local_part, model.parameters())) as live:
                 model(batch).backward()
-    return live.peak
+    return live
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make and that still live; `known` ones don't count."""
+    """Counts the bytes of all storages that operators make and that still live; `known` ones don't count.
+
+    FSDP2 empties and refills the storages of gathered weights: what they hold at the time counts.
+    """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
+        self.now = self.peak = self._noted = 0
+        self._at_peak: list[tuple[list[int], int]] = []
+        self._sizes = WeakIdKeyDictionary()  # of each storage, in a list of one
         for tensor in known:
-            self._seen[tensor.untyped_storage()] = True
+            self._sizes[tensor.untyped_storage()] = [0]
+        self._refilled: list[list[int]] = []
+        self._alive: dict[int, list[int]] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> LiveBytes:
+        """Begin to count."""
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            if (known := self._sizes.get(storage)) is not None:
+                self._refilled.append(known)
+                self._grow(known, size - known[0])
+            return self._resize(storage, size)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no more."""
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it made."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen[storage] = True
-                size = storage.nbytes()
-                self.now += size
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._sizes:
+                self._sizes[storage] = size = [0]
+                self._grow(size, storage.nbytes())
                 weakref.finalize(storage, self._drop, size)
-        self.peak = max(self.peak, self.now)
         return result
 
-    def _drop(self, size: int) -> None:
-        self.now -= size
+    def _grow(self, size: list[int], by: int) -> None:
+        size[0] += by
+        self.now += by
+        self._alive[id(size)] = size
+        if self.now > self.peak:
+            if self.now > 1.001 * self._noted:
+                self._at_peak, self._noted = [(one, one[0]) for one in self._alive.values()], self.now
+            self.peak = self.now
+
+    def _drop(self, size: list[int]) -> None:
+        self.now -= size[0]
+        size[0] = 0
+        self._alive.pop(id(size), None)
+
+    @property
+    def gathered_at_peak(self) -> int:
+        """Weights that FSDP2 had gathered when most was held."""
+        refilled = {id(size) for size in self._refilled}
+        return sum(held for size, held in self._at_peak if id(size) in refilled)
 
 
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:

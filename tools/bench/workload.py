@@ -72,6 +72,8 @@ SHAPES = {
     "small": Shape(640, 14, 10, 2, 1728, 7680, False, 224, 8, 4, 608, (1, 3, 5, 7)),
     "3b": Shape(2048, 36, 16, 2, 11008, 151936, True, vision_mlp=3420, **_LARGE_TOWER),  # type: ignore[arg-type]
     "7b": _SEVEN_B,
+    "32b": Shape(5120, 64, 40, 8, 27648, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
+    "72b": Shape(8192, 80, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
     "7b-slice": replace(_SEVEN_B, layers=4),
     "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
 }

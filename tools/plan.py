@@ -1,0 +1,236 @@
+#!/usr/bin/env python
+"""Memory and time of a run before any GPU is rented: python tools/plan.py CONFIG.toml --gpus 8 --gpu-memory-gib 80
+
+The trainer's own sharding, forward and backward run on tensors without values, in a process group that is not there;
+what they would hold is counted. Times follow from FLOPs and a share of the peak that is assumed, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+from rows import Video, row_of, video_document
+from workload import SHAPES, build_model
+
+from vft import config as configs
+from vft.config import Config
+from vft.console import user_errors
+from vft.distributed import World, make_mesh
+from vft.flops import PEAK_FLOPS, FlopCounter
+from vft.lora import choose_trainable
+from vft.memory import GIB, MODES, run_step
+from vft.models import build
+from vft.models.qwen2_5_vl import TOWERS
+from vft.models.weights import Checkpoint
+from vft.parallel import checkpoint_activations
+from vft.types import Batch, UserError
+
+RELEASED = {"3B": "3b", "7B": "7b", "32B": "32b", "72B": "72b"}
+"""Sizes of the released models, for planning where their files are not at hand."""
+RESERVE = 0.05
+"""Share of the memory that is left to the allocator, to kernels' workspaces and to the communication library."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned."""
+
+    config: Config
+    gpus: int
+    memory_gib: float
+    text_tokens: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a step, by what they are."""
+
+    mode: str
+    weights: int
+    adapters: int
+    optimizer: int
+    gathered: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.weights + self.adapters + self.optimizer + self.gathered + self.activations
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", type=Path, help="TOML file of a training run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--gpus", type=int, required=True, help="processes, one a GPU")
+    parser.add_argument("--gpu-memory-gib", type=float, required=True, help="of each")
+    parser.add_argument("--gpu", choices=sorted(PEAK_FLOPS), default="MI300X", help="for times (default MI300X)")
+    parser.add_argument("--efficiency", type=float, default=0.35, help="assumed share of its peak (default 0.35)")
+    parser.add_argument("--text-tokens", type=int, default=300, help="of a sample, beside its video (default 300)")
+    parser.add_argument("--disk-gb-s", type=float, default=2.0, help="reading speed, 10^9 bytes a second (default 2)")
+    arguments = parser.parse_intermixed_args()
+    with user_errors():
+        check(arguments)
+        config = configs.load(arguments.config, arguments.overrides)
+        config.require_training()
+        setting = Setting(config, arguments.gpus, arguments.gpu_memory_gib, arguments.text_tokens, torch.device("cuda"))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.gpus)
+        show(setting, arguments)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError where a number makes no sense."""
+    for name in ("gpus", "gpu_memory_gib", "text_tokens", "disk_gb_s"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0")
+    if not 0 < arguments.efficiency <= 1:
+        raise UserError(f"--efficiency {arguments.efficiency}: must be above 0, at most 1")
+
+
+def show(setting: Setting, arguments: argparse.Namespace) -> None:
+    """Print the plan; SystemExit(1) where nothing fits."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    config, wanted = setting.config, setting.config.parallel.activation_checkpointing
+    row = longest_row(setting)
+    console.print(
+        f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} tokens, "
+        f"{row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)",
+        highlight=False,
+    )
+    room = setting.memory_gib * (1 - RESERVE) * GIB
+    first = MODES[0] if wanted == "auto" else wanted
+    plans = [plan_memory(setting, first, row)]
+    # What to change is tried, not guessed: each mode that keeps less.
+    for mode in MODES[MODES.index(first) + 1 :]:
+        if plans[-1].total <= room:
+            break
+        plans.append(plan_memory(setting, mode, row))
+    console.print(memory_table(plans, setting))
+    if plans[-1].total > room:
+        console.print(
+            f"does not fit: {plans[-1].total / GIB:.1f} GiB with full activation checkpointing, {room / GIB:.1f} GiB "
+            "usable. More GPUs, a smaller data.pack_tokens, or fewer frames and pixels (data.video)",
+            highlight=False,
+        )
+        raise SystemExit(1)
+    if plans[-1].mode != wanted:
+        console.print(f"fits with parallel.activation_checkpointing={plans[-1].mode} (checked)", highlight=False)
+    else:
+        console.print("fits", highlight=False)
+    console.print(times_table(setting, plans[-1].mode, row, arguments))
+
+
+def model_of(config: Config) -> Any:
+    """The model on the meta device, from its own config.json or that of the released size, with what is trained."""
+    path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    released = next((shape for size, shape in RELEASED.items() if f"-{size}-" in path), None)
+    if Path(path).is_dir() or released is None:
+        model = build(Checkpoint.open(path), dtype).model
+    else:
+        model = build_model(SHAPES[released], dtype)
+    choose_trainable(model, TOWERS, config.lora, config.model.train)
+    return model
+
+
+def longest_row(setting: Setting) -> Batch:
+    """As many of the largest videos that the limits allow, each with a question, as go into one row."""
+    data, spec = setting.config.data, model_of(setting.config).spec
+    frames = data.video.frames or data.video.max_frames
+    pixels = min(data.video.max_pixels, (data.video.total_pixels or 1 << 60) // frames)
+    # Height and width in patches of 28 whose product comes near the limit.
+    side = max(1, int((pixels / 28 / 28) ** 0.5))
+    video = Video(frames, 28 * side, 28 * max(1, pixels // 28 // 28 // side))
+    while video.frames > 2 and video.tokens + setting.text_tokens + 20 > data.pack_tokens:
+        video = Video(video.frames - 2, video.height, video.width)
+    one = video_document(spec, video, 1, setting.text_tokens, setting.text_tokens // 2)
+    count = max(1, data.pack_tokens // one.num_tokens)
+    return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
+
+
+def plan_memory(setting: Setting, mode: str, row: Batch) -> Memory:
+    """What one GPU holds, from the real step."""
+    config = setting.config
+    model = model_of(config)
+    checkpoint_activations(model, mode, config.parallel.tower_checkpointing)
+    shards = config.parallel.shard or setting.gpus
+    mesh = make_mesh(World(0, setting.gpus, 0, torch.device("cpu")), shards)
+    sizes = {"weights": 0, "adapters": 0, "optimizer": 0}
+    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
+    for name, parameter in model.named_parameters():
+        parts = 1 if name.startswith("visual.") and frozen_tower else shards
+        sizes["adapters" if parameter.requires_grad else "weights"] += _share(parameter, parts)
+        sizes["optimizer"] += 2 * _share(parameter, parts) if parameter.requires_grad else 0
+    live = run_step(model, row, setting.device, mesh)
+    gathered = live.gathered_at_peak
+    return Memory(mode, **sizes, gathered=gathered, activations=live.peak - gathered)
+
+
+def _share(parameter: torch.Tensor, parts: int) -> int:
+    return -(-parameter.numel() * parameter.element_size() // parts)
+
+
+def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:
+    """A column a mode that was tried."""
+    table = Table(title="GiB on each GPU at the worst moment of a step")
+    table.add_column("activation checkpointing")
+    for plan in plans:
+        table.add_column(plan.mode, justify="right")
+    for label, name in (
+        ("frozen weights", "weights"),
+        ("trained weights", "adapters"),
+        ("optimizer", "optimizer"),
+        ("gathered weights", "gathered"),
+        ("activations, gradients", "activations"),
+        ("total", "total"),
+    ):
+        table.add_row(label, *(f"{getattr(plan, name) / GIB:,.2f}" for plan in plans))
+    table.add_row(f"of {setting.memory_gib:g}", *(f"{plan.total / GIB / setting.memory_gib:.0%}" for plan in plans))
+    return table
+
+
+def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Namespace) -> Table:
+    """Speed, traffic and disk, each with what it rests on."""
+    config, model = setting.config, model_of(setting.config)
+    flops = FlopCounter(model, mode).count(row)
+    packs = -(-config.train.packs_per_step // setting.gpus)
+    row_s = flops.hardware / (PEAK_FLOPS[arguments.gpu] * arguments.efficiency)
+    step_s = packs * row_s
+    rows = packs * setting.gpus
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+    shards = config.parallel.shard or setting.gpus
+    wire = 2 * layers * (shards - 1) / shards * packs
+    table = Table(title=f"{arguments.gpu} at {arguments.efficiency:.0%} of its peak (assumed)")
+    for name in ("what", "figure", "from"):
+        table.add_column(name)
+    table.add_row("step", f"{step_s:.2f} s", f"{packs} row(s) of {flops.hardware / 1e12:,.0f} TFLOP a GPU")
+    table.add_row("tokens", f"{rows * row.num_tokens / step_s:,.0f} a second", f"{rows} rows a step")
+    table.add_row("samples", f"{rows * len(row.sample_ids) / step_s:,.1f} a second", "rows as long as planned")
+    if config.train.max_steps:
+        hours = config.train.max_steps * step_s / 3600
+        table.add_row("run", f"{hours:.2f} hours", f"{config.train.max_steps} steps, evaluation and saving not counted")
+    table.add_row("traffic", f"{wire / 1e9:,.0f} GB a step", "to each GPU: layers gathered forwards and backwards")
+    table.add_row("loading", f"{whole / 1e9 / arguments.disk_gb_s:,.0f} s", f"{whole / 1e9:,.0f} GB from one disk")
+    kept = config.checkpoint.keep_last or 1
+    table.add_row("disk", f"{kept * 12 * trained / 1e9:,.1f} GB", f"{kept} checkpoint(s) kept, and the export beside")
+    return table
+
+
+if __name__ == "__main__":
+    main()
