@@ -12,8 +12,9 @@ max(height, width), even where the video's time reached further), so that it is 
 costs it anything.
 
 Each side runs in a process of its own, with equally many threads and workers, in turns with the other. The first steps
-warm up; the last ones aren't timed either, because the workers of both decode ahead: while a step is timed, they work
-on one to come.
+warm up; the last one isn't timed either, because the workers of both decode ahead: while a step is timed, they work on
+one to come. Where other programs keep the machine busy, the times by the clock say little: take --threads 1 and compare
+the training processes' CPU seconds.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class Record:
     samples: list[int] = field(default_factory=list)
     ends_s: list[float] = field(default_factory=list)
     """When the step ended, on a clock that starts anywhere."""
+    cpu_s: list[float] = field(default_factory=list)
+    """Processor time of the training process, its threads together, up to the step's end."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Run:
 
     record: Record
     seconds: float
-    """Of all timed steps together."""
+    """Of all timed steps together, by the clock."""
+    cpu_s: float
+    """The same by the processor: of the training process with its threads, without its workers."""
     peak_bytes: int
     """Most that the training process had resident; its workers are not counted."""
 
@@ -157,11 +162,18 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     steps = compared(*(taken[0].record for taken in runs.values()))
     rows = [row(name, taken, options) for name, taken in runs.items()]
     ratio = rows[0]["samples/s"] / rows[1]["samples/s"]
+    cpu_ratio = rows[1]["CPU s a step"] / rows[0]["CPU s a step"]
     largest = max(step["loss, relative difference"] for step in steps)
     show_table(f"losses: largest relative difference {largest:.1e}", steps)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    title = f"{ratio:.2f} times the samples/s"
-    facts = {"ratio": ratio, "largest_loss_difference": largest, "load_before": load, "steps": steps}
+    title = f"{ratio:.2f} times the samples/s ({cpu_ratio:.2f} times, by CPU seconds)"
+    facts = {
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "largest_loss_difference": largest,
+        "load_before": load,
+        "steps": steps,
+    }
     report(title, rows, options.output, settings=settings, **facts)
 
 
@@ -176,6 +188,7 @@ def row(name: str, runs: Sequence[Run], options: argparse.Namespace) -> dict[str
         "slowest": min(rates),
         "fastest": max(rates),
         "s a step": median([run.seconds for run in runs]) / options.steps,
+        "CPU s a step": median([run.cpu_s for run in runs]) / options.steps,
         "peak GiB": median([run.peak_bytes for run in runs]) / 2**30,
         "samples": sum(record.samples[timed]),
         "supervised tokens": sum(record.targets[timed]),
@@ -270,7 +283,8 @@ def run_vft(config: Config, options: argparse.Namespace, folder: Path) -> Run:
         run = Path(output)
         file = run.with_suffix(".toml")
         file.write_text(configs.dump(config.model_copy(update={"output_dir": run})), encoding="utf-8")
-        peak = watched([sys.executable, "-m", "vft.recipes.qa", str(file)], options.threads, run.with_suffix(".log"))
+        command = [sys.executable, "-m", "vft.recipes.qa", str(file)]
+        peak, cpu_s = watched(command, options.threads, run.with_suffix(".log"), run / "metrics.jsonl")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     record = Record(
         losses=[line["loss"] for line in lines],
@@ -278,8 +292,10 @@ def run_vft(config: Config, options: argparse.Namespace, folder: Path) -> Run:
         targets=[line["num_targets"] for line in lines],
         tokens=[line["tokens"] for line in lines],
         samples=[line["samples"] for line in lines],
+        cpu_s=cpu_s,
     )
-    return Run(record, sum(line["step_time_s"] for line in lines[WARM_UP : WARM_UP + options.steps]), peak)
+    seconds = sum(line["step_time_s"] for line in lines[WARM_UP : WARM_UP + options.steps])
+    return Run(record, seconds, of_timed(cpu_s, options), peak)
 
 
 def run_peer(config: Config, options: argparse.Namespace, folder: Path) -> Run:
@@ -290,15 +306,21 @@ def run_peer(config: Config, options: argparse.Namespace, folder: Path) -> Run:
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     script = Path(__file__).with_name("peer_trainer.py")
-    peak = watched([sys.executable, str(script), str(job_file)], options.threads, folder / "peer.log")
+    peak, _ = watched([sys.executable, str(script), str(job_file)], options.threads, folder / "peer.log")
     record = Record(**json.loads(output.read_text(encoding="utf-8")))
-    return Run(record, record.ends_s[WARM_UP + options.steps - 1] - record.ends_s[WARM_UP - 1], peak)
+    return Run(record, of_timed(record.ends_s, options), of_timed(record.cpu_s, options), peak)
 
 
-def watched(command: Sequence[str], threads: int, log: Path) -> int:
-    """Run `command` to its end on the CPU with `threads` of torch; the most bytes that it had resident.
+def of_timed(ends: Sequence[float], options: argparse.Namespace) -> float:
+    """What passed in the timed steps, of a clock's readings at the end of each step."""
+    return ends[WARM_UP + options.steps - 1] - ends[WARM_UP - 1]
 
-    UserError, with the last line that it printed, where it fails.
+
+def watched(command: Sequence[str], threads: int, log: Path, progress: Path | None = None) -> tuple[int, list[float]]:
+    """Run `command` to its end on the CPU with `threads` of torch.
+
+    Returns the most bytes that it had resident, and the CPU seconds that it had used when each line of `progress`
+    appeared (looked at ten times a second). UserError, with the last line that it printed, where it fails.
     """
     environment = {
         **os.environ,
@@ -309,28 +331,36 @@ def watched(command: Sequence[str], threads: int, log: Path) -> int:
         "HF_HUB_OFFLINE": "1",
     }
     peak = 0
+    cpu_s: list[float] = []
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
-                # Not getrusage: its maximum counts this process's memory too, from before the command was executed.
-                peak = max(peak, resident_peak_bytes(process.pid))
+                now_peak, now_cpu_s = usage_of(process.pid)
+                peak = max(peak, now_peak)
+                done = progress.read_bytes().count(b"\n") if progress and progress.exists() else 0
+                cpu_s += [now_cpu_s] * (done - len(cpu_s))
                 time.sleep(POLL_S)
         finally:
             process.kill()
     if process.returncode:
         lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit status {process.returncode}"]
         raise UserError(f"{' '.join(command[1:3])}: {lines[-1].removeprefix('error: ')}")
-    return peak
+    return peak, cpu_s
 
 
-def resident_peak_bytes(pid: int) -> int:
-    """VmHWM of a process; 0 where it has just ended."""
+def usage_of(pid: int) -> tuple[int, float]:
+    """Most bytes that a process had resident, and its CPU seconds; zeros where it has just ended.
+
+    Not getrusage's: its maximum counts this process's memory too, from before the command was executed.
+    """
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        status, fields = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "stat"))
     except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
+        return 0, 0.0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    user, system = fields.rpartition(")")[2].split()[11:13]  # behind the command's name, which may hold spaces
+    return int(found[1]) * 1024 if found else 0, (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the time."""
         self.record.ends_s.append(time.perf_counter())
+        self.record.cpu_s.append(time.process_time())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         """Note loss and gradient norm; the summary at the end has neither."""
