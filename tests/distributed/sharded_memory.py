@@ -1,0 +1,75 @@
+"""Memory of a sharded step: counted beforehand for a group that is not there, and as torch's allocator gives it out.
+
+python -m tests.distributed.sharded_memory planned|real MODE OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from vft.config import LoraConfig, ParallelConfig
+from vft.data.packing import collate
+from vft.distributed import World, environment, make_mesh, process_group
+from vft.lora import choose_trainable, initialise
+from vft.memory import run_step
+from vft.models import Skeleton, build
+from vft.models.weights import Checkpoint
+from vft.parallel import checkpoint_activations, parallelize
+from vft.types import IGNORE_INDEX, Batch, Document
+
+TOKENS = 600
+
+
+def main(kind: str, base: str, mode: str, output: str) -> None:
+    """Write the peak of one step, beside what stays, in bytes."""
+    skeleton = build(Checkpoint.open(base), torch.float32)
+    choose_trainable(skeleton.model, skeleton.towers, LoraConfig(rank=4), ())
+    row = text_row(skeleton)
+    if kind == "planned":
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        checkpoint_activations(skeleton.model, mode)
+        mesh = make_mesh(World(0, 2, 0, torch.device("cpu")), 0)
+        live = run_step(skeleton.model, row, torch.device("cpu"), mesh)
+        Path(output).write_text(json.dumps({"peak": live.peak, "gathered": live.gathered_at_peak}))
+        return
+    world = environment()
+    with process_group(world):
+        config = ParallelConfig(activation_checkpointing=mode)  # type: ignore[arg-type]
+        model = skeleton.model
+        parallelize(model, make_mesh(world, 0), config, torch.float32, world.device)
+        model.to_empty(device=world.device)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.02)
+        initialise(model, seed=0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            model(row).backward()
+        events = recorded.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        now = peak = 0
+        for _, size in changes:
+            now += size
+            peak = max(peak, now)
+        if world.is_main:
+            Path(output).write_text(json.dumps({"peak": peak}))
+
+
+def text_row(skeleton: Skeleton) -> Batch:
+    """One document of text."""
+    ids = torch.arange(TOKENS) % 50
+    labels = torch.where(torch.arange(TOKENS) >= TOKENS // 2, ids, IGNORE_INDEX)
+    positions_3T = torch.arange(TOKENS).expand(3, -1).contiguous()
+    mask_T = torch.zeros(math.prod(ids.shape), dtype=torch.bool)
+    document = Document(("text",), ids, labels, positions_3T, 0, (TOKENS,), (), mask_T)
+    return collate([(document, [])], skeleton.spec)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
