@@ -57,6 +57,12 @@ class FlopCounter:
         mlp = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and ".mlp." in n)
         share = RECOMPUTED[checkpointing]
         self.token_again = 2 * mlp if checkpointing == "mlp" else 2 * share * (frozen + trained)
+        # What follows the last layer's attention is computed where a token is supervised.
+        named = [n for n, p in decoder.items() if n.startswith(f"{config.layers - 1}.") and p.dim() == 2]
+        ends = [decoder[name] for name in named if _follows(name)]
+        self.last = sum((6 if p.requires_grad else 4) * p.numel() for p in ends)
+        again = [n for n in named if ".mlp." in n or (checkpointing != "mlp" and _follows(n))]
+        self.last_again = 2 * (1.0 if checkpointing == "mlp" else share) * sum(decoder[n].numel() for n in again)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
@@ -74,14 +80,21 @@ class FlopCounter:
         """FLOPs of forward and backward."""
         pairs = attended_pairs(batch.plan.segments, causal=True)
         total = self.row(batch.num_tokens, pairs, batch.pixels_PD.shape[0]) + self.target * batch.num_targets
+        total -= self.last * (batch.num_tokens - batch.num_targets)
         if batch.layout is not None:
             for kind, plan in batch.layout.plans.items():
                 total += self.tower_pairs[kind] * attended_pairs(plan.segments, causal=False)
-        return Flops(total, total + self.token_again * batch.num_tokens + self.pair_again * pairs)
+        again = self.token_again * batch.num_tokens + self.pair_again * pairs
+        return Flops(total, total + again - self.last_again * (batch.num_tokens - batch.num_targets))
 
     def row(self, tokens: int, pairs: int, patches: int) -> float:
         """Model FLOPs of rows known by numbers alone, but for the head and attention within the tower."""
         return float(self.token * tokens + self.pair * pairs + self.patch * patches)
+
+
+def _follows(name: str) -> bool:
+    """Whether a layer's parameter is used behind its attention."""
+    return ".mlp." in name or ".o_proj." in name
 
 
 def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:

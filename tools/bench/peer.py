@@ -110,11 +110,13 @@ def main() -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of a random checkpoint (small)")
     model.add_argument("--model", type=Path, help="folder of a Qwen2.5-VL checkpoint instead")
-    parser.add_argument("--clips", type=int, default=20, help="videos of 256 x 256 pixels and two seconds (20)")
+    parser.add_argument("--clips", type=int, default=20, help="videos of 256 x 256 pixels (20)")
     parser.add_argument("--questions", type=int, default=5, help="questions about each video (5)")
-    parser.add_argument("--words", type=int, default=12, help="words of a question, and of its answer (12)")
-    parser.add_argument("--mixed", action="store_true", help="answers of half to eight times as many words")
-    parser.add_argument("--frames", type=int, default=8, help="frames sampled of a video (8)")
+    parser.add_argument("--words", type=int, default=4, help="words of a question, and of its answer (4: 25 tokens)")
+    parser.add_argument(
+        "--mixed", action="store_true", help="videos of 2 to 8 seconds at 2 frames a second, answers of uneven length"
+    )
+    parser.add_argument("--frames", type=int, default=8, help="frames sampled of a video that is not mixed (8)")
     parser.add_argument("--samples-per-step", type=int, default=20, help="questions in an optimizer step (20)")
     parser.add_argument("--steps", type=int, default=3, help=f"timed optimizer steps, besides {WARM_UP} + {AHEAD} (3)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, taken in turns (3)")
@@ -225,7 +227,11 @@ def compared(ours: Record, theirs: Record) -> list[dict[str, Any]]:
 def prepare(options: argparse.Namespace, folder: Path) -> Config:
     """Clips, records, checkpoint and adapter in `folder`, and the configuration of vft's side."""
     model = options.model or write_checkpoint(folder / "base", SHAPES[options.shape])
-    clips = write_clips(folder / "clips", options.clips)
+    clips = write_clips(folder / "clips", options.clips, longest=240 if options.mixed else 0)
+    if options.mixed:
+        video = VideoConfig(fps=2.0, min_frames=4, max_frames=16, max_pixels=MAX_PIXELS)
+    else:
+        video = VideoConfig(frames=options.frames, max_pixels=MAX_PIXELS)
     write_records(folder / "train.json", clips, options.questions, options.words, options.mixed)
     config = Config(
         task="qa",
@@ -240,7 +246,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Config:
             workers=options.workers,
             cache_dir=str(folder / "cache"),
             prefetch_packs=AHEAD * options.samples_per_step // options.pack,
-            video=VideoConfig(frames=options.frames, max_pixels=MAX_PIXELS),
+            video=video,
         ),
         train=TrainConfig(
             max_steps=WARM_UP + options.steps + AHEAD,

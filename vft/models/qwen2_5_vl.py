@@ -199,12 +199,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(
-        self, x_TE: Tensor, cos_TK: Tensor, sin_TK: Tensor, plan: AttentionPlan, attend_kept: Attend | None
+        self,
+        x_TE: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        plan: AttentionPlan,
+        attend_kept: Attend | None,
+        wanted_N: Tensor | None,
     ) -> Tensor:
-        """[T, E] to [T, E]; with `attend_kept` the keys of earlier calls are attended too."""
+        """[T, E] to [T, E], or to the rows that are wanted; with `attend_kept` the keys of earlier calls are attended
+        too."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         out = (attend_kept or attend)(q, k, v, plan)
+        out = out if wanted_N is None else out[wanted_N]
         return self.o_proj(out.flatten(1))
 
 
@@ -225,9 +233,11 @@ class DecoderLayer(nn.Module):
         sin_TK: Tensor,
         plan: AttentionPlan,
         attend_kept: Attend | None = None,
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """[T, E] to [T, E]."""
-        x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_kept)
+        """[T, E] to [T, E], or to [N, E] where only some rows are wanted."""
+        attended = self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_kept, wanted_N)
+        x_TE = (x_TE if wanted_N is None else x_TE[wanted_N]) + attended
         return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
 
 
@@ -241,13 +251,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x_TE: Tensor, positions_3T: Tensor, plan: AttentionPlan, cache: Cache | None = None) -> Tensor:
-        """Embeddings [T, E] to hidden states [T, E] before the final norm."""
+    def forward(
+        self, x_TE: Tensor, positions_3T: Tensor, plan: AttentionPlan, wanted_N: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Embeddings [T, E] to the hidden states [N, E] of the rows that are wanted, before the final norm.
+
+        What follows the last layer's attention is computed for these rows alone: nothing reads the others.
+        """
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
         prepare(plan, x_TE)  # outside the layers, which may be compiled
         for index, layer in enumerate(self.layers):
-            # Without a cache all layers are called alike: one compiled graph serves them.
-            x_TE = layer(x_TE, cos_TK, sin_TK, plan, None if cache is None else partial(cache.attend, index))
+            # Without a cache all layers but the last are called alike: one compiled graph serves them.
+            attend_kept = None if cache is None else partial(cache.attend, index)
+            last = index == len(self.layers) - 1
+            x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_kept, wanted_N if last else None)
         return x_TE
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -275,8 +292,8 @@ class Qwen2_5_VL(nn.Module):
     def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True) -> Tensor:
         """The sum of cross-entropies over `batch.target_ids_N` (a scalar); without `loss` the logits [N, V]."""
         x_TE = self.embed(batch)
-        x_TE = self.model(x_TE, batch.positions_3T, batch.plan, cache)
-        hidden_NE = self.model.norm(x_TE[batch.target_index_N])
+        x_NE = self.model(x_TE, batch.positions_3T, batch.plan, batch.target_index_N, cache)
+        hidden_NE = self.model.norm(x_NE)
         if loss:
             return cross_entropy_sum(hidden_NE, self.head, self.config.vocabulary, batch.target_ids_N)
         return self.head(hidden_NE).float()
