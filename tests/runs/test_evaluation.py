@@ -40,9 +40,9 @@ def predictions(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def wavering(world: World, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose learning rate is far too high: its loss goes down and up again."""
+    """A run whose learning rate grows far too high: its loss goes down and up again."""
     settings = {
-        "train": {"max_steps": 7, "learning_rate": 0.1, "schedule": "constant"},
+        "train": {"max_steps": 7, "learning_rate": 0.2, "schedule": "constant", "warmup_steps": 7},
         "eval": {"every_steps": 1, "max_new_tokens": 4, "best_metric": "loss"},
     }
     return commands.train(world.config(tmp_path_factory.mktemp("wavering") / "run.toml", settings))
