@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.allocations import allocated_peak
 from tests.helpers import Media, Tiny, batch_of, load_prepared, medium, talk
 from vft.config import LoraConfig, ParallelConfig
 from vft.distributed import World
@@ -51,25 +51,13 @@ def real_model(tiny: Tiny, mode: str, train: Sequence[str] = ()) -> Any:
     return prepared.model
 
 
-def allocated_peak(model: Any, row: Batch) -> int:
-    """Bytes that torch's allocator handed out and had not got back, at most, while the step ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model(row).backward()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, size in changes:
-        now += size
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("train", [(), ("language_model", "vision_tower", "merger")], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", MODES)
 def test_peak_is_that_of_a_real_step(tiny: Tiny, mode: str, train: Sequence[str]) -> None:
     row, planned = long_row(tiny), skeleton_of(tiny, train).model
     checkpoint_activations(planned, mode)
-    assert step_bytes(planned, row, CPU) == pytest.approx(allocated_peak(real_model(tiny, mode, train), row), rel=0.02)
+    model = real_model(tiny, mode, train)
+    assert step_bytes(planned, row, CPU) == pytest.approx(allocated_peak(lambda: model(row).backward()), rel=0.02)
 
 
 def test_what_stays_is_counted(tiny: Tiny) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.allocations import allocated_peak
 from vft.config import LoraConfig, ParallelConfig
 from vft.data.packing import collate
 from vft.distributed import World, environment, make_mesh, process_group
@@ -49,14 +49,7 @@ def main(kind: str, base: str, mode: str, output: str) -> None:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.02)
         initialise(model, seed=0)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            model(row).backward()
-        events = recorded.profiler.kineto_results.events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        now = peak = 0
-        for _, size in changes:
-            now += size
-            peak = max(peak, now)
+        peak = allocated_peak(lambda: model(row).backward())
         if world.is_main:
             Path(output).write_text(json.dumps({"peak": peak}))
 
