@@ -63,6 +63,7 @@ class _DropoutLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+        """[..., in] to [..., out]."""
         dropped, mask = torch.native_dropout(x, dropout, True)
         ctx.save_for_backward(x, mask, weight)
         ctx.dropout = dropout
@@ -70,6 +71,7 @@ class _DropoutLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        """Gradients of input and weight."""
         (grad,) = grads
         x, mask, weight = ctx.saved_tensors
         kept = mask * (1 / (1 - ctx.dropout))

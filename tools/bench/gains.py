@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from measure import default_device, interleaved, median, report
 from rows import Video, row_of, text_document, video_document
-from workload import SHAPES, build_model, fill
+from workload import SHAPES, adapted_model
 
 from vft import attention
-from vft.config import LoraConfig
 from vft.console import user_errors
-from vft.lora import choose_trainable, initialise
 from vft.models import qwen2_5_vl
-from vft.models.qwen2_5_vl import TOWERS
 from vft.types import AttentionPlan, Batch, Document, UserError
 
 WORDS, ANSWER = 25, 10
@@ -45,11 +42,7 @@ def main() -> None:
             raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
         device = default_device()
         name = arguments.shape or ("3b" if device.type == "cuda" else "small")
-        model = build_model(SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32)
-        choose_trainable(model, TOWERS, LoraConfig(), ())
-        model.to_empty(device=device)
-        fill(model)
-        initialise(model, seed=0)
+        model = adapted_model(SHAPES[name], device)
         lines = [compare(what, *make(model, device), arguments.repeats) for what, make in GAINS.items()]
         report(f"what each optimisation is worth: {name}", lines, arguments.output, shape=name)
 

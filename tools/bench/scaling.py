@@ -16,13 +16,10 @@ import torch
 from measure import default_device, interleaved, median, report
 from rows import Video, row_of, video_document
 from step import make_step
-from workload import SHAPES, build_model, fill
+from workload import SHAPES, adapted_model
 
-from vft.config import LoraConfig
 from vft.console import user_errors
 from vft.flops import FlopCounter
-from vft.lora import choose_trainable, initialise
-from vft.models.qwen2_5_vl import TOWERS
 from vft.types import Batch, UserError
 
 WORDS, ANSWER = 25, 10
@@ -42,12 +39,7 @@ def main() -> None:
             raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
         device = default_device()
         name = arguments.shape or ("3b" if device.type == "cuda" else "small")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = build_model(SHAPES[name], dtype)
-        choose_trainable(model, TOWERS, LoraConfig(), ())
-        model.to_empty(device=device)
-        fill(model)
-        initialise(model, seed=0)
+        model = adapted_model(SHAPES[name], device)
         rows = [line for kind in arguments.of for line in measure(kind, model, device, arguments.repeats)]
         report(f"growth of a step: {name}", rows, arguments.output, shape=name)
 

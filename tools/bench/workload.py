@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
+from vft.config import LoraConfig
+from vft.lora import choose_trainable, initialise
 from vft.models import qwen2_5_vl
 from vft.models.qwen2_5_vl import Qwen2_5_VL
 
@@ -86,6 +88,16 @@ def build_model(shape: Shape, dtype: torch.dtype) -> Qwen2_5_VL:
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         return qwen2_5_vl.build(config, processor, dtype)
+
+
+def adapted_model(shape: Shape, device: torch.device) -> Qwen2_5_VL:
+    """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
+    model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(), ())
+    model.to_empty(device=device)
+    fill(model)
+    initialise(model, seed=0)
+    return model
 
 
 @torch.no_grad()
