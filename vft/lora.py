@@ -49,12 +49,16 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        base = F.linear(x, self.weight.to(x.dtype), bias)
+        base = self.base(x)
         down = self.lora_A.weight.to(x.dtype)
         dropped = self.training and self.dropout > 0
         low = _DropoutLinear.apply(x, down, self.dropout) if dropped else F.linear(x, down)
         return base + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+    def base(self, x: Tensor) -> Tensor:
+        """What the layer would give without its adapter."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class _DropoutLinear(torch.autograd.Function):
