@@ -287,7 +287,7 @@ def differences(a: Config, b: Config, ignore: Collection[str] = RESUME_MAY_CHANG
     `ignore` holds keys, or sections, that are left out. With its default the result is what makes `b` another
     configuration than the one that a run was started with, so that it can't be resumed.
     """
-    flat_a, flat_b = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
+    flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     found = []
     for key in dict.fromkeys([*flat_a, *flat_b]):
         if not covers(ignore, key) and flat_a.get(key) != flat_b.get(key):
@@ -295,7 +295,7 @@ def differences(a: Config, b: Config, ignore: Collection[str] = RESUME_MAY_CHANG
     return found
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key; lists of tables by number, lists of plain values as one leaf."""
     if isinstance(value, dict):
         items = value.items()
@@ -303,4 +303,4 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         items = {str(i): item for i, item in enumerate(value)}.items()
     else:
         return {prefix.removesuffix("."): value}
-    return {key: leaf for name, item in items for key, leaf in _flatten(item, f"{prefix}{name}.").items()}
+    return {key: leaf for name, item in items for key, leaf in flatten(item, f"{prefix}{name}.").items()}

@@ -47,7 +47,7 @@ from vft.monitor import (
 )
 from vft.optim import build_optimizer, learning_rate, scale_and_clip
 from vft.parallel import parallelize, sync_gradients
-from vft.report import write_report
+from vft.report import write_card, write_report
 from vft.task import Task, asking, main_conversation
 from vft.types import UserError
 
@@ -390,6 +390,8 @@ class Trainer:
         """What others read, in `folder` or in the run's own."""
         target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
         export(self.skeleton, self.checkpoint, self.config, self.task, self.step, target, self.world.is_main)
+        if self.world.is_main:
+            write_card(self.folder, target, self.step, self.task.prompt)
         self.monitor.say(f"wrote {target}")
 
 

@@ -82,3 +82,17 @@ def test_base_and_adapter_side_by_side(world: World, commands: Commands, learned
     assert not {row["prediction"] for row in base} & set(ANSWERS.values())
     scores = re.search(r"cider_d\s*│\s*([0-9.]+) \[.*?\]\s*│\s*([0-9.]+)(?: \[.*?\])?\s*│ apart", shown.stdout)
     assert scores and float(scores[1]) < 1.0 and float(scores[2]) > 5.0, shown.stdout
+
+
+def test_the_whole_index_in_numbers(world: World, commands: Commands, tmp_path: Path) -> None:
+    # Rows too short for a clip with its frames: each loses some, and the page says how many.
+    config = world.config(tmp_path / "run.toml", {"data": {"pack_tokens": 73, "video": {"min_frames": 2}}})
+    commands.run(INSPECT, config, "--output", tmp_path / "look").ok()
+    page = (tmp_path / "look" / "preview.html").read_text()
+    facts = dict(re.findall(r"<tr><th>([^<]*)<td>([^<]*)", page))
+    assert facts["samples"].startswith("4 in 4 documents"), facts
+    assert facts["rows of an epoch"].startswith("4, filled to ") and facts["rows of an epoch"].endswith("% on average")
+    bars = re.findall(r'title="[\d,]+ to [\d,]+ tokens: (\d+)"', page)
+    assert len(bars) == 32 and sum(map(int, bars)) == 4
+    kept, of = re.findall(r"frames: (\d+) of (\d+) kept", page)[0]
+    assert int(kept) < int(of) and re.search(r"frames in [1-4]\b", facts["dropped to fit a row"]), facts

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
+from torch import Tensor
 
 from vft.data import vision
 from vft.data.documents import Documents
@@ -139,10 +140,16 @@ def strip(plan: MediaPlan, spec: VisionSpec) -> Row:
     except MediaError as error:
         return {**row, "problem": f"can't be decoded: {error}"}
     for frame_CHW, time_s in zip(frames_TCHW, few.frame_times_s, strict=False):  # an odd video's last stands twice
-        image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
-        image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        source = picture(frame_CHW, "jpeg", FRAME_PIXELS)
         row["frames"].append((source, f"{time_s:.2f} s" if plan.ref.kind == "video" else "picture"))
     return row
+
+
+def picture(frame_CHW: Tensor, kind: str, longest: int | None = None) -> str:
+    """A uint8 frame as a `data:` URL, `jpeg` or (exactly as it is) `png`, its longer side at most `longest` pixels."""
+    image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
+    if longest is not None:
+        image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

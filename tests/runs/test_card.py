@@ -1,0 +1,43 @@
+"""The card beside an adapter: others read its head, and the code in it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.runs.commands import Commands
+from tests.runs.world import World
+from vft.report import write_card
+
+
+def test_an_adapter_says_what_it_is(learned: Path, world: World) -> None:
+    card = (learned / "adapter" / "README.md").read_text()
+    head, body = card.removeprefix("---\n").split("\n---\n", 1)
+    facts = dict(line.split(": ", 1) for line in head.splitlines())
+    base = json.loads((learned / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert json.loads(facts["base_model"]) == base and facts["library_name"] == "peft"
+    assert "in 60 steps" in body and "rank = 8" in body and "{{" not in body and "\n\n\n\n" not in body
+    assert f"--lora-modules tuned={learned / 'adapter'}" in body and "--max-lora-rank 8" in body
+
+
+def test_the_code_in_it_runs(learned: Path) -> None:
+    peft = pytest.importorskip("peft")
+    card = (learned / "adapter" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code is not None
+    lines = [line for line in code[1].splitlines() if "rocessor" not in line or line.startswith("from")]
+    names: dict[str, object] = {}  # the processor needs torchvision, which isn't here
+    exec("\n".join(lines).replace(", AutoProcessor", ""), names)
+    assert isinstance(names["model"], peft.PeftModel)
+
+
+def test_one_that_vllm_does_not_serve_says_so(learned: Path, tmp_path: Path, commands: Commands) -> None:
+    settings = (learned / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(settings.replace('"language_model.*"', '"language_model.*", "merger.*"'))
+    write_card(tmp_path, tmp_path, 3, "Say.")
+    card = (tmp_path / "README.md").read_text()
+    assert "merge it first" in card and "language_model, merger" in card and "--enable-lora" not in card
+    assert "Not evaluated" in card and 'to be asked: "Say."' in card

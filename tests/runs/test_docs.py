@@ -1,0 +1,120 @@
+"""What the documentation says is there: commands, options, recipes, settings, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tests.runs.commands import REPOSITORY, Commands
+from vft import config as configs
+from vft.config import Config
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|CONFIG|\.\.\.")
+SECTIONS = "|".join(name for name, one in Config.model_fields.items() if name not in ("task", "output_dir", "seed"))
+
+
+def blocks(page: Path) -> list[str]:
+    """The text of every fenced block."""
+    return re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """Every command of the project's in a fenced block or in a table, in words."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:python tools/|torchrun )[^`]*)`", text)
+    for line in lines:
+        if re.match(r"(python tools/|python -m vft|torchrun )", line.strip()):
+            yield shlex.split(
+                line.strip().replace("[", " ").replace("]", " ") if "[--" in line else line, comments=True
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_there(page: Path, commands: Commands) -> None:
+    helps: dict[str, str] = {}
+    for words in commands_of(page):
+        tool = next((word for word in words if word.startswith("tools/")), None)
+        if tool is None:
+            check_recipe(words)
+        elif not PLACEHOLDER.search(tool):
+            assert (REPOSITORY / tool).is_file(), " ".join(words)
+            if tool not in helps:
+                helps[tool] = commands.run(tool, "--help").ok().stdout
+            known = set(re.findall(r"--[a-z][a-z-]*", helps[tool]))
+            asked = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert asked <= known, f"{' '.join(words)}: {asked - known}"
+            check_settings(words)
+
+
+def check_recipe(words: list[str]) -> None:
+    """A recipe's module, its file and its overrides."""
+    if "-m" not in words:
+        return
+    module = words[words.index("-m") + 1]
+    if not PLACEHOLDER.search(module):
+        assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), " ".join(words)
+    check_settings(words)
+
+
+def check_settings(words: list[str]) -> None:
+    """Files of settings exist and take the overrides behind them."""
+    files = [word for word in words if word.startswith("recipes/") and word.endswith(".toml")]
+    for file in files:
+        overrides = [word for word in words if re.match(r"[a-z_.]+=", word) and not PLACEHOLDER.search(word)]
+        configs.load(REPOSITORY / file, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_are_there(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    for span in spans:
+        for name in re.findall(rf"(?<![\w./-])((?:{SECTIONS})(?:\.[a-z_]+)+)", span):
+            if not re.search(r"\.(md|py|toml|jsonl?|html|safetensors|layers|main)\b", name):
+                assert has_setting(Config, name.split(".")), f"{page.name}: {name}"
+
+
+def has_setting(model: Any, path: list[str]) -> bool:
+    """Whether a dotted key is one of a section's."""
+    if not path:
+        return True
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return len(path) == 1 or (section is not None and has_setting(section, path[1:]))
+
+
+def test_a_setting_that_is_not_there_is_noticed() -> None:
+    assert has_setting(Config, ["data", "video", "fps"]) and not has_setting(Config, ["data", "video", "speed"])
+    assert has_setting(Config, ["lora", "rank"]) and not has_setting(Config, ["lora", "rank", "of"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{page.name}: {target}; there are {slugs}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_toml_is_toml(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"\n(?=sources = )", block):  # alternatives stand under one another
+            tomllib.loads(part)
