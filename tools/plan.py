@@ -227,6 +227,9 @@ def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Nam
         table.add_row("run", f"{hours:.2f} hours", f"{config.train.max_steps} steps, evaluation and saving not counted")
     table.add_row("traffic", f"{wire / 1e9:,.0f} GB a step", "to each GPU: layers gathered forwards and backwards")
     table.add_row("loading", f"{whole / 1e9 / arguments.disk_gb_s:,.0f} s", f"{whole / 1e9:,.0f} GB from one disk")
+    if config.checkpoint.asynchronous:
+        copies = f"{12 * trained / shards / 1e9:,.1f} GB"
+        table.add_row("host memory", copies, "of each process that writes: copies of what checkpoints hold")
     kept = config.checkpoint.keep_last or 1
     table.add_row("disk", f"{kept * 12 * trained / 1e9:,.1f} GB", f"{kept} checkpoint(s) kept, and the export beside")
     return table

@@ -2,62 +2,96 @@
 
     step-000100/   trainable.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written beside its final place, the manifest last, every file flushed to disk, and then renamed.
+Where the model is sharded each process writes its own rows (`trainable-00001-of-00004.safetensors`, ...), and the
+headers say where they belong, as torch's distributed checkpoint says it: its HuggingFaceStorageReader reads them too.
+Any number of processes reads what any number wrote. `vft.saving` says when and by whom it is written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vft.distributed import local_part, local_rows, whole
-from vft.files import whole_folder
+from vft.distributed import World, all_of, local_part, local_rows, writes_rows
+from vft.tensor_files import write_tensors
 from vft.types import UserError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+TRAINABLE, OPTIMIZER = "trainable", "optimizer"
+"""Files of tensors."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARDING = "DCP_SHARDING_INFO"
+"""Key of a header's metadata: `saved_offsets` of each tensor, where in the whole its part begins."""
 
 
-def save(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep_last: int,
-    write: bool,
-) -> None:
-    """Every process calls it (tensors are gathered); the one with `write` writes and prunes older checkpoints."""
-    trainable: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a tensor of the state that this process writes."""
+
+    file: str
+    """TRAINABLE or OPTIMIZER."""
+    rows: Tensor
+    first: int
+    """Number of the first of them in the whole."""
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def parts_to_write(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
+    """This process's part of the state, by tensor name; the tensors are those that training changes, not copies."""
+    parts = {}
     for name, parameter in _trainable(model):
-        slots = optimizer.state[parameter]
-        # Gathered by every process, kept by the one that writes.
-        gathered = [whole(tensor.detach()) for tensor in (parameter, *(slots[moment] for moment in MOMENTS))]
-        if write:
-            trainable[name], *rest = (tensor.cpu().contiguous() for tensor in gathered)
-            moments |= {f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest, strict=True)}
-            moments[f"step.{name}"] = slots["step"].detach().cpu()
-    if not write:
-        return
-    with whole_folder(root / f"step-{step:06d}") as folder:
-        save_file(trainable, folder / "trainable.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n", encoding="utf-8")
-        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    for old in list_checkpoints(root)[keep_last:] if keep_last else []:
-        shutil.rmtree(old)
+        if not writes_rows(parameter):
+            continue
+        first, slots = local_rows(parameter).start or 0, optimizer.state[parameter]
+        parts[name] = Part(TRAINABLE, local_part(parameter.detach()), first)
+        for moment in MOMENTS:
+            parts[f"{moment}.{name}"] = Part(OPTIMIZER, local_part(slots[moment]).detach(), first)
+        if first == 0:
+            parts[f"step.{name}"] = Part(OPTIMIZER, slots["step"].detach(), 0)
+    return parts
+
+
+def write_parts(folder: Path, parts: Mapping[str, Part], number: int, count: int) -> dict[str, dict[str, Any]]:
+    """Write the files of writer `number` (from 1) of `count`, flushed to the disk. Returns what the manifest says."""
+    described = {}
+    for file in (TRAINABLE, OPTIMIZER):
+        mine = {name: part for name, part in parts.items() if part.file == file}
+        layout = {name: (part.rows.dtype, part.rows.shape) for name, part in mine.items()}
+        name, metadata = f"{file}.safetensors", None
+        if count > 1:
+            name = f"{file}-{number:05d}-of-{count:05d}.safetensors"
+            offsets = {key: {"saved_offsets": _offsets(part)} for key, part in mine.items()}
+            metadata = {SHARDING: json.dumps(offsets)}
+        described[name] = write_tensors(folder / name, layout, lambda key: parts[key].rows, metadata)
+    return described
+
+
+def write_rest(folder: Path, step: int, state: str, files: Mapping[str, dict[str, Any]]) -> None:
+    """The state that is no tensor, in JSON, and last the manifest of all `files`."""
+    (folder / STATE).write_text(state, encoding="utf-8")
+    listed = dict(sorted({**files, STATE: _describe(folder / STATE)}.items()))
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": listed}, indent=1) + "\n", encoding="utf-8")
+
+
+def _offsets(part: Part) -> list[int]:
+    return [part.first, *[0] * (part.rows.dim() - 1)] if part.rows.dim() else []
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -66,14 +100,15 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
+def newest_good(root: Path, world: World, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are those of its manifest; None where there is none at all.
 
-    A broken one is reported and the one before it taken. UserError where all are broken.
+    Every process calls it, hashes its share of the files and gets the same answer. A broken one is reported and the one
+    before it taken. UserError where all are broken.
     """
-    found = list_checkpoints(root)
+    found = all_of(list_checkpoints(root))[0]
     for folder in found:
-        broken = what_is_broken(folder)
+        broken = next(filter(None, all_of(what_is_broken(folder, world.rank, world.size))), None)
         if broken is None:
             return folder
         report(f"{folder}: {broken}; trying the checkpoint before it")
@@ -82,11 +117,11 @@ def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def what_is_broken(folder: Path) -> str | None:
-    """The first thing that doesn't fit the manifest, or None."""
+def what_is_broken(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """The first thing in one of several shares of the files that doesn't fit the manifest, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
+        for name, expected in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
             if _describe(folder / name) != expected:
                 return f"{name} is not what the manifest says (size or SHA-256)"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -94,37 +129,71 @@ def what_is_broken(folder: Path) -> str | None:
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill parameters and optimizer, each process its own rows, and return the rest of the state."""
-    named = dict(_trainable(model))
-    with safe_open(folder / "trainable.safetensors", framework="pt") as reader:
-        stored = set(reader.keys())
-        if stored != set(named):
-            odd = sorted(stored ^ set(named))
-            raise UserError(f"{folder}: {len(odd)} trained tensors differ from the model's, {odd[0]} among them")
-        for name, parameter in named.items():
-            _copy_rows(parameter, reader.get_slice(name))
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as reader:
-        for name, parameter in named.items():
-            slots = optimizer.state[parameter]
-            slots["step"].copy_(reader.get_tensor(f"step.{name}"))
-            for moment in MOMENTS:
-                _copy_rows(slots[moment], reader.get_slice(f"{moment}.{name}"))
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _copy_rows(target: Tensor, source: Any) -> None:
-    with torch.no_grad():
-        local_part(target).copy_(source[local_rows(target)])
-
-
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
+    digest = sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill parameters and optimizer, each process its own rows, and return the rest of the state.
+
+    UserError where the tensors are not those of the model.
+    """
+    named = dict(_trainable(model))
+    with ExitStack() as stack:
+        stored = _stored(folder, TRAINABLE, stack)
+        if stored.keys() != named.keys():
+            odd = sorted(stored.keys() ^ named.keys())
+            raise UserError(f"{folder}: {len(odd)} trained tensors differ from the model's, {odd[0]} among them")
+        moments = _stored(folder, OPTIMIZER, stack)
+        for name, parameter in named.items():
+            slots = optimizer.state[parameter]
+            targets = {f"{moment}.{name}": slots[moment] for moment in MOMENTS} | {f"step.{name}": slots["step"]}
+            _fill(parameter, stored[name], f"{folder}: {name}")
+            for key, target in targets.items():
+                _fill(target, moments.get(key, []), f"{folder}: {key}")
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[int, Any]]]:
+    """By tensor name: its parts in order, each the number of its first row and a slice to read from."""
+    parts: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for name in names:
+        if name == f"{file}.safetensors" or name.startswith(f"{file}-"):
+            reader = stack.enter_context(safe_open(folder / name, framework="pt"))
+            offsets = json.loads((reader.metadata() or {}).get(SHARDING, "{}"))
+            for key in list(reader.keys()):
+                first = [*offsets.get(key, {}).get("saved_offsets", ()), 0][0]
+                parts[key].append((first, reader.get_slice(key)))
+    return {key: sorted(found, key=lambda part: part[0]) for key, found in parts.items()}
+
+
+def _fill(target: Tensor, parts: list[tuple[int, Any]], where: str) -> None:
+    """Copy what this process holds of `target`; UserError unless the parts make up exactly a tensor of its shape."""
+    shape, end = list(target.shape), 0
+    rows = range(*local_rows(target).indices(shape[0])) if shape else range(1)
+    local = local_part(target.detach())
+    for first, part in parts:
+        length = part.get_shape()[0] if shape else 1
+        if first != end or part.get_shape()[1:] != shape[1:]:
+            break
+        end += length
+        begin, stop = max(first, rows.start), min(end, rows.stop)
+        if not shape:
+            local.copy_(part[...])
+        elif begin < stop:
+            local[begin - rows.start : stop - rows.start].copy_(part[begin - first : stop - first])
+    if end != (shape[0] if shape else 1) or not parts:
+        stored = [f"{part.get_shape()} from row {first}" for first, part in parts]
+        raise UserError(f"{where}: the model's has shape {shape}, the files have {', '.join(stored) or 'none'}")
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -174,6 +174,9 @@ class CheckpointConfig(Section):
     """Optimizer steps between two; 0: at the end only."""
     keep_last: Count = 3
     """Newest that are kept; 0: all."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes a trained parameter, over all processes that
+    write. A save waits for the one before."""
 
 
 class EvalConfig(Section):

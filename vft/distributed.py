@@ -99,13 +99,19 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
     return int(values)
 
 
-def all_of(value: T) -> list[T]:
+def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's value, by rank."""
     if not dist.is_initialized():
         return [value]
     values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """All processes once more, for threads beside the loop: its collectives may cross those of the loop. Every process
+    calls it."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
 
 
 def same_on_all_ranks(what: str, digest: str) -> None:
@@ -122,6 +128,15 @@ def local_rows(parameter: Tensor) -> slice:
         return slice(None)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return slice(offset[0], offset[0] + shape[0]) if shape[0] else slice(0, 0)
+
+
+def writes_rows(tensor: Tensor) -> bool:
+    """Whether this process is the one to write the rows that it holds, if any: the first of all replicas, and rank 0
+    where a tensor isn't sharded."""
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    place = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return tensor.to_local().numel() > 0 and all(at == 0 for at, how in place if how.is_replicate())
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     UserError where it can't be written (a full disk, a read-only folder).
     """
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    partial = partial_of(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -33,17 +33,25 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
         _flush_entry(folder.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{folder}: can't be written ({reason}); free space, or name a folder that can be written"
-        ) from error
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes its place."""
+    return path.with_name(f"{PARTIAL}{path.name}")
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What to tell the user."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{path}: can't be written ({reason}); free space, or name a folder that can be written")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is never seen half-written. UserError where it can't be written."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
@@ -52,9 +60,7 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: can't be written ({error.strerror}); free space, or name a folder that can be written"
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def remove_partials(folder: Path) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.data.quarantine import BadItem, check_bad, check_bad_of_stream, write_quarantine
+from vft.data.quarantine import check_bad, check_bad_of_stream, write_quarantine
 from vft.distributed import World, all_of, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
 from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
@@ -48,6 +47,7 @@ from vft.monitor import (
 from vft.optim import build_optimizer, learning_rate, scale_and_clip
 from vft.parallel import parallelize, sync_gradients
 from vft.report import write_card, write_report
+from vft.saving import Saver
 from vft.task import Task, asking, main_conversation
 from vft.types import UserError
 
@@ -220,17 +220,18 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the newest whole checkpoint; every process takes the one that the first chose."""
-        root, main = self.folder / "checkpoints", self.world.is_main
-        found = all_of(checkpoints.newest_good(root, self.monitor.say) if main else None)[0]
+        root = self.folder / "checkpoints"
+        found = checkpoints.newest_good(root, self.world, self.monitor.say)
         if found is not None:
             state = checkpoints.load(found, self.model, self.optimizer)
             check_identity(found, state, self.identity())
-            self.step, cursor = state["step"], Cursor(**state["cursor"])
-            self.max_steps = self.monitor.max_steps = self.count_steps(self.step, cursor)
-            self.samples = state["samples"]
-            self.loader.seek(cursor, [BadItem(**item) for item in state["bad"]], state["streams"])
+            self.step, self.samples = state["step"], state["samples"]
+            self.loader.restore(state)
+            self.max_steps = self.monitor.max_steps = self.count_steps(self.step, self.loader.cursor)
             self.write_bad()
             self.monitor.say(f"going on from {found}")
+        self.saver = Saver(root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say)
+        self.saver.expect(self.max_steps - self.step)
         self.monitor.resume_at(self.step)
 
     # ------------------------------------------------------------------------------------------------------ loop
@@ -259,7 +260,9 @@ class Trainer:
                     self.evaluate()
             if last_saved < self.step:
                 self.save()
+            self.saver.wait()
         finally:
+            self.saver.close()
             self.monitor.close()
         self.export()
         if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
@@ -305,13 +308,15 @@ class Trainer:
             loss.backward()
             loss_sum += loss.detach()
         next(packs, None)  # lets the loader note that the step is over
-        tally.counts["bad"] = len(self.loader.new_bad)
+        tally.counts |= {"bad": len(self.loader.new_bad), "failed_saves": int(self.saver.failed)}
         totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
         self.samples += counts["samples"]
         if counts["bad"]:
             self.gather_bad()
+        if counts["failed_saves"]:
+            self.saver.wait()  # all processes raise at the same step
         targets = max(counts["num_targets"], 1)
         # FSDP2 averages over the processes: their number makes it a sum again.
         norm = scale_and_clip(self.trainable, world.size / targets, self.config.train.max_grad_norm)
@@ -374,17 +379,9 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint to resume from."""
-        cursor = self.loader.cursor
-        state = {
-            **self.identity(),
-            "cursor": asdict(cursor),
-            "streams": {name: list(at) for part in all_of(self.loader.positions) for name, at in part.items()},
-            "samples": self.samples,
-            "bad": [json.loads(item.line()) for item in self.loader.known_bad.values()],
-        }
-        keep = self.config.checkpoint.keep_last
-        root = self.folder / "checkpoints"
-        checkpoints.save(root, self.step, self.model, self.optimizer, state, keep, self.world.is_main)
+        loader = self.loader.state()
+        loader["streams"] = {name: at for part in all_of(loader["streams"]) for name, at in part.items()}
+        self.saver.save(self.step, {**self.identity(), **loader, "samples": self.samples})
 
     def export(self, folder: Path | None = None) -> None:
         """What others read, in `folder` or in the run's own."""

@@ -199,6 +199,13 @@ def test_workers_and_prefetch_change_nothing(
     assert_same(folder, undisturbed)
 
 
+def test_saving_in_the_loop_or_beside_it_changes_nothing(
+    world: World, commands: Commands, undisturbed: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint": {"asynchronous": False}}
+    assert_same(commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings)), undisturbed)
+
+
 def test_a_finished_run_can_be_prolonged(world: World, commands: Commands, tmp_path: Path) -> None:
     settings = {"train": {"schedule": "constant"}}
     straight = commands.train(world.config(tmp_path / "straight.toml", STOCHASTIC, settings))

@@ -57,7 +57,8 @@ def test_load(tmp_path: Path) -> None:
 
 def test_checkpoint(tmp_path: Path) -> None:
     few = ("--shape", "tiny", "--ranks", "4", "--full", "--repeats", "1", "--device", "cpu", "--folder", tmp_path)
-    lora, full = figures("checkpoint.py", tmp_path / "checkpoint.json", *few)["rows"]
+    made = figures("checkpoint.py", tmp_path / "checkpoint.json", *few, "--steps", "2", "--tokens", "32")
+    lora, full = made["rows"]
     assert (lora["trained"], full["trained"]) == ("LoRA rank 4", "full")
     for row in (lora, full):
         # Three float32 values a parameter: itself and two moments.
@@ -65,6 +66,12 @@ def test_checkpoint(tmp_path: Path) -> None:
         parts = row["copy and write, s"] + row["hash, s"] + row["flush, s"]
         assert parts == pytest.approx(row["save, s"]) and min(row["hash, s"], row["flush, s"], row["load, s"]) > 0
     assert full["parameters"] > lora["parameters"] > 0
+    kinds = ("none", "in the loop", "beside the loop")
+    assert [(row["trained"], row["saves"]) for row in made["stalls"]] == [
+        (t, k) for t in ("LoRA rank 4", "full") for k in kinds
+    ]
+    for row in made["stalls"]:
+        assert (row["stall, s"] == 0) == (row["saves"] == "none") and row["stall, s"] < row["between saves, s"]
     assert not list(tmp_path.glob("vft-checkpoint-*"))
 
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Seconds that a checkpoint stops training: python tools/bench/checkpoint.py [--shape small] [--ranks 8 64] [--full]
+"""What a checkpoint costs: python tools/bench/checkpoint.py [--shape small] [--ranks 8 64] [--full]
 
-`vft.checkpoint.save` of a real model with optimizer state, and of that: copying and writing, hashing for the manifest,
-flushing to the disk. Then what a resumed run waits for: `newest_good` (hashes again) and `load`. Training stands still
-in both. Which disk the folder lies on decides about flushing: name one with --folder.
+First a save of a real model with optimizer state in which training stands still, and of that: copying and writing,
+hashing for the manifest, flushing to the disk. Then what a resumed run waits for: `newest_good` (hashes again) and
+`load`. Last, real training steps with a save every --steps of them: how long the loop stands still, with saves in the
+loop and beside it, and how much longer the steps between two saves take in all. Which disk the folder lies on decides
+about flushing: name one with --folder.
 """
 
 from __future__ import annotations
@@ -18,24 +20,33 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import default_device, median, report, synchronise
+from measure import default_device, median, report, show_table, synchronise
+from rows import row_of, text_document
 from workload import SHAPES, build_model, fill
 
 from vft import checkpoint as checkpoints
-from vft.config import LoraConfig, TrainConfig
+from vft import tensor_files
+from vft.config import CheckpointConfig, LoraConfig, TrainConfig
 from vft.console import user_errors
+from vft.distributed import environment
 from vft.lora import choose_trainable
 from vft.models.qwen2_5_vl import TOWERS, Qwen2_5_VL
-from vft.optim import build_optimizer
+from vft.optim import build_optimizer, scale_and_clip
+from vft.saving import Saver
 from vft.types import UserError
 
 STATE = {"cursor": {"epoch": 0, "pack": 0, "step": 1}, "bad": []}
 MIB = 2**20
+SAVES = ("in the loop", "beside the loop")
+"""`checkpoint.asynchronous`: false, true."""
 
 
 def main() -> None:
@@ -49,6 +60,8 @@ def main() -> None:
     parser.add_argument("--device", default=str(default_device()), help="where the model is (a GPU where there is one)")
     parser.add_argument("--folder", type=Path, help="where to write checkpoints (the folder for temporary files)")
     parser.add_argument("--repeats", type=int, default=5, help="saves and loads of each, after one that warms up (5)")
+    parser.add_argument("--steps", type=int, default=50, help="training steps between two saves; 0: none (50)")
+    parser.add_argument("--tokens", type=int, default=256, help="of text in a step: fewer is a harder test (256)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     with user_errors():
@@ -59,7 +72,7 @@ def main() -> None:
 
 def check(options: argparse.Namespace) -> None:
     """UserError where there is nothing to do, or a number can't be."""
-    for name, values in (("--ranks", options.ranks), ("--repeats", [options.repeats])):
+    for name, values in (("--ranks", options.ranks), ("--repeats", [options.repeats]), ("--tokens", [options.tokens])):
         for value in values:
             if value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
@@ -71,21 +84,25 @@ def check(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Time every kind and report."""
-    load, rows = os.getloadavg()[0], []
+    load, rows, stalls = os.getloadavg()[0], [], []
     for rank in [*options.ranks, *([None] if options.full else [])]:
         name = "full" if rank is None else f"LoRA rank {rank}"
-        rows.append(
-            {"trained": name, **timed(trainer(options, rank), folder / name.replace(" ", "-"), options.repeats)}
-        )
-        print(f"{name}: done", file=sys.stderr)
+        trained, root = trainer(options, rank), folder / name.replace(" ", "-")
+        rows.append({"trained": name, **timed(trained, root, options.repeats)})
+        print(f"{name}: saved and loaded", file=sys.stderr)
+        if options.steps:
+            stalls += [{"trained": name, **line} for line in stalled(trained, root, options)]
+            print(f"{name}: trained", file=sys.stderr)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    disk = shutil.disk_usage(folder)
-    report("Seconds that a checkpoint takes", rows, options.output, settings=settings, load_before=load, disk=disk)
+    facts = {"settings": settings, "load_before": load, "disk": shutil.disk_usage(folder), "stalls": stalls}
+    report("Seconds that a checkpoint takes", rows, options.output, **facts)
+    if stalls:
+        show_table(f"Steps of training with a save every {options.steps}", stalls)
 
 
 def trainer(options: argparse.Namespace, rank: int | None) -> tuple[Qwen2_5_VL, torch.optim.Optimizer]:
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
-    model = build_model(SHAPES[options.shape], torch.bfloat16)
+    model = build_model(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
     choose_trainable(model, TOWERS, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)
@@ -96,12 +113,13 @@ def trainer(options: argparse.Namespace, rank: int | None) -> tuple[Qwen2_5_VL, 
 def timed(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, repeats: int) -> dict[str, Any]:
     """Save and load `repeats` times, in turns."""
     model, optimizer = trained
+    saver = make_saver(trained, root, asynchronous=False)
     parts: dict[str, list[float]] = defaultdict(list)
     for number in range(repeats + 1):
         synchronise()
         with stopwatch() as took:
-            took["save"] = seconds(partial(checkpoints.save, root, number, model, optimizer, STATE, 1, write=True))
-        took["verify"] = seconds(partial(checkpoints.newest_good, root, print))
+            took["save"] = seconds(partial(saver.save, number, STATE))
+        took["verify"] = seconds(partial(checkpoints.newest_good, root, saver.world, print))
         newest = checkpoints.list_checkpoints(root)[0]
         took["load"] = seconds(partial(checkpoints.load, newest, model, optimizer))
         if number:  # the first one warms up
@@ -124,6 +142,80 @@ def timed(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, repeats
     }
 
 
+def make_saver(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, asynchronous: bool) -> Saver:
+    """As a run makes it."""
+    return Saver(root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment(), print)
+
+
+def stalled(
+    trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Steps without a save, with one in the loop and with one beside it, in turns."""
+    model, optimizer = trained
+    device = torch.device(options.device)
+    row = row_of(model.spec, [text_document(options.tokens, options.tokens // 4, seed=0)]).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(row).backward()
+        scale_and_clip(parameters, 1 / row.num_targets, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    savers = {"none": None, **{name: make_saver(trained, root, name == "beside the loop") for name in SAVES}}
+    took: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in savers}
+    for number in range(options.repeats + 1):
+        for name, saver in savers.items():
+            synchronise()
+            since = time.perf_counter()
+            stall = seconds(partial(saver.save, number, STATE)) if saver else 0.0
+            written = watch(saver)
+            for _ in range(options.steps):
+                step()
+            synchronise()
+            between = time.perf_counter() - since
+            if saver:
+                saver.wait()
+            if number:  # the first one warms up: it takes the memory for the copies, too
+                for key, value in {"stall": stall, "between": between, "written": written() - since}.items():
+                    took[name][key].append(value)
+    plain = median(took["none"]["between"])
+    return [
+        {
+            "saves": name,
+            "step, s": plain / options.steps,
+            "between saves, s": median(times["between"]),
+            "stall, s": median(times["stall"]),
+            "slowest stall, s": max(times["stall"]),
+            "stall / between": median(times["stall"]) / plain,
+            "written after, s": median(times["written"]),
+            "between / without": median(times["between"]) / plain,
+        }
+        for name, times in took.items()
+    ]
+
+
+def watch(saver: Saver | None) -> Callable[[], float]:
+    """When the save in flight ended; now, where there is none."""
+    thread = saver.thread if saver else None
+    ended = [time.perf_counter()]
+
+    def wait(thread: Thread) -> None:
+        thread.join()
+        ended[0] = time.perf_counter()
+
+    if thread is None:
+        return lambda: ended[0]
+    waiting = Thread(target=wait, args=(thread,))
+    waiting.start()
+
+    def when() -> float:
+        waiting.join()
+        return ended[0]
+
+    return when
+
+
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
     """Seconds that a save spends hashing and flushing."""
@@ -139,8 +231,12 @@ def stopwatch() -> Iterator[dict[str, float]]:
 
         return call
 
+    def digest() -> Any:
+        real = sha256()
+        return SimpleNamespace(update=timing("hash", real.update), hexdigest=real.hexdigest)
+
     with (
-        patch.object(checkpoints, "_describe", timing("hash", checkpoints._describe)),
+        patch.object(tensor_files, "hashlib", SimpleNamespace(sha256=digest)),
         patch.object(os, "fsync", timing("flush", os.fsync)),
     ):
         yield took

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations
@@ -167,6 +168,16 @@ class Loader:
         }
         """Of this process's streams: where each goes on once the packs taken so far are trained."""
         self._open: dict[str, SlotStream] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes to go on after the packs taken so far, for JSON; `streams` are those of this process."""
+        streams = {name: list(position) for name, position in self.positions.items()}
+        bad = [asdict(item) for item in self.known_bad.values()]
+        return {"cursor": asdict(self.cursor), "streams": streams, "bad": bad}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """`seek` to where `state` was taken; its `streams` may be those of all processes."""
+        self.seek(Cursor(**state["cursor"]), [BadItem(**item) for item in state["bad"]], state["streams"])
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step; take them all."""

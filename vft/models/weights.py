@@ -11,13 +11,12 @@ import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
@@ -25,14 +24,13 @@ from transformers.utils.hub import cached_file
 from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
+from vft.tensor_files import DTYPES, Layout, file_order, write_tensors
 from vft.types import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
 TIED_TO = "model.embed_tokens.weight"
-DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the types that weights come in."""
 HUB_COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -195,27 +193,30 @@ def _open(file: Path) -> Any:
 def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: dict[str, Any], write: bool) -> None:
     """The whole model in the layout of its base: same files, names and dtypes, and everything else beside them.
 
-    Every process calls it (tensors are gathered, a file's worth at a time), the one with `write` writes. `about` goes
-    into vft.json.
+    Every process calls it: tensors are gathered one by one, in their final type, and the process with `write` writes
+    each before it asks for the next. `about` goes into vft.json.
     """
     parameters = dict(model.named_parameters())
-    with whole_folder(folder) if write else nullcontext(folder) as partial:
+    with whole_folder(folder) if write else nullcontext(folder) as unfinished:
         for file in sorted(set(checkpoint.weight_files.values())):
             names = [name for name, home in checkpoint.weight_files.items() if home == file]
-            tensors: dict[str, Tensor] = {}
+            # A tied head may have been saved all the same: then it is the embedding here too.
+            wanted = {name: parameters[name if name in parameters else TIED_TO].detach() for name in names}
             with _open(file) as reader:
-                for name in names:
-                    # A tied head may have been saved all the same: then it is the embedding here too.
-                    parameter = parameters[name if name in parameters else TIED_TO]
-                    tensor = whole(parameter.detach())  # gathered by every process, kept by the one that writes
-                    if write:
-                        dtype = getattr(torch, DTYPE_NAMES[reader.get_slice(name).get_dtype()])
-                        tensors[name] = tensor.to(dtype).cpu().contiguous().clone()
+                layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], wanted[name].shape) for name in names}
+            fetch = partial(_gathered, wanted, layout)
             if write:
-                save_file(tensors, partial / file.name, metadata={"format": "pt"})
+                write_tensors(unfinished / file.name, layout, fetch, {"format": "pt"})
+            else:
+                for name in file_order(layout):
+                    fetch(name)
         if write:
-            copy_companions(checkpoint, partial)
-            (partial / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            copy_companions(checkpoint, unfinished)
+            (unfinished / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
+    return whole(tensors[name].to(layout[name][0]))
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:

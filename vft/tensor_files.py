@@ -1,0 +1,76 @@
+"""Safetensors files, written tensor by tensor: nothing is held twice, and a file is hashed on its way to the disk.
+
+The layout is the format's own (https://huggingface.co/docs/safetensors, "Format"): the header's length in 8 bytes, the
+header in JSON, then the bytes of the tensors without gaps. `safetensors.torch.save_file` writes the same bytes, but
+wants all tensors at once and on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By safetensors' names: the types that weights come in, in the order in which its own writer puts them."""
+BLOCK_BYTES = 8 << 20
+"""Written and hashed at a time; other threads run meanwhile (neither holds Python's lock)."""
+
+Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Type and shape of each tensor of a file."""
+
+
+def write_tensors(
+    path: Path, layout: Layout, fetch: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write a new file of the tensors that `fetch` gives, asked in the file's order, and flush it to the disk.
+
+    Returns its size and SHA-256, as a manifest has them. OSError where it can't be written or is there already.
+    """
+    digest = hashlib.sha256()
+    with path.open("xb") as stream:
+
+        def put(content: bytes | memoryview) -> None:
+            for start in range(0, len(content), BLOCK_BYTES):
+                block = content[start : start + BLOCK_BYTES]
+                stream.write(block)
+                digest.update(block)
+
+        put(_header(layout, metadata))
+        for name in file_order(layout):
+            put(_content(fetch(name), *layout[name]))  # named nowhere: it is gone before the next one is fetched
+        stream.flush()
+        os.fsync(stream.fileno())
+        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
+
+
+def file_order(layout: Layout) -> list[str]:
+    """Names in the order of safetensors' own writer: by type, wide ones first (so all are aligned), then by name."""
+    place = {dtype: number for number, dtype in enumerate(DTYPES.values())}
+    return sorted(layout, key=lambda name: (place[layout[name][0]], name))
+
+
+def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in file_order(layout):
+        dtype, shape = layout[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _content(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> memoryview:
+    assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (tensor.dtype, tensor.shape, dtype, shape)
+    array: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
