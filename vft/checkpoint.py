@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
+from vft.lora import is_start
 from vft.types import UserError
 
 MANIFEST = "manifest.json"
@@ -40,14 +41,16 @@ def save(
     """Every process calls it (tensors are gathered); the one with `write` writes and prunes older checkpoints."""
     trainable: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, parameter in _trainable(model):
-        slots = optimizer.state[parameter]
+    for name, parameter in _kept(model):
+        slots = optimizer.state.get(parameter, {})
+        kept = [slots[moment] for moment in MOMENTS if moment in slots]
         # Gathered by every process, kept by the one that writes.
-        gathered = [whole(tensor.detach()) for tensor in (parameter, *(slots[moment] for moment in MOMENTS))]
+        gathered = [whole(tensor.detach()) for tensor in (parameter, *kept)]
         if write:
             trainable[name], *rest = (tensor.cpu().contiguous() for tensor in gathered)
-            moments |= {f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest, strict=True)}
-            moments[f"step.{name}"] = slots["step"].detach().cpu()
+            moments |= {f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest, strict=bool(slots))}
+            if slots:
+                moments[f"step.{name}"] = slots["step"].detach().cpu()
     if not write:
         return
     with whole_folder(root / f"step-{step:06d}") as folder:
@@ -96,7 +99,7 @@ def what_is_broken(folder: Path) -> str | None:
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Fill parameters and optimizer, each process its own rows, and return the rest of the state."""
-    named = dict(_trainable(model))
+    named = dict(_kept(model))
     with safe_open(folder / "trainable.safetensors", framework="pt") as reader:
         stored = set(reader.keys())
         if stored != set(named):
@@ -106,6 +109,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             _copy_rows(parameter, reader.get_slice(name))
     with safe_open(folder / "optimizer.safetensors", framework="pt") as reader:
         for name, parameter in named.items():
+            if not parameter.requires_grad:
+                continue
             slots = optimizer.state[parameter]
             slots["step"].copy_(reader.get_tensor(f"step.{name}"))
             for moment in MOMENTS:
@@ -113,8 +118,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained, and where PiSSA began: another machine's decomposition might differ in the last bits."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad or is_start(name))
 
 
 def _copy_rows(target: Tensor, source: Any) -> None:
