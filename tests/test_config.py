@@ -107,7 +107,11 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[train]\nlearning_rate = nan", "train.learning_rate = NaN: must be a finite number"),
         ("[trian]\nmax_steps = 3", "[trian]: unknown section; did you mean train?"),
         ("learning_rate = 1e-4", "learning_rate = 0.0001: unknown key; did you mean train.learning_rate?"),
-        ("[lora]\nr = 4", "lora.r = 4: unknown key; known here: rank, alpha, dropout, targets, rslora"),
+        (
+            "[lora]\nr = 4",
+            "lora.r = 4: unknown key; known here: rank, alpha, dropout, targets, rslora, ranks, alphas, "
+            "dora, init, loraplus_ratio",
+        ),
         ("[lora]\ndropout = 1.0", "lora.dropout = 1.0: must be less than 1"),
         ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number"),
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),

@@ -14,62 +14,38 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from tests.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.helpers import (
     CPU,
     Media,
     Tiny,
     batch_of,
-    every_logit,
-    inputs_for_transformers,
     load_prepared,
     loss_and_gradients,
-    medium,
     save_checkpoint,
     talk,
     transformers_model,
 )
 from tools.merge_lora import merge
+from vft.adapter_files import Adapter, attach, export_adapter
 from vft.answer import load_model
 from vft.config import LoraConfig
 from vft.lora import (
-    Adapter,
     LoRALinear,
-    attach,
     choose_trainable,
-    export_adapter,
     fill,
     initialise,
     is_adapter,
     match_targets,
 )
 from vft.models import Skeleton
-from vft.models.weights import Checkpoint
 from vft.types import Batch, UserError
-
-VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
 
 
 @pytest.fixture(scope="module")
 def batch(tiny: Tiny) -> Batch:
-    """A question about a video of several attention windows."""
-    conversation = talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs."))
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])))
-
-
-def logits_of(model: Any, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return every_logit(model, batch)
-
-
-def their_logits(model: Any, batch: Batch, tiny: Tiny) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0]
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+    return video_batch(tiny)
 
 
 def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
@@ -78,13 +54,6 @@ def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Checkpoint]:
-    """The base with fresh adapters, as training makes them."""
-    skeleton, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, lora, ()))
-    initialise(skeleton.model, seed)
-    return skeleton, checkpoint
 
 
 def export(tiny: Tiny, folder: Path, lora: LoraConfig) -> Skeleton:
@@ -208,9 +177,7 @@ def test_adapters_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"use_dora": True}, "lora_magnitude_change"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "IA3"),
     ],

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vft import config as configs
+from vft.adapter_files import ABOUT_FILE
 from vft.answer import Answerer, load_model, require_folder
 from vft.config import Config
 from vft.console import user_errors
@@ -24,7 +25,6 @@ from vft.data.pool import WorkerPool
 from vft.distributed import environment
 from vft.evaluate import evaluate, load_held_out
 from vft.files import replace_text
-from vft.lora import ABOUT_FILE
 from vft.metrics import Interval
 from vft.models.generate import Sampling
 from vft.recipes import task_of

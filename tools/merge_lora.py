@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Merge a LoRA adapter into its base: python tools/merge_lora.py --base MODEL --adapter RUN/adapter --output DIR
+"""Merge an adapter into its base: python tools/merge_lora.py --base MODEL --adapter RUN/adapter --output DIR
 
 Works file by file, in the memory of one weight file plus the adapter. The result has the base's files, tensor names,
 shapes and dtypes, and loads with transformers' from_pretrained and in vLLM like the base does.
@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach
 from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
-from vft.lora import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, lora_scale, merged
+from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
 from vft.models.weights import Checkpoint, copy_companions
 from vft.types import UserError
@@ -44,9 +45,8 @@ def merge(base: str, adapter_folder: Path, output: Path) -> int:
 
 
 def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
-    lora = adapter.lora
-    scale = lora_scale(lora.rank, lora.alpha, lora.rslora)
-    waiting = set(adapter.modules)
+    scales = adapter.scales
+    waiting = set(scales)
     files = sorted(set(checkpoint.weight_files.values()))
     with (
         safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
@@ -60,14 +60,16 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
                     tensors[name] = reader.get_tensor(name)
                     module = name.removesuffix(".weight")
                     if module in waiting:
-                        a, b = (adapter.file_names[f"{module}.lora_{x}.weight"] for x in "AB")
-                        tensors[name] = merged(tensors[name], low_rank.get_tensor(a), low_rank.get_tensor(b), scale)
+                        a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
+                        lengths = adapter.file_names.get(module + MAGNITUDE)
+                        magnitude = None if lengths is None else low_rank.get_tensor(lengths)
+                        tensors[name] = merged(tensors[name], a, b, scales[module], magnitude)
                         waiting.remove(module)
             save_file(tensors, folder / file.name, metadata=metadata or {"format": "pt"})
             bar.update()
     if waiting:
         raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {sorted(waiting)[:3]}")
-    return len(adapter.modules)
+    return len(scales)
 
 
 def _compare(checkpoint: Checkpoint, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vft.adapter_files import ABOUT_FILE
 from vft.answer import Answerer, Prompt, load_model, require_folder, user_question
 from vft.console import user_errors
 from vft.data.pool import WorkerPool
@@ -22,7 +23,6 @@ from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import MediaError, scan
 from vft.data_config import DataConfig
 from vft.distributed import environment
-from vft.lora import ABOUT_FILE
 from vft.models.generate import Sampling
 from vft.task import Question
 from vft.types import MediaKind, MediaRef, UserError

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vft.adapter_files import Adapter, attach
 from vft.console import progress_bar
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
@@ -23,7 +24,6 @@ from vft.data.pool import WorkerPool
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of
-from vft.lora import Adapter, attach
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
 from vft.models.score import score_options, trunk_of

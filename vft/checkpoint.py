@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vft.distributed import World, all_of, local_part, local_rows, writes_rows
+from vft.lora import is_start
 from vft.tensor_files import write_tensors
 from vft.types import UserError
 
@@ -53,11 +54,14 @@ class Part:
 def parts_to_write(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
     """This process's part of the state, by tensor name; the tensors are those that training changes, not copies."""
     parts = {}
-    for name, parameter in _trainable(model):
+    for name, parameter in _kept(model):
         if not writes_rows(parameter):
             continue
-        first, slots = local_rows(parameter).start or 0, optimizer.state[parameter]
+        first = local_rows(parameter).start or 0
         parts[name] = Part(TRAINABLE, local_part(parameter.detach()), first)
+        if not parameter.requires_grad:
+            continue
+        slots = optimizer.state[parameter]
         for moment in MOMENTS:
             parts[f"{moment}.{name}"] = Part(OPTIMIZER, local_part(slots[moment]).detach(), first)
         if first == 0:
@@ -145,7 +149,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
     UserError where the tensors are not those of the model.
     """
-    named = dict(_trainable(model))
+    named = dict(_kept(model))
     with ExitStack() as stack:
         stored = _stored(folder, TRAINABLE, stack)
         if stored.keys() != named.keys():
@@ -153,9 +157,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             raise UserError(f"{folder}: {len(odd)} trained tensors differ from the model's, {odd[0]} among them")
         moments = _stored(folder, OPTIMIZER, stack)
         for name, parameter in named.items():
+            _fill(parameter, stored[name], f"{folder}: {name}")
+            if not parameter.requires_grad:
+                continue
             slots = optimizer.state[parameter]
             targets = {f"{moment}.{name}": slots[moment] for moment in MOMENTS} | {f"step.{name}": slots["step"]}
-            _fill(parameter, stored[name], f"{folder}: {name}")
             for key, target in targets.items():
                 _fill(target, moments.get(key, []), f"{folder}: {key}")
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -195,5 +201,6 @@ def _fill(target: Tensor, parts: list[tuple[int, Any]], where: str) -> None:
         raise UserError(f"{where}: the model's has shape {shape}, the files have {', '.join(stored) or 'none'}")
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained, and where PiSSA began: another machine's decomposition might differ in the last bits."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad or is_start(name))

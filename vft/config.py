@@ -72,6 +72,15 @@ def _check_target(text: str) -> str:
     return text
 
 
+def _check_init(text: str) -> str:
+    if not re.fullmatch(r"kaiming|pissa|pissa_niter_\d+", text):
+        raise ValueError('must be "kaiming", "pissa" or "pissa_niter_N" with a whole number N, such as "pissa_niter_4"')
+    return text
+
+
+Target = Annotated[str, AfterValidator(_check_target)]
+
+
 class ModelConfig(Section):
     """`[model]`: the weights to start from."""
 
@@ -92,13 +101,29 @@ class LoraConfig(Section):
     """The update is scaled by alpha / rank."""
     dropout: Below1 = 0.0
     """Share of the adapter's inputs that are zeroed in training, 0 <= dropout < 1."""
-    targets: Annotated[Tuple[Annotated[str, AfterValidator(_check_target)]], Field(min_length=1)] = (
-        "language_model.*",
-    )
+    targets: Annotated[Tuple[Target], Field(min_length=1)] = ("language_model.*",)
     """Linears that get an adapter: `TOWER.NAME`, or `TOWER.*` for all linears of the tower. Anchored to a tower,
     because the towers share names: a bare `q_proj` would match in several."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    ranks: dict[Target, Positive] = Field(default_factory=dict)
+    """Another rank for some of the targets, such as `{"language_model.q_proj" = 32}`: patterns as in `targets`, of
+    which the first that fits counts."""
+    alphas: dict[Target, PositiveFloat] = Field(default_factory=dict)
+    """Another alpha, in the same way."""
+    dora: bool = False
+    """Train the length of each row of a weight beside the low-rank change (DoRA, Liu et al. 2024)."""
+    init: Annotated[str, AfterValidator(_check_init)] = "kaiming"
+    """How A and B begin: `kaiming` (B zero); `pissa`, the principal part of the weight (Meng et al. 2024), by an exact
+    decomposition; `pissa_niter_N`, by a randomised one of N power iterations, quicker by far (4 to 16 are usual)."""
+    loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Learning rate of B (and of DoRA's lengths) over that of A, from 1 (LoRA+, Hayou et al. 2024: 16)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.dora and self.init != "kaiming":
+            raise contradiction("dora", "true", "init", show(self.init), "lora")
+        return self
 
 
 class TrainConfig(Section):
@@ -112,6 +137,8 @@ class TrainConfig(Section):
     """Rows that one optimizer step consumes, over all processes; their number must divide it."""
     learning_rate: PositiveFloat = 1e-4
     """Peak, reached after the warm-up."""
+    tower_learning_rates: dict[Tower, PositiveFloat] = Field(default_factory=dict)
+    """Another peak for some of what is trained, such as `{vision_tower = 1e-5}`; the schedule is the same."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up: decay to zero at the last step along a half cosine or a line, or no decay."""
     warmup_steps: Count = 0
@@ -248,6 +275,20 @@ class Config(Section):
             raise ValueError(
                 f"model.train = {show(self.model.train)} and a [lora] table contradict each other; keep one"
             )
+        if self.lora is not None and self.lora.init != "kaiming" and self.model.adapter:
+            raise ValueError(
+                f"model.adapter = {show(self.model.adapter)} and lora.init = {show(self.lora.init)} contradict each "
+                'other: one adapter is gone on from, or a new one begun; for the former lora.init = "kaiming", with '
+                "the rank in its adapter_config.json"
+            )
+        trained = [target.partition(".")[0] for target in self.lora.targets] if self.lora else self.model.train
+        for tower, rate in self.train.tower_learning_rates.items():
+            if tower not in trained:
+                where = "lora.targets" if self.lora else "model.train"
+                raise ValueError(
+                    f"train.tower_learning_rates.{tower} = {rate}: nothing of it is trained by {where} = "
+                    f"{show(list(self.lora.targets if self.lora else trained))}; add it there, or take the rate out"
+                )
         if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
         read = (*self.data.sources, *self.eval.sources)

@@ -83,6 +83,18 @@ def make_mesh(world: World, shard: int) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+def place() -> tuple[int, int]:
+    """This process's rank in the process group, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def broadcast(values: Tensor, source: int) -> Tensor:
+    """What process `source` has in `values`, in place."""
+    if dist.is_initialized():
+        dist.broadcast(values, source)
+    return values
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Elementwise sum over all processes, in place."""
     if dist.is_initialized():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vft.adapter_files import export_adapter
 from vft.config import Config
-from vft.lora import export_adapter
 from vft.models import Skeleton
 from vft.models.weights import Checkpoint, export_model
 from vft.task import Task

@@ -1,64 +1,133 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) on a frozen base, and the choice of what is trained at all.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA and PiSSA on a frozen base, and the choice of what is trained at all.
 
-Adapters are float32 beside frozen weights of any dtype and compute in the dtype of their input. Files are PEFT's.
+Adapters are float32 beside frozen weights of any dtype and compute in the dtype of their input.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vft.config import LoraConfig
-from vft.distributed import local_part, local_rows, whole
-from vft.files import whole_folder
+from vft.console import progress_bar
+from vft.distributed import broadcast, local_part, local_rows, place, whole
 from vft.types import UserError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-ABOUT_FILE = "vft.json"
-"""Where an adapter came from and what it was trained with; PEFT and vLLM don't look at it."""
-PEFT_ROOT = "base_model.model."
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
+"""How the names of an adapter's trained parameters end."""
+START = (".lora_A0", ".lora_B0")
+"""The same for where PiSSA's A and B began: kept beside them, never trained."""
 
+T = TypeVar("T")
 Towers = Mapping[str, tuple[str, ...]]
 
 
 class LoRALinear(nn.Linear):
-    """y = x W^T + b + scale * dropout(x) A^T B^T, with W and b those of the layer it takes the place of."""
+    """y = x W^T + b + scale * dropout(x) A^T B^T, with W and b those of the layer it takes the place of.
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    PiSSA (Meng et al. 2024, arXiv 2404.02948) starts A and B at the principal part of W and trains them beside what is
+    left of W. Here W stays as it is: the start, A0 and B0, is kept and its product subtracted, which gives the same
+    sums, to the last bit those of the base before the first step, and an adapter that fits the base as it was.
+
+    DoRA (Liu et al. 2024, arXiv 2402.09353) also trains the length m of each row of W + scale * B A. What is kept is
+    the change of m, zero at first: rounded to bfloat16 for a step, m itself would move every row by up to 0.2 %.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, dropout: float, dora: bool = False, init: str = "kaiming"
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout = scale, dropout
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+        self.scale, self.dropout, self.init = scale, dropout, init
+        kind: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **kind)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **kind)
+        start = [(rank, base.in_features), (base.out_features, rank)] if init != "kaiming" else [None, None]
+        self.lora_A0, self.lora_B0 = (
+            None if shape is None else nn.Parameter(torch.empty(shape, **kind), requires_grad=False) for shape in start
+        )
+        self.lora_magnitude_change = nn.Parameter(torch.empty(base.out_features, **kind)) if dora else None
+        self._gain: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        base = self.base(x)
+        base, up = self.base(x), self.lora_B.weight.to(x.dtype)
+        if self.lora_magnitude_change is not None:
+            return self._with_magnitude(x, base, up)
         down = self.lora_A.weight.to(x.dtype)
         dropped = self.training and self.dropout > 0
         low = _DropoutLinear.apply(x, down, self.dropout) if dropped else F.linear(x, down)
-        return base + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+        update = F.linear(low, up)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            # Subtracted here, not from the base: at the start nothing is left but zeros.
+            update = update - F.linear(F.linear(x, self.lora_A0.to(x.dtype)), self.lora_B0.to(x.dtype))
+        return base + update * self.scale
 
     def base(self, x: Tensor) -> Tensor:
         """What the layer would give without its adapter."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def dense_weight(self) -> Tensor:
+        """W [out, in]; where it is sharded, and not gathered for a forward pass, as a sharded tensor."""
+        return self.weight
+
+    def row_lengths(self) -> Tensor:
+        """2-norm of each row of W [out] in float32, sharded where W is: DoRA's magnitude before training."""
+        return _row_lengths(self.dense_weight().detach())
+
+    def _with_magnitude(self, x: Tensor, base: Tensor, up: Tensor) -> Tensor:
+        """b + gain * (W + scale B A) x. With dropout `base` alone sees the whole input, as in PEFT: what the adapter
+        adds to it, the change of length of the base's part among it, is computed from the dropped one."""
+        product = base
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
+            product = self.base(x)
+        if self.bias is not None:
+            product = product - self.bias.to(x.dtype)
+        update = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), up) * self.scale
+        # The small difference from 1 is what is rounded, not the gain.
+        return base + update + (self.gain(x.dtype) - 1).to(x.dtype) * (product + update)
+
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """m / |W + scale B A| of each row [out] in float32, its products computed in `dtype`.
+
+        The length is a constant to the backward pass (section 4.3 of the paper). Between `eval()` and `train()`
+        weights don't change: an answer's every token would compute it again.
+        """
+        assert self.lora_magnitude_change is not None
+        if self._gain is not None:
+            return self._gain
+        with torch.no_grad():
+            # |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for each row w of W, b of B: nothing of W's size is
+            # made, and with B at zero it is |w|^2 exactly.
+            weight = self.dense_weight()
+            lengths = _row_lengths(weight)
+            a, b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype).float()
+            across, among = F.linear(weight.to(dtype), a).float(), a.float() @ a.float().T
+            squares = lengths.square() + self.scale * (b * (2 * across + self.scale * (b @ among))).sum(dim=1)
+        gain = (lengths + self.lora_magnitude_change.float()) / squares.sqrt()
+        if not self.training and not torch.is_grad_enabled():
+            self._gain = gain
+        return gain
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        """As any module's; what was kept of the weights as they were is forgotten."""
+        self._gain = None
+        return super().train(mode)
+
+
+def _row_lengths(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 class _DropoutLinear(torch.autograd.Function):
@@ -107,11 +176,13 @@ def tower_of(name: str, towers: Towers) -> str:
     raise AssertionError(f"{name} belongs to no tower of {list(towers)}")
 
 
-def match_targets(model: nn.Module, patterns: Sequence[str], towers: Towers) -> dict[str, list[str]]:
+def match_targets(
+    model: nn.Module, patterns: Sequence[str], towers: Towers, setting: str = "lora.targets"
+) -> dict[str, list[str]]:
     """Linear layers that each pattern names, all of them in the tower before the first dot.
 
     What follows the dot is a glob against the layer's last name or its path within the model. The output head is
-    taken only where it is named. UserError for a pattern that matches nothing.
+    taken only where it is named. UserError, about `setting`, for a pattern that matches nothing.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: dict[str, list[str]] = {}
@@ -119,7 +190,7 @@ def match_targets(model: nn.Module, patterns: Sequence[str], towers: Towers) -> 
         tower, _, glob = pattern.partition(".")
         if tower not in towers or not glob:
             raise UserError(
-                f"lora.targets = {pattern!r}: must be TOWER.PATTERN with a tower of {', '.join(towers)}, "
+                f"{setting} = {pattern!r}: must be TOWER.PATTERN with a tower of {', '.join(towers)}, "
                 'such as "language_model.*" or "language_model.q_proj"'
             )
         matched[pattern] = [
@@ -131,17 +202,44 @@ def match_targets(model: nn.Module, patterns: Sequence[str], towers: Towers) -> 
         ]
         if not matched[pattern]:
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linears if tower_of(name, towers) == tower})
-            raise UserError(f"lora.targets = {pattern!r}: matches no linear layer; {tower} has {', '.join(leaves)}")
+            raise UserError(f"{setting} = {pattern!r}: matches no linear layer; {tower} has {', '.join(leaves)}")
     return matched
 
 
-def add_adapters(model: nn.Module, modules: Sequence[str], config: LoraConfig) -> None:
-    """Put a LoRALinear in the place of each named layer."""
-    scale = lora_scale(config.rank, config.alpha, config.rslora)
-    for name in dict.fromkeys(modules):
+def by_pattern(
+    model: nn.Module, modules: Sequence[str], values: Mapping[str, T], towers: Towers, setting: str
+) -> dict[str, T]:
+    """What `values` has for some of the adapted `modules`; of several patterns the first that fits counts, as in PEFT.
+
+    UserError for a pattern that decides nothing.
+    """
+    chosen: dict[str, T] = {}
+    for pattern, names in match_targets(model, list(values), towers, setting).items():
+        adapted = [name for name in names if name in modules]
+        new = [name for name in adapted if name not in chosen]
+        if not new:
+            reason = (
+                "patterns before it match all of its layers; put it before them"
+                if adapted
+                else "none of its layers is among lora.targets; add them there, or take it out"
+            )
+            raise UserError(f"{setting} = {pattern!r}: {reason}")
+        chosen |= dict.fromkeys(new, values[pattern])
+    return chosen
+
+
+def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], config: LoraConfig) -> None:
+    """Put a LoRALinear in the place of each named layer, with its own rank and alpha and all else by `config`."""
+    for name, (rank, alpha) in layers.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear), f"{name} is {type(base).__name__}"
-        model.set_submodule(name, LoRALinear(base, config.rank, scale, config.dropout))
+        if config.init != "kaiming" and rank > min(base.in_features, base.out_features):
+            raise UserError(
+                f'lora.rank = {rank} with lora.init = "{config.init}": {name} is {base.out_features} x '
+                f"{base.in_features} and has no more singular vectors than the smaller of the two; lower the rank"
+            )
+        scale = lora_scale(rank, alpha, config.rslora)
+        model.set_submodule(name, LoRALinear(base, rank, scale, config.dropout, config.dora, config.init))
 
 
 def choose_trainable(
@@ -154,12 +252,17 @@ def choose_trainable(
     rows = []
     if lora is not None:
         matched = match_targets(model, lora.targets, towers)
-        add_adapters(model, [name for names in matched.values() for name in names], lora)
+        modules = list(dict.fromkeys(name for names in matched.values() for name in names))
+        ranks = by_pattern(model, modules, lora.ranks, towers, "lora.ranks")
+        alphas = by_pattern(model, modules, lora.alphas, towers, "lora.alphas")
+        layers = {name: (ranks.get(name, lora.rank), alphas.get(name, lora.alpha)) for name in modules}
+        add_adapters(model, layers, lora)
         for pattern, names in matched.items():
-            count = sum(p.numel() for name in names for p in _adapter_of(model, name))
-            rows.append(TrainableRow(f"LoRA {pattern}", len(names), count, names[0]))
+            prefixes = tuple(f"{name}.lora_" for name in names)
+            count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefixes) and not is_start(n))
+            rows.append(TrainableRow(f"{kind_of(lora)} {pattern}", len(names), count, names[0]))
     for name, parameter in model.named_parameters():
-        thawed = is_adapter(name) if lora is not None else tower_of(name, towers) in train
+        thawed = is_adapter(name) and not is_start(name) if lora is not None else tower_of(name, towers) in train
         parameter.requires_grad_(thawed)
         if thawed:
             parameter.data = parameter.data.float()
@@ -171,24 +274,91 @@ def choose_trainable(
     return rows
 
 
+def kind_of(lora: LoraConfig) -> str:
+    """What an adapter is called."""
+    return "DoRA" if lora.dora else "LoRA" if lora.init == "kaiming" else "PiSSA"
+
+
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    """Whether a parameter is an adapter's: not in the base's files."""
+    return name.endswith((LORA_A, LORA_B, MAGNITUDE, *START))
+
+
+def is_start(name: str) -> bool:
+    """Whether it is where PiSSA began: an adapter's, but not trained."""
+    return name.endswith(START)
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """A uniform in +-1/sqrt(in) (PEFT's Kaiming initialisation), B zero: the model starts as its base.
+    """A uniform in +-1/sqrt(in) (PEFT's Kaiming initialisation), B and changes of magnitude zero: the model starts as
+    its base. PiSSA's A and B come from the base's weights, which must have been read.
 
     Each layer draws from its own generator, so that sharding and the order of layers change nothing.
     """
+    decomposed = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            bound = 1 / math.sqrt(module.in_features)
-            values = torch.empty(module.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-            fill(module.lora_A.weight, values)
-            fill(module.lora_B.weight, torch.zeros(module.lora_B.weight.shape))
+        if not isinstance(module, LoRALinear):
+            continue
+        if module.init != "kaiming":
+            decomposed[name] = module
+            continue
+        generator = torch.Generator().manual_seed(_seed_of(seed, name))
+        bound = 1 / math.sqrt(module.in_features)
+        values = torch.empty(module.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        fill(module.lora_A.weight, values)
+        fill(module.lora_B.weight, torch.zeros(module.lora_B.weight.shape))
+        if module.lora_magnitude_change is not None:
+            fill(module.lora_magnitude_change, torch.zeros(module.out_features))
+    if decomposed:
+        _start_at_principal_part(decomposed, seed)
+
+
+def _start_at_principal_part(layers: Mapping[str, LoRALinear], seed: int) -> None:
+    """PiSSA's start, in which each process decomposes a matrix of its own at a time and tells the others."""
+    rank, processes = place()
+    waiting = list(layers.items())
+    with progress_bar(len(waiting), "decomposing weights", "matrix", rank == 0) as bar:
+        for first in range(0, len(waiting), processes):
+            turn = waiting[first : first + processes]
+            mine: tuple[Tensor, ...] = ()
+            for source, (name, layer) in enumerate(turn):
+                weight = whole(layer.dense_weight().detach())  # gathered by all, kept by the one that decomposes it
+                if source == rank:
+                    mine = principal_part(
+                        weight, layer.lora_A.out_features, layer.scale, layer.init, _seed_of(seed, name)
+                    )
+                del weight
+            for source, (_, layer) in enumerate(turn):
+                assert layer.lora_A0 is not None and layer.lora_B0 is not None
+                own = (layer.lora_A.weight, layer.lora_A0), (layer.lora_B.weight, layer.lora_B0)
+                for number, (trained, start) in enumerate(own):
+                    empty = torch.empty(trained.shape, device=local_part(trained).device)
+                    values = broadcast(mine[number] if source == rank else empty, source)
+                    fill(trained, values)
+                    fill(start, values)
+                bar.update()
+
+
+def principal_part(weight: Tensor, rank: int, scale: float, init: str, seed: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] with scale * B A the best approximation of W [out, in], singular values shared
+    evenly (arXiv 2404.02948, section 3).
+
+    `init` is "pissa", or "pissa_niter_N" for a randomised decomposition of N power iterations.
+    """
+    weight = weight.float()
+    if init == "pissa":
+        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            torch.manual_seed(seed)
+            u, values, v = torch.svd_lowrank(weight, q=rank, niter=int(init.removeprefix("pissa_niter_")))
+            vh = v.T
+    roots = (values[:rank] / scale).sqrt()
+    return (roots[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * roots).contiguous()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
@@ -197,188 +367,9 @@ def fill(parameter: Tensor, values: Tensor) -> None:
         local_part(parameter).copy_(values[local_rows(parameter)])
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's files in PEFT's format, read but for the tensors."""
-
-    folder: Path
-    config: dict[str, Any]
-    about: dict[str, Any]
-    """What this project's training recorded; empty for another's adapter."""
-    shapes: dict[str, tuple[int, ...]]
-    """By the parameter names of this project's model."""
-    file_names: dict[str, str]
-    """The same keys to the names in the file."""
-
-    @staticmethod
-    def open(folder: Path, peft_prefixes: Mapping[str, str]) -> Adapter:
-        """UserError names what is missing or not understood."""
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
-        config = _read_object(folder / CONFIG_FILE)
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-            raise UserError(f"{folder / CONFIG_FILE}: peft_type = {kind!r}: only plain LORA adapters are read")
-        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
-            if config.get(field):
-                raise UserError(f"{folder / CONFIG_FILE}: {field} = {config[field]!r}: not supported, must be empty")
-        try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as reader:
-                stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
-        file_names = {_from_peft(name, peft_prefixes): name for name in stored}
-        about_file = folder / ABOUT_FILE
-        about = _read_object(about_file) if about_file.is_file() else {}
-        return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
-
-    @property
-    def lora(self) -> LoraConfig:
-        """Rank, alpha and kind of scale as a configuration (targets are read off the tensors)."""
-        config = self.config
-        try:
-            return LoraConfig(rank=config["r"], alpha=config["lora_alpha"], rslora=config.get("use_rslora", False))
-        except (KeyError, ValueError) as error:
-            found = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
-            raise UserError(f"{self.folder / CONFIG_FILE}: {found}: not the settings of a LoRA adapter") from error
-
-    @property
-    def modules(self) -> list[str]:
-        """Names of the adapted layers."""
-        return [name.removesuffix(".lora_A.weight") for name in self.shapes if name.endswith(".lora_A.weight")]
-
-    def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
-        """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
-        own = lora_scale(self.lora.rank, self.lora.alpha, self.lora.rslora)
-        for layer in (module for module in model.modules() if isinstance(module, LoRALinear)):
-            if layer.scale != own:
-                raise UserError(
-                    f"{self.folder / CONFIG_FILE}: lora_alpha = {self.lora.alpha}, use_rslora = {self.lora.rslora}: "
-                    f"scale {own}, but {layer.scale} by the [lora] table; make alpha, rank and rslora equal"
-                )
-        made_for = self.about.get("base_fingerprint")
-        if made_for and made_for != fingerprint:
-            raise UserError(
-                f"{self.folder / CONFIG_FILE}: base_model_name_or_path = "
-                f"{self.config.get('base_model_name_or_path')!r} (fingerprint {made_for[:12]}): the adapter was made "
-                f"for another base than {base!r} (fingerprint {fingerprint[:12]}); name the base that it was trained on"
-            )
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
-        for name in sorted(set(shapes) ^ set(self.shapes)):
-            where = "the file alone" if name in self.shapes else "the model alone"
-            raise UserError(f"{self.folder / WEIGHTS_FILE}: {name}: found in {where}; the adapter has other targets")
-        for name, shape in shapes.items():
-            if shape != self.shapes[name]:
-                raise UserError(
-                    f"{self.folder / WEIGHTS_FILE}: {name}: shape {list(self.shapes[name])} in the adapter, "
-                    f"{list(shape)} in the model; the adapter was made for another base or rank"
-                )
-
-    def load_into(self, model: nn.Module) -> None:
-        """Read every tensor into the model's adapters, each process its own rows."""
-        parameters = dict(model.named_parameters())
-        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as reader:
-            for name, stored in self.file_names.items():
-                fill(parameters[name], reader.get_tensor(stored))
-
-
-def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
-    """Put empty adapters where `adapter` has them (for use, not training: no dropout)."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for module in adapter.modules:
-        if module not in linears:
-            raise UserError(
-                f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such linear layer; "
-                f"the adapter was made for another base ({adapter.config.get('base_model_name_or_path')!r})"
-            )
-        tower_of(module, towers)
-    add_adapters(model, adapter.modules, adapter.lora)
-
-
-def export_adapter(
-    model: nn.Module,
-    folder: Path,
-    lora: LoraConfig,
-    base: str,
-    peft_prefixes: Mapping[str, str],
-    about: Mapping[str, Any],
-    write: bool,
-) -> None:
-    """Write PEFT's two files, and `about` beside them.
-
-    Every process calls it (tensors are gathered), the one with `write` writes.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            tensor = whole(parameter.detach())  # gathered by every process, kept by the one that writes
-            if write:
-                tensors[PEFT_ROOT + _to_peft(name, peft_prefixes)] = tensor.cpu().contiguous()
-    if not write:
-        return
-    modules = sorted({name.removeprefix(PEFT_ROOT).rsplit(".lora_", 1)[0] for name in tensors})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": _regular_expression(modules),
-    }
-    with whole_folder(folder) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name, content in ((CONFIG_FILE, config), (ABOUT_FILE, dict(about))):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, added in float32, in W's dtype."""
-    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
-
-
-def _adapter_of(model: nn.Module, name: str) -> list[Tensor]:
-    module = model.get_submodule(name)
-    assert isinstance(module, LoRALinear)
-    return [module.lora_A.weight, module.lora_B.weight]
-
-
-def _to_peft(name: str, prefixes: Mapping[str, str]) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise AssertionError(f"{name} has no prefix of {list(prefixes)}")
-
-
-def _from_peft(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name of an adapter file to ours; the released names (`model.layers`, `visual`) are understood too."""
-    bare = name.removeprefix(PEFT_ROOT)
-    for ours, theirs in prefixes.items():
-        if bare.startswith(theirs):
-            return ours + bare.removeprefix(theirs)
-    return bare
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no JSON object; fetch it again")
-    return content
-
-
-def _regular_expression(modules: Sequence[str]) -> str:
-    """A full-match pattern for exactly these layers' kinds, layer numbers left open: never a bare leaf name,
-    which would fit the other tower's layers too."""
-    kinds = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in modules})
-    return "|".join(kinds) if len(kinds) > 1 else kinds[0]
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """W + scale * B A, its rows as long as `magnitude` says where there is one (DoRA), in float32, then W's dtype."""
+    changed = weight.float() + scale * (b.float() @ a.float())
+    if magnitude is not None:
+        changed *= (magnitude.float() / torch.linalg.vector_norm(changed, dim=1))[:, None]
+    return changed.to(weight.dtype)

@@ -115,7 +115,7 @@ def _parse(value_text: str, text: str) -> Any:
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> tuple[str, str]:
     """The dotted key that pydantic complains about, and the complaint in one line: key, value, what is allowed."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark of a table's wrong key
     if error["type"] == "missing":
         return key, f"{key}: missing"
     if error["type"] == "extra_forbidden":

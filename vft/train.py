@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
 from vft import config as configs
+from vft.adapter_files import Adapter
 from vft.answer import Answerer
 from vft.config import Config
 from vft.console import user_errors
@@ -29,7 +30,7 @@ from vft.export import export
 from vft.files import remove_partials, replace_text
 from vft.flops import FlopCounter
 from vft.guards import check_first_step, check_identity, check_output_dir
-from vft.lora import Adapter, choose_trainable, initialise, is_adapter
+from vft.lora import choose_trainable, initialise, is_adapter
 from vft.memory import longest_row, settle_checkpointing
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
@@ -44,7 +45,7 @@ from vft.monitor import (
     describe_step,
     require_tensorboard,
 )
-from vft.optim import build_optimizer, learning_rate, scale_and_clip
+from vft.optim import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
 from vft.parallel import parallelize, sync_gradients
 from vft.report import write_card, write_report
 from vft.saving import Saver
@@ -180,14 +181,15 @@ class Trainer:
         parallelize(model, mesh, parallel, DTYPES[config.train.precision], self.world.device)
         model.to_empty(device=self.world.device)
         load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
-        initialise(model, config.seed)
-        if config.model.adapter:
-            adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
-            adapter.check(model, config.model.path, self.checkpoint.fingerprint)
-            adapter.load_into(model)
+        if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
+            initialise(model, config.seed)
+            if config.model.adapter:
+                adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
+                adapter.check(model, config.model.path, self.checkpoint.fingerprint)
+                adapter.load_into(model)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config.train)
+        self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)
         same_on_all_ranks("the configuration", _digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity()["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
@@ -274,8 +276,7 @@ class Trainer:
             self.profiler.before(self.step)
         watch = Stopwatch()
         rate = learning_rate(self.config.train, self.step, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         result = self.forward_backward(watch)
         if self.step == 1:
             had_media = result.counts["patches"] > 0

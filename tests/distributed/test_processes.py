@@ -73,6 +73,25 @@ def test_two_processes_adapters_on_all_parts_mixed_media_dropout(runs: Runs) -> 
     ).read_bytes()
 
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "dora": {"dora": True, "rslora": True, "loraplus_ratio": 4.0, "ranks": {"language_model.q_proj": 3}},
+    "pissa": {"init": "pissa"},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_two_processes_other_adapters(runs: Runs, kind: str) -> None:
+    rates = {"train": {"tower_learning_rates": {"vision_tower": 5e-4}}}
+    settings = (MIXED, TOWER_LORA, DROPOUT, DAMPED, rates, {"lora": ADAPTERS[kind]})
+    one, two = runs(1, *settings), runs(2, *settings)
+    assert_equal(one, two)
+    files = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
+    assert files[0].keys() == files[1].keys()
+    assert any(name.endswith("lora_magnitude_vector") for name in files[0]) == (kind == "dora")
+    for name, tensor in files[0].items():
+        assert (tensor - files[1][name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+
+
 def test_two_processes_full_fine_tuning(runs: Runs, world: World) -> None:
     settings = (MIXED, FULL_TUNING, DAMPED)
     one, two = runs(1, *settings), runs(2, *settings)

@@ -37,10 +37,11 @@ from measure import median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
 from vft import config as configs
+from vft.adapter_files import export_adapter
 from vft.config import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
 from vft.console import user_errors
 from vft.data_config import DataConfig, SourceConfig, VideoConfig
-from vft.lora import LoRALinear, choose_trainable, export_adapter, initialise
+from vft.lora import LoRALinear, choose_trainable, initialise
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.types import UserError

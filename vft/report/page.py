@@ -153,8 +153,9 @@ def facts(run: Run, held_out: Documents | None) -> dict[str, str]:
     config, steps = run.config, run.steps
     lora = config.get("lora")
     trained = ", ".join(config.get("model", {}).get("train", ()))
+    kind = "DoRA" if lora and lora.get("dora") else "LoRA"
     found = {
-        "trained": f"LoRA of rank {lora.get('rank')}: {', '.join(lora.get('targets', ()))}" if lora else trained,
+        "trained": f"{kind} of rank {lora.get('rank')}: {', '.join(lora.get('targets', ()))}" if lora else trained,
         "steps": f"{steps[-1]['step']:,}" if steps else "none",
         **{name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in run.about.items()},
     }

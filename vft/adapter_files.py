@@ -1,0 +1,320 @@
+"""Adapters as files: PEFT's format, written for the base as it was and read from whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vft.config import LoraConfig
+from vft.distributed import whole
+from vft.files import whole_folder
+from vft.lora import LORA_A, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
+from vft.types import UserError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ABOUT_FILE = "vft.json"
+"""Where an adapter came from and what it was trained with; PEFT and vLLM don't look at it."""
+PEFT_ROOT = "base_model.model."
+PEFT_MAGNITUDE = ".lora_magnitude_vector"
+PATTERNS = ("rank_pattern", "alpha_pattern")
+REFUSED = (
+    *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "fan_in_fan_out"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+)
+"""Fields of PEFT's that make another computation of the same tensors, or need others."""
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How the initialisations begin after which an adapter fits a changed base alone, unless PEFT has converted it."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's files in PEFT's format, read but for the tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    about: dict[str, Any]
+    """What this project's training recorded; empty for another's adapter."""
+    shapes: dict[str, tuple[int, ...]]
+    """By the parameter names of this project's model."""
+    file_names: dict[str, str]
+    """The same keys to the names in the file."""
+
+    @staticmethod
+    def open(folder: Path, peft_prefixes: Mapping[str, str]) -> Adapter:
+        """UserError names what is missing or not understood."""
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
+        config = _read_object(folder / CONFIG_FILE)
+        _check_kind(folder / CONFIG_FILE, config)
+        try:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as reader:
+                stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
+        file_names = {_from_peft(name, peft_prefixes): name for name in stored}
+        about_file = folder / ABOUT_FILE
+        about = _read_object(about_file) if about_file.is_file() else {}
+        return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Rank, alpha and kind as a configuration (targets are read off the tensors)."""
+        config = self.config
+        kind = {"rslora": config.get("use_rslora", False), "dora": config.get("use_dora", False)}
+        try:
+            return LoraConfig(rank=config["r"], alpha=config["lora_alpha"], **kind)
+        except (KeyError, ValueError) as error:
+            found = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")}
+            raise UserError(f"{self.folder / CONFIG_FILE}: {found}: not the settings of a LoRA adapter") from error
+
+    @property
+    def layers(self) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each adapted layer: those of the first pattern that fits its name, else the common ones.
+
+        A pattern is a regular expression for the whole name or for what follows one of its dots
+        (`peft.utils.other.get_pattern_key`).
+        """
+        found, lora = {}, self.lora
+        ranks, alphas = ((self.config.get(field) or {}).items() for field in PATTERNS)
+        for module in [name.removesuffix(LORA_A) for name in self.shapes if name.endswith(LORA_A)]:
+            theirs = self.file_names[module + LORA_A].removeprefix(PEFT_ROOT).removesuffix(LORA_A)
+
+            def own(patterns: Any, common: Any, name: str = theirs) -> Any:
+                return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), common)
+
+            found[module] = own(ranks, lora.rank), own(alphas, lora.alpha)
+        return found
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Of each adapted layer's update."""
+        return {name: lora_scale(rank, alpha, self.lora.rslora) for name, (rank, alpha) in self.layers.items()}
+
+    def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
+        """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
+        scales, lora = self.scales, self.lora
+        for name, layer in adapted_layers(model):
+            if (layer.lora_magnitude_change is not None) != lora.dora:
+                raise UserError(
+                    f"{self.folder / CONFIG_FILE}: use_dora = {lora.dora}, but lora.dora = {not lora.dora} by the "
+                    "[lora] table; make them equal"
+                )
+            if name in scales and not math.isclose(layer.scale, scales[name], rel_tol=1e-12):
+                raise UserError(
+                    f"{self.folder / CONFIG_FILE}: lora_alpha = {lora.alpha}, use_rslora = {lora.rslora}: scale "
+                    f"{scales[name]} for {name}, but {layer.scale} by the [lora] table; make alpha, rank (and alphas, "
+                    "ranks) and rslora equal"
+                )
+        made_for = self.about.get("base_fingerprint")
+        if made_for and made_for != fingerprint:
+            raise UserError(
+                f"{self.folder / CONFIG_FILE}: base_model_name_or_path = "
+                f"{self.config.get('base_model_name_or_path')!r} (fingerprint {made_for[:12]}): the adapter was made "
+                f"for another base than {base!r} (fingerprint {fingerprint[:12]}); name the base that it was trained on"
+            )
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
+        for name in sorted(set(shapes) ^ set(self.shapes)):
+            where = "the file alone" if name in self.shapes else "the model alone"
+            raise UserError(f"{self.folder / WEIGHTS_FILE}: {name}: found in {where}; the adapter has other targets")
+        for name, shape in shapes.items():
+            if shape != self.shapes[name]:
+                raise UserError(
+                    f"{self.folder / WEIGHTS_FILE}: {name}: shape {list(self.shapes[name])} in the adapter, "
+                    f"{list(shape)} in the model; the adapter was made for another base or rank"
+                )
+
+    def load_into(self, model: nn.Module) -> None:
+        """Read every tensor into the model's adapters, each process its own rows. The base's weights are there."""
+        parameters = dict(model.named_parameters())
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as reader:
+            for name, stored in self.file_names.items():
+                values = reader.get_tensor(stored)
+                if name.endswith(MAGNITUDE):
+                    layer = model.get_submodule(name.removesuffix(MAGNITUDE))
+                    assert isinstance(layer, LoRALinear)
+                    values = values.float() - whole(layer.row_lengths()).cpu()
+                fill(parameters[name], values)
+
+
+def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
+    """Put empty adapters where `adapter` has them (for use, not training: no dropout)."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for module in adapter.layers:
+        if module not in linears:
+            raise UserError(
+                f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such linear layer; "
+                f"the adapter was made for another base ({adapter.config.get('base_model_name_or_path')!r})"
+            )
+        tower_of(module, towers)
+    add_adapters(model, adapter.layers, adapter.lora)
+
+
+def export_adapter(
+    model: nn.Module,
+    folder: Path,
+    lora: LoraConfig,
+    base: str,
+    peft_prefixes: Mapping[str, str],
+    about: Mapping[str, Any],
+    write: bool,
+) -> None:
+    """Write PEFT's two files, for the base as it was before training, and `about` beside them.
+
+    Every process calls it (tensors are gathered), the one with `write` writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    # With twice the rank, PiSSA's update keeps its scale.
+    doubled = 1.0 if lora.init == "kaiming" else math.sqrt(2) if lora.rslora else 2.0
+    for name, layer in adapted_layers(model):
+        gathered = _plain_tensors(layer)  # by every process, kept by the one that writes
+        if write:
+            theirs = _to_peft(f"{name}.", peft_prefixes).removesuffix(".")
+            tensors |= {f"{PEFT_ROOT}{theirs}.{leaf}": t.cpu().contiguous() for leaf, t in gathered.items()}
+            ranks[theirs] = gathered["lora_A.weight"].shape[0]
+            known, rank = (lora.alpha, *lora.alphas.values()), layer.lora_A.out_features
+            alpha = next(alpha for alpha in known if lora_scale(rank, alpha, lora.rslora) == layer.scale)
+            alphas[theirs] = _number(alpha * doubled)
+    if not write:
+        return
+    common = lora.rank * (1 if lora.init == "kaiming" else 2), _number(lora.alpha * doubled)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": common[0],
+        "lora_alpha": common[1],
+        "rank_pattern": _by_pattern(ranks, common[0]),
+        "alpha_pattern": _by_pattern(alphas, common[1]),
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _regular_expression(list(ranks)),
+    }
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, content in ((CONFIG_FILE, config), (ABOUT_FILE, dict(about))):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """Layers with an adapter, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def _plain_tensors(layer: LoRALinear) -> dict[str, Tensor]:
+    """A layer's adapter as PEFT keeps it, gathered. PiSSA's is a plain one of twice the rank:
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0] (arXiv 2404.02948, appendix C)."""
+    a, b = whole(layer.lora_A.weight.detach()), whole(layer.lora_B.weight.detach())
+    if layer.lora_A0 is not None and layer.lora_B0 is not None:
+        a, b = torch.cat([a, whole(layer.lora_A0)]), torch.cat([b, -whole(layer.lora_B0)], dim=1)
+    tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    if layer.lora_magnitude_change is not None:
+        lengths = whole(layer.row_lengths())
+        tensors[PEFT_MAGNITUDE.removeprefix(".")] = lengths + whole(layer.lora_magnitude_change.detach())
+    return tensors
+
+
+def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+    """UserError for a kind of adapter that would be computed otherwise than it was trained."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}: only LORA adapters (and DoRA) are read")
+    for field in REFUSED:
+        if config.get(field):
+            raise UserError(f"{file}: {field} = {config[field]!r}: not supported, must be empty")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights = {init!r}: the adapter fits a changed base alone; save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    for field, kinds in zip(PATTERNS, (int, int | float), strict=True):
+        for key, value in _items(file, field, config.get(field)):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise UserError(f"{file}: {field}.{key!r}: not a regular expression ({error})") from error
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+                raise UserError(f"{file}: {field}.{key!r} = {value!r}: must be a number above 0")
+
+
+def _items(file: Path, field: str, patterns: Any) -> list[tuple[str, Any]]:
+    if patterns is not None and not isinstance(patterns, dict):
+        raise UserError(f"{file}: {field} = {patterns!r}: must be an object")
+    return list((patterns or {}).items())
+
+
+def _to_peft(name: str, prefixes: Mapping[str, str]) -> str:
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(f"{name} has no prefix of {list(prefixes)}")
+
+
+def _from_peft(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name of an adapter file to ours; the released names (`model.layers`, `visual`) are understood too."""
+    bare = name.removeprefix(PEFT_ROOT)
+    if bare.endswith(PEFT_MAGNITUDE):
+        bare = bare.removesuffix(PEFT_MAGNITUDE) + MAGNITUDE
+    for ours, theirs in prefixes.items():
+        if bare.startswith(theirs):
+            return ours + bare.removeprefix(theirs)
+    return bare
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; fetch it again")
+    return content
+
+
+def _regular_expression(modules: Sequence[str]) -> str:
+    """A full-match pattern for exactly these layers' kinds, layer numbers left open: never a bare leaf name,
+    which would fit the other tower's layers too."""
+    kinds = sorted({_kind(name) for name in modules})
+    return "|".join(kinds) if len(kinds) > 1 else kinds[0]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
+
+
+def _by_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
+    """Values that aren't the common one, by regular expressions: of a kind of layer where all of it have the same."""
+    kinds: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in values.items():
+        kinds[_kind(name)][name] = value
+    patterns = {}
+    for kind, own in kinds.items():
+        if len(set(own.values())) == 1:
+            patterns[kind] = next(iter(own.values()))
+        else:
+            patterns |= {re.escape(name): value for name, value in own.items()}
+    return {pattern: value for pattern, value in patterns.items() if value != common}
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
