@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vft.config import LoraConfig
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
+from vft.nf4 import linear
 from vft.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,8 +58,7 @@ class LoRALinear(nn.Linear):
 
     def base(self, x: Tensor) -> Tensor:
         """What the layer would give without its adapter."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class _DropoutLinear(torch.autograd.Function):
