@@ -1,7 +1,7 @@
 """NF4: frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), read back where they are used.
 
-A row of a weight is cut in blocks of 64. Of a block are kept its largest absolute value, as float32, and for each weight
-the nearest of 16 quantiles of a normal distribution, as a share of it. A packed row is one run of bytes, two codes a
+A row of a weight is cut in blocks of 64. Of a block its largest absolute value is kept, as float32, and of each weight
+the nearest of 16 quantiles of a normal distribution, as a share of that. A packed row is one run of bytes, two codes a
 byte and behind them the blocks' absmax. So a packed weight is a plain uint8 matrix with the rows of the weight: it is
 sharded and gathered like any other, and no mixed-precision policy casts it. It takes 9/16 of a byte a weight.
 """
