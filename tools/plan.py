@@ -36,7 +36,7 @@ from vft.memory import GIB, MODES, run_step
 from vft.models import build
 from vft.models.qwen2_5_vl import TOWERS
 from vft.models.weights import Checkpoint
-from vft.nf4 import is_packed, quantize, true_shapes
+from vft.nf4 import is_packed, true_shapes
 from vft.parallel import checkpoint_activations
 from vft.types import Batch, UserError
 
@@ -143,11 +143,9 @@ def model_of(config: Config) -> Any:
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     released = next((shape for size, shape in RELEASED.items() if f"-{size}-" in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path), dtype).model
+        model = build(Checkpoint.open(path), dtype, config.model.quantize).model
     else:
-        model = build_model(SHAPES[released], dtype)
-    if config.model.quantize == "nf4":
-        quantize(model.model.layers)
+        model = build_model(SHAPES[released], dtype, config.model.quantize)
     choose_trainable(model, TOWERS, config.lora, config.model.train)
     return model
 
