@@ -174,6 +174,20 @@ def test_logits_are_those_of_transformers_on_rounded_weights(
     assert (plain - wanted).abs().max() > 0.05
 
 
+def test_error_of_the_logits_of_a_trained_model() -> None:
+    """Of the demo's base, 128 wide; larger models lose less."""
+    path = str(Path(__file__).parents[1] / "tools" / "demo_world" / "base")
+    loaded = [load_model(path, None, torch.float32, CPU, quantize) for quantize in ("none", "nf4")]
+    conversation = talk(("user", [VIDEO, "Describe the video."]), ("assistant", "A red ring moves to the left."))
+    encoder = loaded[0].encoder
+    row = batch_of(encoder, ([conversation], Media.make(encoder.spec, [(VIDEO, VIDEO_INFO)])))
+    with torch.no_grad():
+        exact, found = (every_logit(one.skeleton.model, row) for one in loaded)
+    error = float((found - exact).norm() / exact.norm())
+    print(f"relative error of the logits: {error:.1%}")  # pytest -rP shows it
+    assert 1e-3 < error < 0.2
+
+
 def adapted(tiny: Tiny, quantize: str) -> Any:
     """With adapters as after some training; those without `quantize` have the weights that NF4 stands for."""
     skeleton, _ = load_prepared(

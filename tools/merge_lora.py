@@ -61,7 +61,7 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
                     if module in waiting:
                         a, b = (low_rank.get_tensor(adapter.file_names[f"{module}.lora_{x}.weight"]) for x in "AB")
                         stream.seek(start)
-                        stream.write(merged(_read(file, name), a, b, scale).view(torch.uint8).numpy())
+                        stream.write(merged(_read(file, name), a, b, scale).view(torch.uint8).numpy().data)
                         waiting.remove(module)
             bar.update()
     if waiting:
