@@ -181,11 +181,11 @@ class Tiny:
 
 
 def load_prepared(
-    path: Path, prepare: Callable[[Skeleton], Any], dtype: torch.dtype = torch.float32
+    path: Path, prepare: Callable[[Skeleton], Any], dtype: torch.dtype = torch.float32, quantize: str = "none"
 ) -> tuple[Skeleton, Checkpoint]:
     """A model on which `prepare` ran while it was on the meta device, with its base weights, as training builds it."""
     checkpoint = Checkpoint.open(str(path))
-    skeleton = build(checkpoint, dtype)
+    skeleton = build(checkpoint, dtype, quantize)
     base = frozenset(name for name, _ in skeleton.model.named_parameters())
     prepare(skeleton)
     skeleton.model.to_empty(device=CPU)

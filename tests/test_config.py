@@ -144,6 +144,7 @@ def test_message_of_bare_target_names_the_towers(small: Path) -> None:
         (["data.video.frames=8"], ["fps = 1.0", "frames = 8", "contradict"]),
         (["train.epochs=2"], ["max_steps = 20", "epochs = 2", "contradict"]),
         (['model.train=["merger"]'], ["merger", "[lora]", "contradict"]),
+        (["lora=", 'model.train=["merger"]', "model.quantize=nf4"], ["model.quantize", "nf4", "[lora] table"]),
         (["data.video.min_frames=40"], ["min_frames = 40", "max_frames = 32"]),
         (["data.video.max_pixels=100"], ["data.video", "min_pixels = 3136", "max_pixels = 100"]),
         (["data.image.max_pixels=100"], ["data.image", "min_pixels = 3136", "max_pixels = 100"]),

@@ -37,7 +37,7 @@ def test_recipe(path: Path) -> None:
     recipe.require_training()
     assert recipe.task in TASKS
     if not path.stem.startswith("pretrain") and path.parent.name != "image_then_video":
-        assert path.stem == recipe.task
+        assert path.stem.removesuffix("_nf4") == recipe.task
     assert {source.format for source in (*recipe.data.sources, *recipe.eval.sources)} <= set(FORMATS)
     assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines())
 

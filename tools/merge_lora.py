@@ -1,20 +1,21 @@
 #!/usr/bin/env python
 """Merge an adapter into its base: python tools/merge_lora.py --base MODEL --adapter RUN/adapter --output DIR
 
-Works file by file, in the memory of one weight file plus the adapter. The result has the base's files, tensor names,
-shapes and dtypes, and loads with transformers' from_pretrained and in vLLM like the base does.
+Files are copied and the adapted weights in them overwritten one by one, in the memory of one tensor. The result has the
+base's files, tensor names, shapes and dtypes, and loads with transformers' from_pretrained and in vLLM like the base
+does. An adapter trained on a quantised base (model.quantize) is merged into the base as it was before that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach
@@ -53,23 +54,34 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
         progress_bar(len(files), "merging", "file") as bar,
     ):
         for file in files:
-            tensors: dict[str, Tensor] = {}
-            with safe_open(file, framework="pt") as reader:
-                metadata = reader.metadata()
-                for name in reader.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    tensors[name] = reader.get_tensor(name)
+            shutil.copyfile(file, folder / file.name)
+            with (folder / file.name).open("r+b") as stream:
+                for name, start in _starts(stream).items():
                     module = name.removesuffix(".weight")
                     if module in waiting:
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)
                         magnitude = None if lengths is None else low_rank.get_tensor(lengths)
-                        tensors[name] = merged(tensors[name], a, b, scales[module], magnitude)
+                        weight = merged(_read(file, name), a, b, scales[module], magnitude)
+                        stream.seek(start)
+                        stream.write(weight.view(torch.uint8).numpy().data)
                         waiting.remove(module)
-            save_file(tensors, folder / file.name, metadata=metadata or {"format": "pt"})
             bar.update()
     if waiting:
         raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {sorted(waiting)[:3]}")
     return len(scales)
+
+
+def _starts(stream: BinaryIO) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins: 8 bytes with the length of a JSON object, the object, tensors."""
+    length = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(length))
+    return {name: 8 + length + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as reader:  # opened for each tensor: what has been read doesn't stay mapped
+        return reader.get_tensor(name)
 
 
 def _compare(checkpoint: Checkpoint, folder: Path) -> None:

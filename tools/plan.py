@@ -8,6 +8,7 @@ what they would hold is counted. Times follow from FLOPs and a share of the peak
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from vft.memory import GIB, MODES, run_step
 from vft.models import build
 from vft.models.qwen2_5_vl import TOWERS
 from vft.models.weights import Checkpoint
+from vft.nf4 import is_packed, true_shapes
 from vft.parallel import checkpoint_activations
 from vft.types import Batch, UserError
 
@@ -60,6 +62,7 @@ class Memory:
     """Bytes on one GPU at the worst moment of a step, by what they are."""
 
     mode: str
+    packed: int
     weights: int
     adapters: int
     optimizer: int
@@ -69,7 +72,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Everything."""
-        return self.weights + self.adapters + self.optimizer + self.gathered + self.activations
+        return self.packed + self.weights + self.adapters + self.optimizer + self.gathered + self.activations
 
 
 def main() -> None:
@@ -140,9 +143,9 @@ def model_of(config: Config) -> Any:
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     released = next((shape for size, shape in RELEASED.items() if f"-{size}-" in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path), dtype).model
+        model = build(Checkpoint.open(path), dtype, config.model.quantize).model
     else:
-        model = build_model(SHAPES[released], dtype)
+        model = build_model(SHAPES[released], dtype, config.model.quantize)
     choose_trainable(model, TOWERS, config.lora, config.model.train)
     return model
 
@@ -169,11 +172,12 @@ def plan_memory(setting: Setting, mode: str, row: Batch) -> Memory:
     checkpoint_activations(model, mode, config.parallel.tower_checkpointing)
     shards = config.parallel.shard or setting.gpus
     mesh = make_mesh(World(0, setting.gpus, 0, torch.device("cpu")), shards)
-    sizes = {"weights": 0, "adapters": 0, "optimizer": 0}
+    sizes = {"packed": 0, "weights": 0, "adapters": 0, "optimizer": 0}
     frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
     for name, parameter in model.named_parameters():
         parts = 1 if name.startswith("visual.") and frozen_tower else shards
-        sizes["adapters" if parameter.requires_grad else "weights"] += _share(parameter, parts)
+        kind = "adapters" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
+        sizes[kind] += _share(parameter, parts)
         sizes["optimizer"] += 2 * _share(parameter, parts) if parameter.requires_grad else 0
     live = run_step(model, row, setting.device, mesh)
     gathered = live.gathered_at_peak
@@ -191,6 +195,7 @@ def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:
     for plan in plans:
         table.add_column(plan.mode, justify="right")
     for label, name in (
+        *([("NF4 weights", "packed")] if plans[0].packed else []),
         ("frozen weights", "weights"),
         ("trained weights", "adapters"),
         ("optimizer", "optimizer"),
@@ -211,7 +216,7 @@ def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Nam
     row_s = flops.hardware / (PEAK_FLOPS[arguments.gpu] * arguments.efficiency)
     step_s = packs * row_s
     rows = packs * setting.gpus
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    whole = sum(map(math.prod, true_shapes(model).values())) * model.compute_dtype.itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
     shards = config.parallel.shard or setting.gpus

@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=int, help="most frames of a video")
     parser.add_argument("--max-pixels", type=int, metavar="PIXELS", help="height x width of a frame, at most")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: the layers in 4 bits")
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video or picture files")
     return parser.parse_args()
 
@@ -78,7 +79,7 @@ def predict(arguments: argparse.Namespace) -> int:
     world = environment()
     default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: default}[arguments.precision]
-    loaded = load_model(arguments.model, arguments.adapter, dtype, world.device)
+    loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, arguments.quantize)
     about = trained_with(arguments.adapter, loaded.checkpoint.json_file("vft.json"))
     prompt = arguments.prompt or about.get("prompt", DEFAULT_PROMPT)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)

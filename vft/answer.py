@@ -159,10 +159,12 @@ class LoadedModel:
     encoder: ChatEncoder
 
 
-def load_model(path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A base model with an adapter on it, if one is named, ready to answer."""
+def load_model(
+    path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device, quantize: str = "none"
+) -> LoadedModel:
+    """A base model with an adapter on it, if one is named, ready to answer. `quantize` is that of `[model]`."""
     checkpoint = Checkpoint.open(path)
-    skeleton = build(checkpoint, dtype)
+    skeleton = build(checkpoint, dtype, quantize)
     files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())
     if files is not None:

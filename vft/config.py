@@ -88,6 +88,9 @@ class ModelConfig(Section):
     """A folder, relative to the current directory, or a hub name such as `Qwen/Qwen2.5-VL-7B-Instruct`."""
     adapter: str = ""
     """Folder of a LoRA adapter in PEFT's format to go on from; empty: fresh matrices."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: hold the linears of the language model's layers, frozen under adapters, in 4 bits (QLoRA, Dettmers et al.
+    2023), 9/16 of a byte a weight; embedding, head, norms and vision tower stay as they are. Needs a `[lora]` table."""
     train: Tuple[Tower] = ()
     """Parts that full fine-tuning trains. Only without a `[lora]` table."""
 
@@ -289,6 +292,10 @@ class Config(Section):
                     f"train.tower_learning_rates.{tower} = {rate}: nothing of it is trained by {where} = "
                     f"{show(list(self.lora.targets if self.lora else trained))}; add it there, or take the rate out"
                 )
+        if self.lora is None and self.model.quantize != "none":
+            raise ValueError(
+                f"model.quantize = {show(self.model.quantize)} needs a [lora] table: weights of 4 bits can't be trained"
+            )
         if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
         read = (*self.data.sources, *self.eval.sources)

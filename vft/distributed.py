@@ -151,6 +151,16 @@ def writes_rows(tensor: Tensor) -> bool:
     return tensor.to_local().numel() > 0 and all(at == 0 for at, how in place if how.is_replicate())
 
 
+def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """This process's `rows` [r, n] as a part of a whole that is sharded as `tensor` is; themselves where it isn't."""
+    if not isinstance(tensor, DTensor):
+        return rows
+    shape = torch.Size((tensor.shape[0], rows.shape[1]))
+    return DTensor.from_local(
+        rows, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+    )
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """The plain tensor behind a sharded one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from vft.attention import attended_pairs
+from vft.nf4 import true_shapes
 from vft.types import Batch
 
 PEAK_FLOPS = {
@@ -50,19 +52,19 @@ class FlopCounter:
     def __init__(self, model: Any, checkpointing: str = "none") -> None:
         config = model.config
         decoder = dict(model.model.layers.named_parameters())
-        frozen = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
-        trained = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
+        size = {name: math.prod(shape) for name, shape in true_shapes(model.model.layers).items()}
+        frozen = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
+        trained = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
         self.token = 4 * frozen + 6 * trained
         self.pair = 12 * config.heads * config.head_width * config.layers
-        mlp = sum(p.numel() for n, p in decoder.items() if p.dim() == 2 and ".mlp." in n)
+        mlp = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and ".mlp." in n)
         share = RECOMPUTED[checkpointing]
         self.token_again = 2 * mlp if checkpointing == "mlp" else 2 * share * (frozen + trained)
         # What follows the last layer's attention is computed where a token is supervised.
         named = [n for n, p in decoder.items() if n.startswith(f"{config.layers - 1}.") and p.dim() == 2]
-        ends = [decoder[name] for name in named if _follows(name)]
-        self.last = sum((6 if p.requires_grad else 4) * p.numel() for p in ends)
+        self.last = sum((6 if decoder[n].requires_grad else 4) * size[n] for n in named if _follows(n))
         again = [n for n in named if ".mlp." in n or (checkpointing != "mlp" and _follows(n))]
-        self.last_again = 2 * (1.0 if checkpointing == "mlp" else share) * sum(decoder[n].numel() for n in again)
+        self.last_again = 2 * (1.0 if checkpointing == "mlp" else share) * sum(size[n] for n in again)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width

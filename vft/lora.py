@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vft.config import LoraConfig
 from vft.console import progress_bar
-from vft.distributed import broadcast, local_part, local_rows, place, whole
+from vft.distributed import broadcast, local_part, local_rows, place, sharded_like, whole
+from vft.nf4 import is_packed, linear, unpack
 from vft.types import UserError
 
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
@@ -74,12 +75,14 @@ class LoRALinear(nn.Linear):
 
     def base(self, x: Tensor) -> Tensor:
         """What the layer would give without its adapter."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
     def dense_weight(self) -> Tensor:
-        """W [out, in]; where it is sharded, and not gathered for a forward pass, as a sharded tensor."""
-        return self.weight
+        """W [out, in], read back where it is packed; a sharded tensor unless it is gathered for a forward pass."""
+        if not is_packed(self.weight):
+            return self.weight
+        packed = self.weight.detach()
+        return sharded_like(packed, unpack(local_part(packed), self.in_features, torch.float32))
 
     def row_lengths(self) -> Tensor:
         """2-norm of each row of W [out] in float32, sharded where W is: DoRA's magnitude before training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vft.distributed import World
 from vft.flops import Flops, peak_flops
 from vft.lora import TrainableRow
 from vft.metrics import Interval
+from vft.nf4 import true_shapes
 from vft.types import Batch, UserError
 
 
@@ -71,7 +73,7 @@ class Monitor:
 
     def table_of_trainable(self, rows: Sequence[TrainableRow], model: nn.Module) -> None:
         """What is trained, as a table, with its share of all parameters."""
-        total = sum(p.numel() for p in model.parameters())
+        total = sum(map(math.prod, true_shapes(model).values()))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         table = Table(title=f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})")
         for column in ("what", "modules", "parameters", "first of them"):

@@ -84,7 +84,7 @@ def run(task: Task, config: Config) -> None:
     if config.log.tensorboard:
         require_tensorboard()
     checkpoint = Checkpoint.open(config.model.path)
-    skeleton = build(checkpoint, DTYPES[config.train.precision])
+    skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     indexed = [source for source in config.data.sources if not source.stream]
@@ -198,7 +198,7 @@ class Trainer:
 
     def trained_skeleton(self) -> Skeleton:
         """The same model once more, on the meta device."""
-        again = build(self.checkpoint, DTYPES[self.config.train.precision])
+        again = build(self.checkpoint, DTYPES[self.config.train.precision], self.config.model.quantize)
         choose_trainable(again.model, again.towers, self.config.lora, self.config.model.train)
         return again
 

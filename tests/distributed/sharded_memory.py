@@ -1,6 +1,6 @@
 """Memory of a sharded step: counted beforehand for a group that is not there, and as torch's allocator gives it out.
 
-python -m tests.distributed.sharded_memory planned|real MODE OUTPUT
+python -m tests.distributed.sharded_memory planned|real BASE MODE QUANTIZE OUTPUT
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from vft.lora import choose_trainable, initialise
 from vft.memory import run_step
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
+from vft.nf4 import is_packed
 from vft.parallel import checkpoint_activations, parallelize
 from vft.types import IGNORE_INDEX, Batch, Document
 
 TOKENS = 600
 
 
-def main(kind: str, base: str, mode: str, output: str) -> None:
+def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
     """Write the peak of one step, beside what stays, in bytes."""
-    skeleton = build(Checkpoint.open(base), torch.float32)
+    skeleton = build(Checkpoint.open(base), torch.float32, quantize)
     choose_trainable(skeleton.model, skeleton.towers, LoraConfig(rank=4), ())
     row = text_row(skeleton)
     if kind == "planned":
@@ -47,7 +48,7 @@ def main(kind: str, base: str, mode: str, output: str) -> None:
         parallelize(model, make_mesh(world, 0), config, torch.float32, world.device)
         model.to_empty(device=world.device)
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, 0, 0.02)
+            torch.nn.init.zeros_(parameter) if is_packed(parameter) else torch.nn.init.normal_(parameter, 0, 0.02)
         initialise(model, seed=0)
         peak = allocated_peak(lambda: model(row).backward())
         if world.is_main:

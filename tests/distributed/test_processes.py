@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs.commands import Commands, column, largest_difference
+from tests.runs.commands import Commands, column, largest_difference, metrics
 from tests.runs.world import FULL_TUNING, MIXED, TOWER_LORA, World
 
 SAME = ("step", "epoch", "num_targets", "tokens", "samples", "lr", "sample_digest")
@@ -159,3 +159,25 @@ def test_evaluation_in_two_processes(runs: Runs) -> None:
     files = [folder / "predictions" / "step-000020.jsonl" for folder in (one, two)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert column(one, "step") == column(two, "step") == [*range(1, 21), 20]
+
+
+NF4: dict[str, Any] = {"model": {"quantize": "nf4"}}
+
+
+def test_two_processes_on_a_base_of_4_bits(runs: Runs) -> None:
+    """The packed rows are shared out, gathered and read back as the whole is; the tower's adapters are beside them."""
+    settings = (MIXED, TOWER_LORA, DROPOUT, NF4)
+    assert_equal(runs(1, *settings), runs(2, *settings))
+    assert column(runs(1, *settings), "loss") != column(runs(1, *settings[:3]), "loss")
+
+
+def test_two_processes_on_a_base_of_4_bits_in_bf16(runs: Runs) -> None:
+    """The all-gather casts trained weights to bf16, and must leave bytes alone; answers included."""
+    evaluated = {"eval": {"every_steps": 20, "at_start": False, "max_new_tokens": 12, "batch_size": 1}}
+    settings = (NF4, {"train": {"precision": "bf16"}}, evaluated)
+    one, two = (runs(processes, *settings, {"parallel": {"activation_checkpointing": "full"}}) for processes in (1, 2))
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (one, two)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    assert largest_difference(*losses) <= 0.02 and losses[0][-1] < 0.9 * losses[0][0]
+    files = [folder / "predictions" / "step-000020.jsonl" for folder in (one, two)]
+    assert len(files[0].read_text().splitlines()) == len(files[1].read_text().splitlines()) == 4

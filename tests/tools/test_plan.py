@@ -18,6 +18,7 @@ from tests.runs.processes import run_together
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = "recipes/qwen2_5_vl_72b/caption.toml"
+NF4_RECIPE = "recipes/qwen2_5_vl_72b/caption_nf4.toml"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,18 +29,20 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def figures(shown: str) -> dict[str, list[float]]:
     """Rows of numbers by their label."""
-    rows = re.findall(r"│ ([a-z, ]+?)\s+│(.*)│", shown)
+    rows = re.findall(r"│ ([A-Za-z4, ]+?)\s+│(.*)│", shown)
     return {label: [float(cell) for cell in re.findall(r"[\d.]+", cells)] for label, cells in rows if "│" not in label}
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_the_peak_is_that_of_two_processes(tiny: Tiny, commands: Commands, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "quantize"), [("none", "none"), ("full", "none"), ("full", "nf4")])
+def test_the_peak_is_that_of_two_processes(
+    tiny: Tiny, commands: Commands, tmp_path: Path, mode: str, quantize: str
+) -> None:
     """FSDP2's own steps, counted for a group that is not there, beside what the allocator gave out in a real one."""
     found = {}
     for kind, processes in (("planned", 1), ("real", 2)):
         output = tmp_path / f"{kind}.json"
         for result in run_together(
-            commands, processes, "tests.distributed.sharded_memory", kind, tiny.path, mode, output
+            commands, processes, "tests.distributed.sharded_memory", kind, tiny.path, mode, quantize, output
         ):
             result.ok()
         found[kind] = json.loads(output.read_text())
@@ -58,6 +61,20 @@ def test_the_72b_on_8_gpus(memory: str) -> None:
     assert sum(rows[name][0] for name in parts) == pytest.approx(rows["total"][0], abs=0.05)
     for what in ("step", "tokens", "samples", "run", "traffic", "loading", "disk"):
         assert re.search(rf"│ {what}\s+│ [\d.,]+ ", done.stdout), what
+
+
+def test_the_72b_in_4_bits_on_one_gpu() -> None:
+    """Its linears are 70.16 G weights of 9/16 byte, 36.75 GiB; the rest is bf16: head and embedding 4.64 GiB, tower."""
+    done = plan(NF4_RECIPE, "--gpus", "1", "--gpu-memory-gib", "80")
+    assert done.returncode == 0 and "fits" in done.stdout, done.stderr
+    rows = figures(done.stdout)
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568
+    assert rows["NF4 weights"] == [pytest.approx(80 * layer * (0.5 + 4 / 64) / 2**30, abs=0.01)]
+    assert rows["frozen weights"] == [pytest.approx(5.9, abs=0.1)]
+    parts = ("NF4 weights", "frozen weights", "trained weights", "optimizer", "activations, gradients")
+    assert sum(rows[name][0] for name in parts) == pytest.approx(rows["total"][0], abs=0.05)
+    # What is read from the disk is the released bf16 file.
+    assert re.search(r"│ loading\s+│ 7\d s\s+│ 147 GB", done.stdout)
 
 
 SMALL = ("recipes/qwen2_5_vl_7b/caption.toml", "--gpus", "2", "parallel.activation_checkpointing=none")

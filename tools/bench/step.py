@@ -44,6 +44,7 @@ class Setting:
     device: torch.device
     lora: LoraConfig
     parallel: ParallelConfig
+    quantize: str
 
 
 def main() -> None:
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--modes", nargs="+", default=["none"], choices=MODES, help="of activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
+    parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="of the decoder's layers")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args()
@@ -75,10 +77,12 @@ def main() -> None:
                 device,
                 LoraConfig(rank=arguments.rank),
                 ParallelConfig(activation_checkpointing=mode, compile=arguments.compile),
+                arguments.quantize,
             )
             rows.append(measure(setting, tokens, arguments.video, arguments.questions, arguments.repeats))
         what = f"{name}, {precision}, LoRA r{arguments.rank}, {arguments.video:.0%} video"
-        report(f"one step: {what}{', compiled' if arguments.compile else ''}", rows, arguments.output, shape=name)
+        what += (", NF4" if arguments.quantize == "nf4" else "") + (", compiled" if arguments.compile else "")
+        report(f"one step: {what}", rows, arguments.output, shape=name)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -93,7 +97,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
-    model = build_model(setting.shape, setting.dtype)
+    model = build_model(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, TOWERS, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
@@ -140,7 +144,7 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.memory says the step will hold."""
-    model = build_model(setting.shape, setting.dtype)
+    model = build_model(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, TOWERS, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, row, setting.device)

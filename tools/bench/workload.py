@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
+from vft import nf4
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
 from vft.models import qwen2_5_vl
@@ -82,12 +83,15 @@ SHAPES = {
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Qwen2_5_VL:
-    """A model of this shape on the meta device."""
+def build_model(shape: Shape, dtype: torch.dtype, quantize: str = "none") -> Qwen2_5_VL:
+    """A model of this shape on the meta device; `quantize` is that of `[model]`."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        return qwen2_5_vl.build(config, processor, dtype)
+        model = qwen2_5_vl.build(config, processor, dtype)
+        if quantize == "nf4":
+            nf4.quantize(model.model.layers)
+    return model
 
 
 def adapted_model(shape: Shape, device: torch.device) -> Qwen2_5_VL:
@@ -104,8 +108,12 @@ def adapted_model(shape: Shape, device: torch.device) -> Qwen2_5_VL:
 def fill(model: torch.nn.Module, seed: int = 0) -> None:
     """Random weights that keep activations of ordinary size: as an initialiser would make them."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    shapes = nf4.true_shapes(model)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
+        if nf4.is_packed(parameter):
+            values = torch.empty(shapes[name], device=parameter.device).normal_(0, 0.02, generator=generator)
+            parameter.copy_(nf4.pack(values))
+        elif parameter.dim() > 1:
             parameter.normal_(0, 0.02, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

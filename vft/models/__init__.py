@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vft import nf4
 from vft.models import qwen2_5_vl
 from vft.models.weights import Checkpoint
 from vft.types import UserError, VisionSpec
@@ -25,8 +26,11 @@ class Skeleton:
     """Prefix of a parameter's name here to its prefix in transformers' model, which PEFT's files use."""
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
-    """The model of `checkpoint` on the meta device with parameters and computation in `dtype`."""
+def build(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = "none") -> Skeleton:
+    """The model of `checkpoint` on the meta device with parameters and computation in `dtype`.
+
+    With `quantize` = "nf4" the linears of its decoder layers are packed, to be frozen; the rest is as it was.
+    """
     family = FAMILIES.get(checkpoint.config.model_type)
     if family is None:
         raise UserError(
@@ -34,4 +38,6 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
         )
     with torch.device("meta"):
         model = family.build(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype)
+        if quantize == "nf4":
+            nf4.quantize(model.model.layers)
     return Skeleton(model, model.spec, family.TOWERS, family.PEFT_PREFIXES)

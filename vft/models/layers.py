@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vft.nf4 import linear
+
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype."""
+    """A linear layer that computes in its input's dtype; a frozen weight may be packed (`vft.nf4`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -24,12 +24,15 @@ from transformers.utils.hub import cached_file
 from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
+from vft.nf4 import is_packed, pack, true_shapes
 from vft.tensor_files import DTYPES, Layout, file_order, write_tensors
 from vft.types import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
+PACKED_AT_ONCE = 1 << 22
+"""Weights that are read and packed at a time: what this takes besides is 64 MB."""
 TIED_TO = "model.embed_tokens.weight"
 HUB_COMPANIONS = (
     "generation_config.json",
@@ -127,10 +130,11 @@ class Checkpoint:
 def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str], show_progress: bool = False) -> None:
     """Fill every parameter of `model` but those in `extra` (adapters) from the checkpoint, by name.
 
-    A sharded parameter reads its own rows only. UserError for a missing, an unexpected or a misshapen tensor: nothing
-    is ever left at its initial value.
+    A sharded parameter reads its own rows only; a packed one (`vft.nf4`) packs them a few at a time. UserError for a
+    missing, an unexpected or a misshapen tensor: nothing is ever left at its initial value.
     """
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
+    shapes = true_shapes(model)
     _check_names(wanted, checkpoint, model)
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
@@ -140,7 +144,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
         for file, names in by_file.items():
             with _open(file) as reader:
                 for name in names:
-                    _copy(wanted[name], reader.get_slice(name), f"{file}: {name}")
+                    _copy(wanted[name], shapes[name], reader.get_slice(name), f"{file}: {name}")
                     progress.update()
 
 
@@ -157,12 +161,18 @@ def _check_names(wanted: dict[str, nn.Parameter], checkpoint: Checkpoint, model:
         )
 
 
-def _copy(parameter: Tensor, source: Any, where: str) -> None:
+def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str) -> None:
     shape = tuple(source.get_shape())
-    if shape != tuple(parameter.shape):
-        raise UserError(f"{where}: shape {list(shape)} in the file, {list(parameter.shape)} by config.json")
-    rows = local_rows(parameter)
-    local_part(parameter).copy_(source[rows])
+    if shape != expected:
+        raise UserError(f"{where}: shape {list(shape)} in the file, {list(expected)} by config.json")
+    rows, local = local_rows(parameter), local_part(parameter)
+    if not is_packed(parameter):
+        local.copy_(source[rows])
+        return
+    first, at_once = rows.start or 0, max(1, PACKED_AT_ONCE // shape[1])
+    for start in range(0, len(local), at_once):
+        part = local[start : start + at_once]
+        part.copy_(pack(source[first + start : first + start + len(part)].to(part.device)))
 
 
 def _file(path: str, name: str) -> Path | None:
