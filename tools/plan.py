@@ -235,7 +235,7 @@ def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:
 
 def _name(parallel: ParallelConfig) -> str:
     """What a column was counted with."""
-    parts = [parallel.activation_checkpointing]
+    parts: list[str] = [parallel.activation_checkpointing]
     parts += [] if parallel.reshard_after_forward else ["kept gathered"]
     parts += ["offloaded"] if parallel.offload == "frozen" else []
     return ", ".join(parts)

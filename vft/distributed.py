@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     # Without others there is nobody to find through torchrun's store, which may not be there.
-    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
+    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
     dist.init_process_group(backend, timeout=TIMEOUT, **place)
     try:
         yield

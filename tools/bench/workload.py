@@ -126,13 +126,13 @@ def write_checkpoint(
     model = build_model(shape, dtype)
     model.to_empty(device="cpu")
     fill(model, seed)
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     if not file_bytes:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=file_bytes)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+    for name, members in split.filename_to_tensors.items():
+        save_file({member: tensors[member] for member in members}, folder / name, {"format": "pt"})
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
