@@ -20,13 +20,14 @@ from vft import attention, parallel
 
 def use_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of CUDA's kernel for the rest of the test."""
-    _register()
+    register()
     for module in (attention, parallel):
         monkeypatch.setattr(module, "has_kernel", lambda device, dtype: True)
 
 
 @cache
-def _register() -> None:
+def register() -> None:
+    """Give the operator a CPU kernel."""
     varlen._varlen_attn.register_kernel("cpu")(_forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(_backward)
 

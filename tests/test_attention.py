@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from tests.kernels import register
+from vft import attention
 from vft.attention import attend, attended_pairs, build_plan, document_segments
 from vft.types import AttentionPlan, Segment, move
 
@@ -138,6 +143,38 @@ def test_plan_says_the_same_to_the_varlen_kernel(name: str) -> None:
 def test_segments_must_cover_the_row() -> None:
     with pytest.raises(AssertionError, match="row 5"):
         build_plan([Segment(0, 4), Segment(5, 2)], causal=True)
+
+
+def lacking(*inputs: Any, **options: Any) -> Tensor:
+    raise RuntimeError("Flash attention is not in this build.\nC++ frames follow.")
+
+
+def uncausal(*inputs: Any, **options: Any) -> Tensor:
+    return varlen_attn(*inputs, **{**options, "window_size": (-1, -1)})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "trouble"),
+    [
+        (varlen_attn, None),
+        (lacking, r"can't run \(Flash attention is not in this build\.\): attention takes the slower path"),
+        (uncausal, "gives other results than scaled_dot_product_attention"),
+    ],
+)
+def test_a_kernel_is_tried_before_it_is_used(kernel: Any, trouble: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is missing or wrong gives way to the other path, and the row comes out right."""
+    register()
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    cpu, shapes = torch.device("cpu"), ROWS["everything"]
+    inputs = [x.detach().bfloat16() for x in random_qkv(sum(shape.tokens for shape in shapes), 4, 2)]
+    with attention.planning_for(torch.device("cuda")):
+        assert attention.has_kernel(cpu, torch.bfloat16)
+        with pytest.warns(match=trouble) if trouble else nullcontext():
+            attention.check_kernel(cpu, torch.bfloat16)
+        assert attention.has_kernel(cpu, torch.bfloat16) == (trouble is None)
+        found = attend(*inputs, plan_of(shapes))
+    wanted = dense(*(x.double() for x in inputs), mask_of(shapes))
+    assert float((found.double() - wanted).abs().max()) < 0.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

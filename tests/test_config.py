@@ -149,6 +149,7 @@ def test_message_of_bare_target_names_the_towers(small: Path) -> None:
         (["data.video.max_pixels=100"], ["data.video", "min_pixels = 3136", "max_pixels = 100"]),
         (["data.image.max_pixels=100"], ["data.image", "min_pixels = 3136", "max_pixels = 100"]),
         (["data.video.total_pixels=100"], ["min_pixels = 3136", "total_pixels = 100"]),
+        (["parallel.offload=frozen", "parallel.reshard_after_forward=false"], ["offload", "reshard_after_forward"]),
         (["train.warmup_steps=21"], ["warmup_steps = 21", "max_steps = 20"]),
     ],
 )

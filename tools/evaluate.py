@@ -3,12 +3,17 @@
 
 The samples are those of `eval.sources` in a training configuration, the scores those of its `task`, each with a 95 %
 interval. Answers go to a file, a line each, scores to the terminal and to scores.json beside the answers.
+
+Several processes share the questions, and the weights as `parallel.shard` says, so that they answer with a model that
+no device holds: torchrun --nproc-per-node 8 tools/evaluate.py ...
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +26,16 @@ from vft.adapter_files import ABOUT_FILE
 from vft.answer import Answerer, load_model, require_folder
 from vft.config import Config
 from vft.console import user_errors
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents
 from vft.data.pool import WorkerPool
-from vft.distributed import environment
+from vft.distributed import World, environment, make_mesh, process_group
 from vft.evaluate import evaluate, load_held_out
 from vft.files import replace_text
 from vft.metrics import Interval
+from vft.models import build
 from vft.models.generate import Sampling
+from vft.models.weights import Checkpoint
 from vft.recipes import task_of
 from vft.types import UserError
 
@@ -45,8 +54,6 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()  # settings may stand behind options
     with user_errors():
         require_folder(arguments.adapter, "--adapter")
-        if environment().size > 1:
-            raise UserError("tools/evaluate.py runs in one process; in training, eval.every_steps uses all of them")
         if arguments.compare_base and arguments.adapter is None:
             raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
         config = with_task(configs.load(arguments.config, arguments.overrides), arguments.adapter)
@@ -54,7 +61,10 @@ def main() -> None:
         runs = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
         if arguments.adapter is not None:
             runs["adapter"] = arguments.adapter
-        scores = {name: score(config, adapter, folder / f"{name}.jsonl") for name, adapter in runs.items()}
+        world = environment()
+        scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
+        if not world.is_main:
+            return
         plain = {name: {metric: asdict(one) for metric, one in found.items()} for name, found in scores.items()}
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
@@ -69,17 +79,37 @@ def with_task(config: Config, adapter: Path | None) -> Config:
     return Config.model_validate({**config.model_dump(), "task": json.loads(file.read_text()).get("task")})
 
 
-def score(config: Config, adapter: Path | None, file: Path) -> Scores:
+def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
+    """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
+    checkpoint = Checkpoint.open(config.model.path)
+    # Before the process group, as in training: a first scan of many files may outlast any time-out.
+    held_out = load_held_out(
+        task_of(config), config, ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)
+    )
+    scores = {}
+    with (
+        process_group(world, alone=config.parallel.offload != "none"),
+        WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool,
+    ):
+        for file, adapter in runs.items():
+            scores[file.stem] = score(config, adapter, file, held_out, pool, world)
+            gc.collect()  # a sharded model holds itself through its hooks; there is no room for two
+    return scores
+
+
+def score(
+    config: Config, adapter: Path | None, file: Path, held_out: Documents, pool: WorkerPool, world: World
+) -> Scores:
     """Scores of the base model, or of the adapter on it; its answers go to `file`."""
-    world = environment()
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    loaded = load_model(config.model.path, adapter, dtype, world.device, config.model.quantize)
-    task = task_of(config)
-    held_out = load_held_out(task, config, loaded.encoder)
+    mesh = make_mesh(world, config.parallel.shard)
+    quantize = config.model.quantize
+    loaded = load_model(config.model.path, adapter, dtype, world.device, mesh, config.parallel, quantize)
+    answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
-    with WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool:
-        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
-        return evaluate(task, answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file)
+    return evaluate(
+        task_of(config), answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file
+    )
 
 
 def show_answers(files: dict[str, Path], count: int) -> None:

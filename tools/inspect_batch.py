@@ -96,7 +96,7 @@ def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
 def forward_tensors(batch: Batch, config: Config) -> dict[str, Tensor]:
     """Summed loss, count and logits of the supervised tokens, by the model in float32."""
     adapter = Path(config.model.adapter) if config.model.adapter else None
-    loaded = load_model(config.model.path, adapter, torch.float32, torch.device("cpu"), config.model.quantize)
+    loaded = load_model(config.model.path, adapter, torch.float32, torch.device("cpu"), quantize=config.model.quantize)
     model = loaded.skeleton.model
     with torch.no_grad():
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from rows import Video, row_of, video_document
 from workload import SHAPES, build_model
 
 from vft import config as configs
-from vft.config import Config
+from vft.config import Config, ParallelConfig
 from vft.console import user_errors
 from vft.distributed import World, make_mesh
 from vft.flops import PEAK_FLOPS, FlopCounter
 from vft.lora import choose_trainable
-from vft.memory import GIB, MODES, run_step
+from vft.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step
 from vft.models import build
 from vft.models.qwen2_5_vl import TOWERS
 from vft.models.weights import Checkpoint
@@ -61,13 +61,15 @@ class Setting:
 class Memory:
     """Bytes on one GPU at the worst moment of a step, by what they are."""
 
-    mode: str
+    parallel: ParallelConfig
     packed: int
     weights: int
     adapters: int
     optimizer: int
     gathered: int
     activations: int
+    host: int
+    """Pinned for this GPU in its host's memory, and not in the total."""
 
     @property
     def total(self) -> int:
@@ -108,34 +110,54 @@ def check(arguments: argparse.Namespace) -> None:
 def show(setting: Setting, arguments: argparse.Namespace) -> None:
     """Print the plan; SystemExit(1) where nothing fits."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    config, wanted = setting.config, setting.config.parallel.activation_checkpointing
-    row = longest_row(setting)
+    config, row = setting.config, longest_row(setting)
     console.print(
         f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} tokens, "
         f"{row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)",
         highlight=False,
     )
     room = setting.memory_gib * (1 - RESERVE) * GIB
-    first = MODES[0] if wanted == "auto" else wanted
-    plans = [plan_memory(setting, first, row)]
-    # What to change is tried, not guessed: each mode that keeps less.
-    for mode in MODES[MODES.index(first) + 1 :]:
+    plans = []
+    # What to change is tried, not guessed.
+    for parallel in attempts(config.parallel):
+        plans.append(plan_memory(setting, parallel, row))
         if plans[-1].total <= room:
             break
-        plans.append(plan_memory(setting, mode, row))
     console.print(memory_table(plans, setting))
+    last = plans[-1].parallel
     if plans[-1].total > room:
         console.print(
-            f"does not fit: {plans[-1].total / GIB:.1f} GiB with full activation checkpointing, {room / GIB:.1f} GiB "
-            "usable. More GPUs, a smaller data.pack_tokens, or fewer frames and pixels (data.video)",
+            f"does not fit: {plans[-1].total / GIB:.1f} GiB with {differences(config.parallel, last) or 'that'}, "
+            f"{room / GIB:.1f} GiB usable. More GPUs, a smaller data.pack_tokens, or fewer frames and pixels "
+            "(data.video)",
             highlight=False,
         )
         raise SystemExit(1)
-    if plans[-1].mode != wanted:
-        console.print(f"fits with parallel.activation_checkpointing={plans[-1].mode} (checked)", highlight=False)
-    else:
-        console.print("fits", highlight=False)
-    console.print(times_table(setting, plans[-1].mode, row, arguments))
+    change = differences(config.parallel, last)
+    console.print(f"fits with {change} (checked)" if change else "fits", highlight=False)
+    console.print(times_table(setting, plans[-1], row, arguments))
+
+
+def attempts(wanted: ParallelConfig) -> Iterator[ParallelConfig]:
+    """The settings as they are, then what costs more time and less memory, step by step."""
+    modes = MODES[0 if wanted.activation_checkpointing == "auto" else MODES.index(wanted.activation_checkpointing) :]
+    base = wanted.model_copy(update={"activation_checkpointing": modes[0], "memory_budget_gib": None})
+    yield base
+    if not base.reshard_after_forward:
+        base = base.model_copy(update={"reshard_after_forward": True})
+        yield base
+    for mode in modes[1:]:
+        base = base.model_copy(update={"activation_checkpointing": mode})
+        yield base
+    if base.offload == "none":
+        yield base.model_copy(update={"offload": "frozen"})
+
+
+def differences(wanted: ParallelConfig, other: ParallelConfig) -> str:
+    """Settings of `other` that aren't those `wanted`, as overrides."""
+    keys = ("reshard_after_forward", "activation_checkpointing", "offload")
+    changed = {key: getattr(other, key) for key in keys if getattr(other, key) != getattr(wanted, key)}
+    return " ".join(f"parallel.{key}={str(value).lower()}" for key, value in changed.items())
 
 
 def model_of(config: Config) -> Any:
@@ -165,35 +187,41 @@ def longest_row(setting: Setting) -> Batch:
     return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
 
 
-def plan_memory(setting: Setting, mode: str, row: Batch) -> Memory:
+def plan_memory(setting: Setting, parallel: ParallelConfig, row: Batch) -> Memory:
     """What one GPU holds, from the real step."""
-    config = setting.config
-    model = model_of(config)
-    checkpoint_activations(model, mode, config.parallel.tower_checkpointing)
-    shards = config.parallel.shard or setting.gpus
-    mesh = make_mesh(World(0, setting.gpus, 0, torch.device("cpu")), shards)
-    sizes = {"packed": 0, "weights": 0, "adapters": 0, "optimizer": 0}
-    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
-    for name, parameter in model.named_parameters():
-        parts = 1 if name.startswith("visual.") and frozen_tower else shards
-        kind = "adapters" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
-        sizes[kind] += _share(parameter, parts)
-        sizes["optimizer"] += 2 * _share(parameter, parts) if parameter.requires_grad else 0
-    live = run_step(model, row, setting.device, mesh)
+    model = model_of(setting.config)
+    checkpoint_activations(model, parallel.activation_checkpointing, parallel.tower_checkpointing)
+    shards = parallel.shard or setting.gpus
+    world = World(0, setting.gpus, 0, torch.device("cpu"))
+    mesh = make_mesh(world, shards) if setting.gpus > 1 or parallel.offload != "none" else None
+    sizes = {"packed": 0, "weights": 0, "adapters": 0, "optimizer": 0, "host": 0}
+    away = {id(p) for p in offloaded_parameters(model, parallel)}
+    for parameter, share in shares(model, shards):
+        if id(parameter) in away:
+            sizes["host"] += 1 << (share - 1).bit_length()  # torch pins memory in powers of two
+        else:
+            kind = "adapters" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
+            sizes[kind] += share
+        sizes["optimizer"] += 2 * share if parameter.requires_grad else 0
+    copied = copied_bytes(model, shards, parallel)  # the step is counted where there is nothing to copy
+    live = run_step(model, row, setting.device, mesh, parallel)
     gathered = live.gathered_at_peak
-    return Memory(mode, **sizes, gathered=gathered, activations=live.peak - gathered)
+    return Memory(parallel, **sizes, gathered=gathered + copied, activations=live.peak - gathered)
 
 
-def _share(parameter: torch.Tensor, parts: int) -> int:
-    return -(-parameter.numel() * parameter.element_size() // parts)
+def shares(model: Any, shards: int) -> list[tuple[torch.nn.Parameter, int]]:
+    """Every parameter with the bytes of it that one GPU has: a tower in which nothing is trained is whole on each."""
+    tower = list(model.visual.parameters())
+    whole = set() if any(p.requires_grad for p in tower) else {id(p) for p in tower}
+    return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
 
 
 def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:
-    """A column a mode that was tried."""
+    """A column for each of the settings that were tried."""
     table = Table(title="GiB on each GPU at the worst moment of a step")
     table.add_column("activation checkpointing")
     for plan in plans:
-        table.add_column(plan.mode, justify="right")
+        table.add_column(_name(plan.parallel), justify="right")
     for label, name in (
         *([("NF4 weights", "packed")] if plans[0].packed else []),
         ("frozen weights", "weights"),
@@ -205,13 +233,23 @@ def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:
     ):
         table.add_row(label, *(f"{getattr(plan, name) / GIB:,.2f}" for plan in plans))
     table.add_row(f"of {setting.memory_gib:g}", *(f"{plan.total / GIB / setting.memory_gib:.0%}" for plan in plans))
+    if any(plan.host for plan in plans):
+        table.add_row("host memory for it", *(f"{plan.host / GIB:,.2f}" for plan in plans))
     return table
 
 
-def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Namespace) -> Table:
+def _name(parallel: ParallelConfig) -> str:
+    """What a column was counted with."""
+    parts: list[str] = [parallel.activation_checkpointing]
+    parts += [] if parallel.reshard_after_forward else ["kept gathered"]
+    parts += ["offloaded"] if parallel.offload == "frozen" else []
+    return ", ".join(parts)
+
+
+def times_table(setting: Setting, plan: Memory, row: Batch, arguments: argparse.Namespace) -> Table:
     """Speed, traffic and disk, each with what it rests on."""
     config, model = setting.config, model_of(setting.config)
-    flops = FlopCounter(model, mode).count(row)
+    flops = FlopCounter(model, plan.parallel.activation_checkpointing).count(row)
     packs = -(-config.train.packs_per_step // setting.gpus)
     row_s = flops.hardware / (PEAK_FLOPS[arguments.gpu] * arguments.efficiency)
     step_s = packs * row_s
@@ -220,7 +258,9 @@ def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Nam
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
     shards = config.parallel.shard or setting.gpus
-    wire = 2 * layers * (shards - 1) / shards * packs
+    passes = 2 if plan.parallel.reshard_after_forward else 1
+    wire = passes * layers * (shards - 1) / shards * packs
+    largest = max(share for _, share in shares(model, shards))
     table = Table(title=f"{arguments.gpu} at {arguments.efficiency:.0%} of its peak (assumed)")
     for name in ("what", "figure", "from"):
         table.add_column(name)
@@ -230,11 +270,19 @@ def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Nam
     if config.train.max_steps:
         hours = config.train.max_steps * step_s / 3600
         table.add_row("run", f"{hours:.2f} hours", f"{config.train.max_steps} steps, evaluation and saving not counted")
-    table.add_row("traffic", f"{wire / 1e9:,.0f} GB a step", "to each GPU: layers gathered forwards and backwards")
+    table.add_row(
+        "traffic",
+        f"{wire / 1e9:,.0f} GB a step",
+        "to each GPU: layers gathered forwards" + " and backwards" * (passes == 2),
+    )
+    if plan.host:
+        table.add_row("from host", f"{2 * layers / shards * packs / 1e9:,.0f} GB a step", "to each GPU, twice a row")
     table.add_row("loading", f"{whole / 1e9 / arguments.disk_gb_s:,.0f} s", f"{whole / 1e9:,.0f} GB from one disk")
     if config.checkpoint.asynchronous:
         copies = f"{12 * trained / shards / 1e9:,.1f} GB"
         table.add_row("host memory", copies, "of each process that writes: copies of what checkpoints hold")
+    host = f"{(largest + plan.host) / GIB:,.2f} GiB"
+    table.add_row("loading, host", host, "own memory of each process: one tensor's rows, and what stays there")
     kept = config.checkpoint.keep_last or 1
     table.add_row("disk", f"{kept * 12 * trained / 1e9:,.1f} GB", f"{kept} checkpoint(s) kept, and the export beside")
     return table

@@ -2,6 +2,9 @@
 """Answer a prompt about videos: python tools/predict.py --model MODEL [--adapter DIR] [--prompt TEXT] VIDEO...
 
 Frames and pixels are those that the adapter (or merged model) was trained with, unless options say otherwise.
+
+A model that no device holds is spread over several: torchrun --nproc-per-node 8 tools/predict.py ... Each process
+answers its share of the files, and the first one prints.
 """
 
 from __future__ import annotations
@@ -22,9 +25,8 @@ from vft.data.pool import WorkerPool
 from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import MediaError, scan
 from vft.data_config import DataConfig
-from vft.distributed import environment
+from vft.distributed import all_of, environment, make_mesh, process_group
 from vft.models.generate import Sampling
-from vft.task import Question
 from vft.types import MediaKind, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
@@ -79,28 +81,43 @@ def predict(arguments: argparse.Namespace) -> int:
     world = environment()
     default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: default}[arguments.precision]
-    loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, arguments.quantize)
-    about = trained_with(arguments.adapter, loaded.checkpoint.json_file("vft.json"))
-    prompt = arguments.prompt or about.get("prompt", DEFAULT_PROMPT)
-    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    failed = 0
-    with WorkerPool(workers=0, deadline_s=600.0) as pool:
+    with process_group(world), WorkerPool(workers=0, deadline_s=600.0) as pool:
+        mesh, quantize = make_mesh(world, 0), arguments.quantize
+        loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, mesh, quantize=quantize)
+        about = trained_with(arguments.adapter, loaded.checkpoint.json_file("vft.json"))
+        prompt = arguments.prompt or about.get("prompt", DEFAULT_PROMPT)
         config = data_config(arguments, about)
         answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, scan, pool, world)
-        for path in arguments.videos:
-            kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
-            question = user_question(str(path), [MediaRef(kind, path)], prompt, config.video.timestamps)
-            media = read(answerer, question)
-            if isinstance(media, MediaError):
-                failed += 1
-                print(f"error: {media}", file=sys.stderr)
-            else:
-                show(path, prompt, answerer.answer([media], sampling)[0], arguments)
+        return answer_files(answerer, prompt, arguments)
+
+
+def answer_files(answerer: Answerer, prompt: str, arguments: argparse.Namespace) -> int:
+    """Each process takes the next file of its turn; all run the model equally often. Returns how many files failed."""
+    world, paths = answerer.world, arguments.videos
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    failed = 0
+    for first in range(0, len(paths), world.size):
+        turn = paths[first : first + world.size]
+        media: list[Prompt] = []
+        error = ""
+        if world.rank < len(turn):
+            read = load(answerer, turn[world.rank], prompt)
+            media, error = ([], str(read)) if isinstance(read, MediaError) else ([read], "")
+        told = all_of(("".join(answerer.answer(media, sampling)), error))
+        failed += sum(bool(error) for _, error in told)
+        if world.is_main:
+            for path, (answer, error) in zip(turn, told, strict=False):  # the last turn may have too few for all
+                if error:
+                    print(f"error: {error}", file=sys.stderr)
+                else:
+                    show(path, prompt, answer, arguments)
     return failed
 
 
-def read(answerer: Answerer, question: Question) -> Prompt | MediaError:
-    """The question with its frames, or what is wrong with the file."""
+def load(answerer: Answerer, path: Path, prompt: str) -> Prompt | MediaError:
+    """The question about a file with its frames, or what is wrong with the file."""
+    kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
+    question = user_question(str(path), [MediaRef(kind, path)], prompt, answerer.config.video.timestamps)
     try:
         return answerer.load([question])()[0]
     except MediaError as error:  # found by the scan

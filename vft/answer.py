@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from vft.adapter_files import Adapter, attach
+from vft.attention import check_kernel
+from vft.config import ParallelConfig
 from vft.console import progress_bar
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
@@ -28,6 +31,7 @@ from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
 from vft.models.score import score_options, trunk_of
 from vft.models.weights import Checkpoint, load_weights
+from vft.parallel import materialise, shard
 from vft.task import Answer, Question
 from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn, UserError
 
@@ -160,9 +164,21 @@ class LoadedModel:
 
 
 def load_model(
-    path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device, quantize: str = "none"
+    path: str,
+    adapter: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+    parallel: ParallelConfig | None = None,
+    quantize: str = "none",
 ) -> LoadedModel:
-    """A base model with an adapter on it, if one is named, ready to answer. `quantize` is that of `[model]`."""
+    """A base model with an adapter on it, if one is named, ready to answer; its decoder is sharded over the mesh.
+    `quantize` is that of `[model]`.
+
+    With a mesh every process must call it, and run the model as often as the others do.
+    """
+    parallel = parallel or ParallelConfig()
+    check_kernel(device, dtype)
     checkpoint = Checkpoint.open(path)
     skeleton = build(checkpoint, dtype, quantize)
     files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
@@ -171,9 +187,12 @@ def load_model(
         attach(skeleton.model, files, skeleton.towers)
         files.check(skeleton.model, path, checkpoint.fingerprint)
     skeleton.model.requires_grad_(False)
-    skeleton.model.to_empty(device=device)
+    # Whole copies side by side need nothing of each other: nothing is trained.
+    if mesh is not None and (mesh.size(1) > 1 or parallel.offload != "none"):
+        shard(skeleton.model, mesh, dtype, parallel)
+    materialise(skeleton.model, device, parallel)
     extra = frozenset(name for name, _ in skeleton.model.named_parameters()) - base_names
-    load_weights(skeleton.model, checkpoint, extra, show_progress=True)
+    load_weights(skeleton.model, checkpoint, extra, show_progress=mesh is None or mesh.get_rank() == 0)
     if files is not None:
         files.load_into(skeleton.model)
     skeleton.model.eval()

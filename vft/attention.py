@@ -8,6 +8,7 @@ CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewher
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.types import AttentionPlan, Segment
+from vft.types import AttentionPlan, Segment, move
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -86,16 +87,60 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> 
 def prepare(plan: AttentionPlan, x: Tensor) -> None:
     """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
     if plan.groups is None and not has_kernel(x.device, x.dtype):
-        plan.groups = _group(plan, x.device)
-        every = torch.arange(x.shape[0], device=x.device)
-        rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
-        plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
+        _prepare_groups(plan, x)
+
+
+def _prepare_groups(plan: AttentionPlan, x: Tensor) -> None:
+    plan.groups = _group(plan, x.device)
+    every = torch.arange(x.shape[0], device=x.device)
+    rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
+    plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows on this device in this precision take one call of `torch.nn.attention.varlen` a layer."""
     planned = device if _planned_device is None else _planned_device
     return planned.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+
+
+def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the kernel once, forwards and backwards, on a row of a tower's and on one of a decoder's.
+
+    Where it can't run (builds for ROCm may lack parts of it, and not every GPU has it) or is far from
+    scaled_dot_product_attention in float32, the latter serves from then on, and a warning says so.
+    """
+    global varlen_attn
+    if not has_kernel(device, dtype):
+        return
+    windows = [Segment(0, 64), Segment(64, 64)]
+    shared = [*document_segments(0, 60, [9, 30]), *document_segments(99, 0, [29])]
+    for segments, causal, key_heads, width in ((windows, False, 4, 80), (shared, True, 1, 128)):
+        plan = move(build_plan(segments, causal), device)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(128, heads, width) for heads in (4, key_heads, key_heads)]
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        _prepare_groups(plan, inputs[0])
+        wanted = _results(_attend_groups, [x.float() for x in inputs], plan)
+        trouble = "gives other results than scaled_dot_product_attention"
+        try:
+            found = _results(_attend_varlen, inputs, plan)
+        except RuntimeError as error:
+            found, trouble = [], f"can't run ({str(error).strip().splitlines()[0]:.200})"
+        # Rounding to 8 bits; one key too many or too few is off by far more.
+        if not found or any(
+            float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max()) for a, b in zip(found, wanted, strict=True)
+        ):
+            varlen_attn = None
+            warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
+            return
+
+
+def _results(run: Callable[..., Tensor], inputs: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out = run(*leaves, plan)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
 @contextmanager

@@ -186,6 +186,12 @@ class ParallelConfig(Section):
     """GiB of one device's memory that `activation_checkpointing = "auto"` may plan with."""
     compile: bool = False
     """`torch.compile` each decoder layer: slower to start, faster steps."""
+    reshard_after_forward: bool = True
+    """Give up a layer's gathered weights after its forward pass and gather them again for its backward pass; false:
+    half the traffic, while every process holds the whole decoder from one pass to the other."""
+    offload: Literal["none", "frozen"] = "none"
+    """Where the frozen matrices of the decoder's layers lie while they are not at work: on the GPU, or in the host's
+    memory, from which each process copies its share of a layer before it is gathered. What is trained stays."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -193,6 +199,11 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"activation_checkpointing = {show(self.activation_checkpointing)} and memory_budget_gib = "
                 f"{show(self.memory_budget_gib)}: auto needs a budget, and a budget needs auto"
+            )
+        if self.offload == "frozen" and not self.reshard_after_forward:
+            raise ValueError(
+                'offload = "frozen" and reshard_after_forward = false contradict each other: the whole decoder would '
+                "be on the GPU after all; keep one"
             )
         return self
 

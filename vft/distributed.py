@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,8 +47,11 @@ def environment() -> World:
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs."""
+def process_group(world: World, alone: bool = False) -> Iterator[None]:
+    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs.
+
+    One process needs none, unless it is to have a mesh all the same: `alone`.
+    """
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -56,11 +59,13 @@ def process_group(world: World) -> Iterator[None]:
                 "lower --nproc-per-node"
             )
         torch.cuda.set_device(world.device)
-    if world.size == 1:
+    if world.size == 1 and not alone:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    # Without others there is nobody to find through torchrun's store, which may not be there.
+    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **place)
     try:
         yield
         dist.barrier()
@@ -69,7 +74,7 @@ def process_group(world: World) -> Iterator[None]:
 
 
 def make_mesh(world: World, shard: int) -> DeviceMesh | None:
-    """The (replicate, shard) mesh; None for a single process. `shard` = 0 means all processes.
+    """The (replicate, shard) mesh; None where there is no process group. `shard` = 0 means all processes.
 
     UserError where `shard` doesn't divide the number of processes.
     """
@@ -78,7 +83,7 @@ def make_mesh(world: World, shard: int) -> DeviceMesh | None:
         raise UserError(
             f"parallel.shard = {shard}: doesn't divide the number of processes, {world.size}; use a divisor or 0"
         )
-    if world.size == 1:
+    if not dist.is_initialized():
         return None
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 

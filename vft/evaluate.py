@@ -100,10 +100,11 @@ def evaluate(
     scores = task.score(list(answers.values()))
     if loss is not None:
         scores["loss"] = loss
-    if isinstance(answerer.model, FSDPModule):
-        # After a pass without a backward one the root's weights stay gathered, in tensors that the optimizer, and so a
-        # checkpoint, knows nothing of.
-        answerer.model.reshard()
+    for module in answerer.model.modules():
+        if isinstance(module, FSDPModule):
+            # After a pass without a backward one the root's weights stay gathered (and those of layers that are not
+            # resharded after it), in tensors that the optimizer, and so a checkpoint, knows nothing of.
+            module.reshard()
     left_out = len(held_out.bad) + len(asked) - len(answers)
     counts = {"answered": len(answers), "unreadable": left_out}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}

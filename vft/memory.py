@@ -26,7 +26,7 @@ from vft.data.documents import Documents
 from vft.data.packing import PackPlan, collate
 from vft.distributed import World, local_part
 from vft.models import Skeleton
-from vft.parallel import checkpoint_activations, shard
+from vft.parallel import checkpoint_activations, materialise, offloaded, shard
 from vft.types import AttentionPlan, Batch, Patches, UserError, VisionLayout
 
 MODES = ("none", "mlp", "selective", "full")
@@ -48,7 +48,7 @@ def settle_checkpointing(
     for mode in MODES:
         model = make().model
         checkpoint_activations(model, mode, config.tower_checkpointing)
-        resident = resident_bytes(model, config.shard or world.size)
+        resident = resident_bytes(model, config.shard or world.size, config)
         found[mode] = (resident + step_bytes(model, row, world.device)) / GIB
         if found[mode] <= budget_gib:
             tried = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
@@ -88,26 +88,41 @@ def longest_row(documents: Documents, plan: PackPlan) -> Batch:
     return collate(list(zip(built, blank, strict=True)), spec)
 
 
-def resident_bytes(model: Any, shards: int) -> int:
+def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None) -> int:
     """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
 
     A vision tower in which nothing is trained is whole on every device. With several devices the layer at work and
-    the next are gathered.
+    the next are gathered, or all of them; of weights in the host's memory the device's share of two layers is there.
     """
+    config = config or ParallelConfig()
     frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
     whole = {id(p) for p in model.visual.parameters()} if frozen_tower else set()
+    away = {id(p) for p in offloaded_parameters(model, config)}
     total = 0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.nbytes
         if parameter.requires_grad:
             size += 2 * 4 * parameter.numel()
-        total += size if id(parameter) in whole else -(-size // shards)
-    if shards > 1:
-        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in model.model.layers]
-        ends = sum(p.numel() * p.element_size() for p in model.parameters()) - sum(layers)
-        ends -= sum(p.numel() * p.element_size() for p in model.visual.parameters()) if frozen_tower else 0
-        total += 2 * max(layers) + ends
-    return total
+        if id(parameter) not in away:
+            total += size if id(parameter) in whole else -(-size // shards)
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    if shards > 1 or away:
+        ends = sum(p.nbytes for p in model.parameters()) - sum(layers)
+        ends -= sum(p.nbytes for p in model.visual.parameters()) if frozen_tower else 0
+        total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
+    return total + copied_bytes(model, shards, config)
+
+
+def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Parameter]:
+    """Weights that lie in the host's memory between uses."""
+    return [p for module in offloaded(model, config) for p in module.parameters(recurse=False)]
+
+
+def copied_bytes(model: Any, shards: int, config: ParallelConfig) -> int:
+    """A device's share of two layers from the host's memory: of the one to be gathered, and of the next."""
+    away = {id(p) for p in offloaded_parameters(model, config)}
+    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.model.layers]
+    return 2 * -(-max(layers) // shards)
 
 
 def step_bytes(model: Any, row: Batch, device: torch.device) -> int:
@@ -115,7 +130,9 @@ def step_bytes(model: Any, row: Batch, device: torch.device) -> int:
     return run_step(model, row, device).peak
 
 
-def run_step(model: Any, row: Batch, device: torch.device, mesh: DeviceMesh | None = None) -> LiveBytes:
+def run_step(
+    model: Any, row: Batch, device: torch.device, mesh: DeviceMesh | None = None, config: ParallelConfig | None = None
+) -> LiveBytes:
     """Forward and backward of one row as they would be on `device`, and what lived beside the weights.
 
     With a mesh the model is sharded as in training; the process group behind it may be a fake one. `model` is on the
@@ -128,8 +145,9 @@ def run_step(model: Any, row: Batch, device: torch.device, mesh: DeviceMesh | No
         # Real ones: the mesh's own, and tables that are there for good, such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             if mesh is not None:
-                shard(model, mesh, model.compute_dtype)
-                model.to_empty(device="cpu")
+                config = config or ParallelConfig()
+                shard(model, mesh, model.compute_dtype, config)
+                materialise(model, torch.device("cpu"), config)
             else:
                 _replace_parameters(model)
             batch = _fake(row, mode)

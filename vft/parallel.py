@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vft.attention import has_kernel, varlen_attn
+from vft.attention import check_kernel, has_kernel, varlen_attn
 from vft.config import ParallelConfig
 
 _SAVED_OPS = {
@@ -34,6 +35,7 @@ def parallelize(
 ) -> None:
     """Change `model`, to be run on `device`, in place; it is still on the meta device. Without a mesh (one process)
     nothing is sharded."""
+    check_kernel(device, dtype)
     checkpoint_activations(model, config.activation_checkpointing, config.tower_checkpointing)
     if config.compile:
         # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
@@ -41,7 +43,7 @@ def parallelize(
         for layer in model.model.layers:
             (layer if has_kernel(device, dtype) else layer.mlp).compile(dynamic=True)
     if mesh is not None:
-        shard(model, mesh, dtype)
+        shard(model, mesh, dtype, config)
 
 
 def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> None:
@@ -99,23 +101,63 @@ def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConfig) -> None:
     """FSDP2 over the (replicate, shard) mesh: one group a decoder layer, the rest in the root.
 
     Frozen weights keep their dtype and trainable ones are cast to `dtype` on the way; gradients are reduced in
     float32. A tower in which nothing is trained stays whole on every rank and outside: it then needs no collective,
     so a rank without a video can't hold up the others.
     """
+    if mesh.size(0) == 1:
+        mesh = mesh["shard"]  # or each layer's gradients would be summed over groups of one
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
+    away = offloaded(model, config)
+    layers: list[Any] = list(model.model.layers)
+    for layer in layers:
+        fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
     ignored: set[nn.Parameter] = set()
     if any(p.requires_grad for p in model.visual.parameters()):
         fully_shard(model.visual, **options)
     else:
         ignored = set(model.visual.parameters())
     fully_shard(model, **options, ignored_params=ignored)
+    # The first layer is gathered while the tower runs, each other one is asked for before the kernels of the layer
+    # before it are. Backwards FSDP2 does so by itself.
+    for first, following in pairwise([model, *layers]):
+        first.set_modules_to_forward_prefetch([following])
+    _keep_on_host(layers, {id(p) for module in away for p in module.parameters(recurse=False)})
+
+
+def offloaded(model: Any, config: ParallelConfig) -> list[nn.Module]:
+    """Modules of the decoder's layers whose own parameters lie in the host's memory between uses: frozen matrices."""
+    if config.offload == "none":
+        return []
+    inside = (module for layer in model.model.layers for module in layer.modules())
+    found = ((module, list(module.parameters(recurse=False))) for module in inside)
+    return [m for m, own in found if any(p.dim() > 1 for p in own) and not any(p.requires_grad for p in own)]
+
+
+def _keep_on_host(layers: Iterable[Any], wanted: set[int]) -> None:
+    """FSDP2's offload policy is for whole groups: adapters, their gradients and AdamW's means would go to the host
+    with the weights beside them. What the policy sets for each parameter is set for those that are `wanted`."""
+    for parameter in (one for layer in layers for group in _groups(layer) for one in group.fsdp_params):
+        if id(parameter.sharded_param) in wanted:
+            parameter.offload_to_cpu = True
+            parameter.pin_memory = parameter.device.type == "cuda"
+
+
+def _groups(layer: Any) -> Any:
+    state = layer._get_fsdp_state()
+    # Older versions of torch have one group a module.
+    return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+
+
+def materialise(model: Any, device: torch.device, config: ParallelConfig) -> None:
+    """Memory without values for a model on the meta device: on `device`, in the host's where it is offloaded."""
+    away = set(offloaded(model, config))
+    for module in reversed(list(model.modules())):  # a group's module last: it takes note of its new parameters
+        module.to_empty(device=torch.device("cpu") if module in away else device, recurse=False)
 
 
 def sync_gradients(model: nn.Module, last: bool, adapters_only: bool) -> None:

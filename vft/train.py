@@ -46,7 +46,7 @@ from vft.monitor import (
     require_tensorboard,
 )
 from vft.optim import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
-from vft.parallel import parallelize, sync_gradients
+from vft.parallel import materialise, parallelize, sync_gradients
 from vft.report import write_card, write_report
 from vft.saving import Saver
 from vft.task import Task, asking, main_conversation
@@ -93,7 +93,7 @@ def run(task: Task, config: Config) -> None:
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
     data, slots = config.data, config.train.packs_per_step
     with (
-        process_group(world),
+        process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
         open_streams(data, make, encoder, pool, slots, config.seed) as streams,
     ):
@@ -179,7 +179,7 @@ class Trainer:
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         mesh = make_mesh(self.world, config.parallel.shard)
         parallelize(model, mesh, parallel, DTYPES[config.train.precision], self.world.device)
-        model.to_empty(device=self.world.device)
+        materialise(model, self.world.device, parallel)
         load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
             initialise(model, config.seed)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs.commands import Commands, column, largest_difference, metrics
+from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
+from tests.runs.processes import run_together
 from tests.runs.world import FULL_TUNING, MIXED, TOWER_LORA, World
 
 SAME = ("step", "epoch", "num_targets", "tokens", "samples", "lr", "sample_digest")
@@ -121,6 +122,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "recomputed mlp": ({"parallel": {"activation_checkpointing": "mlp"}},),
     "recomputed selectively": ({"parallel": {"activation_checkpointing": "selective"}},),
     "recomputed in full": ({"parallel": {"activation_checkpointing": "full"}},),
+    "offloaded": ({"parallel": {"offload": "frozen"}},),
+    "offloaded, recomputed": ({"parallel": {"offload": "frozen", "activation_checkpointing": "full"}},),
+    "kept gathered": ({"parallel": {"reshard_after_forward": False}},),
     "replicas recomputed": ({"parallel": {"shard": 1, "activation_checkpointing": "full"}},),
 }
 
@@ -130,6 +134,12 @@ def test_recomputing_changes_nothing(runs: Runs, mode: str) -> None:
     settings = (MIXED, TOWER_LORA, DROPOUT)
     changed = runs(1, *settings, {"parallel": {"activation_checkpointing": mode}})
     assert column(changed, "loss") == column(runs(1, *settings), "loss")
+
+
+def test_offloading_changes_nothing(runs: Runs) -> None:
+    """In a process group of one: the same gathering and copying, with nobody to share with."""
+    settings = (MIXED, TOWER_LORA, DROPOUT)
+    assert_equal(runs(1, *settings), runs(1, *settings, {"parallel": {"offload": "frozen"}}))
 
 
 @pytest.mark.slow
@@ -150,6 +160,18 @@ def test_two_processes_variants(runs: Runs, parts: tuple[dict[str, Any], ...], n
 @pytest.mark.parametrize("parts", [(TOWER_LORA, DROPOUT), (FULL_TUNING, DAMPED)], ids=["lora", "full"])
 def test_four_processes_as_two_replicas_of_two_shards(runs: Runs, parts: tuple[dict[str, Any], ...]) -> None:
     assert_equal(runs(1, MIXED, *parts), runs(4, MIXED, *parts, {"parallel": {"shard": 2}}))
+
+
+@pytest.mark.slow
+def test_going_on_with_other_numbers_of_processes(runs: Runs, commands: Commands, world: World, tmp_path: Path) -> None:
+    """One, two, four, three and one again, four steps each."""
+    packs: dict[str, Any] = {"train": {"packs_per_step": 12, "schedule": "constant"}}
+    settings = (MIXED, TOWER_LORA, DROPOUT, packs)
+    config = world.config(tmp_path / "run.toml", TWENTY, *settings)
+    for number, processes in enumerate((1, 2, 4, 3, 1)):
+        for result in run_together(commands, processes, CAPTION, config, f"train.max_steps={4 * (number + 1)}"):
+            result.ok()
+    assert_equal(runs(1, *settings), tmp_path / "run")
 
 
 @pytest.mark.slow

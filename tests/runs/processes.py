@@ -7,7 +7,7 @@ import time
 
 from tests.runs.commands import Commands, Result
 
-PATIENCE_S = 40.0
+PATIENCE_S = 100.0
 """Until processes that wait for each other for ever are ended."""
 
 

@@ -59,7 +59,7 @@ def test_the_72b_on_8_gpus(memory: str) -> None:
     assert rows["frozen weights"] == [pytest.approx(18.24, abs=0.05)]
     parts = ("frozen weights", "trained weights", "optimizer", "gathered weights", "activations, gradients")
     assert sum(rows[name][0] for name in parts) == pytest.approx(rows["total"][0], abs=0.05)
-    for what in ("step", "tokens", "samples", "run", "traffic", "loading", "disk"):
+    for what in ("step", "tokens", "samples", "run", "traffic", "loading", "loading, host", "disk"):
         assert re.search(rf"│ {what}\s+│ [\d.,]+ ", done.stdout), what
 
 
@@ -90,11 +90,32 @@ def test_what_does_not_fit_is_mended_and_checked() -> None:
     assert len(totals) == 2 and totals[0] > 15 * 0.95 >= totals[1]
 
 
+def test_layers_that_stay_gathered_are_counted() -> None:
+    """28 layers of 466 MB instead of two: given up again, the run fits."""
+    done = plan(*SMALL, *WIDE, "parallel.reshard_after_forward=false", "--gpu-memory-gib", "20")
+    assert done.returncode == 0 and "fits with parallel.reshard_after_forward=true (checked)" in done.stdout
+    rows = figures(done.stdout)
+    assert rows["gathered weights"][0] - rows["gathered weights"][1] == pytest.approx(26 * 0.466e9 / 2**30, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_host_takes_what_no_gpu_holds() -> None:
+    """With every mode tried, the frozen matrices of the layers go to the host: 13.05 GB over two GPUs."""
+    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "12")
+    change = "parallel.activation_checkpointing=full parallel.offload=frozen (checked)"
+    assert done.returncode == 0 and change in " ".join(done.stdout.split())
+    rows = figures(done.stdout)
+    assert len(rows["total"]) == 5 and rows["total"][3] > 12 * 0.95 >= rows["total"][4]
+    matrices = 2 * 28 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 18944 * 3584) / 2  # bytes on each
+    assert rows["frozen weights"][3] - rows["frozen weights"][4] == pytest.approx(matrices / 2**30, abs=0.02)
+    assert matrices / 2**30 <= rows["host memory for it"][4] <= 2 * matrices / 2**30
+
+
 @pytest.mark.slow
 def test_where_nothing_fits() -> None:
-    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "12")
+    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "4")
     assert done.returncode == 1 and "does not fit" in done.stdout
-    assert len(figures(done.stdout)["total"]) == 4
+    assert len(figures(done.stdout)["total"]) == 5
 
 
 @pytest.mark.parametrize(

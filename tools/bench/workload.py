@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
@@ -77,6 +78,8 @@ SHAPES = {
     "7b": _SEVEN_B,
     "32b": Shape(5120, 64, 40, 8, 27648, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
     "72b": Shape(8192, 80, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
+    # The 72B's layers, key heads, head of its own and proportions, at a 43rd of its width.
+    "72b-thin": Shape(192, 80, 6, 1, 692, 3564, False, 32, 32, 2, 86, (7, 15, 23, 31)),
     "7b-slice": replace(_SEVEN_B, layers=4),
     "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
 }
@@ -119,8 +122,10 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A checkpoint with random weights in the released layout."""
+def write_checkpoint(
+    folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, file_bytes: int = 0
+) -> Path:
+    """A checkpoint with random weights in the released layout; with `file_bytes` in several files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in DEMO_BASE.glob("*.json"):
         if file.name not in ("config.json", "vft.json"):
@@ -129,7 +134,15 @@ def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.floa
     model = build_model(shape, dtype)
     model.to_empty(device="cpu")
     fill(model, seed)
-    save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    if not file_bytes:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=file_bytes)
+    for name, members in split.filename_to_tensors.items():
+        save_file({member: tensors[member] for member in members}, folder / name, {"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,108 @@
+"""Loads a checkpoint in as many processes as the environment says, and runs it once; the tests start it.
+
+Arguments: a base model, `adapters` or `towers` for what is trained, a file for what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # its scripts import each other by name
+
+from rows import Video, row_of, text_document, video_document
+
+from tests.distributed.scoring import TARGETS
+from vft.config import LoraConfig, ParallelConfig
+from vft.distributed import all_of, environment, local_part, make_mesh, process_group, whole
+from vft.lora import choose_trainable, initialise, is_adapter
+from vft.models import Skeleton, build
+from vft.models.weights import Checkpoint, load_weights
+from vft.parallel import materialise, parallelize
+from vft.types import IGNORE_INDEX, Batch
+
+
+class OwnMemory(threading.Thread):
+    """The most memory of its own that this process has had, looked at a thousand times a second.
+
+    Own are anonymous and shared pages. Those of files that safetensors has mapped aren't: all processes see one copy,
+    in the system's cache, which takes it back when others need it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.peak = self.now()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        """Until `done`."""
+        while not self.done.wait(0.001):
+            self.peak = max(self.peak, self.now())
+
+    def end(self) -> int:
+        """Bytes beyond those at the start."""
+        self.done.set()
+        self.join()
+        return max(self.peak, self.now()) - self.before
+
+    @staticmethod
+    def now() -> int:
+        """Bytes."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+def main(base: str, trained: str, output: str) -> None:
+    """Write bytes of each process, wrong tensors and the loss of a row."""
+    world = environment()
+    checkpoint = Checkpoint.open(base)
+    skeleton = build(checkpoint, torch.float32)
+    model, parallel = skeleton.model, ParallelConfig()
+    with process_group(world):
+        choose_trainable(model, skeleton.towers, LoraConfig(rank=2, targets=TARGETS[trained]), ())
+        adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
+        parallelize(model, make_mesh(world, 0), parallel, torch.float32, world.device)
+        memory = OwnMemory()  # all that loading needs is there, but for memory of the weights
+        memory.start()
+        materialise(model, world.device, parallel)
+        load_weights(model, checkpoint, adapters)
+        initialise(model, seed=0)
+        own = all_of(memory.end())
+        held = all_of(sum(local_part(p).nbytes for p in model.parameters()))
+        parameters = {name: whole(p.detach()) for name, p in model.named_parameters() if name not in adapters}
+        with torch.no_grad():
+            loss = float(model(row(skeleton)))
+        if world.is_main:
+            stored = {n: t for file in Path(base).glob("*.safetensors") for n, t in load_file(file).items()}
+            names = set(stored) ^ set(parameters)
+            wrong = [name for name, tensor in parameters.items() if name in stored and not tensor.equal(stored[name])]
+            found = {
+                "own": own,
+                "held": held,
+                "model": sum(p.numel() * p.element_size() for p in model.parameters()),
+                "tower": sum(p.numel() * p.element_size() for p in model.visual.parameters()),
+                "wrong": [*wrong, *names],
+                "buffers": [name for name, _ in model.named_buffers()],
+                "loss": loss,
+            }
+            Path(output).write_text(json.dumps(found))
+
+
+def row(skeleton: Skeleton) -> Batch:
+    """Two questions about a video, and a text; words that every vocabulary has."""
+    documents = [video_document(skeleton.spec, Video(4, 56, 84), 2, 12, 6), text_document(30, 10)]
+    common = []
+    for one in documents:
+        ids = torch.where(one.media_mask_T, one.ids_T, one.ids_T % 200)
+        common.append(replace(one, ids_T=ids, labels_T=torch.where(one.labels_T == IGNORE_INDEX, IGNORE_INDEX, ids)))
+    return row_of(skeleton.spec, common)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
