@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from vft.distributed import local_part, local_rows, whole
 from vft.files import whole_folder
 from vft.types import UserError
+from vft.watch import work_of_one
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@work_of_one("writing a checkpoint")
 def save(
     root: Path,
     step: int,

@@ -156,6 +156,12 @@ class ParallelConfig(Section):
     """GiB of one device's memory that `activation_checkpointing = "auto"` may plan with."""
     compile: bool = False
     """`torch.compile` each decoder layer: slower to start, faster steps."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that a process may take to come, a pack of a step, or a collective; then the run ends and names who is
+    behind. Preparing data and writing checkpoints may take longer."""
+    silence_s: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a process, or its host, counts as lost and the run ends; also what the
+    first collective may take."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

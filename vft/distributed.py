@@ -16,12 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from vft.hosts import group_store, link_check, watched
 from vft.types import UserError
+from vft.watch import current, meet
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)
-"""Of a collective: others wait in one while the first process writes or verifies a large checkpoint."""
+SILENCE_S, TIMEOUT_S = 60.0, 600.0
+"""Where no `[parallel]` table says otherwise; `vft/config.py` has what they mean."""
+LATER_S = 30.0
+"""By which a collective's own time-out comes after `TIMEOUT_S`: it ends a process, but can't say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +51,49 @@ def environment() -> World:
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs."""
+def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+    """All processes know of each other from here on (`hosts.watched`); the process group comes when data are ready."""
+    world, device = environment(), "CPU"
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
+            error = UserError(
                 f"process {world.local_rank} of this host has no GPU, there are {torch.cuda.device_count()}; "
                 "lower --nproc-per-node"
             )
+            error.on_one_rank = True
+            raise error
         torch.cuda.set_device(world.device)
-    if world.size == 1:
+        device = torch.cuda.get_device_name(world.device)
+    with watched(world.rank, world.size, world.local_rank, device, silence_s, timeout_s):
+        yield world
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs.
+
+    It begins when all processes have come, and is tried out at once. After an error it is left as it is: taking it down
+    could wait for a process that is gone.
+    """
+    with together():
+        watch = current()
+        if watch is None:
+            yield
+            return
+        watch.meet()
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=watch.timeout_s + LATER_S)
+        with link_check(watch):
+            dist.init_process_group(
+                backend, store=group_store(watch), rank=world.rank, world_size=world.size, timeout=limit
+            )
+            for device in dict.fromkeys(("cpu", world.device.type)):  # in the same order everywhere
+                dist.all_reduce(one := torch.ones((), device=device))
+                if int(one) != world.size:
+                    raise RuntimeError(f"it gave {int(one)} for {world.size} processes")
         yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield
-        dist.barrier()
-    finally:
+        watch.meet()
+        dist.barrier()  # nobody leaves, and takes the store away, before all have met
         dist.destroy_process_group()
 
 
@@ -103,6 +132,7 @@ def all_of(value: T) -> list[T]:
     """Every process's value, by rank."""
     if not dist.is_initialized():
         return [value]
+    meet()  # one of them may still be writing or reading what it is asked about
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
