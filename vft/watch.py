@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -144,6 +145,9 @@ class Watch:
 
     def _lost_store(self, why: str) -> None:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0" and self.me.local_rank == 0:
+            # torchrun waits for the same store, many minutes longer; with restarts left it may find it again.
+            os.kill(os.getppid(), signal.SIGTERM)
         first = "" if self.rank == 0 else f"{names([self.members[0]])} can't be reached from here: "
         self._exit(
             f"error: {first}the rendezvous at {address} is gone for {names([self.me])} ({why}); look at that host, at "

@@ -96,6 +96,7 @@ def test_much_that_is_broken_at_once(world: World, tmp_path: Path) -> None:
     assert "HTTPS_PROXY" in found["hub"]["mend"]
 
 
+@pytest.mark.slow
 def test_a_table_for_people(config: Path, tmp_path: Path) -> None:
     done = run(config, "data.root=/nowhere[bold]", VFT_CACHE=str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -131,6 +132,7 @@ def full_disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_little_shared_memory(full_disk: Path, config: Path) -> None:
     for name in ("cache", "shm"):
         (full_disk / name).mkdir()
@@ -159,8 +161,10 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gib: float,
 
 
 def test_shared_memory_that_workers_need() -> None:
+    from vft.data.loader import MAX_PENDING_BYTES
     from vft.data_config import DataConfig
 
+    assert machine.MAX_PENDING_BYTES == MAX_PENDING_BYTES
     few = DataConfig(pack_tokens=1000, prefetch_packs=2)
     assert machine.pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
     assert machine.pending_bytes(few.model_copy(update={"workers": 0})) == 0

@@ -17,13 +17,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from vft.config import Config
-from vft.data.loader import MAX_PENDING_BYTES
 from vft.data_config import DataConfig
 
 GIB = 1 << 30
 HUB_S = 5.0
 TOKEN_BYTES = 4 * 3 * 2 * 14 * 14
 """Pixels of one vision token of Qwen2.5-VL as workers send them: 4 patches, RGB, 2 frames, 14 x 14."""
+MAX_PENDING_BYTES = 2 << 30
+"""That of `vft.data.loader`, which can't be imported where torchcodec is broken."""
 LOW_GIB, EMPTY_GIB = 20.0, 1.0
 DESCRIPTORS = 4096
 
