@@ -28,6 +28,8 @@ ALONE_S = 3600.0
 """Silence of a process that prepares or writes: reading a large file may keep its threads from running."""
 SUSPECT_S = 6.0
 """Silence that is enough once a connection broke."""
+LAUNCHER_S = 5.0
+"""For torchrun to end by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Watch:
         self.doing, self.notes, self.noted_s = "preparing", 0, time.monotonic()
         self.alone, self.paced, self.suspicious = True, False, False
         self.beats = self.meetings = 0
-        self.ended = threading.Event()
+        self.ended, self.ending, self.launcher = threading.Event(), threading.Lock(), os.getppid()
         self.missed = 0
         """Ticks since the store last answered. Counted, not timed: a process that was stopped shall blame nobody."""
         self.seen = {r: ("", time.monotonic()) for r in (range(1, size) if rank == 0 else (0,))}
@@ -145,14 +147,13 @@ class Watch:
 
     def _lost_store(self, why: str) -> None:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0" and self.me.local_rank == 0:
-            # torchrun waits for the same store, many minutes longer; with restarts left it may find it again.
-            os.kill(os.getppid(), signal.SIGTERM)
         first = "" if self.rank == 0 else f"{names([self.members[0]])} can't be reached from here: "
+        say = self.me.local_rank == 0 or self.me.host == self.members[0].host
         self._exit(
             f"error: {first}the rendezvous at {address} is gone for {names([self.me])} ({why}); look at that host, at "
             "its torchrun and at the network between",
-            self.me.local_rank == 0 or self.me.host == self.members[0].host,
+            say,
+            end_launcher=True,
         )
 
     def _look(self) -> None:
@@ -192,9 +193,17 @@ class Watch:
             "and raise it where a step takes that long"
         )
 
-    def _exit(self, line: str, say: bool) -> None:
+    def _exit(self, line: str, say: bool, end_launcher: bool = False) -> None:
+        self.ending.acquire()  # of two threads that find something the first speaks
         if say:
             print(line, file=sys.stderr, flush=True)
+        if end_launcher and self.me.local_rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+            # torchrun waits for the same store in a call that no signal interrupts, minutes longer, and could do
+            # nothing but report this end. With restarts left it may find the store again.
+            for kind in (signal.SIGTERM, signal.SIGKILL):
+                if os.getppid() == self.launcher:
+                    os.kill(self.launcher, kind)
+                    time.sleep(LAUNCHER_S)
         os._exit(1)
 
 

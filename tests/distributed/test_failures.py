@@ -19,22 +19,33 @@ from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, 
 from tests.runs.world import World
 
 HOST = socket.gethostname()
+HANGING = str(Path(__file__).with_name("hanging.py"))
 ENDLESS: dict[str, Any] = {
     "train": {"max_steps": 100_000},
     "parallel": {"silence_s": 3.0, "timeout_s": 20.0},
 }
 
 
-def start(commands: Commands, config: Path, ranks: list[int], size: int, *overrides: str, **more: str) -> list[Command]:
-    """Processes of one run, without a launcher that would end the others."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        return str(free.getsockname()[1])
+
+
+def start(
+    commands: Commands,
+    config: Path,
+    ranks: list[int],
+    size: int,
+    *overrides: str,
+    program: str = CAPTION,
+    port: str = "",
+    **more: str,
+) -> list[Command]:
+    """Processes of one run, without a launcher that would end the others."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port(), "WORLD_SIZE": str(size)}
     return [
-        commands.start(
-            CAPTION, config, *overrides, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(size), **address, **more
-        )
-        for r in ranks
+        commands.start(program, config, *overrides, RANK=str(r), LOCAL_RANK=str(r), **address, **more) for r in ranks
     ]
 
 
@@ -74,25 +85,28 @@ def test_a_lost_process_is_named(
 
 
 def test_a_process_that_hangs_is_named(world: World, commands: Commands, tmp_path: Path) -> None:
-    """It is alive, and its thread says so, but it never comes back from reading a clip: here, a FIFO."""
-    settings = {"parallel": {"silence_s": 60.0, "timeout_s": 4.0}, "data": {"cache": "frames"}}
-    config = world.config(tmp_path / "run.toml", ENDLESS, settings)
-    hung = REPOSITORY / "tests" / "distributed" / "hanging.py"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    started = [
-        commands.start(program, config, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", **address)
-        for r, program in enumerate((CAPTION, str(hung)))
-    ]
+    """It is alive, and its thread says so, but it never comes back from reading."""
+    config = world.config(tmp_path / "run.toml", ENDLESS, {"parallel": {"silence_s": 60.0, "timeout_s": 4.0}})
+    port = free_port()
+    (first,) = start(commands, config, [0], 2, port=port)
+    (second,) = start(commands, config, [1], 2, program=HANGING, port=port, HANGS="step")
     try:
-        status, lines = ends_within(started[0], 60)
+        status, lines = ends_within(first, 60)
     finally:
-        if started[1].is_running:
-            started[1].kill()
+        if second.is_running:
+            second.kill()
     assert status == 1 and len(lines) == 1
     assert lines[0].startswith(f"error: host {HOST} (rank 1) holds up the others: at step 3, waiting for data")
     assert "parallel.timeout_s = 4 s" in lines[0]
+
+
+def test_writing_may_take_longer_than_any_time_out(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings = {"train": {"max_steps": 2}, "parallel": {"silence_s": 2.0, "timeout_s": 3.0}}
+    config = world.config(tmp_path / "run.toml", ENDLESS, settings)
+    for one in start(commands, config, [0, 1], 2, program=HANGING, HANGS="write"):
+        status, lines = ends_within(one, 90)
+        assert (status, lines) == (0, [])
+    assert column(tmp_path / "run", "step") == [1, 2]
 
 
 def test_a_process_that_never_comes(world: World, commands: Commands, tmp_path: Path) -> None:
@@ -116,14 +130,8 @@ def test_a_first_process_that_never_comes(world: World, commands: Commands, tmp_
 def test_a_mistake_on_one_process_ends_all(world: World, commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = world.config(tmp_path / "run.toml", ENDLESS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    mistakes: list[list[str]] = [[], [f"output_dir={tmp_path}/file/run"]]
-    started = [
-        commands.start(CAPTION, config, *overrides, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", **address)
-        for r, overrides in enumerate(mistakes)
-    ]
+    port, wrong = free_port(), f"output_dir={tmp_path}/file/run"
+    started = [*start(commands, config, [0], 2, port=port), *start(commands, config, [1], 2, wrong, port=port)]
     ended = [ends_within(one, 30) for one in started]
     assert [status for status, _ in ended] == [1, 2]
     (line,) = ended[0][1]
@@ -135,11 +143,8 @@ def test_other_code_on_another_host(world: World, commands: Commands, tmp_path: 
     with (tmp_path / "other" / "vft" / "loss.py").open("a") as file:
         file.write("# changed\n")
     config = world.config(tmp_path / "run.toml", ENDLESS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    outputs = []
-    started = []
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    outputs, started = [], []
     for rank, folder in enumerate((REPOSITORY, tmp_path / "other")):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(folder)}
         outputs.append((tmp_path / f"{rank}").open("w+"))
