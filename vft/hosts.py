@@ -185,8 +185,8 @@ def _no_link(watch: Watch, why: str) -> None:
     home = (watch.me.host, watch.me.address)
     others = {(m.host, m.address): m for m in watch.members.values() if (m.host, m.address) != home}
     unreached = [member for member in others.values() if not _answers(member)]
-    interface = _interface(watch.me.address)
-    name = f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the hosts ({interface} on this one)"
+    interface = f"{_interface(watch.me.address)} on host {watch.me.host}"
+    name = f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the hosts ({interface})"
     if unreached:
         at = ", ".join(f"{names([member])} at {member.address}" for member in unreached)
         watch.conclude(f"{at} can't be reached from {names([watch.me])}: look at its firewall, and set {name}")
