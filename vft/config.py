@@ -192,6 +192,12 @@ class ParallelConfig(Section):
     offload: Literal["none", "frozen"] = "none"
     """Where the frozen matrices of the decoder's layers lie while they are not at work: on the GPU, or in the host's
     memory, from which each process copies its share of a layer before it is gathered. What is trained stays."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that a process may take to come, a pack of a step, or a collective; then the run ends and names who is
+    behind. Preparing data and writing checkpoints may take longer."""
+    silence_s: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a process, or its host, counts as lost and the run ends; also what the
+    first collective may take."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from vft.hosts import group_store, link_check, watched
 from vft.types import UserError
+from vft.watch import current, meet
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)
-"""Of a collective: others wait in one while the first process writes or verifies a large checkpoint."""
+SILENCE_S, TIMEOUT_S = 60.0, 600.0
+"""Where no `[parallel]` table says otherwise; `vft/config.py` has what they mean."""
+BACKGROUND = timedelta(hours=1)
+"""Time-out of what threads beside the loop wait for: others that write a large file."""
+LATER_S = 30.0
+"""By which a collective's own time-out comes after `TIMEOUT_S`: it ends a process, but can't say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +53,59 @@ def environment() -> World:
 
 
 @contextmanager
-def process_group(world: World, alone: bool = False) -> Iterator[None]:
-    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs.
-
-    One process needs none, unless it is to have a mesh all the same: `alone`.
-    """
+def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+    """All processes know of each other from here on (`hosts.watched`); the process group comes when data are ready."""
+    world, device = environment(), "CPU"
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
+            error = UserError(
                 f"process {world.local_rank} of this host has no GPU, there are {torch.cuda.device_count()}; "
                 "lower --nproc-per-node"
             )
+            error.on_one_rank = True
+            raise error
         torch.cuda.set_device(world.device)
-    if world.size == 1 and not alone:
-        yield
-        return
+        device = torch.cuda.get_device_name(world.device)
+    with watched(world.rank, world.size, world.local_rank, device, silence_s, timeout_s):
+        yield world
+
+
+@contextmanager
+def process_group(world: World, alone: bool = False) -> Iterator[None]:
+    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs.
+
+    It begins when all processes have come, and is tried out at once. After an error it is left as it is: taking it down
+    could wait for a process that is gone. One process needs none, unless it is to have a mesh all the same: `alone`.
+    """
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    with together():
+        watch = current()
+        if watch is None:
+            with _group_of_one(backend) if alone else nullcontext():
+                yield
+            return
+        watch.meet()
+        limit = timedelta(seconds=watch.timeout_s + LATER_S)
+        with link_check(watch):
+            dist.init_process_group(
+                backend, store=group_store(watch), rank=world.rank, world_size=world.size, timeout=limit
+            )
+            for device in dict.fromkeys(("cpu", world.device.type)):  # in the same order everywhere
+                dist.all_reduce(one := torch.ones((), device=device))
+                if int(one) != world.size:
+                    raise RuntimeError(f"it gave {int(one)} for {world.size} processes")
+        yield
+        watch.meet()
+        dist.barrier()  # nobody leaves, and takes the store away, before all have met
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _group_of_one(backend: str) -> Iterator[None]:
     # Without others there is nobody to find through torchrun's store, which may not be there.
-    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
-    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
-        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -120,6 +157,7 @@ def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's value, by rank."""
     if not dist.is_initialized():
         return [value]
+    meet()  # one of them may still be writing or reading what it is asked about
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group)
     return values
@@ -128,7 +166,7 @@ def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def background_group() -> dist.ProcessGroup | None:
     """All processes once more, for threads beside the loop: its collectives may cross those of the loop. Every process
     calls it."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=BACKGROUND) if dist.is_initialized() else None
 
 
 def same_on_all_ranks(what: str, digest: str) -> None:

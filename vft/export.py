@@ -9,8 +9,10 @@ from vft.config import Config
 from vft.models import Skeleton
 from vft.models.weights import Checkpoint, export_model
 from vft.task import Task
+from vft.watch import work_of_one
 
 
+@work_of_one("writing an export")
 def export(
     skeleton: Skeleton, checkpoint: Checkpoint, config: Config, task: Task, step: int, target: Path, write: bool
 ) -> None:

@@ -27,6 +27,7 @@ from vft.config import CheckpointConfig
 from vft.distributed import World, all_of, background_group
 from vft.files import cannot_write, partial_of, whole_folder
 from vft.types import UserError
+from vft.watch import work_of_one
 
 T = TypeVar("T")
 
@@ -68,12 +69,13 @@ class Saver:
         self.error: BaseException | None = None
         """How the save in flight failed."""
 
+    @work_of_one("writing a checkpoint")
     def save(self, step: int, state: dict[str, Any]) -> None:
         """A checkpoint of now; with `asynchronous` it is on the disk by the next `save` or `wait`.
 
         UserError where it can't be written, or the one before couldn't.
         """
-        self.wait()
+        self._join()
         self.require_room()
         text = json.dumps({**state, "step": step}, indent=1) + "\n"  # now: training changes what `state` refers to
         parts = parts_to_write(self.model, self.optimizer)
@@ -89,8 +91,12 @@ class Saver:
         """Whether the save in flight is known to have failed: `wait` then raises, in this process and all others."""
         return self.error is not None
 
+    @work_of_one("writing a checkpoint")
     def wait(self) -> None:
         """Until nothing is in flight any more. UserError where it couldn't be written."""
+        self._join()
+
+    def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
             self.thread, error, self.error = None, self.error, None
@@ -102,7 +108,7 @@ class Saver:
         if self.thread is not None and self.thread.is_alive():
             self.say(f"waiting for the checkpoint of step {self.step} to be written; Ctrl-C to go without it")
         try:
-            self.wait()
+            self._join()
         except Exception as error:  # the run ends by the other one
             self.say(f"the checkpoint of step {self.step} was not written: {error}")
 

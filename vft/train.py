@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -24,10 +23,10 @@ from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import check_bad, check_bad_of_stream, write_quarantine
-from vft.distributed import World, all_of, environment, make_mesh, process_group, same_on_all_ranks, sum_over_ranks
+from vft.distributed import World, all_of, make_mesh, process_group, same_on_all_ranks, sum_over_ranks, together
 from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
-from vft.files import remove_partials, replace_text
+from vft.files import digest, remove_partials, replace_text
 from vft.flops import FlopCounter
 from vft.guards import check_first_step, check_identity, check_output_dir
 from vft.lora import choose_trainable, initialise, is_adapter
@@ -51,6 +50,7 @@ from vft.report import write_card, write_report
 from vft.saving import Saver
 from vft.task import Task, asking, main_conversation
 from vft.types import UserError
+from vft.watch import note
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,17 +64,18 @@ def main(task: Task) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     arguments = parser.parse_args()
     with user_errors():
-        run(task, configs.load(arguments.config, arguments.overrides))
+        config = configs.load(arguments.config, arguments.overrides)
+        with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
+            run(task, config, world)
 
 
-def run(task: Task, config: Config) -> None:
+def run(task: Task, config: Config, world: World) -> None:
     """Train, or go on where a run in the same folder stopped."""
     config.require_training()
     if config.task not in (None, task.name):
         raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
     config = config.model_copy(update={"task": task.name})
     task = asking(task, config.data.prompt)
-    world = environment()
     if config.train.packs_per_step % world.size:
         raise UserError(
             f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
@@ -190,7 +191,7 @@ class Trainer:
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)
-        same_on_all_ranks("the configuration", _digest(configs.dump(config)))
+        same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity()["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
         self.start_folder()
@@ -297,14 +298,16 @@ class Trainer:
         packs = self.loader.step()
         while packs_left:
             since = time.perf_counter()
+            note(f"at step {self.step}, waiting for data")
             pack = next(packs)
+            note(f"at step {self.step}, computing")
             watch.waiting(since)
             packs_left -= 1
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
             batch = pack.batch.to(device)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=self.config.lora is not None)
             # Dropout depends on the pack, not on the process that happens to run it.
-            torch.manual_seed(int(_digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
+            torch.manual_seed(int(digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
             loss = self.model(batch)
             loss.backward()
             loss_sum += loss.detach()
@@ -357,6 +360,7 @@ class Trainer:
         """Scores on held-out samples."""
         assert self.held_out is not None
         settings = self.config.eval
+        note(f"evaluating after step {self.step}", paced=False)
         answerer = Answerer(
             self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )
@@ -375,7 +379,7 @@ class Trainer:
         """Digests of what a resumed run must find unchanged."""
         data = self.documents.digest
         if self.streams is not None:
-            data = _digest(f"{data}{[one.digest for one in self.streams.archives]}")
+            data = digest(f"{data}{[one.digest for one in self.streams.archives]}")
         return {"data": data, "base": self.checkpoint.fingerprint}
 
     def save(self) -> None:
@@ -391,7 +395,3 @@ class Trainer:
         if self.world.is_main:
             write_card(self.folder, target, self.step, self.task.prompt)
         self.monitor.say(f"wrote {target}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

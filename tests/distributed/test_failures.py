@@ -1,0 +1,198 @@
+"""A process that dies, stops, never comes or runs other code is named, and nobody waits for it for ever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for_step
+from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
+from tests.runs.world import World
+
+HOST = socket.gethostname()
+HANGING = str(Path(__file__).with_name("hanging.py"))
+ENDLESS: dict[str, Any] = {
+    "train": {"max_steps": 100_000},
+    "parallel": {"silence_s": 3.0, "timeout_s": 20.0},
+}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start(
+    commands: Commands,
+    config: Path,
+    ranks: list[int],
+    size: int,
+    *overrides: str,
+    program: str = CAPTION,
+    port: str = "",
+    **more: str,
+) -> list[Command]:
+    """Processes of one run, without a launcher that would end the others."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port(), "WORLD_SIZE": str(size)}
+    return [
+        commands.start(program, config, *overrides, RANK=str(r), LOCAL_RANK=str(r), **address, **more) for r in ranks
+    ]
+
+
+def ends_within(command: Command, seconds: float) -> tuple[int, list[str]]:
+    """Its status and our lines; the test fails where it goes on for longer."""
+    since = time.monotonic()
+    while command.is_running and time.monotonic() < since + seconds:
+        time.sleep(0.05)
+    if command.is_running:
+        command.kill()
+        pytest.fail(f"still running after {seconds:g} s")
+    result = command.wait()
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.status, ours(result.stderr)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_is_named(
+    world: World, commands: Commands, tmp_path: Path, how: signal.Signals, victim: int
+) -> None:
+    config = world.config(tmp_path / "run.toml", ENDLESS)
+    started = start(commands, config, [0, 1], 2)
+    wait_for_step(tmp_path / "run", 3, lambda: all(one.is_running for one in started))
+    os.kill(started[victim].pid, how)
+    try:
+        status, lines = ends_within(started[1 - victim], 30)
+    finally:
+        if started[victim].is_running:
+            started[victim].kill()
+    assert status == 1
+    (line,) = lines
+    # The first process keeps the store here: without it nobody can read what it did last.
+    said = "no sign of life for" if victim else "can't be reached from here"
+    assert line.startswith(f"error: host {HOST} (rank {victim})") and said in line
+    assert victim == 0 or "was at step" in line
+
+
+def test_a_process_that_hangs_is_named(world: World, commands: Commands, tmp_path: Path) -> None:
+    """It is alive, and its thread says so, but it never comes back from reading."""
+    config = world.config(tmp_path / "run.toml", ENDLESS, {"parallel": {"silence_s": 60.0, "timeout_s": 4.0}})
+    port = free_port()
+    (first,) = start(commands, config, [0], 2, port=port)
+    (second,) = start(commands, config, [1], 2, program=HANGING, port=port, HANGS="step")
+    try:
+        status, lines = ends_within(first, 60)
+    finally:
+        if second.is_running:
+            second.kill()
+    assert status == 1 and len(lines) == 1
+    assert lines[0].startswith(f"error: host {HOST} (rank 1) holds up the others: at step 3, waiting for data")
+    assert "parallel.timeout_s = 4 s" in lines[0]
+
+
+def test_writing_may_take_longer_than_any_time_out(world: World, commands: Commands, tmp_path: Path) -> None:
+    settings = {"train": {"max_steps": 2}, "parallel": {"silence_s": 2.0, "timeout_s": 3.0}}
+    config = world.config(tmp_path / "run.toml", ENDLESS, settings)
+    for one in start(commands, config, [0, 1], 2, program=HANGING, HANGS="write"):
+        status, lines = ends_within(one, 90)
+        assert (status, lines) == (0, [])
+    assert column(tmp_path / "run", "step") == [1, 2]
+
+
+def test_a_process_that_never_comes(world: World, commands: Commands, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", ENDLESS)
+    (first,) = start(commands, config, [0], 2, "parallel.timeout_s=2", LOCAL_WORLD_SIZE="1")
+    status, lines = ends_within(first, 30)
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith(
+        "error: 1 of 2 processes didn't come within 2 s: rank 1 (host number 1)"
+    )
+
+
+def test_a_first_process_that_never_comes(world: World, commands: Commands, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run.toml", ENDLESS)
+    (second,) = start(commands, config, [1], 2, "parallel.timeout_s=2")
+    status, lines = ends_within(second, 30)
+    assert status == 2
+    assert len(lines) == 1 and "rank 1 can't reach the rendezvous at 127.0.0.1:" in lines[0]
+
+
+def test_a_mistake_on_one_process_ends_all(world: World, commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = world.config(tmp_path / "run.toml", ENDLESS)
+    port, wrong = free_port(), f"output_dir={tmp_path}/file/run"
+    started = [*start(commands, config, [0], 2, port=port), *start(commands, config, [1], 2, wrong, port=port)]
+    ended = [ends_within(one, 30) for one in started]
+    assert [status for status, _ in ended] == [1, 2]
+    (line,) = ended[0][1]
+    assert line.startswith(f"stopped: host {HOST} (rank 1): output_dir = ")
+
+
+def test_other_code_on_another_host(world: World, commands: Commands, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "vft", tmp_path / "other" / "vft", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "vft" / "loss.py").open("a") as file:
+        file.write("# changed\n")
+    config = world.config(tmp_path / "run.toml", ENDLESS)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    outputs, started = [], []
+    for rank, folder in enumerate((REPOSITORY, tmp_path / "other")):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(folder)}
+        outputs.append((tmp_path / f"{rank}").open("w+"))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", CAPTION, str(config)],
+                cwd=folder,
+                env=commands.environment | address | place,
+                stderr=outputs[-1],
+            )
+        )
+    assert [one.wait(timeout=120) for one in started] == [2, 1]
+    (line,) = ours(Path(outputs[0].name).read_text())
+    assert line.startswith("error: vft's own files (a digest): ")
+    assert f"on host {HOST} (rank 0), " in line and f"on host {HOST} (rank 1)" in line
+
+
+STOCHASTIC: dict[str, Any] = {
+    "lora": {"dropout": 0.1},
+    "train": {"max_steps": 30, "packs_per_step": 4},
+    "data": {"max_samples_per_pack": 1},
+    "checkpoint": {"every_steps": 5},
+    "parallel": {"silence_s": 5.0, "timeout_s": 60.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_run_again(
+    world: World, commands: Commands, tmp_path: Path, how: signal.Signals, victim: int
+) -> None:
+    undisturbed = world.config(tmp_path / "undisturbed.toml", STOCHASTIC)
+    commands.torchrun(2, undisturbed).ok()
+    config = world.config(tmp_path / "run.toml", STOCHASTIC)
+    folder = config.with_suffix("")
+    words = commands.torchrun_words(2, config)
+    words[3:3] = ["--max-restarts", "1"]
+    with Launcher(words, commands.environment, tmp_path / "log") as launcher:
+        wait_for_step(folder, 12, launcher.is_running)
+        os.kill(rank_processes(launcher.pid)[victim], how)
+        before = len(metrics(folder))
+        assert launcher.wait(seconds=150) == 0, launcher.output()
+    text = launcher.output()
+    if how is signal.SIGSTOP:
+        assert any(f"host {HOST} (rank {victim}): no sign of life" in line for line in ours(text)), text
+    else:  # torchrun notices first, ends the others and says whom it was
+        assert f"local_rank: {victim}" in text and "exitcode: -9" in text
+    (resumed,) = (line for line in text.splitlines() if "going on from" in line)
+    assert int(resumed.rpartition("-")[2]) >= before - before % 5 - 5
+    assert column(folder, "loss") == column(undisturbed.with_suffix(""), "loss")
