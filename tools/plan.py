@@ -33,7 +33,6 @@ from vft.flops import PEAK_FLOPS, FlopCounter
 from vft.lora import choose_trainable
 from vft.memory import GIB, MODES, run_step
 from vft.models import build
-from vft.models.qwen2_5_vl import TOWERS
 from vft.models.weights import Checkpoint
 from vft.parallel import checkpoint_activations
 from vft.types import Batch, UserError
@@ -143,7 +142,7 @@ def model_of(config: Config) -> Any:
         model = build(Checkpoint.open(path), dtype).model
     else:
         model = build_model(SHAPES[released], dtype)
-    choose_trainable(model, TOWERS, config.lora, config.model.train)
+    choose_trainable(model, model.towers, config.lora, config.model.train)
     return model
 
 
@@ -170,9 +169,10 @@ def plan_memory(setting: Setting, mode: str, row: Batch) -> Memory:
     shards = config.parallel.shard or setting.gpus
     mesh = make_mesh(World(0, setting.gpus, 0, torch.device("cpu")), shards)
     sizes = {"weights": 0, "adapters": 0, "optimizer": 0}
-    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
-    for name, parameter in model.named_parameters():
-        parts = 1 if name.startswith("visual.") and frozen_tower else shards
+    media = model.media_parameters()
+    frozen = set() if any(p.requires_grad for p in media) else {id(p) for p in media}
+    for parameter in model.parameters():
+        parts = 1 if id(parameter) in frozen else shards
         sizes["adapters" if parameter.requires_grad else "weights"] += _share(parameter, parts)
         sizes["optimizer"] += 2 * _share(parameter, parts) if parameter.requires_grad else 0
     live = run_step(model, row, setting.device, mesh)
@@ -213,7 +213,7 @@ def times_table(setting: Setting, mode: str, row: Batch, arguments: argparse.Nam
     rows = packs * setting.gpus
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+    layers = sum(p.numel() * p.element_size() for p in model.decoder.layers.parameters())
     shards = config.parallel.shard or setting.gpus
     wire = 2 * layers * (shards - 1) / shards * packs
     table = Table(title=f"{arguments.gpu} at {arguments.efficiency:.0%} of its peak (assumed)")

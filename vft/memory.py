@@ -94,8 +94,9 @@ def resident_bytes(model: Any, shards: int) -> int:
     A vision tower in which nothing is trained is whole on every device. With several devices the layer at work and
     the next are gathered.
     """
-    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
-    whole = {id(p) for p in model.visual.parameters()} if frozen_tower else set()
+    media = model.media_parameters()
+    frozen_tower = not any(p.requires_grad for p in media)
+    whole = {id(p) for p in media} if frozen_tower else set()
     total = 0
     for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
@@ -103,9 +104,9 @@ def resident_bytes(model: Any, shards: int) -> int:
             size += 2 * 4 * parameter.numel()
         total += size if id(parameter) in whole else -(-size // shards)
     if shards > 1:
-        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in model.model.layers]
+        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in model.decoder.layers]
         ends = sum(p.numel() * p.element_size() for p in model.parameters()) - sum(layers)
-        ends -= sum(p.numel() * p.element_size() for p in model.visual.parameters()) if frozen_tower else 0
+        ends -= sum(p.numel() * p.element_size() for p in media) if frozen_tower else 0
         total += 2 * max(layers) + ends
     return total
 
@@ -204,8 +205,8 @@ class LiveBytes(TorchDispatchMode):
 
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
     """Every plan of the row, and its rows."""
-    patches = row.pixels_PD.shape[0]
-    towers = [] if row.layout is None else [(plan, patches) for plan in row.layout.plans.values()]
+    plans = [] if row.layout is None else list(row.layout.plans.values())
+    towers = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
     return [(row.plan, row.input_ids_T.numel()), *towers]
 
 

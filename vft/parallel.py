@@ -38,7 +38,7 @@ def parallelize(
     if config.compile:
         # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
         # loop over what a row is made of, which would be compiled for every row.
-        for layer in model.model.layers:
+        for layer in model.decoder.layers:
             (layer if has_kernel(device, dtype) else layer.mlp).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype)
@@ -47,9 +47,9 @@ def parallelize(
 def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> None:
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
     whole layers (`full`). `tower` is for a vision tower that is trained; one that is frozen keeps nothing anyway."""
-    _checkpoint_layers(model.model.layers, decoder)
-    if any(p.requires_grad for p in model.visual.parameters()):
-        _checkpoint_layers(model.visual.blocks, decoder if tower == "same" else tower)
+    _checkpoint_layers(model.decoder.layers, decoder)
+    if any(p.requires_grad for p in model.media_parameters()):
+        _checkpoint_layers(model.vision.blocks, decoder if tower == "same" else tower)
 
 
 def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
@@ -108,13 +108,14 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for layer in model.model.layers:
+    for layer in model.decoder.layers:
         fully_shard(layer, **options)
     ignored: set[nn.Parameter] = set()
-    if any(p.requires_grad for p in model.visual.parameters()):
-        fully_shard(model.visual, **options)
+    if any(p.requires_grad for p in model.media_parameters()):
+        for module in model.vision.modules:
+            fully_shard(module, **options)
     else:
-        ignored = set(model.visual.parameters())
+        ignored = set(model.media_parameters())
     fully_shard(model, **options, ignored_params=ignored)
 
 

@@ -267,15 +267,12 @@ class AttentionPlan:
 
 @dataclass(eq=False)
 class VisionLayout:
-    """How the patches of a batch lie in the vision tower."""
+    """How the patches of a batch lie in the vision tower. A family's own has more, for its tower alone."""
 
-    order_P: Tensor
-    """Permutation from media order to the order in which the tower attends."""
-    positions_P2: Tensor
-    """Row and column of each patch, in the tower's order."""
     plans: dict[str, AttentionPlan]
-    restore_M: Tensor
-    """Permutation of merged tokens from the tower's order back to media order."""
+    """Who attends whom, by a name of each kind of attention."""
+    merger_rows: int
+    """Rows that pass through what lies between tower and language model."""
 
 
 @dataclass(eq=False, slots=True)
@@ -365,13 +362,25 @@ def move(value: Any, device: torch.device) -> Any:
 class VisionSpec(Protocol):
     """All that `data` needs to know of a model family. Each family's file in `models/` holds one."""
 
-    mean: tuple[float, float, float]
-    """Of pixel values in 0..1, by channel."""
-    std: tuple[float, float, float]
-    patch_features: int
-    """D: values of one patch."""
-    turn_end: str
-    """Text that closes a message; supervised with the answer before it."""
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of pixel values in 0..1, by channel."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Beside `mean`."""
+        ...
+
+    @property
+    def patch_features(self) -> int:
+        """D: values of one patch."""
+        ...
+
+    @property
+    def turn_end(self) -> str:
+        """Text that closes a message; supervised with the answer before it."""
+        ...
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
         """Choose frames, size and token count of one medium. UserError where the limits can't be met."""
@@ -393,6 +402,6 @@ class VisionSpec(Protocol):
         """Position ids [3, T] of a document; `media` holds the row of each medium's first token and its plan."""
         ...
 
-    def layout(self, grids: Sequence[tuple[int, int, int]]) -> VisionLayout:
-        """How the patches of these media lie in the tower."""
+    def layout(self, media: Sequence[MediaPlan]) -> VisionLayout:
+        """How the patches of these media, one behind another, lie in the tower."""
         ...

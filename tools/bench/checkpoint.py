@@ -30,7 +30,7 @@ from vft import checkpoint as checkpoints
 from vft.config import LoraConfig, TrainConfig
 from vft.console import user_errors
 from vft.lora import choose_trainable
-from vft.models.qwen2_5_vl import TOWERS, Qwen2_5_VL
+from vft.models.family import VideoLanguageModel
 from vft.optim import build_optimizer
 from vft.types import UserError
 
@@ -83,17 +83,17 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     report("Seconds that a checkpoint takes", rows, options.output, settings=settings, load_before=load, disk=disk)
 
 
-def trainer(options: argparse.Namespace, rank: int | None) -> tuple[Qwen2_5_VL, torch.optim.Optimizer]:
+def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguageModel, torch.optim.Optimizer]:
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
     model = build_model(SHAPES[options.shape], torch.bfloat16)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
-    choose_trainable(model, TOWERS, lora, () if lora else ("language_model",))
+    choose_trainable(model, model.towers, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)
     fill(model)
     return model, build_optimizer(model, TrainConfig(max_steps=1))
 
 
-def timed(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, repeats: int) -> dict[str, Any]:
+def timed(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, repeats: int) -> dict[str, Any]:
     """Save and load `repeats` times, in turns."""
     model, optimizer = trained
     parts: dict[str, list[float]] = defaultdict(list)

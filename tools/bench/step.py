@@ -26,7 +26,6 @@ from vft.console import user_errors
 from vft.flops import FlopCounter, peak_flops
 from vft.lora import choose_trainable, initialise
 from vft.memory import GIB, MODES, resident_bytes, step_bytes
-from vft.models.qwen2_5_vl import TOWERS
 from vft.optim import build_optimizer, scale_and_clip
 from vft.parallel import checkpoint_activations, parallelize
 from vft.types import Batch, UserError
@@ -94,7 +93,7 @@ def check(arguments: argparse.Namespace) -> None:
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     model = build_model(setting.shape, setting.dtype)
-    choose_trainable(model, TOWERS, setting.lora, ())
+    choose_trainable(model, model.towers, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
     row = make_row(model.spec, tokens, video, questions)
@@ -141,7 +140,7 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.memory says the step will hold."""
     model = build_model(setting.shape, setting.dtype)
-    choose_trainable(model, TOWERS, setting.lora, ())
+    choose_trainable(model, model.towers, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, row, setting.device)
 

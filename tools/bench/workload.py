@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
+from vft import models
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
-from vft.models import qwen2_5_vl
-from vft.models.qwen2_5_vl import Qwen2_5_VL
+from vft.models.family import VideoLanguageModel
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
@@ -82,18 +82,17 @@ SHAPES = {
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> Qwen2_5_VL:
+def build_model(shape: Shape, dtype: torch.dtype) -> VideoLanguageModel:
     """A model of this shape on the meta device."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        return qwen2_5_vl.build(config, processor, dtype)
+    return models.build_model(config, processor, dtype)
 
 
-def adapted_model(shape: Shape, device: torch.device) -> Qwen2_5_VL:
+def adapted_model(shape: Shape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(), ())
+    choose_trainable(model, model.towers, LoraConfig(), ())
     model.to_empty(device=device)
     fill(model)
     initialise(model, seed=0)

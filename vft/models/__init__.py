@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vft.models import qwen2_5_vl
+from vft.models.family import VideoLanguageModel
 from vft.models.weights import Checkpoint
 from vft.types import UserError, VisionSpec
 
@@ -17,21 +20,25 @@ FAMILIES = {qwen2_5_vl.MODEL_TYPE: qwen2_5_vl}
 class Skeleton:
     """A model without weights, on the meta device, and what goes with it."""
 
-    model: qwen2_5_vl.Qwen2_5_VL
+    model: VideoLanguageModel
     spec: VisionSpec
-    towers: dict[str, tuple[str, ...]]
+    towers: Mapping[str, tuple[str, ...]]
     """Trainable parts by prefixes of parameter names; the first that fits counts."""
-    peft_prefixes: dict[str, str]
+    peft_prefixes: Mapping[str, str]
     """Prefix of a parameter's name here to its prefix in transformers' model, which PEFT's files use."""
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     """The model of `checkpoint` on the meta device with parameters and computation in `dtype`."""
-    family = FAMILIES.get(checkpoint.config.model_type)
-    if family is None:
+    if checkpoint.config.model_type not in FAMILIES:
         raise UserError(
             f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
+    model = build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype)
+    return Skeleton(model, model.spec, model.towers, model.peft_prefixes)
+
+
+def build_model(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> VideoLanguageModel:
+    """The model of transformers' configuration object and a `preprocessor_config.json`, on the meta device."""
     with torch.device("meta"):
-        model = family.build(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype)
-    return Skeleton(model, model.spec, family.TOWERS, family.PEFT_PREFIXES)
+        return FAMILIES[config.model_type].build(config, preprocessor, dtype)

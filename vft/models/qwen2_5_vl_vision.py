@@ -21,6 +21,18 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+@dataclass(eq=False)
+class QwenLayout(VisionLayout):
+    """How the patches of a batch lie in the tower."""
+
+    order_P: Tensor
+    """Permutation from media order to the order in which the tower attends."""
+    positions_P2: Tensor
+    """Row and column of each patch, in the tower's order."""
+    restore_M: Tensor
+    """Permutation of merged tokens from the tower's order back to media order."""
+
+
 @dataclass(frozen=True, slots=True)
 class QwenVision:
     """The family's `VisionSpec`: everything that the data path needs to know of Qwen2.5-VL."""
@@ -117,7 +129,11 @@ class QwenVision:
         pieces.append(torch.arange(position, position + num_tokens - row).expand(3, -1))
         return torch.cat(pieces, dim=1)
 
-    def layout(self, grids: Sequence[tuple[int, int, int]]) -> VisionLayout:
+    def layout(self, media: Sequence[MediaPlan]) -> QwenLayout:
+        """By the media's grids alone."""
+        return self.layout_of([plan.grid_thw for plan in media])
+
+    def layout_of(self, grids: Sequence[tuple[int, int, int]]) -> QwenLayout:
         """Merged tokens sorted by frame and window; full-attention blocks see a frame pair, the others a window."""
         side = self.window // self.patch // self.merge
         keys, frames, base = [], [], 0
@@ -133,9 +149,10 @@ class QwenVision:
         group = self.merge**2
         windows = torch.bincount(key_G).mul(group).tolist()
         order_P = (order_G[:, None] * group + torch.arange(group)).flatten()
-        return VisionLayout(
+        return QwenLayout(
             order_P=order_P,
             positions_P2=rules.patch_positions(grids, self.merge)[order_P],
+            merger_rows=len(order_G),
             plans={
                 "window": build_plan(_blocks(windows), causal=False),
                 "frame": build_plan(_blocks(frames), causal=False),

@@ -30,7 +30,7 @@ from vft.types import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
-TIED_TO = "model.embed_tokens.weight"
+TIED_TO = "embed_tokens.weight"
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' names of the types that weights come in."""
 HUB_COMPANIONS = (
@@ -149,8 +149,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
 def _check_names(wanted: dict[str, nn.Parameter], checkpoint: Checkpoint, model: nn.Module) -> None:
     missing = sorted(set(wanted) - set(checkpoint.weight_files))
     unexpected = set(checkpoint.weight_files) - set(wanted)
-    if getattr(model, "lm_head", None) is None:
-        unexpected.discard("lm_head.weight")  # a tied head that was saved all the same: the embedding rules
+    if not any(name.endswith("lm_head.weight") for name in wanted):
+        # A tied head that was saved all the same: the embedding rules.
+        unexpected = {name for name in unexpected if not name.endswith("lm_head.weight")}
     if missing or unexpected:
         raise UserError(
             f"{checkpoint.path}: {len(missing)} tensors of the model are missing in the checkpoint "
@@ -199,6 +200,7 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
     into vft.json.
     """
     parameters = dict(model.named_parameters())
+    embedding = next(name for name in parameters if name.endswith(TIED_TO))
     with whole_folder(folder) if write else nullcontext(folder) as partial:
         for file in sorted(set(checkpoint.weight_files.values())):
             names = [name for name, home in checkpoint.weight_files.items() if home == file]
@@ -206,7 +208,7 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
             with _open(file) as reader:
                 for name in names:
                     # A tied head may have been saved all the same: then it is the embedding here too.
-                    parameter = parameters[name if name in parameters else TIED_TO]
+                    parameter = parameters[name if name in parameters else embedding]
                     tensor = whole(parameter.detach())  # gathered by every process, kept by the one that writes
                     if write:
                         dtype = getattr(torch, DTYPE_NAMES[reader.get_slice(name).get_dtype()])
