@@ -240,7 +240,7 @@ class Media:
 
 def document(encoder: ChatEncoder, conversations: Sequence[Conversation], media: Media) -> Document:
     """One document of conversations that share all their media."""
-    encoded = [encoder.encode(one) for one in conversations]
+    encoded = [encoder.encode(one, media=media.plans) for one in conversations]
     return encoder.document(encoded, media.plans, [one.id for one in conversations])
 
 

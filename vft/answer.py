@@ -69,9 +69,8 @@ class Answerer:
         """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames."""
         prompt = question.prompt
         plans, _ = fit([prompt], self.encoder, self.config, self.info, answer_next=True)
-        settled = prompt.settled(plans)
-        encoded = self.encoder.encode(settled, answer_next=True)
-        options = self.encoder.options(settled, prompt.options, plans) if prompt.options else None
+        encoded = self.encoder.encode(prompt, answer_next=True, media=plans)
+        options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
         return self.encoder.document([encoded], plans, [question.id]), options
 
     def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:

@@ -394,12 +394,16 @@ class VisionSpec(Protocol):
         """Token ids with which the chat template marks one medium."""
         ...
 
-    def expand(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
-        """The token ids that replace the placeholder, and which of them are vision embeddings."""
+    def lead(self, plan: MediaPlan) -> str:
+        """Text that stands before the medium in its message."""
         ...
 
-    def positions(self, num_tokens: int, media: Sequence[tuple[int, MediaPlan]]) -> Tensor:
-        """Position ids [3, T] of a document; `media` holds the row of each medium's first token and its plan."""
+    def expand(self, plan: MediaPlan) -> Sequence[str | int]:
+        """What replaces the placeholder: runs of vision embeddings, by length, and text between them."""
+        ...
+
+    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
+        """Position ids [3, T] of a document; `media` holds the first rows of each medium's runs, and its plan."""
         ...
 
     def layout(self, media: Sequence[MediaPlan]) -> VisionLayout:

@@ -38,10 +38,11 @@ def video_document(spec: Any, video: Video, questions: int, words: int, answer: 
     pixels = video.height * video.width
     limits = VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None)
     plan = spec.plan(ref, info, limits)
-    vision_ids, vision_mask = spec.expand(plan)
+    (mark,) = spec.placeholder("video")
+    (count,) = spec.expand(plan)
     head = torch.randint(20, 500, (SYSTEM_TOKENS,), generator=generator).tolist()
-    trunk = [*head, *vision_ids, 1]  # and the token that ends the video
-    positions_3T = spec.positions(len(trunk) + words, [(SYSTEM_TOKENS, plan)])
+    trunk = [*head, *([mark] * count), 1]  # and the token that ends the video
+    positions_3T = spec.positions(len(trunk) + words, [([SYSTEM_TOKENS], plan)])
     shared = len(trunk) if questions > 1 else 0
     ids = [torch.tensor(trunk)]
     labels = [torch.full((len(trunk),), IGNORE_INDEX)]
@@ -49,7 +50,7 @@ def video_document(spec: Any, video: Video, questions: int, words: int, answer: 
         text = torch.randint(20, 500, (words,), generator=generator)
         ids.append(text)
         labels.append(torch.where(torch.arange(words) >= words - answer, text, IGNORE_INDEX))
-    mask = [*([False] * SYSTEM_TOKENS), *vision_mask, False, *([False] * (questions * words))]
+    mask = [*([False] * SYSTEM_TOKENS), *([True] * count), False, *([False] * (questions * words))]
     branches = [positions_3T[:, len(trunk) :]] * questions
     return Document(
         sample_ids=tuple(f"{seed}-{i}" for i in range(questions)),

@@ -44,6 +44,8 @@ class Encoded:
     labels: tuple[int, ...]
     media_rows: tuple[int, ...]
     """Where each medium's placeholder begins."""
+    leads: tuple[str, ...] = ()
+    """What stands before the media, as the family has it of their plans; () where they were not known."""
 
     @property
     def text_tokens(self) -> int:
@@ -64,6 +66,7 @@ class ChatEncoder:
         self.spec = spec
         self._control = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
+        self._ids_of = lru_cache(MAX_KEPT)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
@@ -71,15 +74,20 @@ class ChatEncoder:
         A span is an assistant message's content and the token that closes it, nothing else. With `answer_next` the
         text ends where the model is to answer.
         """
-        return self._render(_text_of(conversation), answer_next)
+        return self._render(_text_of(conversation, ()), answer_next)
 
-    def encode(self, conversation: Conversation, answer_next: bool = False) -> Encoded:
-        """Ids and labels from one tokenizer call over the whole text; `PlannedText` not yet settled is left out.
+    def encode(
+        self, conversation: Conversation, answer_next: bool = False, media: Sequence[MediaPlan] | None = None
+    ) -> Encoded:
+        """Ids and labels from one tokenizer call over the whole text. Text that depends on the plans of the `media`,
+        which are needed to make a document of it, is left out where they are not given.
 
         A token that straddles the start of an answer belongs to the answer.
         """
+        leads = tuple(self.spec.lead(plan) for plan in media or ())
+        settled = conversation if media is None else conversation.settled(media)
         try:
-            return self._encode_kept(_text_of(conversation), answer_next)
+            return replace(self._encode_kept(_text_of(settled, leads), answer_next), leads=leads)
         except UserError as error:
             raise UserError(f"{conversation.origin}: {error}") from None
 
@@ -129,7 +137,7 @@ class ChatEncoder:
         """
         closing = len(self.tokenizer(self.spec.turn_end, add_special_tokens=False)["input_ids"])
         answered = [replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,)))) for option in options]
-        encoded = [_last_answer_alone(self.encode(one), closing) for one in answered]
+        encoded = [_last_answer_alone(self.encode(one, media=media), closing) for one in answered]
         common = min(next(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) for one in encoded)
         while any(one.ids[:common] != encoded[0].ids[:common] for one in encoded):
             common -= 1  # a token that straddles the answer's start differs from option to option
@@ -162,27 +170,41 @@ class ChatEncoder:
         assert len(heads) == 1 and None not in heads, "these conversations share no trunk"
         return int(wholes[0][2].nonzero()[-1]) + 2
 
+    def media_tokens(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
+        """The ids that replace a medium's placeholder, and which of them are vision embeddings."""
+        (mark,) = self.spec.placeholder(plan.ref.kind)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in self.spec.expand(plan):
+            new = self._ids_of(piece) if isinstance(piece, str) else [mark] * piece
+            ids += new
+            mask += [not isinstance(piece, str)] * len(new)
+        return ids, mask
+
     def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> Tensors:
         """The whole conversation with every placeholder replaced."""
+        leads = tuple(self.spec.lead(plan) for plan in media)
+        assert "".join(leads) == "".join(one.leads), f"encoded with {one.leads}, planned with {leads}"
         ids: list[int] = []
         labels: list[int] = []
         mask: list[bool] = []
-        starts = []
+        runs = []
         row = 0
         for start, plan in zip(one.media_rows, media, strict=True):
             ids += one.ids[row:start]
             labels += one.labels[row:start]
             mask += [False] * (start - row)
-            starts.append((len(ids), plan))
-            new_ids, new_mask = self.spec.expand(plan)
+            new_ids, new_mask = self.media_tokens(plan)
+            begins = [new and not before for new, before in zip(new_mask, [False, *new_mask], strict=False)]
+            runs.append(([len(ids) + i for i, first in enumerate(begins) if first], plan))
             ids += new_ids
             labels += [IGNORE_INDEX] * len(new_ids)
             mask += new_mask
-            row = start + len(self.spec.placeholder(plan.ref.kind))
+            row = start + 1
         ids += one.ids[row:]
         labels += one.labels[row:]
         mask += [False] * (len(one.ids) - row)
-        positions_3T = self.spec.positions(len(ids), starts)
+        positions_3T = self.spec.positions(len(ids), runs)
         return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask), positions_3T
 
     def _media_rows(self, ids: Sequence[int], turns: Text) -> tuple[int, ...]:
@@ -219,18 +241,20 @@ class ChatEncoder:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
 
 
-def _text_of(conversation: Conversation) -> Text:
-    return tuple(
-        (
-            turn.role,
-            tuple(
-                (part.kind,) if isinstance(part, MediaRef) else part
-                for part in turn.parts
-                if isinstance(part, str | MediaRef)
-            ),
-        )
-        for turn in conversation.turns
-    )
+def _text_of(conversation: Conversation, leads: Sequence[str]) -> Text:
+    """What the template sees, each medium behind its lead where there is one."""
+    waiting = iter(leads)
+    turns = []
+    for turn in conversation.turns:
+        parts: list[str | tuple[MediaKind]] = []
+        for part in turn.parts:
+            if isinstance(part, str):
+                parts.append(part)
+            elif isinstance(part, MediaRef):
+                lead = next(waiting, "")
+                parts += [lead, (part.kind,)] if lead else [(part.kind,)]
+        turns.append((turn.role, tuple(parts)))
+    return tuple(turns)
 
 
 def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:

@@ -52,7 +52,7 @@ class Documents:
         """Ids, labels, positions and media plans of one document: always the same ones."""
         conversations = self.members[number]
         plans = plan_within(self.rooms[number], conversations[0], self.encoder.spec, self.config, self.info)
-        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
+        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         return self.encoder.document(encoded, plans, [one.id for one in conversations])
 
     def pack_plan(self, seed: int) -> PackPlan:
@@ -114,9 +114,9 @@ class Documents:
                 fewer, less = fit(conversations, self.encoder, self.config, self.info, together=together)
                 if _vision_tokens(fewer) >= (1 - WORTH_SHARING) * _vision_tokens(plans):
                     plans, room = fewer, less
-        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
+        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         shared = encoded[0].trunk_tokens
-        trunk = shared + sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
+        trunk = shared + sum(len(self.encoder.media_tokens(plan)[0]) for plan in plans)
         patches = sum(math.prod(plan.grid_thw) for plan in plans)
         members: list[Conversation] = []
         texts: list[int] = []

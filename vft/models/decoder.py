@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +36,8 @@ class DecoderConfig:
     rope_factor: float
     """Positions are divided by it (linear scaling); 1 leaves them."""
     qkv_bias: bool
+    qk_norm: bool
+    """Queries and keys of each head are normalised before they are rotated."""
     tied_head: bool
 
 
@@ -49,6 +51,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
         self.v_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
         self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -62,6 +66,8 @@ class Attention(nn.Module):
         """[T, E] to [T, E], or to the rows that are wanted; with `attend_kept` the keys of earlier calls are attended
         too."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         out = (attend_kept or attend)(q, k, v, plan)
         out = out if wanted_N is None else out[wanted_N]
@@ -104,11 +110,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x_TE: Tensor, positions_3T: Tensor, plan: AttentionPlan, wanted_N: Tensor, cache: Cache | None = None
+        self,
+        x_TE: Tensor,
+        positions_3T: Tensor,
+        plan: AttentionPlan,
+        wanted_N: Tensor,
+        cache: Cache | None = None,
+        deeper: Sequence[Tensor] = (),
+        media_index_M: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [T, E] to the hidden states [N, E] of the rows that are wanted, before the final norm.
 
-        What follows the last layer's attention is computed for these rows alone: nothing reads the others.
+        What follows the last layer's attention is computed for these rows alone: nothing reads the others. `deeper`,
+        of fewer layers than there are, holds what is added behind each of the first layers to the rows of media [M, E].
         """
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
         prepare(plan, x_TE)  # outside the layers, which may be compiled
@@ -117,6 +131,9 @@ class Decoder(nn.Module):
             attend_kept = None if cache is None else partial(cache.attend, index)
             last = index == len(self.layers) - 1
             x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_kept, wanted_N if last else None)
+            if index < len(deeper):
+                assert media_index_M is not None
+                x_TE = x_TE.index_add(0, media_index_M, deeper[index].to(x_TE.dtype))
         return x_TE
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

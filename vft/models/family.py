@@ -63,9 +63,10 @@ class VideoLanguageModel(nn.Module):
         """The parts before the language model."""
         raise NotImplementedError
 
-    def see(self, pixels_PD: Tensor, layout: VisionLayout) -> Tensor:
-        """Normalised pixels [P, D] in media order to embeddings [M, E] in media order. What isn't trained builds no
-        graph; what is trained is in the graph whatever the media."""
+    def see(self, pixels_PD: Tensor, layout: VisionLayout) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] in media order to embeddings [M, E] in media order, and what is added to them behind
+        the first decoder layers, if anything. What isn't trained builds no graph; what is trained is in the graph
+        whatever the media."""
         raise NotImplementedError
 
     def least_media(self) -> tuple[int, VisionLayout]:
@@ -79,8 +80,9 @@ class VideoLanguageModel(nn.Module):
 
     def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True) -> Tensor:
         """The sum of cross-entropies over `batch.target_ids_N` (a scalar); without `loss` the logits [N, V]."""
-        x_TE = self.embed(batch)
-        x_NE = self.decoder(x_TE, batch.positions_3T, batch.plan, batch.target_index_N, cache)
+        x_TE, deeper = self.embed(batch)
+        row = batch.positions_3T, batch.plan, batch.target_index_N
+        x_NE = self.decoder(x_TE, *row, cache, deeper, batch.media_index_M)
         hidden_NE = self.decoder.norm(x_NE)
         if loss:
             return cross_entropy_sum(hidden_NE, self.head, self.config.vocabulary, batch.target_ids_N)
@@ -92,19 +94,21 @@ class VideoLanguageModel(nn.Module):
             return self.output_head(hidden_NE)
         return F.linear(hidden_NE, self.decoder.embed_tokens.weight.to(hidden_NE.dtype))
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings [T, E] with the media's in their places, in the compute dtype."""
+    def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Token embeddings [T, E] with the media's in their places, in the compute dtype, and what is added to the
+        media's rows behind the first decoder layers [M, E]."""
         x_TE = self.decoder.embed_tokens(batch.input_ids_T).to(self.compute_dtype)
         if batch.layout is not None:
-            media_ME = self.see(self.normalise(batch.pixels_PD), batch.layout)
-            return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype))
+            media_ME, *deeper = self.see(self.normalise(batch.pixels_PD), batch.layout)
+            return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deeper)
         if not batch.continues and any(p.requires_grad for p in self.media_parameters()):
             # A trained tower is sharded: it runs in every process, or the others wait for ever; and in the graph, so
             # that backward doesn't either.
             patches, layout = self.least_media()
             dummy_PD = batch.pixels_PD.new_zeros(patches, self.spec.patch_features)
-            x_TE = x_TE + 0.0 * self.see(self.normalise(dummy_PD), move(layout, x_TE.device)).sum()
-        return x_TE
+            seen = self.see(self.normalise(dummy_PD), move(layout, x_TE.device))
+            x_TE = x_TE + 0.0 * sum(one.sum() for one in seen)
+        return x_TE, ()
 
     def normalise(self, pixels_PD: Tensor) -> Tensor:
         """uint8 patches to (x / 255 - mean) / std by channel, in float32, then in the compute dtype."""

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.attention import attend
 from vft.models.decoder import Decoder, DecoderConfig
 from vft.models.family import VideoLanguageModel, VisionParts
-from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
+from vft.models.layers import GatedMLP, Linear, PatchEmbed, RMSNorm, VisionAttention, rotary_2d
 from vft.models.qwen2_5_vl_vision import QwenLayout, QwenVision
 from vft.types import AttentionPlan, UserError, VisionLayout
 
@@ -70,6 +68,7 @@ class ModelConfig(DecoderConfig):
             rope_axes=tuple(axis for axis, run in enumerate(rope["mrope_section"]) for _ in range(run)),
             rope_factor=1.0,
             qkv_bias=True,
+            qk_norm=False,
             tied_head=config.tie_word_embeddings,
             vision=VisionConfig(
                 width=vision.hidden_size,
@@ -84,22 +83,6 @@ class ModelConfig(DecoderConfig):
         )
 
 
-class VisionAttention(nn.Module):
-    """Self-attention of patches; who attends whom is the plan's matter."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.proj = Linear(config.width, config.width)
-
-    def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
-        """[P, E] to [P, E]."""
-        q, k, v = self.qkv(x_PE).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        out = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, plan)
-        return self.proj(out.flatten(1))
-
-
 class VisionBlock(nn.Module):
     """One block of the tower."""
 
@@ -107,28 +90,13 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = RMSNorm(config.width, eps=1e-6)
         self.norm2 = RMSNorm(config.width, eps=1e-6)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config.width, config.heads)
         self.mlp = GatedMLP(config.width, config.mlp_width, bias=True)
 
     def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
         """[P, E] to [P, E]."""
         x_PE = x_PE + self.attn(self.norm1(x_PE), cos_PK, sin_PK, plan)
         return x_PE + self.mlp(self.norm2(x_PE))
-
-
-class PatchEmbed(nn.Module):
-    """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.proj = nn.Module()
-        # The released shape [E, C, time, y, x]; patches arrive flattened in the same order.
-        side = int((config.patch_features // 6) ** 0.5)
-        self.proj.weight = nn.Parameter(torch.empty(config.width, 3, 2, side, side))
-
-    def forward(self, x_PD: Tensor) -> Tensor:
-        """[P, D] to [P, E]."""
-        return F.linear(x_PD, self.proj.get_parameter("weight").flatten(1).to(x_PD.dtype))
 
 
 class Merger(nn.Module):
@@ -152,7 +120,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.width, config.patch_features, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.blocks))
         self.merger = Merger(config)
 
@@ -161,11 +129,8 @@ class VisionTower(nn.Module):
         trained = any(p.requires_grad for p in (*self.patch_embed.parameters(), *self.blocks.parameters()))
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             x_PE = self.patch_embed(pixels_PD[layout.order_P])
-            # Rotary in float32, as the reference model computes it in the tower.
             width = self.config.width // self.config.heads
-            frequencies = inverse_frequencies(width // 2, 10000.0, x_PE.device)
-            angles_PK = (layout.positions_P2[:, :, None] * frequencies).flatten(1).repeat(1, 2)
-            cos_PK, sin_PK = angles_PK.cos(), angles_PK.sin()
+            cos_PK, sin_PK = rotary_2d(layout.positions_P2, width)
             for index, block in enumerate(self.blocks):
                 kind = "frame" if index in self.config.full_attention_blocks else "window"
                 x_PE = block(x_PE, cos_PK, sin_PK, layout.plans[kind])
@@ -215,10 +180,10 @@ class Qwen2_5_VL(VideoLanguageModel):
             pair_widths={"frame": vision.width * full, "window": vision.width * (vision.blocks - full)},
         )
 
-    def see(self, pixels_PD: Tensor, layout: VisionLayout) -> Tensor:
+    def see(self, pixels_PD: Tensor, layout: VisionLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E]."""
         assert isinstance(layout, QwenLayout)
-        return self.visual(pixels_PD, layout)
+        return (self.visual(pixels_PD, layout),)
 
     def least_media(self) -> tuple[int, VisionLayout]:
         """One merged token."""
