@@ -1,4 +1,4 @@
-"""Real clips with the reference checkpoint: the whole way, once."""
+"""Real clips, the whole way, once for each family."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from tests.models.qwen3_vl import save_checkpoint
 from tests.runs.commands import Commands, metrics
 
 QUESTIONS = {
@@ -17,10 +18,15 @@ QUESTIONS = {
 }
 
 
-def test_three_real_clips_are_learnt_by_heart(
-    reference: Path, videos: Path, commands: Commands, tmp_path: Path
-) -> None:
-    model = reference / "qwen2_5_vl_tiny"
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def model(request: pytest.FixtureRequest, reference: Path, tmp_path: Path) -> Path:
+    """The reference checkpoint, and a random one of each other family."""
+    if request.param == "qwen2_5_vl":
+        return reference / "qwen2_5_vl_tiny"
+    return save_checkpoint(tmp_path / "base")
+
+
+def test_three_real_clips_are_learnt_by_heart(model: Path, videos: Path, commands: Commands, tmp_path: Path) -> None:
     config = tmp_path / "real.toml"
     table = {
         "output_dir": str(tmp_path / "run"),
