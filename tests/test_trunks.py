@@ -78,6 +78,12 @@ SHARED: dict[str, list[Conversation]] = {
 """Samples that one trunk serves, by what is in them."""
 
 
+@pytest.fixture(scope="module")
+def tiny_untied(each_untied: Tiny) -> Tiny:
+    """Of each family, with a head of its own."""
+    return each_untied
+
+
 def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:
     refs = conversations[0].media
     return Media.make(tiny.encoder.spec, [(ref, INFOS[ref]) for ref in refs], seed=3)

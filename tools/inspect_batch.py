@@ -153,7 +153,8 @@ def _pieces(trunk: int, branches: tuple[int, ...]) -> list[tuple[str, int, int]]
 
 
 def _strip(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> str:
-    times = (*plan.frame_times_s, plan.frame_times_s[-1])  # an odd clip's last frame stands twice
+    times = [time_s for time_s in plan.frame_times_s for _ in range(max(1, len(plan.views)))]
+    times.append(times[-1])  # an odd clip's last frame stands twice
     figures = []
     for frame_CHW, time_s in zip(frames_of(pixels_PD, plan, spec), times, strict=False):
         buffer = io.BytesIO()

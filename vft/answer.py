@@ -145,7 +145,7 @@ class Answerer:
     def stop_ids(self) -> frozenset[int]:
         """The token that closes a message, and the tokenizer's own end."""
         tokenizer = self.encoder.tokenizer
-        closing = tokenizer(self.encoder.spec.turn_end, add_special_tokens=False)["input_ids"]
+        closing = tokenizer(self.encoder.turn_end, add_special_tokens=False)["input_ids"]
         return frozenset([*closing, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
 
 

@@ -318,6 +318,7 @@ def export_adapter(
     if not write:
         return
     modules = sorted({name.removeprefix(PEFT_ROOT).rsplit(".lora_", 1)[0] for name in tensors})
+    linears = [_to_peft(f"{n}.", peft_prefixes)[:-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -332,7 +333,7 @@ def export_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _regular_expression(modules),
+        "target_modules": _regular_expression(modules, linears),
     }
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -377,8 +378,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _regular_expression(modules: Sequence[str]) -> str:
-    """A full-match pattern for exactly these layers' kinds, layer numbers left open: never a bare leaf name,
-    which would fit the other tower's layers too."""
-    kinds = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in modules})
-    return "|".join(kinds) if len(kinds) > 1 else kinds[0]
+def _regular_expression(modules: Sequence[str], linears: Sequence[str]) -> str:
+    """A full-match pattern for exactly these layers' kinds, layer numbers left open where it then fits no other of
+    `linears`: never a bare leaf name, which would fit the other tower's layers too."""
+    by_kind: dict[str, list[str]] = {}
+    for name in modules:
+        by_kind.setdefault(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)), []).append(name)
+    patterns = []
+    for kind, names in sorted(by_kind.items()):
+        if all(name in names for name in linears if re.fullmatch(kind, name)):
+            patterns.append(kind)
+        else:
+            patterns += map(re.escape, sorted(names))
+    return "|".join(patterns)

@@ -181,6 +181,18 @@ class VisionLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """A window on a frame: resize it to `height` x `width`, then take what begins at `top`, `left`, zero outside of it.
+
+    The window's own size is the plan's."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class MediaPlan:
     """Exactly what will be decoded of one medium and how many tokens it becomes. Fixed before any decoding."""
 
@@ -196,6 +208,13 @@ class MediaPlan:
     num_tokens: int
     seconds_per_grid: float = 0.0
     """Seconds that one temporal patch stands for; 0 for a picture."""
+    views: tuple[View, ...] = ()
+    """Windows on each frame, cut into patches one behind another; none: the whole frame, stretched to the size."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Views of all frames."""
+        return len(self.frame_indices) * max(1, len(self.views))
 
     @property
     def frame_times_s(self) -> tuple[float, ...]:
@@ -379,7 +398,8 @@ class VisionSpec(Protocol):
 
     @property
     def turn_end(self) -> str:
-        """Text that closes a message; supervised with the answer before it."""
+        """Text that closes a message; supervised with the answer before it. Empty: the tokenizer's end of sequence,
+        which the template may leave out."""
         ...
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
@@ -387,7 +407,7 @@ class VisionSpec(Protocol):
         ...
 
     def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized frames [T, 3, H, W] to pixels_PD uint8, in the tower's order: temporal patch by temporal patch."""
+        """Views [T, 3, H, W] of a medium to pixels_PD uint8, in the tower's order: temporal patch by temporal patch."""
         ...
 
     def placeholder(self, kind: MediaKind) -> tuple[int, ...]:

@@ -1,7 +1,10 @@
-"""Qwen3-VL beside transformers' own: network, adapters, generation, and every rule of its preprocessing."""
+"""Qwen3-VL's own rules beside transformers': DeepStack, times as text, positions, preprocessing, released sizes.
+
+What all families have in common is tested with them all (`tests/models/families.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -19,20 +21,17 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
 from tests.helpers import (
-    CPU,
     LIMITS,
     Media,
-    assert_same_gradients,
+    Tiny,
     batch_of,
     document,
     every_logit,
-    inputs_for_transformers,
-    load_prepared,
     loss_and_gradients,
     medium,
     talk,
 )
-from tests.models.qwen3_vl import TEMPLATE, TinyQwen3, save_checkpoint, transformers_model
+from tests.models.families import QWEN3_TEMPLATE
 from tests.test_compiled import (  # the same tests, with this family's models  # noqa: F401
     fresh_compiler,
     test_a_step_reads_nothing_back,
@@ -40,20 +39,17 @@ from tests.test_compiled import (  # the same tests, with this family's models  
     test_the_kernel_path_gives_the_loss_and_gradients_of_the_other,
     test_without_the_kernel_the_mlps_are_compiled,
 )
-from tests.test_lora import train_a_little
 from tests.test_trunks import (  # noqa: F401
     model,
     test_branches_are_the_separate_samples,
     test_ids_labels_and_positions_of_branches,
 )
-from tools.merge_lora import merge
-from vft.answer import load_model
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
 from vft.flops import FlopCounter
-from vft.lora import choose_trainable, export_adapter, initialise
+from vft.lora import choose_trainable
 from vft.models import media as rules
 from vft.models import qwen3_vl
 from vft.models.generate import Sampling, generate
@@ -86,38 +82,29 @@ ROWS: dict[str, tuple[Conversation, list[Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyQwen3:
+def tiny(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """A small random Qwen3-VL with a tied head."""
-    return TinyQwen3(save_checkpoint(tmp_path_factory.mktemp("qwen3") / "base"))
+    return make_tiny("qwen3_vl", "tied")
 
 
 @pytest.fixture(scope="module")
-def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> TinyQwen3:
-    """The same with a head of its own, in several weight files."""
-    folder = tmp_path_factory.mktemp("qwen3") / "untied"
-    made = TinyQwen3(save_checkpoint(folder, tied=False, max_shard_size="100KB", seed=1))
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return made
+def tiny_untied(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """The same with a head of its own."""
+    return make_tiny("qwen3_vl", "untied")
 
 
-@pytest.fixture(params=["tiny", "tiny_untied"])
-def checkpoint(request: pytest.FixtureRequest) -> TinyQwen3:
-    """Each of them."""
-    return request.getfixturevalue(request.param)
-
-
-def row(tiny: TinyQwen3, name: str) -> Batch:
+def row(tiny: Tiny, name: str) -> Batch:
     conversation, media = ROWS[name]
     return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, media)))
 
 
-def prompt(tiny: TinyQwen3, name: str) -> tuple[Any, Any]:
-    """The conversation of that name without its last answer, and its patches."""
+def prompt(tiny: Tiny, name: str) -> Batch:
+    """The row of that name without its last answer."""
     conversation, media = ROWS[name]
     asked = Conversation(conversation.id, conversation.turns[:-1], conversation.origin)
     made = Media.make(tiny.encoder.spec, media)
     encoded = tiny.encoder.encode(asked, answer_next=True, media=made.plans)
-    return tiny.encoder.document([encoded], made.plans, [asked.id]), made.patches
+    return collate([(tiny.encoder.document([encoded], made.plans, [asked.id]), made.patches)], tiny.encoder.spec)
 
 
 def kinds_of(batch: Batch) -> Tensor:
@@ -134,32 +121,7 @@ def kinds_of(batch: Batch) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- network
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_logits(checkpoint: TinyQwen3, name: str) -> None:
-    batch = row(checkpoint, name)
-    with torch.no_grad():
-        wanted = checkpoint.theirs(**inputs_for_transformers(batch, checkpoint.encoder.spec)).logits[0]
-        found = every_logit(checkpoint.ours(), batch)
-    assert float(wanted.std()) > 0.5  # else the next line would say little
-    assert float((found - wanted).abs().max()) <= 1e-4
-
-
-@pytest.mark.parametrize("name", ["text", "mixed"])
-def test_gradients(checkpoint: TinyQwen3, name: str) -> None:
-    batch = row(checkpoint, name)
-    theirs = checkpoint.theirs
-    theirs.zero_grad()
-    logits = theirs(**inputs_for_transformers(batch, checkpoint.encoder.spec)).logits[0]
-    wanted_loss = F.cross_entropy(logits[:-1], batch.labels_T[1:], reduction="sum", ignore_index=-100)
-    wanted_loss.backward()
-    # transformers leaves the tower of a text without gradients; here they are there, and zero.
-    wanted = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in theirs.named_parameters()}
-    loss, found = loss_and_gradients(checkpoint.ours(), batch)
-    assert float(loss) == pytest.approx(float(wanted_loss.detach()), rel=1e-5)
-    assert_same_gradients(found, wanted, tolerance=1e-4)
-
-
-def test_what_each_part_adds(tiny: TinyQwen3) -> None:
+def test_what_each_part_adds(tiny: Tiny) -> None:
     """DeepStack and the learned positions move the logits far more than the tests above forgive."""
     batch, ours = row(tiny, "mixed"), tiny.ours()
     with torch.no_grad():
@@ -176,42 +138,8 @@ def test_what_each_part_adds(tiny: TinyQwen3) -> None:
             parameter.copy_(kept)
 
 
-def test_computing_in_bfloat16(tmp_path: Path) -> None:
-    """bf16 compute is as far from float32 as transformers' own, not further."""
-    tiny = TinyQwen3(save_checkpoint(tmp_path / "base", dtype=torch.bfloat16, seed=2))
-    batch = row(tiny, "mixed")
-    inputs = inputs_for_transformers(batch, tiny.encoder.spec)
-    ours = load_model(str(tiny.path), None, torch.bfloat16, CPU).skeleton.model
-    with torch.no_grad():
-        exact = tiny.theirs(**inputs).logits[0]
-        found = every_logit(ours, batch)
-        wanted = transformers_model(tiny.path, torch.bfloat16)(**inputs).logits[0].float()
-    assert float((found - exact).square().mean().sqrt()) <= 1.5 * float((wanted - exact).square().mean().sqrt())
-
-
-@pytest.mark.parametrize("towers", [("merger",), ("vision_tower",), ("language_model", "merger")])
-@pytest.mark.parametrize("name", ["text", "video"])
-def test_what_is_trained(tiny: TinyQwen3, towers: tuple[str, ...], name: str) -> None:
-    """The named parts have gradients and no others, those that the whole model has; a row without media gives those of
-    tower and mergers all the same, zero."""
-    batch = row(tiny, name)
-    skeleton, _ = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, None, towers))
-    _, wanted = loss_and_gradients(tiny.ours(), batch)
-    _, found = loss_and_gradients(skeleton.model, batch)
-    mergers = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
-    prefixes = {
-        "merger": lambda n: n.startswith(mergers),
-        "vision_tower": lambda n: n.startswith("model.visual.") and not n.startswith(mergers),
-        "language_model": lambda n: n.startswith("model.language_model."),
-    }
-    assert set(found) == {n for n in wanted if any(prefixes[tower](n) for tower in towers)}
-    for key, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-5)
-        assert bool(gradient.abs().max() > 0) == (name == "video" or "language_model" in key), key
-
-
 @pytest.mark.parametrize("mode", ["mlp", "selective", "full"])
-def test_recomputing_changes_nothing(tiny: TinyQwen3, mode: str) -> None:
+def test_recomputing_changes_nothing(tiny: Tiny, mode: str) -> None:
     batch = row(tiny, "mixed")
     loss, wanted = loss_and_gradients(tiny.ours(), batch)
     ours = tiny.ours()
@@ -230,44 +158,14 @@ def test_too_few_layers_for_deepstack(tmp_path: Path) -> None:
         qwen3_vl.ModelConfig.from_hf(config)
 
 
-# ---------------------------------------------------------------------------------------------------------- adapters
-
-EVERYWHERE = LoraConfig(rank=3, alpha=6, targets=("language_model.*", "vision_tower.*", "merger.*"))
-
-
-def test_adapters_go_to_peft_and_back(tiny: TinyQwen3, tmp_path: Path) -> None:
-    """What is exported, PEFT loads with equal logits; merged, transformers loads it."""
-    batch = row(tiny, "mixed")
-    inputs = inputs_for_transformers(batch, tiny.encoder.spec)
-    skeleton, _ = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, EVERYWHERE, ()))
-    initialise(skeleton.model, 0)
-    train_a_little(skeleton.model)
-    skeleton.model.eval()
-    export_adapter(skeleton.model, tmp_path / "a", EVERYWHERE, str(tiny.path), skeleton.peft_prefixes, {}, write=True)
-    theirs = PeftModel.from_pretrained(transformers_model(tiny.path), str(tmp_path / "a"))
-    result = theirs.load_adapter(str(tmp_path / "a"), "again")
-    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key and "again" in key]
-    with torch.no_grad():
-        ours, base = every_logit(skeleton.model, batch), tiny.theirs(**inputs).logits[0]
-        found = theirs(**inputs).logits[0]
-        assert float((found - ours).abs().max()) <= 1e-4 and float((found - base).abs().max()) > 0.05
-        again = load_model(str(tiny.path), tmp_path / "a", torch.float32, CPU).skeleton.model
-        assert float((every_logit(again, batch) - ours).abs().max()) <= 1e-5
-        assert merge(str(tiny.path), tmp_path / "a", tmp_path / "merged") == 4 * 7 + 4 * 4 + 3 * 2
-        merged, told = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
-        assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
-        assert float((merged.eval()(**inputs).logits[0] - ours).abs().max()) <= 1e-4
-
-
 # -------------------------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_generation_is_that_of_transformers(tiny_untied: TinyQwen3, name: str) -> None:
+def test_generation_is_that_of_transformers(tiny_untied: Tiny, name: str) -> None:
     """Greedy, each with its own keys and values kept, positions counted by transformers itself."""
-    made, patches = prompt(tiny_untied, name)
-    batch = collate([(made, patches)], tiny_untied.encoder.spec)
-    inputs = inputs_for_transformers(batch, tiny_untied.encoder.spec)
+    batch = prompt(tiny_untied, name)
+    inputs = tiny_untied.inputs(batch)
     del inputs["position_ids"]
     options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
@@ -275,13 +173,6 @@ def test_generation_is_that_of_transformers(tiny_untied: TinyQwen3, name: str) -
     wanted = whole[0, batch.num_tokens :].tolist()
     assert len(set(wanted)) > 4
     assert generate(tiny_untied.ours(), batch, (), Sampling(12)) == [wanted]
-
-
-def test_several_prompts_at_once(tiny_untied: TinyQwen3) -> None:
-    prompts = [prompt(tiny_untied, name) for name in ROWS]
-    spec, ours = tiny_untied.encoder.spec, tiny_untied.ours()
-    alone = [generate(ours, collate([one], spec), (), Sampling(8))[0] for one in prompts]
-    assert generate(ours, collate(prompts, spec), (), Sampling(8)) == alone
 
 
 # ------------------------------------------------------------------------------------------- tokens and positions
@@ -319,7 +210,7 @@ def published_ids(tokenizer: Any, text: str, media: tuple[MediaPlan, ...]) -> li
 def released(reference: Path) -> ChatEncoder:
     """The released tokenizer, whose merges join a colon or a space to what follows."""
     tokenizer = AutoTokenizer.from_pretrained(reference / "qwen2_5_vl_tiny")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = QWEN3_TEMPLATE
     return ChatEncoder(tokenizer, Qwen3Vision(image_token=151655, video_token=151656, table_side=48))
 
 
@@ -353,7 +244,7 @@ def test_times_of_a_variable_rate_and_of_one_frame(released: ChatEncoder) -> Non
     assert (released.spec.lead(one), released.spec.expand(one)) == ("<0.0 seconds>", [4])
 
 
-def test_text_of_other_frames_is_not_taken(tiny: TinyQwen3) -> None:
+def test_text_of_other_frames_is_not_taken(tiny: Tiny) -> None:
     """A conversation encoded for some frames can't become a document of others, nor one encoded for none."""
     conversation, media = ROWS["video"]
     plans = Media.make(tiny.encoder.spec, media).plans
@@ -364,7 +255,7 @@ def test_text_of_other_frames_is_not_taken(tiny: TinyQwen3) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_positions(tiny: TinyQwen3, name: str) -> None:
+def test_positions(tiny: Tiny, name: str) -> None:
     batch = row(tiny, name)
     grids = {
         f"{kind}_grid_thw": torch.tensor([p.grid_thw for p in batch.documents[0].media if p.ref.kind == kind])
@@ -427,7 +318,7 @@ def test_size_of_a_frame() -> None:
                     assert rules.smart_resize(height, width, 32, low, high) == wanted, (height, width, low, high)
 
 
-def normalised(tiny: TinyQwen3, pixels_PD: Tensor) -> Tensor:
+def normalised(tiny: Tiny, pixels_PD: Tensor) -> Tensor:
     return tiny.ours().normalise(pixels_PD).detach()
 
 
@@ -436,7 +327,7 @@ def random_frames(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
-def test_patches_of_a_video(tiny: TinyQwen3, frames: int) -> None:
+def test_patches_of_a_video(tiny: Tiny, frames: int) -> None:
     """Order, the last frame of an odd count, normalising; at a size that needs no resizing."""
     made = Media.make(tiny.encoder.spec, [medium("video", frames, 96, 160)])
     pixels = random_frames(frames, 3, 96, 160)
@@ -447,7 +338,7 @@ def test_patches_of_a_video(tiny: TinyQwen3, frames: int) -> None:
     assert float((found - patches[0]).abs().max()) <= 1e-6
 
 
-def test_patches_of_a_picture(tiny: TinyQwen3) -> None:
+def test_patches_of_a_picture(tiny: Tiny) -> None:
     made = Media.make(tiny.encoder.spec, [medium("image", 1, 96, 160)])
     pixels = random_frames(1, 3, 96, 160)
     half = [0.5, 0.5, 0.5]

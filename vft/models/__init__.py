@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vft.models import qwen2_5_vl, qwen3_vl
+from vft.models import llava_next_video, qwen2_5_vl, qwen3_vl
 from vft.models.family import VideoLanguageModel
 from vft.models.weights import Checkpoint
 from vft.types import UserError, VisionSpec
 
-FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, qwen3_vl)}
+FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
 
 
 @dataclass(frozen=True)

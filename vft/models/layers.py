@@ -25,6 +25,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same shape."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: normalised in float32, scaled in the input's dtype (as the reference model does)."""
 
@@ -60,14 +68,6 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * (x32 * scale).to(x.dtype)).sum(dim=tuple(range(x.dim() - 1)))
         return grad_x.to(x.dtype), grad_weight, None
-
-
-class LayerNorm(nn.LayerNorm):
-    """A layer norm that computes in its input's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same shape."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class GatedMLP(nn.Module):
