@@ -242,7 +242,7 @@ def save_qwen3_vl(
         tie_word_embeddings=tied,
     )
     model = Qwen3VLForConditionalGeneration(config)
-    randomise(model, [ids["image_pad"], ids["video_pad"]], seed)
+    randomise(model, [ids["image_pad"], ids["video_pad"]], seed + 1)  # 1 would say the same token for ever
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
