@@ -72,7 +72,9 @@ class Answerer:
         settled = prompt.settled(plans)
         encoded = self.encoder.encode(settled, answer_next=True)
         options = self.encoder.options(settled, prompt.options, plans) if prompt.options else None
-        return self.encoder.document([encoded], plans, [question.id]), options
+        document = self.encoder.document([encoded], plans, [question.id])
+        self.encoder.check_length(prompt.origin, document.num_tokens)
+        return document, options
 
     def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:
         """Begin to decode the media of some questions side by side; what is returned waits for them.

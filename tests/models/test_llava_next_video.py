@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig
+from transformers import LlavaNextVideoConfig
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -26,9 +26,7 @@ from vft.data import vision
 from vft.models.llava_next_video_vision import LlavaVision, best_resolution, fitted
 from vft.types import Clip, MediaPlan, UserError, VisionLimits
 
-RELEASED = LlavaNextVideoConfig(
-    vision_config=CLIPVisionConfig(image_size=336, patch_size=14, hidden_size=1024), text_config=LlamaConfig()
-)
+RELEASED = LlavaNextVideoConfig()
 SPEC = LlavaVision.from_hf(RELEASED, {})
 """With the released sizes."""
 

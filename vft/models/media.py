@@ -12,6 +12,9 @@ from torch import Tensor
 
 from vft.types import MediaInfo, MediaRef, UserError, VisionLimits
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
     """First and last frame of the range asked for, both included.
