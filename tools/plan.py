@@ -140,7 +140,7 @@ def model_of(config: Config) -> Any:
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path), dtype).model
+        model = build(Checkpoint.open(path, config.model.rope_factor), dtype).model
     else:
         model = build_model(MODELS[released], dtype)
     choose_trainable(model, model.towers, config.lora, config.model.train)

@@ -23,7 +23,7 @@ from vft.data.pool import WorkerPool
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of
-from vft.lora import Adapter, attach
+from vft.lora import Adapter, attach, recorded
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
 from vft.models.score import score_options, trunk_of
@@ -161,9 +161,12 @@ class LoadedModel:
     encoder: ChatEncoder
 
 
-def load_model(path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A base model with an adapter on it, if one is named, ready to answer."""
-    checkpoint = Checkpoint.open(path)
+def load_model(
+    path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device, rope_factor: float | None = None
+) -> LoadedModel:
+    """A base model with an adapter on it, if one is named, ready to answer. An adapter's own `rope_factor` goes before
+    the one given."""
+    checkpoint = Checkpoint.open(path, recorded(adapter).get("rope_factor", rope_factor))
     skeleton = build(checkpoint, dtype)
     files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())

@@ -143,7 +143,7 @@ class ChatEncoder:
         if context is not None and tokens > context:
             raise UserError(
                 f"{origin}: {tokens} tokens, but the model was trained for {context}; take fewer frames (data.video), "
-                "or stretch its positions (rope_scaling in the text_config of config.json)"
+                f"or set model.rope_factor to {-(-tokens // context)} times what it is"
             )
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
