@@ -119,7 +119,7 @@ def test_empty_pack(each_tiny: Tiny) -> None:
     model = each_tiny.ours()
     loss, gradients = loss_and_gradients(model, empty)
     assert float(loss) == 0.0
-    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(bool((g == 0).all()) for g in gradients.values())
 
 
@@ -424,10 +424,10 @@ def test_replacement() -> None:
     assert alone.replacement(0, 0, 0) is None and alone.replacement(1, 0, 0) == 0
 
 
-def test_batch_is_moved_whole(tiny: Tiny, rows: Sequence[Any]) -> None:
+def test_batch_is_moved_whole(each_tiny: Tiny, rows: Sequence[Any]) -> None:
     """To the meta device, where a tensor left behind would show."""
-    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
-    moved = batch_of(tiny.encoder, *rows, (about_video(2), media)).to(torch.device("meta"))
+    media = Media.make(each_tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    moved = batch_of(each_tiny.encoder, *rows, (about_video(2), media)).to(torch.device("meta"))
 
     def tensors(value: Any) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):

@@ -73,7 +73,7 @@ def score(config: Config, adapter: Path | None, file: Path) -> Scores:
     """Scores of the base model, or of the adapter on it; its answers go to `file`."""
     world = environment()
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    loaded = load_model(config.model.path, adapter, dtype, world.device)
+    loaded = load_model(config.model.path, adapter, dtype, world.device, config.model.rope_factor)
     task = task_of(config)
     held_out = load_held_out(task, config, loaded.encoder)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)

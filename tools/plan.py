@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
-from rows import Video, row_of, video_document
-from workload import SHAPES, build_model
+from rows import row_of, video_document
+from workload import MODELS, RELEASED, build_model
 
 from vft import config as configs
 from vft.config import Config
 from vft.console import user_errors
+from vft.data.budget import limits_of, plan_media
 from vft.distributed import World, make_mesh
 from vft.flops import PEAK_FLOPS, FlopCounter
 from vft.lora import choose_trainable
@@ -35,10 +36,10 @@ from vft.memory import GIB, MODES, run_step
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.parallel import checkpoint_activations
-from vft.types import Batch, UserError
+from vft.types import Batch, MediaInfo, MediaRef, UserError
 
-RELEASED = {"3B": "3b", "7B": "7b", "32B": "32b", "72B": "72b"}
-"""Sizes of the released models, for planning where their files are not at hand."""
+FILMED = (1080, 1920)
+"""Height and width of the videos, before they are fitted into the limits."""
 RESERVE = 0.05
 """Share of the memory that is left to the allocator, to kernels' workspaces and to the communication library."""
 
@@ -137,11 +138,11 @@ def show(setting: Setting, arguments: argparse.Namespace) -> None:
 def model_of(config: Config) -> Any:
     """The model on the meta device, from its own config.json or that of the released size, with what is trained."""
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    released = next((shape for size, shape in RELEASED.items() if f"-{size}-" in path), None)
+    released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path), dtype).model
+        model = build(Checkpoint.open(path, config.model.rope_factor), dtype).model
     else:
-        model = build_model(SHAPES[released], dtype)
+        model = build_model(MODELS[released], dtype)
     choose_trainable(model, model.towers, config.lora, config.model.train)
     return model
 
@@ -149,14 +150,14 @@ def model_of(config: Config) -> Any:
 def longest_row(setting: Setting) -> Batch:
     """As many of the largest videos that the limits allow, each with a question, as go into one row."""
     data, spec = setting.config.data, model_of(setting.config).spec
-    frames = data.video.frames or data.video.max_frames
-    pixels = min(data.video.max_pixels, (data.video.total_pixels or 1 << 60) // frames)
-    # Height and width in patches of 28 whose product comes near the limit.
-    side = max(1, int((pixels / 28 / 28) ** 0.5))
-    video = Video(frames, 28 * side, 28 * max(1, pixels // 28 // 28 // side))
-    while video.frames > 2 and video.tokens + setting.text_tokens + 20 > data.pack_tokens:
-        video = Video(video.frames - 2, video.height, video.width)
-    one = video_document(spec, video, 1, setting.text_tokens, setting.text_tokens // 2)
+    ref = MediaRef("video", Path("video.mp4"))
+    limits = limits_of(ref, data)
+    limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
+    length = 10 * (limits.frames or 1)
+    large = MediaInfo("video", *FILMED, length, 10.0, duration_s=length / 10)
+    room = data.pack_tokens - setting.text_tokens - 20
+    (media,) = plan_media([(ref, large, limits)], spec, room, str(setting.config.model.path))
+    one = video_document(spec, media, 1, setting.text_tokens, setting.text_tokens // 2)
     count = max(1, data.pack_tokens // one.num_tokens)
     return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
 

@@ -22,7 +22,7 @@ from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import MediaError, scan
 from vft.data_config import DataConfig
 from vft.distributed import environment
-from vft.lora import ABOUT_FILE
+from vft.lora import recorded
 from vft.models.generate import Sampling
 from vft.task import Question
 from vft.types import MediaKind, MediaRef, UserError
@@ -108,10 +108,7 @@ def read(answerer: Answerer, question: Question) -> Prompt | MediaError:
 
 def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]:
     """What training recorded beside the adapter or in the merged model; empty for a plain base."""
-    if adapter is None:
-        return merged
-    file = adapter / ABOUT_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return merged if adapter is None else recorded(adapter)
 
 
 def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataConfig:

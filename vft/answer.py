@@ -23,7 +23,7 @@ from vft.data.pool import WorkerPool
 from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of
-from vft.lora import Adapter, attach
+from vft.lora import Adapter, attach, recorded
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
 from vft.models.score import score_options, trunk_of
@@ -71,7 +71,9 @@ class Answerer:
         plans, _ = fit([prompt], self.encoder, self.config, self.info, answer_next=True)
         encoded = self.encoder.encode(prompt, answer_next=True, media=plans)
         options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
-        return self.encoder.document([encoded], plans, [question.id]), options
+        document = self.encoder.document([encoded], plans, [question.id])
+        self.encoder.check_length(prompt.origin, document.num_tokens)
+        return document, options
 
     def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:
         """Begin to decode the media of some questions side by side; what is returned waits for them.
@@ -158,9 +160,12 @@ class LoadedModel:
     encoder: ChatEncoder
 
 
-def load_model(path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A base model with an adapter on it, if one is named, ready to answer."""
-    checkpoint = Checkpoint.open(path)
+def load_model(
+    path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device, rope_factor: float | None = None
+) -> LoadedModel:
+    """A base model with an adapter on it, if one is named, ready to answer. An adapter's own `rope_factor` goes before
+    the one given."""
+    checkpoint = Checkpoint.open(path, recorded(adapter).get("rope_factor", rope_factor))
     skeleton = build(checkpoint, dtype)
     files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())

@@ -229,9 +229,9 @@ class Adapter:
         except SafetensorError as error:
             raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
-        about_file = folder / ABOUT_FILE
-        about = _read_object(about_file) if about_file.is_file() else {}
-        return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
+        return Adapter(
+            folder, config, recorded(folder), {ours: stored[name] for ours, name in file_names.items()}, file_names
+        )
 
     @property
     def lora(self) -> LoraConfig:
@@ -281,6 +281,12 @@ class Adapter:
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as reader:
             for name, stored in self.file_names.items():
                 fill(parameters[name], reader.get_tensor(stored))
+
+
+def recorded(adapter: Path | None) -> dict[str, Any]:
+    """What this project's training wrote beside an adapter; empty for another's, or none."""
+    file = None if adapter is None else adapter / ABOUT_FILE
+    return _read_object(file) if file is not None and file.is_file() else {}
 
 
 def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:

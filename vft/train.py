@@ -82,7 +82,7 @@ def run(task: Task, config: Config) -> None:
     check_output_dir(config)
     if config.log.tensorboard:
         require_tensorboard()
-    checkpoint = Checkpoint.open(config.model.path)
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, DTYPES[config.train.precision])
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
@@ -184,6 +184,11 @@ class Trainer:
         if config.model.adapter:
             adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
             adapter.check(model, config.model.path, self.checkpoint.fingerprint)
+            if adapter.about.get("rope_factor") != config.model.rope_factor:
+                raise UserError(
+                    f"model.rope_factor = {config.model.rope_factor}: {config.model.adapter} was trained with "
+                    f"{adapter.about.get('rope_factor')}; make them equal"
+                )
             adapter.load_into(model)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]

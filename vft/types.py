@@ -402,6 +402,11 @@ class VisionSpec(Protocol):
         which the template may leave out."""
         ...
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Positions that the language model was trained for, if that is fewer than a row may have."""
+        ...
+
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
         """Choose frames, size and token count of one medium. UserError where the limits can't be met."""
         ...

@@ -291,11 +291,13 @@ def llama_tokenizer(template: str) -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")  # no token goes over a space
     trained.train_from_iterator(texts, trainer)
     content = json.loads(trained.to_str())
     vocabulary = content["model"]["vocab"]
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    content["pre_tokenizer"] = None
     content["model"] |= {"byte_fallback": True, "fuse_unk": True}
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.decoder = decoders.Sequence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,10 @@ def row(tiny: Tiny, name: str) -> Batch:
     return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, media)))
 
 
-@pytest.fixture(params=["tiny", "tiny_untied"])
-def checkpoint(request: pytest.FixtureRequest) -> Tiny:
+@pytest.fixture(params=["tied", "untied"])
+def checkpoint(request: pytest.FixtureRequest, family: str, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """A tied head in one file, and a head of its own in several files."""
-    return request.getfixturevalue(request.param)
+    return make_tiny(family, request.param)
 
 
 # -------------------------------------------------------------------------------------------------- logits, gradients

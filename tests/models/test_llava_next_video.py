@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig
+from transformers import LlamaConfig, LlavaNextVideoConfig
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -23,12 +25,13 @@ from tests.helpers import CPU, Media, Tiny, medium, talk
 from tests.models.families import PINPOINTS, SIDE
 from vft.answer import load_model
 from vft.data import vision
+from vft.data.chat import ChatEncoder
+from vft.data.documents import Documents
+from vft.data_config import DataConfig, VideoConfig
 from vft.models.llava_next_video_vision import LlavaVision, best_resolution, fitted
 from vft.types import Clip, MediaPlan, UserError, VisionLimits
 
-RELEASED = LlavaNextVideoConfig(
-    vision_config=CLIPVisionConfig(image_size=336, patch_size=14, hidden_size=1024), text_config=LlamaConfig()
-)
+RELEASED = LlavaNextVideoConfig()
 SPEC = LlavaVision.from_hf(RELEASED, {})
 """With the released sizes."""
 
@@ -63,7 +66,7 @@ def levels(normalised: Any, spec: LlavaVision) -> Tensor:
 def assert_same_pixels(found: Tensor, wanted: Tensor) -> None:
     """Up to a level here and there, by which PIL's bicubic differs from torch's."""
     difference = (found.float() - wanted).abs()
-    assert float(difference.max()) <= 2.01 and float(difference.mean()) < 0.1
+    assert float(difference.max()) <= 2.01 and float(difference.mean()) < 0.25
 
 
 def pil(frame_CHW: Tensor) -> Image.Image:
@@ -88,8 +91,8 @@ SIZES = [
 
 def test_resolutions_and_sizes() -> None:
     """The same choice as transformers for every size, and the same size of the picture within it."""
-    for height in range(20, 1500, 83):
-        for width in range(20, 1500, 71):
+    for height in range(20, 1500, 149):
+        for width in range(20, 1500, 131):
             wanted = select_best_resolution((height, width), RELEASED.image_grid_pinpoints)
             assert best_resolution(height, width, SPEC.resolutions) == tuple(wanted)
             blank = np.zeros((3, height, width), dtype=np.uint8)
@@ -189,11 +192,11 @@ def test_text_of_a_conversation(tiny: Tiny) -> None:
     behind them; the closing token is supervised."""
     video = medium("video", 4, 56, 56)[0]
     found, labels = text_and_labels(
-        tiny, ("user", [video, "Who?"]), ("assistant", "No."), ("user", "No?"), ("assistant", "Yes")
+        tiny, ("user", [video, "Who?"]), ("assistant", "No."), ("user", "No?"), ("assistant", "Nobody")
     )
     text = found.replace("\u2581", " ").replace("<0x0A>", "\n")
-    assert text.replace("> ", ">") == "<s>USER: <video>\nWho? ASSISTANT: No.</s>USER: No? ASSISTANT: Yes</s>"
-    assert labels.replace("\u2581", " ") == " No.</s> Yes</s>"
+    assert text.replace("> ", ">") == "<s>USER: <video>\nWho? ASSISTANT: No.</s>USER: No? ASSISTANT: Nobody</s>"
+    assert labels.replace("\u2581", " ") == " No.</s> Nobody</s>"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +233,31 @@ def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
 def test_control_tokens_in_text_are_refused(tiny: Tiny, token: str) -> None:
     with pytest.raises(UserError, match="control token"):
         tiny.encoder.encode(talk(("user", f"x{token}y"), ("assistant", "A")))
+
+
+def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
+    """With both numbers; a question beside it that fits stays, and together they may be longer than the context."""
+    ref, info = medium("video", 4, 56, 56)
+    short = [talk(("user", [ref, "Who?"]), ("assistant", "No."), id=str(i)) for i in range(4)]
+    long = talk(("user", [ref, "Who is there, and what happens in the video?"]), ("assistant", "A dog."), id="long")
+    context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
+    spec: Any = replace(tiny.encoder.spec, context_tokens=context)  # type: ignore[type-var]
+    encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
+    documents = Documents(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
+    documents.add([*short, long], 1.0)
+    assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
+    (bad,) = documents.bad
+    assert bad.reason == "unfit" and re.search(rf"\d+ tokens, but the model was trained for {context}", bad.message)
+
+
+def test_context_of_the_released_model() -> None:
+    """4,096 positions; linear scaling by 2 makes 8,192 of them."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    found = []
+    for parameters in (None, rope):
+        text = LlamaConfig(max_position_embeddings=4096, rope_parameters=parameters)
+        found.append(LlavaVision.from_hf(LlavaNextVideoConfig(text_config=text), {}).context_tokens)
+    assert found == [4096, 8192]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from measure import default_device, median, report, seconds_of
-from rows import Video, row_of, text_document, video_document
+from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
-from workload import SHAPES, Shape, build_model, fill
+from workload import MODELS, LlavaShape, Shape, build_model, fill
 
 from vft.config import LoraConfig, ParallelConfig, TrainConfig
 from vft.console import user_errors
@@ -38,7 +38,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Setting:
     """What is measured."""
 
-    shape: Shape
+    shape: Shape | LlavaShape
     dtype: torch.dtype
     device: torch.device
     lora: LoraConfig
@@ -48,7 +48,7 @@ class Setting:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 7b on a GPU, small on a CPU")
+    parser.add_argument("--shape", choices=sorted(MODELS), help="default: 7b on a GPU, small on a CPU")
     parser.add_argument("--tokens", type=int, help="of the row (default: 8192 on a GPU, 1024 on a CPU)")
     parser.add_argument("--video", type=float, default=0.9, metavar="SHARE", help="of the tokens, 0 to 1 (default 0.9)")
     parser.add_argument("--questions", type=int, default=1, help="about each video (default 1)")
@@ -69,7 +69,7 @@ def main() -> None:
         rows = []
         for mode in arguments.modes:
             setting = Setting(
-                SHAPES[name],
+                MODELS[name],
                 torch.bfloat16 if precision == "bf16" else torch.float32,
                 device,
                 LoraConfig(rank=arguments.rank),
@@ -127,7 +127,7 @@ def measure(setting: Setting, tokens: int, video: float, questions: int, repeats
 def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
     """A row of about so many tokens: videos of 16 frames at 448 x 448 where they fit, and text for the rest."""
     for size in (Video(16, 448, 448), Video(8, 224, 224), Video(4, 112, 112)):
-        count = int(tokens * video / (size.tokens + questions * 40))
+        count = int(tokens * video / (plan_of(spec, size).num_tokens + questions * 40))
         if count or not video:
             break
     documents = [video_document(spec, size, questions, 40, 20, seed) for seed in range(count)]

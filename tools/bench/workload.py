@@ -82,14 +82,54 @@ SHAPES = {
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype) -> VideoLanguageModel:
+@dataclass(frozen=True)
+class LlavaShape:
+    """Sizes of a LLaVA-NeXT-Video, whose tower is always CLIP's large one at 336 pixels."""
+
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    mlp: int
+    vocabulary: int
+
+    def config(self) -> dict[str, Any]:
+        """A config.json with these sizes; the tower's are the class's defaults."""
+        text = {
+            "model_type": "llama",
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "intermediate_size": self.mlp,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+        }
+        return {"model_type": "llava_next_video", "text_config": text}
+
+
+MODELS: dict[str, Shape | LlavaShape] = {
+    **SHAPES,
+    "llava-7b": LlavaShape(4096, 32, 32, 32, 11008, 32064),
+    "llava-34b": LlavaShape(7168, 60, 56, 8, 20480, 64064),
+    "llava-7b-slice": LlavaShape(4096, 4, 32, 32, 11008, 32064),
+}
+"""Those of other families too, for what needs no files."""
+RELEASED = {
+    **{f"Qwen2.5-VL-{size}-": size.lower() for size in ("3B", "7B", "32B", "72B")},
+    **{f"LLaVA-NeXT-Video-{size}": f"llava-{size.lower()}" for size in ("7B", "34B")},
+}
+"""Parts of hub names, and the shapes that they mean."""
+
+
+def build_model(shape: Shape | LlavaShape, dtype: torch.dtype) -> VideoLanguageModel:
     """A model of this shape on the meta device."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     return models.build_model(config, processor, dtype)
 
 
-def adapted_model(shape: Shape, device: torch.device) -> VideoLanguageModel:
+def adapted_model(shape: Shape | LlavaShape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
     choose_trainable(model, model.towers, LoraConfig(), ())

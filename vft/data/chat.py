@@ -145,6 +145,15 @@ class ChatEncoder:
         in_order = [plan for _, plan in encoded[0].in_row_order(media)]
         return _lay_out(tuple(x[..., :trunk] for x in wholes[0]), branches, in_order, sample_ids)
 
+    def check_length(self, origin: str, tokens: int) -> None:
+        """UserError where one conversation has more tokens than the model has positions."""
+        context = self.spec.context_tokens
+        if context is not None and tokens > context:
+            raise UserError(
+                f"{origin}: {tokens} tokens, but the model was trained for {context}; take fewer frames (data.video), "
+                f"or set model.rope_factor to {-(-tokens // context)} times what it is"
+            )
+
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
         """A prompt with each of `options` as a branch that answers it; the options alone are labelled.
 

@@ -121,13 +121,19 @@ class Documents:
         members: list[Conversation] = []
         texts: list[int] = []
         for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
+            try:
+                self.encoder.check_length(one.origin, trunk + text)
+            except UserError as error:
+                self.reject(one, "unfit", str(error))
+                continue
             full = 0 < self.config.max_samples_per_pack <= len(members)
             if members and (full or trunk + sum(texts) + text > self.config.pack_tokens):
                 self._close(members, (trunk, texts, patches), room, weight)
                 members, texts = [], []
             members.append(one)
             texts.append(text)
-        self._close(members, (trunk, texts, patches), room, weight)
+        if members:
+            self._close(members, (trunk, texts, patches), room, weight)
 
     def _close(
         self, conversations: Sequence[Conversation], size: tuple[int, list[int], int], room: int, weight: float

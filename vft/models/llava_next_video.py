@@ -17,7 +17,7 @@ from vft.attention import attend
 from vft.models.decoder import Decoder, DecoderConfig
 from vft.models.family import VideoLanguageModel, VisionParts
 from vft.models.layers import LayerNorm, Linear
-from vft.models.llava_next_video_vision import LlavaLayout, LlavaVision
+from vft.models.llava_next_video_vision import LlavaLayout, LlavaVision, linear_factor
 from vft.types import AttentionPlan, MediaInfo, MediaRef, UserError, VisionLayout, VisionLimits
 
 MODEL_TYPE = "llava_next_video"
@@ -89,7 +89,7 @@ class ModelConfig(DecoderConfig):
             norm_eps=text.rms_norm_eps,
             rope_theta=rope["rope_theta"],
             rope_axes=(0,) * (head_width // 2),
-            rope_factor=float(rope.get("factor", 1.0)) if rope["rope_type"] == "linear" else 1.0,
+            rope_factor=linear_factor(text),
             qkv_bias=False,
             qk_norm=False,
             tied_head=config.tie_word_embeddings,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vft.attention import build_plan, document_segments
 from vft.models import media as rules
-from vft.models.qwen2_5_vl_vision import CLIP_MEAN, CLIP_STD
+from vft.models.media import CLIP_MEAN, CLIP_STD
 from vft.types import (
     MediaInfo,
     MediaKind,
@@ -53,6 +53,7 @@ class LlavaVision:
     """Patches of a video's frame are averaged in squares of so many."""
     resolutions: tuple[tuple[int, int], ...]
     """Heights and widths that a picture may be fitted into, in whole squares."""
+    context_tokens: int | None
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     turn_end: str = ""
@@ -61,7 +62,7 @@ class LlavaVision:
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> LlavaVision:
         """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
-        vision, side = config.vision_config, config.vision_config.image_size
+        text, vision, side = config.text_config, config.vision_config, config.vision_config.image_size
         crop = preprocessor.get("crop_size", side)
         crop = crop if isinstance(crop, int) else crop["height"]
         if crop != side:  # such as the processor class's own default of 224
@@ -78,6 +79,7 @@ class LlavaVision:
             patch=vision.patch_size,
             stride=config.spatial_pool_stride,
             resolutions=resolutions,
+            context_tokens=int(text.max_position_embeddings * linear_factor(text)),
             mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
             std=tuple(preprocessor.get("image_std", CLIP_STD)),
         )
@@ -214,6 +216,12 @@ class LlavaVision:
             return joined[padding : lines - padding]
         padding = (columns - int(round(info.width * (lines / info.height), 7))) // 2
         return joined[:, padding : columns - padding]
+
+
+def linear_factor(text: Any) -> float:
+    """By how much `rope_scaling` stretches the positions that a language model was trained for; 1 where it doesn't."""
+    rope = text.rope_parameters
+    return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
 
 
 def best_resolution(height: int, width: int, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -42,6 +42,10 @@ def plan_medium(
     return MediaPlan(ref, info, indices, height, width, grid, num_tokens, seconds_per_grid)
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
     """First and last frame of the range asked for, both included.
 

@@ -54,6 +54,8 @@ class ModelConfig(DecoderConfig):
         if getattr(text, "use_sliding_window", False):
             raise UserError("config.json: use_sliding_window = true: sliding-window checkpoints are not supported")
         rope = text.rope_parameters
+        if rope.get("rope_type") == "linear":
+            raise UserError(f"linear scaling of positions (factor {rope['factor']}): {MODEL_TYPE} was not made for it")
         return ModelConfig(
             vocabulary=text.vocab_size,
             width=text.hidden_size,

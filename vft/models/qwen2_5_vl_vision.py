@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from vft.models import media as rules
+from vft.models.media import CLIP_MEAN, CLIP_STD
 from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLayout, VisionLimits
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(eq=False)
@@ -46,6 +44,7 @@ class QwenVision:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     turn_end: str = "<|im_end|>"
+    context_tokens: int | None = None
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> QwenVision:

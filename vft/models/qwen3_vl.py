@@ -67,6 +67,10 @@ class ModelConfig(DecoderConfig):
                 f"num_hidden_layers = {text.num_hidden_layers}"
             )
         rope = text.rope_parameters
+        if rope["rope_type"] != "default":
+            raise UserError(
+                f"rope_type = {rope['rope_type']!r}: {MODEL_TYPE} has 'default' alone; take the scaling out"
+            )
         return ModelConfig(
             vocabulary=text.vocab_size,
             width=text.hidden_size,

@@ -50,6 +50,7 @@ class Qwen3Vision:
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     turn_end: str = "<|im_end|>"
+    context_tokens: int | None = None
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> Qwen3Vision:

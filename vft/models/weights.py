@@ -62,9 +62,11 @@ class Checkpoint:
     """transformers' configuration object."""
     weight_files: dict[str, Path]
     """Tensor name to the safetensors file that holds it."""
+    rope_factor: float | None = None
+    """Linear scaling of positions instead of what config.json says."""
 
     @staticmethod
-    def open(path: str) -> Checkpoint:
+    def open(path: str, rope_factor: float | None = None) -> Checkpoint:
         """Resolve `path` and read its configuration and the names of its tensors.
 
         UserError where there is no such checkpoint or it has no safetensors weights.
@@ -78,14 +80,17 @@ class Checkpoint:
             raise UserError(
                 f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
             ) from error
+        if rope_factor is not None:
+            text = config.get_text_config()
+            text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
         index_file = _file(path, INDEX_FILE)
         if index_file is not None:
             names = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
             resolved = {name: _required_file(path, name) for name in sorted(set(names.values()))}
-            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()})
+            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()}, rope_factor)
         single = _required_file(path, SINGLE_FILE)
         with _open(single) as reader:
-            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single))
+            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single), rope_factor)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -227,3 +232,9 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
+    if checkpoint.rope_factor is not None:
+        content = checkpoint.json_file("config.json")
+        text = content.get("text_config", content)
+        text["rope_parameters"] = dict(checkpoint.config.get_text_config().rope_parameters)
+        text["rope_scaling"] = {"rope_type": "linear", "factor": checkpoint.rope_factor}  # what transformers 4 reads
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
