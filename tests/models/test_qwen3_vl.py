@@ -44,6 +44,7 @@ from tests.test_trunks import (  # noqa: F401
     test_branches_are_the_separate_samples,
     test_ids_labels_and_positions_of_branches,
 )
+from tools.bench.workload import MODELS
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
@@ -302,7 +303,9 @@ def test_frames_and_grid_of_a_video(spec: Qwen3Vision, fps: float, seconds: int)
         count = len(plan.frame_indices)
         assert count == len(frames) // 2 * 2
         if count == len(frames):
-            assert list(plan.frame_indices) == frames
+            # Of many frames one falls between two: qwen-vl-utils, as we do, counts in float32.
+            off = max(abs(a - b) for a, b in zip(plan.frame_indices, frames, strict=True))
+            assert off <= (1 if total > 10_000 else 0)
         patches = Qwen3VLVideoProcessor.get_num_of_video_patches(processor, count, height, width)
         assert plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2] == patches, (count, height, width, plan.grid_thw)
         assert plan.height % 32 == plan.width % 32 == 0 and plan.num_tokens == patches // 4
@@ -369,36 +372,14 @@ def test_learned_positions_are_the_table_stretched(spec: Qwen3Vision, grid: tupl
 
 # ---------------------------------------------------------------------------------------------------- released sizes
 
-VISION = {
-    "2B": (24, 1024, 4096, [5, 11, 17]),
-    "8B": (27, 1152, 4304, [8, 16, 24]),
-    "32B": (27, 1152, 4304, [8, 16, 24]),
-}
-TEXT = {"2B": (2048, 6144, 28, 16), "8B": (4096, 12288, 36, 32), "32B": (5120, 25600, 64, 64)}
-
-
-def released_config(size: str) -> Qwen3VLConfig:
-    width, mlp, layers, heads = TEXT[size]
-    depth, eye, eye_mlp, deepstack = VISION[size]
-    return Qwen3VLConfig(
-        text_config={
-            **{"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": 151936},
-            **{"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128},
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
-        },
-        vision_config={
-            **{"depth": depth, "hidden_size": eye, "intermediate_size": eye_mlp, "out_hidden_size": width},
-            "deepstack_visual_indexes": deepstack,
-        },
-        tie_word_embeddings=size == "2B",
-    )
-
 
 # In thousands of millions: the cards say 2B, 8B and 32B; the hub counts 8.77 for the second.
-@pytest.mark.parametrize(("size", "whole", "lora"), [("2B", 2.13, 17.4), ("8B", 8.77, 43.6), ("32B", 33.4, 134.2)])
+@pytest.mark.parametrize(
+    ("size", "whole", "lora"), [("2B", 2.13, 17.4), ("8B", 8.77, 43.6), ("32B", 33.4, 134.2), ("4B", 4.44, 33.0)]
+)
 def test_released_sizes(size: str, whole: float, lora: float) -> None:
     """Every name and shape is transformers'; adapters of rank 16 on each linear of the language model."""
-    config = released_config(size)
+    config = Qwen3VLConfig(**MODELS[f"qwen3-{size.lower()}"].config())
     with torch.device("meta"):
         model = qwen3_vl.build(config, {}, torch.bfloat16)
         theirs = Qwen3VLForConditionalGeneration(config)

@@ -108,21 +108,62 @@ class LlavaShape:
         return {"model_type": "llava_next_video", "text_config": text}
 
 
-MODELS: dict[str, Shape | LlavaShape] = {
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """Sizes of a Qwen3-VL."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    tied: bool
+    vision_depth: int
+    vision_width: int
+    vision_mlp: int
+    deepstack: tuple[int, ...]
+
+    def config(self) -> dict[str, Any]:
+        """A config.json with these sizes; the tower's others are the class's defaults."""
+        text = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": 8,
+            "intermediate_size": self.mlp,
+            "vocab_size": 151936,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        }
+        vision = {
+            "depth": self.vision_depth,
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_mlp,
+            "out_hidden_size": self.width,
+            "deepstack_visual_indexes": list(self.deepstack),
+        }
+        whole = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+        return {**whole, "tie_word_embeddings": self.tied}
+
+
+MODELS: dict[str, Shape | LlavaShape | Qwen3Shape] = {
     **SHAPES,
     "llava-7b": LlavaShape(4096, 32, 32, 32, 11008, 32064),
     "llava-34b": LlavaShape(7168, 60, 56, 8, 20480, 64064),
     "llava-7b-slice": LlavaShape(4096, 4, 32, 32, 11008, 32064),
+    "qwen3-2b": Qwen3Shape(2048, 28, 16, 6144, True, 24, 1024, 4096, (5, 11, 17)),
+    "qwen3-4b": Qwen3Shape(2560, 36, 32, 9728, True, 24, 1024, 4096, (5, 11, 17)),
+    "qwen3-8b": Qwen3Shape(4096, 36, 32, 12288, False, 27, 1152, 4304, (8, 16, 24)),
+    "qwen3-32b": Qwen3Shape(5120, 64, 64, 25600, False, 27, 1152, 4304, (8, 16, 24)),
 }
 """Those of other families too, for what needs no files."""
 RELEASED = {
     **{f"Qwen2.5-VL-{size}-": size.lower() for size in ("3B", "7B", "32B", "72B")},
     **{f"LLaVA-NeXT-Video-{size}": f"llava-{size.lower()}" for size in ("7B", "34B")},
+    **{f"Qwen3-VL-{size}-": f"qwen3-{size.lower()}" for size in ("2B", "4B", "8B", "32B")},
 }
 """Parts of hub names, and the shapes that they mean."""
 
 
-def build_model(shape: Shape | LlavaShape, dtype: torch.dtype) -> VideoLanguageModel:
+def build_model(shape: Shape | LlavaShape | Qwen3Shape, dtype: torch.dtype) -> VideoLanguageModel:
     """A model of this shape on the meta device."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
