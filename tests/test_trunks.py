@@ -79,9 +79,9 @@ SHARED: dict[str, list[Conversation]] = {
 
 
 @pytest.fixture(scope="module")
-def tiny_untied(each_untied: Tiny) -> Tiny:
-    """Of each family, with a head of its own."""
-    return each_untied
+def tiny(each_tiny: Tiny) -> Tiny:
+    """Of each family."""
+    return each_tiny
 
 
 def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:

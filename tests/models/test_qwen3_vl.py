@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pictur
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
+from tests import test_compiled as compiled
 from tests.helpers import (
     LIMITS,
     Media,
@@ -32,18 +33,7 @@ from tests.helpers import (
     talk,
 )
 from tests.models.families import QWEN3_TEMPLATE
-from tests.test_compiled import (  # the same tests, with this family's models  # noqa: F401
-    fresh_compiler,
-    test_a_step_reads_nothing_back,
-    test_compiled_once_for_all_layers_and_rows,
-    test_the_kernel_path_gives_the_loss_and_gradients_of_the_other,
-    test_without_the_kernel_the_mlps_are_compiled,
-)
-from tests.test_trunks import (  # noqa: F401
-    model,
-    test_branches_are_the_separate_samples,
-    test_ids_labels_and_positions_of_branches,
-)
+from tests.test_compiled import fresh_compiler  # noqa: F401
 from tools.bench.workload import MODELS
 from vft.config import LoraConfig
 from vft.data import vision
@@ -148,6 +138,17 @@ def test_recomputing_changes_nothing(tiny: Tiny, mode: str) -> None:
     again, found = loss_and_gradients(ours, batch)
     assert torch.equal(loss, again) and found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_deepstack_leaves_one_graph_for_all_layers(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Nothing that depends on the layer stands in a layer."""
+    compiled.test_compiled_once_for_all_layers_and_rows(tiny, monkeypatch, None, mode)
+
+
+def test_a_step_reads_nothing_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.test_a_step_reads_nothing_back(tiny, monkeypatch, compiled.ROWS[2])
 
 
 def test_too_few_layers_for_deepstack(tmp_path: Path) -> None:
