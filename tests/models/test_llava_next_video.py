@@ -217,6 +217,17 @@ def test_supervised_is_the_answer_and_its_end(make_tiny: Any, language_model: st
     assert [text.strip() for text in texts[:-1]] == [answer.strip() for answer in answers] and not texts[-1]
 
 
+@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
+@pytest.mark.parametrize("answer", ["A dog.", "7", "é"])
+def test_what_is_not_supervised_is_the_prompt(make_tiny: Any, language_model: str, answer: str) -> None:
+    """The space before an answer, a token of its own before some characters, is the model's to say."""
+    encoder = make_tiny(language_model, "tied").encoder
+    whole = encoder.encode(talk(("user", "Who?"), ("assistant", answer)))
+    asked = encoder.encode(talk(("user", "Who?")), answer_next=True)
+    first = next(i for i, label in enumerate(whole.labels) if label != -100)
+    assert whole.ids[:first] == asked.ids
+
+
 def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     """It puts pictures before videos: embeddings go where their own placeholders are."""
     (video, video_info), (image, image_info) = medium("video", 4, 56, 56), medium("image", 1, 90, 60)

@@ -36,6 +36,8 @@ def assert_learnt_by_heart(
             "sources": [{"format": "messages", "path": "mllm_video_demo.json"}],
             "pack_tokens": 1024,
             "workers": 1,
+            "cache": "frames",
+            "cache_dir": str(folder / "cache"),
             "video": {"frames": 8, "max_pixels": 25088},
         },
         "train": {"packs_per_step": 2, "schedule": "linear", "precision": "fp32", **train},
@@ -61,9 +63,10 @@ def test_three_real_clips_are_learnt_by_heart(
 def test_by_models_of_other_families(
     family: str, make_tiny: Callable[[str, str], Tiny], videos: Path, commands: Commands, tmp_path: Path
 ) -> None:
-    train = {"max_steps": 60, "learning_rate": 1e-2}
+    """Random weights: the head has to learn, too, for its logits are too small to be sure of anything."""
+    lora = {"rank": 16, "alpha": 32, "targets": ["language_model.*", "language_model.lm_head"]}
     model = make_tiny(family, "untied").path
-    assert_learnt_by_heart(model, videos, commands, tmp_path, train, {"rank": 16, "alpha": 32})
+    assert_learnt_by_heart(model, videos, commands, tmp_path, {"max_steps": 40, "learning_rate": 1e-2}, lora)
 
 
 @pytest.mark.slow
