@@ -21,14 +21,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next_video.processing_llava_next_video import LlavaNextVideoProcessor
 
-from tests.helpers import CPU, Media, Tiny, medium, talk
+from tests.helpers import CPU, Media, Tiny, every_logit, medium, talk
 from tests.models.families import PINPOINTS, SIDE
+from tests.models.test_against_transformers import row
+from tools.merge_lora import merge
 from vft.answer import load_model
+from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data_config import DataConfig, VideoConfig
+from vft.lora import choose_trainable, export_adapter, is_adapter
 from vft.models.llava_next_video_vision import LlavaVision, best_resolution, fitted
+from vft.models.weights import Checkpoint
 from vft.types import Clip, MediaPlan, UserError, VisionLimits
 
 RELEASED = LlavaNextVideoConfig()
@@ -217,6 +222,17 @@ def test_supervised_is_the_answer_and_its_end(make_tiny: Any, language_model: st
     assert [text.strip() for text in texts[:-1]] == [answer.strip() for answer in answers] and not texts[-1]
 
 
+@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
+@pytest.mark.parametrize("answer", ["A dog.", "7", "é"])
+def test_what_is_not_supervised_is_the_prompt(make_tiny: Any, language_model: str, answer: str) -> None:
+    """The space before an answer, a token of its own before some characters, is the model's to say."""
+    encoder = make_tiny(language_model, "tied").encoder
+    whole = encoder.encode(talk(("user", "Who?"), ("assistant", answer)))
+    asked = encoder.encode(talk(("user", "Who?")), answer_next=True)
+    first = next(i for i, label in enumerate(whole.labels) if label != -100)
+    assert whole.ids[:first] == asked.ids
+
+
 def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     """It puts pictures before videos: embeddings go where their own placeholders are."""
     (video, video_info), (image, image_info) = medium("video", 4, 56, 56), medium("image", 1, 90, 60)
@@ -300,3 +316,36 @@ def test_language_models_that_are_not_known(tiny: Tiny, tmp_path: Path, change: 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=expected):
         load_model(str(folder), None, torch.float32, CPU)
+
+
+# ------------------------------------------------------------------------------------------- positions beyond 4,096
+
+
+def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    """An adapter trained with `rope_factor` is loaded with it; merged, it stands in config.json, and transformers'
+    logits are ours."""
+    lora = LoraConfig(rank=2, alpha=4, targets=("language_model.q_proj",))
+    checkpoint = Checkpoint.open(str(tiny.path), rope_factor=3.0)
+    model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).skeleton.model
+    choose_trainable(model, model.towers, lora, ())
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    about = {"base_fingerprint": checkpoint.fingerprint, "rope_factor": 3.0}
+    export_adapter(model, tmp_path / "adapter", lora, str(tiny.path), model.peft_prefixes, about, write=True)
+    merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
+    batch = row(tiny, "video")
+    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
+    again = load_model(str(tmp_path / "merged"), None, torch.float32, CPU)
+    with torch.no_grad():
+        plain, wanted = (every_logit(one, batch) for one in (tiny.ours(), model.eval()))
+        theirs = tiny.load(tmp_path / "merged")(**tiny.inputs(batch)).logits[0]
+        for found in (theirs, every_logit(loaded.skeleton.model, batch), every_logit(again.skeleton.model, batch)):
+            assert float((found - wanted).abs().max()) <= 1e-4
+        assert float((wanted - plain).abs().max()) > 0.5
+    assert again.encoder.spec.context_tokens == 3 * 4096
+
+
+def test_a_family_that_was_not_made_for_it_refuses(make_tiny: Any) -> None:
+    with pytest.raises(UserError, match=r"linear scaling .*factor 2\.0.*qwen2_5_vl"):
+        load_model(str(make_tiny("qwen2_5_vl", "tied").path), None, torch.float32, CPU, rope_factor=2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -80,8 +80,8 @@ class ChatEncoder:
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
 
-        A span is an assistant message's content and the token that closes it, nothing else. With `answer_next` the
-        text ends where the model is to answer.
+        A span is what the model has to say: an assistant message's content and the token that closes it. With
+        `answer_next` the text ends where the model is to answer.
         """
         return self._render(_text_of(conversation, ()), answer_next)
 
@@ -110,9 +110,19 @@ class ChatEncoder:
             raise UserError("the chat template changes the text of an answer")
         text, spans = pieces[0], []
         for answer, after in zip(answers, pieces[1:], strict=True):
-            spans.append((len(text), len(text) + len(answer) + len(self.turn_end)))
+            start = len(text) - (len(self._gap) if text.endswith(self._gap) else 0)
+            spans.append((start, len(text) + len(answer) + len(self.turn_end)))
             text += answer + self._closed(after)
         return text, spans
+
+    @cached_property
+    def _gap(self) -> str:
+        """What the template writes before an answer but not where the model is to answer: the model has to say it."""
+        asked: Text = (("user", ("?",)),)
+        prompt = self._apply(asked, answer_next=True, hide_answers=False)
+        answered = self._apply((*asked, ("assistant", ("!",))), answer_next=False, hide_answers=True)
+        before = answered.split("\ue000")[0]
+        return before.removeprefix(prompt) if before.startswith(prompt) else ""
 
     def _closed(self, after: str) -> str:
         """What the template wrote behind an answer, with the text that closes it."""
