@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,31 +36,76 @@ def videos() -> Path:
     return path
 
 
+FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava_next_video_mistral", "qwen3_vl")
+"""Keys of tests.models.families.FAMILIES, which takes seconds to import."""
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tied": False, "max_shard_size": "100KB", "seed": 1},
+    "bf16": {"dtype": "bfloat16", "max_shard_size": "100KB", "seed": 2},
+}
+"""Checkpoints of a family: a tied head in one file; a head of its own, in several files; weights as released."""
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A small random Qwen2.5-VL with a tied head."""
-    from tests.helpers import Tiny, save_checkpoint
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Tiny]:
+    """A small random checkpoint of a family and of one of KINDS, the same each time."""
 
-    return Tiny(save_checkpoint(tmp_path_factory.mktemp("tied") / "base"))
+    @cache
+    def make(family: str, kind: str) -> Tiny:
+        import torch
+
+        from tests.helpers import Tiny
+        from tests.models import families
+
+        assert tuple(families.FAMILIES) == FAMILIES
+        options = dict(KINDS[kind])
+        if "dtype" in options:
+            options["dtype"] = getattr(torch, options["dtype"])
+        folder = tmp_path_factory.mktemp(f"{family}-{kind}") / "base"
+        tiny = Tiny(families.FAMILIES[family].save(folder, **options), families.FAMILIES[family])
+        assert len(list(folder.glob("*.safetensors"))) > 2 or kind == "tied"
+        return tiny
+
+    return make
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def each_tiny(family: str, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """A small random model of each family with a tied head."""
+    return make_tiny(family, "tied")
+
+
+@pytest.fixture(scope="session")
+def each_untied(family: str, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """The same with a head of its own, in several weight files."""
-    from tests.helpers import Tiny, save_checkpoint
-
-    folder = tmp_path_factory.mktemp("untied") / "base"
-    tiny = Tiny(save_checkpoint(folder, tied=False, max_shard_size="100KB", seed=1))
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return tiny
+    return make_tiny(family, "untied")
 
 
 @pytest.fixture(scope="session")
-def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def each_bf16(family: str, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """Weights in bfloat16, as released, in several files."""
-    import torch
+    return make_tiny(family, "bf16")
 
-    from tests.helpers import Tiny, save_checkpoint
 
-    folder = tmp_path_factory.mktemp("bf16") / "base"
-    return Tiny(save_checkpoint(folder, dtype=torch.bfloat16, max_shard_size="100KB", seed=2))
+@pytest.fixture(scope="session")
+def tiny(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """A Qwen2.5-VL, for tests to which the family makes no difference."""
+    return make_tiny("qwen2_5_vl", "tied")
+
+
+@pytest.fixture(scope="session")
+def tiny_untied(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """The same with a head of its own, in several weight files."""
+    return make_tiny("qwen2_5_vl", "untied")
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """Weights in bfloat16, as released, in several files."""
+    return make_tiny("qwen2_5_vl", "bf16")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from tests.helpers import CPU, Tiny, inputs_for_transformers, talk
+from tests.helpers import CPU, Tiny, talk
 from vft.answer import Answerer
 from vft.config import Config, EvalConfig, ModelConfig
 from vft.data import vision
@@ -156,7 +156,7 @@ def sums_of(tiny: Tiny, held_out: Documents, leave_out: str = "") -> list[tuple[
         documents.add([one], 1.0)
         made = documents.build(0)
         batch = collate([(made, [vision.load(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)
-        logits_TV = tiny.theirs(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0].double()
+        logits_TV = tiny.theirs(**tiny.inputs(batch)).logits[0].double()
         loss = F.cross_entropy(logits_TV[:-1], batch.labels_T[1:], ignore_index=-100, reduction="sum")
         found.append((float(loss), int((batch.labels_T[1:] != -100).sum())))
     return found

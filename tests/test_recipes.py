@@ -12,22 +12,27 @@ from vft.data.sources import FORMATS
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 TASKS = ("caption", "qa", "classify", "summarize", "story")
-CAPTIONS = [path for path in RECIPES if path.name == "caption.toml" and path.parent.name.startswith("qwen2_5_vl_")]
+CAPTIONS = [path for path in RECIPES if path.name == "caption.toml" and path.parent.name != "demo"]
+HUB_NAMES = {
+    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen2_5_vl_72b": "Qwen/Qwen2.5-VL-72B-Instruct",
+    "llava_next_video_7b": "llava-hf/LLaVA-NeXT-Video-7B-hf",
+    "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+}
 
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT / "recipes").as_posix()
 
 
-@pytest.mark.parametrize("model", ["qwen2_5_vl_7b", "qwen2_5_vl_72b"])
+@pytest.mark.parametrize("model", HUB_NAMES)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_one_for_each_size(model: str, task: str) -> None:
     recipe = config.load(ROOT / "recipes" / model / f"{task}.toml")
-    size = model.rpartition("_")[2].upper()
-    assert recipe.model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
+    assert recipe.model.path == HUB_NAMES[model]
     assert recipe.train.precision == "bf16" and recipe.train.packs_per_step % 8 == 0
     assert recipe.parallel.shard == 0
-    if size == "72B":
+    if model.endswith("_72b"):
         assert recipe.parallel.activation_checkpointing == "full"
 
 
@@ -73,7 +78,12 @@ def test_the_other_tasks_keep_to_the_defaults(path: Path) -> None:
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (16, 32.0, ("language_model.*",))
     assert recipe.train.learning_rate == (5e-5 if "72B" in recipe.model.path else 1e-4)
     assert (recipe.train.epochs, recipe.train.schedule) == (1, "cosine")
-    assert recipe.data.video.max_pixels == 128 * 28 * 28
+    if path.parent.name.startswith("llava_next_video"):
+        # Trained at a fixed count; 144 tokens a frame and some 1,000 of text in 4,096 positions.
+        assert recipe.data.video.frames is not None and 144 * recipe.data.video.frames + 1000 <= 4096
+        return
+    side = 32 if "Qwen3" in recipe.model.path else 28  # of one token's square of pixels
+    assert recipe.data.video.max_pixels == 128 * side**2
     if recipe.task != "summarize":
         assert recipe.data.video.fps == 2.0 and recipe.data.video.max_frames <= 32
 

@@ -78,6 +78,12 @@ SHARED: dict[str, list[Conversation]] = {
 """Samples that one trunk serves, by what is in them."""
 
 
+@pytest.fixture(scope="module")
+def tiny(each_tiny: Tiny) -> Tiny:
+    """Of each family."""
+    return each_tiny
+
+
 def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:
     refs = conversations[0].media
     return Media.make(tiny.encoder.spec, [(ref, INFOS[ref]) for ref in refs], seed=3)
@@ -116,7 +122,9 @@ def assert_same_training(model: Any, batches: Sequence[Batch], alone: Sequence[B
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
     assert_same_gradients(found, wanted)
     if any(one.grids for one in batches):
-        assert all(float(gradient.norm()) > 0 for name, gradient in found.items() if "k_proj.bias" not in name)
+        # A softmax cancels the keys' bias; LLaVA's line break stands in pictures alone.
+        idle = ("k_proj.bias", "image_newline")
+        assert all(float(gradient.norm()) > 0 for name, gradient in found.items() if not name.endswith(idle))
 
 
 # --------------------------------------------------------------------------------------- a trunk = separate samples

@@ -103,8 +103,8 @@ def score(
     """Scores of the base model, or of the adapter on it; its answers go to `file`."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     mesh = make_mesh(world, config.parallel.shard)
-    quantize = config.model.quantize
-    loaded = load_model(config.model.path, adapter, dtype, world.device, mesh, config.parallel, quantize)
+    base = config.model
+    loaded = load_model(base.path, adapter, dtype, world.device, mesh, config.parallel, base.quantize, base.rope_factor)
     answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     return evaluate(

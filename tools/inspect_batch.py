@@ -50,7 +50,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
-    checkpoint = Checkpoint.open(config.model.path)
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     task, data = task_of(config), config.data
@@ -96,7 +96,8 @@ def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
 def forward_tensors(batch: Batch, config: Config) -> dict[str, Tensor]:
     """Summed loss, count and logits of the supervised tokens, by the model in float32."""
     adapter = Path(config.model.adapter) if config.model.adapter else None
-    loaded = load_model(config.model.path, adapter, torch.float32, torch.device("cpu"), quantize=config.model.quantize)
+    base, cpu = config.model, torch.device("cpu")
+    loaded = load_model(base.path, adapter, torch.float32, cpu, None, None, base.quantize, base.rope_factor)
     model = loaded.skeleton.model
     with torch.no_grad():
         return {

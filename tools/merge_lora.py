@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach
+from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, recorded
 from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
@@ -31,7 +31,7 @@ def merge(base: str, adapter_folder: Path, output: Path) -> int:
     """Write the merged model to `output`, which appears only when it is complete. Returns the layers changed."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, recorded(adapter_folder).get("rope_factor"))
     skeleton = build(checkpoint, torch.float32)
     adapter = Adapter.open(adapter_folder, skeleton.peft_prefixes)
     attach(skeleton.model, adapter, skeleton.towers)

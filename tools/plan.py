@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
-from rows import Video, row_of, video_document
-from workload import SHAPES, build_model
+from rows import row_of, video_document
+from workload import MODELS, RELEASED, build_model
 
 from vft import config as configs
 from vft.config import Config, ParallelConfig
 from vft.console import user_errors
+from vft.data.budget import limits_of, plan_media
 from vft.distributed import World, make_mesh
 from vft.flops import PEAK_FLOPS, FlopCounter
 from vft.lora import choose_trainable
 from vft.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step
 from vft.models import build
-from vft.models.qwen2_5_vl import TOWERS
 from vft.models.weights import Checkpoint
 from vft.nf4 import is_packed, true_shapes
 from vft.parallel import checkpoint_activations
-from vft.types import Batch, UserError
+from vft.types import Batch, MediaInfo, MediaRef, UserError
 
-RELEASED = {"3B": "3b", "7B": "7b", "32B": "32b", "72B": "72b"}
-"""Sizes of the released models, for planning where their files are not at hand."""
+FILMED = (1080, 1920)
+"""Height and width of the videos, before they are fitted into the limits."""
 RESERVE = 0.05
 """Share of the memory that is left to the allocator, to kernels' workspaces and to the communication library."""
 
@@ -163,26 +163,26 @@ def differences(wanted: ParallelConfig, other: ParallelConfig) -> str:
 def model_of(config: Config) -> Any:
     """The model on the meta device, from its own config.json or that of the released size, with what is trained."""
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    released = next((shape for size, shape in RELEASED.items() if f"-{size}-" in path), None)
+    released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path), dtype, config.model.quantize).model
+        model = build(Checkpoint.open(path, config.model.rope_factor), dtype, config.model.quantize).model
     else:
-        model = build_model(SHAPES[released], dtype, config.model.quantize)
-    choose_trainable(model, TOWERS, config.lora, config.model.train)
+        model = build_model(MODELS[released], dtype, config.model.quantize)
+    choose_trainable(model, model.towers, config.lora, config.model.train)
     return model
 
 
 def longest_row(setting: Setting) -> Batch:
     """As many of the largest videos that the limits allow, each with a question, as go into one row."""
     data, spec = setting.config.data, model_of(setting.config).spec
-    frames = data.video.frames or data.video.max_frames
-    pixels = min(data.video.max_pixels, (data.video.total_pixels or 1 << 60) // frames)
-    # Height and width in patches of 28 whose product comes near the limit.
-    side = max(1, int((pixels / 28 / 28) ** 0.5))
-    video = Video(frames, 28 * side, 28 * max(1, pixels // 28 // 28 // side))
-    while video.frames > 2 and video.tokens + setting.text_tokens + 20 > data.pack_tokens:
-        video = Video(video.frames - 2, video.height, video.width)
-    one = video_document(spec, video, 1, setting.text_tokens, setting.text_tokens // 2)
+    ref = MediaRef("video", Path("video.mp4"))
+    limits = limits_of(ref, data)
+    limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
+    length = 10 * (limits.frames or 1)
+    large = MediaInfo("video", *FILMED, length, 10.0, duration_s=length / 10)
+    room = data.pack_tokens - setting.text_tokens - 20
+    (media,) = plan_media([(ref, large, limits)], spec, room, str(setting.config.model.path))
+    one = video_document(spec, media, 1, setting.text_tokens, setting.text_tokens // 2)
     count = max(1, data.pack_tokens // one.num_tokens)
     return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
 
@@ -211,7 +211,7 @@ def plan_memory(setting: Setting, parallel: ParallelConfig, row: Batch) -> Memor
 
 def shares(model: Any, shards: int) -> list[tuple[torch.nn.Parameter, int]]:
     """Every parameter with the bytes of it that one GPU has: a tower in which nothing is trained is whole on each."""
-    tower = list(model.visual.parameters())
+    tower = model.media_parameters()
     whole = set() if any(p.requires_grad for p in tower) else {id(p) for p in tower}
     return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
 
@@ -256,7 +256,7 @@ def times_table(setting: Setting, plan: Memory, row: Batch, arguments: argparse.
     rows = packs * setting.gpus
     whole = sum(map(math.prod, true_shapes(model).values())) * model.compute_dtype.itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+    layers = sum(p.numel() * p.element_size() for p in model.decoder.layers.parameters())
     shards = config.parallel.shard or setting.gpus
     passes = 2 if plan.parallel.reshard_after_forward else 1
     wire = passes * layers * (shards - 1) / shards * packs

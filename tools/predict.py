@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vft.adapter_files import ABOUT_FILE
+from vft.adapter_files import recorded
 from vft.answer import Answerer, Prompt, load_model, require_folder, user_question
 from vft.console import user_errors
 from vft.data.pool import WorkerPool
@@ -126,10 +126,7 @@ def load(answerer: Answerer, path: Path, prompt: str) -> Prompt | MediaError:
 
 def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]:
     """What training recorded beside the adapter or in the merged model; empty for a plain base."""
-    if adapter is None:
-        return merged
-    file = adapter / ABOUT_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return merged if adapter is None else recorded(adapter)
 
 
 def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataConfig:

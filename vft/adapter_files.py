@@ -65,9 +65,8 @@ class Adapter:
         except SafetensorError as error:
             raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
-        about_file = folder / ABOUT_FILE
-        about = _read_object(about_file) if about_file.is_file() else {}
-        return Adapter(folder, config, about, {ours: stored[name] for ours, name in file_names.items()}, file_names)
+        shapes = {ours: stored[name] for ours, name in file_names.items()}
+        return Adapter(folder, config, recorded(folder), shapes, file_names)
 
     @property
     def lora(self) -> LoraConfig:
@@ -102,6 +101,14 @@ class Adapter:
     def scales(self) -> dict[str, float]:
         """Of each adapted layer's update."""
         return {name: lora_scale(rank, alpha, self.lora.rslora) for name, (rank, alpha) in self.layers.items()}
+
+    def check_rope(self, factor: float | None) -> None:
+        """UserError where it was trained with another `model.rope_factor`."""
+        if self.about.get("rope_factor") != factor:
+            raise UserError(
+                f"model.rope_factor = {factor}: {self.folder} was trained with {self.about.get('rope_factor')}; make "
+                "them equal"
+            )
 
     def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
         """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
@@ -162,6 +169,12 @@ def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
     add_adapters(model, adapter.layers, adapter.lora)
 
 
+def recorded(adapter: Path | None) -> dict[str, Any]:
+    """What this project's training wrote beside an adapter; empty for another's, or none."""
+    file = None if adapter is None else adapter / ABOUT_FILE
+    return _read_object(file) if file is not None and file.is_file() else {}
+
+
 def export_adapter(
     model: nn.Module,
     folder: Path,
@@ -191,6 +204,7 @@ def export_adapter(
             alphas[theirs] = _number(alpha * doubled)
     if not write:
         return
+    linears = [_to_peft(f"{n}.", peft_prefixes)[:-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     common = lora.rank * (1 if lora.init == "kaiming" else 2), _number(lora.alpha * doubled)
     config = {
         "peft_type": "LORA",
@@ -208,7 +222,7 @@ def export_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _regular_expression(list(ranks)),
+        "target_modules": _regular_expression(list(ranks), linears),
     }
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -291,11 +305,19 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _regular_expression(modules: Sequence[str]) -> str:
-    """A full-match pattern for exactly these layers' kinds, layer numbers left open: never a bare leaf name,
-    which would fit the other tower's layers too."""
-    kinds = sorted({_kind(name) for name in modules})
-    return "|".join(kinds) if len(kinds) > 1 else kinds[0]
+def _regular_expression(modules: Sequence[str], linears: Sequence[str]) -> str:
+    """A full-match pattern for exactly these layers' kinds, layer numbers left open where it then fits no other of
+    `linears`: never a bare leaf name, which would fit the other tower's layers too."""
+    by_kind: dict[str, list[str]] = {}
+    for name in modules:
+        by_kind.setdefault(_kind(name), []).append(name)
+    patterns = []
+    for kind, names in sorted(by_kind.items()):
+        if all(name in names for name in linears if re.fullmatch(kind, name)):
+            patterns.append(kind)
+        else:
+            patterns += map(re.escape, sorted(names))
+    return "|".join(patterns)
 
 
 def _kind(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from vft.adapter_files import Adapter, attach
+from vft.adapter_files import Adapter, attach, recorded
 from vft.attention import check_kernel
 from vft.config import ParallelConfig
 from vft.console import progress_bar
@@ -73,10 +73,11 @@ class Answerer:
         """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames."""
         prompt = question.prompt
         plans, _ = fit([prompt], self.encoder, self.config, self.info, answer_next=True)
-        settled = prompt.settled(plans)
-        encoded = self.encoder.encode(settled, answer_next=True)
-        options = self.encoder.options(settled, prompt.options, plans) if prompt.options else None
-        return self.encoder.document([encoded], plans, [question.id]), options
+        encoded = self.encoder.encode(prompt, answer_next=True, media=plans)
+        options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
+        document = self.encoder.document([encoded], plans, [question.id])
+        self.encoder.check_length(prompt.origin, document.num_tokens)
+        return document, options
 
     def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:
         """Begin to decode the media of some questions side by side; what is returned waits for them.
@@ -150,7 +151,7 @@ class Answerer:
     def stop_ids(self) -> frozenset[int]:
         """The token that closes a message, and the tokenizer's own end."""
         tokenizer = self.encoder.tokenizer
-        closing = tokenizer(self.encoder.spec.turn_end, add_special_tokens=False)["input_ids"]
+        closing = tokenizer(self.encoder.turn_end, add_special_tokens=False)["input_ids"]
         return frozenset([*closing, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
 
 
@@ -171,15 +172,16 @@ def load_model(
     mesh: DeviceMesh | None = None,
     parallel: ParallelConfig | None = None,
     quantize: str = "none",
+    rope_factor: float | None = None,
 ) -> LoadedModel:
     """A base model with an adapter on it, if one is named, ready to answer; its decoder is sharded over the mesh.
-    `quantize` is that of `[model]`.
+    `quantize` and `rope_factor` are those of `[model]`; an adapter's own `rope_factor` goes before the one given.
 
     With a mesh every process must call it, and run the model as often as the others do.
     """
     parallel = parallel or ParallelConfig()
     check_kernel(device, dtype)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, recorded(adapter).get("rope_factor", rope_factor))
     skeleton = build(checkpoint, dtype, quantize)
     files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())

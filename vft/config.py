@@ -93,6 +93,9 @@ class ModelConfig(Section):
     2023), 9/16 of a byte a weight; embedding, head, norms and vision tower stay as they are. Needs a `[lora]` table."""
     train: Tuple[Tower] = ()
     """Parts that full fine-tuning trains. Only without a `[lora]` table."""
+    rope_factor: Annotated[float, Field(ge=1)] | None = None
+    """Linear scaling of positions: the language model sees them divided by this, and as many more fit its context.
+    LLaVA-NeXT-Video's own rule: (144 x frames + 1000) / 4096, rounded up. None: as config.json has it."""
 
 
 class LoraConfig(Section):

@@ -100,7 +100,8 @@ class VideoConfig(Section):
     min_pixels: Positive = 4 * 28 * 28
     """Height x width of a frame after resizing, at least. The default is the model's own."""
     max_pixels: Positive = 128 * 28 * 28
-    """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames."""
+    """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames. Of Qwen2.5-VL:
+    LLaVA-NeXT-Video's frames are 336 x 336 whatever the limits of pixels, and 144 tokens each."""
     total_pixels: Positive | None = None
     """Frames x height x width of a video, at most; none: `max_pixels` alone limits."""
     timestamps: bool = False
@@ -130,7 +131,8 @@ class ImageConfig(Section):
     min_pixels: Positive = 4 * 28 * 28
     """Height x width after resizing, at least."""
     max_pixels: Positive = 1280 * 28 * 28
-    """Height x width after resizing, at most; 28 x 28 pixels are one token."""
+    """Height x width after resizing, at most; 28 x 28 pixels are one token. For LLaVA-NeXT-Video: of the resolutions
+    that tiles of 336 x 336 make; 14 x 14 pixels are one token."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

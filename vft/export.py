@@ -22,6 +22,7 @@ def export(
         "task": task.name,
         "prompt": task.prompt,
         "step": step,
+        "rope_factor": checkpoint.rope_factor,
         "video": config.data.video.model_dump(mode="json", exclude_none=True),
         "image": config.data.image.model_dump(mode="json", exclude_none=True),
     }

@@ -51,8 +51,8 @@ class FlopCounter:
 
     def __init__(self, model: Any, checkpointing: str = "none") -> None:
         config = model.config
-        decoder = dict(model.model.layers.named_parameters())
-        size = {name: math.prod(shape) for name, shape in true_shapes(model.model.layers).items()}
+        decoder = dict(model.decoder.layers.named_parameters())
+        size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items()}
         frozen = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
         trained = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
         self.token = 4 * frozen + 6 * trained
@@ -66,17 +66,14 @@ class FlopCounter:
         again = [n for n in named if ".mlp." in n or (checkpointing != "mlp" and _follows(n))]
         self.last_again = 2 * (1.0 if checkpointing == "mlp" else share) * sum(size[n] for n in again)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
-        head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+        head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
-        tower, merger = [*model.visual.patch_embed.parameters(), *model.visual.blocks.parameters()], model.visual.merger
-        patch, passes = _passes(tower)
-        merged, _ = _passes(list(merger.parameters()), fed=passes > 1)
-        self.patch = patch + merged // config.vision.merge**2
-        full = len(config.vision.full_attention_blocks)
-        self.tower_pairs = {
-            "frame": passes * 4 * config.vision.width * full,
-            "window": passes * 4 * config.vision.width * (config.vision.blocks - full),
-        }
+        vision = model.vision
+        patch, passes = _passes(vision.tower)
+        self.merged, _ = _passes(vision.merger, fed=passes > 1)
+        self.patches_per_row = vision.patches_per_row
+        self.patch = patch + self.merged // self.patches_per_row
+        self.tower_pairs = {kind: passes * 4 * width for kind, width in vision.pair_widths.items()}
 
     def count(self, batch: Batch) -> Flops:
         """FLOPs of forward and backward."""
@@ -84,6 +81,8 @@ class FlopCounter:
         total = self.row(batch.num_tokens, pairs, batch.pixels_PD.shape[0]) + self.target * batch.num_targets
         total -= self.last * (batch.num_tokens - batch.num_targets)
         if batch.layout is not None:
+            usual = batch.pixels_PD.shape[0] // self.patches_per_row
+            total += self.merged * (batch.layout.merger_rows - usual)
             for kind, plan in batch.layout.plans.items():
                 total += self.tower_pairs[kind] * attended_pairs(plan.segments, causal=False)
         again = self.token_again * batch.num_tokens + self.pair_again * pairs

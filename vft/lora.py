@@ -201,7 +201,7 @@ def match_targets(
             for name in linears
             if tower_of(name, towers) == tower
             and (fnmatchcase(name.rsplit(".", 1)[-1], glob) or fnmatchcase(name, glob))
-            and (name != "lm_head" or glob == "lm_head")
+            and (name.rsplit(".", 1)[-1] != "lm_head" or glob == "lm_head")
         ]
         if not matched[pattern]:
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linears if tower_of(name, towers) == tower})

@@ -95,8 +95,9 @@ def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None
     the next are gathered, or all of them; of weights in the host's memory the device's share of two layers is there.
     """
     config = config or ParallelConfig()
-    frozen_tower = not any(p.requires_grad for p in model.visual.parameters())
-    whole = {id(p) for p in model.visual.parameters()} if frozen_tower else set()
+    media = model.media_parameters()
+    frozen_tower = not any(p.requires_grad for p in media)
+    whole = {id(p) for p in media} if frozen_tower else set()
     away = {id(p) for p in offloaded_parameters(model, config)}
     total = 0
     for parameter in model.parameters():
@@ -105,10 +106,10 @@ def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None
             size += 2 * 4 * parameter.numel()
         if id(parameter) not in away:
             total += size if id(parameter) in whole else -(-size // shards)
-    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder.layers]
     if shards > 1 or away:
         ends = sum(p.nbytes for p in model.parameters()) - sum(layers)
-        ends -= sum(p.nbytes for p in model.visual.parameters()) if frozen_tower else 0
+        ends -= sum(p.nbytes for p in media) if frozen_tower else 0
         total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
     return total + copied_bytes(model, shards, config)
 
@@ -121,7 +122,7 @@ def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Paramete
 def copied_bytes(model: Any, shards: int, config: ParallelConfig) -> int:
     """A device's share of two layers from the host's memory: of the one to be gathered, and of the next."""
     away = {id(p) for p in offloaded_parameters(model, config)}
-    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.model.layers]
+    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.decoder.layers]
     return 2 * -(-max(layers) // shards)
 
 
@@ -223,8 +224,8 @@ class LiveBytes(TorchDispatchMode):
 
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
     """Every plan of the row, and its rows."""
-    patches = row.pixels_PD.shape[0]
-    towers = [] if row.layout is None else [(plan, patches) for plan in row.layout.plans.values()]
+    plans = [] if row.layout is None else list(row.layout.plans.values())
+    towers = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
     return [(row.plan, row.input_ids_T.numel()), *towers]
 
 

@@ -40,7 +40,7 @@ def parallelize(
     if config.compile:
         # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
         # loop over what a row is made of, which would be compiled for every row.
-        for layer in model.model.layers:
+        for layer in model.decoder.layers:
             (layer if has_kernel(device, dtype) else layer.mlp).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype, config)
@@ -49,9 +49,9 @@ def parallelize(
 def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> None:
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
     whole layers (`full`). `tower` is for a vision tower that is trained; one that is frozen keeps nothing anyway."""
-    _checkpoint_layers(model.model.layers, decoder)
-    if any(p.requires_grad for p in model.visual.parameters()):
-        _checkpoint_layers(model.visual.blocks, decoder if tower == "same" else tower)
+    _checkpoint_layers(model.decoder.layers, decoder)
+    if any(p.requires_grad for p in model.media_parameters()):
+        _checkpoint_layers(model.vision.blocks, decoder if tower == "same" else tower)
 
 
 def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
@@ -113,14 +113,15 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConf
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     away = offloaded(model, config)
-    layers: list[Any] = list(model.model.layers)
+    layers: list[Any] = list(model.decoder.layers)
     for layer in layers:
         fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
     ignored: set[nn.Parameter] = set()
-    if any(p.requires_grad for p in model.visual.parameters()):
-        fully_shard(model.visual, **options)
+    if any(p.requires_grad for p in model.media_parameters()):
+        for module in model.vision.modules:
+            fully_shard(module, **options)
     else:
-        ignored = set(model.visual.parameters())
+        ignored = set(model.media_parameters())
     fully_shard(model, **options, ignored_params=ignored)
     # The first layer is gathered while the tower runs, each other one is asked for before the kernels of the layer
     # before it are. Backwards FSDP2 does so by itself.
@@ -133,7 +134,7 @@ def offloaded(model: Any, config: ParallelConfig) -> list[nn.Module]:
     """Modules of the decoder's layers whose own parameters lie in the host's memory between uses: frozen matrices."""
     if config.offload == "none":
         return []
-    inside = (module for layer in model.model.layers for module in layer.modules())
+    inside = (module for layer in model.decoder.layers for module in layer.modules())
     found = ((module, list(module.parameters(recurse=False))) for module in inside)
     return [m for m, own in found if any(p.dim() > 1 for p in own) and not any(p.requires_grad for p in own)]
 

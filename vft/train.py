@@ -84,7 +84,7 @@ def run(task: Task, config: Config, world: World) -> None:
     check_output_dir(config)
     if config.log.tensorboard:
         require_tensorboard()
-    checkpoint = Checkpoint.open(config.model.path)
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
@@ -187,6 +187,7 @@ class Trainer:
             if config.model.adapter:
                 adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
                 adapter.check(model, config.model.path, self.checkpoint.fingerprint)
+                adapter.check_rope(config.model.rope_factor)
                 adapter.load_into(model)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]

@@ -181,6 +181,18 @@ class VisionLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """A window on a frame: resize it to `height` x `width`, then take what begins at `top`, `left`, zero outside of it.
+
+    The window's own size is the plan's."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class MediaPlan:
     """Exactly what will be decoded of one medium and how many tokens it becomes. Fixed before any decoding."""
 
@@ -196,6 +208,13 @@ class MediaPlan:
     num_tokens: int
     seconds_per_grid: float = 0.0
     """Seconds that one temporal patch stands for; 0 for a picture."""
+    views: tuple[View, ...] = ()
+    """Windows on each frame, cut into patches one behind another; none: the whole frame, stretched to the size."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Views of all frames."""
+        return len(self.frame_indices) * max(1, len(self.views))
 
     @property
     def frame_times_s(self) -> tuple[float, ...]:
@@ -267,15 +286,12 @@ class AttentionPlan:
 
 @dataclass(eq=False)
 class VisionLayout:
-    """How the patches of a batch lie in the vision tower."""
+    """How the patches of a batch lie in the vision tower. A family's own has more, for its tower alone."""
 
-    order_P: Tensor
-    """Permutation from media order to the order in which the tower attends."""
-    positions_P2: Tensor
-    """Row and column of each patch, in the tower's order."""
     plans: dict[str, AttentionPlan]
-    restore_M: Tensor
-    """Permutation of merged tokens from the tower's order back to media order."""
+    """Who attends whom, by a name of each kind of attention."""
+    merger_rows: int
+    """Rows that pass through what lies between tower and language model."""
 
 
 @dataclass(eq=False, slots=True)
@@ -365,34 +381,56 @@ def move(value: Any, device: torch.device) -> Any:
 class VisionSpec(Protocol):
     """All that `data` needs to know of a model family. Each family's file in `models/` holds one."""
 
-    mean: tuple[float, float, float]
-    """Of pixel values in 0..1, by channel."""
-    std: tuple[float, float, float]
-    patch_features: int
-    """D: values of one patch."""
-    turn_end: str
-    """Text that closes a message; supervised with the answer before it."""
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of pixel values in 0..1, by channel."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Beside `mean`."""
+        ...
+
+    @property
+    def patch_features(self) -> int:
+        """D: values of one patch."""
+        ...
+
+    @property
+    def turn_end(self) -> str:
+        """Text that closes a message; supervised with the answer before it. Empty: the tokenizer's end of sequence,
+        which the template may leave out."""
+        ...
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Positions that the language model was trained for, if that is fewer than a row may have."""
+        ...
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
         """Choose frames, size and token count of one medium. UserError where the limits can't be met."""
         ...
 
     def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized frames [T, 3, H, W] to pixels_PD uint8, in the tower's order: temporal patch by temporal patch."""
+        """Views [T, 3, H, W] of a medium to pixels_PD uint8, in the tower's order: temporal patch by temporal patch."""
         ...
 
     def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
         """Token ids with which the chat template marks one medium."""
         ...
 
-    def expand(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
-        """The token ids that replace the placeholder, and which of them are vision embeddings."""
+    def lead(self, plan: MediaPlan) -> str:
+        """Text that stands before the medium in its message."""
         ...
 
-    def positions(self, num_tokens: int, media: Sequence[tuple[int, MediaPlan]]) -> Tensor:
-        """Position ids [3, T] of a document; `media` holds the row of each medium's first token and its plan."""
+    def expand(self, plan: MediaPlan) -> Sequence[str | int]:
+        """What replaces the placeholder: runs of vision embeddings, by length, and text between them."""
         ...
 
-    def layout(self, grids: Sequence[tuple[int, int, int]]) -> VisionLayout:
-        """How the patches of these media lie in the tower."""
+    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
+        """Position ids [3, T] of a document; `media` holds the first rows of each medium's runs, and its plan."""
+        ...
+
+    def layout(self, media: Sequence[MediaPlan]) -> VisionLayout:
+        """How the patches of these media, one behind another, lie in the tower."""
         ...

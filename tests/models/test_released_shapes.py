@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import LlamaConfig, LlavaNextVideoConfig, Qwen2_5_VLConfig
 
+from vft import models
 from vft.config import LoraConfig
 from vft.flops import FlopCounter
-from vft.lora import choose_trainable
+from vft.lora import choose_trainable, tower_of
 from vft.models import qwen2_5_vl
 
 TEXT = {
@@ -59,6 +60,29 @@ def test_parameters(size: str, whole: float, linears: float, head: float, tower:
     assert millions(model.visual.parameters()) == pytest.approx(tower, rel=2e-3)
     (row,) = choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(rank=16), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=2e-3)
+
+
+def test_parameters_of_llava_next_video() -> None:
+    """7.06 G by its card: Vicuna-7B with 32,064 words, CLIP-L at 336 pixels, a projector of two linears."""
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    model = models.build_model(LlavaNextVideoConfig(text_config=text), {"crop_size": 336}, torch.bfloat16)
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = tower_of(name, model.towers)
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    layer, width = 12 * 1024**2 + 13 * 1024, 4096
+    assert counts == {
+        "language_model": 6_738_415_616 + 2 * 64 * width,
+        "merger": 1024 * width + width + width**2 + width + width,
+        "vision_tower": 23 * layer + 3 * 14**2 * 1024 + 577 * 1024 + 1024 + 2 * 1024,
+        "unread": layer + 2 * 1024,
+    }
+    assert sum(counts.values()) == pytest.approx(7.06e9, rel=1e-3)
+    assert model.spec.patch_features == 588
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    assert row.parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    counter = FlopCounter(model)
+    assert counter.token == 4 * 32 * (4 * width**2 + 3 * width * 11008) + 6 * row.parameters
 
 
 @pytest.mark.parametrize(("size", "token", "patch"), [("7B", 26.1e9, 1.263e9), ("72B", 280.9e9, 1.27e9)])

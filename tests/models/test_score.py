@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import NO_MEDIA, Media, Tiny, batch_of, inputs_for_transformers, medium, talk
+from tests.helpers import NO_MEDIA, Media, Tiny, batch_of, medium, talk
 from vft.data.packing import collate
 from vft.models import score
 from vft.models.cache import TrunkCache
@@ -87,7 +87,7 @@ def theirs(tiny: Tiny, one: Asked, option: str) -> float:
     """By transformers: the prompt's length and the option's are counted by tokenizing them apart."""
     tokenizer = tiny.encoder.tokenizer
     batch = batch_of(tiny.encoder, ([one.answered(option)], one.media))
-    logits_TV = tiny.theirs(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0]
+    logits_TV = tiny.theirs(**tiny.inputs(batch)).logits[0]
     prompt, _ = tiny.encoder.render(one.prompt, answer_next=True)
     # A medium is one token in the text, and as many as it is planned for in the row.
     start = len(tokenizer(prompt)["input_ids"]) + sum(plan.num_tokens - 1 for plan in one.media.plans)

@@ -1,4 +1,4 @@
-"""A little world to train in: two random Qwen2.5-VLs, clips of a bar on coloured grounds, records about them."""
+"""A little world to train in: two random models, clips of a bar on coloured grounds, records about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchcodec.encoders import VideoEncoder
 
-from tests.helpers import save_checkpoint
+from tests.models.families import FAMILIES
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 230), "yellow": (230, 220, 20)}
 PROMPT = "What is moving?"
@@ -39,6 +39,8 @@ class World:
     """A checkpoint."""
     other_base: Path
     """One of the same shape with other weights."""
+    family: str
+    """Of both."""
 
     def config(self, path: Path, *settings: dict[str, Any]) -> Path:
         """Write a configuration to `path`, with tables of `settings` laid over these."""
@@ -73,8 +75,9 @@ MIXED = {
 TOWER_LORA = {"lora": {"targets": ["language_model.*", "vision_tower.*", "merger.*"]}}
 
 
-def make_world(folder: Path) -> World:
+def make_world(folder: Path, family: str = "qwen2_5_vl") -> World:
     """Write everything into `folder`."""
+    save_checkpoint = FAMILIES[family].save
     root = folder / "data"
     root.mkdir(parents=True)
     for colour in COLOURS:
@@ -89,7 +92,7 @@ def make_world(folder: Path) -> World:
     two = record("<image><image>Compare them.", "One is green, the other yellow.", images=["green.png", "yellow.png"])
     (root / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, two]))
     # In float32, so that small differences survive an export.
-    return World(root, save_checkpoint(folder / "base"), save_checkpoint(folder / "other_base", seed=1))
+    return World(root, save_checkpoint(folder / "base"), save_checkpoint(folder / "other_base", seed=1), family)
 
 
 def record(question: str, answer: str | None, **media: list[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from vft.config import CheckpointConfig, LoraConfig, TrainConfig
 from vft.console import user_errors
 from vft.distributed import environment
 from vft.lora import choose_trainable
-from vft.models.qwen2_5_vl import TOWERS, Qwen2_5_VL
+from vft.models.family import VideoLanguageModel
 from vft.optim import build_optimizer, scale_and_clip
 from vft.saving import Saver
 from vft.types import UserError
@@ -100,17 +100,17 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         show_table(f"Steps of training with a save every {options.steps}", stalls)
 
 
-def trainer(options: argparse.Namespace, rank: int | None) -> tuple[Qwen2_5_VL, torch.optim.Optimizer]:
+def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguageModel, torch.optim.Optimizer]:
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
     model = build_model(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
-    choose_trainable(model, TOWERS, lora, () if lora else ("language_model",))
+    choose_trainable(model, model.towers, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)
     fill(model)
     return model, build_optimizer(model, TrainConfig(max_steps=1))
 
 
-def timed(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, repeats: int) -> dict[str, Any]:
+def timed(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, repeats: int) -> dict[str, Any]:
     """Save and load `repeats` times, in turns."""
     model, optimizer = trained
     saver = make_saver(trained, root, asynchronous=False)
@@ -142,13 +142,13 @@ def timed(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, repeats
     }
 
 
-def make_saver(trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, asynchronous: bool) -> Saver:
+def make_saver(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, asynchronous: bool) -> Saver:
     """As a run makes it."""
     return Saver(root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment(), print)
 
 
 def stalled(
-    trained: tuple[Qwen2_5_VL, torch.optim.Optimizer], root: Path, options: argparse.Namespace
+    trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Steps without a save, with one in the loop and with one beside it, in turns."""
     model, optimizer = trained

@@ -116,7 +116,8 @@ def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
     def everywhere() -> torch.Tensor:
         batch = row.to(device)
         every = torch.arange(row.num_tokens, device=device)
-        hidden_TE = model.model.norm(model.model(model.embed(batch), batch.positions_3T, batch.plan, every))
+        x_TE, _ = model.embed(batch)
+        hidden_TE = model.model.norm(model.model(x_TE, batch.positions_3T, batch.plan, every))
         losses_T = torch.nn.functional.cross_entropy(
             model.head(hidden_TE).float().index_select(0, batch.target_index_N), batch.target_ids_N, reduction="sum"
         )

@@ -96,7 +96,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             "labels": torch.tensor(labels_of(ids, self.header, self.end)),
             # transformers 5 lets the text after a video go on at start + max(height, width) even where the video's
             # time reached further; the released model was trained with the largest position + 1. So they are given.
-            "positions_3T": self.spec.positions(len(ids), [(first, plan)]),
+            "positions_3T": self.spec.positions(len(ids), [([first], plan)]),
             "pixels_PD": pixels_PD,
             "grid": torch.tensor(plan.grid_thw),
         }

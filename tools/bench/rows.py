@@ -10,38 +10,51 @@ from typing import Any
 import torch
 
 from vft.data.packing import collate
-from vft.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaRef, Patches, VisionLimits
+from vft.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaPlan, MediaRef, Patches, VisionLimits
 
 SYSTEM_TOKENS = 15
 """Before the video, as the chat template has them."""
+TIME_TOKENS = 9
+"""Of the time between two pairs of frames, where the model reads times as text."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """Size of a video as the model sees it; pixels in multiples of 28."""
+    """Size of a video; as Qwen2.5-VL sees it where the pixels are multiples of 28."""
 
     frames: int = 8
     height: int = 224
     width: int = 224
 
-    @property
-    def tokens(self) -> int:
-        """Of the language model: 28 x 28 pixels of two frames each."""
-        return math.ceil(self.frames / 2) * (self.height // 28) * (self.width // 28)
 
-
-def video_document(spec: Any, video: Video, questions: int, words: int, answer: int, seed: int = 0) -> Document:
-    """One video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
-    generator = torch.Generator().manual_seed(seed)
+def plan_of(spec: Any, video: Video) -> MediaPlan:
+    """All frames of the video, in its own size as far as the family lets it."""
     ref = MediaRef("video", Path("video.mp4"))
     info = MediaInfo("video", video.height, video.width, video.frames, 2.0, duration_s=video.frames / 2)
     pixels = video.height * video.width
-    limits = VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None)
-    plan = spec.plan(ref, info, limits)
-    vision_ids, vision_mask = spec.expand(plan)
+    return spec.plan(ref, info, VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None))
+
+
+def media_rows(spec: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
+    """Ids of a video's rows, and which of them are embeddings; a time between frames is so many tokens."""
+    (mark,) = spec.placeholder("video")
+    ids: list[int] = []
+    for piece in spec.expand(plan):
+        ids += [mark] * piece if isinstance(piece, int) else [2] * TIME_TOKENS
+    return ids, [token == mark for token in ids]
+
+
+def video_document(
+    spec: Any, video: Video | MediaPlan, questions: int, words: int, answer: int, seed: int = 0
+) -> Document:
+    """One video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = plan_of(spec, video) if isinstance(video, Video) else video
+    vision_ids, vision_mask = media_rows(spec, plan)
+    runs = [SYSTEM_TOKENS + i for i, seen in enumerate(vision_mask) if seen and (i == 0 or not vision_mask[i - 1])]
     head = torch.randint(20, 500, (SYSTEM_TOKENS,), generator=generator).tolist()
     trunk = [*head, *vision_ids, 1]  # and the token that ends the video
-    positions_3T = spec.positions(len(trunk) + words, [(SYSTEM_TOKENS, plan)])
+    positions_3T = spec.positions(len(trunk) + words, [(runs, plan)])
     shared = len(trunk) if questions > 1 else 0
     ids = [torch.tensor(trunk)]
     labels = [torch.full((len(trunk),), IGNORE_INDEX)]

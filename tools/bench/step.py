@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from measure import default_device, median, report, seconds_of
-from rows import Video, row_of, text_document, video_document
+from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
-from workload import SHAPES, Shape, build_model, fill
+from workload import MODELS, LlavaShape, Qwen3Shape, Shape, build_model, fill
 
 from vft.config import LoraConfig, ParallelConfig, TrainConfig
 from vft.console import user_errors
 from vft.flops import FlopCounter, peak_flops
 from vft.lora import choose_trainable, initialise
 from vft.memory import GIB, MODES, resident_bytes, step_bytes
-from vft.models.qwen2_5_vl import TOWERS
 from vft.optim import build_optimizer, scale_and_clip
 from vft.parallel import checkpoint_activations, parallelize
 from vft.types import Batch, UserError
@@ -39,7 +38,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Setting:
     """What is measured."""
 
-    shape: Shape
+    shape: Shape | LlavaShape | Qwen3Shape
     dtype: torch.dtype
     device: torch.device
     lora: LoraConfig
@@ -50,7 +49,7 @@ class Setting:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 7b on a GPU, small on a CPU")
+    parser.add_argument("--shape", choices=sorted(MODELS), help="default: 7b on a GPU, small on a CPU")
     parser.add_argument("--tokens", type=int, help="of the row (default: 8192 on a GPU, 1024 on a CPU)")
     parser.add_argument("--video", type=float, default=0.9, metavar="SHARE", help="of the tokens, 0 to 1 (default 0.9)")
     parser.add_argument("--questions", type=int, default=1, help="about each video (default 1)")
@@ -72,7 +71,7 @@ def main() -> None:
         rows = []
         for mode in arguments.modes:
             setting = Setting(
-                SHAPES[name],
+                MODELS[name],
                 torch.bfloat16 if precision == "bf16" else torch.float32,
                 device,
                 LoraConfig(rank=arguments.rank),
@@ -98,7 +97,7 @@ def check(arguments: argparse.Namespace) -> None:
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, TOWERS, setting.lora, ())
+    choose_trainable(model, model.towers, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
     row = make_row(model.spec, tokens, video, questions)
@@ -132,7 +131,7 @@ def measure(setting: Setting, tokens: int, video: float, questions: int, repeats
 def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
     """A row of about so many tokens: videos of 16 frames at 448 x 448 where they fit, and text for the rest."""
     for size in (Video(16, 448, 448), Video(8, 224, 224), Video(4, 112, 112)):
-        count = int(tokens * video / (size.tokens + questions * 40))
+        count = int(tokens * video / (plan_of(spec, size).num_tokens + questions * 40))
         if count or not video:
             break
     documents = [video_document(spec, size, questions, 40, 20, seed) for seed in range(count)]
@@ -145,7 +144,7 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.memory says the step will hold."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, TOWERS, setting.lora, ())
+    choose_trainable(model, model.towers, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, row, setting.device)
 

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
-from vft import nf4
+from vft import models, nf4
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
-from vft.models import qwen2_5_vl
-from vft.models.qwen2_5_vl import Qwen2_5_VL
+from vft.models.family import VideoLanguageModel
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
@@ -86,21 +85,100 @@ SHAPES = {
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
-def build_model(shape: Shape, dtype: torch.dtype, quantize: str = "none") -> Qwen2_5_VL:
+@dataclass(frozen=True)
+class LlavaShape:
+    """Sizes of a LLaVA-NeXT-Video, whose tower is always CLIP's large one at 336 pixels."""
+
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    mlp: int
+    vocabulary: int
+
+    def config(self) -> dict[str, Any]:
+        """A config.json with these sizes; the tower's are the class's defaults."""
+        text = {
+            "model_type": "llama",
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "intermediate_size": self.mlp,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+        }
+        return {"model_type": "llava_next_video", "text_config": text}
+
+
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """Sizes of a Qwen3-VL."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    tied: bool
+    vision_depth: int
+    vision_width: int
+    vision_mlp: int
+    deepstack: tuple[int, ...]
+
+    def config(self) -> dict[str, Any]:
+        """A config.json with these sizes; the tower's others are the class's defaults."""
+        text = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": 8,
+            "intermediate_size": self.mlp,
+            "vocab_size": 151936,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        }
+        vision = {
+            "depth": self.vision_depth,
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_mlp,
+            "out_hidden_size": self.width,
+            "deepstack_visual_indexes": list(self.deepstack),
+        }
+        whole = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+        return {**whole, "tie_word_embeddings": self.tied}
+
+
+MODELS: dict[str, Shape | LlavaShape | Qwen3Shape] = {
+    **SHAPES,
+    "llava-7b": LlavaShape(4096, 32, 32, 32, 11008, 32064),
+    "llava-34b": LlavaShape(7168, 60, 56, 8, 20480, 64064),
+    "llava-7b-slice": LlavaShape(4096, 4, 32, 32, 11008, 32064),
+    "qwen3-2b": Qwen3Shape(2048, 28, 16, 6144, True, 24, 1024, 4096, (5, 11, 17)),
+    "qwen3-4b": Qwen3Shape(2560, 36, 32, 9728, True, 24, 1024, 4096, (5, 11, 17)),
+    "qwen3-8b": Qwen3Shape(4096, 36, 32, 12288, False, 27, 1152, 4304, (8, 16, 24)),
+    "qwen3-32b": Qwen3Shape(5120, 64, 64, 25600, False, 27, 1152, 4304, (8, 16, 24)),
+}
+"""Those of other families too, for what needs no files."""
+RELEASED = {
+    **{f"Qwen2.5-VL-{size}-": size.lower() for size in ("3B", "7B", "32B", "72B")},
+    **{f"LLaVA-NeXT-Video-{size}": f"llava-{size.lower()}" for size in ("7B", "34B")},
+    **{f"Qwen3-VL-{size}-": f"qwen3-{size.lower()}" for size in ("2B", "4B", "8B", "32B")},
+}
+"""Parts of hub names, and the shapes that they mean."""
+
+
+def build_model(
+    shape: Shape | LlavaShape | Qwen3Shape, dtype: torch.dtype, quantize: str = "none"
+) -> VideoLanguageModel:
     """A model of this shape on the meta device; `quantize` is that of `[model]`."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        model = qwen2_5_vl.build(config, processor, dtype)
-        if quantize == "nf4":
-            nf4.quantize(model.model.layers)
-    return model
+    return models.build_model(config, processor, dtype, quantize)
 
 
-def adapted_model(shape: Shape, device: torch.device) -> Qwen2_5_VL:
+def adapted_model(shape: Shape | LlavaShape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(), ())
+    choose_trainable(model, model.towers, LoraConfig(), ())
     model.to_empty(device=device)
     fill(model)
     initialise(model, seed=0)

@@ -28,16 +28,16 @@ def fit(
     def planned(room: int) -> tuple[tuple[MediaPlan, ...], int]:
         """Plans for this room, and by how many tokens they and their text are too long."""
         plans = plan_within(room, conversations[0], encoder.spec, config, info)
-        vision = sum(len(encoder.spec.expand(plan)[0]) for plan in plans)
-        return plans, text_tokens([one.settled(plans) for one in conversations]) + vision - config.pack_tokens
+        vision = sum(len(encoder.media_tokens(plan)[0]) for plan in plans)
+        return plans, text_tokens(plans) + vision - config.pack_tokens
 
-    def text_tokens(texts: Sequence[Conversation]) -> int:
+    def text_tokens(plans: Sequence[MediaPlan] | None) -> int:
         """Of the longest `together`."""
-        encoded = [encoder.encode(one, answer_next) for one in texts]
+        encoded = [encoder.encode(one, answer_next, plans) for one in conversations]
         shared = encoded[0].trunk_tokens if together > 1 else 0
         return shared + sum(sorted(one.text_tokens - shared for one in encoded)[-together:])
 
-    high = config.pack_tokens - text_tokens(conversations)
+    high = config.pack_tokens - text_tokens(None)
     plans, over = planned(high)
     if over <= 0:
         return plans, high

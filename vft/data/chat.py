@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Encoded:
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     media_rows: tuple[int, ...]
-    """Where each medium's placeholder begins."""
+    """Where each medium's placeholder begins. A template may put media of one turn in another order."""
+    leads: tuple[str, ...] = ()
+    """What stands before the media, as the family has it of their plans; () where they were not known."""
 
     @property
     def text_tokens(self) -> int:
@@ -53,7 +56,11 @@ class Encoded:
     @property
     def trunk_tokens(self) -> int:
         """Text tokens up to the one after the last medium: the part that branches may share."""
-        return self.media_rows[-1] + 2 - len(self.media_rows) if self.media_rows else 0
+        return max(self.media_rows) + 2 - len(self.media_rows) if self.media_rows else 0
+
+    def in_row_order(self, media: Sequence[MediaPlan]) -> list[tuple[int, MediaPlan]]:
+        """The media of the conversation with their rows, as they stand in the row."""
+        return sorted(zip(self.media_rows, media, strict=True), key=lambda pair: pair[0])
 
 
 class ChatEncoder:
@@ -62,24 +69,34 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, spec: VisionSpec) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self._control = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
+        self.turn_end = spec.turn_end or str(tokenizer.eos_token)
+        kinds: tuple[MediaKind, ...] = ("video", "image")
+        marks = [token for kind in kinds for token in tokenizer.convert_ids_to_tokens(list(spec.placeholder(kind)))]
+        control = dict.fromkeys([*tokenizer.all_special_tokens, *marks])
+        self._control = re.compile("|".join(map(re.escape, control)))
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
+        self._ids_of = lru_cache(MAX_KEPT)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
 
-        A span is an assistant message's content and the token that closes it, nothing else. With `answer_next` the
-        text ends where the model is to answer.
+        A span is what the model has to say: an assistant message's content and the token that closes it. With
+        `answer_next` the text ends where the model is to answer.
         """
-        return self._render(_text_of(conversation), answer_next)
+        return self._render(_text_of(conversation, ()), answer_next)
 
-    def encode(self, conversation: Conversation, answer_next: bool = False) -> Encoded:
-        """Ids and labels from one tokenizer call over the whole text; `PlannedText` not yet settled is left out.
+    def encode(
+        self, conversation: Conversation, answer_next: bool = False, media: Sequence[MediaPlan] | None = None
+    ) -> Encoded:
+        """Ids and labels from one tokenizer call over the whole text. Text that depends on the plans of the `media`,
+        which are needed to make a document of it, is left out where they are not given.
 
         A token that straddles the start of an answer belongs to the answer.
         """
+        leads = tuple(self.spec.lead(plan) for plan in media or ())
+        settled = conversation if media is None else conversation.settled(media)
         try:
-            return self._encode_kept(_text_of(conversation), answer_next)
+            return replace(self._encode_kept(_text_of(settled, leads), answer_next), leads=leads)
         except UserError as error:
             raise UserError(f"{conversation.origin}: {error}") from None
 
@@ -89,21 +106,37 @@ class ChatEncoder:
         answers = [_joined(parts) for role, parts in turns if role == "assistant"]
         if len(pieces) != len(answers) + 1:
             raise UserError("the chat template leaves out assistant messages")
+        if pieces[0] + "".join(a + after for a, after in zip(answers, pieces[1:], strict=True)) != true_text:
+            raise UserError("the chat template changes the text of an answer")
         text, spans = pieces[0], []
         for answer, after in zip(answers, pieces[1:], strict=True):
-            if not after.startswith(self.spec.turn_end):
-                raise UserError(
-                    f"the chat template closes an answer with {after[:20]!r}, expected {self.spec.turn_end!r}"
-                )
-            spans.append((len(text), len(text) + len(answer) + len(self.spec.turn_end)))
-            text += answer + after
-        if text != true_text:
-            raise UserError("the chat template changes the text of an answer")
+            start = len(text) - (len(self._gap) if text.endswith(self._gap) else 0)
+            spans.append((start, len(text) + len(answer) + len(self.turn_end)))
+            text += answer + self._closed(after)
         return text, spans
+
+    @cached_property
+    def _gap(self) -> str:
+        """What the template writes before an answer but not where the model is to answer: the model has to say it."""
+        asked: Text = (("user", ("?",)),)
+        prompt = self._apply(asked, answer_next=True, hide_answers=False)
+        answered = self._apply((*asked, ("assistant", ("!",))), answer_next=False, hide_answers=True)
+        before = answered.split("\ue000")[0]
+        return before.removeprefix(prompt) if before.startswith(prompt) else ""
+
+    def _closed(self, after: str) -> str:
+        """What the template wrote behind an answer, with the text that closes it."""
+        if after.startswith(self.turn_end):
+            return after
+        if self.spec.turn_end or after[:1].strip():
+            raise UserError(f"the chat template closes an answer with {after[:20]!r}, expected {self.turn_end!r}")
+        return self.turn_end + after.lstrip()  # the model was trained with it in the place of the white space
 
     def _encode(self, turns: Text, answer_next: bool) -> Encoded:
         text, spans = self._render(turns, answer_next)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # What the tokenizer puts before a text (<s>) is the model's to see, but not twice: the rule of transformers.
+        begins = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        tokens = self.tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True)
         ids, labels = list(tokens["input_ids"]), []
         waiting = list(spans)
         for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True):
@@ -119,7 +152,17 @@ class ChatEncoder:
         wholes = [self._expand(one, media) for one in encoded]
         trunk = 0 if len(wholes) == 1 else self._trunk_length(encoded, wholes)
         branches = [tuple(x[..., trunk:] for x in whole) for whole in wholes]
-        return _lay_out(tuple(x[..., :trunk] for x in wholes[0]), branches, media, sample_ids)
+        in_order = [plan for _, plan in encoded[0].in_row_order(media)]
+        return _lay_out(tuple(x[..., :trunk] for x in wholes[0]), branches, in_order, sample_ids)
+
+    def check_length(self, origin: str, tokens: int) -> None:
+        """UserError where one conversation has more tokens than the model has positions."""
+        context = self.spec.context_tokens
+        if context is not None and tokens > context:
+            raise UserError(
+                f"{origin}: {tokens} tokens, but the model was trained for {context}; take fewer frames (data.video), "
+                f"or set model.rope_factor to {-(-tokens // context)} times what it is"
+            )
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
         """A prompt with each of `options` as a branch that answers it; the options alone are labelled.
@@ -127,9 +170,9 @@ class ChatEncoder:
         The trunk is all that the prompts have in common but for their last token, which begins each branch and
         predicts its first label. The token that closes an answer is not labelled: it says nothing about the option.
         """
-        closing = len(self.tokenizer(self.spec.turn_end, add_special_tokens=False)["input_ids"])
+        closing = len(self.tokenizer(self.turn_end, add_special_tokens=False)["input_ids"])
         answered = [replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,)))) for option in options]
-        encoded = [_last_answer_alone(self.encode(one), closing) for one in answered]
+        encoded = [_last_answer_alone(self.encode(one, media=media), closing) for one in answered]
         common = min(next(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) for one in encoded)
         while any(one.ids[:common] != encoded[0].ids[:common] for one in encoded):
             common -= 1  # a token that straddles the answer's start differs from option to option
@@ -143,7 +186,8 @@ class ChatEncoder:
             mask_T, positions_3T = whole[2][trunk:], whole[3][:, trunk:]
             branches.append((ids, labels, mask_T[: len(ids)], positions_3T[:, : len(ids)]))
         head = (*(x[:trunk] for x in whole[:3]), whole[3][:, :trunk])
-        return _lay_out((head[0], torch.full_like(head[1], IGNORE_INDEX), *head[2:]), branches, media, list(options))
+        head = (head[0], torch.full_like(head[1], IGNORE_INDEX), *head[2:])
+        return _lay_out(head, branches, [plan for _, plan in longest.in_row_order(media)], list(options))
 
     def shareable_head(self, one: Encoded) -> tuple[int, ...] | None:
         """The ids up to the token after the last medium, which conversations about the same media share if theirs are
@@ -152,7 +196,7 @@ class ChatEncoder:
         None where something in it is supervised, or nothing stands before or behind it: a question or an answer that
         precedes its video can't share it.
         """
-        end = one.media_rows[-1] + 2 if one.media_rows else 0
+        end = max(one.media_rows) + 2 if one.media_rows else 0
         if not 0 < end < len(one.ids) or set(one.labels[:end]) != {IGNORE_INDEX}:
             return None
         return one.ids[:end]
@@ -162,35 +206,50 @@ class ChatEncoder:
         assert len(heads) == 1 and None not in heads, "these conversations share no trunk"
         return int(wholes[0][2].nonzero()[-1]) + 2
 
+    def media_tokens(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
+        """The ids that replace a medium's placeholder, and which of them are vision embeddings."""
+        (mark,) = self.spec.placeholder(plan.ref.kind)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in self.spec.expand(plan):
+            new = self._ids_of(piece) if isinstance(piece, str) else [mark] * piece
+            ids += new
+            mask += [not isinstance(piece, str)] * len(new)
+        return ids, mask
+
     def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> Tensors:
         """The whole conversation with every placeholder replaced."""
+        leads = tuple(self.spec.lead(plan) for plan in media)
+        assert "".join(leads) == "".join(one.leads), f"encoded with {one.leads}, planned with {leads}"
         ids: list[int] = []
         labels: list[int] = []
         mask: list[bool] = []
-        starts = []
+        runs = []
         row = 0
-        for start, plan in zip(one.media_rows, media, strict=True):
+        for start, plan in one.in_row_order(media):
             ids += one.ids[row:start]
             labels += one.labels[row:start]
             mask += [False] * (start - row)
-            starts.append((len(ids), plan))
-            new_ids, new_mask = self.spec.expand(plan)
+            new_ids, new_mask = self.media_tokens(plan)
+            begins = [new and not before for new, before in zip(new_mask, [False, *new_mask], strict=False)]
+            runs.append(([len(ids) + i for i, first in enumerate(begins) if first], plan))
             ids += new_ids
             labels += [IGNORE_INDEX] * len(new_ids)
             mask += new_mask
-            row = start + len(self.spec.placeholder(plan.ref.kind))
+            row = start + 1
         ids += one.ids[row:]
         labels += one.labels[row:]
         mask += [False] * (len(one.ids) - row)
-        positions_3T = self.spec.positions(len(ids), starts)
+        positions_3T = self.spec.positions(len(ids), runs)
         return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask), positions_3T
 
     def _media_rows(self, ids: Sequence[int], turns: Text) -> tuple[int, ...]:
+        """The n-th medium of a kind is the n-th placeholder of that kind."""
         rows: list[int] = []
-        row = 0
         kinds = [part[0] for _, parts in turns for part in parts if not isinstance(part, str)]
+        next_row = dict.fromkeys(kinds, 0)
         for kind in kinds:
-            mark = list(self.spec.placeholder(kind))
+            mark, row = list(self.spec.placeholder(kind)), next_row[kind]
             while row + len(mark) <= len(ids) and ids[row : row + len(mark)] != mark:
                 row += 1
             if row + len(mark) > len(ids):
@@ -199,7 +258,7 @@ class ChatEncoder:
                     "user turns only"
                 )
             rows.append(row)
-            row += len(mark)
+            next_row[kind] = row + len(mark)
         return tuple(rows)
 
     def _apply(self, turns: Text, answer_next: bool, hide_answers: bool) -> str:
@@ -208,29 +267,30 @@ class ChatEncoder:
             for part in parts:
                 if isinstance(part, str) and (found := self._control.search(part)):
                     raise UserError(f"{role} text holds the control token {found[0]!r}; remove it")
-            content: str | list[dict[str, str]] = _joined(parts)
             if role == "assistant" and hide_answers:
-                content = _SENTINEL.format(index)
-            elif any(not isinstance(part, str) for part in parts):
-                content = [
-                    {"type": "text", "text": part} if isinstance(part, str) else {"type": part[0]} for part in parts
-                ]
+                parts = (_SENTINEL.format(index),)
+            content = []
+            for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):  # neighbouring texts are one
+                kept = tuple(run)
+                content += [{"type": "text", "text": _joined(kept)}] if is_text else [{"type": p[0]} for p in kept]
             messages.append({"role": role, "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
 
 
-def _text_of(conversation: Conversation) -> Text:
-    return tuple(
-        (
-            turn.role,
-            tuple(
-                (part.kind,) if isinstance(part, MediaRef) else part
-                for part in turn.parts
-                if isinstance(part, str | MediaRef)
-            ),
-        )
-        for turn in conversation.turns
-    )
+def _text_of(conversation: Conversation, leads: Sequence[str]) -> Text:
+    """What the template sees, each medium behind its lead where there is one."""
+    waiting = iter(leads)
+    turns = []
+    for turn in conversation.turns:
+        parts: list[str | tuple[MediaKind]] = []
+        for part in turn.parts:
+            if isinstance(part, str):
+                parts.append(part)
+            elif isinstance(part, MediaRef):
+                lead = next(waiting, "")
+                parts += [lead, (part.kind,)] if lead else [(part.kind,)]
+        turns.append((turn.role, tuple(parts)))
+    return tuple(turns)
 
 
 def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:

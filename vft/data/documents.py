@@ -52,7 +52,7 @@ class Documents:
         """Ids, labels, positions and media plans of one document: always the same ones."""
         conversations = self.members[number]
         plans = plan_within(self.rooms[number], conversations[0], self.encoder.spec, self.config, self.info)
-        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
+        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         return self.encoder.document(encoded, plans, [one.id for one in conversations])
 
     def pack_plan(self, seed: int) -> PackPlan:
@@ -114,20 +114,26 @@ class Documents:
                 fewer, less = fit(conversations, self.encoder, self.config, self.info, together=together)
                 if _vision_tokens(fewer) >= (1 - WORTH_SHARING) * _vision_tokens(plans):
                     plans, room = fewer, less
-        encoded = [self.encoder.encode(one.settled(plans)) for one in conversations]
+        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         shared = encoded[0].trunk_tokens
-        trunk = shared + sum(len(self.encoder.spec.expand(plan)[0]) for plan in plans)
+        trunk = shared + sum(len(self.encoder.media_tokens(plan)[0]) for plan in plans)
         patches = sum(math.prod(plan.grid_thw) for plan in plans)
         members: list[Conversation] = []
         texts: list[int] = []
         for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
+            try:
+                self.encoder.check_length(one.origin, trunk + text)
+            except UserError as error:
+                self.reject(one, "unfit", str(error))
+                continue
             full = 0 < self.config.max_samples_per_pack <= len(members)
             if members and (full or trunk + sum(texts) + text > self.config.pack_tokens):
                 self._close(members, (trunk, texts, patches), room, weight)
                 members, texts = [], []
             members.append(one)
             texts.append(text)
-        self._close(members, (trunk, texts, patches), room, weight)
+        if members:
+            self._close(members, (trunk, texts, patches), room, weight)
 
     def _close(
         self, conversations: Sequence[Conversation], size: tuple[int, list[int], int], room: int, weight: float

@@ -51,7 +51,7 @@ def digest_of(plan: MediaPlan) -> bytes | None:
         return None
     info = plan.info
     found = (info.height, info.width, info.num_frames, info.fps, info.stream_index)  # decoding fails where they differ
-    wanted = (plan.ref.kind, plan.frame_indices, plan.frame_times_s, plan.height, plan.width)
+    wanted = (plan.ref.kind, plan.frame_indices, plan.frame_times_s, plan.height, plan.width, *plan.views)
     return hashlib.sha256(repr((CACHE_VERSION, DECODERS, files, found, wanted)).encode()).digest()
 
 
@@ -113,7 +113,7 @@ def count_bytes(folder: Path) -> int:
 
 
 def _shape(plan: MediaPlan) -> tuple[int, int, int, int]:
-    return len(plan.frame_indices), 3, plan.height, plan.width
+    return plan.num_pictures, 3, plan.height, plan.width
 
 
 def _header(digest: bytes, pixels: memoryview) -> bytes:

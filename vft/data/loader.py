@@ -298,7 +298,7 @@ def _stream_name(place: _Place) -> str:
 
 
 def patch_bytes(document: Document) -> int:
-    """Bytes of the document's patches once they are decoded."""
+    """Bytes of the document's patches once they are decoded, at most: two frames a temporal patch."""
     return sum(plan.grid_thw[0] * plan.height * plan.width * 6 for plan in document.media)
 
 

@@ -153,7 +153,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
         media_index_M=mask_T.nonzero().flatten(),
         pixels_PD=pixels[0] if len(pixels) == 1 else torch.cat([no_pixels, *pixels]),
         grids=grids,
-        layout=spec.layout(grids) if grids else None,
+        layout=spec.layout([plan for d in members for plan in d.media]) if grids else None,
         document_T=_join([torch.full((d.num_tokens,), i) for i, d in enumerate(members)], torch.zeros(1).long()),
         branch_T=_join([_branch_of(d) for d in members], torch.zeros(1).long()),
         documents=tuple(members),

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vft.data.pool import empty_bytes
 from vft.data.video import as_media_error, decode_chunks
-from vft.types import Clip, MediaPlan, Patches, VisionSpec
+from vft.types import Clip, MediaPlan, Patches, View, VisionSpec
 
 
 def decode_resized(plan: MediaPlan) -> Tensor:
-    """The planned frames at the planned size, uint8 [T, 3, height, width]."""
-    frames_TCHW = torch.empty(len(plan.frame_indices), 3, plan.height, plan.width, dtype=torch.uint8)
+    """The planned views of the planned frames, uint8 [T, 3, height, width]."""
+    frames_TCHW = torch.empty(plan.num_pictures, 3, plan.height, plan.width, dtype=torch.uint8)
     end = 0
     for piece_TCHW in _resized_pieces(plan):  # copied as they come: joined at the end, they would be there twice
         start, end = end, end + len(piece_TCHW)
@@ -42,11 +42,30 @@ def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], T
 
 def patchify(clip: Clip, plan: MediaPlan, spec: VisionSpec) -> Patches:
     """Resize the planned frames and cut them into patches."""
-    return _cut([resize(clip.frames_TCHW, plan.height, plan.width)], plan, spec)
+    return _cut([look(clip.frames_TCHW, plan)], plan, spec)
+
+
+def look(frames_TCHW: Tensor, plan: MediaPlan) -> Tensor:
+    """The plan's views of frames of the source, frame by frame, uint8 [T x views, 3, height, width]."""
+    if not plan.views:
+        return resize(frames_TCHW, plan.height, plan.width)
+    sizes = {(view.height, view.width) for view in plan.views}
+    resized = {size: resize(frames_TCHW, *size) for size in sizes}
+    views = [_window(resized[view.height, view.width], view, plan) for view in plan.views]
+    return torch.stack(views, dim=1).flatten(0, 1)
+
+
+def _window(frames_TCHW: Tensor, view: View, plan: MediaPlan) -> Tensor:
+    window_TCHW = frames_TCHW.new_zeros(*frames_TCHW.shape[:2], plan.height, plan.width)
+    top, left = max(view.top, 0), max(view.left, 0)
+    part = frames_TCHW[..., top : max(view.top + plan.height, 0), left : max(view.left + plan.width, 0)]
+    y, x = top - view.top, left - view.left
+    window_TCHW[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
+    return window_TCHW
 
 
 def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialias on the uint8 tensor, as Qwen2.5-VL's own processor does it.
+    """Bicubic with antialias on the uint8 tensor, as the families' own processors do it.
 
     Going to float first would change up to 16 % of the values.
     """
@@ -58,7 +77,7 @@ def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
 
 def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
     """Patches back to frames [T, 3, H, W]: the spec's own ordering, applied to pixel numbers, says where each goes."""
-    count = 1 if plan.ref.kind == "image" else round(pixels_PD.numel() / (3 * plan.height * plan.width))
+    count = plan.num_pictures if plan.ref.kind == "image" else round(pixels_PD.numel() / (3 * plan.height * plan.width))
     numbers = torch.arange(count * 3 * plan.height * plan.width).view(count, 3, plan.height, plan.width)
     frames = torch.empty(numbers.numel(), dtype=torch.uint8)
     frames[spec.order_patches(numbers).flatten()] = pixels_PD.flatten()
@@ -68,12 +87,12 @@ def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
 def _resized_pieces(plan: MediaPlan) -> Iterator[Tensor]:
     """Frames [T, 3, height, width], resized as they are decoded: a long video is never held at its source's size."""
     for clip in decode_chunks(plan, multiple=_temporal_patch(plan)):
-        yield resize(clip.frames_TCHW, plan.height, plan.width)
+        yield look(clip.frames_TCHW, plan)
 
 
 def _temporal_patch(plan: MediaPlan) -> int:
     """Frames of one temporal patch; 1 for a single frame, which is the spec's to double."""
-    return math.ceil(len(plan.frame_indices) / plan.grid_thw[0])
+    return math.ceil(plan.num_pictures / plan.grid_thw[0])
 
 
 def _cut(pieces_TCHW: Iterable[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
@@ -88,5 +107,5 @@ def _cut(pieces_TCHW: Iterable[Tensor], plan: MediaPlan, spec: VisionSpec) -> Pa
         piece_PD = spec.order_patches(frames_TCHW)
         start, end = end, end + len(piece_PD)
         pixels_PD[start:end] = piece_PD
-    assert (num_frames, end) == (len(plan.frame_indices), len(pixels_PD)), (num_frames, end, plan)
+    assert (num_frames, end) == (plan.num_pictures, len(pixels_PD)), (num_frames, end, plan)
     return Patches(pixels_PD, plan.grid_thw, plan.seconds_per_grid)

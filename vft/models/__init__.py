@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vft import nf4
-from vft.models import qwen2_5_vl
+from vft.models import llava_next_video, qwen2_5_vl, qwen3_vl
+from vft.models.family import VideoLanguageModel
 from vft.models.weights import Checkpoint
 from vft.types import UserError, VisionSpec
 
-FAMILIES = {qwen2_5_vl.MODEL_TYPE: qwen2_5_vl}
+FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
 
 
 @dataclass(frozen=True)
 class Skeleton:
     """A model without weights, on the meta device, and what goes with it."""
 
-    model: qwen2_5_vl.Qwen2_5_VL
+    model: VideoLanguageModel
     spec: VisionSpec
-    towers: dict[str, tuple[str, ...]]
+    towers: Mapping[str, tuple[str, ...]]
     """Trainable parts by prefixes of parameter names; the first that fits counts."""
-    peft_prefixes: dict[str, str]
+    peft_prefixes: Mapping[str, str]
     """Prefix of a parameter's name here to its prefix in transformers' model, which PEFT's files use."""
 
 
@@ -31,13 +34,20 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = "none") ->
 
     With `quantize` = "nf4" the linears of its decoder layers are packed, to be frozen; the rest is as it was.
     """
-    family = FAMILIES.get(checkpoint.config.model_type)
-    if family is None:
+    if checkpoint.config.model_type not in FAMILIES:
         raise UserError(
             f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
+    model = build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype, quantize)
+    return Skeleton(model, model.spec, model.towers, model.peft_prefixes)
+
+
+def build_model(
+    config: Any, preprocessor: dict[str, Any], dtype: torch.dtype, quantize: str = "none"
+) -> VideoLanguageModel:
+    """The model of transformers' configuration object and a `preprocessor_config.json`, on the meta device."""
     with torch.device("meta"):
-        model = family.build(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype)
+        model: VideoLanguageModel = FAMILIES[config.model_type].build(config, preprocessor, dtype)
         if quantize == "nf4":
-            nf4.quantize(model.model.layers)
-    return Skeleton(model, model.spec, family.TOWERS, family.PEFT_PREFIXES)
+            nf4.quantize(model.decoder.layers)
+    return model

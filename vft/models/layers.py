@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vft.attention import attend
 from vft.nf4 import linear
+from vft.types import AttentionPlan
 
 
 class Linear(nn.Linear):
@@ -21,6 +23,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same shape."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -92,6 +102,40 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
+class VisionAttention(nn.Module):
+    """Self-attention of patches in the Qwen towers; who attends whom is the plan's matter."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
+        """[P, E] to [P, E]."""
+        q, k, v = self.qkv(x_PE).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        out = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, plan)
+        return self.proj(out.flatten(1))
+
+
+class PatchEmbed(nn.Module):
+    """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
+
+    def __init__(self, width: int, patch_features: int, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Module()
+        # The released shape [E, C, time, y, x]; patches arrive flattened in the same order.
+        side = int((patch_features // 6) ** 0.5)
+        self.proj.weight = nn.Parameter(torch.empty(width, 3, 2, side, side))
+        if bias:
+            self.proj.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        """[P, D] to [P, E]."""
+        parameters = {name: parameter.to(x_PD.dtype) for name, parameter in self.proj.named_parameters()}
+        return F.linear(x_PD, parameters["weight"].flatten(1), parameters.get("bias"))
+
+
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
     """Rotary frequencies 1 / theta^(2i / width), float32, [width / 2].
 
@@ -106,3 +150,13 @@ def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x * cos_TK.unsqueeze(-2) + turned * sin_TK.unsqueeze(-2)).to(x_THK.dtype)
+
+
+def rotary_2d(positions_P2: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [P, K] for heads of `width`: half of the frequencies turn with the row, half with the column.
+
+    In float32, as the reference models compute it in their towers.
+    """
+    frequencies = inverse_frequencies(width // 2, 10000.0, positions_P2.device)
+    angles_PK = (positions_P2[:, :, None] * frequencies).flatten(1).repeat(1, 2)
+    return angles_PK.cos(), angles_PK.sin()

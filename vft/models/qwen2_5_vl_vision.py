@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vft.attention import build_plan
 from vft.models import media as rules
-from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, Segment, VisionLayout, VisionLimits
+from vft.models.media import CLIP_MEAN, CLIP_STD
+from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLayout, VisionLimits
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+@dataclass(eq=False)
+class QwenLayout(VisionLayout):
+    """How the patches of a batch lie in the tower."""
+
+    order_P: Tensor
+    """Permutation from media order to the order in which the tower attends."""
+    positions_P2: Tensor
+    """Row and column of each patch, in the tower's order."""
+    restore_M: Tensor
+    """Permutation of merged tokens from the tower's order back to media order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,7 @@ class QwenVision:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     turn_end: str = "<|im_end|>"
+    context_tokens: int | None = None
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> QwenVision:
@@ -59,91 +68,62 @@ class QwenVision:
         return 3 * self.temporal * self.patch**2
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """Frames, size and token count of one medium (qwen-vl-utils 0.0.14's rules).
-
-        The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it.
-        """
-        indices: tuple[int, ...] = (0,)
-        seconds_per_grid, max_pixels = 0.0, limits.max_pixels
-        if ref.kind == "video":
-            first, last = rules.frame_range(ref, info, limits)
-            count = rules.frame_count(last - first + 1, info.fps, limits)
-            indices = rules.sample_frames(info, first, last, count)
-            seconds_per_grid = self.temporal / rules.sampled_rate(info, first, last, count)
-            if limits.total_pixels is not None:
-                share = limits.total_pixels / count * self.temporal
-                max_pixels = int(max(min(max_pixels, share), limits.min_pixels * 1.05))
-        factor = self.patch * self.merge
-        if limits.resized_height and limits.resized_width:
-            height, width = (max(1, round(x / factor)) * factor for x in (limits.resized_height, limits.resized_width))
-        else:
-            height, width = rules.smart_resize(info.height, info.width, factor, limits.min_pixels, max_pixels)
-        grid = (-(-len(indices) // self.temporal), height // self.patch, width // self.patch)
-        num_tokens = grid[0] * grid[1] * grid[2] // self.merge**2
-        return MediaPlan(ref, info, indices, height, width, grid, num_tokens, seconds_per_grid)
+        """Frames, size and token count of one medium, by qwen-vl-utils' rules."""
+        return rules.plan_medium(ref, info, limits, self.patch, self.merge, self.temporal)
 
     def order_patches(self, frames_TCHW: Tensor) -> Tensor:
         """Resized frames to patches [P, D]; a single picture stands at both times of its patch."""
-        if frames_TCHW.shape[0] == 1:
-            frames_TCHW = frames_TCHW.expand(self.temporal, -1, -1, -1)
         return rules.order_patches(frames_TCHW, self.patch, self.merge, self.temporal)
 
     def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
         """The pad token between vision_start and vision_end, which the template writes once a medium."""
         return (self.image_token if kind == "image" else self.video_token,)
 
-    def expand(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
-        """As many pad tokens as the medium has merged tokens."""
-        return list(self.placeholder(plan.ref.kind)) * plan.num_tokens, [True] * plan.num_tokens
+    def lead(self, plan: MediaPlan) -> str:
+        """Nothing."""
+        return ""
 
-    def positions(self, num_tokens: int, media: Sequence[tuple[int, MediaPlan]]) -> Tensor:
+    def expand(self, plan: MediaPlan) -> list[str | int]:
+        """As many pad tokens as the medium has merged tokens."""
+        return [plan.num_tokens]
+
+    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
         """M-RoPE positions [3, T] by the rule that the model was trained with.
 
         Time advances by seconds_per_grid x tokens_per_second in floating point, truncated; text goes on at the
         largest position so far + 1. transformers 4.57 truncates the seconds first, 5.x resumes text earlier.
         """
-        pieces: list[Tensor] = []
-        row = position = 0
-        for start, plan in media:
-            pieces.append(torch.arange(position, position + start - row).expand(3, -1))
-            position += start - row
-            t, h, w = plan.grid_thw[0], plan.grid_thw[1] // self.merge, plan.grid_thw[2] // self.merge
-            seconds = torch.arange(t, dtype=torch.float64) * plan.seconds_per_grid
+        runs = []
+        for (start,), plan in media:
+            seconds = torch.arange(plan.grid_thw[0], dtype=torch.float64) * plan.seconds_per_grid
             time = (seconds * self.tokens_per_second).long()
-            grid = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij"))
-            pieces.append(grid.reshape(3, -1) + position)
-            position = int(pieces[-1].max()) + 1
-            row = start + plan.num_tokens
-        pieces.append(torch.arange(position, position + num_tokens - row).expand(3, -1))
-        return torch.cat(pieces, dim=1)
+            size = plan.grid_thw[1] // self.merge, plan.grid_thw[2] // self.merge
+            runs.append((start, rules.mrope_grid(time, *size)))
+        return rules.mrope_positions(num_tokens, runs)
 
-    def layout(self, grids: Sequence[tuple[int, int, int]]) -> VisionLayout:
+    def layout(self, media: Sequence[MediaPlan]) -> QwenLayout:
+        """By the media's grids alone."""
+        return self.layout_of([plan.grid_thw for plan in media])
+
+    def layout_of(self, grids: Sequence[tuple[int, int, int]]) -> QwenLayout:
         """Merged tokens sorted by frame and window; full-attention blocks see a frame pair, the others a window."""
         side = self.window // self.patch // self.merge
-        keys, frames, base = [], [], 0
+        keys, base = [], 0
         for t, height, width in grids:
             h, w = height // self.merge, width // self.merge
             time, row, column = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij"))
             windows_h, windows_w = -(-h // side), -(-w // side)
             keys.append(base + (time * windows_h + row // side) * windows_w + column // side)
             base += t * windows_h * windows_w
-            frames += [height * width] * t
         key_G = torch.cat(keys)
         order_G = torch.argsort(key_G, stable=True)
         group = self.merge**2
         windows = torch.bincount(key_G).mul(group).tolist()
         order_P = (order_G[:, None] * group + torch.arange(group)).flatten()
-        return VisionLayout(
+        return QwenLayout(
             order_P=order_P,
             positions_P2=rules.patch_positions(grids, self.merge)[order_P],
-            plans={
-                "window": build_plan(_blocks(windows), causal=False),
-                "frame": build_plan(_blocks(frames), causal=False),
-            },
+            merger_rows=len(order_G),
+            plans={"window": rules.blocks_plan(windows), "frame": rules.frame_plan(grids)},
             restore_M=torch.argsort(order_G),
         )
-
-
-def _blocks(lengths: Sequence[int]) -> list[Segment]:
-    """Segments of these lengths, one behind another, each attending itself alone."""
-    return [Segment(end - length, length) for end, length in zip(accumulate(lengths), lengths, strict=True)]

@@ -33,7 +33,7 @@ SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
 PACKED_AT_ONCE = 1 << 22
 """Weights that are read and packed at a time: what this takes besides is 64 MB."""
-TIED_TO = "model.embed_tokens.weight"
+TIED_TO = "embed_tokens.weight"
 HUB_COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -63,9 +63,11 @@ class Checkpoint:
     """transformers' configuration object."""
     weight_files: dict[str, Path]
     """Tensor name to the safetensors file that holds it."""
+    rope_factor: float | None = None
+    """Linear scaling of positions instead of what config.json says."""
 
     @staticmethod
-    def open(path: str) -> Checkpoint:
+    def open(path: str, rope_factor: float | None = None) -> Checkpoint:
         """Resolve `path` and read its configuration and the names of its tensors.
 
         UserError where there is no such checkpoint or it has no safetensors weights.
@@ -79,14 +81,17 @@ class Checkpoint:
             raise UserError(
                 f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
             ) from error
+        if rope_factor is not None:
+            text = config.get_text_config()
+            text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
         index_file = _file(path, INDEX_FILE)
         if index_file is not None:
             names = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
             resolved = {name: _required_file(path, name) for name in sorted(set(names.values()))}
-            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()})
+            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()}, rope_factor)
         single = _required_file(path, SINGLE_FILE)
         with _open(single) as reader:
-            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single))
+            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single), rope_factor)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -151,8 +156,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
 def _check_names(wanted: dict[str, nn.Parameter], checkpoint: Checkpoint, model: nn.Module) -> None:
     missing = sorted(set(wanted) - set(checkpoint.weight_files))
     unexpected = set(checkpoint.weight_files) - set(wanted)
-    if getattr(model, "lm_head", None) is None:
-        unexpected.discard("lm_head.weight")  # a tied head that was saved all the same: the embedding rules
+    if not any(name.endswith("lm_head.weight") for name in wanted):
+        # A tied head that was saved all the same: the embedding rules.
+        unexpected = {name for name in unexpected if not name.endswith("lm_head.weight")}
     if missing or unexpected:
         raise UserError(
             f"{checkpoint.path}: {len(missing)} tensors of the model are missing in the checkpoint "
@@ -207,11 +213,12 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
     each before it asks for the next. `about` goes into vft.json.
     """
     parameters = dict(model.named_parameters())
+    embedding = next(name for name in parameters if name.endswith(TIED_TO))
     with whole_folder(folder) if write else nullcontext(folder) as unfinished:
         for file in sorted(set(checkpoint.weight_files.values())):
             names = [name for name, home in checkpoint.weight_files.items() if home == file]
             # A tied head may have been saved all the same: then it is the embedding here too.
-            wanted = {name: parameters[name if name in parameters else TIED_TO].detach() for name in names}
+            wanted = {name: parameters[name if name in parameters else embedding].detach() for name in names}
             with _open(file) as reader:
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], wanted[name].shape) for name in names}
             fetch = partial(_gathered, wanted, layout)
@@ -236,3 +243,9 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
+    if checkpoint.rope_factor is not None:
+        content = checkpoint.json_file("config.json")
+        text = content.get("text_config", content)
+        text["rope_parameters"] = dict(checkpoint.config.get_text_config().rope_parameters)
+        text["rope_scaling"] = {"rope_type": "linear", "factor": checkpoint.rope_factor}  # what transformers 4 reads
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -132,9 +132,9 @@ def strip(plan: MediaPlan, spec: VisionSpec) -> Row:
         size = f"{len(plan.frame_indices)} frames of {size}"
     row: Row = {"title": f"{Path(plan.ref.name).name}: {size}", "problem": "", "frames": []}
     t, h, w = plan.grid_thw
-    temporal = math.ceil(len(plan.frame_indices) / t)
     # Of a long video those frames alone are decoded that are shown.
-    few = replace(plan, frame_indices=tuple(indices), grid_thw=(math.ceil(len(indices) / temporal), h, w))
+    few = replace(plan, frame_indices=tuple(indices))
+    few = replace(few, grid_thw=(math.ceil(few.num_pictures / math.ceil(plan.num_pictures / t)), h, w))
     try:
         frames_TCHW = vision.frames_of(vision.load(few, spec).pixels_PD, few, spec)
     except MediaError as error:

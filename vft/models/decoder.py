@@ -1,0 +1,144 @@
+"""The decoder that the model families share: grouped-query attention, gated MLPs, rotary positions over packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from vft.attention import attend, prepare
+from vft.models.cache import Cache
+from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
+from vft.types import AttentionPlan
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
+"""Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Shape of a decoder."""
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_width: int
+    norm_eps: float
+    rope_theta: float
+    rope_axes: tuple[int, ...]
+    """For each of the head_width / 2 rotary frequencies the row of positions_3T that turns it."""
+    rope_factor: float
+    """Positions are divided by it (linear scaling); 1 leaves them."""
+    qkv_bias: bool
+    qk_norm: bool
+    """Queries and keys of each head are normalised before they are rotated."""
+    tied_head: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of the decoder."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.q_proj = Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        plan: AttentionPlan,
+        attend_kept: Attend | None,
+        wanted_N: Tensor | None,
+    ) -> Tensor:
+        """[T, E] to [T, E], or to the rows that are wanted; with `attend_kept` the keys of earlier calls are attended
+        too."""
+        q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
+        out = (attend_kept or attend)(q, k, v, plan)
+        out = out if wanted_N is None else out[wanted_N]
+        return self.o_proj(out.flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = GatedMLP(config.width, config.mlp_width, bias=False)
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        plan: AttentionPlan,
+        attend_kept: Attend | None = None,
+        wanted_N: Tensor | None = None,
+    ) -> Tensor:
+        """[T, E] to [T, E], or to [N, E] where only some rows are wanted."""
+        attended = self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_kept, wanted_N)
+        x_TE = (x_TE if wanted_N is None else x_TE[wanted_N]) + attended
+        return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        positions_3T: Tensor,
+        plan: AttentionPlan,
+        wanted_N: Tensor,
+        cache: Cache | None = None,
+        deeper: Sequence[Tensor] = (),
+        media_index_M: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [T, E] to the hidden states [N, E] of the rows that are wanted, before the final norm.
+
+        What follows the last layer's attention is computed for these rows alone: nothing reads the others. `deeper`,
+        of fewer layers than there are, holds what is added behind each of the first layers to the rows of media [M, E].
+        """
+        cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
+        prepare(plan, x_TE)  # outside the layers, which may be compiled
+        for index, layer in enumerate(self.layers):
+            # Without a cache all layers but the last are called alike: one compiled graph serves them.
+            attend_kept = None if cache is None else partial(cache.attend, index)
+            last = index == len(self.layers) - 1
+            x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_kept, wanted_N if last else None)
+            if index < len(deeper):
+                assert media_index_M is not None
+                x_TE = x_TE.index_add(0, media_index_M, deeper[index].to(x_TE.dtype))
+        return x_TE
+
+    def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        config = self.config
+        frequencies = inverse_frequencies(config.head_width, config.rope_theta, positions_3T.device)
+        axis_of = torch.tensor(config.rope_axes).to(positions_3T.device)
+        angles_TK = (positions_3T.float()[axis_of].T * (frequencies / config.rope_factor)).repeat(1, 2)
+        return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)
