@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,11 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    # Without others there is nobody to find through torchrun's store, which may not be there.
-    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
-    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    if world.size > 1:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:  # there is nobody to find through torchrun's store, which may not be there
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
     try:
         yield
         dist.barrier()
