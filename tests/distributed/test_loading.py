@@ -42,7 +42,7 @@ def assert_right(found: dict[str, Any], alone: dict[str, Any]) -> None:
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("trained", ["adapters", "towers"])
+@pytest.mark.parametrize("trained", ["adapters", pytest.param("towers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_memory_is_that_of_the_model(
     commands: Commands, thin: Path, tmp_path: Path, processes: int, trained: str
