@@ -115,6 +115,10 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[lora]\ndropout = 1.0", "lora.dropout = 1.0: must be less than 1"),
         ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number"),
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),
+        (
+            "[train.tower_learning_rates]\ntower = 1e-5",
+            "train.tower_learning_rates.tower = \"tower\": must be 'language_model', 'vision_tower' or 'merger'",
+        ),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[lora]\ntargets = []", "lora.targets = []: must not be empty"),
         ('[train]\nlearning_rate = "1e-4"', 'train.learning_rate = "1e-4": must be a number'),
