@@ -94,8 +94,8 @@ def test_losses_are_nearly_those_of_bf16(commands: Commands, tmp_path: Path) -> 
     subprocess.run([*data, "--train", "64", "--held-out", "1", "--processes", "1"], cwd=REPOSITORY, check=True)
     changed = {
         "data.root": tmp_path / "data",
-        "data.sources.0.path": "0_30_s_demo/0_30_s_demo_tags_train.json",
-        "data.sources.1": '{format = "messages", path = "sentences.jsonl", weight = 3.0}',
+        "data.sources": '[{format = "llava_video", path = "0_30_s_demo/0_30_s_demo_tags_train.json"}, '
+        '{format = "messages", path = "sentences.jsonl", weight = 3.0}]',
         "data.workers": 0,
         "train.max_steps": 20,
         "train.warmup_steps": 0,
