@@ -95,7 +95,7 @@ def finished(commands: list[Command], limit_s: float) -> list[int]:
 
 @pytest.mark.parametrize(
     ("rank", "number"),
-    [(0, 1), (1, 2), *(pytest.param(rank, n, marks=pytest.mark.slow) for rank in (0, 1) for n in (3, 4, 7, 9, 11, 13))],
+    [(0, 1), (1, 2), *(pytest.param(rank, n, marks=pytest.mark.slow) for rank in (0, 1) for n in (3, 6, 10, 14, 99))],
 )
 def test_one_of_two_processes_killed_while_it_saves(commands: Commands, tmp_path: Path, rank: int, number: int) -> None:
     with socket.socket() as free:
@@ -107,11 +107,11 @@ def test_one_of_two_processes_killed_while_it_saves(commands: Commands, tmp_path
         for r in (0, 1)
     ]
     statuses = finished(started, 40)
-    if rank == 1 and number > 10:  # it has no more than that to do
+    if number == 99:  # it has less than that to do
         assert statuses == [0, 0]
     else:
         assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] > 0
-    assert check(root, Trained()) == (2 if statuses == [0, 0] else 1)
+    assert check(root, Trained()) == (2 if number == 99 else 1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -66,5 +66,5 @@ def test_two_processes_end_at_the_same_step_with_one_error(world: World, command
     result = commands.shell(*LIMIT, *commands.torchrun_words(2, config))
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.status != 0 and len(errors) == 1 and "File too large" in errors[0], result.stderr[-4000:]
-    assert "Traceback" not in result.stderr.partition("ChildFailedError")[0].partition("torch.distributed.elastic")[0]
+    assert result.stderr.count("Traceback") == 1, result.stderr[-4000:]  # the launcher's own: neither process has one
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
