@@ -25,7 +25,7 @@ import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vft.types import UserError
-from vft.watch import BEAT_S, Member, Watch, current, names, set_current
+from vft.watch import Member, Watch, current, linger, names, set_current
 
 PROBE_S = 3.0
 SAME = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA or ROCm of torch"}
@@ -118,7 +118,7 @@ def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s
                 "hosts' output, and at how long importing takes there (parallel.timeout_s)"
             )
             run.set("failed", str(error))
-            time.sleep(2.5 * BEAT_S)  # for those who did come to read it
+            linger()
             raise error
         if missing and waited_s > 30 and not said:
             print(f"waiting for rank {who}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ process whose main thread waits in a collective can be ended in no other way tha
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -61,6 +62,12 @@ def names(members: Sequence[Member]) -> str:
     return ", ".join(f"host {host} (rank{'s' * (len(r) > 1)} {', '.join(r)})" for host, r in ranks.items())
 
 
+def linger() -> None:
+    """Leave the others time to read why this process ends: at its very end, when it has said so itself. torchrun ends
+    it as soon as one of them is gone."""
+    atexit.register(time.sleep, 2.5 * BEAT_S)
+
+
 class Watch:
     """Of one process over the others; `members` is all of them on the first process, elsewhere the first and itself."""
 
@@ -107,7 +114,7 @@ class Watch:
         text = str(error) or type(error).__name__
         with suppress(RuntimeError):  # the store may be gone too
             self.store.compare_set("failed", "", f"{names([self.me])}: {text.splitlines()[0]}")
-            time.sleep(2.5 * self.beat_s)
+            linger()
 
     def explain(self) -> None:
         """A collective failed: the threads find out who is gone, and end the process. Returns where they don't."""
