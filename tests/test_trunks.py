@@ -78,10 +78,10 @@ SHARED: dict[str, list[Conversation]] = {
 """Samples that one trunk serves, by what is in them."""
 
 
-@pytest.fixture(scope="module")
-def tiny(each_tiny: Tiny) -> Tiny:
-    """Of each family."""
-    return each_tiny
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tiny(request: pytest.FixtureRequest, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    """Of the families whose templates leave media where they stand."""
+    return make_tiny(request.param, "tied")
 
 
 def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:

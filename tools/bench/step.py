@@ -19,7 +19,7 @@ import torch
 from measure import default_device, median, report, seconds_of
 from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
-from workload import MODELS, LlavaShape, Qwen3Shape, Shape, build_model, fill
+from workload import MODELS, AnyShape, build_model, fill
 
 from vft.config import LoraConfig, ParallelConfig, TrainConfig
 from vft.console import user_errors
@@ -38,7 +38,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Setting:
     """What is measured."""
 
-    shape: Shape | LlavaShape | Qwen3Shape
+    shape: AnyShape
     dtype: torch.dtype
     device: torch.device
     lora: LoraConfig

@@ -147,7 +147,8 @@ class Qwen3Shape:
         return {**whole, "tie_word_embeddings": self.tied}
 
 
-MODELS: dict[str, Shape | LlavaShape | Qwen3Shape] = {
+AnyShape = Shape | LlavaShape | Qwen3Shape
+MODELS: dict[str, AnyShape] = {
     **SHAPES,
     "llava-7b": LlavaShape(4096, 32, 32, 32, 11008, 32064),
     "llava-34b": LlavaShape(7168, 60, 56, 8, 20480, 64064),
@@ -166,16 +167,14 @@ RELEASED = {
 """Parts of hub names, and the shapes that they mean."""
 
 
-def build_model(
-    shape: Shape | LlavaShape | Qwen3Shape, dtype: torch.dtype, quantize: str = "none"
-) -> VideoLanguageModel:
+def build_model(shape: AnyShape, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
     """A model of this shape on the meta device; `quantize` is that of `[model]`."""
     config = AutoConfig.for_model(**shape.config())
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     return models.build_model(config, processor, dtype, quantize)
 
 
-def adapted_model(shape: Shape | LlavaShape, device: torch.device) -> VideoLanguageModel:
+def adapted_model(shape: AnyShape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
     choose_trainable(model, model.towers, LoraConfig(), ())
