@@ -113,7 +113,8 @@ def test_two_processes_full_fine_tuning(runs: Runs, each_world: World) -> None:
     assert base.keys() == first.keys() == second.keys()
     for name, weight in first.items():
         assert (weight.shape, weight.dtype) == (base[name].shape, base[name].dtype), name
-        assert weight.equal(base[name]) != name.startswith(trained), name
+        if not name.endswith("k_proj.bias"):  # which a softmax cancels: its gradient is rounding, or nothing
+            assert weight.equal(base[name]) != name.startswith(trained), name
         assert (weight - second[name]).abs().max() <= 1e-5 * weight.abs().max(), name
 
 
