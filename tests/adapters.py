@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers import Media, Tiny, batch_of, every_logit, inputs_for_transformers, load_prepared, medium, talk
+from tests.helpers import Media, Tiny, batch_of, every_logit, load_prepared, medium, talk
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
 from vft.models import Skeleton
@@ -32,7 +32,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 def their_logits(model: Any, batch: Batch, tiny: Tiny) -> Tensor:
     """Every logit of transformers' or PEFT's."""
     with torch.no_grad():
-        return model(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0]
+        return model(**tiny.inputs(batch)).logits[0]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

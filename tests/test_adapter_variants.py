@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.allocations import allocated_peak
-from tests.helpers import CPU, Tiny, assert_same_gradients, load_prepared, loss_and_gradients, transformers_model
+from tests.helpers import CPU, Tiny, assert_same_gradients, load_prepared, loss_and_gradients
 from tools.merge_lora import merge
 from vft.adapter_files import Adapter, attach, export_adapter
 from vft.answer import load_model
@@ -200,7 +200,7 @@ def test_peft_and_merging_agree_with_the_trained_model(
     ours = exported(tiny, tmp_path / "adapter", VARIANTS[name]).model
     wanted = logits_of(ours, batch)
     assert difference(wanted, logits_of(tiny.ours(), batch)) > 0.05
-    model = PeftModel.from_pretrained(transformers_model(tiny.path), str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(tiny.load(tiny.path), str(tmp_path / "adapter"))
     result = model.load_adapter(str(tmp_path / "adapter"), "again")
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key and "again" in key]
@@ -208,7 +208,7 @@ def test_peft_and_merging_agree_with_the_trained_model(
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU).skeleton.model
     assert difference(logits_of(loaded, batch), wanted) <= 2e-4
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
-    merged = transformers_model(tmp_path / "merged")
+    merged = tiny.load(tmp_path / "merged")
     assert difference(their_logits(merged, batch, tiny), wanted) <= 2e-4
     model.delete_adapter("again")
     for (key, one), (_, other) in zip(
@@ -239,7 +239,7 @@ def test_pissa_of_peft_starts_where_ours_does(tiny: Tiny) -> None:
     lora = LoraConfig(rank=4, alpha=6, init="pissa", targets=("language_model.q_proj", "vision_tower.qkv"))
     model, _ = adapted(tiny, lora)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": r".*(q_proj|qkv)"}
-    theirs = get_peft_model(transformers_model(tiny.path), PeftConfig(init_lora_weights="pissa", **settings))
+    theirs = get_peft_model(tiny.load(tiny.path), PeftConfig(init_lora_weights="pissa", **settings))
     found = {n: m for n, m in model.model.named_modules() if isinstance(m, LoRALinear)}
     assert len(found) == 6
     for name, layer in found.items():
@@ -317,7 +317,7 @@ PEFT_VARIANTS: dict[str, dict[str, Any]] = {
 def peft_adapter(tiny: Tiny, folder: Path, config: dict[str, Any], **kept: Any) -> PeftModel:
     torch.manual_seed(0)
     settings = {"init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
-    model = get_peft_model(transformers_model(tiny.path), PeftConfig(**settings)).eval()
+    model = get_peft_model(tiny.load(tiny.path), PeftConfig(**settings)).eval()
     if "path_initial_model_for_weight_conversion" in kept:
         model.save_pretrained(kept["path_initial_model_for_weight_conversion"])
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_adapters_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
     assert difference(logits_of(loaded.skeleton.model, batch), wanted) <= 2e-4
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
-    assert difference(their_logits(transformers_model(tmp_path / "merged"), batch, tiny), wanted) <= 2e-4
+    assert difference(their_logits(tiny.load(tmp_path / "merged"), batch, tiny), wanted) <= 2e-4
     ranks = {t.shape[0] for n, t in theirs.named_parameters() if n.endswith("lora_A.default.weight")}
     assert {rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.skeleton.peft_prefixes).layers.values()} == (
         ranks
@@ -458,7 +458,7 @@ def test_loraplus_groups_are_pefts(tiny: Tiny, dora: bool) -> None:
     optimizer = build_optimizer(skeleton.model, TrainConfig(learning_rate=1e-3), skeleton.towers, lora)
     set_learning_rate(optimizer, 1e-3)
     settings = PeftConfig(r=4, target_modules=r".*language_model.*q_proj", use_dora=dora)
-    theirs = get_peft_model(transformers_model(tiny.path), settings)
+    theirs = get_peft_model(tiny.load(tiny.path), settings)
     wanted = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
 
     def short(rates: dict[str, float]) -> dict[str, float]:

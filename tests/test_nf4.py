@@ -23,12 +23,10 @@ from tests.helpers import (
     assert_same_gradients,
     batch_of,
     every_logit,
-    inputs_for_transformers,
     load_prepared,
     loss_and_gradients,
     medium,
     talk,
-    transformers_model,
 )
 from tests.kernels import use_varlen
 from tests.test_compiled import compile_with_aot_eager
@@ -159,14 +157,14 @@ def test_logits_are_those_of_transformers_on_rounded_weights(
 ) -> None:
     """The linears of the decoder's layers and no others: head, embedding and tower are as they were."""
     tiny: Tiny = request.getfixturevalue(which)
-    theirs, count = transformers_model(tiny.path), 0
+    theirs, count = tiny.load(tiny.path), 0
     with torch.no_grad():
         for name, module in theirs.named_modules():
             if isinstance(module, nn.Linear) and "language_model.layers." in name:
                 module.weight.copy_(rounded(module.weight))
                 count += 1
         assert count == 3 * 7
-        wanted = theirs(**inputs_for_transformers(batch, tiny.encoder.spec)).logits[0]
+        wanted = theirs(**tiny.inputs(batch)).logits[0]
         ours = load_model(str(tiny.path), None, torch.float32, CPU, "nf4").skeleton.model
         found, plain = every_logit(ours, batch), every_logit(tiny.ours(), batch)
     assert sum(map(nf4.is_packed, ours.parameters())) == count
