@@ -222,6 +222,23 @@ def test_one_save_at_a_time_in_memory_that_is_kept(tmp_path: Path, monkeypatch: 
     assert len(places) == len(values(1))
 
 
+def test_a_host_without_room_for_copies_saves_in_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 0 < saving._available_memory() < 2**50
+    size = sum(value.nbytes for value in values(1).values())
+    trained = Trained()
+    trained.fill(1)
+    for free, asynchronous in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(saving, "_available_memory", lambda free=free: free)
+        saver = trained.saver(tmp_path, True)
+        saver.save(1, {})
+        assert (saver.thread is not None) == asynchronous
+        saver.wait()
+        assert check(tmp_path, Trained()) == 1
+        assert ("saves will stop the loop" in capsys.readouterr().out) != asynchronous
+
+
 def test_saving_in_the_loop_copies_nothing(tmp_path: Path) -> None:
     trained = Trained()
     saver = trained.saver(tmp_path, False)
