@@ -249,7 +249,7 @@ def test_differences(small: Path) -> None:
 
 
 def test_resume_may_change_names_real_keys(small: Path) -> None:
-    known = {".".join(key.split(".")[:n]) for key in config._flatten(load(small).model_dump()) for n in (1, 2)}
+    known = {".".join(key.split(".")[:n]) for key in config.flatten(load(small).model_dump()) for n in (1, 2)}
     assert known >= config.RESUME_MAY_CHANGE
 
 

@@ -165,7 +165,7 @@ def test_logits_are_those_of_transformers_on_rounded_weights(
                 count += 1
         assert count == 3 * 7
         wanted = theirs(**tiny.inputs(batch)).logits[0]
-        ours = load_model(str(tiny.path), None, torch.float32, CPU, "nf4").skeleton.model
+        ours = load_model(str(tiny.path), None, torch.float32, CPU, quantize="nf4").skeleton.model
         found, plain = every_logit(ours, batch), every_logit(tiny.ours(), batch)
     assert sum(map(nf4.is_packed, ours.parameters())) == count
     assert (found - wanted).abs().max() <= 1e-4
@@ -175,7 +175,7 @@ def test_logits_are_those_of_transformers_on_rounded_weights(
 def test_error_of_the_logits_of_a_trained_model() -> None:
     """Of the demo's base, 128 wide; larger models lose less."""
     path = str(Path(__file__).parents[1] / "tools" / "demo_world" / "base")
-    loaded = [load_model(path, None, torch.float32, CPU, quantize) for quantize in ("none", "nf4")]
+    loaded = [load_model(path, None, torch.float32, CPU, quantize=quantize) for quantize in ("none", "nf4")]
     conversation = talk(("user", [VIDEO, "Describe the video."]), ("assistant", "A red ring moves to the left."))
     encoder = loaded[0].encoder
     row = batch_of(encoder, ([conversation], Media.make(encoder.spec, [(VIDEO, VIDEO_INFO)])))

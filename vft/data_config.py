@@ -103,7 +103,7 @@ class VideoConfig(Section):
     """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames. Of Qwen2.5-VL:
     LLaVA-NeXT-Video's frames are 336 x 336 whatever the limits of pixels, and 144 tokens each."""
     total_pixels: Positive | None = None
-    """Frames x height x width of a video, at most; none: `max_pixels` alone limits."""
+    """Frames / 2 x height x width of a video, at most (as qwen-vl-utils counts); none: `max_pixels` alone limits."""
     timestamps: bool = False
     """Say before each video how long it is and at which seconds its frames were taken."""
 

@@ -20,6 +20,15 @@ IDENTITY = {"data": "the samples or their lengths", "base": "the weights of mode
 """What the digests in a checkpoint stand for."""
 
 
+def check_shares(config: Config, processes: int) -> None:
+    """UserError where a step's rows can't be shared out evenly."""
+    if config.train.packs_per_step % processes:
+        raise UserError(
+            f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
+            f"{processes}"
+        )
+
+
 def check_output_dir(config: Config) -> None:
     """UserError where the folder can't be written, or holds a run of another configuration: two runs would mix."""
     folder = config.output_dir.absolute()

@@ -41,6 +41,8 @@ def watched(rank: int, size: int, local_rank: int, device: str, silence_s: float
     if size == 1 or current() is not None:
         yield
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE = {size} and no MASTER_ADDR in the environment: start it with torchrun")
     with socket.socket() as door:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         door.bind(("", 0))

@@ -23,12 +23,21 @@ from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import check_bad, check_bad_of_stream, write_quarantine
-from vft.distributed import World, all_of, make_mesh, process_group, same_on_all_ranks, sum_over_ranks, together
+from vft.distributed import (
+    World,
+    all_of,
+    environment,
+    make_mesh,
+    process_group,
+    same_on_all_ranks,
+    sum_over_ranks,
+    together,
+)
 from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
 from vft.files import digest, remove_partials, replace_text
 from vft.flops import FlopCounter
-from vft.guards import check_first_step, check_identity, check_output_dir
+from vft.guards import check_first_step, check_identity, check_output_dir, check_shares
 from vft.lora import choose_trainable, initialise, is_adapter
 from vft.memory import longest_row, settle_checkpointing
 from vft.models import Skeleton, build
@@ -65,6 +74,7 @@ def main(task: Task) -> None:
     arguments = parser.parse_args()
     with user_errors():
         config = configs.load(arguments.config, arguments.overrides)
+        check_shares(config, environment().size)
         with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
             run(task, config, world)
 
@@ -76,11 +86,6 @@ def run(task: Task, config: Config, world: World) -> None:
         raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
     config = config.model_copy(update={"task": task.name})
     task = asking(task, config.data.prompt)
-    if config.train.packs_per_step % world.size:
-        raise UserError(
-            f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
-            f"{world.size}"
-        )
     check_output_dir(config)
     if config.log.tensorboard:
         require_tensorboard()

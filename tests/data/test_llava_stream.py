@@ -29,7 +29,8 @@ from vft.data.sources import llava_video
 from vft.data.stream import open_archives
 from vft.data.vision import load
 from vft.recipes.caption import Caption
-from vft.types import Document, UserError, VisionSpec
+from vft.types import Document, UserError
+from vft.vision_spec import VisionSpec
 
 PART = "LLaVA/0_30_s_x"
 STREAM = {"format": "llava_video", "path": PART, "stream": True}

@@ -19,7 +19,8 @@ from vft.data import video
 from vft.data.video import decode, scan
 from vft.data.vision import load, patchify
 from vft.models.media import order_patches
-from vft.types import Clip, MediaInfo, MediaPlan, MediaRef, VisionSpec
+from vft.types import Clip, MediaInfo, MediaPlan, MediaRef
+from vft.vision_spec import VisionSpec
 
 
 @dataclass(frozen=True)

@@ -306,9 +306,10 @@ def test_generation_of_several_prompts(tiny_untied: Tiny, answers: dict[str, lis
     members = []
     for name, batch in zip(ROWS, batches, strict=True):
         members.append((batch.documents[0], Media.make(tiny_untied.encoder.spec, ROWS[name][1]).patches))
-    stop = answers["video"][6]
+    longest = [token for token in answers["video"] if any(token not in tokens for tokens in answers.values())]
+    stop = longest[-1]  # not one that ends all of them
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in answers.values()]
-    assert len(expected[2]) <= 6 and max(map(len, expected)) == STEPS
+    assert min(map(len, expected)) < STEPS == max(map(len, expected))
     found = generate(tiny_untied.ours(), collate(members, tiny_untied.encoder.spec), (stop,), Sampling(STEPS))
     assert found == expected
 

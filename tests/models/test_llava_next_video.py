@@ -25,13 +25,14 @@ from tests.helpers import CPU, Media, Tiny, every_logit, medium, talk
 from tests.models.families import PINPOINTS, SIDE
 from tests.models.test_against_transformers import row
 from tools.merge_lora import merge
+from vft.adapter_files import export_adapter
 from vft.answer import load_model
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data_config import DataConfig, VideoConfig
-from vft.lora import choose_trainable, export_adapter, is_adapter
+from vft.lora import choose_trainable, is_adapter
 from vft.models.llava_next_video_vision import LlavaVision, best_resolution, fitted
 from vft.models.weights import Checkpoint
 from vft.types import Clip, MediaPlan, UserError, VisionLimits

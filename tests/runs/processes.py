@@ -9,10 +9,12 @@ from tests.runs.commands import Commands, Result
 
 PATIENCE_S = 100.0
 """Until processes that wait for each other for ever are ended."""
+LAST_WORDS_S = 20.0
+"""The same, once one of them has failed: the others hear of it and end by themselves."""
 
 
 def run_together(commands: Commands, processes: int, program: str, *arguments: object) -> list[Result]:
-    """How each of `processes` ended; all are killed where one fails or they take too long."""
+    """How each of `processes` ended; killed where they take too long, or don't end soon after one that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -22,7 +24,9 @@ def run_together(commands: Commands, processes: int, program: str, *arguments: o
     end = time.monotonic() + PATIENCE_S
     while any(one.is_running for one in started):
         failed = any(not one.is_running and one.wait().status for one in started)
-        if failed or time.monotonic() > end:
+        if failed:
+            end = min(end, time.monotonic() + LAST_WORDS_S)
+        if time.monotonic() > end:
             for one in started:
                 if one.is_running:
                     one.kill()

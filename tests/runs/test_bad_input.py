@@ -20,7 +20,7 @@ PREDICT, MERGE = "tools/predict.py", "tools/merge_lora.py"
 @pytest.fixture
 def own(world: World, tmp_path: Path) -> World:
     """A copy of the world to spoil."""
-    copy = World(tmp_path / "data", tmp_path / "base", world.other_base)
+    copy = World(tmp_path / "data", tmp_path / "base", world.other_base, world.family)
     shutil.copytree(world.root, copy.root)
     shutil.copytree(world.base, copy.base)
     return copy

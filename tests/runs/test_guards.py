@@ -22,7 +22,7 @@ def own(world: World, tmp_path: Path) -> World:
     """A world whose files a test may change."""
     shutil.copytree(world.root, tmp_path / "data")
     shutil.copytree(world.base, tmp_path / "base")
-    return World(tmp_path / "data", tmp_path / "base", world.other_base)
+    return World(tmp_path / "data", tmp_path / "base", world.other_base, world.family)
 
 
 def test_resuming_with_other_samples_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:

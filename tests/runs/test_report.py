@@ -27,7 +27,7 @@ from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
 from vft.report import write_report
-from vft.types import VisionSpec
+from vft.vision_spec import VisionSpec
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -39,6 +39,7 @@ def final_files(folder: Path) -> dict[str, bytes]:
     """What the last step left: weights, optimizer, cursor and export."""
     last = folder / "checkpoints" / f"step-{STEPS:06d}"
     files = [*last.iterdir(), *(path for kind in ("adapter", "model") for path in (folder / kind).glob("*"))]
+    files = [path for path in files if path.name != "README.md"]  # says how long it took
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from vft.adapter_files import export_adapter
 from vft.config import LoraConfig
-from vft.lora import choose_trainable, export_adapter, fill, is_adapter
+from vft.lora import choose_trainable, fill, is_adapter
 from vft.models import build
 from vft.models.weights import Checkpoint
 

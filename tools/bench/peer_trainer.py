@@ -34,7 +34,8 @@ from vft.data.packing import Cursor, take_step
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
-from vft.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef, VisionSpec
+from vft.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef
+from vft.vision_spec import VisionSpec
 
 Question = tuple[Conversation, MediaPlan]
 """A question with its answer, and which frames of its video it is about."""

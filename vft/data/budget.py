@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from vft.data.chat import ChatEncoder
 from vft.data_config import DataConfig
-from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits, VisionSpec
+from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits
+from vft.vision_spec import VisionSpec
 
 
 def fit(

@@ -11,18 +11,8 @@ from typing import Any
 
 import torch
 
-from vft.types import (
-    IGNORE_INDEX,
-    Conversation,
-    Document,
-    MediaKind,
-    MediaPlan,
-    MediaRef,
-    Role,
-    Turn,
-    UserError,
-    VisionSpec,
-)
+from vft.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Role, Turn, UserError
+from vft.vision_spec import VisionSpec
 
 Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
 """What the template sees of a conversation: roles, texts, and which kind of medium stands where."""

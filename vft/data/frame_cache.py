@@ -23,7 +23,8 @@ from torch import Tensor
 from vft.data import frame_files, vision
 from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig
-from vft.types import MediaPlan, Patches, VisionSpec
+from vft.types import MediaPlan, Patches
+from vft.vision_spec import VisionSpec
 
 KEPT_FREE = 0.05
 """Share of the disk that is left to others: a checkpoint there must not fail for the cache's sake."""

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 
 from vft.attention import build_plan, document_segments
-from vft.types import IGNORE_INDEX, Batch, Document, Patches, VisionSpec
+from vft.types import IGNORE_INDEX, Batch, Document, Patches
+from vft.vision_spec import VisionSpec
 
 OPEN_PACKS = 16
 """Packs that stay open while an epoch is laid out: more fill rows better, fewer keep the order closer to random."""

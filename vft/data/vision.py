@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vft.data.pool import empty_bytes
 from vft.data.video import as_media_error, decode_chunks
-from vft.types import Clip, MediaPlan, Patches, View, VisionSpec
+from vft.types import Clip, MediaPlan, Patches, View
+from vft.vision_spec import VisionSpec
 
 
 def decode_resized(plan: MediaPlan) -> Tensor:

@@ -12,7 +12,8 @@ from vft import nf4
 from vft.models import llava_next_video, qwen2_5_vl, qwen3_vl
 from vft.models.family import VideoLanguageModel
 from vft.models.weights import Checkpoint
-from vft.types import UserError, VisionSpec
+from vft.types import UserError
+from vft.vision_spec import VisionSpec
 
 FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
 

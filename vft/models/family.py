@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vft.loss import cross_entropy_sum
 from vft.models.cache import Cache
 from vft.models.decoder import Decoder, DecoderConfig
-from vft.types import Batch, VisionLayout, VisionSpec, move
+from vft.types import Batch, VisionLayout, move
+from vft.vision_spec import VisionSpec
 
 
 @dataclass(frozen=True, slots=True)

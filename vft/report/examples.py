@@ -20,7 +20,8 @@ from vft.data import vision
 from vft.data.documents import Documents
 from vft.data.video import MediaError
 from vft.metrics import rouge_l_scores, token_f1_scores
-from vft.types import MediaPlan, UserError, VisionSpec
+from vft.types import MediaPlan, UserError
+from vft.vision_spec import VisionSpec
 
 T = TypeVar("T")
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from vft.files import replace_text
 from vft.metrics import Interval, confusion
 from vft.report.chart import Curve, line_chart
 from vft.report.examples import examples
-from vft.types import VisionSpec
+from vft.vision_spec import VisionSpec
 
 Row = dict[str, Any]
 """A line of a JSONL file, or what the page's layout takes."""

@@ -18,7 +18,8 @@ from vft.data.packing import PackPlan
 from vft.data.vision import frames_of
 from vft.data_config import DataConfig
 from vft.report.examples import picture
-from vft.types import IGNORE_INDEX, Batch, MediaPlan, VisionSpec
+from vft.types import IGNORE_INDEX, Batch, MediaPlan
+from vft.vision_spec import VisionSpec
 
 BINS = 32
 """Bars of the histogram."""
