@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vft.config import LoraConfig
+from vft.config import LoraConfig, ModelConfig
 from vft.distributed import whole
 from vft.files import whole_folder
 from vft.lora import LORA_A, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
@@ -102,14 +102,6 @@ class Adapter:
         """Of each adapted layer's update."""
         return {name: lora_scale(rank, alpha, self.lora.rslora) for name, (rank, alpha) in self.layers.items()}
 
-    def check_rope(self, factor: float | None) -> None:
-        """UserError where it was trained with another `model.rope_factor`."""
-        if self.about.get("rope_factor") != factor:
-            raise UserError(
-                f"model.rope_factor = {factor}: {self.folder} was trained with {self.about.get('rope_factor')}; make "
-                "them equal"
-            )
-
     def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
         """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
         scales, lora = self.scales, self.lora
@@ -167,6 +159,18 @@ def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
             )
         tower_of(module, towers)
     add_adapters(model, adapter.layers, adapter.lora)
+
+
+def start_from(model: nn.Module, base: ModelConfig, peft_prefixes: Mapping[str, str], fingerprint: str) -> None:
+    """Fill the adapters in `model` from `model.adapter`. UserError where they don't fit it, or its base."""
+    adapter = Adapter.open(Path(base.adapter), peft_prefixes)
+    adapter.check(model, base.path, fingerprint)
+    trained_with = adapter.about.get("rope_factor")
+    if trained_with != base.rope_factor:
+        raise UserError(
+            f"model.rope_factor = {base.rope_factor}: {base.adapter} was trained with {trained_with}; make them equal"
+        )
+    adapter.load_into(model)
 
 
 def recorded(adapter: Path | None) -> dict[str, Any]:

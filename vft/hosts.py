@@ -120,7 +120,7 @@ def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s
                 "hosts' output, and at how long importing takes there (parallel.timeout_s)"
             )
             run.set("failed", str(error))
-            linger()
+            linger(store)
             raise error
         if missing and waited_s > 30 and not said:
             print(f"waiting for rank {who}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
 from vft import config as configs
-from vft.adapter_files import Adapter
+from vft.adapter_files import start_from
 from vft.answer import Answerer
 from vft.config import Config
 from vft.console import user_errors
@@ -190,10 +190,7 @@ class Trainer:
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
             initialise(model, config.seed)
             if config.model.adapter:
-                adapter = Adapter.open(Path(config.model.adapter), self.skeleton.peft_prefixes)
-                adapter.check(model, config.model.path, self.checkpoint.fingerprint)
-                adapter.check_rope(config.model.rope_factor)
-                adapter.load_into(model)
+                start_from(model, config.model, self.skeleton.peft_prefixes, self.checkpoint.fingerprint)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)

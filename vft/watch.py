@@ -62,10 +62,10 @@ def names(members: Sequence[Member]) -> str:
     return ", ".join(f"host {host} (rank{'s' * (len(r) > 1)} {', '.join(r)})" for host, r in ranks.items())
 
 
-def linger() -> None:
-    """Leave the others time to read why this process ends: at its very end, when it has said so itself. torchrun ends
-    it as soon as one of them is gone."""
-    atexit.register(time.sleep, 2.5 * BEAT_S)
+def linger(store: Store) -> None:
+    """Leave the others time to read in `store` why this process ends: at its very end, when it has said so itself.
+    torchrun ends it as soon as one of them is gone. The first process may be the store's server, which must live on."""
+    atexit.register(lambda _: time.sleep(2.5 * BEAT_S), store)
 
 
 class Watch:
@@ -114,7 +114,7 @@ class Watch:
         text = str(error) or type(error).__name__
         with suppress(RuntimeError):  # the store may be gone too
             self.store.compare_set("failed", "", f"{names([self.me])}: {text.splitlines()[0]}")
-            linger()
+            linger(self.store)
 
     def explain(self) -> None:
         """A collective failed: the threads find out who is gone, and end the process. Returns where they don't."""

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vft import checkpoint, train
+from vft import saving, train
 from vft.data.loader import LoadedPack, Loader
 from vft.recipes.caption import Caption
 
 SECONDS = 5.0
-original_step, original_save = Loader.step, checkpoint.save_file
+original_step, original_write = Loader.step, saving.write_parts
 steps = 0
 
 
@@ -28,15 +28,15 @@ def step(loader: Loader) -> Iterator[LoadedPack]:
     yield from original_step(loader)
 
 
-def save_file(*arguments: Any) -> None:
+def write_parts(*arguments: Any) -> Any:
     """As on a slow disk."""
     time.sleep(SECONDS)
-    original_save(*arguments)
+    return original_write(*arguments)
 
 
 if __name__ == "__main__":
     if os.environ["HANGS"] == "step":
         Loader.step = step  # type: ignore[method-assign]
     else:
-        checkpoint.save_file = save_file
+        saving.write_parts = write_parts
     train.main(Caption())

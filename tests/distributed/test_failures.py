@@ -100,9 +100,12 @@ def test_a_process_that_hangs_is_named(world: World, commands: Commands, tmp_pat
     assert "parallel.timeout_s = 4 s" in lines[0]
 
 
-def test_writing_may_take_longer_than_any_time_out(world: World, commands: Commands, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [{"asynchronous": True}, {"asynchronous": False}], ids=["beside", "in_the_loop"])
+def test_writing_may_take_longer_than_any_time_out(
+    world: World, commands: Commands, tmp_path: Path, beside: dict[str, bool]
+) -> None:
     settings = {"train": {"max_steps": 2}, "parallel": {"silence_s": 2.0, "timeout_s": 3.0}}
-    config = world.config(tmp_path / "run.toml", ENDLESS, settings)
+    config = world.config(tmp_path / "run.toml", ENDLESS, settings, {"checkpoint": {"every_steps": 1, **beside}})
     for one in start(commands, config, [0, 1], 2, program=HANGING, HANGS="write"):
         status, lines = ends_within(one, 90)
         assert (status, lines) == (0, [])
@@ -156,7 +159,7 @@ def test_other_code_on_another_host(world: World, commands: Commands, tmp_path: 
                 stderr=outputs[-1],
             )
         )
-    assert [one.wait(timeout=120) for one in started] == [2, 1]
+    assert [one.wait(timeout=120) for one in started] == [2, 1], [Path(one.name).read_text() for one in outputs]
     (line,) = ours(Path(outputs[0].name).read_text())
     assert line.startswith("error: vft's own files (a digest): ")
     assert f"on host {HOST} (rank 0), " in line and f"on host {HOST} (rank 1)" in line

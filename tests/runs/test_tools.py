@@ -17,7 +17,7 @@ STEP_KEYS = {
     *("step", "epoch", "loss", "num_targets", "tokens", "samples", "grad_norm", "lr", "step_time_s", "data_wait_s"),
     *("tokens_per_s", "samples_per_s", "frames_per_s", "tflops", "mfu", "hfu", "peak_memory_bytes", "sample_digest"),
 }
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "vft.json"}
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "vft.json"}
 
 
 def predictions(result: Result) -> dict[str, str]:
