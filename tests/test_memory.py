@@ -15,7 +15,7 @@ from vft.config import LoraConfig, ParallelConfig
 from vft.distributed import World
 from vft.flops import FlopCounter
 from vft.lora import choose_trainable, initialise
-from vft.memory import GIB, MODES, resident_bytes, settle_checkpointing, step_bytes
+from vft.memory import GIB, MODES, rehearse, resident_bytes, settle_checkpointing, step_bytes
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
 from vft.parallel import checkpoint_activations
@@ -118,3 +118,14 @@ def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
     assert linear == pytest.approx(products, rel=0.02)
     assert (flops.count(row).hardware > again.count(row).hardware) == (mode != "none")
     assert flops.count(row).model == again.count(row).model == again.count(row).hardware
+
+
+def test_a_row_that_does_not_fit_is_named(tiny: Tiny) -> None:
+    """What torch raises on a full device becomes one line: how long the row is, and what helps."""
+
+    def full(batch: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    row = long_row(tiny)
+    with pytest.raises(UserError, match=rf"the longest row, {row.num_tokens:,} tokens, .*20.00 GiB. Lower data.pack"):
+        rehearse(full, row, torch.device("cpu"))

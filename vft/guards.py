@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from vft import config as configs
 from vft.config import Config
-from vft.distributed import local_part, sum_over_ranks
+from vft.distributed import all_of, local_part, sum_over_ranks
 from vft.lora import Towers, tower_of
 from vft.types import UserError
 
@@ -26,6 +27,15 @@ def check_shares(config: Config, processes: int) -> None:
         raise UserError(
             f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
             f"{processes}"
+        )
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    """UserError where the run is over before the warm-up is."""
+    if config.train.warmup_steps > steps:
+        raise UserError(
+            f"train.warmup_steps = {config.train.warmup_steps}: the run has {steps} steps and would never reach the "
+            "learning rate; lower it"
         )
 
 
@@ -48,6 +58,19 @@ def check_output_dir(config: Config) -> None:
         )
 
 
+def only_run_in(folder: Path) -> FileLock:
+    """Make a run's folder and take it, to be kept as long as the result. UserError where another run is at work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output_dir = {str(folder)!r}: another run is at work there; wait for it, or name another"
+        ) from None
+    return lock
+
+
 def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """UserError where the data or the base are not those that the checkpoint was made with: its cursor would lie."""
     for what, digest in now.items():
@@ -56,6 +79,42 @@ def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
                 f"{checkpoint}: {what} = {then[what][:16]} then, {digest[:16]} now: {IDENTITY[what]} changed since; "
                 "put it back, or name another output_dir"
             )
+
+
+def warn_of_benchmarks(config: Config, say: Callable[[str], None]) -> None:
+    """Some sets are to be evaluated on."""
+    if any(source.format == "video_mme" for source in config.data.sources):
+        say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
+
+
+class NotFinite:
+    """Steps whose loss or gradient is no number change nothing; some of them in a row end the run.
+
+    Both are sums over all processes, so all of them decide alike.
+    """
+
+    IN_A_ROW = 3
+    NAMED = 20
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.in_a_row = say, 0
+
+    def skips(self, step: int, loss: float, norm: float, sample_ids: Sequence[str]) -> bool:
+        """Whether the step is to be left out. UserError where it is one too many; `sample_ids` are this process's."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        ids = [one for part in all_of(tuple(sample_ids)) for one in part]
+        more = f" and {len(ids) - self.NAMED} more" if len(ids) > self.NAMED else ""
+        text = (
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite; nothing was updated. "
+            f"Samples of this step: {', '.join(ids[: self.NAMED])}{more}"
+        )
+        if self.in_a_row == self.IN_A_ROW:
+            raise UserError(f"{text}. The third in a row: lower train.learning_rate, or look at these samples")
+        self.say(f"warning: {text}")
+        return True
 
 
 def check_first_step(model: Any, towers: Towers, loss: float, had_media: bool, say: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ follow the code. `tests/test_memory.py` compares with what torch's profiler sees
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -21,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vft.attention import planning_for, prepare
-from vft.config import ParallelConfig
+from vft.config import Config, ParallelConfig
 from vft.data.documents import Documents
 from vft.data.packing import PackPlan, collate
 from vft.distributed import World, local_part
-from vft.models import Skeleton
+from vft.lora import choose_trainable
+from vft.models import Skeleton, build
+from vft.models.weights import Checkpoint
 from vft.parallel import checkpoint_activations, materialise, offloaded, shard
 from vft.types import AttentionPlan, Batch, Patches, UserError, VisionLayout
 
@@ -35,7 +38,7 @@ GIB = 1 << 30
 
 
 def settle_checkpointing(
-    config: ParallelConfig, make: Callable[[], Skeleton], row: Batch, world: World, say: Callable[[str], None]
+    config: ParallelConfig, make: Callable[[], Skeleton], row: Batch | None, world: World, say: Callable[[str], None]
 ) -> ParallelConfig:
     """`activation_checkpointing = "auto"` replaced by the mode that recomputes least and fits the budget.
 
@@ -44,6 +47,8 @@ def settle_checkpointing(
     """
     budget_gib = config.memory_budget_gib
     assert budget_gib is not None
+    if row is None:
+        raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
     found: dict[str, float] = {}
     for mode in MODES:
         model = make().model
@@ -61,10 +66,40 @@ def settle_checkpointing(
     )
 
 
-def longest_row(documents: Documents, plan: PackPlan) -> Batch:
-    """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank."""
+def rehearse(model: Any, row: Batch, device: torch.device) -> str:
+    """Forward and backward of a row whose gradients are thrown away; says what they took. UserError where the device's
+    memory is not enough. With a sharded model every process must call it."""
+    began = time.perf_counter()
+    size = f"{row.num_tokens:,} tokens, {row.pixels_PD.shape[0]:,} vision patches"
+    try:
+        model(row.to(device)).backward()
+    except torch.OutOfMemoryError as error:
+        problem = UserError(
+            f"the longest row, {size} (samples {', '.join(row.sample_ids)[:80]}), doesn't fit in the memory of "
+            f"{device}: {str(error).splitlines()[0]} Lower data.pack_tokens, or see tools/plan.py for what else helps"
+        )
+        problem.on_one_rank = True
+        raise problem from error
+    model.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    told = f"longest row: {size}: forward and backward in {seconds:.1f} s"
+    if device.type != "cuda":
+        return told
+    return f"{told}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
+
+
+def skeleton_to_train(checkpoint: Checkpoint, dtype: torch.dtype, config: Config) -> Skeleton:
+    """A model on the meta device, with what is trained settled."""
+    skeleton = build(checkpoint, dtype, config.model.quantize)
+    choose_trainable(skeleton.model, skeleton.towers, config.lora, config.model.train)
+    return skeleton
+
+
+def longest_row(documents: Documents, plan: PackPlan) -> Batch | None:
+    """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
+    everything is streamed: nobody knows yet."""
     if not documents.members:
-        raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
+        return None
     size = documents.work
 
     def extent(pack: Iterable[int]) -> tuple[int, int]:

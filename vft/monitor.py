@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from vft.config import LogConfig
 from vft.distributed import World
 from vft.flops import Flops, peak_flops
 from vft.lora import TrainableRow
@@ -146,8 +147,9 @@ class Monitor:
     @staticmethod
     def _sentence(line: Mapping[str, Any]) -> str:
         waiting = line["data_wait_s"] / max(line["step_time_s"], 1e-9)
+        loss = "not finite, skipped" if line["loss"] is None or line["grad_norm"] is None else f"{line['loss']:.4f}"
         text = (
-            f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"loss {loss}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
             f"{line['samples_per_s']:.2f} samples/s  {line['frames_per_s']:,.0f} frames/s  "
             f"waiting for data {waiting:.0%}  memory {line['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
@@ -159,9 +161,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(COUNTED, 0)
+        self.sample_ids: list[str] = []
 
     def add(self, batch: Batch, flops: Flops, digest: int) -> None:
         """Count one pack."""
+        self.sample_ids += batch.sample_ids
         for name, count in {
             "num_targets": batch.num_targets,
             "tokens": batch.num_tokens,
@@ -185,6 +189,12 @@ class Profiler:
     def __init__(self, file: Path, first: int, last: int) -> None:
         self.file, self.first, self.last = file, first, last
         self.profile: torch.profiler.profile | None = None
+
+    @staticmethod
+    def asked_for(config: LogConfig, folder: Path, world: World) -> Profiler | None:
+        """Of this process; None where no steps are to be recorded."""
+        steps = config.profile_steps
+        return None if steps is None else Profiler(folder / "profile" / f"rank-{world.rank}.json.gz", *steps)
 
     def before(self, step: int) -> None:
         """Begin where `step` is the first to be recorded."""
@@ -229,6 +239,13 @@ class StepResult:
     counts: dict[str, int]
     grad_norm: float
     """Before clipping."""
+    sample_ids: tuple[str, ...]
+    """This process's alone."""
+
+
+def finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def describe_step(
@@ -237,11 +254,11 @@ def describe_step(
     """What a step's line of metrics.jsonl says of it."""
     counts, seconds, peak = result.counts, watch.elapsed_s, peak_flops(device)
     return {
-        "loss": result.loss,
+        "loss": finite(result.loss),
         "num_targets": counts["num_targets"],
         "tokens": counts["tokens"],
         "samples": counts["samples"],
-        "grad_norm": result.grad_norm,
+        "grad_norm": finite(result.grad_norm),
         "lr": rate,
         "step_time_s": seconds,
         "data_wait_s": watch.waited_s,

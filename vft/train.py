@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from vft import checkpoint as checkpoints
 from vft import config as configs
@@ -37,9 +37,18 @@ from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
 from vft.files import digest, remove_partials, replace_text
 from vft.flops import FlopCounter
-from vft.guards import check_first_step, check_identity, check_output_dir, check_shares
+from vft.guards import (
+    NotFinite,
+    check_first_step,
+    check_identity,
+    check_output_dir,
+    check_shares,
+    check_warmup,
+    only_run_in,
+    warn_of_benchmarks,
+)
 from vft.lora import choose_trainable, initialise, is_adapter
-from vft.memory import longest_row, settle_checkpointing
+from vft.memory import longest_row, rehearse, settle_checkpointing, skeleton_to_train
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, load_weights
@@ -71,16 +80,17 @@ def main(task: Task) -> None:
     )
     parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    arguments = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="all but training: nothing is written but the cache")
+    arguments = parser.parse_intermixed_args()  # settings may stand behind options
     with user_errors():
         config = configs.load(arguments.config, arguments.overrides)
         check_shares(config, environment().size)
         with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
-            run(task, config, world)
+            run(task, config, world, arguments.dry_run)
 
 
-def run(task: Task, config: Config, world: World) -> None:
-    """Train, or go on where a run in the same folder stopped."""
+def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
+    """Train, or go on where a run in the same folder stopped; `dry`: only try the longest row."""
     config.require_training()
     if config.task not in (None, task.name):
         raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
@@ -103,7 +113,11 @@ def run(task: Task, config: Config, world: World) -> None:
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
         open_streams(data, make, encoder, pool, slots, config.seed) as streams,
     ):
-        Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool).fit()
+        trainer = Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool)
+        if dry:
+            trainer.rehearse()
+        else:
+            trainer.fit()
 
 
 class Trainer:
@@ -127,14 +141,9 @@ class Trainer:
         if streams is not None:
             documents.bad += [item for archives in streams.archives for item in archives.bad]
         self.folder = config.output_dir
-        self.lock = FileLock(self.folder / ".lock")
         self.plan = documents.pack_plan(config.seed)
         self.max_steps = self.count_steps(0, Cursor())
-        if config.train.warmup_steps > self.max_steps:
-            raise UserError(
-                f"train.warmup_steps = {config.train.warmup_steps}: the run has {self.max_steps} steps and would "
-                "never reach the learning rate; lower it"
-            )
+        check_warmup(config, self.max_steps)
         self.loader = Loader(
             documents=documents,
             plan=self.plan,
@@ -149,8 +158,8 @@ class Trainer:
         self.monitor = Monitor(
             self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
         )
-        steps, file = config.log.profile_steps, self.folder / "profile" / f"rank-{world.rank}.json.gz"
-        self.profiler = None if steps is None else Profiler(file, *steps)
+        self.profiler = Profiler.asked_for(config.log, self.folder, world)
+        self.not_finite = NotFinite(self.monitor.say)
         self.step = 0
         self.samples = 0
         """Trained on so far."""
@@ -161,8 +170,7 @@ class Trainer:
         config = self.config.train
         if config.epochs is None:
             return config.max_steps or 0
-        packs_left = sum(len(self.plan.packs(epoch)) for epoch in range(cursor.epoch, config.epochs)) - cursor.pack
-        return step + math.ceil(max(packs_left, 0) / config.packs_per_step)
+        return step + math.ceil(self.plan.packs_left(cursor, config.epochs) / config.packs_per_step)
 
     # ------------------------------------------------------------------------------------------------ preparation
 
@@ -173,13 +181,12 @@ class Trainer:
         shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
         self.about = describe_run(self.world, self.documents.num_samples, len(self.documents.lengths), shards)
         self.monitor.say(f"{', '.join(f'{k} {v}' for k, v in self.about.items())}, steps {self.max_steps}")
-        if any(source.format == "video_mme" for source in config.data.sources):
-            self.monitor.say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
+        warn_of_benchmarks(config, self.monitor.say)
         self.monitor.table_of_trainable(rows, model)
-        parallel = config.parallel
+        parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
         if parallel.memory_budget_gib is not None:
-            row = longest_row(self.documents, self.plan)
-            parallel = settle_checkpointing(parallel, self.trained_skeleton, row, self.world, self.monitor.say)
+            again = partial(skeleton_to_train, self.checkpoint, DTYPES[config.train.precision], config)
+            parallel = settle_checkpointing(parallel, again, self.longest, self.world, say)
         self.flops = FlopCounter(model, parallel.activation_checkpointing)
         self.loader.costs = tuple(self.flops.row(*work) for work in self.documents.work)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
@@ -197,25 +204,11 @@ class Trainer:
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity()["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
-        self.start_folder()
-        self.resume()
-
-    def trained_skeleton(self) -> Skeleton:
-        """The same model once more, on the meta device."""
-        again = build(self.checkpoint, DTYPES[self.config.train.precision], self.config.model.quantize)
-        choose_trainable(again.model, again.towers, self.config.lora, self.config.model.train)
-        return again
 
     def start_folder(self) -> None:
         """Write what the run is and which samples it leaves out."""
         if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"output_dir = {str(self.folder)!r}: another run is at work there; wait for it, or name another"
-                ) from None
+            self.lock = only_run_in(self.folder)
             remove_partials(self.folder)
             replace_text(self.folder / "config.toml", configs.dump(self.config))
             if not (self.folder / "run.json").exists():
@@ -244,6 +237,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Steps, evaluations and checkpoints up to `max_steps`, then the export."""
+        self.start_folder()
+        self.resume()
+        self.rehearse()
         config, begun, last_saved = self.config, self.step, self.step
         self.monitor.start(self.step)
         try:
@@ -274,6 +270,12 @@ class Trainer:
         if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
             self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.skeleton.spec)}")
 
+    def rehearse(self) -> None:
+        """Try the longest row: what doesn't fit in memory shows now, not after hours."""
+        if self.longest is not None:
+            sync_gradients(self.model, last=True, adapters_only=self.config.lora is not None)
+            self.monitor.say(rehearse(self.model, self.longest, self.world.device))
+
     def train_step(self) -> None:
         """One optimizer step over `packs_per_step` packs of all processes together."""
         if self.profiler is not None:
@@ -282,10 +284,12 @@ class Trainer:
         rate = learning_rate(self.config.train, self.step, self.max_steps)
         set_learning_rate(self.optimizer, rate)
         result = self.forward_backward(watch)
-        if self.step == 1:
+        skipped = self.not_finite.skips(self.step, result.loss, result.grad_norm, result.sample_ids)
+        if self.step == 1 and not skipped:
             had_media = result.counts["patches"] > 0
             check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
-        self.optimizer.step()
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         line = describe_step(result, watch, rate, self.world.device, self.world.size)
         self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
@@ -327,12 +331,7 @@ class Trainer:
         targets = max(counts["num_targets"], 1)
         # FSDP2 averages over the processes: their number makes it a sum again.
         norm = scale_and_clip(self.trainable, world.size / targets, self.config.train.max_grad_norm)
-        if not (math.isfinite(total_loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {self.step}: loss {total_loss / targets}, gradient norm {norm}: not finite; nothing was "
-                "updated. Lower train.learning_rate, or look at the samples of this step"
-            )
-        return StepResult(total_loss / targets, counts, norm)
+        return StepResult(total_loss / targets, counts, norm, tuple(tally.sample_ids))
 
     # --------------------------------------------------------------------------------------------- what is left
 

@@ -81,6 +81,7 @@ class Watch:
         self.doing, self.notes, self.noted_s = "preparing", 0, time.monotonic()
         self.alone, self.paced, self.suspicious = True, False, False
         self.beats = self.meetings = 0
+        self.threads: list[threading.Thread] = []
         self.ended, self.ending, self.launcher = threading.Event(), threading.Lock(), os.getppid()
         self.missed = 0
         """Ticks since the store last answered. Counted, not timed: a process that was stopped shall blame nobody."""
@@ -89,7 +90,14 @@ class Watch:
     def start(self) -> None:
         """Call when everybody's first beat is in the store."""
         for run in (self._beat_on, self._guard_store):
-            threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True).start()
+            self.threads.append(threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True))
+            self.threads[-1].start()
+
+    def stop(self) -> None:
+        """End the threads: one that Python's own end finds in a call of the store's aborts the process."""
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(timeout=2 * self.beat_s)
 
     # ------------------------------------------------------------------------------------------ of the main thread
 
@@ -230,7 +238,7 @@ def set_current(watch: Watch) -> Iterator[None]:
     try:
         yield
     finally:
-        watch.ended.set()
+        watch.stop()
         _watch = None
 
 

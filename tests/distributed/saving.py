@@ -245,8 +245,8 @@ def kills(root: Path, asynchronous: str, stride: str) -> None:
 
 def check(folder: Path, trained: Trained) -> int:
     """The step of the checkpoint that a new run chooses; it is whole, bit by bit."""
-    remove_partials(folder.parent)
-    assert not list(folder.parent.rglob(".partial-*"))
+    remove_partials(folder)
+    assert not list(folder.rglob(".partial-*"))
     told: list[str] = []
     newest = checkpoints.newest_good(folder, trained.world, told.append)
     assert newest is not None and not told, told

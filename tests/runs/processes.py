@@ -13,14 +13,16 @@ LAST_WORDS_S = 20.0
 """The same, once one of them has failed: the others hear of it and end by themselves."""
 
 
-def run_together(commands: Commands, processes: int, program: str, *arguments: object) -> list[Result]:
+def run_together(
+    commands: Commands, processes: int, program: str, *arguments: object, **environment: str
+) -> list[Result]:
     """How each of `processes` ended; killed where they take too long, or don't end soon after one that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [commands.start(program, *arguments, **place, **address) for place in places]
+    started = [commands.start(program, *arguments, **place, **address, **environment) for place in places]
     end = time.monotonic() + PATIENCE_S
     while any(one.is_running for one in started):
         failed = any(not one.is_running and one.wait().status for one in started)

@@ -43,7 +43,7 @@ def test_scaling(tmp_path: Path) -> None:
     apart, shared = rows[2], rows[3]
     assert (apart["case"], shared["case"]) == ("5 apart", "5 shared")
     # Of 8 frames of 224 x 224 with 15 tokens before and one behind: V = 272, q = 25.
-    assert (apart["tokens"], shared["tokens"]) == (5 * (272 + 25), 272 + 5 * 25)
+    assert (apart["tokens"], shared["tokens"]) == (4 * 5 * (272 + 25), 4 * (272 + 5 * 25))  # four documents a row
     assert shared["expected"] / apart["expected"] == pytest.approx((272 + 5 * 25) / (5 * (272 + 25)))
 
 

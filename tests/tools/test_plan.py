@@ -83,11 +83,11 @@ WIDE = ("data.max_samples_per_pack=0", "data.pack_tokens=2048")
 
 def test_what_does_not_fit_is_mended_and_checked() -> None:
     """The advice is what was tried and fits."""
-    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "15")
+    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "16")
     assert done.returncode == 0
     assert "fits with parallel.activation_checkpointing=mlp (checked)" in done.stdout
     totals = figures(done.stdout)["total"]
-    assert len(totals) == 2 and totals[0] > 15 * 0.95 >= totals[1]
+    assert len(totals) == 2 and totals[0] > 16 * 0.95 >= totals[1]
 
 
 def test_layers_that_stay_gathered_are_counted() -> None:

@@ -38,6 +38,10 @@ class PackPlan:
         """The packs of one epoch, each a tuple of document numbers."""
         return _epoch_packs(self, epoch)
 
+    def packs_left(self, cursor: Cursor, epochs: int) -> int:
+        """From `cursor` to the end of so many epochs in all."""
+        return max(0, sum(len(self.packs(epoch)) for epoch in range(cursor.epoch, epochs)) - cursor.pack)
+
     def documents(self, epoch: int) -> list[int]:
         """Document numbers of one epoch in random order."""
         generator = random.Random(f"order:{self.seed}:{epoch}")
