@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vft.models import media as rules
 from vft.models.media import CLIP_MEAN, CLIP_STD
-from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLayout, VisionLimits
+from vft.models.qwen_vision import QwenSpec
+from vft.types import MediaPlan, VisionLayout
 
 
 @dataclass(eq=False)
@@ -29,22 +30,16 @@ class QwenLayout(VisionLayout):
     """Permutation of merged tokens from the tower's order back to media order."""
 
 
-@dataclass(frozen=True, slots=True)
-class QwenVision:
+@dataclass(frozen=True, kw_only=True)
+class QwenVision(QwenSpec):
     """The family's `VisionSpec`: everything that the data path needs to know of Qwen2.5-VL."""
 
-    image_token: int
-    video_token: int
     tokens_per_second: float
     patch: int = 14
-    merge: int = 2
-    temporal: int = 2
     window: int = 112
     """Pixels of a side of an attention window."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    turn_end: str = "<|im_end|>"
-    context_tokens: int | None = None
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> QwenVision:
@@ -61,23 +56,6 @@ class QwenVision:
             mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
             std=tuple(preprocessor.get("image_std", CLIP_STD)),
         )
-
-    @property
-    def patch_features(self) -> int:
-        """D: channels x time x y x x."""
-        return 3 * self.temporal * self.patch**2
-
-    def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """Frames, size and token count of one medium, by qwen-vl-utils' rules."""
-        return rules.plan_medium(ref, info, limits, self.patch, self.merge, self.temporal)
-
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized frames to patches [P, D]; a single picture stands at both times of its patch."""
-        return rules.order_patches(frames_TCHW, self.patch, self.merge, self.temporal)
-
-    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
-        """The pad token between vision_start and vision_end, which the template writes once a medium."""
-        return (self.image_token if kind == "image" else self.video_token,)
 
     def lead(self, plan: MediaPlan) -> str:
         """Nothing."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vft.models import media as rules
-from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLayout, VisionLimits
+from vft.models.qwen_vision import QwenSpec
+from vft.types import MediaPlan, VisionLayout
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -36,21 +37,15 @@ class TableLayout(VisionLayout):
     """Which of U each patch is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen3Vision:
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Vision(QwenSpec):
     """The family's `VisionSpec`: everything that the data path needs to know of Qwen3-VL."""
 
-    image_token: int
-    video_token: int
     table_side: int
     """Rows and columns of the table of learned positions."""
     patch: int = 16
-    merge: int = 2
-    temporal: int = 2
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
-    turn_end: str = "<|im_end|>"
-    context_tokens: int | None = None
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> Qwen3Vision:
@@ -66,23 +61,6 @@ class Qwen3Vision:
             mean=tuple(preprocessor.get("image_mean", HALF)),
             std=tuple(preprocessor.get("image_std", HALF)),
         )
-
-    @property
-    def patch_features(self) -> int:
-        """D: channels x time x y x x."""
-        return 3 * self.temporal * self.patch**2
-
-    def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """Frames, size and token count of one medium: qwen-vl-utils' rules, which the family shares with Qwen2.5-VL."""
-        return rules.plan_medium(ref, info, limits, self.patch, self.merge, self.temporal)
-
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized frames to patches [P, D]; a single picture stands at both times of its patch."""
-        return rules.order_patches(frames_TCHW, self.patch, self.merge, self.temporal)
-
-    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
-        """The pad token between vision_start and vision_end, which the template writes once a medium."""
-        return (self.image_token if kind == "image" else self.video_token,)
 
     def lead(self, plan: MediaPlan) -> str:
         """The time of a video's first frames."""
