@@ -98,6 +98,8 @@ class NotFinite:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.in_a_row = say, 0
+        self.skipped = 0
+        """Since this process began."""
 
     def skips(self, step: int, loss: float, norm: float, sample_ids: Sequence[str]) -> bool:
         """Whether the step is to be left out. UserError where it is one too many; `sample_ids` are this process's."""
@@ -114,6 +116,7 @@ class NotFinite:
         if self.in_a_row == self.IN_A_ROW:
             raise UserError(f"{text}. The third in a row: lower train.learning_rate, or look at these samples")
         self.say(f"warning: {text}")
+        self.skipped += 1
         return True
 
 

@@ -285,7 +285,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         result = self.forward_backward(watch)
         skipped = self.not_finite.skips(self.step, result.loss, result.grad_norm, result.sample_ids)
-        if self.step == 1 and not skipped:
+        if self.step == 1 + self.not_finite.skipped and not skipped:  # the first that counts
             had_media = result.counts["patches"] > 0
             check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
         if not skipped:
