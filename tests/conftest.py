@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 # The helpers import transformers, which takes seconds: tests that need no model shall not wait for it.
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--count N`, for the rows of docs/reliability.md."""
+    parser.addoption("--count", type=int, help="repetitions of a row of tests/reliability (short without it)")
+
+
+@pytest.fixture(scope="session")
+def count(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How often a row of tests/reliability is repeated: as `--count` says, else the short number given."""
+    asked = request.config.getoption("--count")
+    return lambda short: short if asked is None else int(asked)
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder of reference cases."""

@@ -1,0 +1,5 @@
+"""The fixtures of whole commands."""
+
+from tests.runs.fixtures import commands, world
+
+__all__ = ["commands", "world"]
