@@ -56,7 +56,10 @@ def status_of(request):
         become(request)
         return 0
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)  # as Python does with the message of sys.exit
+            return 1
+        return stop.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
