@@ -18,7 +18,7 @@ from tests.data.clips import make_clip
 from vft.data import video
 from vft.data.video import decode, scan
 from vft.data.vision import load, patchify
-from vft.models.media import order_patches
+from vft.models.qwen2_5_vl_vision import QwenVision
 from vft.types import Clip, MediaInfo, MediaPlan, MediaRef
 from vft.vision_spec import VisionSpec
 
@@ -89,7 +89,8 @@ def test_order_of_patches(count: int, height: int, width: int, channels_last: bo
     frames_TCHW = torch.randint(0, 256, (count, 3, height, width), generator=generator).to(dtype)
     if channels_last:
         frames_TCHW = frames_TCHW.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(order_patches(frames_TCHW, patch=14, merge=2, temporal=2), SPEC.order_patches(frames_TCHW))
+    spec = QwenVision(image_token=0, video_token=1, tokens_per_second=2.0)
+    assert torch.equal(spec.order_patches(frames_TCHW), SPEC.order_patches(frames_TCHW))
 
 
 def test_odd_count_repeats_the_resized_last_frame() -> None:

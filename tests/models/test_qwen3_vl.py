@@ -157,7 +157,7 @@ def test_too_few_layers_for_deepstack(tmp_path: Path) -> None:
         vision_config={"deepstack_visual_indexes": [0, 1, 2]},
     )
     with pytest.raises(UserError, match=r"\[0, 1, 2\].*num_hidden_layers = 3"):
-        qwen3_vl.ModelConfig.from_hf(config)
+        qwen3_vl.build(config, {}, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -361,7 +361,8 @@ def test_learned_positions_are_the_table_stretched(spec: Qwen3Vision, grid: tupl
     table_NE = torch.randn(48 * 48, 5, generator=torch.Generator().manual_seed(0))
     picture = table_NE.T.reshape(1, 5, 48, 48)
     stretched = F.interpolate(picture, grid[1:], mode="bilinear", align_corners=True)[0]
-    layout = spec.layout_of([grid, (1, 4, 8), grid])
+    ref, info = medium("image", 1, 64, 64)
+    layout = spec.layout([MediaPlan(ref, info, (0,), 0, 0, size, 0) for size in (grid, (1, 4, 8), grid)])
     assert len(layout.corners_U4) == grid[1] * grid[2] + 4 * 8
     found_UE = (table_NE[layout.corners_U4] * layout.shares_U4[:, :, None]).sum(1)
     row_P, column_P = layout.positions_P2.unbind(1)
@@ -387,7 +388,7 @@ def test_released_sizes(size: str, whole: float, lora: float) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shapes == {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(whole, rel=3e-3)
-    (row,) = choose_trainable(model, qwen3_vl.TOWERS, LoraConfig(rank=16, targets=("language_model.*",)), [])
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16, targets=("language_model.*",)), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=5e-3)
     layers = [p for n, p in model.decoder.layers.named_parameters() if p.dim() == 2 and not p.requires_grad]
     assert FlopCounter(model).token == 4 * sum(p.numel() for p in layers) + 6 * row.parameters

@@ -58,7 +58,7 @@ def test_parameters(size: str, whole: float, linears: float, head: float, tower:
     assert model.lm_head is not None
     assert millions(model.lm_head.parameters()) == pytest.approx(head, rel=1e-3)
     assert millions(model.visual.parameters()) == pytest.approx(tower, rel=2e-3)
-    (row,) = choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=2e-3)
 
 
@@ -89,7 +89,7 @@ def test_parameters_of_llava_next_video() -> None:
 def test_flops(size: str, token: float, patch: float) -> None:
     """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen tower's forward pass for each patch."""
     model = released(size)
-    (row,) = choose_trainable(model, qwen2_5_vl.TOWERS, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
     counter = FlopCounter(model)
     assert counter.token == pytest.approx(token + 6 * row.parameters, rel=3e-3)
     merger = 2 * sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2) / 4

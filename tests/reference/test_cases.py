@@ -31,7 +31,7 @@ from vft.data.video import decode
 from vft.data_config import DataConfig, SourceConfig
 from vft.lora import choose_trainable, is_adapter
 from vft.models import Skeleton
-from vft.models.qwen2_5_vl import PEFT_PREFIXES
+from vft.models.qwen2_5_vl import Qwen2_5_VL
 from vft.recipes.caption import Caption
 from vft.types import Batch
 
@@ -254,8 +254,8 @@ def test_gradients_of_adapter(adapted: Any, load_case: Callable[[str], Case]) ->
         parameter.requires_grad_(is_adapter(name))
 
     def peft_name(name: str) -> str:
-        prefix = next(prefix for prefix in PEFT_PREFIXES if name.startswith(prefix))
-        return f"base_model.model.{PEFT_PREFIXES[prefix]}{name.removeprefix(prefix)}"
+        prefix = next(prefix for prefix in Qwen2_5_VL.peft_prefixes if name.startswith(prefix))
+        return f"base_model.model.{Qwen2_5_VL.peft_prefixes[prefix]}{name.removeprefix(prefix)}"
 
     case = load_case("lora_video")
     assert_loss_and_gradients(adapted, case, peft_name)

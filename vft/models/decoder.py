@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vft.attention import attend, prepare
 from vft.models.cache import Cache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
-from vft.types import AttentionPlan
+from vft.types import AttentionPlan, UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 """Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""
@@ -32,13 +33,56 @@ class DecoderConfig:
     norm_eps: float
     rope_theta: float
     rope_axes: tuple[int, ...]
-    """For each of the head_width / 2 rotary frequencies the row of positions_3T that turns it."""
+    """For each of the head_width / 2 rotary frequencies the row of positions_3T that turns it; none: the first."""
     rope_factor: float
     """Positions are divided by it (linear scaling); 1 leaves them."""
-    qkv_bias: bool
-    qk_norm: bool
-    """Queries and keys of each head are normalised before they are rotated."""
     tied_head: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Queries and keys of each head are normalised before they are rotated."""
+
+    @staticmethod
+    def read(
+        config: Any, rope_axes: Iterable[int] = (), rope_types: Sequence[str] = ("default",), **own: bool
+    ) -> DecoderConfig:
+        """From transformers' configuration object of a whole model; flat and nested files both arrive nested.
+
+        UserError where positions are scaled in another way than by `rope_types`.
+        """
+        text, rope = config.text_config, config.text_config.rope_parameters
+        if rope["rope_type"] not in rope_types:
+            raise UserError(
+                f"rope_type = {rope['rope_type']!r}, factor {rope.get('factor')} (of config.json, or by "
+                f"model.rope_factor): {config.model_type} has {' and '.join(rope_types)} alone; take the scaling out"
+            )
+        return DecoderConfig(
+            vocabulary=text.vocab_size,
+            width=text.hidden_size,
+            mlp_width=text.intermediate_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            key_heads=text.num_key_value_heads,
+            head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            norm_eps=text.rms_norm_eps,
+            rope_theta=rope["rope_theta"],
+            rope_axes=tuple(rope_axes),
+            rope_factor=linear_factor(rope),
+            tied_head=config.tie_word_embeddings,
+            **own,
+        )
+
+
+def linear_factor(rope: Mapping[str, Any]) -> float:
+    """By how much `rope_parameters` stretch the positions that a model was trained for; 1 where they don't."""
+    return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
+
+
+def require(config: Any, name: str, *allowed: Any) -> None:
+    """UserError where the field of `config` with this dotted name, None where there is none, is not `allowed`."""
+    value = reduce(lambda part, key: getattr(part, key, None), name.split("."), config)
+    if value not in allowed:
+        known = f"must be {' or '.join(map(repr, allowed))}" if allowed else "not known"
+        raise UserError(f"config.json: {name} = {value!r}: {known} for a {config.model_type} checkpoint")
 
 
 class Attention(nn.Module):
@@ -139,6 +183,6 @@ class Decoder(nn.Module):
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
         frequencies = inverse_frequencies(config.head_width, config.rope_theta, positions_3T.device)
-        axis_of = torch.tensor(config.rope_axes).to(positions_3T.device)
+        axis_of = torch.tensor(config.rope_axes or (0,) * (config.head_width // 2)).to(positions_3T.device)
         angles_TK = (positions_3T.float()[axis_of].T * (frequencies / config.rope_factor)).repeat(1, 2)
         return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)

@@ -5,8 +5,11 @@ Parallelism, memory plans, FLOPs, adapters and generation read a model through `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from vft.loss import cross_entropy_sum
 from vft.models.cache import Cache
 from vft.models.decoder import Decoder, DecoderConfig
-from vft.types import Batch, VisionLayout, move
+from vft.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLimits, move
 from vft.vision_spec import VisionSpec
 
 
@@ -45,26 +48,30 @@ class VideoLanguageModel(nn.Module):
     `language_model`, `merger` nor `vision_tower` is never trained."""
     peft_prefixes: Mapping[str, str]
     """Released names to those of transformers' model in memory, which adapter files use; the first that fits counts."""
-    config: DecoderConfig
-    spec: VisionSpec
-    compute_dtype: torch.dtype
+    decoder_at: str
+    """Where the decoder is among the modules, and the head."""
+    head_at: str
+
+    def __init__(self, config: DecoderConfig, spec: VisionSpec, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.spec, self.compute_dtype = config, spec, compute_dtype
 
     @property
     def decoder(self) -> Decoder:
         """Embedding, layers and norm of the language model."""
-        raise NotImplementedError
+        return attrgetter(self.decoder_at)(self)
 
     @property
     def output_head(self) -> nn.Linear | None:
         """The head's own weights; None where the embedding's serve."""
-        raise NotImplementedError
+        return attrgetter(self.head_at)(self)
 
     @property
     def vision(self) -> VisionParts:
         """The parts before the language model."""
         raise NotImplementedError
 
-    def see(self, pixels_PD: Tensor, layout: VisionLayout) -> tuple[Tensor, ...]:
+    def see(self, pixels_PD: Tensor, layout: Any) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] in media order to embeddings [M, E] in media order, and what is added to them behind
         the first decoder layers, if anything. What isn't trained builds no graph; what is trained is in the graph
         whatever the media."""
@@ -72,7 +79,9 @@ class VideoLanguageModel(nn.Module):
 
     def least_media(self) -> tuple[int, VisionLayout]:
         """The smallest medium: its patches, and how they lie."""
-        raise NotImplementedError
+        limits = VisionLimits(None, frames=1, min_frames=1, max_frames=1, min_pixels=1, max_pixels=1, total_pixels=None)
+        plan = self.spec.plan(MediaRef("video", ()), MediaInfo("video", 1, 1, fps=1.0), limits)
+        return math.prod(plan.grid_thw), self.spec.layout([plan])
 
     def media_parameters(self) -> list[nn.Parameter]:
         """All that is not the language model's."""

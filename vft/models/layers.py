@@ -6,6 +6,9 @@ trainable ones live side by side. Where FSDP2 has cast them already, the cast do
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from vft.attention import attend
 from vft.nf4 import linear
 from vft.types import AttentionPlan
+from vft.vision_spec import VisionSpec
 
 
 class Linear(nn.Linear):
@@ -118,22 +122,45 @@ class VisionAttention(nn.Module):
         return self.proj(out.flatten(1))
 
 
+class VisionBlock(nn.Module):
+    """One block of the Qwen towers, whose norms and MLPs differ."""
+
+    def __init__(self, width: int, heads: int, norm: Callable[..., nn.Module], mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = norm(width, eps=1e-6)
+        self.norm2 = norm(width, eps=1e-6)
+        self.attn = VisionAttention(width, heads)
+        self.mlp = mlp
+
+    def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
+        """[P, E] to [P, E]."""
+        x_PE = x_PE + self.attn(self.norm1(x_PE), cos_PK, sin_PK, plan)
+        return x_PE + self.mlp(self.norm2(x_PE))
+
+
 class PatchEmbed(nn.Module):
     """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
 
-    def __init__(self, width: int, patch_features: int, bias: bool) -> None:
+    def __init__(self, width: int, spec: VisionSpec, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Module()
-        # The released shape [E, C, time, y, x]; patches arrive flattened in the same order.
-        side = int((patch_features // 6) ** 0.5)
-        self.proj.weight = nn.Parameter(torch.empty(width, 3, 2, side, side))
-        if bias:
-            self.proj.bias = nn.Parameter(torch.empty(width))
+        self.proj = nn.Conv3d(3, width, (spec.temporal, spec.patch, spec.patch), bias=bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        """[P, D] to [P, E]."""
-        parameters = {name: parameter.to(x_PD.dtype) for name, parameter in self.proj.named_parameters()}
-        return F.linear(x_PD, parameters["weight"].flatten(1), parameters.get("bias"))
+        """[P, D], flattened in the order of the weight, to [P, E]."""
+        return linear(x_PD, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def two_linears(
+    names: tuple[str, str], widths: tuple[int, int, int], activation: nn.Module, bias: bool = True
+) -> nn.Sequential:
+    """Two linears with an activation between them, the two under their released names."""
+    first, second = (Linear(width, out, bias=bias) for width, out in pairwise(widths))
+    return nn.Sequential(OrderedDict([(names[0], first), ("act", activation), (names[1], second)]))
+
+
+def graph_of(parameters: Iterable[nn.Parameter]) -> torch.set_grad_enabled:
+    """A graph is built within it where one of these is trained, and elsewhere none."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tensor:

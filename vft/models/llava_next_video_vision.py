@@ -14,19 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vft.attention import build_plan, document_segments
 from vft.models import media as rules
-from vft.models.media import CLIP_MEAN, CLIP_STD
-from vft.types import (
-    MediaInfo,
-    MediaKind,
-    MediaPlan,
-    MediaRef,
-    UserError,
-    View,
-    VisionLayout,
-    VisionLimits,
-)
+from vft.models.decoder import linear_factor
+from vft.types import MediaInfo, MediaPlan, MediaRef, UserError, View, VisionLayout, VisionLimits
+from vft.vision_spec import VisionSpec
 
 
 @dataclass(eq=False)
@@ -41,28 +32,24 @@ class LlavaLayout(VisionLayout):
     """For each token the row of the projector, or the row behind its last: the line break of a picture."""
 
 
-@dataclass(frozen=True, slots=True)
-class LlavaVision:
-    """The family's `VisionSpec`. A picture of the tower is a square of `side` pixels."""
+@dataclass(frozen=True, kw_only=True)
+class LlavaVision(VisionSpec):
+    """The family's `VisionSpec`. A picture of the tower is a square of `side` pixels, its patches line by line.
 
-    image_token: int
-    video_token: int
+    What closes an answer is the tokenizer's end of sequence: the released Vicuna template leaves it out, the model was
+    trained with it.
+    """
+
     side: int
-    patch: int
     stride: int
     """Patches of a video's frame are averaged in squares of so many."""
     resolutions: tuple[tuple[int, int], ...]
     """Heights and widths that a picture may be fitted into, in whole squares."""
-    context_tokens: int | None
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    turn_end: str = ""
-    """The tokenizer's end of sequence: the released Vicuna template leaves it out, the model was trained with it."""
 
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> LlavaVision:
         """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
-        text, vision, side = config.text_config, config.vision_config, config.vision_config.image_size
+        text, side = config.text_config, config.vision_config.image_size
         crop = preprocessor.get("crop_size", side)
         crop = crop if isinstance(crop, int) else crop["height"]
         if crop != side:  # such as the processor class's own default of 224
@@ -70,24 +57,14 @@ class LlavaVision:
         resolutions = tuple((height, width) for height, width in config.image_grid_pinpoints)
         if any(size % side for pair in resolutions for size in pair):
             raise UserError(f"config.json: image_grid_pinpoints = {list(resolutions)}: must be multiples of {side}")
-        if config.spatial_pool_mode != "average":
-            raise UserError(f"config.json: spatial_pool_mode = {config.spatial_pool_mode!r}: must be 'average'")
-        return LlavaVision(
-            image_token=config.image_token_id,
-            video_token=config.video_token_id,
+        return LlavaVision.read(
+            config,
+            preprocessor,
             side=side,
-            patch=vision.patch_size,
             stride=config.spatial_pool_stride,
             resolutions=resolutions,
-            context_tokens=int(text.max_position_embeddings * linear_factor(text)),
-            mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
-            std=tuple(preprocessor.get("image_std", CLIP_STD)),
+            context_tokens=int(text.max_position_embeddings * linear_factor(text.rope_parameters)),
         )
-
-    @property
-    def patch_features(self) -> int:
-        """D: channels x y x x."""
-        return 3 * self.patch**2
 
     @property
     def grid(self) -> int:
@@ -145,22 +122,6 @@ class LlavaVision:
         lines, columns = self._tile_features(plan).shape
         return replace(plan, num_tokens=self.grid**2 + lines * (columns + 1))
 
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Line by line of each square; features [channel, y, x]."""
-        return rules.order_patches(frames_TCHW, self.patch, merge=1, temporal=1)
-
-    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
-        """`<image>` or `<video>`."""
-        return (self.image_token if kind == "image" else self.video_token,)
-
-    def lead(self, plan: MediaPlan) -> str:
-        """Nothing."""
-        return ""
-
-    def expand(self, plan: MediaPlan) -> list[str | int]:
-        """The placeholder once for each token."""
-        return [plan.num_tokens]
-
     def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
         """Token after token, the same in all three rows: the model knows one axis."""
         return torch.arange(num_tokens).expand(3, -1)
@@ -188,7 +149,7 @@ class LlavaVision:
             first += plan.grid_thw[0] * self.grid**2
         tokens_M = torch.cat(tokens)
         return LlavaLayout(
-            plans={"square": build_plan(_squares(squares, self.grid**2 + 1), causal=False)},
+            plans={"square": rules.blocks_plan([self.grid**2 + 1] * squares)},
             merger_rows=picture_row,
             pooled_RG=torch.cat([torch.zeros(0, self.stride**2, dtype=torch.long), *pooled]),
             kept_R=torch.cat([torch.zeros(0, dtype=torch.long), *kept]),
@@ -218,12 +179,6 @@ class LlavaVision:
         return joined[:, padding : columns - padding]
 
 
-def linear_factor(text: Any) -> float:
-    """By how much `rope_scaling` stretches the positions that a language model was trained for; 1 where it doesn't."""
-    rope = text.rope_parameters
-    return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
-
-
 def best_resolution(height: int, width: int, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of the allowed heights and widths the one that keeps most pixels of a picture, and of these wastes fewest."""
 
@@ -241,7 +196,3 @@ def fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
     if by_width < by_height:
         return min(math.ceil(height * by_width), best[0]), best[1]
     return best[0], min(math.ceil(width * by_height), best[1])
-
-
-def _squares(count: int, length: int) -> list[Any]:
-    return [segment for number in range(count) for segment in document_segments(number * length, 0, [length])]

@@ -1,4 +1,4 @@
-"""Rules that several families share: which frames, what size, how patches lie. All of them are the released models'."""
+"""Rules that several families share: which frames, what size, where patches lie. All are the released models'."""
 
 from __future__ import annotations
 
@@ -7,43 +7,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vft.attention import build_plan
-from vft.types import AttentionPlan, MediaInfo, MediaPlan, MediaRef, Segment, UserError, VisionLimits
-
-
-def plan_medium(
-    ref: MediaRef, info: MediaInfo, limits: VisionLimits, patch: int, merge: int, temporal: int
-) -> MediaPlan:
-    """Frames, size and token count of one medium of the Qwen families (qwen-vl-utils 0.0.14's rules).
-
-    The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it.
-    """
-    indices: tuple[int, ...] = (0,)
-    seconds_per_grid, max_pixels = 0.0, limits.max_pixels
-    if ref.kind == "video":
-        first, last = frame_range(ref, info, limits)
-        count = frame_count(last - first + 1, info.fps, limits)
-        indices = sample_frames(info, first, last, count)
-        seconds_per_grid = temporal / sampled_rate(info, first, last, count)
-        if limits.total_pixels is not None:
-            share = limits.total_pixels / count * temporal
-            max_pixels = int(max(min(max_pixels, share), limits.min_pixels * 1.05))
-    factor = patch * merge
-    if limits.resized_height and limits.resized_width:
-        height, width = (max(1, round(x / factor)) * factor for x in (limits.resized_height, limits.resized_width))
-    else:
-        height, width = smart_resize(info.height, info.width, factor, limits.min_pixels, max_pixels)
-    grid = (-(-len(indices) // temporal), height // patch, width // patch)
-    num_tokens = grid[0] * grid[1] * grid[2] // merge**2
-    return MediaPlan(ref, info, indices, height, width, grid, num_tokens, seconds_per_grid)
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from vft.types import AttentionPlan, MediaInfo, MediaRef, Segment, UserError, VisionLimits
 
 
 def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
@@ -120,25 +88,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return max(h, factor), max(w, factor)
 
 
-def order_patches(frames_TCHW: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
-    """Frames to patches [P, D]: rows [t, h/merge, w/merge, merge, merge], features [channel, time, y, x].
-
-    A single picture stands at all times of its patch.
-    """
-    if frames_TCHW.shape[0] == 1:
-        frames_TCHW = frames_TCHW.expand(temporal, -1, -1, -1)
-    t, c, h, w = frames_TCHW.shape
-    side = patch * merge
-    # Through numpy, which moves a patch's line of pixels as one item; torch's permute moves single bytes, 3x as slowly.
-    line = np.dtype((np.void, patch * frames_TCHW.element_size()))
-    lines = frames_TCHW.contiguous().view(torch.uint8).numpy().view(line)
-    lines = lines.reshape(t // temporal, temporal, c, h // side, merge, patch, w // side, merge)
-    ordered = np.ascontiguousarray(lines.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
-    return torch.from_numpy(ordered).view(frames_TCHW.dtype).reshape(-1, c * temporal * patch * patch)
-
-
 def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
-    """Row and column of each patch, [P, 2], in the order of `order_patches`."""
+    """Row and column of each patch, [P, 2], in the order of `VisionSpec.order_patches`."""
     positions = []
     for t, h, w in grids:
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -156,28 +107,3 @@ def blocks_plan(lengths: Sequence[int]) -> AttentionPlan:
 def frame_plan(grids: Sequence[tuple[int, int, int]]) -> AttentionPlan:
     """Each temporal patch attends itself."""
     return blocks_plan([height * width for t, height, width in grids for _ in range(t)])
-
-
-def mrope_grid(time_t: Tensor, height: int, width: int) -> Tensor:
-    """M-RoPE positions [3, M] of merged tokens, counted from the medium's own start: `time_t` and all rows, columns."""
-    grid = torch.meshgrid(time_t, torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack(grid).reshape(3, -1)
-
-
-def mrope_positions(num_tokens: int, runs: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """M-RoPE positions [3, T] of a document; `runs` holds the row of the first token of each run of vision tokens, and
-    the run's own positions [3, M].
-
-    Text counts by one on all three axes; what follows a run goes on at the largest position so far + 1, as the released
-    models were trained.
-    """
-    pieces: list[Tensor] = []
-    row = position = 0
-    for start, own_3M in runs:
-        pieces.append(torch.arange(position, position + start - row).expand(3, -1))
-        position += start - row
-        pieces.append(own_3M + position)
-        position = int(pieces[-1].max()) + 1
-        row = start + own_3M.shape[1]
-    pieces.append(torch.arange(position, position + num_tokens - row).expand(3, -1))
-    return torch.cat(pieces, dim=1)

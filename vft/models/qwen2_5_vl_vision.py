@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vft.models import media as rules
-from vft.models.media import CLIP_MEAN, CLIP_STD
 from vft.models.qwen_vision import QwenSpec
 from vft.types import MediaPlan, VisionLayout
 
@@ -38,53 +36,16 @@ class QwenVision(QwenSpec):
     patch: int = 14
     window: int = 112
     """Pixels of a side of an attention window."""
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
 
-    @staticmethod
-    def from_hf(config: Any, preprocessor: dict[str, Any]) -> QwenVision:
-        """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
-        vision = config.vision_config
-        return QwenVision(
-            image_token=config.image_token_id,
-            video_token=config.video_token_id,
-            tokens_per_second=vision.tokens_per_second,
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            temporal=vision.temporal_patch_size,
-            window=vision.window_size,
-            mean=tuple(preprocessor.get("image_mean", CLIP_MEAN)),
-            std=tuple(preprocessor.get("image_std", CLIP_STD)),
-        )
-
-    def lead(self, plan: MediaPlan) -> str:
-        """Nothing."""
-        return ""
-
-    def expand(self, plan: MediaPlan) -> list[str | int]:
-        """As many pad tokens as the medium has merged tokens."""
-        return [plan.num_tokens]
-
-    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
-        """M-RoPE positions [3, T] by the rule that the model was trained with.
-
-        Time advances by seconds_per_grid x tokens_per_second in floating point, truncated; text goes on at the
-        largest position so far + 1. transformers 4.57 truncates the seconds first, 5.x resumes text earlier.
-        """
-        runs = []
-        for (start,), plan in media:
-            seconds = torch.arange(plan.grid_thw[0], dtype=torch.float64) * plan.seconds_per_grid
-            time = (seconds * self.tokens_per_second).long()
-            size = plan.grid_thw[1] // self.merge, plan.grid_thw[2] // self.merge
-            runs.append((start, rules.mrope_grid(time, *size)))
-        return rules.mrope_positions(num_tokens, runs)
+    def run_times(self, plan: MediaPlan) -> Tensor:
+        """seconds_per_grid x tokens_per_second in floating point, truncated, by the rule that the model was trained
+        with. transformers 4.57 truncates the seconds first, 5.x resumes text earlier."""
+        seconds = torch.arange(plan.grid_thw[0], dtype=torch.float64) * plan.seconds_per_grid
+        return (seconds * self.tokens_per_second).long()
 
     def layout(self, media: Sequence[MediaPlan]) -> QwenLayout:
-        """By the media's grids alone."""
-        return self.layout_of([plan.grid_thw for plan in media])
-
-    def layout_of(self, grids: Sequence[tuple[int, int, int]]) -> QwenLayout:
         """Merged tokens sorted by frame and window; full-attention blocks see a frame pair, the others a window."""
+        grids = [plan.grid_thw for plan in media]
         side = self.window // self.patch // self.merge
         keys, base = [], 0
         for t, height, width in grids:

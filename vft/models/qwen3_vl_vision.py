@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from torch import Tensor
 from vft.models import media as rules
 from vft.models.qwen_vision import QwenSpec
 from vft.types import MediaPlan, VisionLayout
-
-HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(eq=False)
@@ -44,23 +41,8 @@ class Qwen3Vision(QwenSpec):
     table_side: int
     """Rows and columns of the table of learned positions."""
     patch: int = 16
-    mean: tuple[float, float, float] = HALF
-    std: tuple[float, float, float] = HALF
-
-    @staticmethod
-    def from_hf(config: Any, preprocessor: dict[str, Any]) -> Qwen3Vision:
-        """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
-        vision = config.vision_config
-        return Qwen3Vision(
-            image_token=config.image_token_id,
-            video_token=config.video_token_id,
-            table_side=round(vision.num_position_embeddings**0.5),
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            temporal=vision.temporal_patch_size,
-            mean=tuple(preprocessor.get("image_mean", HALF)),
-            std=tuple(preprocessor.get("image_std", HALF)),
-        )
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def lead(self, plan: MediaPlan) -> str:
         """The time of a video's first frames."""
@@ -83,21 +65,13 @@ class Qwen3Vision(QwenSpec):
         pairs = zip(times_s[:: self.temporal], times_s[self.temporal - 1 :: self.temporal], strict=True)
         return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]
 
-    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
-        """M-RoPE positions [3, T]: each temporal patch like a picture, at one point of time, since times are text."""
-        runs = []
-        for starts, plan in media:
-            still = torch.zeros(1, dtype=torch.long)
-            size = plan.grid_thw[1] // self.merge, plan.grid_thw[2] // self.merge
-            runs += [(start, rules.mrope_grid(still, *size)) for start in starts]
-        return rules.mrope_positions(num_tokens, runs)
+    def run_times(self, plan: MediaPlan) -> Tensor:
+        """Each temporal patch like a picture, at one point of time, since times are text."""
+        return torch.zeros(1, dtype=torch.long)
 
     def layout(self, media: Sequence[MediaPlan]) -> TableLayout:
-        """By the media's grids alone."""
-        return self.layout_of([plan.grid_thw for plan in media])
-
-    def layout_of(self, grids: Sequence[tuple[int, int, int]]) -> TableLayout:
         """Media order; every block sees a temporal patch."""
+        grids = [plan.grid_thw for plan in media]
         positions_P2 = rules.patch_positions(grids, self.merge)
         starts: dict[tuple[int, int], int] = {}
         corners, shares, count = [], [], 0

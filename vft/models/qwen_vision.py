@@ -1,45 +1,64 @@
-"""What the `VisionSpec`s of the Qwen families have in common."""
+"""What the `VisionSpec`s of the Qwen families have in common: frames, sizes and M-RoPE positions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vft.models import media as rules
-from vft.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLimits
+from vft.types import MediaInfo, MediaPlan, MediaRef, VisionLimits
+from vft.vision_spec import VisionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenSpec:
-    """Frames, sizes and patches by qwen-vl-utils' rules, one placeholder a medium."""
+class QwenSpec(VisionSpec):
+    """Frames and sizes by qwen-vl-utils 0.0.14's rules, one placeholder a medium."""
 
-    image_token: int
-    video_token: int
-    patch: int
-    """Pixels of a side of a patch."""
     merge: int = 2
-    """Patches of a side of a merged token."""
     temporal: int = 2
-    """Frames of a patch."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     turn_end: str = "<|im_end|>"
-    context_tokens: int | None = None
-
-    @property
-    def patch_features(self) -> int:
-        """D: channels x time x y x x."""
-        return 3 * self.temporal * self.patch**2
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """Frames, size and token count of one medium."""
-        return rules.plan_medium(ref, info, limits, self.patch, self.merge, self.temporal)
+        """The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it."""
+        indices: tuple[int, ...] = (0,)
+        seconds_per_grid, max_pixels = 0.0, limits.max_pixels
+        if ref.kind == "video":
+            first, last = rules.frame_range(ref, info, limits)
+            count = rules.frame_count(last - first + 1, info.fps, limits)
+            indices = rules.sample_frames(info, first, last, count)
+            seconds_per_grid = self.temporal / rules.sampled_rate(info, first, last, count)
+            if limits.total_pixels is not None:
+                share = limits.total_pixels / count * self.temporal
+                max_pixels = int(max(min(max_pixels, share), limits.min_pixels * 1.05))
+        factor = self.patch * self.merge
+        if limits.resized_height and limits.resized_width:
+            height, width = (max(1, round(x / factor)) * factor for x in (limits.resized_height, limits.resized_width))
+        else:
+            height, width = rules.smart_resize(info.height, info.width, factor, limits.min_pixels, max_pixels)
+        grid = (-(-len(indices) // self.temporal), height // self.patch, width // self.patch)
+        num_tokens = grid[0] * grid[1] * grid[2] // self.merge**2
+        return MediaPlan(ref, info, indices, height, width, grid, num_tokens, seconds_per_grid)
 
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Resized frames to patches [P, D]; a single picture stands at both times of its patch."""
-        return rules.order_patches(frames_TCHW, self.patch, self.merge, self.temporal)
+    def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
+        """M-RoPE positions [3, T] as the released models were trained: text counts by one on all three axes; what
+        follows a run of vision tokens goes on at the largest position so far + 1."""
+        pieces: list[Tensor] = []
+        row = position = 0
+        for starts, plan in media:
+            size = plan.grid_thw[1] // self.merge, plan.grid_thw[2] // self.merge
+            grid = torch.meshgrid(self.run_times(plan), *map(torch.arange, size), indexing="ij")
+            own_3M = torch.stack(grid).reshape(3, -1)
+            for start in starts:
+                pieces.append(torch.arange(position, position + start - row).expand(3, -1))
+                pieces.append(own_3M + position + start - row)
+                position = int(pieces[-1].max()) + 1
+                row = start + own_3M.shape[1]
+        pieces.append(torch.arange(position, position + num_tokens - row).expand(3, -1))
+        return torch.cat(pieces, dim=1)
 
-    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
-        """The pad token between vision_start and vision_end, which the template writes once a medium."""
-        return (self.image_token if kind == "image" else self.video_token,)
+    def run_times(self, plan: MediaPlan) -> Tensor:
+        """Positions in time, counted from its own start, of the temporal patches of one run of a medium's tokens."""
+        raise NotImplementedError
