@@ -317,13 +317,18 @@ class Document:
         """Rows that the document takes."""
         return self.ids_T.numel()
 
+    @staticmethod
+    def blank() -> Document:
+        """One token without a label: what a process without work runs while others have some."""
+        ids_T = torch.zeros(1, dtype=torch.long)
+        return Document(("",), ids_T, ids_T + IGNORE_INDEX, ids_T.expand(3, 1), 0, (1,), (), ids_T.bool())
+
 
 @dataclass(eq=False)
 class Batch:
     """One pack: a row of documents, ready for the model. Nothing in it is padding."""
 
     input_ids_T: Tensor
-    labels_T: Tensor
     positions_3T: Tensor
     plan: AttentionPlan
     target_index_N: Tensor
@@ -333,15 +338,34 @@ class Batch:
     """Rows that hold vision embeddings, in media order."""
     pixels_PD: Tensor
     """uint8."""
-    grids: tuple[tuple[int, int, int], ...]
-    layout: VisionLayout | None
+    layout: VisionLayout | None = None
     """None where there are no media."""
-    document_T: Tensor
-    branch_T: Tensor
-    """Branch of each token within its document; -1 in a trunk that several share."""
     documents: tuple[Document, ...] = ()
     continues: bool = False
     """Goes on from a pass before, in every process: none has media now."""
+
+    @property
+    def labels_T(self) -> Tensor:
+        """Those of the documents."""
+        return torch.cat([document.labels_T for document in self.documents])
+
+    @property
+    def document_T(self) -> Tensor:
+        """Number of each token's document."""
+        lengths = torch.tensor([document.num_tokens for document in self.documents])
+        return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+    @property
+    def branch_T(self) -> Tensor:
+        """Branch of each token within its document; -1 in a trunk that several share."""
+        parts = [(n, x) for d in self.documents for n, x in enumerate((d.trunk_length, *d.branch_lengths), -1)]
+        numbers, lengths = torch.tensor(parts).unbind(1)
+        return numbers.repeat_interleave(lengths)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """Patches of the media in time, height and width."""
+        return tuple(plan.grid_thw for document in self.documents for plan in document.media)
 
     @property
     def num_targets(self) -> int:

@@ -134,33 +134,27 @@ def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> l
 def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: VisionSpec) -> Batch:
     """One row of documents. Without any it holds a single token that is not supervised: a pack of weight zero."""
     members = [document for document, _ in documents]
-    media = [patches for _, all_patches in documents for patches in all_patches]
+    pixels = [torch.zeros(0, spec.patch_features, dtype=torch.uint8)]
     for document, patches in documents:
-        assert tuple(p.grid_thw for p in patches) == tuple(m.grid_thw for m in document.media), (
-            "patches of another plan"
-        )
-    segments, targets, start = [], [], 0
-    for document in members:
+        grids = tuple(p.grid_thw for p in patches), tuple(m.grid_thw for m in document.media)
+        assert grids[0] == grids[1], f"patches of another plan: {grids}"
+        pixels += [p.pixels_PD for p in patches]
+    rows, segments, targets, start = members or [Document.blank()], [], [], 0
+    for document in rows:
         segments += document_segments(start, document.trunk_length, document.branch_lengths)
         targets.append(_predicting_rows(document) + start)
         start += document.num_tokens
-    grids = tuple(patches.grid_thw for patches in media)
-    pixels, no_pixels = [patches.pixels_PD for patches in media], torch.zeros(0, spec.patch_features, dtype=torch.uint8)
-    labels_T = _join([d.labels_T for d in members], torch.full((1,), IGNORE_INDEX))
-    mask_T = _join([d.media_mask_T for d in members], torch.zeros(1, dtype=torch.bool))
+    media = [plan for document in members for plan in document.media]
+    labels_T = torch.cat([d.labels_T for d in rows])
     return Batch(
-        input_ids_T=_join([d.ids_T for d in members], torch.zeros(1, dtype=torch.long)),
-        labels_T=labels_T,
-        positions_3T=_join([d.positions_3T for d in members], torch.zeros(3, 1, dtype=torch.long), dim=1),
-        plan=build_plan(segments or document_segments(0, 0, [1]), causal=True),
-        target_index_N=_join(targets, torch.zeros(0, dtype=torch.long)),
+        input_ids_T=torch.cat([d.ids_T for d in rows]),
+        positions_3T=torch.cat([d.positions_3T for d in rows], dim=1),
+        plan=build_plan(segments, causal=True),
+        target_index_N=torch.cat(targets),
         target_ids_N=labels_T[labels_T != IGNORE_INDEX],
-        media_index_M=mask_T.nonzero().flatten(),
-        pixels_PD=pixels[0] if len(pixels) == 1 else torch.cat([no_pixels, *pixels]),
-        grids=grids,
-        layout=spec.layout([plan for d in members for plan in d.media]) if grids else None,
-        document_T=_join([torch.full((d.num_tokens,), i) for i, d in enumerate(members)], torch.zeros(1).long()),
-        branch_T=_join([_branch_of(d) for d in members], torch.zeros(1).long()),
+        media_index_M=torch.cat([d.media_mask_T for d in rows]).nonzero().flatten(),
+        pixels_PD=pixels[1] if len(pixels) == 2 else torch.cat(pixels),
+        layout=spec.layout(media) if media else None,
         documents=tuple(members),
     )
 
@@ -176,14 +170,3 @@ def _predicting_rows(document: Document) -> torch.Tensor:
     rows = before[document.labels_T != IGNORE_INDEX]
     assert bool((rows >= 0).all()), f"{document.sample_ids}: the first token of a document can't be supervised"
     return rows
-
-
-def _branch_of(document: Document) -> torch.Tensor:
-    if not document.trunk_length:
-        return torch.zeros(document.num_tokens, dtype=torch.long)
-    numbers = torch.tensor([-1, *range(len(document.branch_lengths))])
-    return numbers.repeat_interleave(torch.tensor([document.trunk_length, *document.branch_lengths]))
-
-
-def _join(tensors: Sequence[torch.Tensor], otherwise: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    return torch.cat(list(tensors), dim=dim) if tensors else otherwise

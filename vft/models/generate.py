@@ -12,7 +12,7 @@ from torch import Tensor
 from vft.attention import build_plan, document_segments
 from vft.distributed import sum_over_ranks
 from vft.models.cache import KeyValueCache
-from vft.types import IGNORE_INDEX, Batch
+from vft.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +84,14 @@ def _segment_max(positions_3T: Tensor, lengths: list[int]) -> Tensor:
 
 def _single_tokens(tokens_S: Tensor, positions_S: Tensor, prompts: Batch) -> Batch:
     """A row with one token for each sequence. The plan only says how many rows there are: the cache attends."""
-    count = tokens_S.numel()
-    rows_S = torch.arange(count, device=tokens_S.device)
+    rows_S = torch.arange(len(tokens_S), device=tokens_S.device)
     return Batch(
         input_ids_T=tokens_S,
-        labels_T=torch.full_like(tokens_S, IGNORE_INDEX),
         positions_3T=positions_S.expand(3, -1),
-        plan=build_plan(document_segments(0, 0, [count]), causal=True),
+        plan=build_plan(document_segments(0, 0, [len(tokens_S)]), causal=True),
         target_index_N=rows_S,
         target_ids_N=tokens_S,
         media_index_M=rows_S[:0],
         pixels_PD=prompts.pixels_PD[:0],
-        grids=(),
-        layout=None,
-        document_T=rows_S,
-        branch_T=rows_S * 0,
         continues=True,
     )

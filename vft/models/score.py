@@ -67,7 +67,7 @@ def score_options(
     kept = trunks.input_ids_T.numel()
     chunks = _chunks(_branches(documents), max_rows, max_keys)
     scores: list[list[float]] = [[] for _ in documents]
-    idle = [_Branch(-1, _blank(), 0, 1, (0, 1))]
+    idle = [_Branch(-1, Document.blank(), 0, 1, (0, 1))]
     for number in range(largest_over_ranks(len(chunks), device)):
         chunk = chunks[number] if number < len(chunks) else idle
         batch = _batch(chunk, trunks, kept).to(device)
@@ -117,27 +117,14 @@ def _batch(chunk: Sequence[_Branch], trunks: Batch, kept: int) -> Batch:
     for branch in chunk:
         segments.append(Segment(row, branch.length, *branch.trunk))
         row += branch.length
-    number_T = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([b.length for b in chunk]))
     targets_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
     return Batch(
         input_ids_T=torch.cat([document.ids_T[rows] for document, rows in parts]),
-        labels_T=labels_T,
         positions_3T=torch.cat([document.positions_3T[:, rows] for document, rows in parts], dim=1),
         plan=build_plan(segments, causal=True, kept=kept),
         target_index_N=targets_N - 1,
         target_ids_N=labels_T[targets_N],
         media_index_M=targets_N[:0],
         pixels_PD=trunks.pixels_PD[:0],
-        grids=(),
-        layout=None,
-        document_T=number_T,
-        branch_T=number_T,
         continues=True,
     )
-
-
-def _blank() -> Document:
-    """One token without a label: what a process without work runs while others have some."""
-    none = torch.zeros(1, dtype=torch.long)
-    mask = none.bool()
-    return Document(("",), none, none + IGNORE_INDEX, none.expand(3, 1), 0, (1,), (), mask)
