@@ -83,7 +83,7 @@ def test_auto_takes_what_fits(tiny: Tiny) -> None:
     for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
         told: list[str] = []
         config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
-        settled = settle_checkpointing(config, lambda: skeleton_of(tiny), row, ALONE, told.append)
+        settled = settle_checkpointing(config, skeleton_of(tiny).model, row, ALONE, told.append)
         assert settled.activation_checkpointing == wanted and told[0].startswith(
             f"activation_checkpointing = {wanted}:"
         )
@@ -91,7 +91,7 @@ def test_auto_takes_what_fits(tiny: Tiny) -> None:
     with pytest.raises(
         UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
     ):
-        settle_checkpointing(config, lambda: skeleton_of(tiny), row, ALONE, told.append)
+        settle_checkpointing(config, skeleton_of(tiny).model, row, ALONE, told.append)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])

@@ -33,7 +33,7 @@ from vft.data.budget import limits_of, plan_media
 from vft.distributed import World, make_mesh
 from vft.flops import PEAK_FLOPS, FlopCounter
 from vft.lora import choose_trainable
-from vft.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step
+from vft.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step, shares
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.nf4 import is_packed, true_shapes
@@ -207,13 +207,6 @@ def plan_memory(setting: Setting, parallel: ParallelConfig, row: Batch) -> Memor
     live = run_step(model, row, setting.device, mesh, parallel)
     gathered = live.gathered_at_peak
     return Memory(parallel, **sizes, gathered=gathered + copied, activations=live.peak - gathered)
-
-
-def shares(model: Any, shards: int) -> list[tuple[torch.nn.Parameter, int]]:
-    """Every parameter with the bytes of it that one GPU has: a tower in which nothing is trained is whole on each."""
-    tower = model.media_parameters()
-    whole = set() if any(p.requires_grad for p in tower) else {id(p) for p in tower}
-    return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
 
 
 def memory_table(plans: Sequence[Memory], setting: Setting) -> Table:

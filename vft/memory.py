@@ -10,6 +10,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,28 +23,26 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vft.attention import planning_for, prepare
-from vft.config import Config, ParallelConfig
+from vft.config import ParallelConfig
 from vft.data.documents import Documents
 from vft.data.packing import PackPlan, collate
 from vft.distributed import World, local_part
-from vft.lora import choose_trainable
-from vft.models import Skeleton, build
-from vft.models.weights import Checkpoint
+from vft.flops import RECOMPUTED
 from vft.parallel import checkpoint_activations, materialise, offloaded, shard
 from vft.types import AttentionPlan, Batch, Patches, UserError, VisionLayout
 
-MODES = ("none", "mlp", "selective", "full")
+MODES = tuple(RECOMPUTED)
 """Of activation checkpointing, from what keeps most to what keeps least."""
 GIB = 1 << 30
 
 
 def settle_checkpointing(
-    config: ParallelConfig, make: Callable[[], Skeleton], row: Batch | None, world: World, say: Callable[[str], None]
+    config: ParallelConfig, model: Any, row: Batch | None, world: World, say: Callable[[str], None]
 ) -> ParallelConfig:
     """`activation_checkpointing = "auto"` replaced by the mode that recomputes least and fits the budget.
 
-    `make` gives the model on the meta device, with what is trained settled; `row` is the longest there is. UserError
-    where nothing fits.
+    `model` is on the meta device, with what is trained settled; `row` is the longest there is. UserError where nothing
+    fits.
     """
     budget_gib = config.memory_budget_gib
     assert budget_gib is not None
@@ -51,13 +50,13 @@ def settle_checkpointing(
         raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
     found: dict[str, float] = {}
     for mode in MODES:
-        model = make().model
-        checkpoint_activations(model, mode, config.tower_checkpointing)
-        resident = resident_bytes(model, config.shard or world.size, config)
-        found[mode] = (resident + step_bytes(model, row, world.device)) / GIB
+        tried = deepcopy(model)
+        checkpoint_activations(tried, mode, config.tower_checkpointing)
+        resident = resident_bytes(tried, config.shard or world.size, config)
+        found[mode] = (resident + step_bytes(tried, row, world.device)) / GIB
         if found[mode] <= budget_gib:
-            tried = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
-            say(f"activation_checkpointing = {mode}: {tried} GiB of {budget_gib:g}")
+            sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
+            say(f"activation_checkpointing = {mode}: {sizes} GiB of {budget_gib:g}")
             return config.model_copy(update={"activation_checkpointing": mode})
     raise UserError(
         f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {row.num_tokens} tokens, takes "
@@ -88,65 +87,52 @@ def rehearse(model: Any, row: Batch, device: torch.device) -> str:
     return f"{told}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
 
 
-def skeleton_to_train(checkpoint: Checkpoint, dtype: torch.dtype, config: Config) -> Skeleton:
-    """A model on the meta device, with what is trained settled."""
-    skeleton = build(checkpoint, dtype, config.model.quantize)
-    choose_trainable(skeleton.model, skeleton.towers, config.lora, config.model.train)
-    return skeleton
-
-
 def longest_row(documents: Documents, plan: PackPlan) -> Batch | None:
     """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
     everything is streamed: nobody knows yet."""
     if not documents.members:
         return None
-    size = documents.work
-
-    def extent(pack: Iterable[int]) -> tuple[int, int]:
-        members = list(pack)
-        return sum(size[n][0] for n in members), sum(size[n][2] for n in members)
-
-    pack = max(plan.packs(0), key=extent)
+    work, spec = documents.work, documents.encoder.spec
+    pack = max(plan.packs(0), key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
     built = [documents.build(number) for number in pack]
-    spec = documents.encoder.spec
+    blank_1D = torch.zeros(1, spec.patch_features, dtype=torch.uint8)
     blank = [
-        [
-            Patches(
-                torch.zeros(math.prod(media.grid_thw), spec.patch_features, dtype=torch.uint8),
-                media.grid_thw,
-                media.seconds_per_grid,
-            )
-            for media in one.media
-        ]
+        [Patches(blank_1D.expand(math.prod(media.grid_thw), -1), media.grid_thw, 0.0) for media in one.media]
         for one in built
     ]
-    return collate(list(zip(built, blank, strict=True)), spec)
+    row = collate(list(zip(built, blank, strict=True)), spec)
+    return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))  # it is kept: one patch stands for all
 
 
 def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None) -> int:
     """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
 
-    A vision tower in which nothing is trained is whole on every device. With several devices the layer at work and
-    the next are gathered, or all of them; of weights in the host's memory the device's share of two layers is there.
+    With several devices the layer at work and the next are gathered, or all of them; of weights in the host's memory
+    the device's share of two layers is there.
     """
     config = config or ParallelConfig()
-    media = model.media_parameters()
-    frozen_tower = not any(p.requires_grad for p in media)
-    whole = {id(p) for p in media} if frozen_tower else set()
     away = {id(p) for p in offloaded_parameters(model, config)}
     total = 0
-    for parameter in model.parameters():
-        size = parameter.nbytes
-        if parameter.requires_grad:
-            size += 2 * 4 * parameter.numel()
-        if id(parameter) not in away:
-            total += size if id(parameter) in whole else -(-size // shards)
+    for parameter, share in shares(model, shards):
+        total += 2 * share if parameter.requires_grad else 0
+        total += share if id(parameter) not in away else 0
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder.layers]
     if shards > 1 or away:
-        ends = sum(p.nbytes for p in model.parameters()) - sum(layers)
-        ends -= sum(p.nbytes for p in media) if frozen_tower else 0
+        ends = sum(p.nbytes for p in model.parameters() if id(p) not in whole_on_each(model)) - sum(layers)
         total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
     return total + copied_bytes(model, shards, config)
+
+
+def shares(model: Any, shards: int) -> list[tuple[nn.Parameter, int]]:
+    """Every parameter with the bytes of it that one of `shards` devices has."""
+    whole = whole_on_each(model)
+    return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
+
+
+def whole_on_each(model: Any) -> set[int]:
+    """Of parameters that are not sharded, `id`: a vision tower in which nothing is trained."""
+    media = model.media_parameters()
+    return set() if any(p.requires_grad for p in media) else {id(p) for p in media}
 
 
 def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Parameter]:
@@ -180,12 +166,10 @@ def run_step(
             prepare(plan, x.new_empty(length))
         # Real ones: the mesh's own, and tables that are there for good, such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            config = config or ParallelConfig()
             if mesh is not None:
-                config = config or ParallelConfig()
                 shard(model, mesh, model.compute_dtype, config)
-                materialise(model, torch.device("cpu"), config)
-            else:
-                _replace_parameters(model)
+            materialise(model, torch.device("cpu"), config)
             batch = _fake(row, mode)
             with LiveBytes(map(local_part, model.parameters())) as live:
                 model(batch).backward()
@@ -262,14 +246,6 @@ def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
     plans = [] if row.layout is None else list(row.layout.plans.values())
     towers = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
     return [(row.plan, row.input_ids_T.numel()), *towers]
-
-
-def _replace_parameters(model: nn.Module) -> None:
-    """Parameters without values instead of those on the meta device."""
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        instead = torch.empty(parameter.shape, dtype=parameter.dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(instead, parameter.requires_grad))
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ from vft.guards import (
     warn_of_benchmarks,
 )
 from vft.lora import choose_trainable, initialise, is_adapter
-from vft.memory import longest_row, rehearse, settle_checkpointing, skeleton_to_train
+from vft.memory import longest_row, rehearse, settle_checkpointing
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, load_weights
@@ -185,8 +184,7 @@ class Trainer:
         self.monitor.table_of_trainable(rows, model)
         parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
         if parallel.memory_budget_gib is not None:
-            again = partial(skeleton_to_train, self.checkpoint, DTYPES[config.train.precision], config)
-            parallel = settle_checkpointing(parallel, again, self.longest, self.world, say)
+            parallel = settle_checkpointing(parallel, model, self.longest, self.world, say)
         self.flops = FlopCounter(model, parallel.activation_checkpointing)
         self.loader.costs = tuple(self.flops.row(*work) for work in self.documents.work)
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
