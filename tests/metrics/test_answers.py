@@ -43,7 +43,7 @@ def test_anls_threshold() -> None:
     predictions, references = ["kitten", "abc"], [["sitting"], ["axy"]]
     assert anls_scores(predictions, references, threshold=0) == pytest.approx([4 / 7, 1 / 3])
     assert anls_scores(predictions, references, threshold=0.6) == [0, 0]
-    with pytest.raises(ValueError, match=r"threshold = 50: needs 0 to 1"):
+    with pytest.raises(AssertionError, match="50"):
         anls_scores(predictions, references, threshold=50)
 
 
@@ -123,5 +123,5 @@ def test_segment_coverage_of_nothing_said() -> None:
 
 @pytest.mark.parametrize("threshold", [0, 1.5])
 def test_segment_coverage_threshold(threshold: float) -> None:
-    with pytest.raises(ValueError, match=f"threshold = {threshold}"):
+    with pytest.raises(AssertionError, match=f"{threshold}"):
         segment_coverage_scores(["a"], [["a"]], threshold)

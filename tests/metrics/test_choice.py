@@ -43,7 +43,7 @@ def test_extract_letter_out_of_more() -> None:
     assert extract_letter("E", "ABCDE") == "E"
     assert extract_letter("C or B", "AB") == "B"
     assert extract_letter("x] or ]", "]^") == "]"  # no pattern is made of them
-    with pytest.raises(ValueError, match="letters = ''"):
+    with pytest.raises(AssertionError):
         extract_letter("A", "")
 
 
@@ -66,10 +66,10 @@ def test_top_k(scores: list[float], right: int, least_k: int) -> None:
 
 
 def test_top_k_refuses() -> None:
-    with pytest.raises(ValueError, match="k = 0"):
+    with pytest.raises(AssertionError, match="0, 0, 1"):
         top_k([0.1], 0, 0)
     for right in (2, -1):
-        with pytest.raises(ValueError, match=f"right = {right}, but there are 2 options"):
+        with pytest.raises(AssertionError, match=f"1, {right}, 2"):
             top_k([0.1, 0.2], right, 1)
 
 

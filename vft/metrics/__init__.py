@@ -9,24 +9,3 @@ from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_
 from vft.metrics.cider import cider_d_scores, cider_d_text_scores
 from vft.metrics.text import bleu4, distinct_n, exact_match_scores, rouge_l_scores
 from vft.metrics.words import tokenize
-
-__all__ = [
-    "Interval",
-    "accuracy_by_class",
-    "anls_scores",
-    "bleu4",
-    "bleu4_interval",
-    "breakdown",
-    "cider_d_scores",
-    "cider_d_text_scores",
-    "confusion",
-    "distinct_n",
-    "exact_match_scores",
-    "extract_letter",
-    "mean_interval",
-    "rouge_l_scores",
-    "segment_coverage_scores",
-    "token_f1_scores",
-    "tokenize",
-    "top_k",
-]

@@ -21,12 +21,10 @@ def anls_scores(predictions: Sequence[str], references: Sequence[Sequence[str]],
     1 less the edits from prediction to reference as a share of the longer one's characters; case and space around the
     text aside, best over the references, 0 below `threshold`. Source: Biten et al., "Scene Text Visual Question
     Answering", ICCV 2019. A similarity of exactly `threshold` counts, as evaluation scripts have it; the paper's
-    equation makes it 0. Raises UserError without the extra `eval`, ValueError where a prediction has no reference or
-    `threshold` is not within 0 to 1.
+    equation makes it 0. Raises UserError without the extra `eval`, ValueError where a prediction has no reference.
     """
     check_references(predictions, references)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold = {threshold}: needs 0 to 1")
+    assert 0 <= threshold <= 1, threshold
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
@@ -59,12 +57,10 @@ def segment_coverage_scores(
     A segment is mentioned if a sentence of the prediction holds at least `threshold` of its words in order: recall of
     ROUGE-L, words as in `rouge_l_scores`. Nothing is subtracted for
     what a prediction says besides, so a longer one scores no lower. A measure of this project's own, without
-    a published counterpart. Raises UserError without the extra `eval`, ValueError where a prediction has no segment or
-    `threshold` is not above 0 and at most 1.
+    a published counterpart. Raises UserError without the extra `eval`, ValueError where a prediction has no segment.
     """
     check_references(predictions, segments, "segments")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold = {threshold}: needs more than 0, at most 1")
+    assert 0 < threshold <= 1, threshold
     scorer = rouge_l_scorer([segment for wanted in segments for segment in wanted])
     scores = []
     for text, wanted in zip(predictions, segments, strict=True):

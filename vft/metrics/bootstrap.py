@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vft.metrics.text import bleu4
-from vft.metrics.words import missing_package
 
 _MAX_VALUES = 1 << 20
 """Values held at a time, 8 bytes each, or one resample's where that is more."""
@@ -36,10 +35,9 @@ class Interval:
 def mean_interval(scores: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean of `scores` and its percentile bootstrap interval.
 
-    The same for the same arguments. With one score, all three are that score. Raises ValueError for no scores, scores
-    that are not finite, `confidence` that is not between 0 and 1, or `resamples` below 1.
+    The same for the same arguments. With one score, all three are that score. Raises ValueError for no scores, or
+    scores that are not finite.
     """
-    _check_settings(confidence, resamples)
     if not scores:
         raise ValueError("no scores to average")
     for i, score in enumerate(scores):
@@ -60,14 +58,11 @@ def bleu4_interval(
     """`bleu4` of the whole set, 0 to 100, and its percentile bootstrap interval.
 
     BLEU is no mean over predictions: their n-gram counts and lengths are resampled, and it is computed from the sums.
-    Raises UserError without the extra `eval`, ValueError as `bleu4` and `mean_interval` do.
+    Raises UserError without the extra `eval`, ValueError as `bleu4` does.
     """
-    _check_settings(confidence, resamples)
-    value = bleu4(predictions, references)  # First, for it checks the texts.
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        raise missing_package("BLEU", "sacrebleu") from error
+    value = bleu4(predictions, references)  # First, for it checks the texts, and whether sacrebleu is there.
+    from sacrebleu.metrics.bleu import BLEU
+
     metric = BLEU()
     rows = []
     for text, refs in zip(predictions, references, strict=True):
@@ -85,6 +80,7 @@ def bleu4_interval(
 
 def _resampled_sums(table: NDArray[np.float64], resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """Sums of rows drawn from `table` [samples, columns]; blocks of [some, columns], `resamples` rows in all."""
+    assert resamples > 0, resamples
     generator = np.random.default_rng(seed)
     block = max(1, _MAX_VALUES // table.size)
     for start in range(0, resamples, block):
@@ -93,12 +89,6 @@ def _resampled_sums(table: NDArray[np.float64], resamples: int, seed: int) -> It
 
 
 def _percentile(value: float, resampled: NDArray[np.float64], confidence: float) -> Interval:
+    assert 0 < confidence < 1, confidence
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high))
-
-
-def _check_settings(confidence: float, resamples: int) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}: needs more than 0, less than 1")
-    if resamples < 1:
-        raise ValueError(f"resamples = {resamples}: needs at least 1")

@@ -30,10 +30,9 @@ def extract_letter(text: str, letters: str = "ABCD") -> str | None:
     script. As there, a letter within a word counts (`All of them` is A), and an answer of more than ten words without
     any of the letters is none, which follows from the rest. Unlike there, `The best option is`, `The correct option
     is`, `Best answer:` and `Best option:` are removed too: the script lists them, but two commas are missing in it, so
-    that it takes `Best answer: C` for B. Raises ValueError for no letters.
+    that it takes `Best answer: C` for B.
     """
-    if not letters:
-        raise ValueError("letters = '': needs at least 1")
+    assert letters
     for prefix in _PREFIXES:
         text = text.replace(prefix, "")
     return next((character for character in text if character in letters), None)
@@ -43,13 +42,9 @@ def top_k(option_scores: Sequence[float], right: int, k: int) -> bool:
     """Whether the option at index `right` is among the `k` that score highest.
 
     An option that scores the same as the right one, or isn't comparable with it (NaN), counts as ahead of it: a model
-    that gives all options one score gains nothing. True for `k` from the number of options on. Raises ValueError for
-    `k` below 1 or `right` outside the options.
+    that gives all options one score gains nothing. True for `k` from the number of options on.
     """
-    if k < 1:
-        raise ValueError(f"k = {k}: needs at least 1")
-    if not 0 <= right < len(option_scores):
-        raise ValueError(f"right = {right}, but there are {len(option_scores)} options, counted from 0")
+    assert k > 0 and 0 <= right < len(option_scores), (k, right, len(option_scores))
     score = option_scores[right]
     ahead = sum(not other < score for i, other in enumerate(option_scores) if i != right)
     return ahead < k

@@ -54,9 +54,8 @@ def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence
 def distinct_n(predictions: Sequence[str], n: int) -> float:
     """Different n-grams as a share of all n-grams in all predictions together, 0 to 1 (Li et al., NAACL 2016).
 
-    Low where a model repeats itself. 0 where no prediction has n words. Raises ValueError for n below 1.
+    Low where a model repeats itself. 0 where no prediction has n words.
     """
-    if n < 1:
-        raise ValueError(f"n = {n}: needs at least 1")
+    assert n > 0, n
     counts = sum((count_ngrams(tokenize(text), [n]) for text in predictions), start=count_ngrams([], [n]))
     return len(counts) / counts.total() if counts else 0.0

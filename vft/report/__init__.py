@@ -2,5 +2,3 @@
 
 from vft.report.card import write_card
 from vft.report.page import write_report
-
-__all__ = ["write_card", "write_report"]
