@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -317,6 +318,12 @@ class Document:
         """Rows that the document takes."""
         return self.ids_T.numel()
 
+    @property
+    def branch_rows(self) -> list[slice]:
+        """Rows of each branch."""
+        ends = accumulate(self.branch_lengths, initial=self.trunk_length)
+        return [slice(start, end) for start, end in pairwise(ends)]
+
     @staticmethod
     def blank() -> Document:
         """One token without a label: what a process without work runs while others have some."""
@@ -358,7 +365,7 @@ class Batch:
     @property
     def branch_T(self) -> Tensor:
         """Branch of each token within its document; -1 in a trunk that several share."""
-        parts = [(n, x) for d in self.documents for n, x in enumerate((d.trunk_length, *d.branch_lengths), -1)]
+        parts = [(n, x) for d in self.documents for n, x in enumerate((d.trunk_length, *d.branch_lengths), start=-1)]
         numbers, lengths = torch.tensor(parts).unbind(1)
         return numbers.repeat_interleave(lengths)
 

@@ -83,9 +83,9 @@ def shared_videos(model: Any, device: torch.device) -> tuple[Work, Work]:
 
 def apart(document: Document) -> list[Document]:
     """Each branch with a copy of the trunk."""
-    trunk, made, start = document.trunk_length, [], document.trunk_length
-    for sample, words in zip(document.sample_ids, document.branch_lengths, strict=True):
-        rows = torch.cat([torch.arange(trunk), torch.arange(start, start + words)])
+    trunk, made = document.trunk_length, []
+    for sample, own in zip(document.sample_ids, document.branch_rows, strict=True):
+        rows = torch.cat([torch.arange(trunk), torch.arange(own.start, own.stop)])
         made.append(
             replace(
                 document,
@@ -98,7 +98,6 @@ def apart(document: Document) -> list[Document]:
                 media_mask_T=document.media_mask_T[rows],
             )
         )
-        start += words
     return made
 
 

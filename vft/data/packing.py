@@ -162,11 +162,8 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
 def _predicting_rows(document: Document) -> torch.Tensor:
     """The row before each supervised token; before a branch's first token that is the trunk's last."""
     before = torch.arange(document.num_tokens) - 1
-    start = document.trunk_length
-    for length in document.branch_lengths:
-        if document.trunk_length:
-            before[start] = document.trunk_length - 1
-        start += length
+    if document.trunk_length:
+        before[[rows.start for rows in document.branch_rows]] = document.trunk_length - 1
     rows = before[document.labels_T != IGNORE_INDEX]
     assert bool((rows >= 0).all()), f"{document.sample_ids}: the first token of a document can't be supervised"
     return rows

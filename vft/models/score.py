@@ -32,9 +32,18 @@ class _Branch:
 
     question: int
     document: Document
-    start: int
-    length: int
+    rows: slice
     trunk: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.rows.stop - self.rows.start
+
+    @property
+    def labels_T(self) -> Tensor:
+        """Of these tokens."""
+        return self.document.labels_T[self.rows]
 
 
 def trunk_of(document: Document) -> Document:
@@ -67,13 +76,13 @@ def score_options(
     kept = trunks.input_ids_T.numel()
     chunks = _chunks(_branches(documents), max_rows, max_keys)
     scores: list[list[float]] = [[] for _ in documents]
-    idle = [_Branch(-1, Document.blank(), 0, 1, (0, 1))]
+    idle = [_Branch(-1, Document.blank(), slice(0, 1), (0, 1))]
     for number in range(largest_over_ranks(len(chunks), device)):
         chunk = chunks[number] if number < len(chunks) else idle
         batch = _batch(chunk, trunks, kept).to(device)
         logits_NV = model(batch, cache, loss=False)
         losses_N = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none")
-        counts = [int((_labels(branch) != IGNORE_INDEX).sum()) for branch in chunk]
+        counts = [int((branch.labels_T != IGNORE_INDEX).sum()) for branch in chunk]
         for branch, part in zip(chunk, losses_N.split(counts), strict=True):
             if branch.question >= 0:
                 scores[branch.question].append(-float(part.mean()))
@@ -83,10 +92,8 @@ def score_options(
 def _branches(documents: Sequence[Document]) -> list[_Branch]:
     branches, row = [], 0
     for number, document in enumerate(documents):
-        start = document.trunk_length
-        for length in document.branch_lengths:
-            branches.append(_Branch(number, document, start, length, (row, document.trunk_length)))
-            start += length
+        trunk = row, document.trunk_length
+        branches += [_Branch(number, document, rows, trunk) for rows in document.branch_rows]
         row += document.trunk_length
     return branches
 
@@ -105,22 +112,17 @@ def _chunks(branches: Sequence[_Branch], max_rows: int, max_keys: int) -> list[l
     return chunks
 
 
-def _labels(branch: _Branch) -> Tensor:
-    return branch.document.labels_T[branch.start : branch.start + branch.length]
-
-
 def _batch(chunk: Sequence[_Branch], trunks: Batch, kept: int) -> Batch:
     """A row of branches. The row before a labelled one predicts it; a branch's first row is never labelled."""
-    parts = [(b.document, slice(b.start, b.start + b.length)) for b in chunk]
-    labels_T = torch.cat([document.labels_T[rows] for document, rows in parts])
+    labels_T = torch.cat([branch.labels_T for branch in chunk])
     segments, row = [], 0
     for branch in chunk:
         segments.append(Segment(row, branch.length, *branch.trunk))
         row += branch.length
     targets_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
     return Batch(
-        input_ids_T=torch.cat([document.ids_T[rows] for document, rows in parts]),
-        positions_3T=torch.cat([document.positions_3T[:, rows] for document, rows in parts], dim=1),
+        input_ids_T=torch.cat([branch.document.ids_T[branch.rows] for branch in chunk]),
+        positions_3T=torch.cat([branch.document.positions_3T[:, branch.rows] for branch in chunk], dim=1),
         plan=build_plan(segments, causal=True, kept=kept),
         target_index_N=targets_N - 1,
         target_ids_N=labels_T[targets_N],

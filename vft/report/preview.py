@@ -6,6 +6,7 @@ import html
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -120,20 +121,15 @@ def preview(batch: Batch, encoder: ChatEncoder, config: Config, whole: Summary |
             parts.append(_strip(batch.pixels_PD[patch_row : patch_row + count], plan, encoder.spec))
             parts += [f"<div class=note>{note}</div>" for note in shortened(plan, encoder.spec, config.data)]
             patch_row += count
-        for name, start, length in _pieces(document.trunk_length, document.branch_lengths):
-            rows_of = slice(token_row + start, token_row + start + length)
-            parts.append(f"<div>{name}, {length} tokens</div>{_tokens(batch, rows_of, encoder.tokenizer)}")
+        trunk = document.trunk_length
+        named = [("trunk", slice(0, trunk))] if trunk else []
+        named += [(f"branch {n}" if trunk else "one branch", own) for n, own in enumerate(document.branch_rows)]
+        for name, own in named:
+            rows_of = slice(token_row + own.start, token_row + own.stop)
+            parts.append(f"<div>{name}, {own.stop - own.start} tokens</div>")
+            parts.append(_tokens(batch, rows_of, encoder.tokenizer))
         token_row += document.num_tokens
     return "\n".join(parts) + "\n"
-
-
-def _pieces(trunk: int, branches: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    pieces = [("trunk", 0, trunk)] if trunk else []
-    start = trunk
-    for number, length in enumerate(branches):
-        pieces.append((f"branch {number}" if trunk else "one branch", start, length))
-        start += length
-    return pieces
 
 
 def _strip(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> str:
@@ -151,17 +147,14 @@ def _strip(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> str:
 def _tokens(batch: Batch, rows: slice, tokenizer: Any) -> str:
     """Tokens one by one; a run of vision tokens is written once, with its length."""
     media = set(batch.media_index_M.tolist())
-    pieces: list[str] = []
-    run = 0
-    for row in range(rows.start, rows.stop):
-        if row in media:
-            run += 1
-            if row + 1 < rows.stop and row + 1 in media:
-                continue
-            pieces.append(f'<span class="t media">{run} vision tokens</span>')
-            run = 0
+    labels = batch.labels_T[rows].tolist()
+    pieces = []
+    numbered = zip(range(rows.start, rows.stop), batch.input_ids_T[rows].tolist(), labels, strict=True)
+    for is_media, run in groupby(numbered, key=lambda one: one[0] in media):
+        if is_media:
+            pieces.append(f'<span class="t media">{len(list(run))} vision tokens</span>')
             continue
-        text = html.escape(tokenizer.decode([int(batch.input_ids_T[row])]))
-        supervised = int(batch.labels_T[row]) != IGNORE_INDEX
-        pieces.append(f'<span class="t{" supervised" if supervised else ""}">{text}</span>')
+        for _, token, label in run:
+            supervised = " supervised" if label != IGNORE_INDEX else ""
+            pieces.append(f'<span class="t{supervised}">{html.escape(tokenizer.decode([token]))}</span>')
     return f"<div class=tokens>{''.join(pieces)}</div>"
