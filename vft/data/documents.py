@@ -97,8 +97,6 @@ class Documents:
 
     def _add_group(self, group: Sequence[tuple[Conversation, Encoded]], weight: float) -> None:
         """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
-        if not group:
-            return
         # Members of one group see the same frames: those that leave room for the longest text among them.
         conversations = [one for one, _ in group]
         try:

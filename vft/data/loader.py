@@ -85,6 +85,7 @@ class _Pending:
 
     @property
     def pixel_bytes(self) -> int:
+        """What its documents will hold, at most."""
         return sum(patch_bytes(one.document) for one in self.documents)
 
 

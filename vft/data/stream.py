@@ -91,15 +91,10 @@ class Spooled:
     needed: int
 
     def release(self) -> None:
-        """One document less."""
+        """One need less; after the last the files are removed."""
         self.needed -= 1
-        self.remove_unneeded()
-
-    def remove_unneeded(self) -> None:
-        """Remove the files where nothing needs them."""
-        if self.needed <= 0:
-            for file in self.files:
-                file.unlink(missing_ok=True)
+        for file in self.files if self.needed <= 0 else ():
+            file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,6 @@ class StreamedDocument:
     """A document, the files that it is decoded from, and where the stream goes on behind it."""
 
     document: Document
-    length: int
-    samples: int
     clip: Spooled
     after: Position
 
@@ -179,11 +172,11 @@ class SlotStream:
         taken: list[StreamedDocument] = []
         while not (0 < config.max_samples_per_pack <= samples):
             one = self._peek()
-            full = tokens + one.length > config.pack_tokens
-            if taken and (full or 0 < config.max_samples_per_pack < samples + one.samples):
+            more, most = samples + len(one.document.sample_ids), config.max_samples_per_pack
+            if taken and (tokens + one.document.num_tokens > config.pack_tokens or 0 < most < more):
                 break
             taken.append(self._ready.popleft())
-            tokens, samples, self._position = tokens + one.length, samples + one.samples, one.after
+            tokens, samples, self._position = tokens + one.document.num_tokens, more, one.after
         bad, self._bad = self._bad, []
         return StreamedPack(taken, bad, self._position)
 
@@ -215,15 +208,13 @@ class SlotStream:
             documents.bad += wrong
         documents.add_all([(one, 1.0) for one in conversations], show_progress=False)
         numbers = range(read.position.document, len(documents.members))
-        clip = Spooled(group.files, len(numbers))
-        clip.remove_unneeded()
+        clip = Spooled(group.files, len(numbers) + 1)
         if not read.position.document:
             self._bad += [*read.damage, *documents.bad]
         for number in numbers:
             after = read.position._replace(document=number + 1)
-            document = documents.build(number)
-            counted = len(documents.members[number])
-            self._ready.append(StreamedDocument(document, documents.lengths[number], counted, clip, after))
+            self._ready.append(StreamedDocument(documents.build(number), clip, after))
+        clip.release()
 
     # ------------------------------------------------------------------------------ in the reading thread, from here
 
