@@ -131,8 +131,7 @@ def shares(model: Any, shards: int) -> list[tuple[nn.Parameter, int]]:
 
 def whole_on_each(model: Any) -> set[int]:
     """Of parameters that are not sharded, `id`: a vision tower in which nothing is trained."""
-    media = model.media_parameters()
-    return set() if any(p.requires_grad for p in media) else {id(p) for p in media}
+    return set() if model.media_trained else {id(p) for p in model.media_parameters()}
 
 
 def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Parameter]:

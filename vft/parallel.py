@@ -50,7 +50,7 @@ def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> Non
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
     whole layers (`full`). `tower` is for a vision tower that is trained; one that is frozen keeps nothing anyway."""
     _checkpoint_layers(model.decoder.layers, decoder)
-    if any(p.requires_grad for p in model.media_parameters()):
+    if model.media_trained:
         _checkpoint_layers(model.vision.blocks, decoder if tower == "same" else tower)
 
 
@@ -116,12 +116,9 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConf
     layers: list[Any] = list(model.decoder.layers)
     for layer in layers:
         fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
-    ignored: set[nn.Parameter] = set()
-    if any(p.requires_grad for p in model.media_parameters()):
-        for module in model.vision.modules:
-            fully_shard(module, **options)
-    else:
-        ignored = set(model.media_parameters())
+    ignored = set() if model.media_trained else set(model.media_parameters())
+    for module in () if ignored else model.vision.modules:
+        fully_shard(module, **options)
     fully_shard(model, **options, ignored_params=ignored)
     # The first layer is gathered while the tower runs, each other one is asked for before the kernels of the layer
     # before it are. Backwards FSDP2 does so by itself.

@@ -52,8 +52,7 @@ class KeyValueCache:
         self.lengths_S = lengths_S
         """Tokens kept of each sequence."""
         self.capacity = max(prompt_lengths) + max_new_tokens
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.prefilled = False
         self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), lengths_S)
         starts_S = torch.cumsum(lengths_S, 0) - lengths_S
@@ -63,9 +62,10 @@ class KeyValueCache:
         """Keep this pass's keys and values, and attend all that are kept of each sequence."""
         if not self.prefilled:
             shape = (len(self.lengths_S), self.capacity, *k_THK.shape[1:])
-            self.keys[layer], self.values[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
-        keys_SLHK, values_SLHK = self.keys[layer], self.values[layer]
-        assert keys_SLHK is not None and values_SLHK is not None
+            self.kept[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
+        kept = self.kept[layer]
+        assert kept is not None
+        keys_SLHK, values_SLHK = kept
         keys_SLHK[self.sequence_T, self.place_T] = k_THK
         values_SLHK[self.sequence_T, self.place_T] = v_THK
         if not self.prefilled:

@@ -88,6 +88,11 @@ class VideoLanguageModel(nn.Module):
         own = self.towers["language_model"]
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(own)]
 
+    @property
+    def media_trained(self) -> bool:
+        """Whether something before the language model is trained."""
+        return any(parameter.requires_grad for parameter in self.media_parameters())
+
     def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True) -> Tensor:
         """The sum of cross-entropies over `batch.target_ids_N` (a scalar); without `loss` the logits [N, V]."""
         x_TE, deeper = self.embed(batch)
@@ -111,7 +116,7 @@ class VideoLanguageModel(nn.Module):
         if batch.layout is not None:
             media_ME, *deeper = self.see(self.normalise(batch.pixels_PD), batch.layout)
             return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deeper)
-        if not batch.continues and any(p.requires_grad for p in self.media_parameters()):
+        if not batch.continues and self.media_trained:
             # A trained tower is sharded: it runs in every process, or the others wait for ever; and in the graph, so
             # that backward doesn't either.
             patches, layout = self.least_media()

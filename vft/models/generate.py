@@ -44,7 +44,7 @@ def generate(
     lengths = [document.num_tokens for document in prompts.documents] or [1]
     ends_S = torch.tensor(lengths).cumsum(0) - 1
     cache = KeyValueCache(lengths, sampling.max_new_tokens, model.config.layers, device)
-    next_position_S = _segment_max(prompts.positions_3T, lengths) + 1
+    next_position_S = torch.stack([part.max() for part in prompts.positions_3T.split(lengths, dim=1)]) + 1
     generator = torch.Generator(device).manual_seed(sampling.seed)
     batch = replace(prompts, target_index_N=ends_S.to(device), target_ids_N=ends_S.to(device))
     answers: list[list[int]] = [[] for _ in lengths]
@@ -76,10 +76,6 @@ def choose(logits_SV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     kept = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     drawn = torch.multinomial(kept, 1, generator=generator)
     return order.gather(-1, drawn).squeeze(-1)
-
-
-def _segment_max(positions_3T: Tensor, lengths: list[int]) -> Tensor:
-    return torch.stack([part.max() for part in positions_3T.split(lengths, dim=1)])
 
 
 def _single_tokens(tokens_S: Tensor, positions_S: Tensor, prompts: Batch) -> Batch:
