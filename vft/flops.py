@@ -51,20 +51,17 @@ class FlopCounter:
 
     def __init__(self, model: Any, checkpointing: str = "none") -> None:
         config = model.config
-        decoder = dict(model.decoder.layers.named_parameters())
-        size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items()}
-        frozen = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and not p.requires_grad)
-        trained = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and p.requires_grad)
-        self.token = 4 * frozen + 6 * trained
+        products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() == 2}
+        size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
+        cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
+        self.token = sum(cost.values())
         self.pair = 12 * config.heads * config.head_width * config.layers
-        mlp = sum(size[n] for n, p in decoder.items() if p.dim() == 2 and ".mlp." in n)
         share = RECOMPUTED[checkpointing]
-        self.token_again = 2 * mlp if checkpointing == "mlp" else 2 * share * (frozen + trained)
+        again = {n: 2 * (float(".mlp." in n) if checkpointing == "mlp" else share) * size[n] for n in products}
+        self.token_again = sum(again.values())
         # What follows the last layer's attention is computed where a token is supervised.
-        named = [n for n, p in decoder.items() if n.startswith(f"{config.layers - 1}.") and p.dim() == 2]
-        self.last = sum((6 if decoder[n].requires_grad else 4) * size[n] for n in named if _follows(n))
-        again = [n for n in named if ".mlp." in n or (checkpointing != "mlp" and _follows(n))]
-        self.last_again = 2 * (1.0 if checkpointing == "mlp" else share) * sum(size[n] for n in again)
+        last = [n for n in products if n.startswith(f"{config.layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
+        self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
@@ -91,11 +88,6 @@ class FlopCounter:
     def row(self, tokens: int, pairs: int, patches: int) -> float:
         """Model FLOPs of rows known by numbers alone, but for the head and attention within the tower."""
         return float(self.token * tokens + self.pair * pairs + self.patch * patches)
-
-
-def _follows(name: str) -> bool:
-    """Whether a layer's parameter is used behind its attention."""
-    return ".mlp." in name or ".o_proj." in name
 
 
 def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:

@@ -55,22 +55,12 @@ def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> Non
 
 
 def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
-    for layer in layers:
-        if mode == "mlp":
-            _checkpoint(layer.get_submodule("mlp"), checkpoint)
-        elif mode == "selective":
-            _checkpoint(layer, _selectively)
-        elif mode == "full":
-            _checkpoint(layer, checkpoint)
-
-
-def _checkpoint(module: nn.Module, run: Callable[..., Any]) -> None:
-    """Run the module's forward under `run`: a class of its own, as FSDP2 does it, so that no parameter is renamed.
-
-    A forward bound to each module would be compiled anew for each.
-    """
-    kind: Any = type(module)
-    module.__class__ = _checkpointed(kind, run)
+    """Each forward runs under a checkpoint: by a class of its own, as FSDP2 does it, so that no parameter is renamed. A
+    forward bound to each module would be compiled anew for each."""
+    for layer in layers if mode != "none" else ():
+        module: Any = layer.get_submodule("mlp") if mode == "mlp" else layer
+        kind: Any = type(module)
+        module.__class__ = _checkpointed(kind, _selectively if mode == "selective" else checkpoint)
 
 
 @cache
