@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from vft.models.layers import VisionAttention
+from vft.models.media import blocks_plan
 
 BENCH = Path(__file__).parents[2] / "tools/bench"
 
@@ -51,6 +56,24 @@ def test_gains(tmp_path: Path) -> None:
     """The two ways of each line have the same loss, or the command fails."""
     rows = rows_of("gains.py", tmp_path / "gains.json", "--shape", "tiny", "--repeats", "1")
     assert len(rows) == 5 and all(row["loss differs by"] <= 1e-4 and row["gain"] > 0 for row in rows)
+
+
+def test_windows_one_by_one_are_a_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a gain is compared with does happen: the towers' attention goes the other way, with the same result."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from gains import each_segment_alone
+
+    calls: list[int] = []
+    attend_once = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attend_once(*a, **k))
+    attention, plan = VisionAttention(8, 2), blocks_plan([4, 4, 4])
+    x_PE, angles_PK = torch.randn(12, 8), torch.zeros(12, 4)
+    together = attention(x_PE, angles_PK.cos(), angles_PK.sin(), plan)
+    before = len(calls)
+    with each_segment_alone():
+        apart = attention(x_PE, angles_PK.cos(), angles_PK.sin(), plan)
+    torch.testing.assert_close(apart, together)
+    assert (before, len(calls) - before) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,16 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import default_device, interleaved, median, report
 from rows import Video, row_of, text_document, video_document
-from workload import SHAPES, adapted_model
+from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
 from vft import attention
 from vft.console import user_errors
-from vft.models import qwen2_5_vl
+from vft.models import layers
 from vft.types import AttentionPlan, Batch, Document, UserError
 
 WORDS, ANSWER = 25, 10
@@ -33,15 +32,10 @@ Work = Callable[[], torch.Tensor]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_common_options(parser)
     arguments = parser.parse_args()
     with user_errors():
-        if arguments.repeats < 1:
-            raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
-        device = default_device()
-        name = arguments.shape or ("3b" if device.type == "cuda" else "small")
+        name, device = shape_and_device(arguments)
         model = adapted_model(SHAPES[name], device)
         lines = [compare(what, *make(model, device), arguments.repeats) for what, make in GAINS.items()]
         report(f"what each optimisation is worth: {name}", lines, arguments.output, shape=name)
@@ -154,7 +148,7 @@ def each_segment_alone() -> Iterator[None]:
             parts.append(torch.nn.functional.scaled_dot_product_attention(q1, k1, v1)[0].transpose(0, 1))
         return torch.cat(parts)
 
-    module: Any = qwen2_5_vl
+    module: Any = layers
     module.attend = loop
     try:
         yield

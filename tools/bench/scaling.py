@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import default_device, interleaved, median, report
+from measure import interleaved, median, report
 from rows import Video, row_of, video_document
 from step import make_step
-from workload import SHAPES, adapted_model
+from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
 from vft.console import user_errors
 from vft.flops import FlopCounter
-from vft.types import Batch, UserError
+from vft.types import Batch
 
 WORDS, ANSWER = 25, 10
 """Tokens of a question with its answer, and of the answer."""
@@ -29,16 +28,11 @@ WORDS, ANSWER = 25, 10
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
+    add_common_options(parser)
     parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="what grows (all)")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     arguments = parser.parse_args()
     with user_errors():
-        if arguments.repeats < 1:
-            raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
-        device = default_device()
-        name = arguments.shape or ("3b" if device.type == "cuda" else "small")
+        name, device = shape_and_device(arguments)
         model = adapted_model(SHAPES[name], device)
         rows = [line for kind in arguments.of for line in measure(kind, model, device, arguments.repeats)]
         report(f"growth of a step: {name}", rows, arguments.output, shape=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from measure import default_device
 from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
@@ -19,6 +21,7 @@ from vft import models, nf4
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
 from vft.models.family import VideoLanguageModel
+from vft.types import UserError
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
@@ -182,6 +185,21 @@ def adapted_model(shape: AnyShape, device: torch.device) -> VideoLanguageModel:
     fill(model)
     initialise(model, seed=0)
     return model
+
+
+def add_common_options(parser: ArgumentParser) -> None:
+    """What benchmarks of a step's parts are asked for."""
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+
+
+def shape_and_device(arguments: Namespace) -> tuple[str, torch.device]:
+    """Name of the shape, and where it runs. UserError where nothing would be timed."""
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
+    device = default_device()
+    return arguments.shape or ("3b" if device.type == "cuda" else "small"), device
 
 
 @torch.no_grad()
