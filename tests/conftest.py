@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,3 +121,14 @@ def tiny_untied(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
 def tiny_bf16(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """Weights in bfloat16, as released, in several files."""
     return make_tiny("qwen2_5_vl", "bf16")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile knows no graph yet, and its counters are at zero."""
+    import torch
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,14 +57,6 @@ def test_the_kernel_path_gives_the_loss_and_gradients_of_the_other(
     again, found = loss_and_gradients(model, batch)
     assert abs(float(again / loss) - 1) <= 1e-5
     assert_same_gradients(found, gradients)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("mode", MODES)

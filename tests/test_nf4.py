@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,14 +218,6 @@ def test_adapters_learn_as_on_the_weights_that_it_stands_for(tiny: Tiny, mode: s
     assert abs(float(again / loss) - 1) <= 1e-6
     assert found and all(is_adapter(name) for name in found)
     assert_same_gradients(found, wanted)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

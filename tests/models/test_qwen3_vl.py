@@ -33,7 +33,6 @@ from tests.helpers import (
     talk,
 )
 from tests.models.families import QWEN3_TEMPLATE
-from tests.test_compiled import fresh_compiler  # noqa: F401
 from tools.bench.workload import MODELS
 from vft.config import LoraConfig
 from vft.data import vision
