@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -62,6 +64,19 @@ def replace_text(path: Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. UserError where it can't be read or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}); fetch it again") from error
+    except (ValueError, RecursionError) as error:  # absurdly nested
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; fetch it again")
+    return content
 
 
 def digest(text: str) -> str:

@@ -224,15 +224,15 @@ def _read(path: Path) -> pa.Table:
     """The rows in the cache; none where there is no cache of this version."""
     try:
         table = pq.read_table(path)
+        version = (table.schema.metadata or {}).get(b"scan_version")
+        if version != SCAN_VERSION.encode() or table.schema.names != SCHEMA.names:
+            return SCHEMA.empty_table()
+        return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
     except FileNotFoundError:
         return SCHEMA.empty_table()
     except (pa.ArrowException, OSError) as error:
         print(f"{path}: can't be read ({error}); all media are indexed again", file=sys.stderr, flush=True)
         return SCHEMA.empty_table()
-    version = (table.schema.metadata or {}).get(b"scan_version")
-    if version != SCAN_VERSION.encode() or table.schema.names != SCHEMA.names:
-        return SCHEMA.empty_table()
-    return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
 
 
 def _write(path: Path, table: pa.Table, rows: list[Row]) -> pa.Table:
