@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from vft.config import LoraConfig, ModelConfig
 from vft.distributed import whole
 from vft.files import read_object, whole_folder
 from vft.lora import LORA_A, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
+from vft.models.weights import open_tensors
 from vft.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,11 +59,8 @@ class Adapter:
                 raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
         config = read_object(folder / CONFIG_FILE)
         _check_kind(folder / CONFIG_FILE, config)
-        try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as reader:
-                stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
+        with open_tensors(folder / WEIGHTS_FILE) as reader:
+            stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
         shapes = {ours: stored[name] for ours, name in file_names.items()}
         return Adapter(folder, config, recorded(folder), shapes, file_names)
@@ -138,7 +135,7 @@ class Adapter:
     def load_into(self, model: nn.Module) -> None:
         """Read every tensor into the model's adapters, each process its own rows. The base's weights are there."""
         parameters = dict(model.named_parameters())
-        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as reader:
+        with open_tensors(self.folder / WEIGHTS_FILE) as reader:
             for name, stored in self.file_names.items():
                 values = reader.get_tensor(stored)
                 if name.endswith(MAGNITUDE):

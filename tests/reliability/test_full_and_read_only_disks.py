@@ -75,8 +75,8 @@ def config_of(world: World, path: Path, **settings: Any) -> Path:
 PLACES = {
     "start": (1, "config.toml", 0),
     "quarantine": (1, "quarantine.jsonl", 0),
-    "metrics": (3, "metrics.jsonl", 2),
-    "checkpoint": (2, "checkpoints", 2),
+    "metrics": (1, "metrics.jsonl", 0),  # later lines fit in the page that the file has
+    "checkpoint": (3, "checkpoints", 4),
     "predictions": (1, "predictions/step-000004.jsonl", 4),
     "export": (1, "adapter", 8),
     "card": (1, "adapter/README.md", 8),

@@ -41,7 +41,12 @@ ALL_SETTINGS = {
         "workers": 2,
         "cache": "none",
     },
-    "train": {"max_steps": 20, "warmup_steps": 2, "precision": "fp32", "tower_learning_rates": {"merger": 1e-4}},
+    "train": {
+        "max_steps": 20,
+        "warmup_steps": 2,
+        "precision": "fp32",
+        "tower_learning_rates": {"language_model": 1e-4},
+    },
     "parallel": {"shard": 1, "memory_budget_gib": 3.5, "activation_checkpointing": "auto"},
     "checkpoint": {"every_steps": 5, "keep_last": 2},
     "eval": {"every_steps": 0, "sources": [{"format": "story", "path": "e.jsonl"}]},

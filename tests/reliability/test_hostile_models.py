@@ -7,6 +7,7 @@ in one line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ from tests.reliability.watched import PLANTED
 from tests.runs.commands import CAPTION, Commands, Result, column
 from tests.runs.world import World
 from vft.adapter_files import Adapter
+from vft.checkpoint import what_is_broken
 from vft.data.chat import ChatEncoder
 from vft.data.index import build as build_index
 from vft.models import build
@@ -253,6 +255,42 @@ def test_pipes_in_the_place_of_files(base: Path) -> None:
         (base / name).unlink()
         kept.rename(base / name)
     open_all(base)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_with_sums_that_are_right(
+    learned: Path, tmp_path: Path, mark: Path, commands: Commands, world: World, name: str
+) -> None:
+    """Whoever makes one can make its manifest too."""
+    (newest,) = (learned / "checkpoints").iterdir()
+    folder = shutil.copytree(newest, tmp_path / "checkpoints" / newest.name)
+    bad = DEEP.encode() if name == "state.json" else pickle.dumps(Payload(mark))
+    (folder / name).write_bytes(bad)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(bad), "sha256": hashlib.sha256(bad).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert what_is_broken(folder) is None
+    shutil.copytree(learned, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "checkpoints").rename(tmp_path / "run" / "checkpoints")
+    config = shutil.copy(learned / "config.toml", tmp_path / "run.toml")
+    settings = f"output_dir={tmp_path / 'run'}", "train.max_steps=61"
+    (tmp_path / "run" / "config.toml").unlink()
+    error = commands.run(CAPTION, config, *settings).error
+    assert str(tmp_path / "run" / "checkpoints" / newest.name / name) in error
+
+
+def test_manifests_that_lead_elsewhere(learned: Path, tmp_path: Path) -> None:
+    (newest,) = (learned / "checkpoints").iterdir()
+    folder = shutil.copytree(newest, tmp_path / newest.name)
+    os.mkfifo(folder / "pipe")
+    for name in ("pipe", "/dev/zero", "../none", ".", ""):
+        (folder / "manifest.json").write_text(json.dumps({"step": 60, "files": {name: {"bytes": 1, "sha256": ""}}}))
+        assert what_is_broken(folder) is not None
+    (folder / "manifest.json").write_text(DEEP)
+    assert what_is_broken(folder) is not None
 
 
 # ------------------------------------------------------------------------------------------------------- custom code
