@@ -77,7 +77,7 @@ PLACES = {
     "quarantine": (1, "quarantine.jsonl", 0),
     "metrics": (1, "metrics.jsonl", 0),  # later lines fit in the page that the file has
     "checkpoint": (3, "checkpoints", 4),
-    "predictions": (1, "predictions/step-000004.jsonl", 4),
+    "predictions": (1, "predictions/step-000004.jsonl", 2),  # the save of step 4 is in flight
     "export": (1, "adapter", 8),
     "card": (1, "adapter/README.md", 8),
     "report": (1, "report.html", 8),
@@ -122,7 +122,7 @@ def commands_that_write(world: World, learned: Path, target: Path, config: Path)
         "merge": ("tools/merge_lora.py", "--base", world.base, *adapter, "--output", target / "merged"),
         "inspect": ("tools/inspect_batch.py", config, "--output", target / "look"),
         "evaluate": ("tools/evaluate.py", config, *adapter, "--output", target / "answers"),
-        "compare": ("tools/compare.py", learned, learned, "--html", target / "page.html"),
+        "compare": ("tools/compare.py", learned, "--html", target / "page.html"),
     }
 
 
