@@ -129,7 +129,7 @@ def commands_that_write(world: World, learned: Path, target: Path, config: Path)
 KINDS = ("run", "cache", "merge", "inspect", "evaluate", "compare")
 
 
-@pytest.mark.parametrize("state", ["full", "read-only"])
+@pytest.mark.parametrize("state", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_takes_nothing(
     world: World, commands: Commands, learned: Path, tmp_path: Path, mount: Mount, kind: str, state: str
