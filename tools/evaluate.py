@@ -31,7 +31,7 @@ from vft.data.documents import Documents
 from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, make_mesh, process_group
 from vft.evaluate import evaluate, load_held_out
-from vft.files import replace_text
+from vft.files import read_object, replace_text
 from vft.metrics import Interval
 from vft.models import build
 from vft.models.generate import Sampling
@@ -76,7 +76,7 @@ def with_task(config: Config, adapter: Path | None) -> Config:
     file = None if adapter is None else adapter / ABOUT_FILE
     if config.task is not None or file is None or not file.is_file():
         return config
-    return Config.model_validate({**config.model_dump(), "task": json.loads(file.read_text()).get("task")})
+    return Config.model_validate({**config.model_dump(), "task": read_object(file).get("task")})
 
 
 def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:

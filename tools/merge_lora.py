@@ -23,7 +23,7 @@ from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
-from vft.models.weights import Checkpoint, copy_companions
+from vft.models.weights import Checkpoint, copy_companions, open_tensors
 from vft.types import UserError
 
 
@@ -49,6 +49,8 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
     scales = adapter.scales
     waiting = set(scales)
     files = sorted(set(checkpoint.weight_files.values()))
+    for file in files:
+        _header(file)  # of a base in several files, nothing has looked into them so far
     with (
         safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
         progress_bar(len(files), "merging", "file") as bar,
@@ -95,7 +97,7 @@ def _compare(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    with safe_open(file, framework="pt") as reader:
+    with open_tensors(file) as reader:
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 

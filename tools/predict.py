@@ -117,7 +117,7 @@ def answer_files(answerer: Answerer, prompt: str, arguments: argparse.Namespace)
 def load(answerer: Answerer, path: Path, prompt: str) -> Prompt | MediaError:
     """The question about a file with its frames, or what is wrong with the file."""
     kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
-    question = user_question(str(path), [MediaRef(kind, path)], prompt, answerer.config.video.timestamps)
+    question = user_question(str(path), [MediaRef(kind, path.resolve())], prompt, answerer.config.video.timestamps)
     try:
         return answerer.load([question])()[0]
     except MediaError as error:  # found by the scan

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vft.config import LoraConfig, ModelConfig
 from vft.distributed import whole
-from vft.files import whole_folder
+from vft.files import read_object, whole_folder
 from vft.lora import LORA_A, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
+from vft.models.weights import open_tensors
 from vft.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,13 +57,10 @@ class Adapter:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
-        config = _read_object(folder / CONFIG_FILE)
+        config = read_object(folder / CONFIG_FILE)
         _check_kind(folder / CONFIG_FILE, config)
-        try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as reader:
-                stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from error
+        with open_tensors(folder / WEIGHTS_FILE) as reader:
+            stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         file_names = {_from_peft(name, peft_prefixes): name for name in stored}
         shapes = {ours: stored[name] for ours, name in file_names.items()}
         return Adapter(folder, config, recorded(folder), shapes, file_names)
@@ -138,7 +135,7 @@ class Adapter:
     def load_into(self, model: nn.Module) -> None:
         """Read every tensor into the model's adapters, each process its own rows. The base's weights are there."""
         parameters = dict(model.named_parameters())
-        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as reader:
+        with open_tensors(self.folder / WEIGHTS_FILE) as reader:
             for name, stored in self.file_names.items():
                 values = reader.get_tensor(stored)
                 if name.endswith(MAGNITUDE):
@@ -176,7 +173,7 @@ def start_from(model: nn.Module, base: ModelConfig, peft_prefixes: Mapping[str, 
 def recorded(adapter: Path | None) -> dict[str, Any]:
     """What this project's training wrote beside an adapter; empty for another's, or none."""
     file = None if adapter is None else adapter / ABOUT_FILE
-    return _read_object(file) if file is not None and file.is_file() else {}
+    return read_object(file) if file is not None and file.is_file() else {}
 
 
 def export_adapter(
@@ -297,16 +294,6 @@ def _from_peft(name: str, prefixes: Mapping[str, str]) -> str:
         if bare.startswith(theirs):
             return ours + bare.removeprefix(theirs)
     return bare
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no JSON object; fetch it again")
-    return content
 
 
 def _regular_expression(modules: Sequence[str], linears: Sequence[str]) -> str:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vft.distributed import World, all_of, local_part, local_rows, writes_rows
+from vft.files import read_object
 from vft.lora import is_start
+from vft.models.weights import open_tensors
 from vft.tensor_files import write_tensors
 from vft.types import UserError
 
@@ -128,13 +129,15 @@ def what_is_broken(folder: Path, share: int = 0, shares: int = 1) -> str | None:
         for name, expected in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
             if _describe(folder / name) != expected:
                 return f"{name} is not what the manifest says (size or SHA-256)"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         return f"{MANIFEST} or a file that it names can't be read ({error})"
     return None
 
 
 def _describe(path: Path) -> dict[str, Any]:
     digest = sha256()
+    if not path.is_file():  # a FIFO would block whoever opens it, a device has no end
+        raise OSError(f"{path.name} is no file")
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
@@ -164,7 +167,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             targets = {f"{moment}.{name}": slots[moment] for moment in MOMENTS} | {f"step.{name}": slots["step"]}
             for key, target in targets.items():
                 _fill(target, moments.get(key, []), f"{folder}: {key}")
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return read_object(folder / STATE)
 
 
 def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[int, Any]]]:
@@ -173,7 +176,7 @@ def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[i
     names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     for name in names:
         if name == f"{file}.safetensors" or name.startswith(f"{file}-"):
-            reader = stack.enter_context(safe_open(folder / name, framework="pt"))
+            reader = stack.enter_context(open_tensors(folder / name))
             offsets = json.loads((reader.metadata() or {}).get(SHARDING, "{}"))
             for key in list(reader.keys()):
                 first = [*offsets.get(key, {}).get("saved_offsets", ()), 0][0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -32,7 +34,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _flush_entry(folder.parent)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -56,12 +58,34 @@ def replace_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
-        _flush_entry(partial)
+        flush(partial)
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Write `text` behind what a file holds. UserError where it can't be written."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. UserError where it can't be read or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}); fetch it again") from error
+    except (ValueError, RecursionError) as error:  # absurdly nested
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; fetch it again")
+    return content
 
 
 def digest(text: str) -> str:
@@ -88,10 +112,10 @@ def _open_to_all(folder: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        _flush_entry(path)
+        flush(path)
 
 
-def _flush_entry(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

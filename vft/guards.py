@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from vft import config as configs
 from vft.config import Config
 from vft.distributed import all_of, local_part, sum_over_ranks
+from vft.files import cannot_write
 from vft.lora import Towers, tower_of
 from vft.types import UserError
 
@@ -60,14 +61,16 @@ def check_output_dir(config: Config) -> None:
 
 def only_run_in(folder: Path) -> FileLock:
     """Make a run's folder and take it, to be kept as long as the result. UserError where another run is at work."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"output_dir = {str(folder)!r}: another run is at work there; wait for it, or name another"
         ) from None
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     return lock
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from vft.config import LogConfig
 from vft.distributed import World
+from vft.files import append_text, replace_text
 from vft.flops import Flops, peak_flops
 from vft.lora import TrainableRow
 from vft.metrics import Interval
@@ -88,10 +89,7 @@ class Monitor:
         if not self.main or not self.file.exists():
             return
         before = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at 0 all begins anew
-        lines = [line for line in before if _step_of(line) <= step]
-        partial = self.file.with_name(".partial-metrics.jsonl")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(self.file)
+        replace_text(self.file, "".join(f"{line}\n" for line in before if _step_of(line) <= step))
 
     def start(self, step: int) -> None:
         """Begin the live view after `step`."""
@@ -115,8 +113,7 @@ class Monitor:
         """Record one step, and show it if its turn has come."""
         if not self.main:
             return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_text(self.file, json.dumps(line) + "\n")
         if self.board is not None:
             for key, value in line.items():
                 if isinstance(value, int | float):
@@ -132,8 +129,7 @@ class Monitor:
         if self.main:
             line: dict[str, Any] = {"step": step, **{f"eval_{name}": one.value for name, one in scores.items()}}
             line["eval_intervals"] = {name: [one.low, one.high] for name, one in scores.items() if one.low < one.high}
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            append_text(self.file, json.dumps(line) + "\n")
             shown = "  ".join(f"{name} {one.value:.4g}" for name, one in scores.items() if "/" not in name)
             self.say(f"step {step}  {shown}")
 

@@ -16,6 +16,8 @@ from vft.types import UserError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+MAX_LINE = 1000
+"""Characters of a message."""
 _REASONS = {
     "bool_type": "must be true or false",
     "float_type": "must be a number",
@@ -40,11 +42,21 @@ def load(model: type[_Model], path: Path, overrides: Sequence[str] = ()) -> _Mod
     Raises UserError, one line: where it was written, the key, the value, what is allowed.
     """
     try:
+        return _load(model, path, overrides)
+    except UserError as error:  # a key may hold line breaks
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+        raise UserError(line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 3]}...") from error.__cause__
+
+
+def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
+    try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
+        raise UserError(f"{path}: not TOML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     overridden = [_override(table, text) for text in overrides]
@@ -69,7 +81,10 @@ def covers(keys: Collection[str], key: str) -> bool:
 
 def show(value: Any) -> str:
     """A value as TOML writes it, near enough for a message, cut to one short line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # too many digits, too deep
+        text = f"({type(value).__name__})"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -105,7 +120,7 @@ def _parse(value_text: str, text: str) -> Any:
     """A TOML value; a text that is none is itself, unless it began as a TOML string, list or table."""
     try:
         parsed = tomllib.loads(f"value = {value_text}")
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if value_text[0] in "\"'[{":
             raise UserError(f"command line: {text}: not a TOML value: {error}") from error
         return value_text

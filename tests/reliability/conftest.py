@@ -1,5 +1,5 @@
 """The fixtures of whole commands."""
 
-from tests.runs.fixtures import commands, world
+from tests.runs.fixtures import commands, learned, world
 
-__all__ = ["commands", "world"]
+__all__ = ["commands", "learned", "world"]

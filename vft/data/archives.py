@@ -25,9 +25,22 @@ from vft.types import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CHUNK_BYTES = 1 << 20
+MAX_MEMBER_BYTES = 16 << 30
+"""Hours of video at the quality of a disc."""
+MAX_HEADER_BYTES = 1 << 20
+"""Of a long name or other remarks on a member, which tarfile reads whole."""
+MAX_FILES = 100_000
+"""Members that belong together: the frames of one video, an hour of them."""
+MAX_RATIO, SUSPECT_BYTES = 200, 1 << 30
+"""An archive that has unpacked to so many bytes, and to so many times its own, is a bomb: gzip packs zeros 1,000-fold,
+text tenfold, video not at all."""
 _NUMBERS = itertools.count()
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}\Z")
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OverflowError)
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OverflowError, RecursionError)
+_REMARKS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 
 
 class DamagedArchive(Exception):
@@ -118,6 +131,8 @@ def copied(
             run = run or Run(archive, key, member.place, passed_over=not wanted(number))
             if run.passed_over:
                 continue
+            if len(run.files) >= MAX_FILES:
+                raise DamagedArchive(f"{archive}: more than {MAX_FILES} members of {key!r:.60}; download it again")
             path = member.save(spool)
             if member.name in run.files:
                 run.files[member.name].unlink()
@@ -149,7 +164,7 @@ def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def read_bytes(url: str) -> bytes:
     """The content of a file, local or `hf://`. UserError where it can't be read."""
-    with _opened(url) as file:
+    with opened_file(url) as file:
         try:
             return bytes(file.read())
         except Exception as error:
@@ -164,8 +179,8 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
         UserError: the archive can't be opened, or its disk or network fails.
     """
     is_plain = archive.endswith(".tar")
-    with _opened(archive) as opened:
-        file = opened if is_plain else gzip.GzipFile(fileobj=opened)
+    with opened_file(archive) as opened:
+        file = opened if is_plain else _Unpacked(opened)
         with _reading(archive):
             file.seek(place)
             # Offsets count from the file's start, wherever it stands; those of headers rise, so nothing is read twice.
@@ -179,14 +194,46 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
                     return
                 if entry.size < 0 or tar.offset <= entry.offset:
                     raise tarfile.ReadError("a member of negative size")
+                if entry.isreg() and (entry.size > MAX_MEMBER_BYTES or entry.sparse is not None):
+                    size = f"{entry.size / (1 << 30):.0f} GiB of at most {MAX_MEMBER_BYTES >> 30}"
+                    raise tarfile.ReadError(f"the member {entry.name!r:.60} is sparse or too large, {size}")
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of a whole archive
                 content = tar.extractfile(entry) if entry.isreg() else None
             if content is not None:
                 yield Member(archive, entry.name.removeprefix("./"), entry.offset, content)
 
 
+class _Unpacked(gzip.GzipFile):
+    """The content of a compressed archive, up to where it turns out to be a bomb."""
+
+    def __init__(self, packed: Any) -> None:
+        super().__init__(fileobj=packed)
+        self.packed = packed
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file. tarfile.ReadError at a bomb."""
+        content = super().read(size)
+        if self.tell() > max(SUSPECT_BYTES, MAX_RATIO * self.packed.tell()):
+            raise tarfile.ReadError(f"unpacks to more than {MAX_RATIO} times its size")
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Forward in steps, each of them looked at."""
+        while whence == os.SEEK_SET and self.tell() < offset and self.read(min(CHUNK_BYTES, offset - self.tell())):
+            pass
+        return super().seek(offset, whence)
+
+
 class _Header(tarfile.TarInfo):
     """A header that is cut off or garbled is damage. tarfile by itself takes it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """A header out of its block; tarfile.HeaderError where it announces absurdly long remarks."""
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.type in _REMARKS and entry.size > MAX_HEADER_BYTES:
+            raise tarfile.HeaderError(f"{entry.size} bytes of remarks on a member")
+        return entry
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -210,7 +257,8 @@ def _reading(archive: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[Any]:
+def opened_file(url: str) -> Iterator[Any]:
+    """A file, local or `hf://`, to read from. UserError where it can't be opened."""
     try:
         files, path = _files(url)
         opened = files.open(path, "rb")  # remote: blocks of 5 MB read ahead, which suits reading from front to back
@@ -224,6 +272,8 @@ def _files(location: str) -> tuple[Any, str]:
     """The file system that holds a location, and its path there."""
     if location.startswith("hf://"):
         return url_to_fs(location)
+    if os.path.exists(location) and not os.path.isfile(location) and not os.path.isdir(location):
+        raise OSError("is no regular file")  # a FIFO would block whoever opens it
     return LocalFileSystem(), os.path.abspath(location)  # not by fsspec's rules: it splits names at "::"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vft.data.trial import exceeds
 from vft.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Role, Turn, UserError
 from vft.vision_spec import VisionSpec
 
@@ -19,6 +20,16 @@ Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
 
 MAX_KEPT = 1 << 14
 """Encoded texts that are kept: a question is often asked of many videos, a label offered to all of them."""
+
+TEMPLATE_CPU_S, TEMPLATE_BYTES = 3, 1 << 29
+"""What a chat template may take for TRIAL: released ones take a few milliseconds."""
+TRIAL: Text = (
+    ("system", ("Be brief.",)),
+    ("user", (("video",), ("image",), "What is it?")),
+    ("assistant", ("A dog.",)),
+    ("user", ("Sure?",)),
+    ("assistant", ("Yes.",)),
+)
 
 # Private-use characters stand for an answer while the template's own text around it is looked at.
 _SENTINEL = "\ue000{}\ue001"
@@ -64,6 +75,9 @@ class ChatEncoder:
         marks = [token for kind in kinds for token in tokenizer.convert_ids_to_tokens(list(spec.placeholder(kind)))]
         control = dict.fromkeys([*tokenizer.all_special_tokens, *marks])
         self._control = re.compile("|".join(map(re.escape, control)))
+        if too_much := exceeds(lambda: self._apply(TRIAL, False, False), TEMPLATE_CPU_S, TEMPLATE_BYTES):
+            name = tokenizer.name_or_path
+            raise UserError(f"{name}: the chat template takes {too_much} for five turns; take the released one")
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
         self._ids_of = lru_cache(MAX_KEPT)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -264,7 +278,11 @@ class ChatEncoder:
                 kept = tuple(run)
                 content += [{"type": "text", "text": _joined(kept)}] if is_text else [{"type": p[0]} for p in kept]
             messages.append({"role": role, "content": content})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        except Exception as error:  # it is a program: of Jinja, of its sandbox, of whatever the template calls
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"the chat template fails ({type(error).__name__}: {reason})") from error
 
 
 def _text_of(conversation: Conversation, leads: Sequence[str]) -> Text:

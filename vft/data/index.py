@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vft.console import progress_bar
 from vft.data.pool import WorkerPool
 from vft.data.video import MediaError, check_file, join_pictures, scan_file
+from vft.files import cannot_write, flush
 from vft.types import MediaInfo, MediaKind, MediaRef, UserError
 
 Key = tuple[MediaKind, str]
@@ -218,38 +219,43 @@ def _locked(path: Path) -> AbstractContextManager[object]:
     except Timeout:
         print(f"waiting for another process that indexes media ({path})", file=sys.stderr, flush=True)
         return lock.acquire()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _read(path: Path) -> pa.Table:
     """The rows in the cache; none where there is no cache of this version."""
     try:
         table = pq.read_table(path)
+        version = (table.schema.metadata or {}).get(b"scan_version")
+        if version != SCAN_VERSION.encode() or table.schema.names != SCHEMA.names:
+            return SCHEMA.empty_table()
+        return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
     except FileNotFoundError:
         return SCHEMA.empty_table()
     except (pa.ArrowException, OSError) as error:
         print(f"{path}: can't be read ({error}); all media are indexed again", file=sys.stderr, flush=True)
         return SCHEMA.empty_table()
-    version = (table.schema.metadata or {}).get(b"scan_version")
-    if version != SCAN_VERSION.encode() or table.schema.names != SCHEMA.names:
-        return SCHEMA.empty_table()
-    return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
 
 
 def _write(path: Path, table: pa.Table, rows: list[Row]) -> pa.Table:
-    """Put `rows` in the place of those of the same files, and the whole on disk. A reader sees the old or the new."""
+    """Put `rows` in the place of those of the same files, and the whole on disk. A reader sees the old or the new.
+
+    UserError where it can't be written.
+    """
     new = pa.Table.from_pylist(rows, SCHEMA)
     replaced = set(_keys(new))
     kept = table.filter(pa.array([key not in replaced for key in _keys(table)], pa.bool_()))
     table = pa.concat_tables([kept, new])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+        with temporary.open("wb") as file:
+            pq.write_table(table, file)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)  # the rename itself
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
     return table

@@ -129,17 +129,20 @@ def scan_file(kind: MediaKind, path: Path, headers: bool = False) -> MediaInfo:
 def check_file(path: Path) -> stat_result:
     """The status of a regular file that isn't empty; a FIFO, say, would block whoever opens it.
 
+    Paths of records have their links followed, so that a link is what somebody put there since.
+
     Raises:
         MediaError: `missing`, `unreadable`, `not_a_file` or `empty`.
     """
     try:
-        status = path.stat()
+        status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         raise MediaError("missing", f"{path}: no such file; check the path in the record and data.root") from None
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk") from None
     if not stat.S_ISREG(status.st_mode):
-        raise MediaError("not_a_file", f"{path}: is no regular file; name a video or picture file")
+        what = "has become a link" if stat.S_ISLNK(status.st_mode) else "is no regular file"
+        raise MediaError("not_a_file", f"{path}: {what}; name a video or picture file")
     if status.st_size == 0:
         raise MediaError("empty", f"{path}: has 0 bytes; download it again")
     return status

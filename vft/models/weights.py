@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 
 from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
-from vft.files import whole_folder
+from vft.files import read_object, whole_folder
 from vft.nf4 import is_packed, pack, true_shapes
 from vft.tensor_files import DTYPES, Layout, file_order, write_tensors
 from vft.types import UserError
@@ -75,22 +75,25 @@ class Checkpoint:
         if Path(path).exists() and not Path(path, "config.json").is_file():
             raise UserError(f"model.path = {path!r}: the folder has no config.json; name a checkpoint's folder")
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            file = _file(path, "config.json")
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = _first_line(error)
             raise UserError(
                 f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
             ) from error
+        if file is None:
+            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
+        config = _configuration(path, file)
         if rope_factor is not None:
             text = config.get_text_config()
             text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
         index_file = _file(path, INDEX_FILE)
         if index_file is not None:
-            names = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            names = _weight_map(index_file)
             resolved = {name: _required_file(path, name) for name in sorted(set(names.values()))}
             return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()}, rope_factor)
         single = _required_file(path, SINGLE_FILE)
-        with _open(single) as reader:
+        with open_tensors(single) as reader:
             return Checkpoint(path, config, dict.fromkeys(reader.keys(), single), rope_factor)
 
     @cached_property
@@ -99,8 +102,14 @@ class Checkpoint:
         # Without the file transformers makes a tokenizer with an empty vocabulary.
         if _file(self.path, "tokenizer.json") is None:
             raise UserError(f"{self.path}: no tokenizer.json; only fast tokenizers give character offsets")
-        tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        assert tokenizer.is_fast, type(tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:  # of transformers, tokenizers, json: whatever a damaged file leads to
+            raise UserError(
+                f"{self.path}: the tokenizer can't be read ({_first_line(error)}); fetch it again"
+            ) from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{self.path}: {type(tokenizer).__name__} is no fast tokenizer, and gives no offsets")
         if tokenizer.chat_template is None:
             template = self.json_file("chat_template.json").get("chat_template")
             if template is None:
@@ -111,7 +120,7 @@ class Checkpoint:
     def json_file(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint; empty where there is none."""
         file = _file(self.path, name)
-        return json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        return read_object(file) if file is not None else {}
 
     @property
     def folder(self) -> Path:
@@ -147,7 +156,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
     progress = progress_bar(len(wanted), "loading weights", "tensor", show_progress)
     with progress, torch.no_grad():
         for file, names in by_file.items():
-            with _open(file) as reader:
+            with open_tensors(file) as reader:
                 for name in names:
                     _copy(wanted[name], shapes[name], reader.get_slice(name), f"{file}: {name}")
                     progress.update()
@@ -181,6 +190,33 @@ def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str)
         part.copy_(pack(source[first + start : first + start + len(part)].to(part.device)))
 
 
+def _configuration(path: str, file: Path) -> Any:
+    """transformers' configuration object. UserError where config.json is none, or one of a model with its own code."""
+    content = read_object(file)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of transformers or its checks of fields
+        kind = f"model_type = {content.get('model_type')!r}"
+        if "auto_map" in content:
+            raise UserError(f"{file}: {kind} comes with code of its own (auto_map), which is never run") from error
+        raise UserError(f"{file}: {kind}: can't be read as a configuration ({_first_line(error)})") from error
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    """Tensor name to the name of the file that holds it. UserError where that is no name of a file beside this one."""
+    names = read_object(file).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{file}: weight_map = {names!r:.60}: must name the file of each tensor; fetch it again")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise UserError(f"{file}: weight_map.{tensor} = {name!r:.60}: must name a safetensors file in this folder")
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _file(path: str, name: str) -> Path | None:
     found = cached_file(
         path,
@@ -199,7 +235,8 @@ def _required_file(path: str, name: str) -> Path:
     return file
 
 
-def _open(file: Path) -> Any:
+def open_tensors(file: Path) -> Any:
+    """A reader of a safetensors file. UserError where it is none."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -219,7 +256,7 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
             names = [name for name, home in checkpoint.weight_files.items() if home == file]
             # A tied head may have been saved all the same: then it is the embedding here too.
             wanted = {name: parameters[name if name in parameters else embedding].detach() for name in names}
-            with _open(file) as reader:
+            with open_tensors(file) as reader:
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], wanted[name].shape) for name in names}
             fetch = partial(_gathered, wanted, layout)
             if write:

@@ -53,7 +53,7 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
 def _class_folders(path: Path) -> list[str]:
     """Names of the class folders, sorted."""
     try:
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        names = sorted(entry.name for entry in os.scandir(path) if os.path.isdir(entry) and entry.name[0] != ".")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a folder that holds a folder for each class") from None
     if not names:

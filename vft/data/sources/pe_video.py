@@ -24,6 +24,7 @@ from vft.data.sources.records import BadRecord, Group, RecordError, check_text, 
 from vft.files import whole_folder
 from vft.types import MediaRef, Sample, Turn, UserError
 
+MAX_RECORD_BYTES = 16 << 20
 CAPTIONS = ("human_caption", "model_caption", "description")
 _MEMBER = re.compile(r"((?:.*/)?[^/.][^/]*)\.(?:mp4|json)", re.DOTALL)
 
@@ -122,6 +123,8 @@ def _group(run: Run) -> Group:
             raise RecordError("mp4", "the clip has no .mp4 beside its .json; download the archive again")
         if about not in run.files:
             raise RecordError("json", "the clip has no .json beside its .mp4; download the archive again")
+        if (size := run.files[about].stat().st_size) > MAX_RECORD_BYTES:
+            raise RecordError("", f"has {size} bytes, more than {MAX_RECORD_BYTES}; download the archive again")
         try:
             record = json.loads(run.files[about].read_bytes())
         except (ValueError, RecursionError) as error:

@@ -59,6 +59,9 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+TOO_DEEP = "is nested too deeply; each record must be a JSON object of a few levels"
+
+
 class Malformed(str):
     """What is wrong with a line of JSONL, in the place of its record."""
 
@@ -71,11 +74,17 @@ def read_json(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: the file can't be read, or isn't JSON; names file and line.
     """
+    yield from parse_json(read_file(path, "a JSON or JSONL file"), str(path))
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The content of a regular file; a FIFO would block whoever opens it. UserError where it can't be read."""
     try:
-        content = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path}: is no regular file; give the path of {what}")
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the path of a JSON or JSONL file") from None
-    yield from parse_json(content, str(path))
+        raise UserError(f"{path}: {error.strerror}; give the path of {what}") from None
 
 
 def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
@@ -161,6 +170,8 @@ def collect(
                 samples.append(Sample(sample_id, parse(record, path), origin, fields))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
+            except RecursionError:
+                bad.append(BadRecord(origin, "", TOO_DEEP))
     return samples, bad
 
 

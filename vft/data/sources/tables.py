@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from vft.data.sources.records import BadRecord, RecordError, resolve_media, shown, unique
+from vft.data.sources.records import TOO_DEEP, BadRecord, RecordError, read_file, resolve_media, shown, unique
 from vft.types import MediaRef, Sample, Turn, UserError
 
 Row = TypeVar("Row")
@@ -30,6 +30,8 @@ def gather(
             samples.append(replace(sample, id=unique(sample.id, seen)))
         except RecordError as error:
             bad.append(BadRecord(origin, error.field, error.message))
+        except RecursionError:
+            bad.append(BadRecord(origin, "", TOO_DEEP))
     return samples, bad
 
 
@@ -43,9 +45,7 @@ def read_text(path: Path) -> str:
         UserError: it can't be read, or isn't UTF-8; names file and line.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the path of a text file") from None
+        return read_file(path, "a text file").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None

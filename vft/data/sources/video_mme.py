@@ -15,12 +15,16 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from vft.data.archives import list_files
+import pyarrow.parquet as pq
+
+from vft.data.archives import list_files, opened_file
 from vft.data.sources.records import BadRecord, RecordError, check_text, shown
 from vft.data.sources.tables import first_present, gather, media_folders, read_text
 from vft.data.subtitles import Line, Subtitles, parse_srt
 from vft.types import MediaRef, Sample, Turn, UserError
 
+MAX_ROWS = 1_000_000
+"""A file of a few kilobytes may announce any number, and they are held in memory."""
 GROUPS = ("duration", "domain", "sub_category", "task_type")
 TEXTS = ("videoID", "question_id", "question", "answer", *GROUPS)
 SUFFIXES = (".mp4", ".MP4", ".mkv")
@@ -56,9 +60,15 @@ def _load(file: str) -> list[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import, and few runs need it
 
     try:
+        with opened_file(file) as opened:
+            count = pq.read_metadata(opened).num_rows
+        if count > MAX_ROWS:
+            raise ValueError(f"{count} rows, more than {MAX_ROWS}")
         # Streaming reads the file where it is; without it a copy would be written to the user's cache.
         table = load_dataset("parquet", data_files=glob.escape(file), split="train", streaming=True)
         rows, columns = list(table), table.column_names or []
+    except UserError:
+        raise
     except Exception as error:  # of datasets, pyarrow, the hub's client or its network library: no class in common
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{file}: can't be read ({reason}); download it again, or check the network") from None
@@ -111,7 +121,7 @@ class _Reader:
             names = [f"{folder}/subtitle/{video}.srt" for folder in self.folders]
             file = first_present(self.root, names, "videoID")
             try:
-                self.kept[video] = parse_srt(read_text(file), str(file)) if file.is_file() else ()
+                self.kept[video] = parse_srt(read_text(file), str(file)) if os.path.isfile(file) else ()
             except UserError as error:
                 raise RecordError("subtitles", str(error)) from None
         return self.kept[video]

@@ -1,0 +1,43 @@
+"""The caption recipe in which each process writes down what its packs of each step hold; tests start it.
+
+To the file MODALITIES with the process's rank behind it: a line a pack, `STEP KIND+KIND`, `text` where there are no
+media and `empty` where there is nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from vft import train
+from vft.models.family import VideoLanguageModel
+from vft.recipes.caption import Caption
+
+original_forward, original_step = VideoLanguageModel.forward, train.Trainer.train_step
+current = 0
+
+
+def train_step(trainer: train.Trainer) -> None:
+    """Takes note of the step."""
+    global current
+    current = trainer.step
+    original_step(trainer)
+    current = 0
+
+
+def forward(model: VideoLanguageModel, batch: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+    """The model's own."""
+    if current:
+        kinds = {plan.ref.kind for document in batch.documents for plan in document.media}
+        what = "+".join(sorted(kinds)) or ("text" if batch.documents else "empty")
+        with open(f"{os.environ['MODALITIES']}.{os.environ['RANK']}", "a") as file:
+            file.write(f"{current} {what}\n")
+    return original_forward(model, batch, *arguments, **options)
+
+
+if __name__ == "__main__":
+    train.Trainer.train_step = train_step  # type: ignore[method-assign]
+    VideoLanguageModel.forward = forward  # type: ignore[method-assign]
+    train.main(Caption())
