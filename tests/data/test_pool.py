@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def test_killed_from_outside_while_idle(pool: WorkerPool) -> None:
     lost = [result for result in results if isinstance(result, MediaError)]
     assert len(lost) <= 1 and all(error.reason == "crashed" for error in lost)  # the one it was given as it died
     assert pool.submit(os.getpid).result(30) != pid
+
+
+def test_killed_before_its_tensors_are_fetched(pool: WorkerPool) -> None:
+    """The message has come; the memory that it tells of is asked for from the worker, which is no more."""
+    with pytest.raises(MediaError, match=r"die_once_it_has_sent: its worker process died \(signal 9\)") as caught:
+        pool.submit(die_once_it_has_sent).result(30)
+    assert caught.value.reason == "crashed"
+    assert pool.submit(abs, -1).result(30) == 1
+
+
+def die_once_it_has_sent() -> torch.Tensor:
+    real = Connection.send_bytes
+
+    def send_bytes(self: Connection, message: bytes) -> None:
+        real(self, message)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection.send_bytes = send_bytes  # type: ignore[assignment, method-assign]
+    return torch.zeros(5)
 
 
 def test_exceptions_keep_their_type(pool: WorkerPool, tmp_path: Path) -> None:

@@ -184,13 +184,16 @@ class WorkerPool:
             message = worker.connection.recv_bytes()
         except (EOFError, OSError):
             return self._died(worker)
-        future, worker.future, worker.deadline = worker.future, None, math.inf
         try:
             succeeded, value = ForkingPickler.loads(message)
-        except (
-            Exception
-        ) as error:  # a class that can't be rebuilt here, or the worker died before its tensors were fetched
+        except (EOFError, OSError) as error:  # tensors' descriptors are fetched from the worker: has it died since?
+            worker.process.join(JOIN_S)
+            if worker.process.exitcode is not None:
+                return self._died(worker)
             succeeded, value = False, error
+        except Exception as error:  # a class that can't be rebuilt here
+            succeeded, value = False, error
+        future, worker.future, worker.deadline = worker.future, None, math.inf
         if future is None:  # the first message: whether the worker could start
             worker.ready = succeeded
             if not succeeded:
