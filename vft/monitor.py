@@ -20,6 +20,7 @@ from torch import nn
 
 from vft.config import LogConfig
 from vft.distributed import World
+from vft.files import replace_text
 from vft.flops import Flops, peak_flops
 from vft.lora import TrainableRow
 from vft.metrics import Interval
@@ -67,6 +68,8 @@ class Monitor:
         self.live: Progress | None = None
         self.board: Any = None
         self.board_folder = folder / "tensorboard" if main and tensorboard else None
+        self.evaluated = False
+        """Whether the scores of the step that the run goes on from are on record."""
 
     def say(self, text: str) -> None:
         """One line to the person in front."""
@@ -89,9 +92,8 @@ class Monitor:
             return
         before = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at 0 all begins anew
         lines = [line for line in before if _step_of(line) <= step]
-        partial = self.file.with_name(".partial-metrics.jsonl")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(self.file)
+        replace_text(self.file, "".join(f"{line}\n" for line in lines))
+        self.evaluated = any(_step_of(line) == step and '"eval_' in line for line in lines)
 
     def start(self, step: int) -> None:
         """Begin the live view after `step`."""

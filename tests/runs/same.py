@@ -16,7 +16,9 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 def final_files(folder: Path, steps: int) -> dict[str, bytes]:
     """What the last of so many steps left: weights, optimizer, cursor, answers and export."""
     last = folder / "checkpoints" / f"step-{steps:06d}"
-    left = [path for kind in ("adapter", "model", "predictions") for path in folder.glob(f"{kind}/*")]
+    left = [*folder.glob("best.json")]
+    for kind in ("adapter", "best", "model", "predictions"):
+        left += (folder / kind).glob("*")
     files = [path for path in [*last.iterdir(), *left] if path.name != "README.md"]  # says how long it took
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
