@@ -165,6 +165,26 @@ def test_a_half_written_line_of_metrics_is_dropped(commands: Commands, undisturb
     assert_same(folder, undisturbed, STEPS)
 
 
+@pytest.mark.parametrize("kept", [0, -1], ids=["base", "last"])
+def test_an_evaluation_without_its_scores_is_made_again(
+    world: World, commands: Commands, tmp_path: Path, kept: int
+) -> None:
+    """The kill came between the answers and the line of metrics: of the base, whose run has no checkpoint yet, or of
+    the last step."""
+    settings = {"train": {"max_steps": 2}, "eval": {"every_steps": 2, "max_new_tokens": 4, "best_metric": "loss"}}
+    undisturbed = commands.train(world.config(tmp_path / "undisturbed.toml", STOCHASTIC, settings))
+    assert column(undisturbed, "step") == [0, 1, 2, 2]
+    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings)
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:kept]))
+    (folder / "best.json").unlink()
+    if not kept:
+        shutil.rmtree(folder / "checkpoints")
+    commands.train(config)
+    assert_same(folder, undisturbed, 2)
+
+
 def test_the_command_of_a_finished_run_changes_nothing(commands: Commands, copy: Path) -> None:
     folder = copy.with_suffix("")
     commands.run(CAPTION, copy).ok()
