@@ -171,7 +171,10 @@ def test_an_evaluation_without_its_scores_is_made_again(
 ) -> None:
     """The kill came between the answers and the line of metrics: of the base, whose run has no checkpoint yet, or of
     the last step."""
-    settings = {"train": {"max_steps": 2}, "eval": {"every_steps": 2, "max_new_tokens": 4, "best_metric": "loss"}}
+    settings = {
+        "train": {"max_steps": 2, "warmup_steps": 1},
+        "eval": {"every_steps": 2, "max_new_tokens": 4, "best_metric": "loss"},
+    }
     undisturbed = commands.train(world.config(tmp_path / "undisturbed.toml", STOCHASTIC, settings))
     assert column(undisturbed, "step") == [0, 1, 2, 2]
     config = world.config(tmp_path / "run.toml", STOCHASTIC, settings)
