@@ -202,7 +202,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_before_the_damage_or_says_that_it_can_not(
     world: World, commands: Commands, tmp_path: Path, count: Callable[[int], int], processes: int
 ) -> None:

