@@ -88,8 +88,12 @@ def write_parts(folder: Path, parts: Mapping[str, Part], number: int, count: int
 def write_rest(folder: Path, step: int, state: str, files: Mapping[str, dict[str, Any]]) -> None:
     """The state that is no tensor, in JSON, and last the manifest of all `files`."""
     (folder / STATE).write_text(state, encoding="utf-8")
-    listed = dict(sorted({**files, STATE: _describe(folder / STATE)}.items()))
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    text = _manifest(step, {**files, STATE: _describe(folder / STATE)})
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _manifest(step: int, files: Mapping[str, dict[str, Any]]) -> str:
+    return json.dumps({"step": step, "files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
 def _offsets(part: Part) -> list[int]:
@@ -125,7 +129,10 @@ def newest_good(root: Path, world: World, report: Callable[[str], None]) -> Path
 def what_is_broken(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     """The first thing in one of several shares of the files that doesn't fit the manifest, or None."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _manifest(int(folder.name.removeprefix("step-")), files):  # the one file that no digest speaks for
+            return f"{MANIFEST} is not what was written for this step"
         for name, expected in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
             if _describe(folder / name) != expected:
                 return f"{name} is not what the manifest says (size or SHA-256)"

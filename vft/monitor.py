@@ -68,6 +68,8 @@ class Monitor:
         self.live: Progress | None = None
         self.board: Any = None
         self.board_folder = folder / "tensorboard" if main and tensorboard else None
+        self.evaluated = False
+        """Whether the scores of the step that the run goes on from are on record."""
 
     def say(self, text: str) -> None:
         """One line to the person in front."""
@@ -89,7 +91,9 @@ class Monitor:
         if not self.main or not self.file.exists():
             return
         before = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at 0 all begins anew
-        replace_text(self.file, "".join(f"{line}\n" for line in before if _step_of(line) <= step))
+        lines = [line for line in before if _step_of(line) <= step]
+        replace_text(self.file, "".join(f"{line}\n" for line in lines))
+        self.evaluated = any(_step_of(line) == step and '"eval_' in line for line in lines)
 
     def start(self, step: int) -> None:
         """Begin the live view after `step`."""

@@ -242,12 +242,12 @@ class Trainer:
         self.monitor.start(self.step)
         try:
             every = config.eval.every_steps
-            # Also where a kill came between a step's checkpoint and its evaluation.
+            # Also where a kill came between a step's checkpoint and the end of its evaluation.
             if (
                 every
                 and (begun or config.eval.at_start)
                 and begun % every == 0
-                and not any(all_of(self.answers.exists()))
+                and not any(all_of(self.monitor.evaluated))
             ):
                 self.evaluate()
             while self.step < self.max_steps:
@@ -351,11 +351,6 @@ class Trainer:
         if self.world.is_main:
             write_quarantine(self.folder, [*self.documents.bad, *self.loader.known_bad.values()])
 
-    @property
-    def answers(self) -> Path:
-        """File of this step's answers to the held-out questions."""
-        return self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
-
     def evaluate(self) -> None:
         """Scores on held-out samples."""
         assert self.held_out is not None
@@ -365,15 +360,16 @@ class Trainer:
             self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )
         sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+        answers = self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
         scores = evaluate(
-            self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, self.answers
+            self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, answers
         )
-        self.monitor.evaluation(self.step, scores)
         if settings.best_metric and self.step:
             best = Best(self.folder / "best.json", settings.best_metric, self.world)
             if best.is_beaten(scores):
                 self.export(self.folder / "best")
                 best.record(self.step, scores)
+        self.monitor.evaluation(self.step, scores)  # last: a run that goes on takes the line for the whole of it
 
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
-from vft.data.pool import WorkerPool, empty_bytes
+from vft.data.pool import FAILED_STARTS, WorkerPool, empty_bytes
 from vft.data.video import MediaError, scan_file
 
 
@@ -83,6 +84,60 @@ def test_killed_from_outside_while_idle(pool: WorkerPool) -> None:
     lost = [result for result in results if isinstance(result, MediaError)]
     assert len(lost) <= 1 and all(error.reason == "crashed" for error in lost)  # the one it was given as it died
     assert pool.submit(os.getpid).result(30) != pid
+
+
+def test_killed_before_its_tensors_are_fetched() -> None:
+    """The message has come; the memory that it tells of is asked for from the worker, which is no more."""
+    with WorkerPool(1, deadline_s=20.0) as pool:
+        with pytest.raises(MediaError, match=r"die_once_it_has_sent: its worker process died \(signal 9\)") as caught:
+            pool.submit(die_once_it_has_sent).result(60)
+        assert caught.value.reason == "crashed"
+        assert pool.submit(abs, -1).result(60) == 1
+
+
+def die_once_it_has_sent() -> torch.Tensor:
+    real = Connection.send_bytes
+
+    def send_bytes(self: Connection, message: bytes) -> None:
+        real(self, message)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection.send_bytes = send_bytes  # type: ignore[assignment, method-assign]
+    return torch.zeros(5)
+
+
+def test_killed_while_it_starts() -> None:
+    """Now and then that is bad luck; every time it is the pool's error."""
+    with WorkerPool(1, deadline_s=20.0, initializer=start_slowly) as pool:
+        first = pool.submit(os.getpid).result(60)
+        server = int(Path(f"/proc/{first}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        others = children(server) - {first}
+
+        def kill_one_after_another(times: int) -> None:
+            for _ in range(times):
+                (worker,) = children(server) - others
+                os.kill(worker, signal.SIGKILL)
+                assert until(lambda worker=worker: children(server) - others - {worker} or pool._closed, 30)
+
+        kill_one_after_another(1 + FAILED_STARTS)  # of which the first had started
+        assert pool.submit(os.getpid).result(60) != first
+        kill_one_after_another(1)
+        waiting = pool.submit(os.getpid)
+        kill_one_after_another(FAILED_STARTS + 1)
+        with pytest.raises(RuntimeError, match="died while it started"):
+            waiting.result(30)
+        with pytest.raises(RuntimeError, match=r"a worker process died while it started \(signal 9\)"):
+            pool.submit(os.getpid)
+
+
+def start_slowly() -> None:
+    time.sleep(1.5)
+
+
+def children(pid: int) -> set[int]:
+    """Of a process, those that run."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child) for child in found if is_running(int(child))}
 
 
 def test_exceptions_keep_their_type(pool: WorkerPool, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for_step
 from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
+from tests.runs.processes import free_port
 from tests.runs.world import World
 
 HOST = socket.gethostname()
@@ -24,12 +25,6 @@ ENDLESS: dict[str, Any] = {
     "train": {"max_steps": 100_000},
     "parallel": {"silence_s": 3.0, "timeout_s": 20.0},
 }
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def start(

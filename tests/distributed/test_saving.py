@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tests.distributed.saving import SHAPES, Trained, check, values
 from tests.runs.commands import Command, Commands
-from tests.runs.processes import run_together
+from tests.runs.processes import free_port, run_together
 
 PROGRAM = "tests.distributed.saving"
 NUMBERS = 3 * sum(math.prod(shape) for shape in SHAPES.values()) + len(SHAPES)
@@ -98,9 +97,7 @@ def finished(commands: list[Command], limit_s: float) -> list[int]:
     [(0, 1), (1, 2), *(pytest.param(rank, n, marks=pytest.mark.slow) for rank in (0, 1) for n in (3, 6, 10, 14, 99))],
 )
 def test_one_of_two_processes_killed_while_it_saves(commands: Commands, tmp_path: Path, rank: int, number: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     root = tmp_path / "checkpoints"
     started = [
         commands.start(PROGRAM, "victim", root, rank, number, "async", RANK=str(r), LOCAL_RANK=str(r), **address)

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.runs.commands import CAPTION, REPOSITORY, TIMES, Commands, column, largest_difference, metrics
+from tests.runs.commands import CAPTION, REPOSITORY, Commands, column, largest_difference, metrics
+from tests.runs.processes import descendants
+from tests.runs.same import assert_same
 from tests.runs.world import FULL_TUNING, World
 
 STEPS = 12
@@ -28,26 +30,6 @@ STOCHASTIC: dict[str, Any] = {
     "checkpoint": {"every_steps": 3, "keep_last": 3},
 }
 """Dropout, a schedule, and epochs (of 4 packs) that end within a step (of 3): what could get lost."""
-
-
-def without_times(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as far as it is determined by the configuration."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
-
-
-def final_files(folder: Path) -> dict[str, bytes]:
-    """What the last step left: weights, optimizer, cursor and export."""
-    last = folder / "checkpoints" / f"step-{STEPS:06d}"
-    files = [*last.iterdir(), *(path for kind in ("adapter", "model") for path in (folder / kind).glob("*"))]
-    files = [path for path in files if path.name != "README.md"]  # says how long it took
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def assert_same(folder: Path, expected: Path) -> None:
-    """Bit for bit, but for times."""
-    assert without_times(folder) == without_times(expected)
-    assert final_files(folder) == final_files(expected)
-    assert not [path for path in folder.rglob(".partial-*")]
 
 
 def wait_for_step(folder: Path, step: int, is_running: Callable[[], bool]) -> None:
@@ -84,14 +66,14 @@ def test_a_run_killed_at_random_steps(
         wait_for_step(folder, pick.randint(latest - 3, latest - 1), lambda command=command: command.is_running)
         assert command.kill().status == -signal.SIGKILL
     commands.train(config, "checkpoint.every_steps=3")
-    assert_same(folder, undisturbed)
+    assert_same(folder, undisturbed, STEPS)
 
 
 def test_a_killed_run_leaves_no_process_behind(world: World, commands: Commands, tmp_path: Path) -> None:
     config = world.config(tmp_path / "run.toml", STOCHASTIC, {"data": {"workers": 1}, "train": {"max_steps": 10_000}})
     command = commands.start(CAPTION, config)
     wait_for_step(tmp_path / "run", 2, lambda: command.is_running)
-    family = _descendants(command.pid)
+    family = descendants(command.pid)
     assert len(family) >= 2  # the worker and the server that forks it
     command.kill()
     deadline = time.monotonic() + 20
@@ -148,7 +130,7 @@ def test_a_broken_checkpoint_is_passed_over(
     report = [line for line in result.stderr.splitlines() if line.startswith(str(newest))]
     assert len(report) == 1 and name in report[0], result.stderr
     assert f"going on from {folder / 'checkpoints' / f'step-{STEPS - 3:06d}'}" in result.stderr
-    assert_same(folder, undisturbed)
+    assert_same(folder, undisturbed, STEPS)
 
 
 def test_a_checkpoint_that_was_never_finished_is_no_checkpoint(
@@ -158,7 +140,7 @@ def test_a_checkpoint_that_was_never_finished_is_no_checkpoint(
     (checkpoints / f"step-{STEPS:06d}").rename(checkpoints / f".partial-step-{STEPS:06d}")
     (checkpoints / f".partial-step-{STEPS:06d}" / "manifest.json").unlink()
     commands.run(CAPTION, copy).ok()
-    assert_same(copy.with_suffix(""), undisturbed)
+    assert_same(copy.with_suffix(""), undisturbed, STEPS)
 
 
 def test_no_whole_checkpoint_is_an_error(commands: Commands, copy: Path) -> None:
@@ -180,7 +162,30 @@ def test_a_half_written_line_of_metrics_is_dropped(commands: Commands, undisturb
     file = folder / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-40])
     commands.run(CAPTION, copy).ok()
-    assert_same(folder, undisturbed)
+    assert_same(folder, undisturbed, STEPS)
+
+
+@pytest.mark.parametrize("kept", [0, -1], ids=["base", "last"])
+def test_an_evaluation_without_its_scores_is_made_again(
+    world: World, commands: Commands, tmp_path: Path, kept: int
+) -> None:
+    """The kill came between the answers and the line of metrics: of the base, whose run has no checkpoint yet, or of
+    the last step."""
+    settings = {
+        "train": {"max_steps": 2, "warmup_steps": 1},
+        "eval": {"every_steps": 2, "max_new_tokens": 4, "best_metric": "loss"},
+    }
+    undisturbed = commands.train(world.config(tmp_path / "undisturbed.toml", STOCHASTIC, settings))
+    assert column(undisturbed, "step") == [0, 1, 2, 2]
+    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings)
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:kept]))
+    (folder / "best.json").unlink()
+    if not kept:
+        shutil.rmtree(folder / "checkpoints")
+    commands.train(config)
+    assert_same(folder, undisturbed, 2)
 
 
 def test_the_command_of_a_finished_run_changes_nothing(commands: Commands, copy: Path) -> None:
@@ -197,14 +202,15 @@ def test_workers_and_prefetch_change_nothing(
 ) -> None:
     settings = {"data": {"workers": 2, "prefetch_packs": 3}}
     folder = commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings))
-    assert_same(folder, undisturbed)
+    assert_same(folder, undisturbed, STEPS)
 
 
 def test_saving_in_the_loop_or_beside_it_changes_nothing(
     world: World, commands: Commands, undisturbed: Path, tmp_path: Path
 ) -> None:
     settings = {"checkpoint": {"asynchronous": False}}
-    assert_same(commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings)), undisturbed)
+    folder = commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings))
+    assert_same(folder, undisturbed, STEPS)
 
 
 def test_a_finished_run_can_be_prolonged(world: World, commands: Commands, tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def test_a_finished_run_can_be_prolonged(world: World, commands: Commands, tmp_p
     longer = world.config(tmp_path / "longer.toml", STOCHASTIC, settings)
     commands.train(longer, "train.max_steps=5")
     commands.train(longer)
-    assert_same(longer.with_suffix(""), straight)
+    assert_same(longer.with_suffix(""), straight, STEPS)
 
 
 def test_epochs_end_at_their_last_sample(world: World, commands: Commands, tmp_path: Path) -> None:
@@ -258,7 +264,7 @@ def test_one_of_two_processes_killed(world: World, commands: Commands, tmp_path:
         assert launcher.wait(timeout=120) != 0  # the other one doesn't wait for ever
     assert len(metrics(folder)) < STEPS
     commands.torchrun(2, config).ok()
-    assert_same(folder, undisturbed.with_suffix(""))
+    assert_same(folder, undisturbed.with_suffix(""), STEPS)
 
 
 @pytest.mark.slow
@@ -273,21 +279,6 @@ def test_two_processes_without_a_whole_checkpoint_end_with_one_error(commands: C
 def _children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in text.read_text().split()] if text.exists() else []
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes that `pid` or its threads started, and theirs."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
 
 
 def _environment(pid: int) -> dict[str, str]:

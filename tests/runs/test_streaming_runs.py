@@ -14,8 +14,9 @@ import pytest
 
 from tests.data.streaming import clip, damaged_clip, llava_record, pe_pair, pe_shards
 from tests.data.tars import cut, write_tar
-from tests.runs.commands import CAPTION, TIMES, Commands, column, largest_difference, metrics
+from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
+from tests.runs.same import without_times
 from tests.runs.world import World, record
 
 PE = {"format": "pe_video", "path": "pe", "stream": True}
@@ -53,11 +54,6 @@ def settings(root: Path, data: dict[str, Any], **train: Any) -> dict[str, Any]:
         "train": {"max_steps": 6, "packs_per_step": 4, "schedule": "constant", **train},
         "checkpoint": {"every_steps": 2},
     }
-
-
-def without_times(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as far as it is determined by the configuration."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
 def weights(folder: Path) -> bytes:

@@ -5,10 +5,11 @@ The sequence of packs is a pure function of (seed, epoch, lengths): every proces
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -40,7 +41,7 @@ class PackPlan:
 
     def packs_left(self, cursor: Cursor, epochs: int) -> int:
         """From `cursor` to the end of so many epochs in all."""
-        return max(0, sum(len(self.packs(epoch)) for epoch in range(cursor.epoch, epochs)) - cursor.pack)
+        return max(0, sum(_number_of_packs(self, epoch) for epoch in range(cursor.epoch, epochs)) - cursor.pack)
 
     def documents(self, epoch: int) -> list[int]:
         """Document numbers of one epoch in random order."""
@@ -60,28 +61,45 @@ class PackPlan:
         return random.Random(f"replace:{self.seed}:{epoch}:{number}:{attempt}").choice(candidates)
 
 
+@cache
+def _number_of_packs(plan: PackPlan, epoch: int) -> int:
+    """Kept for each epoch, whose packs are not: a run that goes on counts them twice."""
+    return len(plan.packs(epoch))
+
+
 @lru_cache(maxsize=3)
 def _epoch_packs(plan: PackPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """First fit over the open packs; where none has room, the fullest is closed."""
+    """First fit over the open packs; where none has room, the fullest is closed. Millions of documents take seconds."""
     closed: list[tuple[int, ...]] = []
-    opened: list[tuple[int, int, list[int]]] = []  # tokens, samples, documents
+    # Of each open pack: the tokens and samples that still fit, and its documents.
+    rooms: list[int] = []
+    seats: list[float] = []
+    opened: list[list[int]] = []
+    most = plan.max_samples or math.inf
+
+    def close(index: int) -> None:
+        del rooms[index], seats[index]
+        closed.append(tuple(opened.pop(index)))
+
+    lengths, samples = plan.lengths, plan.samples
     for number in plan.documents(epoch):
-        length, samples = plan.lengths[number], plan.samples[number]
-        for index, (tokens, taken, members) in enumerate(opened):
-            if tokens + length <= plan.pack_tokens and (not plan.max_samples or taken + samples <= plan.max_samples):
-                opened[index] = (tokens + length, taken + samples, [*members, number])
+        length, taken = lengths[number], samples[number]
+        for index, room in enumerate(rooms):
+            if length <= room and taken <= seats[index]:
                 break
         else:
-            if len(opened) == OPEN_PACKS:
-                fullest = max(range(len(opened)), key=lambda i: opened[i][0])
-                closed.append(tuple(opened.pop(fullest)[2]))
-            opened.append((length, samples, [number]))
-        if plan.max_samples:
-            # A pack with all its samples can take nothing more.
-            full = [i for i, (_, taken, _) in enumerate(opened) if taken >= plan.max_samples]
-            for index in reversed(full):
-                closed.append(tuple(opened.pop(index)[2]))
-    return tuple(closed) + tuple(tuple(members) for _, _, members in opened)
+            if len(rooms) == OPEN_PACKS:
+                close(rooms.index(min(rooms)))
+            index = len(rooms)
+            rooms.append(plan.pack_tokens)
+            seats.append(most)
+            opened.append([])
+        rooms[index] -= length
+        seats[index] -= taken
+        opened[index].append(number)
+        if seats[index] <= 0:
+            close(index)  # it can take nothing more
+    return tuple(closed) + tuple(tuple(members) for members in opened)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ R = TypeVar("R")
 
 START_DEADLINE_S = 300.0
 """For a worker to import what it needs; a cold network disk takes minutes."""
+FAILED_STARTS = 3
+"""Workers that may die one after another while they start, once one has started: someone kills them."""
 JOIN_S = 2.0
 """A killed process that waits for a dead disk can't end: it is left behind after so long."""
 
@@ -79,6 +81,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._queue: deque[tuple[Future[Any], bytes, str]] = deque()
         self._closed = ""  # why nothing can be submitted
+        self._starts_left = 0  # that may fail: where the first does, none will succeed
         if workers == 0:
             return
         _allow_open_files()
@@ -184,15 +187,18 @@ class WorkerPool:
             message = worker.connection.recv_bytes()
         except (EOFError, OSError):
             return self._died(worker)
-        future, worker.future, worker.deadline = worker.future, None, math.inf
         try:
             succeeded, value = ForkingPickler.loads(message)
-        except (
-            Exception
-        ) as error:  # a class that can't be rebuilt here, or the worker died before its tensors were fetched
+        except (EOFError, OSError) as error:  # tensors' descriptors are fetched from the worker: has it died since?
+            worker.process.join(JOIN_S)
+            if worker.process.exitcode is not None:
+                return self._died(worker)
             succeeded, value = False, error
+        except Exception as error:  # a class that can't be rebuilt here
+            succeeded, value = False, error
+        future, worker.future, worker.deadline = worker.future, None, math.inf
         if future is None:  # the first message: whether the worker could start
-            worker.ready = succeeded
+            worker.ready, self._starts_left = succeeded, FAILED_STARTS
             if not succeeded:
                 self._shut(f"a worker process could not start: {value!r}")
         elif succeeded:
@@ -217,7 +223,9 @@ class WorkerPool:
         code = worker.process.exitcode
         how = f"exit status {code}" if code is None or code >= 0 else f"signal {-code}"
         if not worker.ready:
-            self._shut(f"a worker process died while it started ({how})")
+            self._starts_left -= 1
+            if self._starts_left < 0:
+                self._shut(f"a worker process died while it started ({how})")
         mend = {
             -signal.SIGBUS: "shared memory (/dev/shm) is full: give the container more (--shm-size)",
             -signal.SIGKILL: "someone killed it, perhaps for want of memory: lower data.workers or the pixel limits",
@@ -227,11 +235,11 @@ class WorkerPool:
 
     def _end(self, worker: _Worker, error: Exception) -> None:
         """Kill a worker and fail its task."""
-        worker.process.kill()
-        worker.process.join(JOIN_S)
-        worker.connection.close()
-        with contextlib.suppress(ValueError):  # it still hangs in the kernel
+        with contextlib.suppress(ValueError):  # it was ended before, or still hangs in the kernel
+            worker.process.kill()
+            worker.process.join(JOIN_S)
             worker.process.close()
+        worker.connection.close()
         if worker.future is not None:
             worker.future.set_exception(error)
             worker.future = None
