@@ -29,8 +29,9 @@ from vft.data import frame_files, vision
 from vft.data.documents import load_documents
 from vft.data.frame_cache import FrameCache
 from vft.data.loader import Loader
+from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError, scan
+from vft.data.video import scan
 from vft.data_config import DataConfig
 from vft.distributed import World
 from vft.types import MediaPlan, MediaRef, Patches

@@ -18,7 +18,8 @@ from PIL import Image
 
 from tests.data.clips import level, make_clip, make_sound
 from vft.data import video
-from vft.data.video import MediaError, decode, decode_chunks, frame_times, scan
+from vft.data.media_error import MediaError
+from vft.data.video import decode, decode_chunks, frame_times, scan
 from vft.types import MediaInfo, MediaOptions, MediaPlan, MediaRef
 
 
@@ -139,7 +140,7 @@ def test_rotation(tmp_path: Path) -> None:
     upright_TCHW = decode(planned(ref, info, [2])).frames_TCHW
     flat_TCHW = decode(planned(flat, scan(flat), [2])).frames_TCHW
     assert torch.equal(upright_TCHW, torch.rot90(flat_TCHW, -1, (2, 3)))
-    in_sequence = video._decode_in_sequence(turned, info, [2]).frames_TCHW
+    in_sequence = next(video._decode_in_sequence(turned, info, [[2]])).frames_TCHW
     assert (in_sequence.int() - upright_TCHW.int()).abs().max() <= 4
 
 
@@ -147,7 +148,7 @@ def test_in_sequence_equals_seeking(videos: Path) -> None:
     path = videos / "mllm_demo_data" / "3.mp4"
     info = scan(MediaRef("video", path))
     plan = planned(MediaRef("video", path), info, [0, 70, 145])
-    a, b = decode(plan), video._decode_in_sequence(path, info, plan.frame_indices)
+    a, b = decode(plan), next(video._decode_in_sequence(path, info, [plan.frame_indices]))
     assert (a.frames_TCHW.int() - b.frames_TCHW.int()).abs().max() <= 4
     assert a.timestamps_s == pytest.approx(b.timestamps_s)
 

@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vft.console import progress_bar
+from vft.data.media_error import MediaError, check_file
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError, check_file, join_pictures, scan_file
+from vft.data.video import join_pictures, scan_file
 from vft.types import MediaInfo, MediaKind, MediaRef, UserError
 
 Key = tuple[MediaKind, str]
