@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 from tests.data.clips import level, make_clip
 
@@ -41,20 +42,17 @@ def cut(make: Maker, share: float) -> Maker:
     return changed(make, lambda data: data[: int(len(data) * share)])
 
 
-def overwritten(make: Maker, *marks: bytes, offset: int = 0, value: bytes) -> Maker:
-    """`value` at `offset` behind each of `marks`."""
+def overwritten(make: Maker, mark: bytes, value: bytes, offset: int = 0) -> Maker:
+    """`value` in a file, `offset` bytes behind the first `mark`."""
 
     def change(data: bytes) -> bytes:
-        spoilt = bytearray(data)
-        for mark in marks:
-            start = data.index(mark) + len(mark) + offset
-            spoilt[start : start + len(value)] = value
-        return bytes(spoilt)
+        start = data.index(mark) + len(mark) + offset
+        return data[:start] + value + data[start + len(value) :]
 
     return changed(make, change)
 
 
-def payload_spoilt(make: Maker, start: float, end: float, every: int = 1) -> Maker:
+def payload_inverted(make: Maker, start: float, end: float, every: int = 1) -> Maker:
     """An MP4 file in whose frames each `every`-th byte from `start` to `end` (shares of the payload) is inverted."""
 
     def change(data: bytes) -> bytes:
@@ -66,6 +64,18 @@ def payload_spoilt(make: Maker, start: float, end: float, every: int = 1) -> Mak
         return bytes(spoilt)
 
     return changed(make, change)
+
+
+def every_inverted(every: int, start: int = 0, after: bytes = b"") -> Callable[[bytes], bytes]:
+    """Invert each `every`-th byte from `start`, or from `after` on."""
+
+    def change(data: bytes) -> bytes:
+        spoilt = bytearray(data)
+        for i in range(data.index(after) + start + every - 1, len(data), every):
+            spoilt[i] ^= 0xFF
+        return bytes(spoilt)
+
+    return change
 
 
 def remuxed(
@@ -158,3 +168,28 @@ def size_changes(path: Path) -> None:
         parts.append(part.read_bytes())
         part.unlink()
     path.write_bytes(b"".join(parts))
+
+
+def vp8_sizes(side: int, frame: int = 0) -> Maker:
+    """A clip whose key frame `frame` claims `side` x `side` pixels; the first one's claim is the file's too."""
+
+    def change(data: bytes) -> bytes:
+        spoilt, size = bytearray(data), struct.pack("<HH", side, side)
+        if frame == 0:
+            spoilt[12:16] = size
+        starts = [i for i in range(len(data)) if data[i : i + 3] == b"\x9d\x01\x2a"]
+        spoilt[starts[frame] + 3 : starts[frame] + 7] = size
+        return bytes(spoilt)
+
+    return changed(clip(codec="libvpx", options={"g": "1"}, format="ivf"), change)
+
+
+def gif_canvas(width: int, height: int) -> Maker:
+    """35 bytes: a picture of one pixel on a canvas of many."""
+    canvas = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return content(canvas + b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0\x3b")
+
+
+def picture(format: str) -> Maker:
+    """A picture file."""
+    return lambda path: Image.new("RGB", (64, 48), (200, 100, 50)).save(path, format=format)

@@ -58,8 +58,12 @@ def check_file(path: Path) -> stat_result:
         MediaError: `missing`, `unreadable`, `not_a_file` or `empty`.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the index can't hold it, nor a terminal show it
+        raise MediaError("unreadable", f"{str(path)!a}: its name is not UTF-8; rename the file") from None
+    try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
         raise MediaError("missing", f"{path}: no such file; check the path in the record and data.root") from None
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk") from None

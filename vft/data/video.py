@@ -142,8 +142,8 @@ def _scan_packets(path: Path, container: InputContainer, index: int) -> tuple[in
             last_ticks = packet.duration or last_ticks
     if not ticks:
         raise MediaError("empty", f"{path}: its video stream has no frames; download or encode it anew")
-    if cut_off and num_read < stream.frames:
-        found = f"holds {num_read} of {stream.frames} frames"
+    if cut_off and num_read != stream.frames:  # 0 in containers that don't count
+        found = f"holds {num_read} of {stream.frames or 'more'} frames"
         raise MediaError("truncated", f"{path}: ends early, {found}; download it again")
     known = sorted(tick for tick in ticks if tick is not None)
     if len(known) < len(ticks):
@@ -177,6 +177,9 @@ def frame_times(ticks: list[int], tick_s: float, last_ticks: int, claimed_fps: f
 
 def _scan_picture(path: Path) -> MediaInfo:
     with _picture(path) as image:
+        if image.mode[0] in "IF":  # the model's processor would clip them: all is white
+            text = f"has grey levels of more than 8 bits (PIL's mode {image.mode}); convert it to 8 bits"
+            raise MediaError("not_a_picture", f"{path}: {text}")
         return MediaInfo("image", image.height, image.width)
 
 
@@ -303,7 +306,8 @@ def _load_picture(path: Path, info: MediaInfo) -> Tensor:
         if (image.height, image.width) != (info.height, info.width):
             sizes = f"is {image.height} x {image.width} (height x width), when indexed {info.height} x {info.width}"
             raise MediaError("changed", f"{path}: {sizes}; index it again")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- opening
