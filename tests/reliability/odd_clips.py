@@ -188,6 +188,7 @@ SIZES: Corpus = {
     "turned_90.mp4": (turned(clip(), 0, 1, -1, 0), Frames(12, 48, 64)),
     "turned_180.mp4": (turned(clip(), -1, 0, 0, -1), Frames(grey=lambda number: 255 - level(number))),
     "turned_270.mp4": (turned(clip(), 0, -1, 1, 0), Frames(12, 48, 64)),
+    "mirrored.mp4": (turned(clip(), -1, 0, 0, 1), Frames()),
     "matrix_of_zeros.mp4": (turned(clip(), 0, 0, 0, 0), Frames()),
     "1x1.mkv": (clip(size=(1, 1), codec="ffv1", pix_fmt="bgr0"), Frames(12, 1, 1)),
     "2x2.mp4": (clip(size=(2, 2)), Frames(12, 2, 2, None)),

@@ -19,11 +19,14 @@ from PIL import Image
 from tests.data.test_vision import SPEC, plan_of
 from tests.reliability.in_workers import measured
 from vft.data import vision
+from vft.data.budget import limits_of, plan_media
 from vft.data.index import Index, build
 from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
 from vft.data.video import scan_file
-from vft.types import MediaRef
+from vft.data_config import DataConfig
+from vft.models.qwen2_5_vl_vision import QwenVision
+from vft.types import MediaRef, UserError
 
 COLOUR = (200, 100, 50)
 DEADLINE_S = 60.0
@@ -194,6 +197,15 @@ def test_picture(folder: Path, indexed: Index, pool: WorkerPool, name: str) -> N
     assert (info.width, info.height) == (declared.width, declared.height)
     (frame_CHW,) = vision.frames_of(patches.pixels_PD, plan, SPEC)
     assert frame_CHW[:, 14, 14].tolist() == pytest.approx(declared.colour, abs=3)
+
+
+def test_a_picture_too_narrow_for_the_model_is_named(folder: Path, indexed: Index) -> None:
+    spec = QwenVision(image_token=1, video_token=2, tokens_per_second=2.0)
+    ref = MediaRef("image", folder / "a_line.png")
+    with pytest.raises(UserError) as caught:
+        plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], spec, 1000, "records.jsonl:3")
+    message = str(caught.value)
+    assert message.startswith(f"records.jsonl:3: {ref.path}: ") and "10000 x 1" in message
 
 
 def test_in_figures() -> None:

@@ -225,14 +225,28 @@ def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES, *, mul
 
 
 def _open_decoder(path: Path, info: MediaInfo) -> VideoDecoder | None:
-    """torchcodec's; None where it can't open the file or finds other frames in it than the index."""
+    """torchcodec's; None where it can't open the file, finds other frames in it than the index, or mirrors none."""
     try:
         decoder = VideoDecoder(str(path), stream_index=info.stream_index, num_ffmpeg_threads=1, seek_mode="exact")
     except _DECODER_ERRORS:
         return None
     metadata = decoder.metadata
-    found = len(decoder), metadata.height, metadata.width
-    return decoder if found == (info.num_frames, info.height, info.width) else None
+    if (len(decoder), metadata.height, metadata.width) != (info.num_frames, info.height, info.width):
+        return None
+    if metadata.rotation is not None:  # torchcodec 0.13 turns by a display matrix, but leaves out its mirroring
+        with suppress(av.FFmpegError), _open(path) as container:
+            first = next(container.decode(container.streams[info.stream_index]), None)
+            if isinstance(first, av.VideoFrame) and _is_mirrored(first):
+                return None
+    return decoder
+
+
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    return bool(a * d < b * c)
 
 
 def _check_unchanged(path: Path, info: MediaInfo) -> None:
@@ -294,7 +308,8 @@ def _decode_in_sequence(path: Path, info: MediaInfo, pieces: Sequence[Sequence[i
 
 def _upright(frame: av.VideoFrame, path: Path, info: MediaInfo) -> Tensor:
     """uint8 [3, H, W]."""
-    upright_HWC = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+    pixels_HWC = frame.to_ndarray(format="rgb24")
+    upright_HWC = np.rot90(pixels_HWC[::-1] if _is_mirrored(frame) else pixels_HWC, k=round(frame.rotation / 90))
     if upright_HWC.shape[:2] != (info.height, info.width):
         raise MediaError("mixed_sizes", f"{path}: its frames change size midway; encode it anew with one size")
     return torch.from_numpy(np.ascontiguousarray(upright_HWC)).permute(2, 0, 1)
