@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def indexed(folder: Path) -> Index:
 
 
 @pytest.fixture(scope="module")
-def pool() -> WorkerPool:
+def pool() -> Iterator[WorkerPool]:
     with WorkerPool(1, DEADLINE_S) as pool:
         yield pool
 
