@@ -306,7 +306,7 @@ SLOW: Corpus = {
         remuxed(clip(60, fps=1, size=(32, 32)), rounds=600),
         Frames(36_000, 32, 32, lambda index, time_s: index % 60),
     ),
-    "vp8_9000x9000_then_64x48.ivf": (vp8_sizes(9000), Refused("mixed_sizes", late=True)),
+    "vp8_6000x6000_then_64x48.ivf": (vp8_sizes(6000), Refused("mixed_sizes", late=True)),
 }
 """What takes seconds each."""
 
