@@ -21,9 +21,10 @@ import torch
 from vft.adapter_files import recorded
 from vft.answer import Answerer, Prompt, load_model, require_folder, user_question
 from vft.console import user_errors
+from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
 from vft.data.sources.records import PICTURE_SUFFIXES
-from vft.data.video import MediaError, scan
+from vft.data.video import scan
 from vft.data_config import DataConfig
 from vft.distributed import all_of, environment, make_mesh, process_group
 from vft.models.generate import Sampling

@@ -22,9 +22,9 @@ from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
 from vft.data.frame_cache import FrameCache
 from vft.data.frame_times import with_frame_times
+from vft.data.media_error import MediaError
 from vft.data.packing import collate
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of
 from vft.models import Skeleton, build

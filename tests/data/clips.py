@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -23,12 +24,17 @@ def make_clip(
     codec: str = "libx264",
     size: tuple[int, int] = (64, 48),
     options: dict[str, str] | None = None,
+    pix_fmt: str = "yuv420p",
+    **container_options: Any,
 ) -> Path:
-    """A clip whose frame i is shown at `ticks[i] / (fps * ticks_per_frame)` seconds; `size` is width, height."""
-    with av.open(str(path), "w") as container:
+    """A clip whose frame i is shown at `ticks[i] / (fps * ticks_per_frame)` seconds; `size` is width, height.
+
+    `options` are the encoder's; `container_options` those of `av.open`, such as `format` and `options`.
+    """
+    with av.open(str(path), "w", **container_options) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.time_base = Fraction(1, fps * ticks_per_frame)
         for i, tick in enumerate(ticks):
             pixels = np.full((size[1], size[0], 3), level(i), np.uint8)

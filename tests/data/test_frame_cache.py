@@ -29,8 +29,9 @@ from vft.data import frame_files, vision
 from vft.data.documents import load_documents
 from vft.data.frame_cache import FrameCache
 from vft.data.loader import Loader
+from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError, scan
+from vft.data.video import scan
 from vft.data_config import DataConfig
 from vft.distributed import World
 from vft.types import MediaPlan, MediaRef, Patches
@@ -101,7 +102,7 @@ def test_a_run_sees_the_same_with_and_without(tiny: Tiny, tmp_path: Path, worker
         overwrite(path)
     found, found_bad = epochs(cached, tiny, 2)
     assert_equal(found, expected)
-    assert [message.partition(" ")[0] for message in found_bad] == ["decode_error"]
+    assert [message.partition(" ")[0] for message in found_bad] == ["not_a_video"]
     assert len(epochs(plain, tiny, 1)[1]) == 6  # for without the cache it shows
 
 

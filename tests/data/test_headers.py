@@ -17,7 +17,8 @@ from tests.helpers import Tiny
 from vft.data import video
 from vft.data.documents import load_documents
 from vft.data.index import build
-from vft.data.video import MediaError, decode, scan_file
+from vft.data.media_error import MediaError
+from vft.data.video import decode, scan_file
 from vft.types import MediaInfo, MediaRef, VisionLimits
 
 LIMITS = VisionLimits(
@@ -147,13 +148,13 @@ def write_records(root: Path) -> None:
 
 
 def test_a_clip_that_turns_out_shorter_is_replaced(tiny: Tiny, tmp_path: Path) -> None:
-    """Quarantined as `changed`, in the place of which a good one is trained on; the run goes on."""
+    """Quarantined as `truncated`, in the place of which a good one is trained on; the run goes on."""
     root = tmp_path / "data"
     write_records(root)
     config = data_config(root, {"format": "messages", "path": "clips.json"}, index="header", max_samples_per_pack=1)
     with running(config, tiny.encoder, slots=2) as run:
         assert [ids for ids, _, _ in run.step().values()] == [("good",)] * 2
-        assert [(item.id, item.path, item.reason) for item in run.bad] == [("lie", str(root / "lie.mp4"), "changed")]
+        assert [(item.id, item.path, item.reason) for item in run.bad] == [("lie", str(root / "lie.mp4"), "truncated")]
 
 
 def test_headers_and_scans_are_kept_apart(tiny: Tiny, tmp_path: Path) -> None:

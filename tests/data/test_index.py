@@ -18,7 +18,8 @@ from PIL import Image
 from tests.data.clips import make_clip
 from vft.data import index
 from vft.data.index import Index, build
-from vft.data.video import MediaError, scan
+from vft.data.media_error import MediaError
+from vft.data.video import scan
 from vft.types import MediaInfo, MediaKind, MediaOptions, MediaRef
 
 

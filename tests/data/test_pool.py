@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vft.data.media_error import MediaError
 from vft.data.pool import FAILED_STARTS, WorkerPool, empty_bytes
-from vft.data.video import MediaError, scan_file
+from vft.data.video import scan_file
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from PIL import Image
 
 from tests.data.clips import level, make_clip, make_sound
 from vft.data import video
-from vft.data.video import MediaError, decode, decode_chunks, frame_times, scan
+from vft.data.media_error import MediaError
+from vft.data.video import decode, decode_chunks, frame_times, scan
 from vft.types import MediaInfo, MediaOptions, MediaPlan, MediaRef
 
 
@@ -124,22 +126,65 @@ def test_one_frame(tmp_path: Path) -> None:
     assert near(levels(ref, [0]), [0])
 
 
-def test_rotation(tmp_path: Path) -> None:
-    """A phone's upright clip: the display matrix of the track turned by 90 degrees."""
-    plain = make_clip(tmp_path / "plain.mp4", range(5))
+def with_matrix(plain: Path, a: int, b: int, c: int, d: int) -> Path:
+    """A copy whose track has the display matrix [a b; c d]."""
     data = bytearray(plain.read_bytes())
     matrix = data.index(b"tkhd") + 44
     one = 1 << 16
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
-    turned = tmp_path / "turned.mp4"
+    data[matrix : matrix + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 48 * one, 0, 1 << 30)
+    turned = plain.with_name("turned.mp4")
     turned.write_bytes(data)
+    return turned
+
+
+@pytest.mark.parametrize(
+    ("matrix", "mirror"),
+    [
+        ((-1, 0, 0, 1), lambda frames_TCHW: frames_TCHW.flip(3)),
+        ((1, 0, 0, -1), lambda frames_TCHW: frames_TCHW.flip(2)),
+        ((0, 1, 1, 0), lambda frames_TCHW: frames_TCHW.transpose(2, 3)),
+        ((0, -1, -1, 0), lambda frames_TCHW: frames_TCHW.transpose(2, 3).flip(2, 3)),
+    ],
+)
+def test_mirrored(
+    tmp_path: Path, matrix: tuple[int, int, int, int], mirror: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """A camera that looks at its user: torchcodec would turn the frames instead."""
+    plain = make_clip(tmp_path / "plain.mp4", range(5))
+    ref, flat = MediaRef("video", with_matrix(plain, *matrix)), MediaRef("video", plain)
+    mirrored_TCHW = decode(planned(ref, scan(ref), [1, 3])).frames_TCHW
+    flat_TCHW = decode(planned(flat, scan(flat), [1, 3])).frames_TCHW
+    assert (mirrored_TCHW.int() - mirror(flat_TCHW).int()).abs().max() <= 4
+
+
+def test_a_file_that_can_not_be_sought_in_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pieces it is wanted in: a long recording would be read from its start for each."""
+    ref = MediaRef("video", make_clip(tmp_path / "a.ts", range(30)))
+    info, real, opened = scan(ref), video._open, []
+
+    def spy(path: Path) -> Any:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(video, "_open", spy)
+    wanted = [0, 3, 3, 8, 8, 20, 29]
+    pieces = list(decode_chunks(planned(ref, info, wanted), chunk_bytes=1))
+    assert [len(piece.frames_TCHW) for piece in pieces] == [1] * 7 and len(opened) == 1
+    greys = [round(float(piece.frames_TCHW[0, :, -8:, -8:].float().mean())) for piece in pieces]
+    assert near(greys, wanted)
+
+
+def test_rotation(tmp_path: Path) -> None:
+    """A phone's upright clip: the display matrix of the track turned by 90 degrees."""
+    plain = make_clip(tmp_path / "plain.mp4", range(5))
+    turned = with_matrix(plain, 0, 1, -1, 0)
     ref, flat = MediaRef("video", turned), MediaRef("video", plain)
     info = scan(ref)
     assert (info.height, info.width) == (64, 48)
     upright_TCHW = decode(planned(ref, info, [2])).frames_TCHW
     flat_TCHW = decode(planned(flat, scan(flat), [2])).frames_TCHW
     assert torch.equal(upright_TCHW, torch.rot90(flat_TCHW, -1, (2, 3)))
-    in_sequence = video._decode_in_sequence(turned, info, [2]).frames_TCHW
+    in_sequence = next(video._decode_in_sequence(turned, info, [[2]])).frames_TCHW
     assert (in_sequence.int() - upright_TCHW.int()).abs().max() <= 4
 
 
@@ -147,7 +192,7 @@ def test_in_sequence_equals_seeking(videos: Path) -> None:
     path = videos / "mllm_demo_data" / "3.mp4"
     info = scan(MediaRef("video", path))
     plan = planned(MediaRef("video", path), info, [0, 70, 145])
-    a, b = decode(plan), video._decode_in_sequence(path, info, plan.frame_indices)
+    a, b = decode(plan), next(video._decode_in_sequence(path, info, [plan.frame_indices]))
     assert (a.frames_TCHW.int() - b.frames_TCHW.int()).abs().max() <= 4
     assert a.timestamps_s == pytest.approx(b.timestamps_s)
 

@@ -22,6 +22,7 @@ import pytest
 from tests.data.tars import write_tar
 from vft.data.archives import members
 from vft.data.index import build
+from vft.data.media_error import MediaError
 from vft.data.sources import (
     folders,
     kinetics,
@@ -35,7 +36,7 @@ from vft.data.sources import (
     video_mme,
 )
 from vft.data.sources.records import BadRecord
-from vft.data.video import MediaError, scan_file
+from vft.data.video import scan_file
 from vft.types import MediaRef, Sample, UserError
 
 Records = tuple[list[Sample], list[BadRecord]]

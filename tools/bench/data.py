@@ -37,9 +37,10 @@ from vft.console import user_errors
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader
+from vft.data.media_error import MediaError
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError, scan_file
+from vft.data.video import scan_file
 from vft.data_config import DataConfig, SourceConfig, VideoConfig
 from vft.models import build
 from vft.models.weights import Checkpoint

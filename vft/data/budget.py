@@ -113,7 +113,12 @@ def plan_media(
     vision tokens or text. UserError names the sample where even the smallest pictures don't fit.
     """
     limits = [limit for _, _, limit in media]
-    plans = [spec.plan(ref, info, limit) for ref, info, limit in media]
+    plans = []
+    for ref, info, limit in media:
+        try:
+            plans.append(spec.plan(ref, info, limit))
+        except UserError as error:  # of what is asked of this medium
+            raise UserError(f"{origin}: {ref.name}: {error}") from None
     while (total := sum(plan.num_tokens for plan in plans)) > room_tokens:
         share = max(room_tokens, 0) / total
         shorter = [_fewer_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]

@@ -16,9 +16,9 @@ from vft.data.budget import fit, plan_within
 from vft.data.chat import ChatEncoder, Encoded
 from vft.data.frame_times import with_frame_times
 from vft.data.index import build
+from vft.data.media_error import MediaError
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
-from vft.data.video import MediaError
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
 from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, UserError

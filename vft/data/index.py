@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vft.console import progress_bar
+from vft.data.media_error import MediaError, check_file
 from vft.data.pool import WorkerPool
-from vft.data.video import MediaError, check_file, join_pictures, scan_file
+from vft.data.video import join_pictures, scan_file
 from vft.files import cannot_write, flush
 from vft.types import MediaInfo, MediaKind, MediaRef, UserError
 
@@ -31,7 +32,7 @@ Key = tuple[MediaKind, str]
 """Kind and path of a file."""
 Row = dict[str, Any]
 
-SCAN_VERSION = "1"
+SCAN_VERSION = "2"
 """Raise it when a scan of the same file finds something else than before: older caches are then not read."""
 SAVE_EVERY = 2000
 """Files after which progress is saved: what an interrupted scan may lose."""

@@ -18,6 +18,7 @@ from typing import Any
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations
 from vft.data.frame_cache import NO_CACHE, FrameCache
+from vft.data.media_error import MediaError
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem
@@ -30,7 +31,6 @@ from vft.data.stream import (
     name_members,
     open_archives,
 )
-from vft.data.video import MediaError
 from vft.data_config import DataConfig
 from vft.types import Batch, Document, Patches, UserError
 

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 import torch.multiprocessing
 
-from vft.data.video import MediaError
+from vft.data.media_error import MediaError
 from vft.types import MediaPlan, MediaRef
 
 R = TypeVar("R")

@@ -23,11 +23,12 @@ from filelock import FileLock, Timeout
 from vft.data.archives import DamagedArchive
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations, converse
+from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.sources import llava_video, locate, pe_video
 from vft.data.sources.records import Group
-from vft.data.video import MediaError, join_pictures, scan_file
+from vft.data.video import join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
 from vft.types import Document, MediaInfo, MediaRef, UserError
 

@@ -6,14 +6,12 @@ two ways: PyAV demuxes (packet times), torchcodec decodes. `T` frames, `C/H/W` c
 
 from __future__ import annotations
 
-import stat
 import struct
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from os import stat_result
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -25,24 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
+from vft.data.media_error import MediaError, as_media_error, check_file, first_line
 from vft.types import Clip, MediaInfo, MediaKind, MediaPlan, MediaRef
-
-Reason = Literal[
-    "missing",
-    "not_a_file",
-    "unreadable",
-    "empty",
-    "truncated",
-    "not_a_video",
-    "not_a_picture",
-    "no_video_stream",
-    "mixed_sizes",
-    "too_large",
-    "decode_error",
-    "changed",
-    "deadline",
-    "crashed",
-]
 
 Times = tuple[float, ...] | None
 """Seconds from the first frame, one for each frame; None where the rate is constant."""
@@ -61,18 +43,6 @@ PLAYLISTS = frozenset({"hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp"}
 
 _DECODER_ERRORS = (RuntimeError, ValueError, IndexError)
 _PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
-
-
-class MediaError(Exception):
-    """One medium can't be used; the run can go on. `str()` is one line: the path, what is wrong, the mend."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(reason, message)  # both in args: pickling between processes calls __init__(*args)
-        self.reason: Reason = reason
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 # -------------------------------------------------------------------------------------------------------- scanning
@@ -104,18 +74,6 @@ def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
     return MediaInfo("video", first.height, first.width, len(infos), fps, duration_s=len(infos) / fps)
 
 
-@contextmanager
-def as_media_error(path: Path) -> Iterator[None]:
-    """Make whatever a damaged file brings about a MediaError: one odd clip must not end a run. Our own bugs stay."""
-    try:
-        yield
-    except (MediaError, AssertionError):
-        raise
-    except Exception as error:
-        message = f"{path}: {type(error).__name__}: {_first_line(error)}; download or encode it anew"
-        raise MediaError("decode_error", message) from error
-
-
 def scan_file(kind: MediaKind, path: Path, headers: bool = False) -> MediaInfo:
     """`scan` of one file. With `headers` a video's frame count is the header's, where that states it with a rate."""
     check_file(path)
@@ -126,45 +84,31 @@ def scan_file(kind: MediaKind, path: Path, headers: bool = False) -> MediaInfo:
     return info
 
 
-def check_file(path: Path) -> stat_result:
-    """The status of a regular file that isn't empty; a FIFO, say, would block whoever opens it.
-
-    Paths of records have their links followed, so that a link is what somebody put there since.
-
-    Raises:
-        MediaError: `missing`, `unreadable`, `not_a_file` or `empty`.
-    """
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise MediaError("missing", f"{path}: no such file; check the path in the record and data.root") from None
-    except OSError as error:
-        raise MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk") from None
-    if not stat.S_ISREG(status.st_mode):
-        what = "has become a link" if stat.S_ISLNK(status.st_mode) else "is no regular file"
-        raise MediaError("not_a_file", f"{path}: {what}; name a video or picture file")
-    if status.st_size == 0:
-        raise MediaError("empty", f"{path}: has 0 bytes; download it again")
-    return status
-
-
 def _scan_video(path: Path, headers: bool) -> MediaInfo:
     try:
         with _open(path) as container:
             if PLAYLISTS.intersection(container.format.name.split(",")):
                 raise MediaError("not_a_video", f"{path}: is a playlist ({container.format.name}); name a video file")
+            if container.format.name.endswith("_pipe"):  # FFmpeg's demuxers of single pictures
+                raise MediaError("not_a_video", f"{path}: is a picture ({container.format.name}); name a video file")
             best = container.streams.best("video")
             if best is None or best.disposition & Disposition.attached_pic:
                 raise MediaError("no_video_stream", f"{path}: has no moving picture; take the record out")
-            # Which stream is best and how large it is after rotation is the decoder's to say.
-            metadata = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1).metadata
-            index, height, width = metadata.stream_index, metadata.height, metadata.width
+            assert isinstance(best, VideoStream)
+            if best.codec_context is None:
+                raise MediaError("decode_error", f"{path}: FFmpeg knows no decoder for it; encode it anew, as MP4 say")
+            index, height, width = best.index, best.height, best.width
+            if height * width > MAX_FRAME_PIXELS:
+                raise _too_large(path, f"{width}x{height}")
+            # Which stream is best and how large it is after rotation is the decoder's to say, but it wants a duration
+            # in the header. Without (raw H.264, APNG) there is no rotation either.
+            with suppress(*_DECODER_ERRORS):
+                metadata = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1).metadata
+                index, height, width = metadata.stream_index, metadata.height or 0, metadata.width or 0
             found = _read_header(container, index) if headers else None
             num_frames, fps, duration_s, times_s = found or _scan_packets(path, container, index)
     except av.FFmpegError as error:
         raise _unopened(path, error) from error
-    except _DECODER_ERRORS as error:
-        raise MediaError("decode_error", f"{path}: {_first_line(error)}; encode it anew, as MP4 say") from error
     if not height or not width:
         raise MediaError("no_video_stream", f"{path}: its video stream has no size; encode it anew")
     return MediaInfo("video", height, width, num_frames, fps, index, duration_s, times_s)
@@ -198,8 +142,8 @@ def _scan_packets(path: Path, container: InputContainer, index: int) -> tuple[in
             last_ticks = packet.duration or last_ticks
     if not ticks:
         raise MediaError("empty", f"{path}: its video stream has no frames; download or encode it anew")
-    if cut_off and num_read < stream.frames:
-        found = f"holds {num_read} of {stream.frames} frames"
+    if cut_off and num_read != stream.frames:  # 0 in containers that don't count
+        found = f"holds {num_read} of {stream.frames or 'more'} frames"
         raise MediaError("truncated", f"{path}: ends early, {found}; download it again")
     known = sorted(tick for tick in ticks if tick is not None)
     if len(known) < len(ticks):
@@ -233,6 +177,9 @@ def frame_times(ticks: list[int], tick_s: float, last_ticks: int, claimed_fps: f
 
 def _scan_picture(path: Path) -> MediaInfo:
     with _picture(path) as image:
+        if image.mode[0] in "IF":  # the model's processor would clip them: all is white
+            text = f"has grey levels of more than 8 bits (PIL's mode {image.mode}); convert it to 8 bits"
+            raise MediaError("not_a_picture", f"{path}: {text}")
         return MediaInfo("image", image.height, image.width)
 
 
@@ -265,68 +212,107 @@ def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES, *, mul
     elif plan.ref.kind == "image":
         yield Clip(_load_picture(path, info)[None], (0.0,))
     else:
+        check_file(path)
         decoder = _open_decoder(path, info)
-        for piece in pieces:
-            yield _decode_piece(decoder, path, info, piece)
+        if decoder is None:
+            _check_unchanged(path, info)
+        for number, piece in enumerate(pieces):
+            clip = None if decoder is None else _seek(decoder, info, piece)
+            if clip is None:
+                yield from _decode_in_sequence(path, info, pieces[number:])
+                return
+            yield clip
 
 
-def _open_decoder(path: Path, info: MediaInfo) -> VideoDecoder:
-    check_file(path)
+def _open_decoder(path: Path, info: MediaInfo) -> VideoDecoder | None:
+    """torchcodec's; None where it can't open the file, finds other frames in it than the index, or mirrors none."""
     try:
         decoder = VideoDecoder(str(path), stream_index=info.stream_index, num_ffmpeg_threads=1, seek_mode="exact")
-    except _DECODER_ERRORS as error:
-        raise MediaError("decode_error", f"{path}: {_first_line(error)}; download or encode it anew") from error
+    except _DECODER_ERRORS:
+        return None
     metadata = decoder.metadata
-    found, indexed = (len(decoder), metadata.height, metadata.width), (info.num_frames, info.height, info.width)
+    if (len(decoder), metadata.height, metadata.width) != (info.num_frames, info.height, info.width):
+        return None
+    if metadata.rotation is not None:  # torchcodec 0.13 turns by a display matrix, but leaves out its mirroring
+        with suppress(av.FFmpegError), _open(path) as container:
+            first = next(container.decode(container.streams[info.stream_index]), None)
+            if isinstance(first, av.VideoFrame) and _is_mirrored(first):
+                return None
+    return decoder
+
+
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    return bool(a * d < b * c)
+
+
+def _check_unchanged(path: Path, info: MediaInfo) -> None:
+    now = scan_file("video", path)
+    found, indexed = (now.num_frames, now.height, now.width), (info.num_frames, info.height, info.width)
     if found != indexed:
         text = "{} frames of {} x {} (height x width)"
         message = f"{path}: has {text.format(*found)}, when indexed {text.format(*indexed)}; index it again"
         raise MediaError("changed", message)
-    return decoder
 
 
-def _decode_piece(decoder: VideoDecoder, path: Path, info: MediaInfo, indices: Sequence[int]) -> Clip:
-    # torchcodec 0.13 can't seek in MPEG-TS, and returns other frames than those asked for, or fails at the last one,
-    # where the packets of B-frames carry no presentation time (AVI): their times show it. Reading in sequence can.
+def _seek(decoder: VideoDecoder, info: MediaInfo, indices: Sequence[int]) -> Clip | None:
+    """The frames at `indices`; None where the decoder can't get them.
+
+    torchcodec 0.13 can't seek in MPEG-TS, and returns other frames than those asked for, or fails at the last one,
+    where the packets of B-frames carry no presentation time (AVI): their times show it. Reading in sequence can.
+    """
     try:
         batch = decoder.get_frames_at(list(indices))
     except _DECODER_ERRORS:
-        return _decode_in_sequence(path, info, indices)
+        return None
     begin_s = decoder.metadata.begin_stream_seconds or 0.0
     times_s = tuple(t - begin_s for t in batch.pts_seconds.tolist())
     half_frame_s = 0.5 / info.fps if info.fps else 1.0
     for index, time_s in zip(indices, times_s, strict=True):
         expected_s = info.time_of(index)  # from the container's rate, which is right within 1 %
         if abs(time_s - expected_s) > half_frame_s + 0.01 * expected_s:
-            return _decode_in_sequence(path, info, indices)
+            return None
     return Clip(batch.data, times_s)
 
 
-def _decode_in_sequence(path: Path, info: MediaInfo, indices: Sequence[int]) -> Clip:
-    """The frames at `indices`, read from the first to the last of the file by PyAV; slow, and needs no seeking.
+def _decode_in_sequence(path: Path, info: MediaInfo, pieces: Sequence[Sequence[int]]) -> Iterator[Clip]:
+    """Pieces of ascending frames, read once from the first to the last of the file by PyAV; it needs no seeking.
 
     Pixels are torchcodec's, except with 10 bits a channel: there edges of colour differ (another way to scale chroma).
+    What is missing or of another size shows at the end at the latest.
     """
-    frames: dict[int, Tensor] = {}
-    wanted, count = frozenset(indices), 0
+    waiting, frames, count = deque(pieces), dict[int, Tensor](), 0
     try:
         with _open(path) as container:
             stream = container.streams[info.stream_index]
             assert isinstance(stream, VideoStream)
             stream.codec_context.thread_count = 1
             for frame in container.decode(stream):
-                if count in wanted:
-                    upright_HWC = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
-                    frames[count] = torch.from_numpy(np.ascontiguousarray(upright_HWC)).permute(2, 0, 1)
+                if waiting and count in waiting[0]:
+                    frames[count] = _upright(frame, path, info)
                 count += 1
+                while waiting and waiting[0][-1] < count:
+                    piece = waiting.popleft()
+                    yield Clip(torch.stack([frames[i] for i in piece]), tuple(info.time_of(i) for i in piece))
+                    frames = {i: frames[i] for i in piece if waiting and i in waiting[0]}
     except (av.FFmpegError, ValueError) as error:
-        raise MediaError("decode_error", f"{path}: {_first_line(error)}; download or encode it anew") from error
+        what = f"frame {count} of {info.num_frames}: {first_line(error)}"
+        raise MediaError("decode_error", f"{path}: {what}; download or encode it anew") from error
     if count != info.num_frames:  # a frame that is lost somewhere would shift all behind it
         lost = f"{count} of {info.num_frames} frames can be decoded"
         raise MediaError("decode_error", f"{path}: {lost}; download or encode it anew")
-    if len({frame_CHW.shape for frame_CHW in frames.values()}) > 1:
+
+
+def _upright(frame: av.VideoFrame, path: Path, info: MediaInfo) -> Tensor:
+    """uint8 [3, H, W]."""
+    pixels_HWC = frame.to_ndarray(format="rgb24")
+    upright_HWC = np.rot90(pixels_HWC[::-1] if _is_mirrored(frame) else pixels_HWC, k=round(frame.rotation / 90))
+    if upright_HWC.shape[:2] != (info.height, info.width):
         raise MediaError("mixed_sizes", f"{path}: its frames change size midway; encode it anew with one size")
-    return Clip(torch.stack([frames[i] for i in indices]), tuple(info.time_of(i) for i in indices))
+    return torch.from_numpy(np.ascontiguousarray(upright_HWC)).permute(2, 0, 1)
 
 
 def _load_picture(path: Path, info: MediaInfo) -> Tensor:
@@ -335,14 +321,16 @@ def _load_picture(path: Path, info: MediaInfo) -> Tensor:
         if (image.height, image.width) != (info.height, info.width):
             sizes = f"is {image.height} x {image.width} (height x width), when indexed {info.height} x {info.width}"
             raise MediaError("changed", f"{path}: {sizes}; index it again")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- opening
 
 
 def _open(path: Path) -> InputContainer:
-    container: InputContainer = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+    options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
+    container: InputContainer = av.open(str(path), options=options, metadata_errors="ignore")
     return container
 
 
@@ -365,7 +353,7 @@ def _picture(path: Path) -> Iterator[Image.Image]:
         try:
             yield image
         except _PICTURE_ERRORS as error:
-            raise MediaError("decode_error", f"{path}: {_first_line(error)}; download it again") from error
+            raise MediaError("decode_error", f"{path}: {first_line(error)}; download it again") from error
 
 
 def _too_large(path: Path, what: str) -> MediaError:
@@ -375,13 +363,15 @@ def _too_large(path: Path, what: str) -> MediaError:
 def _unopened(path: Path, error: av.FFmpegError) -> MediaError:
     """What it means that FFmpeg could not open or read `path`."""
     if isinstance(error, OSError) and not isinstance(error, ValueError):
-        return MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk")
+        try:  # Matroska's demuxer calls a missing end an error of the disk
+            with path.open("rb") as file:
+                while file.read(CHUNK_BYTES):
+                    pass
+        except OSError:
+            return MediaError("unreadable", f"{path}: {error.strerror}; check the file's permissions and its disk")
+        return MediaError("truncated", f"{path}: ends early; download it again")
     with path.open("rb") as file:
         is_mp4 = file.read(8)[4:] == b"ftyp"
     if is_mp4:
         return MediaError("truncated", f"{path}: is an MP4 file without its index (moov); download it again")
     return MediaError("not_a_video", f"{path}: holds no video that FFmpeg can read; name a video file")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

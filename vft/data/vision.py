@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vft.data.media_error import as_media_error
 from vft.data.pool import empty_bytes
-from vft.data.video import as_media_error, decode_chunks
+from vft.data.video import decode_chunks
 from vft.types import Clip, MediaPlan, Patches, View
 from vft.vision_spec import VisionSpec
 

@@ -33,7 +33,7 @@ def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[i
             last = min(last, math.floor(limits.end_s * info.fps))
     if first > last:
         raise UserError(
-            f"{ref.path}: video_start = {limits.start_s}, video_end = {limits.end_s}: no frame lies in this range; "
+            f"video_start = {limits.start_s}, video_end = {limits.end_s}: no frame lies in this range; "
             f"the video has {info.num_frames} frames in {info.duration_s:.2f} s"
         )
     return first, last
@@ -75,7 +75,7 @@ def sampled_rate(info: MediaInfo, first: int, last: int, count: int) -> float:
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Nearest size in multiples of `factor` whose area lies within the budget (Qwen2-VL's smart_resize)."""
     if max(height, width) / min(height, width) > 200:
-        raise UserError(f"picture of {width} x {height} pixels: one side is more than 200 times the other")
+        raise UserError(f"picture of {width} x {height} pixels: one side is more than 200 times the other; crop it")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

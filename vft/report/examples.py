@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vft.data import vision
 from vft.data.documents import Documents
-from vft.data.video import MediaError
+from vft.data.media_error import MediaError
 from vft.metrics import rouge_l_scores, token_f1_scores
 from vft.types import MediaPlan, UserError
 from vft.vision_spec import VisionSpec
