@@ -114,8 +114,8 @@ class AnswersFile:
         if not isinstance(line, dict) or not isinstance(line.get("settings"), dict) or "id" not in line:
             raise UserError(f"{self.path}:{number}: isn't an answer of this command; name another --output")
         before, now = _flat(line["settings"]), _flat(self.settings)
-        for name in sorted((before.keys() | now.keys()) - NAMES):
-            if before.get(name) != now.get(name):
+        for name in {**now, **before}:
+            if name not in NAMES and before.get(name) != now.get(name):
                 was, new = (f"{name} = {one.get(name)!r} ({_names(one)})" for one in (before, now))
                 raise UserError(f"{self.path}:{number}: was answered with {was}, now {new}; name another --output")
         return line
