@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     )
     what = "videos or pictures, folders of them, or JSONL of records"
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help=what)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may stand between videos
 
 
 def check(arguments: argparse.Namespace) -> None:
