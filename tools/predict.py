@@ -142,7 +142,7 @@ def predict(arguments: argparse.Namespace) -> int:
         # The first process's file is the one that counts: others may be on hosts that don't see it.
         done = all_of(None if file is None else [file.has(item) for item in items])[0]
         left = [item for item, is_done in zip(items, done or [False] * len(items), strict=True) if not is_done]
-        if done and world.is_main:
+        if len(left) < len(items) and world.is_main:
             print(f"{arguments.output}: {len(items) - len(left)} of {len(items)} answered before", file=sys.stderr)
         if not left:
             return 0
