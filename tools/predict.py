@@ -131,14 +131,13 @@ def predict(arguments: argparse.Namespace) -> int:
     file = None
     if arguments.output is not None:
         file = AnswersFile(arguments.output, settings_of(arguments, checkpoint, config, precision))
-    many = len(items) > FEW or arguments.segments is not None
-    workers = arguments.workers if arguments.workers is not None else WORKERS if many else 0
     # Before the process group, as in training: a first scan of many files may outlast any time-out.
-    info = scanned(items, config, workers, world) if many else scan
+    keep = len(items) > FEW or arguments.segments is not None
+    info = scanned(items, config, workers_for(items, arguments), world) if keep else scan
     if arguments.segments is not None:
         items = split(items, arguments.segments, info)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with process_group(world), WorkerPool(workers, CLIP_DEADLINE_S) as pool:
+    with process_group(world), WorkerPool(workers_for(items, arguments), CLIP_DEADLINE_S) as pool:
         # The first process's file is the one that counts: others may be on hosts that don't see it.
         done = all_of(None if file is None else [file.has(item) for item in items])[0]
         left = [item for item, is_done in zip(items, done or [False] * len(items), strict=True) if not is_done]
@@ -150,6 +149,13 @@ def predict(arguments: argparse.Namespace) -> int:
         loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, mesh, quantize=quantize)
         answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, info, pool, world)
         return answer_items(answerer, left, arguments, file)
+
+
+def workers_for(items: Sequence[Item], arguments: argparse.Namespace) -> int:
+    """Processes that scan and decode."""
+    if arguments.workers is not None:
+        return int(arguments.workers)
+    return WORKERS if len(items) > FEW else 0
 
 
 def scanned(items: Sequence[Item], config: DataConfig, workers: int, world: World) -> Info:
