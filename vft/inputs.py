@@ -24,7 +24,7 @@ from vft.data.sources.records import (
 )
 from vft.data.video import MediaError
 from vft.task import Question, with_prompt
-from vft.types import Conversation, MediaInfo, MediaRef, UserError
+from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, UserError
 
 RECORD_SUFFIXES = frozenset({".jsonl", ".json"})
 MEDIA_KEYS = ("video", "videos", "image", "images")
@@ -87,7 +87,9 @@ def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) ->
             resolve_media(folder, str(file.relative_to(folder)), "file")
         except RecordError as error:
             return Item(name, Failure(name, "record", f"{name}: {error.message}"))
-    ref = MediaRef("image" if file.suffix.lower() in PICTURE_SUFFIXES else "video", file)
+    # FFmpeg might take a relative name for a protocol's; shown is the one given.
+    kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
+    ref = MediaRef(kind, file.resolve(), member=str(file))
     return Item(name, user_question(name, [ref], prompt))
 
 
