@@ -23,7 +23,7 @@ from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
-from vft.models.weights import Checkpoint, copy_companions
+from vft.models.weights import Checkpoint, copy_companions, open_tensors
 from vft.serving import vllm_serve
 from vft.types import UserError
 
