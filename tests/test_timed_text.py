@@ -82,7 +82,7 @@ def test_a_line_before_each_video_and_none_before_a_picture() -> None:
 
 
 def test_only_where_it_is_asked_for() -> None:
-    """`data.video.timestamps`, in training and for a user's question."""
+    """`data.video.timestamps`."""
     sample = Sample("s", (Turn("user", (LONG, "?")), Turn("assistant", ("x",))), "s")
 
     def make(one: Sample) -> list[Conversation]:
@@ -91,7 +91,6 @@ def test_only_where_it_is_asked_for() -> None:
     for timestamps in (False, True):
         (made,), bad = converse(sample, make, config_of(100, timestamps))
         assert not bad and (FrameTimes(0) in made.turns[0].parts) == timestamps
-        assert (FrameTimes(0) in user_question("q", [LONG], "?", timestamps).prompt.turns[0].parts) == timestamps
 
 
 @pytest.mark.parametrize("frames", [2, 4, 20])
@@ -251,9 +250,9 @@ def test_what_is_refused_is_counted(tiny: Tiny, name: str) -> None:
 
 def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> None:
     """For a question to answer, `fit` counts up to where the answer begins."""
-    question = user_question("q", [LONG], "What happens?", timestamps=True)
-    plans, _ = fit([question.prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
-    encoded = tiny.encoder.encode(question.prompt.settled(plans), answer_next=True)
+    prompt = with_frame_times(user_question("q", [LONG], "What happens?").prompt)
+    plans, _ = fit([prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
+    encoded = tiny.encoder.encode(prompt.settled(plans), answer_next=True)
     made = tiny.encoder.document([encoded], plans, ["q"])
     assert made.num_tokens <= 200 and times_line(plans[0]) in told(tiny, made)
     assert bool((made.labels_T == IGNORE_INDEX).all())

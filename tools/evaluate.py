@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,8 @@ def main() -> None:
         if arguments.adapter is not None:
             runs["adapter"] = arguments.adapter
         world = environment()
+        if not config.eval.sources and world.is_main:
+            print("eval.sources = []: scored are the samples of data.sources, those of training", file=sys.stderr)
         scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
         if not world.is_main:
             return

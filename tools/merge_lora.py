@@ -24,6 +24,7 @@ from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
 from vft.models.weights import Checkpoint, copy_companions, open_tensors
+from vft.serving import vllm_serve
 from vft.types import UserError
 
 
@@ -112,6 +113,7 @@ def main() -> None:
     with user_errors():
         changed = merge(arguments.base, arguments.adapter, arguments.output)
         print(f"merged {changed} layers into {arguments.output}")
+        print(f"with vLLM: {vllm_serve(str(arguments.output), recorded(arguments.adapter).get('video', {}))}")
 
 
 if __name__ == "__main__":

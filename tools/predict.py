@@ -1,36 +1,55 @@
 #!/usr/bin/env python
 """Answer a prompt about videos: python tools/predict.py --model MODEL [--adapter DIR] [--prompt TEXT] VIDEO...
 
-Frames and pixels are those that the adapter (or merged model) was trained with, unless options say otherwise.
+VIDEO is a video or picture, a folder of them, or a JSONL of records: those of training data, whose last answers become
+references, or {"video": ..., "prompt": ...}. Frames and pixels are those that the adapter (or merged model) was trained
+with, unless options say otherwise.
+
+With --output FILE.jsonl each answer is a line of that file as soon as it is known, and the same command again goes on
+where it was. With --segments SECONDS a long video is asked about part by part.
 
 A model that no device holds is spread over several: torchrun --nproc-per-node 8 tools/predict.py ... Each process
-answers its share of the files, and the first one prints.
+answers its share of the questions, and the first one prints and writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vft.adapter_files import recorded
-from vft.answer import Answerer, Prompt, load_model, require_folder, user_question
-from vft.console import user_errors
+from vft.adapter_files import WEIGHTS_FILE, recorded
+from vft.answer import Answerer, Prompt, load_model, require_folder
+from vft.console import progress_bar, user_errors
+from vft.data.frame_times import with_frame_times
+from vft.data.index import build
 from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
-from vft.data.sources.records import PICTURE_SUFFIXES
 from vft.data.video import scan
 from vft.data_config import DataConfig
-from vft.distributed import all_of, environment, make_mesh, process_group
+from vft.distributed import World, all_of, environment, make_mesh, process_group
+from vft.inputs import RECORD_SUFFIXES, Failure, Item, read_items, split
 from vft.models.generate import Sampling
-from vft.types import MediaKind, MediaRef, UserError
+from vft.models.weights import Checkpoint
+from vft.outputs import AnswersFile, answer_line
+from vft.types import MediaInfo, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
+FEW = 8
+"""Questions up to which starting worker processes takes longer than they save."""
+WORKERS = 4
+CLIP_DEADLINE_S = 600.0
+
+Info = Callable[[MediaRef], MediaInfo]
 
 
 def main() -> None:
@@ -48,6 +67,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter on it")
     parser.add_argument("--prompt", help=f"what to ask (default: that of the training task, or {DEFAULT_PROMPT!r})")
     parser.add_argument("--json", action="store_true", help="one JSON object a video: video, prompt, prediction")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL of answers, which a second run goes on with")
+    parser.add_argument("--root", type=Path, help="where the media of records lie (default: the folder of their file)")
+    parser.add_argument("--segments", type=float, metavar="SECONDS", help="ask about every so many seconds of a video")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="TOKENS", help="length limit (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); higher: sampled")
     parser.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default 1)")
@@ -59,75 +81,182 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, metavar="PIXELS", help="height x width of a frame, at most")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: the layers in 4 bits")
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video or picture files")
-    return parser.parse_args()
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="questions that a process answers at once (default 1)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help=f"processes that decode (default: {WORKERS}; up to {FEW} videos: 0)"
+    )
+    what = "videos or pictures, folders of them, or JSONL of records"
+    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help=what)
+    return parser.parse_intermixed_args()  # options may stand between videos
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """UserError for values out of range."""
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens = {arguments.max_new_tokens}: must be at least 1")
+    """UserError for values out of range, or that don't go together."""
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} = {getattr(arguments, name)}: must be at least 1")
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers = {arguments.workers}: must be at least 0")
     if not 0 <= arguments.temperature < math.inf:
         raise UserError(f"--temperature = {arguments.temperature}: must be 0 (greedy) or above")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p = {arguments.top_p}: must be above 0 and at most 1")
+    if arguments.segments is not None and not 0 < arguments.segments < math.inf:
+        raise UserError(f"--segments = {arguments.segments}: must be seconds above 0")
+    if arguments.batch_size > 1 and arguments.temperature:
+        raise UserError(
+            f"--batch-size = {arguments.batch_size} and --temperature = {arguments.temperature}: what is drawn would "
+            "depend on the other questions; leave one out"
+        )
+    if arguments.json and arguments.output:
+        raise UserError("--json prints, --output writes JSON to a file; leave one out")
+    if arguments.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in arguments.videos):
+        raise UserError("--root is where the media of records lie, but no JSONL is named; leave it out")
+    require_folder(arguments.adapter, "--adapter")
+    require_folder(arguments.root, "--root")
+    if not any(path.exists() for path in arguments.videos):  # before a large model is loaded for nothing
+        raise UserError(f"{arguments.videos[0]}: no such file; check the path")
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Print an answer for each file; returns how many files could not be used."""
+    """Print or write an answer to each question; returns how many have none."""
     check(arguments)
-    require_folder(arguments.adapter, "--adapter")
-    if not any(path.exists() for path in arguments.videos):  # before a large model is loaded for nothing
-        raise UserError(f"{arguments.videos[0]}: no such file; check the path")
     world = environment()
-    default = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: default}[arguments.precision]
-    with process_group(world), WorkerPool(workers=0, deadline_s=600.0) as pool:
+    checkpoint = Checkpoint.open(arguments.model)
+    about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
+    config = data_config(arguments, about)
+    items = read_items(arguments.videos, arguments.prompt or about.get("prompt") or DEFAULT_PROMPT, arguments.root)
+    precision = arguments.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    file = None
+    if arguments.output is not None:
+        file = AnswersFile(arguments.output, settings_of(arguments, checkpoint, config, precision))
+    # Before the process group, as in training: a first scan of many files may outlast any time-out.
+    keep = len(items) > FEW or arguments.segments is not None
+    info = scanned(items, config, workers_for(items, arguments), world) if keep else scan
+    if arguments.segments is not None:
+        items = split(items, arguments.segments, info)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with process_group(world), WorkerPool(workers_for(items, arguments), CLIP_DEADLINE_S) as pool:
+        # The first process's file is the one that counts: others may be on hosts that don't see it.
+        done = all_of(None if file is None else [file.has(item) for item in items])[0]
+        left = [item for item, is_done in zip(items, done or [False] * len(items), strict=True) if not is_done]
+        if len(left) < len(items) and world.is_main:
+            print(f"{arguments.output}: {len(items) - len(left)} of {len(items)} answered before", file=sys.stderr)
+        if not left:
+            return 0
         mesh, quantize = make_mesh(world, 0), arguments.quantize
         loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, mesh, quantize=quantize)
-        about = trained_with(arguments.adapter, loaded.checkpoint.json_file("vft.json"))
-        prompt = arguments.prompt or about.get("prompt", DEFAULT_PROMPT)
-        config = data_config(arguments, about)
-        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, scan, pool, world)
-        return answer_files(answerer, prompt, arguments)
+        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, info, pool, world)
+        return answer_items(answerer, left, arguments, file)
 
 
-def answer_files(answerer: Answerer, prompt: str, arguments: argparse.Namespace) -> int:
-    """Each process takes the next file of its turn; all run the model equally often. Returns how many files failed."""
-    world, paths = answerer.world, arguments.videos
+def workers_for(items: Sequence[Item], arguments: argparse.Namespace) -> int:
+    """Processes that scan and decode."""
+    if arguments.workers is not None:
+        return int(arguments.workers)
+    return WORKERS if len(items) > FEW else 0
+
+
+def scanned(items: Sequence[Item], config: DataConfig, workers: int, world: World) -> Info:
+    """What scans of all the media find, made side by side and kept."""
+    refs = [ref for item in items if not isinstance(item.asked, Failure) for ref in item.asked.prompt.media]
+    return build(refs, config.cache_path, workers, CLIP_DEADLINE_S, show_progress=world.is_main).info
+
+
+def settings_of(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, config: DataConfig, precision: str
+) -> dict[str, Any]:
+    """All that an answer depends on beside the question."""
+    weights = hashlib.sha256(checkpoint.fingerprint.encode())
+    if arguments.adapter is not None and (arguments.adapter / WEIGHTS_FILE).is_file():
+        with (arguments.adapter / WEIGHTS_FILE).open("rb") as stream:
+            weights.update(hashlib.file_digest(stream, "sha256").digest())
+    sampled = {"top_p": arguments.top_p, "seed": arguments.seed} if arguments.temperature else {}
+    return {
+        "model": arguments.model,
+        "adapter": None if arguments.adapter is None else str(arguments.adapter),
+        "weights": weights.hexdigest()[:16],
+        "precision": precision,
+        "quantize": arguments.quantize,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        **sampled,
+        "video": config.video.model_dump(mode="json", exclude_none=True),
+        "image": config.image.model_dump(mode="json", exclude_none=True),
+    }
+
+
+def answer_items(
+    answerer: Answerer, items: Sequence[Item], arguments: argparse.Namespace, file: AnswersFile | None
+) -> int:
+    """Each process takes its share of every turn; all run the model equally often. Returns how many have no answer."""
+    world = answerer.world
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    failed = 0
-    for first in range(0, len(paths), world.size):
-        turn = paths[first : first + world.size]
-        media: list[Prompt] = []
-        error = ""
-        if world.rank < len(turn):
-            read = load(answerer, turn[world.rank], prompt)
-            media, error = ([], str(read)) if isinstance(read, MediaError) else ([read], "")
-        told = all_of(("".join(answerer.answer(media, sampling)), error))
-        failed += sum(bool(error) for _, error in told)
-        if world.is_main:
-            for path, (answer, error) in zip(turn, told, strict=False):  # the last turn may have too few for all
-                if error:
-                    print(f"error: {error}", file=sys.stderr)
-                else:
-                    show(path, prompt, answer, arguments)
+    alone = len(items) == 1 and items[0].segment_s is None
+    live = alone and file is None and not arguments.json and sys.stdout.isatty() and world.is_main
+    failures: Counter[str] = Counter()
+    size = world.size * arguments.batch_size
+    turns = [items[first : first + size] for first in range(0, len(items), size)]
+    if file is not None and world.is_main:
+        file.begin()
+    loading = begin(answerer, turns[0])
+    with progress_bar(len(items), "answering", "question", file is not None and world.is_main) as bar:
+        for number, turn in enumerate(turns):
+            following = turns[number + 1] if number + 1 < len(turns) else []
+            ready = loading()
+            loading = begin(answerer, following)  # decoded while these are answered
+            prompts = [one for one in ready if isinstance(one, Prompt)]
+            texts = iter(answerer.answer(prompts, sampling, write if live else None))
+            told = all_of([next(texts) if isinstance(one, Prompt) else one for one in ready])
+            if world.is_main:
+                for place, item in enumerate(turn):
+                    answer = told[place % world.size][place // world.size]
+                    failures.update([answer.reason] if isinstance(answer, Failure) else [])
+                    tell(item, answer, arguments, file, live)
+            bar.update(len(turn))
+    failed = all_of(failures.total())[0]
+    if failed and file is not None and world.is_main:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(failures.items()))
+        print(f"error: {failed} of {len(items)} questions have no answer ({reasons}): see {file.path}", file=sys.stderr)
     return failed
 
 
-def load(answerer: Answerer, path: Path, prompt: str) -> Prompt | MediaError:
-    """The question about a file with its frames, or what is wrong with the file."""
-    kind: MediaKind = "image" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
-    question = user_question(str(path), [MediaRef(kind, path.resolve())], prompt, answerer.config.video.timestamps)
+def begin(answerer: Answerer, turn: Sequence[Item]) -> Callable[[], list[Prompt | Failure]]:
+    """Begin to decode this process's share of a turn; what is returned waits for it."""
+    world, pool = answerer.world, answerer.pool
+    share = turn[world.rank :: world.size]
+    if not pool.workers:  # nothing goes on beside this process
+        return lambda: [load(answerer, item)() for item in share]
+    waiting = [load(answerer, item) for item in share]
+    return lambda: [wait() for wait in waiting]
+
+
+def load(answerer: Answerer, item: Item) -> Callable[[], Prompt | Failure]:
+    """A question with its frames, when it is waited for, or what is wrong with them."""
+    if isinstance(item.asked, Failure):
+        failed = item.asked
+        return lambda: failed
+    asked = item.asked
+    name = asked.prompt.media[0].name if asked.prompt.media else asked.prompt.origin
+    if answerer.config.video.timestamps:
+        asked = replace(asked, prompt=with_frame_times(asked.prompt))
+    failure: Failure | None = None
     try:
-        return answerer.load([question])()[0]
+        wait = answerer.load([asked])
     except MediaError as error:  # found by the scan
-        return error
+        failure = Failure(name, error.reason, str(error))
+    except UserError as error:  # no frame in the range, too long a text
+        failure = Failure(name, "unfit", str(error))
 
+    def waited() -> Prompt | Failure:
+        if failure is not None:
+            return failure
+        (found,) = wait()
+        return Failure(name, found.reason, str(found)) if isinstance(found, MediaError) else found
 
-def trained_with(adapter: Path | None, merged: dict[str, Any]) -> dict[str, Any]:
-    """What training recorded beside the adapter or in the merged model; empty for a plain base."""
-    return merged if adapter is None else recorded(adapter)
+    return waited
 
 
 def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataConfig:
@@ -151,12 +280,37 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
         raise UserError(f"{where}{value}: {detail['msg']}; see --fps, --frames, --max-frames, --max-pixels") from error
 
 
-def show(path: Path, prompt: str, answer: str, arguments: argparse.Namespace) -> None:
-    """One answer."""
-    if arguments.json:
-        print(json.dumps({"video": str(path), "prompt": prompt, "prediction": answer}, ensure_ascii=False), flush=True)
+def tell(
+    item: Item, answer: str | Failure, arguments: argparse.Namespace, file: AnswersFile | None, live: bool
+) -> None:
+    """One answer, or why there is none: to the file, or to the terminal."""
+    if file is not None:
+        file.add(item, answer)
+    elif isinstance(answer, Failure):
+        print(f"error: {answer.message}", file=sys.stderr)
+    elif live:
+        print(flush=True)  # the text stands there already
+    elif arguments.json:
+        line = answer_line(item, answer)
+        if not item.is_record:
+            del line["id"]
+        print(json.dumps(line, ensure_ascii=False), flush=True)
     else:
-        print(answer if len(arguments.videos) == 1 else f"{path}: {answer}", flush=True)
+        alone = len(arguments.videos) == 1 and arguments.videos[0].is_file() and not item.is_record
+        print(": ".join([*([] if alone else [item.id]), *clock(item), answer]), flush=True)
+
+
+def clock(item: Item) -> list[str]:
+    """The segment as minutes and seconds; nothing where the whole is asked about."""
+    if item.segment_s is None:
+        return []
+    times_s = [round(time_s, 1) for time_s in item.segment_s]
+    return ["-".join(f"{int(time_s // 60):02d}:{time_s % 60:04.1f}".removesuffix(".0") for time_s in times_s)]
+
+
+def write(text: str) -> None:
+    """A piece of an answer."""
+    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from vft.console import progress_bar
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
 from vft.data.frame_cache import FrameCache
-from vft.data.frame_times import with_frame_times
 from vft.data.media_error import MediaError
 from vft.data.packing import collate
 from vft.data.pool import WorkerPool
@@ -36,10 +35,9 @@ from vft.task import Answer, Question
 from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn, UserError
 
 
-def user_question(id: str, media: Sequence[MediaRef], text: str, timestamps: bool = False) -> Question:
-    """A question without known answers; with `timestamps` a line about the frames of each video before it."""
-    asked = Conversation(id, (Turn("user", (*media, text)),), id)
-    return Question(id, with_frame_times(asked) if timestamps else asked, ())
+def user_question(id: str, media: Sequence[MediaRef], text: str) -> Question:
+    """A question without known answers."""
+    return Question(id, Conversation(id, (Turn("user", (*media, text)),), id), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,29 @@ class Prompt:
     patches: list[Patches]
     options: Document | None
     """The question's options as branches; None where it has none."""
+
+
+class TextStream:
+    """Text of one answer, given on as its tokens come; what a token to come may still change is held back."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], show: Callable[[str], None]) -> None:
+        self._decode, self._show = decode, show
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, tokens: Sequence[int | None]) -> None:
+        """The next token of the first answer; None when it has ended."""
+        if tokens[0] is not None:
+            self._ids.append(tokens[0])
+            text = self._decode(self._ids)
+            if not text.endswith("\ufffd"):  # a character of several tokens, not yet whole
+                self.finish(text)
+
+    def finish(self, text: str) -> None:
+        """Show what is new in `text`. All of it so far is decoded each time: tokens alone lack spaces, or bytes."""
+        if text.startswith(self._shown):
+            self._show(text[len(self._shown) :])
+            self._shown = text
 
 
 class Answerer:
@@ -99,11 +120,26 @@ class Answerer:
 
         return wait
 
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """Answers to a handful of prompts at once. Every process must call it; it may bring none."""
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling, show: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """Answers to a handful of prompts at once. Every process must call it; it may bring none.
+
+        `show` gets the text of the first one piece by piece, as it comes.
+        """
         batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.spec)
-        answers = generate(self.model, batch.to(self.world.device), self.stop_ids, sampling)
-        return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        stream = None if show is None or not prompts else TextStream(self.decode, show)
+        answers = generate(
+            self.model, batch.to(self.world.device), self.stop_ids, sampling, None if stream is None else stream.add
+        )
+        texts = [self.decode(ids) for ids in answers]
+        if stream is not None:
+            stream.finish(texts[0])
+        return texts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
     def score(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
         """How likely each prompt's options are, nothing for those without. Every process must call it."""

@@ -38,6 +38,25 @@ def test_predict(world: World, commands: Commands, adapter: Path, tmp_path: Path
     assert "error: " not in second.stderr
 
 
+def test_predict_to_a_file(world: World, commands: Commands, adapter: Path, tmp_path: Path) -> None:
+    """The lines that one process writes, in turns of four questions; then only what is new is asked."""
+    write_clip(tmp_path / "damaged.mp4", "red")
+    damage(tmp_path / "damaged.mp4")
+    clips = [world.root / f"{colour}.{kind}" for colour in ANSWERS for kind in ("mp4", "png")]
+    arguments = ("--model", world.base, "--adapter", adapter, "--prompt", PROMPT, "--max-new-tokens", 6)
+    files = (tmp_path / "damaged.mp4", *clips[:5])
+    # Beside it the frames are decoded by another process, while answers are given.
+    commands.run("tools/predict.py", *arguments, "--workers", 1, "--output", tmp_path / "one.jsonl", *files)
+    arguments = (*arguments, "--batch-size", 2, "--output", tmp_path / "two.jsonl")
+    first, second = run_together(commands, 2, "tools/predict.py", *arguments, *files)
+    assert first.status == second.status == 1 and first.stdout == second.stdout == ""
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert "1 of 6 questions have no answer (decode_error 1)" in first.stderr
+    run_together(commands, 2, "tools/predict.py", *arguments, *clips)[0].ok()
+    lines = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [str(clip) for clip in clips]  # the error is gone: it was not asked again
+
+
 @pytest.mark.parametrize("shard", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_evaluate(world: World, commands: Commands, adapter: Path, tmp_path: Path, shard: int) -> None:
     """The same files, and scores to within rounding: five questions and four, some with pictures, two at a time."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.commands import Commands
 from tests.runs.world import World
 from vft.report import write_card
 
@@ -34,10 +33,19 @@ def test_the_code_in_it_runs(learned: Path) -> None:
     assert isinstance(names["model"], peft.PeftModel)
 
 
-def test_one_that_vllm_does_not_serve_says_so(learned: Path, tmp_path: Path, commands: Commands) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ('"language_model.*"', '"language_model.*", "merger.*"', "on merger too"),
+        ("dora = false", "dora = true", "DoRA"),
+        ("[lora]", '[lora]\nalphas = { "language_model.q_proj" = 4.0 }', "several ranks or alphas"),
+    ],
+)
+def test_one_that_vllm_does_not_serve_says_so(learned: Path, tmp_path: Path, before: str, after: str, why: str) -> None:
     settings = (learned / "config.toml").read_text()
-    (tmp_path / "config.toml").write_text(settings.replace('"language_model.*"', '"language_model.*", "merger.*"'))
+    assert before in settings
+    (tmp_path / "config.toml").write_text(settings.replace("[lora.alphas]\n", "").replace(before, after))
     write_card(tmp_path, tmp_path, 3, "Say.")
     card = (tmp_path / "README.md").read_text()
-    assert "merge it first" in card and "language_model, merger" in card and "--enable-lora" not in card
+    assert "merge it first" in card and why in card and "--enable-lora" not in card
     assert "Not evaluated" in card and 'to be asked: "Say."' in card

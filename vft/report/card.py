@@ -9,30 +9,30 @@ from jinja2 import Environment, StrictUndefined
 
 from vft.files import replace_text
 from vft.report.page import Row, comparison, facts, read_run
+from vft.serving import not_served, vllm_serve
 
 LAYOUT = Path(__file__).with_name("card.md")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""That `vllm serve --max-lora-rank` takes (vllm/config/lora.py, 0.11)."""
 
 
 def write_card(folder: Path, target: Path, step: int, prompt: str) -> None:
     """Write `target/README.md` from what the run in `folder` has left so far. UserError where it can't be written."""
     run = read_run(folder)
     lora = run.config.get("lora")
-    towers = sorted({name.partition(".")[0] for name in lora["targets"]}) if lora else []
+    base, video = run.config["model"]["path"], run.config["data"]["video"]
+    # PiSSA's adapter is written with twice the rank.
+    served = ("", 0) if lora is None else (str(target), lora["rank"] * (1 if lora["init"] == "kaiming" else 2))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = environment.from_string(LAYOUT.read_text(encoding="utf-8")).render(
-        base=run.config["model"]["path"],
+        base=base,
         target=str(target),
         task=run.config["task"],
         step=step,
         prompt=prompt,
         version=version("vft"),
-        frames=sampling(run.config["data"]["video"]),
+        frames=sampling(video),
         lora=lora,
-        towers=towers,
-        servable=towers in ([], ["language_model"]),
-        max_rank=lora and next((rank for rank in VLLM_RANKS if rank >= lora["rank"]), lora["rank"]),
+        not_served=not_served(lora) if lora else "",
+        serve=vllm_serve(base if lora else str(target), video, *served),
         tables=[table for table in comparison(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
         sources=[f"{one['path']} ({one['format']}, weight {one['weight']:g})" for one in run.config["data"]["sources"]],

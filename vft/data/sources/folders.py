@@ -42,7 +42,7 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
         name = file.relative_to(path)
         return labelled(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)
 
-    files = [file for name in classes for file in _clips(path / name)]
+    files = [file for name in classes for file in clips_below(path / name)]
     if not files:
         raise UserError(f"{path}: no videos or pictures in its {len(classes)} class folder(s); put clips there")
     origins = (f"{path.name}/{file.relative_to(path).as_posix()}" for file in files)
@@ -83,7 +83,7 @@ def _label(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-def _clips(folder: Path) -> Iterator[Path]:
+def clips_below(folder: Path) -> Iterator[Path]:
     """Videos and pictures at any depth, in the order of their names."""
     for inner, folders, names in os.walk(folder, onerror=_fail):
         folders[:] = sorted(name for name in folders if name[0] != ".")

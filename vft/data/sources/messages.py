@@ -72,8 +72,8 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     return collect([(path, path.name)], lambda record, _: parse(record, root))
 
 
-def parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
-    """The turns of a record.
+def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> tuple[Turn, ...]:
+    """The turns of a record. Without `answered` it needs no answer: a model is to give it.
 
     Raises:
         RecordError: names the field.
@@ -93,15 +93,15 @@ def parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
     system = check_text(record.get("system") or "", "system")
     if system and turns[0][0] != "system":
         turns.insert(0, ("system", [system]))
-    return finish(_fill(turns, listed, key), key)
+    return _finish(_fill(turns, listed, key), key, answered)
 
 
-def finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str) -> tuple[Turn, ...]:
+def _finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str, answered: bool) -> tuple[Turn, ...]:
     """The turns, checked: each says something, and there is an answer to learn."""
     for i, (role, parts) in enumerate(turns):
         if not any(not isinstance(part, str) or part.strip() for part in parts):
             raise RecordError(f"{key}[{i}]", f"the {role}'s turn is empty; give it a text or take it out")
-    if not any(role == "assistant" for role, _ in turns):
+    if answered and not any(role == "assistant" for role, _ in turns):
         raise RecordError(key, "has no assistant turn; add the answer to learn")
     return tuple(Turn(role, tuple(part for part in parts if part != "")) for role, parts in turns)
 

@@ -1,0 +1,164 @@
+"""What a trained model is asked: files, folders of files and records, as questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vft.answer import user_question
+from vft.data.media_error import MediaError
+from vft.data.sources import messages
+from vft.data.sources.folders import clips_below
+from vft.data.sources.records import (
+    PICTURE_SUFFIXES,
+    RecordError,
+    as_object,
+    check_text,
+    read_json,
+    resolve_media,
+    sample_id_of,
+    shown,
+    unique,
+)
+from vft.task import Question, with_prompt
+from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, UserError
+
+RECORD_SUFFIXES = frozenset({".jsonl", ".json"})
+MEDIA_KEYS = ("video", "videos", "image", "images")
+LEAST_SEGMENT = 0.1
+"""Share of a segment below which the end of a video belongs to the segment before it."""
+BEFORE_S = 1e-4
+"""A segment ends so many seconds before the next one: ranges include both ends, and no frame shall be in two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there is no answer."""
+
+    file: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question to ask, or why a record asks none."""
+
+    id: str
+    asked: Question | Failure
+    is_record: bool = False
+    segment_s: tuple[float, float] | None = None
+    """Where the part of the video that is asked about begins and ends."""
+
+
+def read_items(paths: Sequence[Path], prompt: str, root: Path | None) -> list[Item]:
+    """The questions of files, of all videos and pictures below folders, and of records (JSON, JSONL), in this order.
+
+    `prompt` is asked where a record asks nothing itself; `root` is where the media of records lie, by default the
+    folder of their file. Ids differ: of what comes twice the second gets a number.
+
+    Raises:
+        UserError: a file of records can't be read; there is nothing in a folder.
+    """
+    seen: dict[str, int] = {}
+    items: list[Item] = []
+    for path in paths:
+        if path.suffix.lower() in RECORD_SUFFIXES and not path.is_dir():
+            found = list(_records(path, prompt, root or path.parent, seen))
+        elif path.is_dir():
+            found = [_clip(file, path, prompt, seen) for file in clips_below(path)]
+        else:
+            found = [_clip(path, None, prompt, seen)]
+        if not found:
+            what = "videos or pictures" if path.is_dir() else "records"
+            raise UserError(f"{path}: holds no {what}; name files, or folders that hold some")
+        items += found
+    return items
+
+
+def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) -> Item:
+    """A file, which may not lead out of the `folder` in which it was found."""
+    name = unique(str(file) if str(file).isprintable() else shown(str(file)), seen)
+    if folder is not None:
+        try:
+            resolve_media(folder, str(file.relative_to(folder)), "file")
+        except RecordError as error:
+            return Item(name, Failure(name, "record", f"{name}: {error.message}"))
+    # FFmpeg might take a relative name for a protocol's; shown is the one given.
+    kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
+    ref = MediaRef(kind, file.resolve(), member=str(file))
+    return Item(name, user_question(name, [ref], prompt))
+
+
+def _records(path: Path, prompt: str, root: Path, seen: dict[str, int]) -> Iterator[Item]:
+    for number, (line, record) in enumerate(read_json(path), 1):
+        name, origin = f"{path.stem}-{number}", f"{path}:{line}"
+        try:
+            record = as_object(record)
+            name = sample_id_of(record, name)
+            asked: Question | Failure = _question(record, name, origin, prompt, root)
+        except RecordError as error:
+            field = f"{error.field}: " if error.field else ""
+            asked = Failure(origin, "record", f"{origin}: {field}{error.message}")
+        yield Item(unique(name, seen), asked, is_record=True)
+
+
+def _question(record: Mapping[str, Any], name: str, origin: str, prompt: str, root: Path) -> Question:
+    """What a record asks: all before its last answer, which is the reference; `prompt` where it asks nothing."""
+    if all(record.get(key) is None for key in ("messages", "conversations")):
+        own = "" if record.get("prompt") is None else check_text(record["prompt"], "prompt")
+        if not own and all(record.get(key) is None for key in MEDIA_KEYS):
+            raise RecordError("messages", "is missing; a record has 'messages', or 'video' and 'prompt'")
+        record = {**record, "messages": [{"role": "user", "content": own or prompt}]}
+    turns = messages.parse(record, root, answered=False)
+    answered = turns[-1].role == "assistant"
+    before = turns[:-1] if answered else turns
+    if not before or before[-1].role != "user":
+        raise RecordError("messages", "the last turn but an answer must be the user's, who asks")
+    reference = (turns[-1].text,) if answered else ()
+    return Question(name, Conversation(name, with_prompt(before, prompt), origin), reference)
+
+
+def split(items: Sequence[Item], length_s: float, info: Callable[[MediaRef], MediaInfo]) -> list[Item]:
+    """Each question about a video once for every `length_s` seconds of it; others as they are."""
+    return [part for item in items for part in _segments(item, length_s, info)]
+
+
+def _segments(item: Item, length_s: float, info: Callable[[MediaRef], MediaInfo]) -> Iterator[Item]:
+    if isinstance(item.asked, Failure) or all(ref.kind != "video" for ref in item.asked.prompt.media):
+        yield item
+        return
+    videos = [ref for ref in item.asked.prompt.media if ref.kind == "video"]
+    if len(videos) > 1:
+        message = f"{item.asked.prompt.origin}: {len(videos)} videos; segments are of one alone: ask about each"
+        yield replace(item, asked=Failure(videos[0].name, "record", message))
+        return
+    try:
+        found = info(videos[0])
+    except MediaError:  # told when its turn comes
+        yield item
+        return
+    options = videos[0].options
+    first_s, last_s = options.video_start or 0.0, min(options.video_end or math.inf, found.duration_s)
+    count = max(1, math.ceil((last_s - first_s) / length_s - LEAST_SEGMENT))
+    for number in range(count):
+        start_s, end_s = first_s + number * length_s, first_s + (number + 1) * length_s
+        part = options
+        if number:
+            part = replace(part, video_start=start_s - BEFORE_S)
+        if number < count - 1:
+            part = replace(part, video_end=end_s - BEFORE_S)
+        asked = _about(item.asked, videos[0], replace(videos[0], options=part))
+        yield replace(item, asked=asked, segment_s=(start_s, end_s if number < count - 1 else last_s))
+
+
+def _about(question: Question, ref: MediaRef, other: MediaRef) -> Question:
+    """The question with another medium in the place of `ref`."""
+    turns = tuple(
+        replace(turn, parts=tuple(other if part is ref else part for part in turn.parts))
+        for turn in question.prompt.turns
+    )
+    return replace(question, prompt=replace(question.prompt, turns=turns))
