@@ -63,6 +63,7 @@ class LiveView:
     """What is shown; the thread that shows it runs from `start` to `stop`."""
 
     def __init__(self, title: str, max_steps: int, console: Console) -> None:
+        """`max_steps` 0: nobody knows."""
         self.title, self.max_steps, self.console = title, max_steps, console
         self.line: Mapping[str, Any] = {"step": 0}
         """The newest step's."""
@@ -128,9 +129,9 @@ class LiveView:
         (first_s, first), (last_s, last) = (self.marks[0], self.marks[-1]) if self.marks else ((0.0, 0), (0.0, 0))
         since = timedelta(seconds=round(time.monotonic() - self.begun_s))
         told = f"  {since} gone"
-        if last > first:
+        if last > first and most:
             told += f", {timedelta(seconds=round((last_s - first_s) / (last - first) * (most - step)))} left"
-        head = f"step {step:,}/{most:,}  {step / max(most, 1):.0%}  "
+        head = f"step {step:,}/{most:,}  {step / most:.0%}  " if most else f"step {step:,}  "
         room = max(0, min(60, width - len(head) - len(told)))
         done, mark = round(room * min(1.0, step / max(most, 1))), "#" if ascii_only else "━"
         rest = ("-" if ascii_only else "━") * (room - done)
