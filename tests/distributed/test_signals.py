@@ -16,7 +16,7 @@ from tests.runs.processes import run_together
 from tests.runs.test_resume import without_times
 from tests.runs.world import World
 
-STEPS = 300
+STEPS = 30
 SETTINGS: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
     "data": {"max_samples_per_pack": 1, "workers": 1},

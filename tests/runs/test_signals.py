@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
+import struct
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -115,3 +118,53 @@ def test_workers_leave_signals_to_their_parent(world: World, commands: Commands,
     result = signalled(command, 0)
     assert result.status == 128 + signal.SIGTERM and "died" not in result.stderr
     assert (tmp_path / "run" / "quarantine.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("size", [(8, 40), (30, 100)], ids=["small", "large"])
+def test_ctrl_c_on_a_terminal(world: World, commands: Commands, tmp_path: Path, size: tuple[int, int]) -> None:
+    """The live view is up; the terminal sends the signal to the run and its workers, and is left as it was."""
+    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"max_steps": 100_000}}
+    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings, {"checkpoint": {"every_steps": 0}})
+    (tmp_path / "program.py").write_text(ON_TERMINAL)
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    program, terminal = str(tmp_path / "program.py"), os.ttyname(theirs)
+    command = commands.start(program, config, TERM="xterm", TERMINAL=terminal)
+    said = bytearray()
+    while chunk := read(ours):  # whoever doesn't read makes the run wait
+        if not said:
+            os.close(theirs)
+        said += chunk
+        if b"step 3/100" in said and b"\x03" not in said:
+            os.write(ours, b"\x03")
+            said += b"\x03"
+    os.close(ours)
+    text = said.decode()
+    assert command.wait().status == 128 + signal.SIGINT, text[-3000:]
+    assert "Traceback" not in text and "\x1b[1A" in text and "loss" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > 0
+    done = metrics(tmp_path / "run")[-1]["step"]
+    assert checkpoints(tmp_path / "run") == [f"step-{done:06d}"]
+    assert f"SIGINT: stopped after step {done}" in text and "once more to leave at once" in text
+
+
+ON_TERMINAL = """
+import os
+from vft import train
+from vft.recipes.caption import Caption
+
+terminal = os.open(os.environ["TERMINAL"], os.O_RDWR)  # the first one that a session opens becomes its own
+for number in range(3):
+    os.dup2(terminal, number)
+os.close(terminal)
+if __name__ == "__main__":
+    train.main(Caption())
+"""
+
+
+def read(terminal: int) -> bytes:
+    """What has been written to a terminal; nothing when nobody has it open any more."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
