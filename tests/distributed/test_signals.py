@@ -19,10 +19,11 @@ from tests.runs.world import World
 STEPS = 30
 SETTINGS: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
-    "data": {"max_samples_per_pack": 1, "workers": 1},
+    "data": {"max_samples_per_pack": 1},
     "train": {"max_steps": STEPS, "packs_per_step": 2},
     "parallel": {"shard": 2},
 }
+ENDLESS: dict[str, Any] = {"train": {"max_steps": 100_000}, "data": {"workers": 1}}
 
 
 def newest(folder: Path) -> int:
@@ -64,7 +65,7 @@ def test_one_of_two_is_signalled(
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_torchrun_is_signalled(world: World, commands: Commands, tmp_path: Path, name: str) -> None:
     """It passes the signal on to the processes and their workers."""
-    config, folder = world.config(tmp_path / "run.toml", SETTINGS, {"train": {"max_steps": 100_000}}), tmp_path / "run"
+    config, folder = world.config(tmp_path / "run.toml", SETTINGS, ENDLESS), tmp_path / "run"
     with Launcher(commands.torchrun_words(2, config), commands.environment, tmp_path / "log") as launcher:
         wait_for_step(folder, 3, launcher.is_running)
         os.kill(launcher.pid, getattr(signal, name))

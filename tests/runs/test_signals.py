@@ -122,9 +122,9 @@ def test_workers_leave_signals_to_their_parent(world: World, commands: Commands,
 
 @pytest.mark.parametrize("size", [(8, 40), (30, 100)], ids=["small", "large"])
 def test_ctrl_c_on_a_terminal(world: World, commands: Commands, tmp_path: Path, size: tuple[int, int]) -> None:
-    """The live view is up; the terminal sends the signal to the run and its workers, and is left as it was."""
-    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"max_steps": 100_000}}
-    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings, {"checkpoint": {"every_steps": 0}})
+    """The live view is up; the terminal is left as it was."""
+    settings = {"train": {"max_steps": 100_000}, "checkpoint": {"every_steps": 0}}
+    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings)
     (tmp_path / "program.py").write_text(ON_TERMINAL)
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
