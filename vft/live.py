@@ -111,8 +111,8 @@ class LiveView:
         rows = [self._progress(width, ascii_only)]
         if "loss" in line:
             for label, value, course in (("loss", loss_of(line), self.loss), ("lr", f"{line['lr']:.2e}", self.rate)):
-                spark = "" if ascii_only else course.spark(min(60, room - len(value) - 2))
-                rows.append(_row(label, value, (f"  {spark}", "cyan")))
+                spark = "" if ascii_only else course.spark(min(60, room - max(8, len(value)) - 2))
+                rows.append(_row(label, f"{value:<8}", (f"  {spark}", "cyan")))
             rows.append(_row("speed", speed(line)))
             rows.append(_row("", share(line)))
         if self.evaluation:

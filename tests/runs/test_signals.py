@@ -10,7 +10,6 @@ import struct
 import termios
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -106,18 +105,6 @@ def test_a_second_signal_leaves_at_once(world: World, commands: Commands, tmp_pa
     assert signalled(command, signal.SIGTERM).status == 128 + signal.SIGTERM
     assert time.monotonic() - since < 2
     assert checkpoints(tmp_path / "run") == [".partial-step-000001"]
-
-
-def test_workers_leave_signals_to_their_parent(world: World, commands: Commands, tmp_path: Path) -> None:
-    """A terminal and torchrun send them to all processes of a group: no clip may be taken for a bad one."""
-    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"max_steps": 100_000}}
-    config = world.config(tmp_path / "run.toml", STOCHASTIC, settings, {"checkpoint": {"every_steps": 0}})
-    command = commands.start(CAPTION, config)
-    wait_for_step(tmp_path / "run", 3, lambda: command.is_running)
-    os.killpg(command.pid, signal.SIGTERM)
-    result = signalled(command, 0)
-    assert result.status == 128 + signal.SIGTERM and "died" not in result.stderr
-    assert (tmp_path / "run" / "quarantine.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("size", [(8, 40), (30, 100)], ids=["small", "large"])
