@@ -42,9 +42,10 @@ def describe_run(world: World, samples: int, lengths: Sequence[int], archives: i
     if lengths:
         facts["tokens"] = f"{sum(lengths):,} in an epoch; {min(lengths):,} to {max(lengths):,} in a document"
     facts |= {"archives": archives} if archives else {}
-    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
-    versions = [f"{name} {version(name)}" for name in ("vft", "torch", "transformers", "torchcodec")]
-    facts["software"] = ", ".join([*versions, runtime, f"Python {platform.python_version()}", platform.platform()])
+    software = [f"{name} {version(name)}" for name in ("vft", "torch", "transformers", "torchcodec")]
+    kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "Python": platform.python_version()}
+    software += [f"{name} {number}" for name, number in kinds.items() if number]
+    facts["software"] = ", ".join([*software, f"{platform.system()} {platform.machine()}"])
     return {**facts, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
