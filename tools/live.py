@@ -61,9 +61,9 @@ def watch(folder: Path, step: int, console: Console, once: bool) -> None:
     config = read(folder)
     view = LiveView(f"{config.task}: {config.output_dir}", config.train.max_steps or 0, console)
     started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
-    view.begun_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
     if not once:
         view.start()
+    view.begun_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             while True:

@@ -19,7 +19,7 @@ def test_a_picture_of_a_run_and_a_look_at_it(world: World, commands: Commands, t
     assert commands.run(TOOL, folder, "--svg", picture, "--step", 3).ok().stdout == f"wrote {picture}\n"
     text = " ".join("".join(ET.parse(picture).getroot().itertext()).replace("\xa0", " ").split())
     last = metrics(folder)[-2]
-    assert "step 3/3" in text and f"{last['loss']:.4f}" in text and "step 3: bleu4" in text and "saved" in text
+    assert "step 3/3" in text and f"{last['loss']:.4f}" in text and "step 3: cider_d" in text and "saved" in text
     links = re.findall(r"https?://[^\"') ]*", picture.read_text())
     assert set(links) <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}, "a comment and the namespace"
     assert commands.run(TOOL, folder).ok().stdout == ""  # it is done, so it ends
