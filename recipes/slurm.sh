@@ -11,6 +11,7 @@
 #SBATCH --cpus-per-task=96               # (change) 1 + data.workers for each GPU, at least
 #SBATCH --mem=0                          # all memory of the hosts
 #SBATCH --time=24:00:00                  # (change)
+#SBATCH --signal=TERM@300                # so many seconds before the time is up: the run saves, and ends
 #SBATCH --requeue                        # after a host failed or the job was preempted
 #SBATCH --open-mode=append               # a requeued job goes on in the same log
 #SBATCH --output=slurm-%x-%j.log
@@ -31,6 +32,9 @@ export VFT_CACHE=${VFT_CACHE:-/tmp/$USER/vft}               # (change)
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0      # (change)
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# How long torchrun lets its processes save before it kills them (from torch 2.12 on; before, always 30 seconds).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
 
 # A process that fails ends the run everywhere within parallel.silence_s; torchrun then starts it again, here at most 3
 # times. A host that is gone for good ends the job; --requeue brings it back on other hosts.

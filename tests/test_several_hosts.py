@@ -45,7 +45,8 @@ def test_the_script_starts_what_it_says(tmp_path: Path) -> None:
 
 
 def test_only_options_that_slurm_has() -> None:
-    known = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task mem time requeue open-mode output exclusive"
+    known = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task mem time signal requeue open-mode output"
+    known += " exclusive"
     options = re.findall(r"^#SBATCH --([a-z-]+)", SCRIPT.read_text(), re.MULTILINE)
     assert len(options) >= 10 and set(options) <= set(known.split())
 

@@ -264,6 +264,11 @@ class LogConfig(Section):
     """Optimizer steps between two lines on the screen."""
     tensorboard: bool = False
     """Also write TensorBoard's event files (extra `tensorboard`)."""
+    wandb: bool = False
+    """Also send to Weights & Biases (extra `wandb`); its environment variables hold, WANDB_MODE=offline among them."""
+    wandb_project: Name = "vft"
+    wandb_run: Name | None = None
+    """Name of the run there; without it the last part of `output_dir`."""
     profile_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None
     """First and last step that torch.profiler records, into `profile/` of the run's folder; none: no trace."""
 

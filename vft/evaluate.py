@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from vft import stopping
 from vft.answer import Answerer
 from vft.config import Config
 from vft.data.chat import ChatEncoder
@@ -92,19 +93,21 @@ def evaluate(
     The answers go to `file`, a line each. Every process must call it; all get the same scores.
     """
     asked = questions([one for members in held_out.members for one in members], limit)
-    with torch.compiler.set_stance("force_eager"):  # graphs that were compiled for training would be compiled anew
-        answers = answerer.answer_all(asked, sampling, batch_size)
-        loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # graphs that were compiled for training would be compiled anew
+            answers = answerer.answer_all(asked, sampling, batch_size)
+            loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
+    finally:
+        for module in answerer.model.modules():
+            if isinstance(module, FSDPModule):
+                # After a pass without a backward one the root's weights stay gathered (and those of layers that are not
+                # resharded after it), in tensors that the optimizer, and so a checkpoint, knows nothing of.
+                module.reshard()
     if answerer.world.is_main:
         replace_text(file, "".join(prediction_line(answer) for answer in answers.values()))
     scores = task.score(list(answers.values()))
     if loss is not None:
         scores["loss"] = loss
-    for module in answerer.model.modules():
-        if isinstance(module, FSDPModule):
-            # After a pass without a backward one the root's weights stay gathered (and those of layers that are not
-            # resharded after it), in tensors that the optimizer, and so a checkpoint, knows nothing of.
-            module.reshard()
     left_out = len(held_out.bad) + len(asked) - len(answers)
     counts = {"answered": len(answers), "unreadable": left_out}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
@@ -159,6 +162,7 @@ def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: Worl
     model.eval()
     try:
         for step in range(math.ceil(packs / world.size)):
+            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.asked(), device=world.device))))
             for pack in loader.step():
                 batch = pack.batch.to(world.device)
                 loss = model(batch)

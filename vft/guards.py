@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 from vft import config as configs
 from vft.config import Config
 from vft.distributed import all_of, local_part, sum_over_ranks
-from vft.files import cannot_write
+from vft.files import cannot_write, remove_partials, replace_text
 from vft.lora import Towers, tower_of
 from vft.types import UserError
 
@@ -59,8 +60,10 @@ def check_output_dir(config: Config) -> None:
         )
 
 
-def only_run_in(folder: Path) -> FileLock:
-    """Make a run's folder and take it, to be kept as long as the result. UserError where another run is at work."""
+def take_folder(config: Config, about: Mapping[str, Any]) -> FileLock:
+    """Make a run's folder, write what the run is, and keep it as long as the result. UserError where another run is at
+    work there."""
+    folder = config.output_dir
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,10 @@ def only_run_in(folder: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise cannot_write(folder, error) from error
+    remove_partials(folder)
+    replace_text(folder / "config.toml", configs.dump(config))
+    if not (folder / "run.json").exists():
+        replace_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
     return lock
 
 

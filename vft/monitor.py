@@ -1,31 +1,33 @@
-"""What a run tells: one line a step in `metrics.jsonl`, a live view on a terminal, plain lines elsewhere."""
+"""What a run tells: one line a step in `metrics.jsonl`, a live view on a terminal, plain lines elsewhere, boards."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
-from vft.config import LogConfig
+from vft.boards import Board, open_boards
+from vft.config import Config, LogConfig
 from vft.distributed import World
 from vft.files import append_text, replace_text
 from vft.flops import Flops, peak_flops
+from vft.live import LiveView, loss_of, said, share, speed
 from vft.lora import TrainableRow
 from vft.metrics import Interval
 from vft.nf4 import true_shapes
-from vft.types import Batch, UserError
+from vft.types import Batch
 
 
 def describe_device(device: torch.device) -> str:
@@ -33,18 +35,18 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def describe_run(world: World, samples: int, documents: int, archives: int) -> dict[str, Any]:
-    """What is at work on what, for run.json and the first line on the screen."""
+def describe_run(world: World, samples: int, lengths: Sequence[int], archives: int) -> dict[str, Any]:
+    """What is at work on what, for run.json and the first line on the screen; `lengths`: tokens of each document."""
     facts: dict[str, Any] = {"device": describe_device(world.device), "processes": world.size}
-    facts |= {name: count for name, count in (("samples", samples), ("documents", documents)) if count}
+    facts |= {name: count for name, count in (("samples", samples), ("documents", len(lengths))) if count}
+    if lengths:
+        facts["tokens"] = f"{sum(lengths):,} in an epoch; {min(lengths):,} to {max(lengths):,} in a document"
     facts |= {"archives": archives} if archives else {}
+    software = [f"{name} {version(name)}" for name in ("vft", "torch", "transformers", "torchcodec")]
+    kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "Python": platform.python_version()}
+    software += [f"{name} {number}" for name, number in kinds.items() if number]
+    facts["software"] = ", ".join([*software, f"{platform.system()} {platform.machine()}"])
     return {**facts, "started": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-def require_tensorboard() -> None:
-    """UserError where the extra isn't installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("log.tensorboard = true: not installed; pip install 'vft[tensorboard]', or leave it out")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -59,15 +61,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Monitor:
     """Writes and shows; silent on all processes but the first."""
 
-    def __init__(self, folder: Path, max_steps: int, every_steps: int, main: bool, tensorboard: bool = False) -> None:
+    def __init__(self, config: Config, max_steps: int, main: bool) -> None:
+        self.config, self.main, self.max_steps = config, main, max_steps
         self.console = Console(stderr=True, quiet=not main)
-        self.every_steps = every_steps
-        self.main = main
-        self.max_steps = max_steps
-        self.file = folder / "metrics.jsonl"
-        self.live: Progress | None = None
-        self.board: Any = None
-        self.board_folder = folder / "tensorboard" if main and tensorboard else None
+        self.file = config.output_dir / "metrics.jsonl"
+        self.view = LiveView(f"{config.task}: {config.output_dir}", max_steps, self.console)
+        self.drawn = False
+        self.boards: list[Board] = []
         self.evaluated = False
         """Whether the scores of the step that the run goes on from are on record."""
 
@@ -92,68 +92,53 @@ class Monitor:
             return
         before = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at 0 all begins anew
         lines = [line for line in before if _step_of(line) <= step]
+        for line in map(json.loads, lines):
+            if "loss" in line:
+                self.view.step(line)
         replace_text(self.file, "".join(f"{line}\n" for line in lines))
         self.evaluated = any(_step_of(line) == step and '"eval_' in line for line in lines)
 
     def start(self, step: int) -> None:
-        """Begin the live view after `step`."""
-        if self.board_folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
-        if self.main and self.console.is_terminal:
-            columns = [
-                TextColumn("step"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            ]
-            self.live = Progress(*columns, TextColumn("{task.description}"), console=self.console)
-            self.live.start()
-            self.live.add_task("", total=self.max_steps, completed=step)
+        """Begin the live view after `step`, and the boards."""
+        if not self.main:
+            return
+        self.boards = open_boards(self.config, step)
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self.view.max_steps, self.drawn = self.max_steps, True
+            self.view.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Record one step, and show it if its turn has come."""
         if not self.main:
             return
-        append_text(self.file, json.dumps(line) + "\n")
-        if self.board is not None:
-            for key, value in line.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, line["step"])
-        shown = self._sentence(line)
-        if self.live is not None:
-            self.live.update(self.live.task_ids[0], completed=line["step"], description=shown)
-        elif line["step"] % self.every_steps == 0 or line["step"] == self.max_steps:
-            self.say(f"step {line['step']}/{self.max_steps}  {shown}")
+        self._record(line)
+        self.view.step(line)
+        self.view.mark(time.monotonic())
+        every = self.config.log.every_steps
+        if not self.drawn and (line["step"] % every == 0 or line["step"] == self.max_steps):
+            told = f"loss {loss_of(line)}  lr {line['lr']:.2e}  {speed(line)}  {share(line)}"
+            self.say(f"step {line['step']}/{self.max_steps}  {told}")
 
     def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Record scores of an evaluation under `eval_` keys, their 95 % intervals under `eval_intervals`."""
         if self.main:
             line: dict[str, Any] = {"step": step, **{f"eval_{name}": one.value for name, one in scores.items()}}
             line["eval_intervals"] = {name: [one.low, one.high] for name, one in scores.items() if one.low < one.high}
-            append_text(self.file, json.dumps(line) + "\n")
-            shown = "  ".join(f"{name} {one.value:.4g}" for name, one in scores.items() if "/" not in name)
-            self.say(f"step {step}  {shown}")
+            self._record(line)
+            self.view.scores(step, scores)
+            self.say(f"step {step}  {said(scores)}")
 
     def close(self) -> None:
-        """End the live view."""
-        if self.live is not None:
-            self.live.stop()
-        if self.board is not None:
-            self.board.close()
+        """End the live view and the boards."""
+        if self.drawn:
+            self.view.stop()
+        for board in self.boards:
+            board.close()
 
-    @staticmethod
-    def _sentence(line: Mapping[str, Any]) -> str:
-        waiting = line["data_wait_s"] / max(line["step_time_s"], 1e-9)
-        loss = "not finite, skipped" if line["loss"] is None or line["grad_norm"] is None else f"{line['loss']:.4f}"
-        text = (
-            f"loss {loss}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
-            f"{line['samples_per_s']:.2f} samples/s  {line['frames_per_s']:,.0f} frames/s  "
-            f"waiting for data {waiting:.0%}  memory {line['peak_memory_bytes'] / 2**30:.1f} GiB"
-        )
-        return text if line["mfu"] is None else f"{text}  MFU {line['mfu']:.1%}  HFU {line['hfu']:.1%}"
+    def _record(self, line: Mapping[str, Any]) -> None:
+        append_text(self.file, json.dumps(line) + "\n")
+        for board in self.boards:
+            board.log(line["step"], {key: value for key, value in line.items() if isinstance(value, int | float)})
 
 
 class Tally:

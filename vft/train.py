@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from vft import checkpoint as checkpoints
 from vft import config as configs
 from vft.adapter_files import start_from
 from vft.answer import Answerer
+from vft.boards import require_boards
 from vft.config import Config
 from vft.console import user_errors
 from vft.data.chat import ChatEncoder
@@ -34,7 +34,7 @@ from vft.distributed import (
 )
 from vft.evaluate import Best, evaluate, load_held_out
 from vft.export import export
-from vft.files import digest, remove_partials, replace_text
+from vft.files import digest
 from vft.flops import FlopCounter
 from vft.guards import (
     NotFinite,
@@ -43,7 +43,7 @@ from vft.guards import (
     check_output_dir,
     check_shares,
     check_warmup,
-    only_run_in,
+    take_folder,
     warn_of_benchmarks,
 )
 from vft.lora import choose_trainable, initialise, is_adapter
@@ -51,20 +51,12 @@ from vft.memory import longest_row, rehearse, settle_checkpointing
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint, load_weights
-from vft.monitor import (
-    Monitor,
-    Profiler,
-    StepResult,
-    Stopwatch,
-    Tally,
-    describe_run,
-    describe_step,
-    require_tensorboard,
-)
+from vft.monitor import Monitor, Profiler, StepResult, Stopwatch, Tally, describe_run, describe_step
 from vft.optim import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
 from vft.parallel import materialise, parallelize, sync_gradients
 from vft.report import write_card, write_report
 from vft.saving import Saver
+from vft.stopping import Stopped, asked, deferred, signals_stop, stop_if, stopped_by
 from vft.task import Task, asking, main_conversation
 from vft.types import UserError
 from vft.watch import note
@@ -81,7 +73,7 @@ def main(task: Task) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument("--dry-run", action="store_true", help="all but training: nothing is written but the cache")
     arguments = parser.parse_intermixed_args()  # settings may stand behind options
-    with user_errors():
+    with user_errors(), signals_stop():
         config = configs.load(arguments.config, arguments.overrides)
         check_shares(config, environment().size)
         with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
@@ -96,8 +88,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     config = config.model_copy(update={"task": task.name})
     task = asking(task, config.data.prompt)
     check_output_dir(config)
-    if config.log.tensorboard:
-        require_tensorboard()
+    require_boards(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
@@ -154,12 +145,10 @@ class Trainer:
             last_epoch=None if config.train.epochs is None else config.train.epochs - 1,
             streams=streams,
         )
-        self.monitor = Monitor(
-            self.folder, self.max_steps, config.log.every_steps, world.is_main, config.log.tensorboard
-        )
+        self.monitor = Monitor(config, self.max_steps, world.is_main)
         self.profiler = Profiler.asked_for(config.log, self.folder, world)
         self.not_finite = NotFinite(self.monitor.say)
-        self.step = 0
+        self.step = self.saved = 0
         self.samples = 0
         """Trained on so far."""
         self.prepare_model()
@@ -178,8 +167,9 @@ class Trainer:
         config, model = self.config, self.model
         rows = choose_trainable(model, self.skeleton.towers, config.lora, config.model.train)
         shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
-        self.about = describe_run(self.world, self.documents.num_samples, len(self.documents.lengths), shards)
-        self.monitor.say(f"{', '.join(f'{k} {v}' for k, v in self.about.items())}, steps {self.max_steps}")
+        self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
+        told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
+        self.monitor.say(f"{told}, steps {self.max_steps}")
         warn_of_benchmarks(config, self.monitor.say)
         self.monitor.table_of_trainable(rows, model)
         parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
@@ -206,11 +196,7 @@ class Trainer:
     def start_folder(self) -> None:
         """Write what the run is and which samples it leaves out."""
         if self.world.is_main:
-            self.lock = only_run_in(self.folder)
-            remove_partials(self.folder)
-            replace_text(self.folder / "config.toml", configs.dump(self.config))
-            if not (self.folder / "run.json").exists():
-                replace_text(self.folder / "run.json", json.dumps(self.about, indent=1) + "\n")
+            self.lock = take_folder(self.config, self.about)
             write_quarantine(self.folder, self.documents.bad)
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
@@ -223,6 +209,7 @@ class Trainer:
             state = checkpoints.load(found, self.model, self.optimizer)
             check_identity(found, state, self.identity())
             self.step, self.samples = state["step"], state["samples"]
+            self.saved = self.step
             self.loader.restore(state)
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, self.loader.cursor)
             self.write_bad()
@@ -238,29 +225,20 @@ class Trainer:
         self.start_folder()
         self.resume()
         self.rehearse()
-        config, begun, last_saved = self.config, self.step, self.step
+        begun, stopped = self.step, False
         self.monitor.start(self.step)
         try:
-            every = config.eval.every_steps
-            # Also where a kill came between a step's checkpoint and the end of its evaluation.
-            if (
-                every
-                and (begun or config.eval.at_start)
-                and begun % every == 0
-                and not any(all_of(self.monitor.evaluated))
-            ):
-                self.evaluate()
-            while self.step < self.max_steps:
-                self.step += 1
-                self.train_step()
-                if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+            with deferred(self.monitor.say):
+                try:
+                    self.train()
+                except Stopped:  # in all processes, after the same step
+                    stopped = True
+                if self.saved < self.step:
                     self.save()
-                    last_saved = self.step
-                if config.eval.every_steps and self.step % config.eval.every_steps == 0:
-                    self.evaluate()
-            if last_saved < self.step:
-                self.save()
-            self.saver.wait()
+                self.saver.wait()
+                if stopped:
+                    self.monitor.say(f"{stopped_by()}: stopped after step {self.step}; the same command goes on there")
+                    return
         finally:
             self.saver.close()
             self.monitor.close()
@@ -268,14 +246,31 @@ class Trainer:
         if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
             self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.skeleton.spec)}")
 
+    def train(self) -> None:
+        """The steps that are left. Stopped, in all processes alike, where one of them is to stop."""
+        config, begun = self.config, self.step
+        every = config.eval.every_steps
+        # Also where a kill came between a step's checkpoint and the end of its evaluation.
+        due = every and (begun or config.eval.at_start) and begun % every == 0
+        if due and not any(all_of(self.monitor.evaluated)):
+            self.evaluate()
+        while self.step < self.max_steps:
+            self.step += 1
+            stop = self.train_step()
+            if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+                self.save()
+            stop_if(stop)
+            if every and self.step % every == 0:
+                self.evaluate()
+
     def rehearse(self) -> None:
         """Try the longest row: what doesn't fit in memory shows now, not after hours."""
         if self.longest is not None:
             sync_gradients(self.model, last=True, adapters_only=self.config.lora is not None)
             self.monitor.say(rehearse(self.model, self.longest, self.world.device))
 
-    def train_step(self) -> None:
-        """One optimizer step over `packs_per_step` packs of all processes together."""
+    def train_step(self) -> int:
+        """One optimizer step over `packs_per_step` packs of all processes together; how many of these are to stop."""
         if self.profiler is not None:
             self.profiler.before(self.step)
         watch = Stopwatch()
@@ -293,6 +288,7 @@ class Trainer:
         self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
         if self.profiler is not None and self.profiler.after(self.step):
             self.monitor.say(f"wrote {self.profiler.file}")
+        return result.counts["stop"]
 
     def forward_backward(self, watch: Stopwatch) -> StepResult:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
@@ -317,7 +313,7 @@ class Trainer:
             loss.backward()
             loss_sum += loss.detach()
         next(packs, None)  # lets the loader note that the step is over
-        tally.counts |= {"bad": len(self.loader.new_bad), "failed_saves": int(self.saver.failed)}
+        tally.counts |= {"bad": len(self.loader.new_bad), "failed_saves": int(self.saver.failed), "stop": asked()}
         totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
@@ -349,7 +345,9 @@ class Trainer:
     def write_bad(self) -> None:
         """quarantine.jsonl: what reading and scanning left out, then what failed to decode."""
         if self.world.is_main:
-            write_quarantine(self.folder, [*self.documents.bad, *self.loader.known_bad.values()])
+            bad = [*self.documents.bad, *self.loader.known_bad.values()]
+            write_quarantine(self.folder, bad)
+            self.monitor.view.quarantined = len(bad)
 
     def evaluate(self) -> None:
         """Scores on held-out samples."""
@@ -383,6 +381,8 @@ class Trainer:
         loader = self.loader.state()
         loader["streams"] = {name: at for part in all_of(loader["streams"]) for name, at in part.items()}
         self.saver.save(self.step, {**self.identity(), **loader, "samples": self.samples})
+        self.saved = self.step
+        self.monitor.view.checkpoint = (self.step, time.monotonic())
 
     def export(self, folder: Path | None = None) -> None:
         """What others read, in `folder` or in the run's own."""

@@ -267,3 +267,28 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
     assert done.returncode != 0 and ("KeyboardInterrupt" in done.stderr) == (how == "interrupt"), done.stderr
     assert "In a worker" not in done.stderr and "vft-worker-pool" not in done.stderr
     assert until(lambda: not any(is_running(pid) for pid in pids))
+
+
+SIGNALLED = """
+import os, signal
+from vft.data.pool import WorkerPool
+if __name__ == "__main__":
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    for one in signals:
+        signal.signal(one, lambda *_: None)
+    with WorkerPool(1, 600) as pool:
+        before = pool.submit(os.getpid).result()
+        for one in signals:
+            os.killpg(0, one)
+        print(before == pool.submit(os.getpid).result(), flush=True)
+"""
+
+
+def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:
+    """Terminals, torchrun and schedulers send them to a whole group; a worker that died would look like a bad clip."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert done.stdout == "True\n" and "Traceback" not in done.stderr, done.stderr

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
@@ -138,6 +139,9 @@ class WorkerPool:
     # ---------------------------------------------------------------------------------- the pool's thread, from here
 
     def _dispatch(self) -> None:
+        # Workers inherit it: what a terminal or a scheduler sends to all processes alike is their parent's to answer.
+        resource_tracker.ensure_running()  # to start it would take the mask off again
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
         workers: list[_Worker] = []
         try:
             workers = [self._start() for _ in range(self.workers)]
@@ -293,7 +297,6 @@ _in_worker = False
 def _work(connection: Connection, initializer: Callable[[], None] | None) -> None:
     global _in_worker
     _in_worker = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.multiprocessing.set_sharing_strategy("file_descriptor")

@@ -12,6 +12,7 @@ from torch import Tensor
 from vft.attention import build_plan, document_segments
 from vft.distributed import sum_over_ranks
 from vft.models.cache import KeyValueCache
+from vft.stopping import asked, stop_if
 from vft.types import Batch
 
 
@@ -60,7 +61,9 @@ def generate(
                 answers[index].append(token)
         if on_tokens is not None:
             on_tokens(shown)
-        if not int(sum_over_ranks(torch.tensor(sum(running), device=device))):
+        left, stop = sum_over_ranks(torch.tensor([sum(running), asked()], device=device)).tolist()
+        stop_if(stop)
+        if not left:
             break
         batch = _single_tokens(tokens_S, next_position_S, prompts)
         next_position_S = next_position_S + 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from vft.files import replace_text
-from vft.report.page import Row, comparison, facts, read_run
+from vft.report.page import comparison, facts, read_run, sampling
 from vft.serving import not_served, vllm_serve
 
 LAYOUT = Path(__file__).with_name("card.md")
@@ -39,10 +39,3 @@ def write_card(folder: Path, target: Path, step: int, prompt: str) -> None:
         settings=run.settings.strip(),
     )
     replace_text(target / "README.md", card)
-
-
-def sampling(video: Row) -> str:
-    """Frames of a video and their size, in words."""
-    frames = f"{video['frames']} frames" if "frames" in video else f"{video['fps']:g} frames a second"
-    most = "" if "frames" in video else f", at most {video['max_frames']}"
-    return f"Videos were seen at {frames}{most}, of at most {video['max_pixels']:,} pixels each."

@@ -50,6 +50,8 @@ def write_report(folder: Path, held_out: Documents | None, spec: VisionSpec | No
     page = environment.from_string(LAYOUT.read_text(encoding="utf-8")).render(
         title=f"{task}: {base}",
         facts=facts(run, held_out),
+        sources=sources(run.config),
+        seen=sampling(run.config.get("data", {}).get("video", {})),
         tables=[*comparison(run.evaluations), *comparison(run.compared, ", by tools/evaluate.py")],
         charts=charts(run),
         confusion=confused(run.predictions) if task == "classify" else None,
@@ -171,6 +173,25 @@ def facts(run: Run, held_out: Documents | None) -> dict[str, str]:
         found["held out"] = f"{held_out.num_samples:,} samples in {len(held_out.members):,} documents"
     found["left out"] = f"{len(run.quarantine):,} samples" if run.quarantine else "nothing"
     return {name: value for name, value in found.items() if value}
+
+
+def sources(config: Row) -> list[Row]:
+    """What was trained on, then what was held out of it."""
+    named = {"trained on": config.get("data", {}), "held out": config.get("eval", {})}
+    return [
+        {"use": use, "path": one.get("path"), "format": one.get("format"), "weight": f"{one.get('weight', 1):g}"}
+        for use, section in named.items()
+        for one in section.get("sources") or ()
+    ]
+
+
+def sampling(video: Row) -> str:
+    """Frames of a video and their size, in words; nothing where the settings don't tell."""
+    if "max_pixels" not in video or not ("frames" in video or "fps" in video):
+        return ""
+    frames = f"{video['frames']} frames" if "frames" in video else f"{video['fps']:g} frames a second"
+    most = "" if "frames" in video else f", at most {video['max_frames']}"
+    return f"Videos were seen at {frames}{most}, of at most {video['max_pixels']:,} pixels each."
 
 
 def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row]:
