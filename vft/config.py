@@ -233,7 +233,7 @@ class EvalConfig(Section):
     """`[eval]`: answers and loss on held-out records while training."""
 
     every_steps: Count = 0
-    """Optimizer steps between two; 0: never."""
+    """Optimizer steps between two, and one after the last step; 0: never."""
     sources: Tuple[SourceConfig] = ()
     """Held-out records; empty: those of `data.sources`, which shows what was memorised, not what carries over."""
     max_new_tokens: Positive = 128

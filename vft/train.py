@@ -249,9 +249,8 @@ class Trainer:
     def train(self) -> None:
         """The steps that are left. Stopped, in all processes alike, where one of them is to stop."""
         config, begun = self.config, self.step
-        every = config.eval.every_steps
         # Also where a kill came between a step's checkpoint and the end of its evaluation.
-        due = every and (begun or config.eval.at_start) and begun % every == 0
+        due = self.evaluates() and (begun or config.eval.at_start)
         if due and not any(all_of(self.monitor.evaluated)):
             self.evaluate()
         while self.step < self.max_steps:
@@ -260,8 +259,13 @@ class Trainer:
             if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
                 self.save()
             stop_if(stop)
-            if every and self.step % every == 0:
+            if self.evaluates():
                 self.evaluate()
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation belongs to this step: every so many, and the last."""
+        every = self.config.eval.every_steps
+        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
     def rehearse(self) -> None:
         """Try the longest row: what doesn't fit in memory shows now, not after hours."""
