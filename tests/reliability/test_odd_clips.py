@@ -202,6 +202,6 @@ def test_a_clip_that_takes_longer_than_its_deadline(folder: Path, found: dict[st
     with WorkerPool(1, 4.0, import_all) as pool:
         first, second = [pool.submit(vision.load, plan, SPEC) for plan in plans]
         with pytest.raises(MediaError) as caught:
-            first.result(SECONDS)
+            first.result(6 * SECONDS)  # a worker has to start, too
         assert caught.value.reason == "deadline" and str(path) in str(caught.value)
-        assert len(second.result(SECONDS).pixels_PD)
+        assert len(second.result(6 * SECONDS).pixels_PD)
