@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -30,9 +31,10 @@ HEIGHT, WIDTH = 14, 60
 
 
 class Course:
-    """A figure over the whole run, in a bounded number of means."""
+    """A figure over the whole run, in a bounded number of means; `log` of those that are all above 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: bool = False) -> None:
+        self.log = log
         self.means: list[float] = []
         self.each = 1
         """Values in a mean."""
@@ -55,6 +57,8 @@ class Course:
             return ""
         ends = [i * len(means) // parts for i in range(parts + 1)]
         heights = [sum(means[a:b]) / (b - a) for a, b in pairwise(ends)]
+        if self.log and min(heights) > 0:
+            heights = [math.log(h) for h in heights]
         low, high = min(heights), max(heights)
         return "".join(BLOCKS[int((h - low) / ((high - low) or 1.0) * 7.999)] for h in heights)
 
@@ -67,7 +71,7 @@ class LiveView:
         self.title, self.max_steps, self.console = title, max_steps, console
         self.line: Mapping[str, Any] = {"step": 0}
         """The newest step's."""
-        self.loss, self.rate = Course(), Course()
+        self.loss, self.rate = Course(log=True), Course()
         self.evaluation = self.bar = ""
         self.quarantined = 0
         self.checkpoint: tuple[int, float] | None = None
