@@ -130,7 +130,7 @@ def reshard(root: Path, step: str, shard: str, asynchronous: str) -> None:
 def counted_reads() -> Iterator[list[int]]:
     """Numbers taken out of files, read by read."""
     read: list[int] = []
-    real = checkpoints.safe_open
+    real = checkpoints.open_tensors
 
     class Slice:
         def __init__(self, inner: Any) -> None:
@@ -155,11 +155,11 @@ def counted_reads() -> Iterator[list[int]]:
         def __exit__(self, *error: object) -> None:
             return None
 
-    checkpoints.safe_open = Opened  # type: ignore[assignment]
+    checkpoints.open_tensors = Opened  # type: ignore[assignment]
     try:
         yield read
     finally:
-        checkpoints.safe_open = real
+        checkpoints.open_tensors = real
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
