@@ -44,6 +44,7 @@ def become(request):
         os.dup2(file, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     sys.argv = [request["program"], *request["arguments"]]
     if request["program"].endswith(".py"):
         sys.path[0] = os.path.dirname(os.path.abspath(request["program"]))
