@@ -299,8 +299,8 @@ def test_an_export_holds_one_tensor_at_a_time(
     model = tiny_bf16.ours()  # in float32, as trained; the files are bfloat16
     base = Checkpoint.open(str(tiny_bf16.path))
     # Opened before: a file that is mapped counts as allocated.
-    opened = {file: weights._open(file) for file in base.weight_files.values()}
-    monkeypatch.setattr(weights, "_open", lambda file: nullcontext(opened[file]))
+    opened = {file: weights.open_tensors(file) for file in base.weight_files.values()}
+    monkeypatch.setattr(weights, "open_tensors", lambda file: nullcontext(opened[file]))
     largest = max(parameter.numel() for parameter in model.parameters())
     peak = allocated_peak(lambda: export_model(model, base, tmp_path / "model", {}, write))
     assert peak == 2 * largest

@@ -353,8 +353,8 @@ class Batch:
 
     @property
     def labels_T(self) -> Tensor:
-        """Those of the documents."""
-        return torch.cat([document.labels_T for document in self.documents])
+        """Those of the documents; none where there is no document."""
+        return torch.cat([self.input_ids_T.new_empty(0), *(document.labels_T for document in self.documents)])
 
     @property
     def document_T(self) -> Tensor:

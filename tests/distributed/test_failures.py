@@ -65,6 +65,7 @@ def test_a_lost_process_is_named(
     config = world.config(tmp_path / "run.toml", ENDLESS)
     started = start(commands, config, [0, 1], 2)
     wait_for_step(tmp_path / "run", 3, lambda: all(one.is_running for one in started))
+    time.sleep(2)  # a sign of life a second says what it does
     os.kill(started[victim].pid, how)
     try:
         status, lines = ends_within(started[1 - victim], 30)

@@ -13,7 +13,7 @@ from tests.distributed.launchers import Launcher, rank_processes, wait_for_step
 from tests.distributed.test_failures import start
 from tests.runs.commands import CAPTION, Commands, metrics
 from tests.runs.processes import run_together
-from tests.runs.test_resume import without_times
+from tests.runs.same import without_times
 from tests.runs.world import World
 
 STEPS = 30

@@ -15,7 +15,11 @@ from tests.runs.commands import Commands, metrics
 if TYPE_CHECKING:
     from tests.helpers import Tiny
 
-OTHER_FAMILIES = ("llava_next_video", "llava_next_video_mistral", "qwen3_vl")
+OTHER_FAMILIES = (
+    "llava_next_video",
+    pytest.param("llava_next_video_mistral", marks=pytest.mark.slow),
+    "qwen3_vl",
+)
 HEAD_TOO = {"rank": 16, "alpha": 32, "targets": ["language_model.*", "language_model.lm_head"]}
 """For random weights: the head has to learn, too, for its logits are too small to be sure of anything."""
 

@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert_same(folder, undisturbed, STEPS)
 
 
-@pytest.mark.parametrize("where", ["answers", "losses"])
+@pytest.mark.parametrize("where", ["answers", pytest.param("losses", marks=pytest.mark.slow)])
 def test_stopped_in_the_middle_of_an_evaluation(world: World, commands: Commands, tmp_path: Path, where: str) -> None:
     undisturbed = commands.train(world.config(tmp_path / "undisturbed.toml", STOCHASTIC, SCORED, {"seed": 3}))
     config = world.config(tmp_path / "run.toml", STOCHASTIC, SCORED, {"seed": 3})
