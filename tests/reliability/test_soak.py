@@ -37,7 +37,8 @@ class Sample:
 
     time_s: float
     main_bytes: int
-    """Memory of the training process; pages that it shares count for each of their owners in part (PSS)."""
+    """Memory of the training process, but for mapped files; pages that it shares count for each of their owners in part
+    (PSS). Of mapped files, torch's libraries above all, its part grows when some other program that has them ends."""
     tree_bytes: int
     """The same with all processes that it started."""
     main_files: int
@@ -58,7 +59,7 @@ def _memory_bytes(pid: int) -> int:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended since
         return 0
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def _open_files(pid: int) -> int:
