@@ -19,12 +19,13 @@ original_forward, original_step = VideoLanguageModel.forward, train.Trainer.trai
 current = 0
 
 
-def train_step(trainer: train.Trainer) -> None:
+def train_step(trainer: train.Trainer) -> int:
     """Takes note of the step."""
     global current
     current = trainer.step
-    original_step(trainer)
+    stop = original_step(trainer)
     current = 0
+    return stop
 
 
 def forward(model: VideoLanguageModel, batch: Any, *arguments: Any, **options: Any) -> torch.Tensor:
