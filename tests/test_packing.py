@@ -36,7 +36,7 @@ from vft import loss as losses
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.loader import Loader
-from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
+from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
 from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig, VideoConfig
 from vft.types import Batch, Conversation, Patches, UserError
@@ -106,10 +106,10 @@ def test_logits_of_a_pack(each_tiny: Tiny, rows: Sequence[Any]) -> None:
     model = each_tiny.ours()
     packed = batch_of(each_tiny.encoder, *rows)
     with torch.no_grad():
-        logits = every_logit(model, packed)
+        logits, document_T = every_logit(model, packed), owners(packed.documents)[0]
         for number, row in enumerate(rows):
             alone = every_logit(model, batch_of(each_tiny.encoder, row))
-            assert float((logits[packed.document_T == number] - alone).abs().max()) <= 1e-4
+            assert float((logits[document_T == number] - alone).abs().max()) <= 1e-4
 
 
 def test_empty_pack(each_tiny: Tiny) -> None:
@@ -463,7 +463,7 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
             row = collate([(built, blank)], spec)
             assert tokens == row.num_tokens and patches == row.pixels_PD.shape[0]
             # Who sees whom: trunk and own branch, up to oneself.
-            branch, position = row.branch_T, torch.arange(row.num_tokens)
+            branch, position = owners(row.documents)[1], torch.arange(row.num_tokens)
             seen = (position[None] <= position[:, None]) & ((branch[None] == -1) | (branch[None] == branch[:, None]))
             assert pairs == int(seen.sum())
 

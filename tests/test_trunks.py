@@ -26,7 +26,7 @@ from tests.helpers import (
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.documents import Documents
-from vft.data.packing import collate
+from vft.data.packing import collate, owners
 from vft.data_config import DataConfig, ImageConfig, VideoConfig
 from vft.lora import choose_trainable, initialise, is_adapter
 from vft.models import Skeleton
@@ -148,8 +148,9 @@ def test_ids_labels_and_positions_of_branches(tiny: Tiny, name: str) -> None:
     talks, media = SHARED[name], media_of(tiny, SHARED[name])
     shared = batch_of(tiny.encoder, (talks, media))
     assert shared.sample_ids == tuple(one.id for one in talks)
+    branch_T = owners(shared.documents)[1]
     for number, one in enumerate(talks):
-        mine = (shared.branch_T == -1) | (shared.branch_T == number)
+        mine = (branch_T == -1) | (branch_T == number)
         alone = batch_of(tiny.encoder, ([one], media))
         assert torch.equal(shared.input_ids_T[mine], alone.input_ids_T)
         assert torch.equal(shared.labels_T[mine], alone.labels_T)
@@ -161,7 +162,7 @@ def test_one_question_has_no_branches(tiny: Tiny, model: Any) -> None:
     talks = about([VIDEO], 1)
     batch = batch_of(tiny.encoder, (talks, media_of(tiny, talks)))
     assert len(batch.plan.segments) == 1 and batch.plan.k_index is None
-    assert batch.documents[0].trunk_length == 0 and set(batch.branch_T.tolist()) == {0}
+    assert batch.documents[0].trunk_length == 0 and set(owners(batch.documents)[1].tolist()) == {0}
     twice = batch_of(tiny.encoder, (talks, media_of(tiny, talks)), (talks, media_of(tiny, talks)))
     assert_same_training(model, [twice], [batch, batch])
 
@@ -186,7 +187,7 @@ def test_a_branch_sees_no_other(tiny: Tiny) -> None:
         with torch.no_grad():
             logits_NV = model(batch, loss=False)
         found_N = torch.nn.functional.cross_entropy(logits_NV, batch.target_ids_N, reduction="none")
-        return found_N[batch.branch_T[batch.labels_T != -100] == branch]
+        return found_N[owners(batch.documents)[1][batch.labels_T != -100] == branch]
 
     for branch in (0, 2):
         before, after = (losses(members, branch) for members in (talks, [talks[0], other, talks[2]]))

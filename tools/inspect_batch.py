@@ -21,6 +21,7 @@ from vft.console import user_errors
 from vft.data.chat import ChatEncoder
 from vft.data.documents import load_documents
 from vft.data.loader import Loader, open_streams
+from vft.data.packing import owners
 from vft.data.pool import WorkerPool
 from vft.files import whole_folder
 from vft.models import Skeleton, build
@@ -79,12 +80,13 @@ def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
     """The batch under its stable names; pixels as the model sees them, in float32."""
     plans = [plan for document in batch.documents for plan in document.media]
     times = [time for plan in plans for time in plan.frame_times_s]
+    document_T, branch_T = owners(batch.documents)
     tensors = {
         "input_ids_T": batch.input_ids_T,
         "labels_T": batch.labels_T,
         "positions_3T": batch.positions_3T,
-        "document_T": batch.document_T,
-        "branch_T": batch.branch_T,
+        "document_T": document_T,
+        "branch_T": branch_T,
         "pixels_PD": skeleton.model.normalise(batch.pixels_PD),
         "grid_thw": torch.tensor(batch.grids, dtype=torch.long).reshape(-1, 3),
         "seconds_per_grid": torch.tensor([plan.seconds_per_grid for plan in plans], dtype=torch.float64),

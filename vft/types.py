@@ -357,19 +357,6 @@ class Batch:
         return torch.cat([self.input_ids_T.new_empty(0), *(document.labels_T for document in self.documents)])
 
     @property
-    def document_T(self) -> Tensor:
-        """Number of each token's document."""
-        lengths = torch.tensor([document.num_tokens for document in self.documents])
-        return torch.arange(len(lengths)).repeat_interleave(lengths)
-
-    @property
-    def branch_T(self) -> Tensor:
-        """Branch of each token within its document; -1 in a trunk that several share."""
-        parts = [(n, x) for d in self.documents for n, x in enumerate((d.trunk_length, *d.branch_lengths), start=-1)]
-        numbers, lengths = torch.tensor(parts).unbind(1)
-        return numbers.repeat_interleave(lengths)
-
-    @property
     def grids(self) -> tuple[tuple[int, int, int], ...]:
         """Patches of the media in time, height and width."""
         return tuple(plan.grid_thw for document in self.documents for plan in document.media)

@@ -132,12 +132,12 @@ class Command:
 
 
 class Commands:
-    """Starts commands in one environment."""
+    """Starts commands in one environment and folder."""
 
-    def __init__(self, environment: dict[str, str], scratch: Path) -> None:
-        self.environment, self.scratch = environment, scratch
+    def __init__(self, environment: dict[str, str], scratch: Path, folder: Path = REPOSITORY) -> None:
+        self.environment, self.scratch, self.folder = environment, scratch, folder
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, cwd=REPOSITORY, env=environment, text=True
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, cwd=folder, env=environment, text=True
         )
 
     def start(self, program: str, *arguments: object, **environment: str) -> Command:
@@ -162,7 +162,7 @@ class Commands:
         """A command from nothing, as a shell starts it; python is this interpreter."""
         words = [sys.executable if word == "python" else str(word) for word in command]
         done = subprocess.run(
-            words, cwd=REPOSITORY, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
@@ -184,8 +184,8 @@ class Commands:
 
 
 @contextmanager
-def commands_in(scratch: Path) -> Iterator[Commands]:
-    """Commands that find the index of media in `scratch` and never ask the network."""
+def commands_in(scratch: Path, folder: Path = REPOSITORY, **own: str) -> Iterator[Commands]:
+    """Commands that find the index of media in `scratch` and never ask the network; `own` is environment."""
     scratch.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {
@@ -194,8 +194,9 @@ def commands_in(scratch: Path) -> Iterator[Commands]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "VFT_CACHE": str(scratch / "cache"),
+        **own,
     }
-    commands = Commands(environment, scratch)
+    commands = Commands(environment, scratch, folder)
     try:
         yield commands
     finally:

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.runs.commands import Commands
+from tests.runs.fixtures import commands as commands
+
 BENCH = Path(__file__).parents[2] / "tools/bench"
 
 
-def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-def figures(name: str, output: Path, *arguments: object) -> dict[str, Any]:
-    done = run(name, *arguments, "--output", output)
-    assert done.returncode == 0, done.stderr
+def figures(commands: Commands, name: str, output: Path, *arguments: object) -> dict[str, Any]:
+    done = commands.run(str(BENCH / name), *arguments, "--output", output).ok()
     made: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     assert made["environment"]["cpus"] > 0 and made["title"] in " ".join(done.stdout.split()) and made["settings"]
     return made
 
 
-def test_data(tmp_path: Path) -> None:
+def test_data(commands: Commands, tmp_path: Path) -> None:
     sizes = ("--sizes", "64x56", "--seconds", "1", "--fps", "8", "--max-frames", "8", "--max-pixels", "3136")
     # The usual processor is left out: to import what it needs takes longer than all the rest.
     few = ("--count", "2", "--samples", "4", "--repeats", "2", "--cores", "1", "--without-processor")
-    rows = figures("data.py", tmp_path / "data.json", *sizes, *few)["rows"]
+    rows = figures(commands, "data.py", tmp_path / "data.json", *sizes, *few)["rows"]
     assert [(row["clips"], row["cores"], row["side"]) for row in rows] == [
         ("64x56, 8 fps", 1, "vft"),
         ("64x56, 8 fps", 1, "torchcodec"),
@@ -44,8 +37,8 @@ def test_data(tmp_path: Path) -> None:
     assert rows[1]["of bare"] == 1 and 0 < rows[0]["of bare"] < 5
 
 
-def test_load(tmp_path: Path) -> None:
-    made = figures("load.py", tmp_path / "load.json", "--shape", "tiny", "--repeats", "1", "--device", "cpu")
+def test_load(commands: Commands, tmp_path: Path) -> None:
+    made = figures(commands, "load.py", tmp_path / "load.json", "--shape", "tiny", "--repeats", "1", "--device", "cpu")
     rows = {row["side"]: row for row in made["rows"]}
     assert list(rows) == ["vft", "safetensors", "safetensors, copied", "transformers"]
     sizes = [row["model GiB"] * 2**30 for row in rows.values()]
@@ -55,9 +48,9 @@ def test_load(tmp_path: Path) -> None:
     assert rows["vft"]["time / vft's"] == 1
 
 
-def test_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint(commands: Commands, tmp_path: Path) -> None:
     few = ("--shape", "tiny", "--ranks", "4", "--full", "--repeats", "1", "--device", "cpu", "--folder", tmp_path)
-    made = figures("checkpoint.py", tmp_path / "checkpoint.json", *few, "--steps", "2", "--tokens", "32")
+    made = figures(commands, "checkpoint.py", tmp_path / "checkpoint.json", *few, "--steps", "2", "--tokens", "32")
     lora, full = made["rows"]
     assert (lora["trained"], full["trained"]) == ("LoRA rank 4", "full")
     for row in (lora, full):
@@ -83,6 +76,5 @@ def test_checkpoint(tmp_path: Path) -> None:
         ("checkpoint.py", ("--ranks", "0"), "--ranks 0: must be at least 1"),
     ],
 )
-def test_mistakes(name: str, arguments: tuple[str, ...], message: str) -> None:
-    done = run(name, *arguments)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_mistakes(commands: Commands, name: str, arguments: tuple[str, ...], message: str) -> None:
+    assert message in commands.run(str(BENCH / name), *arguments).error

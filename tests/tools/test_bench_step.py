@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.runs.commands import Commands
+from tests.runs.fixtures import commands as commands
 from vft.models.layers import VisionAttention
 from vft.models.media import blocks_plan
 
 BENCH = Path(__file__).parents[2] / "tools/bench"
 
 
-def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-def rows_of(name: str, output: Path, *arguments: object) -> list[dict[str, Any]]:
-    done = run(name, *arguments, "--output", output)
-    assert done.returncode == 0, done.stderr
+def rows_of(commands: Commands, name: str, output: Path, *arguments: object) -> list[dict[str, Any]]:
+    commands.run(str(BENCH / name), *arguments, "--output", output).ok()
     rows: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
-def test_step(tmp_path: Path) -> None:
+def test_step(commands: Commands, tmp_path: Path) -> None:
     what = ("--shape", "tiny", "--tokens", "400", "--repeats", "1", "--questions", "3")
-    rows = rows_of("step.py", tmp_path / "step.json", *what, "--modes", "none", "mlp", "full")
+    rows = rows_of(commands, "step.py", tmp_path / "step.json", *what, "--modes", "none", "mlp", "full")
     assert [row["checkpointing"] for row in rows] == ["none", "mlp", "full"]
     assert {row["tokens"] for row in rows} == {400}
     planned = [row["planned GiB"] for row in rows]
@@ -43,8 +35,10 @@ def test_step(tmp_path: Path) -> None:
         assert row["tokens/s"] == pytest.approx(row["tokens"] / row["step s"]) and row["TFLOP/s"] > 0
 
 
-def test_scaling(tmp_path: Path) -> None:
-    rows = rows_of("scaling.py", tmp_path / "scaling.json", "--shape", "tiny", "--repeats", "1", "--of", "questions")
+def test_scaling(commands: Commands, tmp_path: Path) -> None:
+    rows = rows_of(
+        commands, "scaling.py", tmp_path / "scaling.json", "--shape", "tiny", "--repeats", "1", "--of", "questions"
+    )
     apart, shared = rows[2], rows[3]
     assert (apart["case"], shared["case"]) == ("5 apart", "5 shared")
     # Of 8 frames of 224 x 224 with 15 tokens before and one behind: V = 272, q = 25.
@@ -52,9 +46,9 @@ def test_scaling(tmp_path: Path) -> None:
     assert shared["expected"] / apart["expected"] == pytest.approx((272 + 5 * 25) / (5 * (272 + 25)))
 
 
-def test_gains(tmp_path: Path) -> None:
+def test_gains(commands: Commands, tmp_path: Path) -> None:
     """The two ways of each line have the same loss, or the command fails."""
-    rows = rows_of("gains.py", tmp_path / "gains.json", "--shape", "tiny", "--repeats", "1")
+    rows = rows_of(commands, "gains.py", tmp_path / "gains.json", "--shape", "tiny", "--repeats", "1")
     assert len(rows) == 5 and all(row["loss differs by"] <= 1e-4 and row["gain"] > 0 for row in rows)
 
 
@@ -85,6 +79,5 @@ def test_windows_one_by_one_are_a_call_each(monkeypatch: pytest.MonkeyPatch) -> 
         ("gains.py", ("--repeats", "-1"), "--repeats -1: must be at least 1"),
     ],
 )
-def test_a_mistake_is_one_line(name: str, arguments: tuple[str, ...], message: str) -> None:
-    done = run(name, *arguments)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_a_mistake_is_one_line(commands: Commands, name: str, arguments: tuple[str, ...], message: str) -> None:
+    assert message in commands.run(str(BENCH / name), *arguments).error

@@ -177,6 +177,18 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
     )
 
 
+def owners(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whose each token of a row is: the number of its document, and of its branch there (-1 in a trunk that several
+    share), both [T] and empty where there is no document."""
+    parts = [
+        (number, branch, length)
+        for number, document in enumerate(documents)
+        for branch, length in enumerate((document.trunk_length, *document.branch_lengths), start=-1)
+    ]
+    document_S, branch_S, length_S = torch.tensor(parts, dtype=torch.long).view(-1, 3).unbind(1)
+    return document_S.repeat_interleave(length_S), branch_S.repeat_interleave(length_S)
+
+
 def _predicting_rows(document: Document) -> torch.Tensor:
     """The row before each supervised token; before a branch's first token that is the trunk's last."""
     before = torch.arange(document.num_tokens) - 1
