@@ -49,6 +49,28 @@ def test_cut_off_anywhere(tmp_path: Path) -> None:
         assert path.read_bytes() == b"".join(lines[:count])
 
 
+def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
+    """Nor does the later one take away what the earlier one has written since it looked."""
+    item, other = items_of(tmp_path, {"video": "a.mp4"}, {"video": "b.mp4"})
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"id": "cut o')
+    first, second = AnswersFile(path, SETTINGS), AnswersFile(path, SETTINGS)
+    first.begin()
+    with pytest.raises(UserError, match="another command writes to it"):
+        second.begin()
+    first.add(item, "Yes.")
+    before = path.read_bytes()
+    del first
+    with pytest.raises(UserError, match="another command has written to it since"):
+        second.begin()
+    assert path.read_bytes() == before and before.count(b"\n") == 1
+    third = AnswersFile(path, SETTINGS)
+    assert third.has(item) and not third.has(other)
+    third.begin()
+    third.add(other, "No.")
+    assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == 2
+
+
 def test_an_error_is_asked_again_and_its_line_goes(tmp_path: Path) -> None:
     items = items_of(tmp_path, {"video": "a.mp4"}, {"video": "b.mp4"})
     path = tmp_path / "out.jsonl"

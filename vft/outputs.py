@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ class AnswersFile:
         """Keys of the questions that are answered."""
         if path.is_dir():
             raise UserError(f"--output = {str(path)!r}: is a folder; name a file, such as answers.jsonl")
-        for number, text in enumerate(io.StringIO(self._read(), newline="\n"), 1):  # an answer may hold other breaks
+        self._found = self._read()
+        for number, text in enumerate(io.StringIO(self._found, newline="\n"), 1):  # an answer may hold other breaks
             line = self._parsed(text, number)
             if line is not None and "prediction" in line:
                 self._kept.append(text if text.endswith("\n") else f"{text}\n")
@@ -74,14 +76,35 @@ class AnswersFile:
         return _key(question_line(item)) in self.done
 
     def begin(self) -> None:
-        """Open it to add lines. One process does."""
+        """Open it to add lines. One process does. UserError where another command writes, or has written meanwhile."""
+        stream = self._own()
+        if self._read() != self._found:
+            raise UserError(
+                f"--output = {str(self.path)!r}: another command has written to it since; start this one again"
+            )
         text = "".join(self._kept)
-        if not self.path.exists() or self._read() != text:
+        if text != self._found:
             replace_text(self.path, text)
+            with stream:  # until the new file is held, too
+                stream = self._own()
+        self._stream = stream
+
+    def _own(self) -> TextIO:
+        """The file at its end, held as long as it is open."""
         try:
-            self._stream = self.path.open("a", encoding="utf-8")
+            stream = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise UserError(
+                f"--output = {str(self.path)!r}: another command writes to it; wait for it, or name another file"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return stream
 
     def add(self, item: Item, answer: str | Failure) -> None:
         """One more line, on its way to the disk when this returns."""
