@@ -127,9 +127,9 @@ class Watch:
     def explain(self) -> None:
         """A collective failed: the threads find out who is gone, and end the process. Returns where they don't."""
         self.suspicious = True
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the store may be what is gone: that, too, the threads find out
             self.store.set("suspicion", "1")
-            time.sleep(SUSPECT_S + 4 * self.beat_s)
+        time.sleep(SUSPECT_S + 4 * self.beat_s)
 
     def conclude(self, text: str) -> None:
         """End this process, and with it the run, for the reason `text`; the first reason of all is everybody's."""

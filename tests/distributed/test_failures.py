@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for_step
 from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
 from tests.runs.processes import free_port
 from tests.runs.world import World
+from vft.watch import SUSPECT_S, Member, Watch
 
 HOST = socket.gethostname()
 HANGING = str(Path(__file__).with_name("hanging.py"))
@@ -78,6 +80,22 @@ def test_a_lost_process_is_named(
     said = "no sign of life for" if victim else "can't be reached from here"
     assert line.startswith(f"error: host {HOST} (rank {victim})") and said in line
     assert victim == 0 or "was at step" in line
+
+
+class Unreachable(Store):
+    """Of a process that was killed."""
+
+    def set(self, *_: object) -> None:
+        raise RuntimeError("Broken pipe")
+
+
+def test_the_store_itself_may_be_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread leaves the others time to find out, and to end the process: its own words say less."""
+    waited: list[float] = []
+    monkeypatch.setattr("vft.watch.time.sleep", waited.append)
+    members = [Member(rank, 0, HOST, 1, "CPU", "", "", "", "", 0) for rank in (0, 1)]
+    Watch(Unreachable(), members, rank=1, size=2, silence_s=60.0, timeout_s=600.0).explain()
+    assert sum(waited) >= SUSPECT_S
 
 
 def test_a_process_that_hangs_is_named(world: World, commands: Commands, tmp_path: Path) -> None:
