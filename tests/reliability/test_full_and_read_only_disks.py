@@ -77,7 +77,7 @@ PLACES = {
     "quarantine": (1, "quarantine.jsonl", 0),
     "metrics": (1, "metrics.jsonl", 0),  # later lines fit in the page that the file has
     "checkpoint": (3, "checkpoints", 4),
-    "predictions": (1, "predictions/step-000004.jsonl", 2),  # the save of step 4 is in flight
+    "predictions": (1, "predictions/step-000004.jsonl", 4),
     "export": (1, "adapter", 8),
     "card": (1, "adapter/README.md", 8),
     "report": (1, "report.html", 8),
@@ -94,7 +94,9 @@ def test_a_disk_that_fills_up(
 ) -> None:
     disk = mount()
     run, (number, named, least) = disk / "run", PLACES[where]
-    config = config_of(world, tmp_path / "run.toml", output_dir=str(run))
+    # Beside the loop a save would be in flight while predictions are written, and could meet the full disk first.
+    beside = {"checkpoint": {"asynchronous": where != "predictions"}}
+    config = config_of(world, tmp_path / "run.toml", output_dir=str(run), **beside)
     result = commands.run(SCRIPT, config, FILL=str(disk), WHERE=where, FROM=str(number))
     error = result.error
     assert str(run / named) in error and ("No space left" in error or "free space" in error), error
