@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from workload import SHAPES, write_checkpoint
 
 from tests.runs.commands import Commands
 from tests.runs.processes import run_together
 from vft.models.weights import INDEX_FILE
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # its scripts import each other by name
-
-from workload import SHAPES, write_checkpoint
 
 
 @pytest.fixture(scope="module")

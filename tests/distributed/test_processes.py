@@ -35,10 +35,11 @@ class Runs:
         key = repr((processes, settings))
         if key not in self.done:
             config = self.world.config(self.folder / f"run{len(self.done)}.toml", TWENTY, *settings)
-            if processes == 1:
-                self.commands.train(config)
-            else:
+            if processes > 2:
                 self.commands.torchrun(processes, config).ok()
+            else:
+                for one in run_together(self.commands, processes, CAPTION, config):
+                    one.ok()
             self.done[key] = config.with_suffix("")
         return self.done[key]
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGene
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pictures
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+from workload import MODELS
 
 from tests import test_compiled as compiled
 from tests.helpers import (
@@ -33,7 +34,6 @@ from tests.helpers import (
     talk,
 )
 from tests.models.families import QWEN3_TEMPLATE
-from tools.bench.workload import MODELS
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder

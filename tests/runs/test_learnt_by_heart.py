@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import tomli_w
 
-from tests.runs.commands import Commands, metrics
+from tests.runs.commands import CAPTION, Commands, metrics
 
 if TYPE_CHECKING:
     from tests.helpers import Tiny
 
 OTHER_FAMILIES = (
-    "llava_next_video",
+    pytest.param("llava_next_video", marks=pytest.mark.slow),
     pytest.param("llava_next_video_mistral", marks=pytest.mark.slow),
     "qwen3_vl",
 )
@@ -79,7 +79,7 @@ def assert_learnt_by_heart(
         "train": {"packs_per_step": 2, "schedule": "linear", "precision": "fp32", **train},
     }
     config.write_text(tomli_w.dumps(table))
-    commands.torchrun(1, config).ok()
+    commands.run(CAPTION, config).ok()
     loss = metrics(folder / "run")[-1]["loss"]
     print(f"loss {loss:.2g}")
     assert loss < 0.05

@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peer
 import pytest
 
 from vft.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "bench" / "peer.py"
-sys.path.insert(0, str(SCRIPT.parent))  # its scripts import each other by name, as Python finds them
-
-import peer  # noqa: E402
 
 
 def run(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import converter
 import pytest
 
 from tests.data.clips import make_clip
@@ -18,9 +19,7 @@ from vft.data.sources import story
 from vft.types import MediaRef, Sample
 
 FOLDER = Path(__file__).parents[2] / "tools" / "convert"
-sys.path.insert(0, str(FOLDER))  # the scripts import each other by name, as Python finds them
 
-import converter  # noqa: E402
 
 SETS = ("activitynet_captions", "shot2story", "videoxum", "vist")
 

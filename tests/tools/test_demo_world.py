@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import demo_sets
+import make_data
 import pytest
 import torch
+import words
+import world
 
 from vft import config as configs
 from vft.data import sources
@@ -18,12 +21,7 @@ from vft.types import MediaRef
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tools" / "demo_world"
-sys.path.insert(0, str(FOLDER))  # its scripts import each other by name, as Python finds them
 
-import demo_sets  # noqa: E402
-import make_data  # noqa: E402
-import words  # noqa: E402
-import world  # noqa: E402
 
 RECIPES = sorted((ROOT / "recipes" / "demo").rglob("*.toml"))
 DATA = {

@@ -12,16 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import devices
+import machine
+import packages
 import pytest
 
 from tests.runs.fixtures import world as world
 from tests.runs.world import World
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "checks"))  # as tools/doctor.py does
-
-import devices
-import machine
-import packages
 
 REPOSITORY = Path(__file__).parents[2]
 

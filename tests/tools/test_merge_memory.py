@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from workload import SHAPES, write_checkpoint
 
 from vft.adapter_files import export_adapter
 from vft.config import LoraConfig
@@ -18,9 +19,6 @@ from vft.models import build
 from vft.models.weights import Checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "tools" / "bench"))  # its scripts import each other by name, as Python finds them
-
-from workload import SHAPES, write_checkpoint  # noqa: E402
 
 PROGRAM = r"""
 import re, sys
