@@ -26,7 +26,6 @@ from tests.helpers import (
     LIMITS,
     Media,
     Tiny,
-    batch_of,
     document,
     every_logit,
     loss_and_gradients,
@@ -34,10 +33,10 @@ from tests.helpers import (
     talk,
 )
 from tests.models.families import QWEN3_TEMPLATE
+from tests.models.rows import PICTURE, PICTURE_INFO, ROWS, SHORT, SHORT_INFO, prompt, row
 from vft.config import LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
-from vft.data.packing import collate
 from vft.flops import FlopCounter
 from vft.lora import choose_trainable
 from vft.models import media as rules
@@ -45,30 +44,7 @@ from vft.models import qwen3_vl
 from vft.models.generate import Sampling, generate
 from vft.models.qwen3_vl_vision import Qwen3Vision
 from vft.parallel import checkpoint_activations
-from vft.types import Batch, Clip, Conversation, MediaPlan, UserError
-
-VIDEO, VIDEO_INFO = medium("video", 6, 200, 130, fps=1.0)
-SHORT, SHORT_INFO = medium("video", 5, 90, 200, fps=10.0, name="short")
-PICTURE, PICTURE_INFO = medium("image", 1, 200, 130, name="picture")
-
-ROWS: dict[str, tuple[Conversation, list[Any]]] = {
-    "text": (talk(("user", "Hello, what is 12 + 30?"), ("assistant", "42.")), []),
-    "picture": (
-        talk(("user", ["Look: ", PICTURE, "What is it?"]), ("assistant", "A cat on a mat.")),
-        [(PICTURE, PICTURE_INFO)],
-    ),
-    "video": (talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs.")), [(VIDEO, VIDEO_INFO)]),
-    "mixed": (
-        talk(
-            ("system", "Answer briefly."),
-            ("user", ["First ", PICTURE, " then:", VIDEO]),
-            ("assistant", "Seen."),
-            ("user", [SHORT, "And now?"]),
-            ("assistant", "The dog sleeps."),
-        ),
-        [(PICTURE, PICTURE_INFO), (VIDEO, VIDEO_INFO), (SHORT, SHORT_INFO)],
-    ),
-}
+from vft.types import Batch, Clip, MediaPlan, UserError
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +57,6 @@ def tiny(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
 def tiny_untied(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """The same with a head of its own."""
     return make_tiny("qwen3_vl", "untied")
-
-
-def row(tiny: Tiny, name: str) -> Batch:
-    conversation, media = ROWS[name]
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, media)))
-
-
-def prompt(tiny: Tiny, name: str) -> Batch:
-    """The row of that name without its last answer."""
-    conversation, media = ROWS[name]
-    asked = Conversation(conversation.id, conversation.turns[:-1], conversation.origin)
-    made = Media.make(tiny.encoder.spec, media)
-    encoded = tiny.encoder.encode(asked, answer_next=True, media=made.plans)
-    return collate([(tiny.encoder.document([encoded], made.plans, [asked.id]), made.patches)], tiny.encoder.spec)
 
 
 def kinds_of(batch: Batch) -> Tensor:
