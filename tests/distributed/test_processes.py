@@ -175,11 +175,13 @@ def test_four_processes_as_two_replicas_of_two_shards(runs: Runs, parts: tuple[d
 
 
 @pytest.mark.slow
-def test_going_on_with_other_numbers_of_processes(runs: Runs, commands: Commands, world: World, tmp_path: Path) -> None:
+def test_going_on_with_other_numbers_of_processes(
+    runs: Runs, commands: Commands, each_world: World, tmp_path: Path
+) -> None:
     """One, two, four, three and one again, four steps each."""
     packs: dict[str, Any] = {"train": {"packs_per_step": 12, "schedule": "constant"}}
     settings = (MIXED, TOWER_LORA, DROPOUT, packs)
-    config = world.config(tmp_path / "run.toml", TWENTY, *settings)
+    config = each_world.config(tmp_path / "run.toml", TWENTY, *settings)
     for number, processes in enumerate((1, 2, 4, 3, 1)):
         for result in run_together(commands, processes, CAPTION, config, f"train.max_steps={4 * (number + 1)}"):
             result.ok()
