@@ -26,9 +26,11 @@ SMALL = ("README.md", "start.md")
 """Pages of which all runs here, with the small base; on the others a comment may say what a command needs."""
 NEEDS = re.compile(r"#.*\b(GPUs?|hosts|the set's files)\b")
 PROGRAM = re.compile(r"(python |torchrun )")
-SMALLER = ("train.max_steps=4", "train.warmup_steps=2", "train.packs_per_step=2", "data.video.max_pixels=12544")
+SMALLER = (
+    *("train.max_steps=4", "train.warmup_steps=2", "train.packs_per_step=2", "data.video.max_pixels=12544"),
+    "train.precision=fp32",
+)
 """Behind a training command, which would otherwise take 500 steps of 16 videos."""
-IN_FLOAT = "train.precision=fp32"
 ANSWERS = ("A red square.", "A green square.", "A blue square.")
 
 
@@ -82,8 +84,7 @@ def run(commands: Commands, line: str) -> Result:
     """One line of a page."""
     words = shlex.split(line, comments=True)
     if words[0] == "torchrun":
-        small = [*SMALLER, IN_FLOAT] if "-m" in words else []
-        return commands.shell("python", "-m", "torch.distributed.run", *words[1:], *small)
+        return commands.shell("python", "-m", "torch.distributed.run", *words[1:], *SMALLER)
     return commands.run(*words[1:])
 
 
