@@ -49,6 +49,12 @@ def test_cut_off_anywhere(tmp_path: Path) -> None:
         assert path.read_bytes() == b"".join(lines[:count])
 
 
+def test_folders_are_made(tmp_path: Path) -> None:
+    (item,) = items_of(tmp_path, {"video": "a.mp4"})
+    path = tmp_path / "new" / "folder" / "out.jsonl"
+    assert written(path, [(item, "Yes.")]).count(b"\n") == 1 and AnswersFile(path, SETTINGS).has(item)
+
+
 def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     """Nor does the later one take away what the earlier one has written since it looked."""
     item, other = items_of(tmp_path, {"video": "a.mp4"}, {"video": "b.mp4"})

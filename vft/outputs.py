@@ -92,6 +92,7 @@ class AnswersFile:
     def _own(self) -> TextIO:
         """The file at its end, held as long as it is open."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
