@@ -44,6 +44,7 @@ def become(request):
         os.dup2(file, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     sys.argv = [request["program"], *request["arguments"]]
     if request["program"].endswith(".py"):
@@ -140,18 +141,19 @@ class Commands:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, cwd=folder, env=environment, text=True
         )
 
-    def start(self, program: str, *arguments: object, **environment: str) -> Command:
-        """A module (`vft.recipes.caption`) or script (`tools/predict.py`) with its arguments."""
+    def start(self, program: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Command:
+        """A module (`vft.recipes.caption`) or script (`tools/predict.py`) with its arguments, in `cwd`."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        request = {"program": program, "arguments": [str(a) for a in arguments], "folder": str(folder)}
+        words = [str(a) for a in arguments]
+        request = {"program": program, "arguments": words, "folder": str(folder), "cwd": str(cwd or self.folder)}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps({**request, "environment": environment}) + "\n")
         self._server.stdin.flush()
         return Command(folder)
 
-    def run(self, program: str, *arguments: object, **environment: str) -> Result:
+    def run(self, program: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Result:
         """`start`, and wait for its end."""
-        return self.start(program, *arguments, **environment).wait()
+        return self.start(program, *arguments, cwd=cwd, **environment).wait()
 
     def train(self, config: Path, *overrides: str) -> Path:
         """Train to the end; the folder that it left."""
