@@ -236,29 +236,20 @@ def test_frame_times(ticks: list[int], tick_s: float, claimed: float, fps: float
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def save_picture(path: Path, height: int, width: int, seed: int = 0, mode: str = "RGB") -> Path:
+def save_picture(path: Path, height: int, width: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
-    channels = {"RGB": 3, "RGBA": 4}[mode]
-    Image.fromarray(rng.integers(0, 256, (height, width, channels), np.uint8), mode).save(path)
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
     return path
 
 
 def test_picture(tmp_path: Path) -> None:
-    path = save_picture(tmp_path / "p.png", 30, 50, mode="RGBA")
+    path = save_picture(tmp_path / "p.png", 30, 50)
     ref = MediaRef("image", path)
     info = scan(ref)
     assert info == MediaInfo("image", 30, 50)
     clip = decode(planned(ref, info, [0]))
     expected_HWC = np.array(Image.open(path).convert("RGB"))
     assert np.array_equal(clip.frames_TCHW[0].permute(1, 2, 0).numpy(), expected_HWC)
-
-
-def test_exif_is_not_followed(tmp_path: Path) -> None:
-    """The model's processor does not turn pictures either."""
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "p.jpg", exif=exif)
-    assert scan(MediaRef("image", tmp_path / "p.jpg")) == MediaInfo("image", 20, 40)
 
 
 def test_list_of_pictures(tmp_path: Path) -> None:

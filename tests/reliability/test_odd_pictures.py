@@ -1,6 +1,6 @@
 """Broken, odd and hostile pictures through the index, the worker pool and the decoder: each ends as declared.
 
-Pixels are those that the model's processor would see: no turning by EXIF, transparency dropped, the first of several.
+Pixels are upright by EXIF, on white where they are transparent; of several pictures in a file they are the first's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.data.test_vision import SPEC, plan_of
 from tests.reliability.in_workers import measured
@@ -59,6 +60,7 @@ BLUE = Image.new("RGB", (40, 30), (0, 0, 255))
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
 GREY = 124
 """Of COLOUR."""
+WHITE = (255, 255, 255)
 
 
 def saved(image: Image.Image, format: str, **options: object) -> bytes:
@@ -92,6 +94,13 @@ def sideways() -> Image.Exif:
     return exif
 
 
+def png_with_text(key: str, text: str) -> bytes:
+    """A PNG file with a text chunk before its pixels."""
+    info = PngInfo()
+    info.add_text(key, text)
+    return saved(RGB, "PNG", pnginfo=info)
+
+
 HUNDRED_MB = zlib.compress(bytes(100_000_000))
 LARGE = Image.new("L", (9400, 9500), 7)
 SEVERAL = {"save_all": True, "append_images": [BLUE] * 3}
@@ -100,7 +109,11 @@ CORPUS: Mapping[str, tuple[bytes, Pixels | Refused]] = {
     "jpeg_called.png": (saved(RGB, "JPEG"), Pixels()),
     "cmyk.jpg": (saved(RGB.convert("CMYK"), "JPEG"), Pixels()),
     "grey.jpg": (saved(RGB.convert("L"), "JPEG"), Pixels(colour=(GREY,) * 3)),
-    "turned_by_exif.jpg": (saved(RGB, "JPEG", exif=sideways()), Pixels()),
+    "turned_by_exif.jpg": (saved(RGB, "JPEG", exif=sideways()), Pixels(30, 40)),
+    "turned_by_exif.tif": (saved(RGB, "TIFF", exif=sideways()), Pixels(30, 40)),
+    "broken_exif.jpg": (saved(RGB, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), Pixels()),
+    "broken_exif.png": (png_with_text("Raw profile type exif", "exif\n8\nno hex"), Pixels()),
+    "broken_xmp.png": (png_with_text("XML:com.adobe.xmp", 'tiff:Orientation="9"'), Pixels()),
     "16_bits_rgb.png": (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 30, 16, 2, 0, 0, 0))
@@ -114,11 +127,11 @@ CORPUS: Mapping[str, tuple[bytes, Pixels | Refused]] = {
         Refused("not_a_picture"),
     ),
     "floats.tif": (saved(Image.fromarray(np.full((30, 40), 0.5, np.float32)), "TIFF"), Refused("not_a_picture")),
-    "palette_with_alpha.png": (saved(RGB.quantize(8), "PNG", transparency=0), Pixels()),
+    "palette_with_alpha.png": (saved(RGB.quantize(8), "PNG", transparency=0), Pixels(colour=WHITE)),
     "rgba.png": (saved(RGB.convert("RGBA"), "PNG"), Pixels()),
-    "transparent.png": (saved(Image.new("RGBA", (40, 30), (*COLOUR, 0)), "PNG"), Pixels()),
+    "transparent.png": (saved(Image.new("RGBA", (40, 30), (*COLOUR, 0)), "PNG"), Pixels(colour=WHITE)),
     "grey_with_alpha.png": (saved(RGB.convert("LA"), "PNG"), Pixels(colour=(GREY,) * 3)),
-    "one_bit.png": (saved(Image.new("1", (40, 30), 1), "PNG"), Pixels(colour=(255, 255, 255))),
+    "one_bit.png": (saved(Image.new("1", (40, 30), 1), "PNG"), Pixels(colour=WHITE)),
     "lossless.webp": (saved(RGB, "WEBP", lossless=True), Pixels()),
     "animated.gif": (saved(RGB, "GIF", **SEVERAL), Pixels()),
     "animated.webp": (saved(RGB, "WEBP", lossless=True, **SEVERAL), Pixels()),

@@ -28,7 +28,7 @@ from torch import Tensor
 from vft.files import PARTIAL
 from vft.types import MediaPlan
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raise it when the same plan of the same file gives other pixels than before, or the files have another form."""
 DECODERS = tuple((one.__name__, str(one.__version__)) for one in (torch, torchcodec, av, PIL))
 """Those of another version may round pixels in another way."""

@@ -32,7 +32,7 @@ Key = tuple[MediaKind, str]
 """Kind and path of a file."""
 Row = dict[str, Any]
 
-SCAN_VERSION = "2"
+SCAN_VERSION = "3"
 """Raise it when a scan of the same file finds something else than before: older caches are then not read."""
 SAVE_EVERY = 2000
 """Files after which progress is saved: what an interrupted scan may lose."""

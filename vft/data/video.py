@@ -6,6 +6,7 @@ two ways: PyAV demuxes (packet times), torchcodec decodes. `T` frames, `C/H/W` c
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 from collections import deque
@@ -38,6 +39,18 @@ LIST_FPS = 2.0
 """Rate of a list of pictures that does not say its `sample_fps` (qwen-vl-utils' default), frames per second."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What PIL may try: not the formats that call other programs."""
+EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation (1, and what is no orientation: nothing). PIL's exif_transpose
+also writes the EXIF data anew, and fails where some other entry of them is broken."""
 PLAYLISTS = frozenset({"hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp"})
 """FFmpeg's demuxers that follow a file to other files or hosts: a video file must hold its own frames."""
 
@@ -180,7 +193,9 @@ def _scan_picture(path: Path) -> MediaInfo:
         if image.mode[0] in "IF":  # the model's processor would clip them: all is white
             text = f"has grey levels of more than 8 bits (PIL's mode {image.mode}); convert it to 8 bits"
             raise MediaError("not_a_picture", f"{path}: {text}")
-        return MediaInfo("image", image.height, image.width)
+        sideways = image.format != "TIFF" and _orientation(path, image) >= 5  # PIL gives TIFF's size turned
+        height, width = (image.width, image.height) if sideways else (image.height, image.width)
+        return MediaInfo("image", height, width)
 
 
 # -------------------------------------------------------------------------------------------------------- decoding
@@ -316,13 +331,51 @@ def _upright(frame: av.VideoFrame, path: Path, info: MediaInfo) -> Tensor:
 
 
 def _load_picture(path: Path, info: MediaInfo) -> Tensor:
-    """uint8 [3, H, W]. As the model's processor does: no turning by EXIF, transparency dropped."""
+    """uint8 [3, H, W]. Upright by its EXIF orientation, as transformers' `load_image` and viewers have it; what is
+    transparent in it is white, as in qwen-vl-utils 0.0.14 (`to_rgb`)."""
     with _picture(path) as image:
-        if (image.height, image.width) != (info.height, info.width):
-            sizes = f"is {image.height} x {image.width} (height x width), when indexed {info.height} x {info.width}"
+        image.load()  # before its orientation is asked for: PIL turns TIFF itself, then
+        rgb = _on_white(image)
+        turn = TURNS.get(_orientation(path, image))
+        rgb = rgb if turn is None else rgb.transpose(turn)
+        if (rgb.height, rgb.width) != (info.height, info.width):
+            sizes = f"is {rgb.height} x {rgb.width} (height x width), when indexed {info.height} x {info.width}"
             raise MediaError("changed", f"{path}: {sizes}; index it again")
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture as RGB, laid on white: also where a palette or one colour of it is transparent."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _orientation(path: Path, image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 where there is none or it can't be read."""
+    # PIL decodes a whole PNG picture to look for EXIF data behind the pixels: only where there is something.
+    whole = image.format != "PNG" or _has_late_text(path)
+    with suppress(*_PICTURE_ERRORS):
+        found = (image.getexif() if whole else Image.Image.getexif(image)).get(EXIF_ORIENTATION)
+        return int(found) if found in TURNS else 1
+    return 1
+
+
+def _has_late_text(path: Path) -> bool:
+    """Whether a PNG file has chunks that may hold EXIF or XMP data behind its pixels."""
+    with path.open("rb") as file:
+        file.seek(8)
+        late = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if late and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+                return True
+            late |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------- opening
