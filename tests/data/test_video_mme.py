@@ -118,7 +118,7 @@ def test_where_a_video_lies(tmp_path: Path, place: str, media: str) -> None:
 
 
 def test_a_folder_of_files_and_odd_paths(tmp_path: Path) -> None:
-    folder = tmp_path / "a [1]*?/__x/.y"
+    folder = tmp_path / "a [1]*?/__x/y"
     for i in (2, 1):
         parquet(folder / f"part-{i}.parquet", ROW | {"question_id": str(i)})
     touch(folder / "readme.md")

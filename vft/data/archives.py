@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from vft.data.names import is_stray
 from vft.types import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -154,7 +155,9 @@ def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
     try:
         files, root = _files(location)
         found = [root] if files.isfile(root) else files.find(root)
-        chosen = sorted(files.unstrip_protocol(name) for name in found if name.endswith(suffixes))
+        named = [name for name in found if name.lower().endswith(suffixes)]
+        meant = [name for name in named if name == root or not is_stray(os.path.relpath(name, root))]
+        chosen = sorted(files.unstrip_protocol(name) for name in meant)
     except Exception as error:  # the hub's client has a dozen kinds, of being offline and of unknown names
         raise UserError(f"{location}: can't be listed ({_first_line(error)}); check name and network") from error
     if not chosen:
@@ -178,7 +181,7 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
         DamagedArchive: after all that can be read.
         UserError: the archive can't be opened, or its disk or network fails.
     """
-    is_plain = archive.endswith(".tar")
+    is_plain = archive.lower().endswith(".tar")
     with opened_file(archive) as opened:
         file = opened if is_plain else _Unpacked(opened)
         with _reading(archive):

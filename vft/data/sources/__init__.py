@@ -17,7 +17,7 @@ from vft.data.sources import (
     ucf101,
     video_mme,
 )
-from vft.data.sources.records import BadRecord
+from vft.data.sources.records import BadRecord, spelt
 from vft.data_config import DataConfig, SourceConfig
 from vft.types import Sample
 
@@ -25,17 +25,17 @@ Records = tuple[list[Sample], list[BadRecord]]
 """The samples of a source, and the records that can't be used."""
 
 FORMATS: dict[str, Callable[[SourceConfig, DataConfig], Records]] = {
-    "messages": lambda source, data: messages.read(data.root / source.path, data.root),
-    "llava_video": lambda source, data: llava_video.read(data.root / source.path, data.root),
-    "llava_instruct": lambda source, data: llava_instruct.read(data.root / source.path, data.root, source.media),
+    "messages": lambda source, data: messages.read(spelt(data.root, source.path), data.root),
+    "llava_video": lambda source, data: llava_video.read(spelt(data.root, source.path), data.root),
+    "llava_instruct": lambda source, data: llava_instruct.read(spelt(data.root, source.path), data.root, source.media),
     "video_mme": lambda source, data: video_mme.read(
         locate(source.path, data.root), data.root, source.media, source.subtitles
     ),
-    "ucf101": lambda source, data: ucf101.read(data.root / source.path, data.root, source.media),
-    "kinetics": lambda source, data: kinetics.read(data.root / source.path, data.root, source.media),
-    "ssv2": lambda source, data: ssv2.read(data.root / source.path, data.root, source.media),
-    "folders": lambda source, data: folders.read(data.root / source.path, data.root),
-    "story": lambda source, data: story.read(data.root / source.path, data.root),
+    "ucf101": lambda source, data: ucf101.read(spelt(data.root, source.path), data.root, source.media),
+    "kinetics": lambda source, data: kinetics.read(spelt(data.root, source.path), data.root, source.media),
+    "ssv2": lambda source, data: ssv2.read(spelt(data.root, source.path), data.root, source.media),
+    "folders": lambda source, data: folders.read(spelt(data.root, source.path), data.root),
+    "story": lambda source, data: story.read(spelt(data.root, source.path), data.root),
     "pe_video": lambda source, data: pe_video.unpack(locate(source.path, data.root), source.take, data.cache_path),
 }
 """By name. Archives read as they come, `stream = true`, are the matter of `vft.data.stream`."""
@@ -54,4 +54,4 @@ def read(source: SourceConfig, data: DataConfig) -> Records:
 
 def locate(path: str, root: Path) -> str:
     """A path below `root`, or a URL as it is."""
-    return path if path.startswith("hf://") else str(root / path)
+    return path if path.startswith("hf://") else str(spelt(root, path))

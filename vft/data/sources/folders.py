@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from vft.data.names import is_stray
 from vft.data.sources.records import PICTURE_SUFFIXES, BadRecord, resolve_media, shown
 from vft.data.sources.tables import gather, label_classes, labelled, read_classes
 from vft.types import MediaKind, MediaRef, Sample, UserError
@@ -26,7 +27,8 @@ VIDEO_SUFFIXES = frozenset(
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     """The clips in the folder `path`, and the files there that can't be used (links that lead out of `root`).
 
-    Left out are hidden files, files that are neither video nor picture, and folders that are links, below a class.
+    Left out are hidden files and what systems leave behind (`__MACOSX`), files that are neither video nor picture, and
+    folders that are links, below a class.
 
     Raises:
         UserError: no folder, no classes, no clips, or class names that don't go together.
@@ -53,7 +55,7 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
 def _class_folders(path: Path) -> list[str]:
     """Names of the class folders, sorted."""
     try:
-        names = sorted(entry.name for entry in os.scandir(path) if os.path.isdir(entry) and entry.name[0] != ".")
+        names = sorted(entry.name for entry in os.scandir(path) if os.path.isdir(entry) and not is_stray(entry.name))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a folder that holds a folder for each class") from None
     if not names:
@@ -86,10 +88,10 @@ def _label(name: str) -> str:
 def clips_below(folder: Path) -> Iterator[Path]:
     """Videos and pictures at any depth, in the order of their names."""
     for inner, folders, names in os.walk(folder, onerror=_fail):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if not is_stray(name))
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
-            if name[0] != "." and (suffix in VIDEO_SUFFIXES or suffix in PICTURE_SUFFIXES):
+            if not is_stray(name) and (suffix in VIDEO_SUFFIXES or suffix in PICTURE_SUFFIXES):
                 yield Path(inner, name)
 
 

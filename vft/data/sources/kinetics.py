@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vft.data.sources import tables
@@ -17,6 +19,9 @@ from vft.data.sources.records import BadRecord, RecordError, shown
 from vft.types import MediaRef, Sample, UserError
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+REPLACEMENTS = ("replacement/replacement_for_corrupted_k400", "replacement")
+"""Where cvdfoundation's scripts unpack the clips of Kinetics-400 that were published anew, because the first were
+damaged (kinetics-dataset, k400_extractor.sh)."""
 _VIDEO = re.compile("[A-Za-z0-9_-]+")
 _SECONDS = re.compile("[0-9]{1,6}")
 
@@ -24,9 +29,10 @@ _SECONDS = re.compile("[0-9]{1,6}")
 def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
     """The clips of one CSV file, and its rows that can't be used.
 
-    A file lies in `media` or in a folder with the label's name there; without `media`, in a folder called as the CSV
-    file is, or beside it. All labels are those of `classes.txt` (a name a line) beside the CSV file, else those that
-    occur in it: a list to validate on may lack some.
+    A file lies in `media` or in a folder with the label's name there (with spaces or underscores); without `media`, in
+    a folder called as the CSV file is, or beside it. One in `replacement`, in or beside that folder, goes before it.
+    All labels are those of `classes.txt` (a name a line) beside the CSV file, else those that occur in it: a list to
+    validate on may lack some.
 
     Raises:
         UserError: the file or `classes.txt` can't be read, or has no labels.
@@ -38,6 +44,8 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     labels = tuple(names)
     known = frozenset(labels)
     folders = tables.media_folders(path, root, media, path.stem, "")
+    folders = [*_replacements(folders, root), *folders]
+    classes = {folder: _folders_in(folder) for folder in folders}
 
     def parse(row: list[str], origin: str) -> Sample:
         if len(row) != len(header):
@@ -52,11 +60,29 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
             if not _SECONDS.fullmatch(value):
                 raise RecordError(name, f"{shown(value)} must be a whole number of seconds, of up to six digits")
         clip = "_".join([video, *(f"{int(value):06d}" for value in seconds)])
-        places = [f"{folder}/{inner}{clip}.mp4" for folder in folders for inner in ("", f"{label}/")]
+        names = dict.fromkeys((label, label.replace(" ", "_")))
+        inner = ((folder, name) for folder in folders for name in names if "/" in name or name in classes[folder])
+        places = [f"{folder}/{clip}.mp4" for folder in folders] + [f"{f}/{name}/{clip}.mp4" for f, name in inner]
         ref = MediaRef("video", tables.first_present(root, places, "youtube_id"), field="youtube_id")
         return tables.labelled(clip, ref, label, labels, origin)
 
     return tables.gather(rows, parse)
+
+
+def _replacements(folders: list[str], root: Path) -> list[str]:
+    """The folders of files published in the place of damaged ones, in or beside those of the clips."""
+    top = os.path.realpath(root)
+    places = dict.fromkeys(place for folder in folders for place in (folder, os.path.dirname(folder)))
+    inside = [place for place in places if os.path.commonpath([top, place]) == top]
+    found = [os.path.join(place, name) for place in inside for name in REPLACEMENTS]
+    return [folder for folder in found if os.path.isdir(folder)]
+
+
+def _folders_in(folder: str) -> frozenset[str]:
+    """Names of the folders in a folder, if it is there: to ask for each label's in vain takes long."""
+    with suppress(OSError):
+        return frozenset(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return frozenset()
 
 
 def _read_rows(path: Path) -> list[tuple[str, list[str]]]:

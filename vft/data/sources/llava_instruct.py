@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vft.data.sources import messages
-from vft.data.sources.records import BadRecord, check_text, collect
+from vft.data.sources.records import BadRecord, check_text, collect, files_below
 from vft.data.sources.tables import first_present
-from vft.types import Sample, Turn, UserError
+from vft.types import Sample, Turn
 
 COCO = ("train2017/", "coco/train2017/", "train2014/COCO_train2014_", "coco/train2014/COCO_train2014_")
 """What comes before a bare name, in the order in which it is tried."""
@@ -28,12 +28,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     Raises:
         UserError: a file as a whole can't be read, or there is none.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.rglob("*.json"))
-        if not files:
-            raise UserError(f"{path}: the folder has no .json files; give a file, or the folder that holds them")
-    named = [(file, path.name if file == path else file.relative_to(path).as_posix()) for file in files]
+    named = files_below(path, ".json") if path.is_dir() else [(path, path.name)]
     return collect(named, lambda record, _: _parse(record, root, media))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.data.archives import SUFFIXES, Run, copied, list_files, read_bytes
+from vft.data.names import is_stray
 from vft.data.sources import messages
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
@@ -25,6 +26,7 @@ from vft.data.sources.records import (
     as_object,
     check_text,
     collect,
+    files_below,
     natural_order,
     parse_json,
     resolve_frames,
@@ -32,7 +34,7 @@ from vft.data.sources.records import (
     sample_id_of,
     unique,
 )
-from vft.types import MediaRef, Sample, Turn, UserError
+from vft.types import MediaRef, Sample, Turn
 
 
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
@@ -43,11 +45,7 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     """
     if not path.is_dir():
         return collect([(path, path.name)], lambda record, file: _parse(record, file, root))
-    files = sorted(path.rglob("*.json"))
-    if not files:
-        raise UserError(f"{path}: the folder has no .json files; give a file, or the folder that holds them")
-    named = [(file, file.relative_to(path).as_posix()) for file in files]
-    return collect(named, lambda record, file: _parse(record, file, root))
+    return collect(files_below(path, ".json"), lambda record, file: _parse(record, file, root))
 
 
 def _parse(record: Mapping[str, Any], file: Path, root: Path) -> tuple[Turn, ...]:
@@ -134,7 +132,8 @@ class Archives:
         if name in self.records:
             return name
         folder = name.rpartition("/")[0]
-        return folder if folder in self.records and Path(name).suffix.lower() in PICTURE_SUFFIXES else None
+        is_frame = Path(name).suffix.lower() in PICTURE_SUFFIXES and not is_stray(Path(name).name)
+        return folder if folder in self.records and is_frame else None
 
     def _group(self, run: Run, spool: Path) -> Group:
         frames = [str(run.files[name]) for name in natural_order(run.files)]

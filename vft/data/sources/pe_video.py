@@ -20,13 +20,14 @@ from typing import Any
 from filelock import FileLock
 
 from vft.data.archives import SUFFIXES, DamagedArchive, Run, copied, list_files
+from vft.data.names import is_stray
 from vft.data.sources.records import BadRecord, Group, RecordError, check_text, shown
 from vft.files import whole_folder
 from vft.types import MediaRef, Sample, Turn, UserError
 
 MAX_RECORD_BYTES = 16 << 20
 CAPTIONS = ("human_caption", "model_caption", "description")
-_MEMBER = re.compile(r"((?:.*/)?[^/.][^/]*)\.(?:mp4|json)", re.DOTALL)
+_MEMBER = re.compile(r"((?:.*/)?[^/]+)\.(?:mp4|json)", re.DOTALL | re.IGNORECASE)
 
 
 def shards(location: str) -> list[str]:
@@ -111,12 +112,13 @@ def _kept(group: Group) -> dict[str, Any]:
 
 def _key(name: str) -> str | None:
     """The clip that a member belongs to: its name without the ending; None of other files, and of hidden ones."""
-    found = _MEMBER.fullmatch(name)
+    found = None if is_stray(name) else _MEMBER.fullmatch(name)
     return found[1] if found else None
 
 
 def _group(run: Run) -> Group:
-    video, about = f"{run.key}.mp4", f"{run.key}.json"
+    by_suffix = {os.path.splitext(name)[1].lower(): name for name in run.files}
+    video, about = by_suffix.get(".mp4", f"{run.key}.mp4"), by_suffix.get(".json", f"{run.key}.json")
     files, origin = tuple(run.files.values()), run.title(about if about in run.files else video)
     try:
         if video not in run.files:

@@ -7,11 +7,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vft.data.names import is_stray, spellings, without_drive
 from vft.types import Sample, Turn, UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -224,8 +226,10 @@ def check_text(value: object, field: str) -> str:
 def resolve_media(root: Path, value: object, field: str) -> Path:
     """The file that a record names, relative to `root`, with symbolic links followed. It may be missing.
 
+    Where it is, its other spellings are tried: with `/` for `\\`, in NFC and NFD, with the suffix in the other case.
+
     Raises:
-        RecordError: a URL, a path that leads out of `root`, or something else than a regular file.
+        RecordError: a URL, a drive of Windows, a path that leads out of `root`, or something else than a regular file.
     """
     path, mode = resolve_path(root, value, field)
     if mode and not stat.S_ISREG(mode):
@@ -239,24 +243,54 @@ def resolve_path(root: Path, value: object, field: str) -> tuple[Path, int]:
     text = check_text(value, field)
     if not text or "\0" in text:
         raise RecordError(field, f"{shown(text)} is no path; name a file under data.root")
-    if _URL.match(text):
+    on_drive = without_drive(text)
+    if _URL.match(text) and on_drive is None:
         raise RecordError(field, f"{shown(text)}: URLs in records are off; download it, and name the file")
     real, mode, top = _look_up(root, text)
+    if on_drive is not None and not mode:
+        what = f"{shown(text)} is a path of Windows; there is no such drive here"
+        raise RecordError(field, f"{what}: {_relative_mend(root, on_drive)}")
     if os.path.commonpath([top, real]) != top:
         way_out = f"{shown(text)} leads to {real!r}, out of data.root = {top!r}"
-        raise RecordError(field, f"{way_out}; move the file there, or set data.root")
+        raise RecordError(field, f"{way_out}; move the file there, or set data.root: {_relative_mend(root, text)}")
     return Path(real), mode
+
+
+def _relative_mend(root: Path, path: str) -> str:
+    """How to write a path from elsewhere: as the part of it that is found in `root`, if there is one."""
+    parts = path.strip("/").split("/")
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    found = next((tail for tail in tails if tail and ".." not in parts and _look_up(root, tail)[1]), "")
+    return f"write {shown(found)}" if found else "write it relative to data.root, with '/'"
 
 
 @lru_cache(maxsize=65536)  # a video has several records, often one behind another, and a look at the disk is slow
 def _look_up(root: Path, text: str) -> tuple[str, int, str]:
     """The real path of `text` under `root`, its mode (0: nothing there, or not to be seen), the real path of `root`."""
     top = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(top, text))
-    try:
-        return real, os.stat(real).st_mode, top
-    except OSError:
-        return real, 0, top
+    for spelling in spellings(text):
+        real = os.path.realpath(os.path.join(top, spelling))
+        with suppress(OSError):
+            return real, os.stat(real).st_mode, top
+    return os.path.realpath(os.path.join(top, text)), 0, top
+
+
+def spelt(root: Path, path: str) -> Path:
+    """The file or folder of that name in `root`, in whichever of its spellings it is there; else as it is written."""
+    return next((root / form for form in spellings(path) if os.path.exists(root / form)), root / path)
+
+
+def files_below(folder: Path, suffix: str) -> list[tuple[Path, str]]:
+    """The files with this ending at any depth, and their names from `folder` on, sorted; none that is a system's own.
+
+    UserError where there are none.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == suffix)
+    named = [(path, path.relative_to(folder).as_posix()) for path in files]
+    chosen = [(path, name) for path, name in named if not is_stray(name)]
+    if not chosen:
+        raise UserError(f"{folder}: the folder has no {suffix} files; give a file, or the folder that holds them")
+    return chosen
 
 
 def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
@@ -266,7 +300,8 @@ def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
         RecordError: as `resolve_media`; also where there are no pictures.
     """
     folder, _ = resolve_path(root, value, field)
-    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
+    pictures = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
+    names = [name for name in pictures if not is_stray(name)]
     if not names:
         raise RecordError(field, f"the folder {folder} has no pictures; name a folder of frames or a video")
     return tuple(resolve_media(root, str(folder / name), field) for name in natural_order(names))
