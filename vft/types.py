@@ -53,7 +53,9 @@ class MediaOptions:
     """Seconds from the first frame; the range is inclusive at both ends."""
     video_end: float | None = None
     sample_fps: float | None = None
-    """Rate in frames per second at which a list of frame pictures was sampled."""
+    """Rate in frames per second at which a list of pictures was sampled."""
+    timestamps: tuple[float, ...] | None = None
+    """Seconds at which the pictures of a list were taken, one for each, none before the one ahead of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,14 @@ class MediaRef:
     """Where the record named it (`videos[0]`), for messages."""
     member: str = ""
     """`shard.tar/name.mp4` where the file is a passing copy out of an archive: its name in records."""
+    is_folder: bool = False
+    """Whether the pictures are all those of a folder: frames of a video, sampled as those of a file. Pictures that a
+    record names itself are all shown."""
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is a video kept as pictures."""
+        return isinstance(self.path, tuple)
 
     @property
     def name(self) -> str:
@@ -126,7 +136,7 @@ class Conversation:
     @property
     def media_key(self) -> tuple[object, ...]:
         """Equal for conversations about the same media, decoded alike."""
-        return tuple((ref.kind, ref.path, ref.options) for ref in self.media)
+        return tuple((ref.kind, ref.path, ref.options, ref.is_folder) for ref in self.media)
 
     def settled(self, plans: Sequence[MediaPlan]) -> Conversation:
         """The same with every `PlannedText` settled."""
@@ -168,8 +178,9 @@ class VisionLimits:
     """Frames and pixels that one medium may take: the configuration with the record's own options laid over it."""
 
     fps: float | None
-    """Frames per second to sample; None where `frames` says how many."""
+    """Frames per second to sample."""
     frames: int | None
+    """How many to sample. Neither of both: every frame, up to `max_frames`."""
     min_frames: int
     max_frames: int
     min_pixels: int

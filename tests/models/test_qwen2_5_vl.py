@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.helpers import LIMITS, Media, Tiny, medium
 from tests.models.test_against_transformers import row
 from vft.data import vision
 from vft.models import media as rules
-from vft.types import Clip, UserError
+from vft.types import Clip, MediaInfo, MediaRef, UserError
 
 # ----------------------------------------------------------------------------------------------------- preprocessing
 
@@ -128,4 +129,7 @@ def test_positions_of_a_video_by_hand(tiny: Tiny) -> None:
 def test_count_of_frames_at_a_rate(available: int, fps: float, wanted: int) -> None:
     """qwen-vl-utils' smart_nframes: rate times duration, between the limits, never more than there are, even."""
     limits = replace(LIMITS, fps=2.0, frames=None, min_frames=4, max_frames=32)
-    assert rules.frame_count(available, fps, limits) == wanted
+    assert (
+        rules.frame_count(available, MediaRef("video", Path("a.mp4")), MediaInfo("video", 1, 1, available, fps), limits)
+        == wanted
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -84,14 +85,23 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     """The configuration's limits with the record's own options laid over them."""
     options, video = ref.options, config.video
     pixels = video if ref.kind == "video" else config.image
-    asks_rate, asks_count = options.fps is not None, options.nframes is not None
+    # Pictures that a record names are all shown, unless it asks for less itself. Of pictures whose rate isn't given
+    # `fps` is the rate that they have (`video.join_pictures`), and asks for nothing.
+    whole = ref.is_list and not ref.is_folder
+    asks_rate = options.fps is not None and (not whole or bool(options.sample_fps or options.timestamps))
+    asks_count = options.nframes is not None
     least = options.min_frames or video.min_frames
     # A record's own minimum goes before the configuration's maximum, and the other way round.
-    most = options.max_frames or max(video.max_frames, least if options.min_frames else 0)
+    most = options.max_frames or (sys.maxsize if whole else max(video.max_frames, least if options.min_frames else 0))
     smallest = options.min_pixels or min(pixels.min_pixels, options.max_pixels or pixels.max_pixels)
     return VisionLimits(
-        fps=options.fps if asks_rate else None if asks_count else video.fps,
-        frames=options.nframes if asks_count else None if asks_rate else video.frames,
+        fps=options.fps if asks_rate else None if asks_count or whole else video.fps,
+        # An even number, and of two as near the one with an even half: qwen-vl-utils' rule (`round_by_factor`).
+        frames=max(1, round((options.nframes or 0) / 2) * 2)
+        if asks_count
+        else None
+        if asks_rate or whole
+        else video.frames,
         min_frames=min(least, most),
         max_frames=most,
         min_pixels=smallest,

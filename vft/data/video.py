@@ -36,7 +36,8 @@ CHUNK_BYTES = 8 * 2**20
 """Decoded frames that a worker holds at once, at the size of the source. So little memory is used again for the next
 ones: fresh memory for every chunk costs as much as the resize."""
 LIST_FPS = 2.0
-"""Rate of a list of pictures that does not say its `sample_fps` (qwen-vl-utils' default), frames per second."""
+"""Rate of pictures that don't say theirs (qwen-vl-utils' default; also LLaVA-Video's for folders), in frames per
+second."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What PIL may try: not the formats that call other programs."""
 EXIF_ORIENTATION = 0x0112
@@ -73,18 +74,24 @@ def scan(ref: MediaRef) -> MediaInfo:
 
 
 def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
-    """The video that consists of pictures; its rate is the record's `sample_fps`.
+    """The video that consists of pictures. Their times are the record's `timestamps`, or follow from its `sample_fps`;
+    where it has neither, `fps` is the rate that they have, as in qwen-vl-utils before 0.0.12.
 
     Raises:
         MediaError: `mixed_sizes` where the pictures differ in size.
     """
     assert isinstance(ref.path, tuple) and len(ref.path) == len(infos) > 0
-    first, fps = infos[0], ref.options.sample_fps or LIST_FPS
+    first, options = infos[0], ref.options
     for path, info in zip(ref.path, infos, strict=True):
         if (info.height, info.width) != (first.height, first.width):
             sizes = f"{info.width}x{info.height} but {ref.path[0].name} is {first.width}x{first.height}"
             raise MediaError("mixed_sizes", f"{path}: is {sizes}; the pictures of a video must have one size")
-    return MediaInfo("video", first.height, first.width, len(infos), fps, duration_s=len(infos) / fps)
+    times_s = options.timestamps
+    fps = options.sample_fps or (options.fps if not ref.is_folder and not times_s else None) or LIST_FPS
+    if times_s and times_s[-1] > times_s[0]:
+        fps = (len(times_s) - 1) / (times_s[-1] - times_s[0])
+    duration_s = times_s[-1] + 1 / fps if times_s else len(infos) / fps
+    return MediaInfo("video", first.height, first.width, len(infos), fps, duration_s=duration_s, times_s=times_s)
 
 
 def scan_file(kind: MediaKind, path: Path, headers: bool = False) -> MediaInfo:

@@ -88,11 +88,11 @@ class LlavaVision(VisionSpec):
         first, last = rules.frame_range(ref, info, limits)
         available = last - first + 1
         count = min(limits.frames or self._frames_at_rate(available, info, limits), available)
-        if info.times_s is None:
+        if info.times_s is None or ref.is_list:
             # Truncated, where Qwen2.5-VL rounds.
             indices = tuple(torch.linspace(first, last, count, dtype=torch.float64).long().tolist())
         else:
-            indices = rules.sample_frames(info, first, last, count)
+            indices = rules.sample_frames(ref, info, first, last, count)
         short = min(info.height, info.width)
         height, width = (int(self.side * size / short) for size in (info.height, info.width))
         view = View(height, width, (height - self.side) // 2, (width - self.side) // 2)
@@ -103,7 +103,9 @@ class LlavaVision(VisionSpec):
 
     @staticmethod
     def _frames_at_rate(available: int, info: MediaInfo, limits: VisionLimits) -> int:
-        wanted = available / info.fps * (limits.fps or 0.0) if info.fps > 0 else available
+        if limits.fps is None:
+            return min(available, limits.max_frames)
+        wanted = available / info.fps * limits.fps if info.fps > 0 else available
         return max(1, int(min(max(wanted, limits.min_frames), limits.max_frames)))
 
     def _plan_picture(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:

@@ -39,24 +39,30 @@ def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[i
     return first, last
 
 
-def frame_count(available: int, fps: float, limits: VisionLimits) -> int:
-    """How many of `available` frames, at `fps` frames per second, to take.
+def frame_count(available: int, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> int:
+    """How many of `available` frames to take.
 
     A count asked for is taken as it is, as far as there are frames. A rate gives an even count between the limits
-    (qwen-vl-utils' smart_nframes, floor to the temporal patch of 2), but at least one frame.
+    (qwen-vl-utils' smart_nframes, floor to the temporal patch of 2), but at least one frame. Of pictures it is the next
+    even count, and never for the sake of one less than there are: qwen-vl-utils repeats the last one of a list.
     """
     if limits.frames is not None:
         return min(limits.frames, available)
-    assert limits.fps is not None
+    if limits.fps is None:
+        return min(limits.max_frames, available)
     least = math.ceil(limits.min_frames / 2) * 2
     most = math.floor(limits.max_frames / 2) * 2
-    wanted = min(max(available / fps * limits.fps, least), most, available) if fps > 0 else min(available, most)
-    return max(math.floor(wanted / 2) * 2, min(available, 1))
+    wanted = (
+        min(max(available / info.fps * limits.fps, least), most, available) if info.fps > 0 else min(available, most)
+    )
+    pairs = math.ceil(round(wanted / 2, 6)) if ref.is_list else math.floor(wanted / 2)
+    return max(min(2 * pairs, available), min(available, 1))
 
 
-def sample_frames(info: MediaInfo, first: int, last: int, count: int) -> tuple[int, ...]:
-    """`count` frames spread over first..last: equal steps where the rate is constant, equal times where it varies."""
-    if info.times_s is None:
+def sample_frames(ref: MediaRef, info: MediaInfo, first: int, last: int, count: int) -> tuple[int, ...]:
+    """`count` frames spread over first..last: equal steps where the rate is constant, equal times where it varies. Of
+    pictures with times of their own equal steps: no two of them are the same."""
+    if info.times_s is None or ref.is_list:
         # float32 and ties to even: what linspace(...).round() gives in the released preprocessing.
         return tuple(torch.linspace(first, last, count).round().long().tolist())
     wanted = torch.linspace(info.times_s[first], info.times_s[last], count, dtype=torch.float64).tolist()
@@ -72,11 +78,11 @@ def sampled_rate(info: MediaInfo, first: int, last: int, count: int) -> float:
     return count / (span_s * (last - first + 1) / (last - first))
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Nearest size in multiples of `factor` whose area lies within the budget (Qwen2-VL's smart_resize)."""
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """Nearest size in multiples of `factor` whose area lies within the budget (qwen-vl-utils' smart_resize)."""
     if max(height, width) / min(height, width) > 200:
         raise UserError(f"picture of {width} x {height} pixels: one side is more than 200 times the other; crop it")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
+    h, w = (max(factor, round(size / factor) * factor) for size in (height, width))
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         h = max(factor, math.floor(height / shrink / factor) * factor)
@@ -85,7 +91,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         grow = math.sqrt(min_pixels / (height * width))
         h = math.ceil(height * grow / factor) * factor
         w = math.ceil(width * grow / factor) * factor
-    return max(h, factor), max(w, factor)
+    return h, w
 
 
 def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:

@@ -39,8 +39,11 @@ class QwenVision(QwenSpec):
 
     def run_times(self, plan: MediaPlan) -> Tensor:
         """seconds_per_grid x tokens_per_second in floating point, truncated, by the rule that the model was trained
-        with. transformers 4.57 truncates the seconds first, 5.x resumes text earlier."""
+        with. transformers 4.57 truncates the seconds first, 5.x resumes text earlier. Pictures with times of their own
+        stand at these, a pair at its first one's."""
         seconds = torch.arange(plan.grid_thw[0], dtype=torch.float64) * plan.seconds_per_grid
+        if plan.ref.options.timestamps:
+            seconds = torch.tensor(plan.frame_times_s[:: self.temporal], dtype=torch.float64) - plan.frame_times_s[0]
         return (seconds * self.tokens_per_second).long()
 
     def layout(self, media: Sequence[MediaPlan]) -> QwenLayout:

@@ -12,6 +12,9 @@ from vft.models import media as rules
 from vft.types import MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.vision_spec import VisionSpec
 
+LEAST_TOKENS, MOST_TOKENS = 4, 16384
+"""Of a frame whose size is asked for (qwen-vl-utils' IMAGE_MIN_TOKEN_NUM and IMAGE_MAX_TOKEN_NUM)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QwenSpec(VisionSpec):
@@ -22,20 +25,22 @@ class QwenSpec(VisionSpec):
     turn_end: str = "<|im_end|>"
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it."""
+        """The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it; for its sake
+        never less than 1.05 x `min_pixels`."""
         indices: tuple[int, ...] = (0,)
-        seconds_per_grid, max_pixels = 0.0, limits.max_pixels
+        seconds_per_grid, max_pixels = 0.0, float(limits.max_pixels)
         if ref.kind == "video":
             first, last = rules.frame_range(ref, info, limits)
-            count = rules.frame_count(last - first + 1, info.fps, limits)
-            indices = rules.sample_frames(info, first, last, count)
+            count = rules.frame_count(last - first + 1, ref, info, limits)
+            indices = rules.sample_frames(ref, info, first, last, count)
             seconds_per_grid = self.temporal / rules.sampled_rate(info, first, last, count)
             if limits.total_pixels is not None:
-                share = limits.total_pixels / count * self.temporal
-                max_pixels = int(max(min(max_pixels, share), limits.min_pixels * 1.05))
+                share = limits.total_pixels / (-(-count // self.temporal))
+                max_pixels = min(max_pixels, max(share, int(limits.min_pixels * 1.05)))
         factor = self.patch * self.merge
         if limits.resized_height and limits.resized_width:
-            height, width = (max(1, round(x / factor)) * factor for x in (limits.resized_height, limits.resized_width))
+            wanted = limits.resized_height, limits.resized_width
+            height, width = rules.smart_resize(*wanted, factor, LEAST_TOKENS * factor**2, MOST_TOKENS * factor**2)
         else:
             height, width = rules.smart_resize(info.height, info.width, factor, limits.min_pixels, max_pixels)
         grid = (-(-len(indices) // self.temporal), height // self.patch, width // self.patch)

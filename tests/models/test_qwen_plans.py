@@ -1,0 +1,65 @@
+"""Indices, sizes and seconds of the Qwen families beside those of qwen-vl-utils 0.0.14, for random videos and keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.models import qwen_plans
+from tests.models.qwen_plans import Made, Request
+from vft.data.budget import limits_of
+from vft.data_config import DataConfig, VideoConfig
+from vft.models.qwen2_5_vl_vision import QwenVision
+from vft.models.qwen3_vl_vision import Qwen3Vision
+from vft.models.qwen_vision import QwenSpec
+from vft.types import MediaInfo, MediaOptions, MediaRef, VisionLimits
+
+COUNT = int(os.environ.get("VFT_QWEN_PLANS", 1500))
+CONFIG = DataConfig(video=VideoConfig(max_frames=768))
+SPECS: dict[int, QwenSpec] = {
+    14: QwenVision(image_token=1, video_token=2, tokens_per_second=2.0),
+    16: Qwen3Vision(image_token=1, video_token=2, table_side=48),
+}
+
+
+def compare(plans: Iterable[tuple[Request, Made]]) -> int:
+    """How many plans there are, all of them ours; those that differ fail with what was asked."""
+    count = 0
+    for request, wanted in plans:
+        ref = MediaRef("video", Path("clip.mp4"), MediaOptions(**request.keys))
+        seconds = request.num_frames / request.fps
+        info = MediaInfo("video", request.height, request.width, request.num_frames, request.fps, duration_s=seconds)
+        plan = SPECS[request.patch].plan(ref, info, limits_of(ref, CONFIG))
+        found = Made(list(plan.frame_indices), plan.height, plan.width, 2 / plan.seconds_per_grid)
+        assert (found.indices, found.height, found.width) == (wanted.indices, wanted.height, wanted.width), request
+        assert found.sample_fps == pytest.approx(wanted.sample_fps, rel=1e-12), request
+        count += 1
+    return count
+
+
+def test_stored_plans() -> None:
+    assert compare(qwen_plans.stored_plans()) == 300
+
+
+def test_plans_of_qwen_vl_utils() -> None:
+    """`VFT_QWEN_PLANS=15000` for as many."""
+    vision_process = pytest.importorskip("qwen_vl_utils.vision_process")
+    print(compare(qwen_plans.random_plans(vision_process, 1, COUNT, most_frames=768)), "plans")
+
+
+@pytest.mark.parametrize("least", [100_352, 96_000, 50_000])
+def test_total_pixels_never_makes_a_frame_larger(least: int) -> None:
+    """Also where 1.05 x min_pixels, the least that it leaves a frame, is more than max_pixels."""
+    limits, ref = VisionLimits(2.0, None, 4, 32, least, 100_352, total_pixels=100_352), MediaRef("video", Path("a.mp4"))
+    for width in range(100, 2000, 20):
+        info = MediaInfo("video", 200, width, 300, 30.0, duration_s=10.0)
+        within, free = (SPECS[14].plan(ref, info, replace(limits, total_pixels=total)) for total in (100_352, None))
+        assert within.height * within.width <= free.height * free.width, width
+    if least == 100_352:
+        info = MediaInfo("video", 200, 720, 300, 30.0, duration_s=10.0)
+        plan = SPECS[14].plan(ref, info, limits)
+        assert (plan.width, plan.height) == (588, 140)  # qwen-vl-utils' own
