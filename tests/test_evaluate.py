@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,14 +70,24 @@ def test_equal_prompts_are_one_question() -> None:
         ask([VIDEO, VIDEO, "What?"], "B", "other"),
         ask("What?", "B", "other"),
         ask([VIDEO, "What?"], "B", "other", options=("B", "C")),
+        ask([VIDEO, "What?"], "B", "other", options=("A", "B", "C")),
         talk(("system", "Be brief."), ("user", [VIDEO, "What?"]), ("assistant", "B"), id="other"),
         talk(("user", [VIDEO, "What?"]), ("assistant", "A"), ("user", "So?"), ("assistant", "B"), id="other"),
     ],
-    ids=["text", "file", "frames", "media", "no media", "options", "system", "turns"],
+    ids=["text", "file", "frames", "media", "no media", "options", "more options", "system", "turns"],
 )
 def test_other_prompts_are_other_questions(other: Conversation) -> None:
     first = ask([VIDEO, "What?"], "A", "first", options=("A", "B"))
     assert [(one.id, one.references) for one in questions([first, other])] == [("first", ("A",)), ("other", ("B",))]
+
+
+def test_options_in_another_order_are_the_same_question() -> None:
+    """And what a record lists as right beside its own answer is right too."""
+    one = ask([VIDEO, "What?"], "A", "a", options=("A", "B", "C"))
+    other = ask([VIDEO, "What?"], "B", "b", options=("C", "B", "A"), facts={"answers": ("B", "C")})
+    for records, references in (((one, other), ("A", "B", "C")), ((other, one), ("B", "C", "A"))):
+        (question,) = questions(records)
+        assert question.references == references and question.prompt.options == records[0].options
 
 
 def test_the_last_answer_is_asked_for() -> None:
@@ -180,6 +191,22 @@ def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: b
     assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out)), rel=1e-5)
     assert loss.low <= loss.value <= loss.high and loss.low < loss.high
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_loss_has_the_interval_of_its_documents(tiny: Tiny, root: Path) -> None:
+    """Sums of each document by transformers, those about one picture drawn together, though rows hold several."""
+    _, held_out = held_out_of(tiny, root, RECORDS, share_videos=False)
+    with WorkerPool(0, 60.0) as pool:
+        loss = held_out_loss(tiny.ours(), held_out, pool, ALONE)
+    assert loss is not None and loss.parts is not None
+    for found, wanted in zip(sorted(loss.parts.table.tolist()), sorted(sums_of(tiny, held_out)), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert len(set(loss.parts.samples.clusters)) == 5 and len(set(loss.parts.samples.names)) == 6
+    generator = np.random.default_rng(1)
+    table, number = loss.parts.table, np.unique(loss.parts.samples.clusters, return_inverse=True)[1]
+    drawn = [sum(table[number == i].sum(0) for i in generator.integers(5, size=5)) for _ in range(4000)]
+    low, high = np.quantile([one[0] / one[1] for one in drawn], [0.025, 0.975])
+    assert (loss.low, loss.high) == pytest.approx((low, high), abs=0.1 * (high - low))
 
 
 def test_loss_of_some_documents(tiny: Tiny, root: Path) -> None:
@@ -328,6 +355,9 @@ def test_a_line_of_the_file() -> None:
     assert line["prompt"] == "What\nis it?" and line["prediction"] == "line\u2028break\n"
     assert (line["choice"], line["option_scores"], line["reference"]) == ("b", {"b": -1.5, "ä": -2.5}, "b")
     assert "references" not in line
+    assert line["scored_by"] == "sum of log-probabilities, closing token included" and "choice_norm" not in line
+    both = json.loads(prediction_line(Answer(Question("q", prompt, ("b",)), "x", (-2.5, -1.5), (-0.5, -0.75))))
+    assert (both["choice"], both["choice_norm"], both["option_scores_norm"]) == ("b", "ä", {"b": -0.75, "ä": -0.5})
     many = replace(prompt, options=tuple("abcdefgh"))
     scores = tuple(-1.0 - i / 3 for i in range(8))
     line = json.loads(prediction_line(Answer(Question("q", many, ("g",)), "x", scores)))

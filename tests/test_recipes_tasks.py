@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vft.config import Config, ModelConfig
 from vft.data.frame_times import FrameTimes
 from vft.data.subtitles import Subtitles
 from vft.data_config import DataConfig
+from vft.evaluate import questions
 from vft.recipes import task_of
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -32,7 +34,7 @@ def sample(*turns: tuple[Role, Any], **fields: Any) -> Sample:
     return Sample("s", made, "train.json:12", fields)
 
 
-def labelled(answer: str, **fields: Any) -> Sample:
+def labelled(answer: str, /, **fields: Any) -> Sample:
     """A video alone with its answer, as readers of labels, captions and stories give it."""
     return sample(("user", [VIDEO]), ("assistant", answer), **fields)
 
@@ -255,6 +257,34 @@ def test_options_of_a_record(task: Task) -> None:
     assert task.conversations(labelled("run", options=[]))[0].options == ()
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("field", ["answers", "references", "label", "answer"])
+def test_right_answers_that_a_record_lists(task: Task, field: str) -> None:
+    """Beside the one that it says, which is learnt; each once, in whatever order."""
+    (made,) = task.conversations(labelled("run", **{field: ["jump", "run", "walk"]}))[:1]
+    (question,) = questions([made])
+    assert question.references == ("run", "jump", "walk") and made.turns[-1].text == "run"
+    for alone in ("run", ["run"], None, 3, {"run": 1}):
+        (made,) = task.conversations(labelled("run", **{field: alone}))[:1]
+        assert questions([made])[0].references == ("run",)
+
+
+def test_labels_beside_options_are_the_right_ones() -> None:
+    """By themselves they are the closed set."""
+    (made,) = Classify().conversations(labelled("run", labels=["run", "jump"], options=["jump", "run", "walk"]))
+    assert made.options == ("jump", "run", "walk") and questions([made])[0].references == ("run", "jump")
+    (made,) = Classify().conversations(labelled("run", labels=["run", "jump"]))
+    assert made.options == ("run", "jump") and questions([made])[0].references == ("run",)
+    (made,) = Classify().conversations(labelled("run", labels=["person", "dog"], options=["run", "walk"]))
+    assert questions([made])[0].references == ("run",)  # of something else
+
+
+def test_listed_answers_that_can_not_be_right_are_refused() -> None:
+    for answers, message in ((["run", "fly"], "the answer 'fly' must be among"), (["run", "walk"], "all 2 options")):
+        with pytest.raises(UserError, match=message):
+            Classify().conversations(labelled("run", answers=answers, options=["run", "walk"]))
+
+
 # ------------------------------------------------------------------------------------------------------ qa: scores
 
 LETTERS = ("A", "B", "C")
@@ -434,6 +464,25 @@ def test_scores_of_classes() -> None:
             "top1/wave": 1.0,
         }
     )
+
+
+@pytest.mark.parametrize("right", [("run", "sit"), ("sit", "run"), ("sit", "run", "sit")])
+def test_any_of_several_labels_is_right(right: tuple[str, ...]) -> None:
+    """In whatever order; the clip counts under each of its labels, and for top5 too."""
+    scores = {"climb": -9.0, "dance": -8.0, "jump": -7.0, "run": -1.0, "sit": -99.0, "walk": -2.0, "wave": -3.0}
+    first = said("Run.", *right, options=LABELS, scores=[scores[one] for one in LABELS])
+    found = values(Classify(), first, ranked("sit", 5), ranked("wave", 0))
+    assert found == pytest.approx(
+        {
+            **{"top1": 2 / 3, "top5": 2 / 3, "mean_per_class": (1 + 1 / 2 + 1) / 3, "exact_match": 1 / 3},
+            **{"top1/run": 1.0, "top1/sit": 1 / 2, "top1/wave": 1.0},
+        }
+    )
+    asked = replace(first, option_scores_norm=tuple(-scores[one] for one in LABELS))
+    found = values(Classify(), asked)
+    assert (found["top1"], found["top1_norm"], found["top5_norm"]) == (1.0, 1.0, 1.0)
+    found = values(QuestionAnswering(), replace(asked, option_scores=(0.0,) * 7))
+    assert (found["choice_accuracy"], found["choice_accuracy_norm"], found["accuracy_norm"]) == (0.0, 1.0, 1.0)
 
 
 def test_labels_without_a_set() -> None:

@@ -15,7 +15,6 @@ import gc
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,7 +67,10 @@ def main() -> None:
         scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
         if not world.is_main:
             return
-        plain = {name: {metric: asdict(one) for metric, one in found.items()} for name, found in scores.items()}
+        plain = {
+            name: {metric: {"value": one.value, "low": one.low, "high": one.high} for metric, one in found.items()}
+            for name, found in scores.items()
+        }
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
     show_scores(scores, f"{task_of(config).name}: answers in {folder}")

@@ -28,7 +28,7 @@ from vft.data_config import DataConfig
 from vft.distributed import World, all_of
 from vft.models import Skeleton, build
 from vft.models.generate import Sampling, generate
-from vft.models.score import score_options, trunk_of
+from vft.models.score import OptionScore, score_options, trunk_of
 from vft.models.weights import Checkpoint, load_weights
 from vft.parallel import materialise, shard
 from vft.task import Answer, Question
@@ -38,6 +38,16 @@ from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn
 def user_question(id: str, media: Sequence[MediaRef], text: str) -> Question:
     """A question without known answers."""
     return Question(id, Conversation(id, (Turn("user", (*media, text)),), id), ())
+
+
+def answer_of(question: Question, text: str, scores: Sequence[OptionScore]) -> Answer:
+    """What a model said to a question, with the scores of its options in their two forms.
+
+    The second is that of lm-eval's `acc_norm` (`lm_eval/api/task.py`): summed log-probability by `len(option)`.
+    """
+    options = question.prompt.options if scores else ()
+    by_length = (score.text / len(option) for score, option in zip(scores, options, strict=True))
+    return Answer(question, text, tuple(score.whole for score in scores), tuple(by_length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +151,13 @@ class Answerer:
         """Text of token ids."""
         return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def score(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+    def score(self, prompts: Sequence[Prompt]) -> list[tuple[OptionScore, ...]]:
         """How likely each prompt's options are, nothing for those without. Every process must call it."""
         having = [(i, prompt.options, prompt.patches) for i, prompt in enumerate(prompts) if prompt.options is not None]
         trunks = collate([(trunk_of(options), patches) for _, options, patches in having], self.encoder.spec)
-        scores = score_options(self.model, trunks.to(self.world.device), [options for _, options, _ in having])
-        found: list[tuple[float, ...]] = [() for _ in prompts]
+        documents = [options for _, options, _ in having]
+        scores = score_options(self.model, trunks.to(self.world.device), documents, self.encoder.around_answer)
+        found: list[tuple[OptionScore, ...]] = [() for _ in prompts]
         for (index, _, _), values in zip(having, scores, strict=True):
             found[index] = tuple(values)
         return found
@@ -173,15 +184,13 @@ class Answerer:
                 texts = self.answer(list(good.values()), sampling)
                 scores = self.score(list(good.values())) if has_options else [()] * len(good)
                 for index, text, values in zip(good, texts, scores, strict=True):
-                    answers[index] = Answer(asked[index], text, values)
+                    answers[index] = answer_of(asked[index], text, values)
                 bar.update(len(chunk))
         finally:
             self.model.train(training)
             bar.close()
-        gathered = [
-            pair for part in all_of([(i, a.text, a.option_scores) for i, a in answers.items()]) for pair in part
-        ]
-        return {i: Answer(asked[i], text, scores) for i, text, scores in sorted(gathered)}
+        told = [(i, (a.text, a.option_scores, a.option_scores_norm)) for i, a in answers.items()]
+        return {i: Answer(asked[i], *said) for i, said in sorted(one for part in all_of(told) for one in part)}
 
     @property
     def stop_ids(self) -> frozenset[int]:

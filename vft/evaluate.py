@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vft import stopping
@@ -23,24 +24,29 @@ from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
 from vft.distributed import World, all_of, sum_over_ranks
 from vft.files import replace_text
-from vft.metrics import Interval, mean_interval
+from vft.metrics import Interval, Samples, clusters_of, ratio_interval
 from vft.models.generate import Sampling
-from vft.task import Answer, Question, Task, main_conversation
-from vft.types import Conversation, Sample, UserError
+from vft.task import Answer, Question, Task, distinct, files_of, likeliest, main_conversation
+from vft.types import IGNORE_INDEX, Conversation, Document, Sample, UserError
+
+SCORED_BY = "sum of log-probabilities, closing token included"
+"""What the scores of options in a file of predictions are."""
 
 MOST_OPTIONS = 5
 """Options of a question, the likeliest, whose scores stand in a file of predictions; those of right ones stand too."""
 
 
 def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
-    """The last answer of each conversation as the reference; equal prompts, media and options are one question."""
+    """The last answer of each conversation as the reference, with what its record lists beside it as right; equal
+    prompts, media and options (in any order) are one question."""
     found: dict[object, Question] = {}
     for one in conversations:
         last = max(i for i, turn in enumerate(one.turns) if turn.role == "assistant")
         prompt = Conversation(one.id, one.turns[:last], one.origin, one.options, one.facts)
-        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), one.options)
+        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), frozenset(one.options))
         before = found.get(key)
-        references = (*(before.references if before else ()), one.turns[last].text)
+        listed = one.facts.get("answers", ())[1:]
+        references = (*(before.references if before else ()), one.turns[last].text, *listed)
         found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
     everything = list(found.values())
     return [everything[i] for i in some(len(everything), limit)]
@@ -65,7 +71,8 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     # and not after hours.
     asked = questions([one for members in held_out.members for one in members])
     asked = [asked[i] for i in some(len(asked), 64)]
-    scores = task.score([Answer(q, q.references[0], (0.0,) * len(q.prompt.options)) for q in asked])
+    equal = [(0.0,) * len(q.prompt.options) for q in asked]
+    scores = task.score([Answer(q, q.references[0], even, even) for q, even in zip(asked, equal, strict=True)])
     known, best = [*scores, "loss"], config.eval.best_metric
     if best and asked and "/" not in best and best not in known:
         raise UserError(f"eval.best_metric = {best!r}: {task.name} has {', '.join(n for n in known if '/' not in n)}")
@@ -149,7 +156,7 @@ class Best:
 def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
     """Mean loss over the supervised tokens of (`limit`) held-out documents; None where nothing is readable.
 
-    The interval is of packs drawn anew.
+    The interval is of documents drawn anew, those about one video together: their losses over their tokens.
     """
     whole = held_out.pack_plan(seed=0)
     chosen = frozenset(some(len(whole.lengths), limit))
@@ -157,33 +164,46 @@ def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: Worl
     plan = _NothingInstead(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
     loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)
     packs = len(plan.packs(0))
-    sums_P2 = torch.zeros(packs + world.size, 2, dtype=torch.float64, device=world.device)
+    found: list[tuple[int, tuple[Document, ...], Tensor]] = []
     training = model.training
     model.eval()
     try:
         for step in range(math.ceil(packs / world.size)):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.asked(), device=world.device))))
             for pack in loader.step():
-                batch = pack.batch.to(world.device)
-                loss = model(batch)
-                sums_P2[step * world.size + pack.slot] = torch.stack(
-                    [loss.double(), loss.new_tensor(batch.num_targets)]
-                )
+                losses_N = model(pack.batch.to(world.device), each=True)
+                found.append((step * world.size + pack.slot, pack.batch.documents, losses_N))
     finally:
         model.train(training)
-    sums_P2 = sum_over_ranks(sums_P2).cpu()
-    sums_P2 = sums_P2[sums_P2[:, 1] > 0]
-    if not len(sums_P2):
+    parts = [(place, _documents_losses(documents, losses_N.tolist())) for place, documents, losses_N in found]
+    everything = sorted((part for some in all_of(parts) for part in some), key=lambda part: part[0])
+    read = [document for _, some in everything for document in some]
+    if not read:
         return None
-    mean = sums_P2[:, 0].sum() / sums_P2[:, 1].sum()
-    # A pack's share of the mean, so that the shares' mean is the mean over tokens.
-    shares = sums_P2[:, 0] / sums_P2[:, 1].mean()
-    spread = mean_interval(shares.tolist())
-    return Interval(float(mean), spread.low, spread.high)
+    names = tuple(distinct(name for name, *_ in read))
+    samples = Samples(names, clusters_of([files for _, files, *_ in read]))
+    return ratio_interval([sums for *_, sums in read], samples)
+
+
+def _documents_losses(
+    documents: Sequence[Document], losses: Sequence[float]
+) -> list[tuple[str, tuple[str, ...], tuple[float, float]]]:
+    """Name, files, summed loss and supervised tokens of each document of a row."""
+    told, row = [], 0
+    for document in documents:
+        count = int((document.labels_T != IGNORE_INDEX).sum())
+        files = files_of(plan.ref for plan in document.media)
+        told.append((f"{document.sample_ids} {files}", files, (math.fsum(losses[row : row + count]), float(count))))
+        row += count
+    assert row == len(losses), f"{row} supervised tokens, {len(losses)} losses"
+    return told
 
 
 def prediction_line(answer: Answer) -> str:
-    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores."""
+    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores.
+
+    `scored_by` says which scores `option_scores` are and `choice` is chosen by; `..._norm` are those a character.
+    """
     question = answer.question
     line: dict[str, Any] = {
         "id": question.id,
@@ -194,8 +214,13 @@ def prediction_line(answer: Answer) -> str:
     if len(question.references) > 1:
         line["references"] = question.references
     if answer.choice is not None:
-        scores = dict(zip(question.prompt.options, answer.option_scores, strict=True))
-        kept = sorted(scores, key=lambda option: -scores[option])[:MOST_OPTIONS]
-        kept += [option for option in question.references if option in scores and option not in kept]
-        line |= {"choice": kept[0], "option_scores": {option: round(scores[option], 4) for option in kept}}
+        options, scores = question.prompt.options, answer.option_scores
+        kept = sorted(range(len(options)), key=lambda i: -scores[i])[:MOST_OPTIONS]
+        kept += sorted(answer.right_options - {*kept})
+        line |= {"choice": options[answer.choice], "option_scores": {options[i]: round(scores[i], 4) for i in kept}}
+        line["scored_by"] = SCORED_BY
+        norms = answer.option_scores_norm
+        if (by_length := likeliest(norms)) is not None:
+            line |= {"choice_norm": options[by_length]}
+            line["option_scores_norm"] = {options[i]: round(norms[i], 4) for i in dict.fromkeys([*kept, by_length])}
     return json.dumps(line, ensure_ascii=False) + "\n"

@@ -31,5 +31,13 @@ def cross_entropy_sum(hidden_NE: Tensor, head: Head, vocabulary: int, targets_N:
     return torch.stack(sums).sum()
 
 
+def cross_entropies(hidden_NE: Tensor, head: Head, vocabulary: int, targets_N: Tensor) -> Tensor:
+    """The terms of `cross_entropy_sum` [N], outside of training: no graph, and one chunk's logits at a time."""
+    chunk = max(1, MAX_LOGITS // vocabulary)
+    with torch.no_grad():
+        pairs = zip(hidden_NE.split(chunk), targets_N.split(chunk), strict=True)
+        return torch.cat([F.cross_entropy(head(x).float(), targets, reduction="none") for x, targets in pairs])
+
+
 def _chunk_sum(hidden_NE: Tensor, head: Head, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden_NE).float(), targets_N, reduction="sum")

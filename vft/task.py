@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from vft.metrics import Interval
+from vft.metrics import Interval, Samples, clusters_of
 from vft.types import Conversation, MediaRef, Sample, Turn, UserError
 
 
@@ -28,15 +30,29 @@ class Answer:
     text: str
     """Generated."""
     option_scores: tuple[float, ...] = ()
-    """Log-likelihood, a token on average, of each of the question's options."""
+    """Log-probability of each of the question's options as the whole answer, the token that closes it included."""
+    option_scores_norm: tuple[float, ...] = ()
+    """Log-probability of each option without that token, a character on average."""
 
     @property
     def choice(self) -> int | None:
         """Number of the likeliest option; None where the question has none."""
-        if not self.option_scores:
-            return None
-        return max(range(len(self.option_scores)), key=self.option_scores.__getitem__)
+        return likeliest(self.option_scores)
 
+    @property
+    def right_options(self) -> frozenset[int]:
+        """Numbers of the question's options that are right."""
+        options = self.question.prompt.options
+        return frozenset(i for i, option in enumerate(options) if option in self.question.references)
+
+
+def likeliest(scores: Sequence[float]) -> int | None:
+    """Number of the largest; None where there is none."""
+    return max(range(len(scores)), key=scores.__getitem__) if scores else None
+
+
+ANSWER_KEYS = ("answers", "references", "answer", "label")
+"""Under these a record may list several right answers."""
 
 Scores = Mapping[str, Interval]
 """Metrics by name, each with its 95 % interval."""
@@ -98,7 +114,7 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
     if not isinstance(segments, tuple):  # of records in another format, in a form of their own
         segments = ()
     speech = sample.fields.get("speech")
-    facts = {"segments": tuple(text for _, _, text in segments)}
+    facts = {"segments": tuple(text for _, _, text in segments), **answer_facts(sample)}
     turns = with_prompt(sample.turns, f"{prompt}\nWhat is said: {speech}" if speech else prompt)
     made = [Conversation(sample.id, turns, sample.origin, facts=facts)]
     media = tuple(part for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef))
@@ -113,24 +129,84 @@ def texts_of(answers: Sequence[Answer]) -> tuple[list[str], list[tuple[str, ...]
     return [answer.text for answer in answers], [answer.question.references for answer in answers]
 
 
+def samples_of(answers: Sequence[Answer]) -> Samples:
+    """The answered questions as samples of a score; those about one video, whatever part of it, are drawn together."""
+    questions = [answer.question for answer in answers]
+    names = distinct(_name_of(question) for question in questions)
+    return Samples(tuple(names), clusters_of([files_of(q.prompt.media) for q in questions]))
+
+
+def _name_of(question: Question) -> str:
+    """The same for the same media, prompt and right answers, whatever the order of records and options."""
+    prompt = question.prompt
+    turns = tuple((turn.role, turn.text) for turn in prompt.turns)
+    content = prompt.media_key, turns, sorted(prompt.options), sorted(set(question.references))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def files_of(media: Iterable[MediaRef]) -> tuple[str, ...]:
+    """Their files, whatever is taken of each."""
+    paths = (ref.path for ref in media)
+    return tuple(str(file) for path in paths for file in (path if isinstance(path, tuple) else (path,)))
+
+
+def distinct(names: Iterable[str]) -> Iterator[str]:
+    """The names, one that came before with its number behind it."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def answer_facts(sample: Sample) -> dict[str, tuple[str, ...]]:
+    """`answers`, for a conversation's facts, where a record gives more than one."""
+    answers = right_answers(sample)
+    return {"answers": answers} if len(answers) > 1 else {}
+
+
+def right_answers(sample: Sample) -> tuple[str, ...]:
+    """Every right answer that a record gives for its last question: what is said there, then those that it lists
+    (`answers`, `references`, or several under `answer` or `label`; `labels` beside `options`), each once."""
+    said = [turn.text for turn in sample.turns if turn.role == "assistant"][-1:]
+    if not said:
+        return ()
+    lists = {key: sample.fields.get(key) for key in ANSWER_KEYS}
+    if sample.fields.get("options"):  # else they are the options
+        lists["labels"] = sample.fields.get("labels")
+    listed = [
+        one
+        for key, some in lists.items()
+        # Of a user's own record `labels` may mean something else.
+        if isinstance(some, list) and (key in ("answers", "references") or said[0] in some)
+        for one in some
+        if isinstance(one, str) and one
+    ]
+    return tuple(dict.fromkeys([*said, *listed]))
+
+
 def options_of(sample: Sample) -> tuple[str, ...]:
     """The closed set of answers that a record gives (`options`, or the `labels` of its set); empty where it gives none.
 
     UserError where the set holds the same answer twice, or not the record's own.
     """
-    right = [turn.text for turn in sample.turns if turn.role == "assistant"][-1]
+    said, *more = right_answers(sample)
     options, labels = sample.fields.get("options") or (), sample.fields.get("labels")
     # Of a user's own record `labels` may mean something else: they are options where the answer is among them.
-    if not options and (isinstance(labels, tuple) or (isinstance(labels, list) and right in labels)):
+    if not options and (isinstance(labels, tuple) or (isinstance(labels, list) and said in labels)):
         options = labels
     if not options:
         return ()
     if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one for one in options):
         raise UserError(f"{sample.origin}: options: {options!r:.60} must be a list of texts")
-    if right not in options or len(set(options)) < len(options):
+    missing = next((right for right in (said, *more) if right not in options), None)
+    if missing is not None or len(set(options)) < len(options):
         raise UserError(
-            f"{sample.origin}: options: the answer {right!r:.60} must be among {len(options)} different options, "
-            f"word for word; they are {', '.join(options):.80}"
+            f"{sample.origin}: options: the answer {missing or said!r:.60} must be among {len(options)} different "
+            f"options, word for word; they are {', '.join(options):.80}"
+        )
+    if more and len(more) + 1 == len(options):
+        raise UserError(
+            f"{sample.origin}: all {len(options)} options are listed as right answers too; list the right ones alone"
         )
     return tuple(options)
 

@@ -62,15 +62,33 @@ def test_extract_letter_out_of_more() -> None:
     ],
 )
 def test_top_k(scores: list[float], right: int, least_k: int) -> None:
-    assert [top_k(scores, right, k) for k in range(1, 6)] == [k >= least_k for k in range(1, 6)]
+    assert [top_k(scores, {right}, k) for k in range(1, 6)] == [k >= least_k for k in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "least_k"),
+    [
+        ([0.1, 0.7, 0.2], {0, 2}, 2),
+        ([0.1, 0.7, 0.2], {0, 1}, 1),
+        ([0.5, 0.5, 0.1], {0, 1}, 1),  # right ones alone: no tie
+        ([0.5, 0.5, 0.5], {0, 1}, 2),
+        ([float("nan"), 1.0, 0.5], {0, 2}, 2),
+        ([0.1, 0.2], {0, 1}, 1),
+    ],
+)
+def test_top_k_of_several_right_ones(scores: list[float], right: set[int], least_k: int) -> None:
+    """One of them is enough, and another one ahead of it does no harm."""
+    assert [top_k(scores, right, k) for k in range(1, 4)] == [k >= least_k for k in range(1, 4)]
 
 
 def test_top_k_refuses() -> None:
-    with pytest.raises(AssertionError, match="0, 0, 1"):
-        top_k([0.1], 0, 0)
+    with pytest.raises(AssertionError, match=r"0, \{0\}, 1"):
+        top_k([0.1], {0}, 0)
     for right in (2, -1):
-        with pytest.raises(AssertionError, match=f"1, {right}, 2"):
-            top_k([0.1, 0.2], right, 1)
+        with pytest.raises(AssertionError, match=rf"1, \{{{right}\}}, 2"):
+            top_k([0.1, 0.2], {right}, 1)
+    with pytest.raises(AssertionError, match=r"1, set\(\), 1"):
+        top_k([0.1], set(), 1)
 
 
 def test_accuracy_by_class() -> None:

@@ -6,19 +6,24 @@ where the template's text merges with the option's the project's own full pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers import NO_MEDIA, Media, Tiny, batch_of, medium, talk
+from vft.answer import answer_of
 from vft.data.packing import collate
 from vft.models import score
 from vft.models.cache import TrunkCache
-from vft.models.score import score_options, trunk_of
+from vft.models.score import OptionScore, score_options, trunk_of
+from vft.recipes.classify import Classify
+from vft.task import Question
 from vft.types import IGNORE_INDEX, Batch, Conversation, Document, Turn
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
@@ -69,21 +74,24 @@ def asked(tiny: Tiny) -> dict[str, Asked]:
 
 
 def ours(tiny: Tiny, model: Any, questions: Sequence[Asked], **bounds: int) -> list[list[float]]:
-    """Scores of some questions at once."""
+    """Scores of some questions at once: of each option the whole answer's, then the text's alone."""
     documents = [tiny.encoder.options(one.prompt, one.options, one.media.plans) for one in questions]
     rows = [(trunk_of(made), one.media.patches) for made, one in zip(documents, questions, strict=True)]
-    return score_options(model, collate(rows, tiny.encoder.spec), documents, **bounds)
+    batch = collate(rows, tiny.encoder.spec)
+    scores = score_options(model, batch, documents, tiny.encoder.around_answer, **bounds)
+    return [[score for option in options for score in (option.whole, option.text)] for options in scores]
 
 
-def mean_of(logits_TV: Tensor, ids_T: Tensor, start: int, count: int) -> float:
-    """Mean log-likelihood of `count` tokens from row `start` on, each predicted by the row before it."""
+def sums_of(logits_TV: Tensor, ids_T: Tensor, start: int, count: int) -> tuple[float, float]:
+    """Log-likelihood of `count` tokens from row `start` on and the one that closes them, each predicted by the row
+    before it; then without the latter."""
     likelihoods_TV = logits_TV.double().log_softmax(-1)
-    picked = [float(likelihoods_TV[row - 1, ids_T[row]]) for row in range(start, start + count)]
-    return sum(picked) / count
+    picked = [float(likelihoods_TV[row - 1, ids_T[row]]) for row in range(start, start + count + 1)]
+    return sum(picked), sum(picked[:-1])
 
 
 @torch.no_grad()
-def theirs(tiny: Tiny, one: Asked, option: str) -> float:
+def theirs(tiny: Tiny, one: Asked, option: str) -> tuple[float, float]:
     """By transformers: the prompt's length and the option's are counted by tokenizing them apart."""
     tokenizer = tiny.encoder.tokenizer
     batch = batch_of(tiny.encoder, ([one.answered(option)], one.media))
@@ -93,18 +101,23 @@ def theirs(tiny: Tiny, one: Asked, option: str) -> float:
     start = len(tokenizer(prompt)["input_ids"]) + sum(plan.num_tokens - 1 for plan in one.media.plans)
     ids = tokenizer(option)["input_ids"]
     assert batch.input_ids_T[start:].tolist() == [*ids, *tokenizer("<|im_end|>\n")["input_ids"]]
-    return mean_of(logits_TV, batch.input_ids_T, start, len(ids))
+    return sums_of(logits_TV, batch.input_ids_T, start, len(ids))
+
+
+def all_theirs(tiny: Tiny, one: Asked) -> list[float]:
+    """As `ours` has them."""
+    return [score for option in one.options for score in theirs(tiny, one, option)]
 
 
 # --------------------------------------------------------------------------------- kept keys and values = full passes
 
 
 def test_each_question_alone(tiny: Tiny, asked: dict[str, Asked]) -> None:
-    """Options of all sorts behind one trunk; the token that closes an answer is not counted."""
+    """Options of all sorts behind one trunk, with the token that closes an answer and without it."""
     model = tiny.ours()
     for name, one in asked.items():
         (found,) = ours(tiny, model, [one])
-        assert found == pytest.approx([theirs(tiny, one, option) for option in one.options], rel=1e-5), name
+        assert found == pytest.approx(all_theirs(tiny, one), rel=1e-5), name
         assert max(found) < 0 and len(set(found)) == len(found)
 
 
@@ -126,7 +139,7 @@ def test_chunks(tiny: Tiny, asked: dict[str, Asked], bounds: dict[str, int]) -> 
     wanted = ours(tiny, model, questions)
     passes = spy(model)
     found = ours(tiny, model, questions, **bounds)
-    assert [len(scores) for scores in found] == [len(one.options) for one in questions]
+    assert [len(scores) for scores in found] == [2 * len(one.options) for one in questions]
     for scores, at_once in zip(found, wanted, strict=True):
         assert scores == pytest.approx(at_once, rel=1e-5)
     counts = [len(batch.plan.segments) for batch in passes[1:]]
@@ -140,14 +153,14 @@ def test_chunks(tiny: Tiny, asked: dict[str, Asked], bounds: dict[str, int]) -> 
 
 def test_nothing_asked(tiny: Tiny) -> None:
     """What a process without a question gives."""
-    assert score_options(tiny.ours(), collate([], tiny.encoder.spec), []) == []
+    assert score_options(tiny.ours(), collate([], tiny.encoder.spec), [], (0, 1)) == []
 
 
 def test_head_of_its_own(tiny_untied: Tiny) -> None:
     media = Media.make(tiny_untied.encoder.spec, [(OTHER, OTHER_INFO)])
     one = Asked(talk(("user", [OTHER, "Where?"])), ("up", "down and out"), media)
     (found,) = ours(tiny_untied, tiny_untied.ours(), [one])
-    assert found == pytest.approx([theirs(tiny_untied, one, option) for option in one.options], rel=1e-5)
+    assert found == pytest.approx(all_theirs(tiny_untied, one), rel=1e-5)
 
 
 @torch.no_grad()
@@ -155,7 +168,7 @@ def test_head_of_its_own(tiny_untied: Tiny) -> None:
 def test_options_that_merge_with_the_header(tiny: Tiny, options: tuple[str, ...]) -> None:
     """An option's line break becomes one token with the header's, which then begins the answer: the trunk ends before.
 
-    Compared with a full pass whose labels come from the encoder, but for the token that closes the answer.
+    Compared with a full pass whose labels come from the encoder.
     """
     model, media = tiny.ours(), Media.make(tiny.encoder.spec, [(OTHER, OTHER_INFO)])
     one = Asked(talk(("user", [OTHER, "Where?"])), options, media)
@@ -165,8 +178,46 @@ def test_options_that_merge_with_the_header(tiny: Tiny, options: tuple[str, ...]
         first = int((batch.labels_T != IGNORE_INDEX).nonzero()[0])
         logits_NV = model(batch, loss=False)
         assert int(batch.target_ids_N[-1]) == tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        wanted.append(mean_of(logits_NV, batch.input_ids_T[first - 1 :], 1, len(logits_NV) - 1))
+        wanted += sums_of(logits_NV, batch.input_ids_T[first - 1 :], 1, len(logits_NV) - 1)
     assert ours(tiny, model, [one])[0] == pytest.approx(wanted, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what is said, ranked first
+
+
+@torch.no_grad()
+def test_what_is_said_is_ranked_first_where_options_begin_others(tiny: Tiny) -> None:
+    """The greedy answer is made an option, among its beginnings and longer ones: by the whole answer's probability it
+    wins over each of its own beginnings, which by mean log-likelihood it need not."""
+    model, media = tiny.ours(), Media.make(tiny.encoder.spec, [(OTHER, OTHER_INFO)])
+    tokenizer = tiny.encoder.tokenizer
+    one = Asked(talk(("user", [OTHER, "Where?"])), ("1", "10", "1 of 10", "No", "No, it does not"), media)
+    (found,) = ours(tiny, model, [one])
+    assert found == pytest.approx(all_theirs(tiny, one), rel=1e-5)
+    whole = dict(zip(one.options, found[::2], strict=True))
+    # A probability over answers: that of an answer and of all that go on from it is at most that of its beginning.
+    text = dict(zip(one.options, found[1::2], strict=True))
+    for begins, longer in (("1", "10"), ("1", "1 of 10"), ("No", "No, it does not")):
+        ids = tokenizer(longer)["input_ids"]
+        if ids[: len(tokenizer(begins)["input_ids"])] == tokenizer(begins)["input_ids"]:
+            assert math.exp(whole[begins]) + math.exp(text[longer]) <= math.exp(text[begins]) * (1 + 1e-5)
+
+
+def test_scores_by_length_are_those_of_lm_eval() -> None:
+    """`acc_norm` of lm-evaluation-harness: `np.argmax(lls / completion_len)`, `completion_len` from `len(choice)`
+    (lm_eval/api/task.py, ConfigurableTask.process_results); characters, not bytes or tokens."""
+    options = ("basketball", "basketball dunk", "été 犬")
+    texts, closing = (-2.0, -2.4, -1.5), (-0.1, -0.9, -3.0)
+    prompt = Conversation("q", (Turn("user", (OTHER, "?")),), "q", options)
+    scores = [OptionScore(text + end, text) for text, end in zip(texts, closing, strict=True)]
+    answer = answer_of(Question("q", prompt, ("basketball",)), "x", scores)
+    lengths = np.array([float(len(option)) for option in options])
+    assert answer.option_scores == pytest.approx((-2.1, -3.3, -4.5))
+    assert answer.option_scores_norm == pytest.approx(np.array(texts) / lengths)
+    assert answer.choice == 0 and int(np.argmax(np.array(texts) / lengths)) == 1
+    found = {name: score.value for name, score in Classify().score([answer]).items()}
+    assert (found["top1"], found["top1_norm"]) == (1.0, 0.0)
+    assert answer_of(answer.question, "x", ()).option_scores_norm == ()
 
 
 # ----------------------------------------------------------------------------------------------- trunk, branches
@@ -196,8 +247,11 @@ def test_the_trunk_is_the_prompt_but_for_its_last_token(tiny: Tiny, asked: dict[
             ids = tiny.encoder.tokenizer(option)["input_ids"]
             assert made.ids_T[branch].tolist()[: 1 + len(ids)] == [prompt[-1], *ids]
             labelled = (made.labels_T[branch] != IGNORE_INDEX).nonzero().flatten().tolist()
-            assert labelled == list(range(1, 1 + len(ids)))
-            assert made.labels_T[branch][labelled].tolist() == ids
+            assert labelled == list(range(1, 2 + len(ids)))
+            assert made.labels_T[branch][labelled].tolist() == [
+                *ids,
+                *tiny.encoder.tokenizer("<|im_end|>")["input_ids"],
+            ]
             start += length
         assert start == made.num_tokens and made.sample_ids == one.options
 
@@ -240,7 +294,7 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     # Bounded, but not one by one either.
     assert len(passes) - 1 <= 1.1 * sum(batch.input_ids_T.numel() for batch in passes[1:]) / score.MAX_ROWS + 1
     for number in (0, 1, 333, 699):
-        assert found[number] == pytest.approx(theirs(tiny, one, labels[number]), rel=1e-5)
+        assert found[2 * number : 2 * number + 2] == pytest.approx(theirs(tiny, one, labels[number]), rel=1e-5)
 
 
 def test_keys_are_bounded_where_the_trunk_is_long(tiny: Tiny) -> None:

@@ -293,7 +293,7 @@ def test_options_are_right_or_wrong_with_their_likelihood(tmp_path: Path) -> Non
         "clip-1 worst wrong",
         "clip-2 worst wrong",  # the surest of the wrong ones
     ]
-    assert shown[0].all("dd")[-1].text == "A. likeliest: A. (log-likelihood -0.125 a token)"
+    assert shown[0].all("dd")[-1].text == "A. likeliest: A. (log-likelihood a token: -0.125)"
     assert not [heading for heading in page.all("h2") if "Confusion" in heading.text]
 
 

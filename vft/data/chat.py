@@ -169,14 +169,14 @@ class ChatEncoder:
             )
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
-        """A prompt with each of `options` as a branch that answers it; the options alone are labelled.
+        """A prompt with each of `options` as a branch that answers it, labelled as training supervises that answer: the
+        option and the token that closes it.
 
         The trunk is all that the prompts have in common but for their last token, which begins each branch and
-        predicts its first label. The token that closes an answer is not labelled: it says nothing about the option.
+        predicts its first label.
         """
-        closing = len(self.tokenizer(self.turn_end, add_special_tokens=False)["input_ids"])
         answered = [replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,)))) for option in options]
-        encoded = [_last_answer_alone(self.encode(one, media=media), closing) for one in answered]
+        encoded = [_last_answer_alone(self.encode(one, media=media)) for one in answered]
         common = min(next(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) for one in encoded)
         while any(one.ids[:common] != encoded[0].ids[:common] for one in encoded):
             common -= 1  # a token that straddles the answer's start differs from option to option
@@ -192,6 +192,12 @@ class ChatEncoder:
         head = (*(x[:trunk] for x in whole[:3]), whole[3][:, :trunk])
         head = (head[0], torch.full_like(head[1], IGNORE_INDEX), *head[2:])
         return _lay_out(head, branches, [plan for _, plan in longest.in_row_order(media)], list(options))
+
+    @cached_property
+    def around_answer(self) -> tuple[int, int]:
+        """Supervised tokens of an answer before and behind its own text: what the template writes before it, and what
+        closes it."""
+        return len(self._ids_of(self._gap)), len(self._ids_of(self.turn_end))
 
     def shareable_head(self, one: Encoded) -> tuple[int, ...] | None:
         """The ids up to the token after the last medium, which conversations about the same media share if theirs are
@@ -305,16 +311,12 @@ def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:
     return "".join(part for part in parts if isinstance(part, str))
 
 
-def _last_answer_alone(one: Encoded, closing: int) -> Encoded:
-    """With labels for the last answer only, without the `closing` tokens that end it: earlier answers are part of the
-    question."""
-    end = max(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) + 1
-    start = end
+def _last_answer_alone(one: Encoded) -> Encoded:
+    """With labels for the last answer only: earlier answers are part of the question."""
+    start = max(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX)
     while start and one.labels[start - 1] != IGNORE_INDEX:
         start -= 1
-    kept = one.labels[start : end - closing]
-    nothing = (IGNORE_INDEX,)
-    return replace(one, labels=nothing * start + kept + nothing * (len(one.ids) - start - len(kept)))
+    return replace(one, labels=(IGNORE_INDEX,) * start + one.labels[start:])
 
 
 def _lay_out(

@@ -4,7 +4,16 @@
 """
 
 from vft.metrics.answers import anls_scores, segment_coverage_scores, token_f1_scores
-from vft.metrics.bootstrap import Interval, bleu4_interval, mean_interval
+from vft.metrics.bootstrap import (
+    Interval,
+    Samples,
+    bleu4_interval,
+    class_mean_interval,
+    clusters_of,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+)
 from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_letter, top_k
 from vft.metrics.cider import cider_d_scores, cider_d_text_scores
 from vft.metrics.text import bleu4, distinct_n, exact_match_scores, rouge_l_scores

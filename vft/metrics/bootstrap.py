@@ -1,16 +1,17 @@
 """How far a score may be off, given the samples it was taken on: confidence intervals by the bootstrap.
 
-Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile interval); for BLEU and for
-paired comparison Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004. Samples are
-drawn with replacement, as many as there are, and the score is taken anew; the interval spans the middle of what comes
-out. It speaks of the choice of samples alone, not of the seed of a training run, and is too narrow for a few samples.
+Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile interval) and section 8.3
+(what depends on one another is drawn together); for BLEU and for paired comparison Koehn, "Statistical Significance
+Tests for Machine Translation Evaluation", EMNLP 2004. Clusters of samples (the questions about one video) are drawn
+with replacement, as many as there are, and the score is taken anew; the interval spans the middle of what comes out.
+It speaks of the choice of samples alone, not of the seed of a training run, and is too narrow for a few clusters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -18,8 +19,36 @@ from numpy.typing import NDArray
 
 from vft.metrics.text import bleu4
 
-_MAX_VALUES = 1 << 20
+Floats = NDArray[np.float64]
+
+_MAX_VALUES = 1 << 19
 """Values held at a time, 8 bytes each, or one resample's where that is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Which samples a score was taken on."""
+
+    names: tuple[str, ...]
+    """One for each, all different; the same sample has the same name in another evaluation."""
+    clusters: tuple[int, ...]
+    """Samples with equal numbers are drawn together."""
+
+    @staticmethod
+    def apart(count: int) -> Samples:
+        """So many that have nothing to do with one another."""
+        return Samples(tuple(map(str, range(count))), tuple(range(count)))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a score is made of: a row for each sample, and what rows that count more than once, or not at all, give."""
+
+    samples: Samples
+    kind: str
+    """A key of KINDS."""
+    table: Floats
+    """[samples, columns]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +59,38 @@ class Interval:
     """The score on the samples as they are."""
     low: float
     high: float
+    parts: Parts | None = field(default=None, compare=False, repr=False)
+    """What it was computed from, where it can be compared with another's."""
 
 
-def mean_interval(scores: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of `scores` and its percentile bootstrap interval.
+def clusters_of(items: Sequence[Iterable[Hashable]]) -> tuple[int, ...]:
+    """A number for each sample, equal for samples that share an item (a video), directly or through others.
+
+    A sample without items shares none.
+    """
+    parent = list(range(len(items)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    first: dict[Hashable, int] = {}
+    for number, own in enumerate(items):
+        for item in own:
+            parent[root(number)] = root(first.setdefault(item, number))
+    return tuple(root(number) for number in range(len(items)))
+
+
+def mean_interval(
+    scores: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    samples: Samples | None = None,
+) -> Interval:
+    """The mean of `scores` and its percentile bootstrap interval; without `samples` each score stands alone.
 
     The same for the same arguments. With one score, all three are that score. Raises ValueError for no scores, or
     scores that are not finite.
@@ -43,9 +100,26 @@ def mean_interval(scores: Sequence[float], confidence: float = 0.95, resamples: 
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             raise ValueError(f"score {i} is {score}: needs a finite number")
-    column = np.asarray(scores, dtype=np.float64)[:, None]
-    sums = np.concatenate(list(_resampled_sums(column, resamples, seed)))
-    return _percentile(fmean(scores), sums[:, 0] / len(scores), confidence)
+    table = [(score, 1.0) for score in scores]
+    return _interval("ratio", table, samples, fmean(scores), confidence, resamples, seed)
+
+
+def ratio_interval(sums: Sequence[tuple[float, float]], samples: Samples | None = None) -> Interval:
+    """All first numbers over all second ones (the losses and the tokens of documents), and its bootstrap interval.
+
+    ValueError where the second ones come to nothing.
+    """
+    above, below = (math.fsum(pair[i] for pair in sums) for i in (0, 1))
+    if not below > 0:
+        raise ValueError(f"{above} over {below}: nothing to divide by")
+    return _interval("ratio", sums, samples, above / below)
+
+
+def class_mean_interval(correct: Sequence[float], classes: Sequence[str], samples: Samples | None = None) -> Interval:
+    """The mean over classes of each one's mean of `correct`; a class that a resample lacks doesn't count in it."""
+    number = {name: i for i, name in enumerate(sorted(set(classes)))}
+    table = [(float(score), float(number[name])) for score, name in zip(correct, classes, strict=True)]
+    return _interval("class mean", table, samples)
 
 
 def bleu4_interval(
@@ -54,6 +128,7 @@ def bleu4_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    samples: Samples | None = None,
 ) -> Interval:
     """`bleu4` of the whole set, 0 to 100, and its percentile bootstrap interval.
 
@@ -68,27 +143,91 @@ def bleu4_interval(
     for text, refs in zip(predictions, references, strict=True):
         parts = metric.corpus_score([text], [[ref] for ref in refs])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
-    table = np.asarray(rows, dtype=np.float64)  # Sums of counts stay exact up to 2**53.
-    size = len(parts.counts)
-    scores = []
-    for sums in _resampled_sums(table, resamples, seed):
-        for row in sums.astype(np.int64).tolist():
-            counts, totals = row[:size], row[size : 2 * size]
-            scores.append(BLEU.compute_bleu(counts, totals, row[-2], row[-1], smooth_method="exp").score)
-    return _percentile(value, np.asarray(scores), confidence)
+    return _interval("bleu", rows, samples, value, confidence, resamples, seed)
 
 
-def _resampled_sums(table: NDArray[np.float64], resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Sums of rows drawn from `table` [samples, columns]; blocks of [some, columns], `resamples` rows in all."""
+def paired_difference(
+    before: Interval, after: Interval, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[Interval, int] | None:
+    """`after` less `before` on the samples that both were taken on, and their number; None where there are none.
+
+    Both are taken on the same resamples, so that what makes a sample easy or hard for both cancels out.
+    """
+    one, two = before.parts, after.parts
+    if one is None or two is None or one.kind != two.kind:
+        return None
+    rows = {name: row for row, name in enumerate(two.samples.names)}
+    both = [row for row, name in enumerate(one.samples.names) if name in rows]
+    if not both:
+        return None
+    tables = one.table[both], two.table[[rows[one.samples.names[row]] for row in both]]
+    value_of, clusters = KINDS[one.kind], [one.samples.clusters[row] for row in both]
+    value = float(value_of(tables[1], np.ones((1, len(both))))[0] - value_of(tables[0], np.ones((1, len(both))))[0])
+    drawn = [value_of(tables[1], w) - value_of(tables[0], w) for w in _weights(clusters, resamples, seed)]
+    return _percentile(value, np.concatenate(drawn), confidence), len(both)
+
+
+def _interval(
+    kind: str,
+    rows: Sequence[Sequence[float]],
+    samples: Samples | None,
+    value: float | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    table = np.asarray(rows, dtype=np.float64)  # sums of counts stay exact up to 2**53
+    parts = Parts(samples or Samples.apart(len(table)), kind, table)
+    if len(parts.samples.names) != len(table):
+        raise ValueError(f"{len(table)} scores, but {len(parts.samples.names)} samples")
+    drawn = np.concatenate([KINDS[kind](table, w) for w in _weights(parts.samples.clusters, resamples, seed)])
+    value = float(KINDS[kind](table, np.ones((1, len(table))))[0]) if value is None else value
+    return _percentile(value, drawn, confidence, parts)
+
+
+def _weights(clusters: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each sample comes in a resample, [some, samples]; `resamples` rows in all."""
     assert resamples > 0, resamples
+    number_of = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    count = int(number_of.max()) + 1
     generator = np.random.default_rng(seed)
-    block = max(1, _MAX_VALUES // table.size)
+    block = max(1, _MAX_VALUES // len(clusters))
     for start in range(0, resamples, block):
-        drawn = generator.integers(len(table), size=(min(block, resamples - start), len(table)))
-        yield table[drawn].sum(axis=1)
+        size = min(block, resamples - start)
+        drawn = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        yield times[:, number_of].astype(np.float64)
 
 
-def _percentile(value: float, resampled: NDArray[np.float64], confidence: float) -> Interval:
+def _ratio(table: Floats, weights: Floats) -> Floats:
+    sums = weights @ table
+    return np.asarray(sums[:, 0] / sums[:, 1])
+
+
+def _class_mean(table: Floats, weights: Floats) -> Floats:
+    classes = table[:, 1].astype(np.int64)
+    means = []
+    for row in weights:
+        counts = np.bincount(classes, row)
+        means.append((np.bincount(classes, row * table[:, 0])[counts > 0] / counts[counts > 0]).mean())
+    return np.asarray(means)
+
+
+def _bleu(table: Floats, weights: Floats) -> Floats:
+    from sacrebleu.metrics.bleu import BLEU
+
+    size = table.shape[1] // 2 - 1
+    scores = []
+    for row in (weights @ table).round().astype(np.int64).tolist():
+        scores.append(BLEU.compute_bleu(row[:size], row[size:-2], row[-2], row[-1], smooth_method="exp").score)
+    return np.asarray(scores)
+
+
+KINDS: dict[str, Callable[[Floats, Floats], Floats]] = {"ratio": _ratio, "class mean": _class_mean, "bleu": _bleu}
+"""How a score is computed from a table [samples, columns] and how often each sample counts [resamples, samples]."""
+
+
+def _percentile(value: float, resampled: Floats, confidence: float, parts: Parts | None = None) -> Interval:
     assert 0 < confidence < 1, confidence
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high))
+    return Interval(value, float(low), float(high), parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 
 _PREFIXES = (
@@ -38,16 +38,15 @@ def extract_letter(text: str, letters: str = "ABCD") -> str | None:
     return next((character for character in text if character in letters), None)
 
 
-def top_k(option_scores: Sequence[float], right: int, k: int) -> bool:
-    """Whether the option at index `right` is among the `k` that score highest.
+def top_k(option_scores: Sequence[float], right: Collection[int], k: int) -> bool:
+    """Whether one of the options at the indices `right` is among the `k` that score highest.
 
-    An option that scores the same as the right one, or isn't comparable with it (NaN), counts as ahead of it: a model
-    that gives all options one score gains nothing. True for `k` from the number of options on.
+    A wrong option that scores the same as a right one, or isn't comparable with it (NaN), counts as ahead of it: a
+    model that gives all options one score gains nothing. True for `k` from the number of options on.
     """
-    assert k > 0 and 0 <= right < len(option_scores), (k, right, len(option_scores))
-    score = option_scores[right]
-    ahead = sum(not other < score for i, other in enumerate(option_scores) if i != right)
-    return ahead < k
+    assert k > 0 and right and all(0 <= i < len(option_scores) for i in right), (k, right, len(option_scores))
+    wrong = [score for i, score in enumerate(option_scores) if i not in right]
+    return any(sum(not other < option_scores[i] for other in wrong) < k for i in right)
 
 
 def accuracy_by_class(correct: Sequence[float], classes: Sequence[str]) -> dict[str, float]:

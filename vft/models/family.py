@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.loss import cross_entropy_sum
+from vft.loss import cross_entropies, cross_entropy_sum
 from vft.models.cache import Cache
 from vft.models.decoder import Decoder, DecoderConfig
 from vft.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLimits, move
@@ -93,14 +93,16 @@ class VideoLanguageModel(nn.Module):
         """Whether something before the language model is trained."""
         return any(parameter.requires_grad for parameter in self.media_parameters())
 
-    def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True) -> Tensor:
-        """The sum of cross-entropies over `batch.target_ids_N` (a scalar); without `loss` the logits [N, V]."""
+    def forward(self, batch: Batch, cache: Cache | None = None, loss: bool = True, each: bool = False) -> Tensor:
+        """The sum of cross-entropies over `batch.target_ids_N` (a scalar), without a graph `each` of them [N]; without
+        `loss` the logits [N, V]."""
         x_TE, deeper = self.embed(batch)
         row = batch.positions_3T, batch.plan, batch.target_index_N
         x_NE = self.decoder(x_TE, *row, cache, deeper, batch.media_index_M)
         hidden_NE = self.decoder.norm(x_NE)
         if loss:
-            return cross_entropy_sum(hidden_NE, self.head, self.config.vocabulary, batch.target_ids_N)
+            losses = cross_entropies if each else cross_entropy_sum
+            return losses(hidden_NE, self.head, self.config.vocabulary, batch.target_ids_N)
         return self.head(hidden_NE).float()
 
     def head(self, hidden_NE: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """How likely a model finds each of a closed set of answers: labels of a data set, options of a question.
 
 The prompt runs once, its keys and values are kept, and the options run upon them as branches, in chunks of bounded
-size. A score is the mean log-likelihood of the option's tokens, so long options are not at a disadvantage; the token
-that closes the answer is not counted.
+size. The token that closes the answer counts: where one option begins another ("basketball", "basketball dunk"), it
+alone says that the answer ends there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,16 @@ MAX_ROWS = 1024
 """Tokens of options in a pass: their logits over the vocabulary are what takes memory."""
 MAX_KEY_ROWS = 1 << 18
 """Keys of a pass, each branch's trunk counted: where they are gathered, they take memory too."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionScore:
+    """How likely one option is as the answer, natural logarithms."""
+
+    whole: float
+    """Of all that the model has to say, the closing token included, summed: the probability of giving this answer."""
+    text: float
+    """Of the option's own tokens alone, summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +74,36 @@ def trunk_of(document: Document) -> Document:
 
 @torch.no_grad()
 def score_options(
-    model: Any, trunks: Batch, documents: Sequence[Document], max_rows: int = MAX_ROWS, max_keys: int = MAX_KEY_ROWS
-) -> list[list[float]]:
-    """Mean log-likelihood of every option of `documents` (from `ChatEncoder.options`), in order.
+    model: Any,
+    trunks: Batch,
+    documents: Sequence[Document],
+    around: tuple[int, int],
+    max_rows: int = MAX_ROWS,
+    max_keys: int = MAX_KEY_ROWS,
+) -> list[list[OptionScore]]:
+    """Scores of every option of `documents` (from `ChatEncoder.options`), in order.
 
-    `trunks` is their trunks as one batch, on the model's device. All processes must call it, with an empty batch where
-    they have no question: a sharded model needs every one in each pass.
+    `trunks` is their trunks as one batch, on the model's device, `around` is `ChatEncoder.around_answer`. All processes
+    must call it, with an empty batch where they have no question: a sharded model needs every one in each pass.
     """
     device = trunks.input_ids_T.device
     cache = TrunkCache(model.config.layers)
     model(trunks, cache, loss=False)
     kept = trunks.input_ids_T.numel()
     chunks = _chunks(_branches(documents), max_rows, max_keys)
-    scores: list[list[float]] = [[] for _ in documents]
+    scores: list[list[OptionScore]] = [[] for _ in documents]
+    before, behind = around
     idle = [_Branch(-1, Document.blank(), slice(0, 1), (0, 1))]
     for number in range(largest_over_ranks(len(chunks), device)):
         chunk = chunks[number] if number < len(chunks) else idle
         batch = _batch(chunk, trunks, kept).to(device)
         logits_NV = model(batch, cache, loss=False)
-        losses_N = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none")
-        counts = [int((branch.labels_T != IGNORE_INDEX).sum()) for branch in chunk]
-        for branch, part in zip(chunk, losses_N.split(counts), strict=True):
+        losses = iter(F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none").tolist())
+        for branch in chunk:
+            said = [-next(losses) for _ in range(int((branch.labels_T != IGNORE_INDEX).sum()))]
             if branch.question >= 0:
-                scores[branch.question].append(-float(part.mean()))
+                text = said[before : len(said) - behind]
+                scores[branch.question].append(OptionScore(math.fsum(said), math.fsum(text)))
     return scores
 
 

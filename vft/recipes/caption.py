@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vft import train
 from vft.metrics import Interval, bleu4_interval, cider_d_text_scores, mean_interval, rouge_l_scores
-from vft.task import Answer, texts_of, with_prompt
+from vft.task import Answer, answer_facts, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
 
@@ -24,7 +24,8 @@ class Caption:
 
     def conversations(self, sample: Sample) -> list[Conversation]:
         """The record as it is."""
-        return [Conversation(sample.id, with_prompt(sample.turns, self.prompt), sample.origin)]
+        turns = with_prompt(sample.turns, self.prompt)
+        return [Conversation(sample.id, turns, sample.origin, facts=answer_facts(sample))]
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """CIDEr-D (0 to 10, no PTB tokenizer), BLEU-4 (0 to 100), ROUGE-L (0 to 1, beta 1).
@@ -34,11 +35,12 @@ class Caption:
         if not answers:
             return {}
         predictions, references = texts_of(answers)
+        samples = samples_of(answers)
         scores = {}
         if len(predictions) > 1:
-            scores["cider_d"] = mean_interval(cider_d_text_scores(predictions, references))
-        scores["bleu4"] = bleu4_interval(predictions, references)
-        scores["rouge_l"] = mean_interval(rouge_l_scores(predictions, references))
+            scores["cider_d"] = mean_interval(cider_d_text_scores(predictions, references), samples=samples)
+        scores["bleu4"] = bleu4_interval(predictions, references, samples=samples)
+        scores["rouge_l"] = mean_interval(rouge_l_scores(predictions, references), samples=samples)
         return scores
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from vft import train
-from vft.metrics import Interval, accuracy_by_class, exact_match_scores, mean_interval, top_k
-from vft.task import Answer, options_of, texts_of, with_prompt
+from vft.metrics import Interval, accuracy_by_class, class_mean_interval, exact_match_scores, mean_interval, top_k
+from vft.task import Answer, answer_facts, options_of, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
 
@@ -26,30 +25,37 @@ class Classify:
     def conversations(self, sample: Sample) -> list[Conversation]:
         """The label as the answer, the set's labels as the options."""
         turns = with_prompt(sample.turns, self.prompt)
-        return [Conversation(sample.id, turns, sample.origin, options_of(sample))]
+        return [Conversation(sample.id, turns, sample.origin, options_of(sample), answer_facts(sample))]
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """`top1` and `top5` by likelihood, `mean_per_class`, `exact_match` of what is generated, all 0 to 1.
+        """`top1` and `top5` by the probability of each label as the whole answer, `..._norm` a character on average,
+        `mean_per_class`, `exact_match` of what is generated, all 0 to 1. Of several right labels any one is right.
 
-        `top1/LABEL` is the share of each class that is right. Without a set of labels the exact match alone.
+        `top1/LABEL` is the share of each class's clips that are right; one with several labels is in each of their
+        classes. Without a set of labels the exact match alone.
         """
         if not answers:
             return {}
         scores = {}
         ranked = [answer for answer in answers if answer.choice is not None]
+        by_class: dict[str, float] = {}
         if ranked:
-            right = [answer.question.prompt.options.index(answer.question.references[0]) for answer in ranked]
-            pairs = list(zip(ranked, right, strict=True))
-            first = [float(top_k(answer.option_scores, label, 1)) for answer, label in pairs]
-            scores["top1"] = mean_interval(first)
-            scores["top5"] = mean_interval([float(top_k(answer.option_scores, label, 5)) for answer, label in pairs])
-            by_class = accuracy_by_class(first, [answer.question.references[0] for answer in ranked])
-            mean = fmean(by_class.values())
-            scores["mean_per_class"] = Interval(mean, mean, mean)
+            samples = samples_of(ranked)
+            for k in (1, 5):
+                right = [float(top_k(answer.option_scores, answer.right_options, k)) for answer in ranked]
+                scores[f"top{k}"] = mean_interval(right, samples=samples)
+            if all(answer.option_scores_norm for answer in ranked):
+                for k in (1, 5):
+                    right = [float(top_k(answer.option_scores_norm, answer.right_options, k)) for answer in ranked]
+                    scores[f"top{k}_norm"] = mean_interval(right, samples=samples)
+            labels = [(answer, label) for answer in ranked for label in dict.fromkeys(answer.question.references)]
+            first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer, _ in labels]
+            by_class = accuracy_by_class(first, [label for _, label in labels])
+            of_labels = samples_of([answer for answer, _ in labels])
+            scores["mean_per_class"] = class_mean_interval(first, [label for _, label in labels], of_labels)
         predictions, references = texts_of(answers)
-        scores["exact_match"] = mean_interval(exact_match_scores(predictions, references))
-        if ranked:
-            scores |= {f"top1/{name}": Interval(share, share, share) for name, share in by_class.items()}
+        scores["exact_match"] = mean_interval(exact_match_scores(predictions, references), samples=samples_of(answers))
+        scores |= {f"top1/{name}": Interval(share, share, share) for name, share in by_class.items()}
         return scores
 
 

@@ -18,8 +18,9 @@ from vft.metrics import (
     extract_letter,
     mean_interval,
     token_f1_scores,
+    top_k,
 )
-from vft.task import Answer, groups_of, options_of, texts_of, with_prompt
+from vft.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
 OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
@@ -43,35 +44,50 @@ class QuestionAnswering:
         given = options_of(sample)
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
         options = given or written_options(turns[last - 1].text, turns[last].text)
-        return [Conversation(sample.id, turns, sample.origin, options, {"groups": groups_of(sample)})]
+        facts = {"groups": groups_of(sample), **answer_facts(sample)}
+        return [Conversation(sample.id, turns, sample.origin, options, facts)]
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """`accuracy`, 0 to 1: the likeliest option is right, or an open answer matches exactly; its parts beside it.
 
-        `choice_...` are questions with options: by likelihood, and `_generated` by the letter (Video-MME's official
-        extraction) or the words of the text; `open_...` are the others: exact match, token F1, ANLS.
-        `accuracy/KEY/VALUE` are the groups that the data set names.
+        `choice_...` are questions with options: by the probability of each as the whole answer, and `_generated` by the
+        letter (Video-MME's official extraction) or the words of the text; `open_...` are the others: exact match, token
+        F1, ANLS. `..._norm` take an option's probability a character on average. `accuracy/KEY/VALUE` are the groups
+        that the data set names.
         """
         if not answers:
             return {}
         choice = [answer for answer in answers if answer.choice is not None]
         rest = [answer for answer in answers if answer.choice is None]
-        right = {id(answer): float(_likeliest_right(answer)) for answer in choice}
+        normed = bool(choice) and all(answer.option_scores_norm for answer in choice)
+        right = {id(answer): float(top_k(answer.option_scores, answer.right_options, 1)) for answer in choice}
+        right_norm = {
+            id(answer): float(top_k(answer.option_scores_norm, answer.right_options, 1)) for answer in choice * normed
+        }
         scores = {}
         if choice:
-            scores["choice_accuracy"] = mean_interval(list(right.values()))
-            scores["choice_accuracy_generated"] = mean_interval([float(_generated_right(answer)) for answer in choice])
+            samples = samples_of(choice)
+            generated = [float(_generated_right(answer)) for answer in choice]
+            scores["choice_accuracy"] = mean_interval(list(right.values()), samples=samples)
+            if normed:
+                scores["choice_accuracy_norm"] = mean_interval(list(right_norm.values()), samples=samples)
+            scores["choice_accuracy_generated"] = mean_interval(generated, samples=samples)
         if rest:
+            samples = samples_of(rest)
             predictions, references = texts_of(rest)
             exact = exact_match_scores(predictions, references)
             right |= {id(answer): score for answer, score in zip(rest, exact, strict=True)}
-            scores["open_exact_match"] = mean_interval(exact)
-            scores["open_token_f1"] = mean_interval(token_f1_scores(predictions, references))
-            scores["open_anls"] = mean_interval(anls_scores(predictions, references))
+            scores["open_exact_match"] = mean_interval(exact, samples=samples)
+            scores["open_token_f1"] = mean_interval(token_f1_scores(predictions, references), samples=samples)
+            scores["open_anls"] = mean_interval(anls_scores(predictions, references), samples=samples)
         everything = [right[id(answer)] for answer in answers]
+        whole = {"accuracy": mean_interval(everything, samples=samples_of(answers))}
+        if normed:
+            also = [(right | right_norm)[id(answer)] for answer in answers]
+            whole["accuracy_norm"] = mean_interval(also, samples=samples_of(answers))
         groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
         parts = {f"accuracy/{name}": Interval(v, v, v) for name, v in breakdown(everything, groups).items()}
-        return {"accuracy": mean_interval(everything), **scores, **parts}
+        return {**whole, **scores, **parts}
 
 
 def written_options(question: str, answer: str) -> tuple[str, ...]:
@@ -90,14 +106,6 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
         if said in options and len(set(options)) == len(options):
             return options
     return ()
-
-
-def _likeliest_right(answer: Answer) -> bool:
-    """Whether a right option is likelier than every wrong one: a tie is none, or the order of options would decide."""
-    references = answer.question.references
-    scored = list(zip(answer.question.prompt.options, answer.option_scores, strict=True))
-    wrong = [score for option, score in scored if option not in references]
-    return any(all(other < score for other in wrong) for option, score in scored if option in references)
 
 
 def _generated_right(answer: Answer) -> bool:

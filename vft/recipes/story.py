@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vft import train
 from vft.metrics import Interval, bleu4_interval, distinct_n, mean_interval, rouge_l_scores
-from vft.task import Answer, narrate, texts_of
+from vft.task import Answer, narrate, samples_of, texts_of
 from vft.types import Conversation, Sample
 
 
@@ -32,10 +32,12 @@ class Story:
         if not answers:
             return {}
         predictions, references = texts_of(answers)
+        samples = samples_of(answers)
+        # A sample that is drawn twice repeats its own pairs: resamples say nothing about how alike the stories are.
         distinct = distinct_n(predictions, 2)
         return {
-            "rouge_l": mean_interval(rouge_l_scores(predictions, references)),
-            "bleu4": bleu4_interval(predictions, references),
+            "rouge_l": mean_interval(rouge_l_scores(predictions, references), samples=samples),
+            "bleu4": bleu4_interval(predictions, references, samples=samples),
             "distinct_2": Interval(distinct, distinct, distinct),
         }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vft import train
 from vft.metrics import Interval, bleu4_interval, mean_interval, rouge_l_scores, segment_coverage_scores
-from vft.task import Answer, narrate, texts_of
+from vft.task import Answer, narrate, samples_of, texts_of
 from vft.types import Conversation, Sample
 
 
@@ -32,13 +32,14 @@ class Summarize:
         if not answers:
             return {}
         predictions, references = texts_of(answers)
-        scores = {"rouge_l": mean_interval(rouge_l_scores(predictions, references))}
-        scores["bleu4"] = bleu4_interval(predictions, references)
-        having = [(answer.text, answer.question.prompt.facts.get("segments", ())) for answer in answers]
-        having = [(text, segments) for text, segments in having if segments]
+        samples = samples_of(answers)
+        scores = {"rouge_l": mean_interval(rouge_l_scores(predictions, references), samples=samples)}
+        scores["bleu4"] = bleu4_interval(predictions, references, samples=samples)
+        having = [answer for answer in answers if answer.question.prompt.facts.get("segments")]
         if having:
-            covered = segment_coverage_scores([text for text, _ in having], [segments for _, segments in having])
-            scores["coverage"] = mean_interval(covered)
+            segments = [answer.question.prompt.facts["segments"] for answer in having]
+            covered = segment_coverage_scores([answer.text for answer in having], segments)
+            scores["coverage"] = mean_interval(covered, samples=samples_of(having))
         return scores
 
 

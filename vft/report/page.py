@@ -23,7 +23,7 @@ from vft.data.documents import Documents
 from vft.files import replace_text
 from vft.metrics import Interval, confusion
 from vft.report.chart import Curve, line_chart
-from vft.report.examples import examples
+from vft.report.examples import examples, references_of
 from vft.vision_spec import VisionSpec
 
 Row = dict[str, Any]
@@ -255,11 +255,19 @@ def point(value: float) -> Interval:
 
 
 def confused(predictions: Mapping[str, list[Row]]) -> Row | None:
-    """Which class was taken for which in the last evaluation: all of them, or the most confused pairs of many."""
+    """Which class was taken for which in the last evaluation: all of them, or the most confused pairs of many.
+
+    As in `top1/LABEL`, a clip with several right labels is in each of their classes, and right there if it is at all.
+    """
     if not predictions:
         return None
     name, rows = [*predictions.items()][-1]
-    pairs = [(row["choice"], row["reference"]) for row in rows if "choice" in row and row.get("reference") is not None]
+    pairs = [
+        (right if row["choice"] in references_of(row) else row["choice"], right)
+        for row in rows
+        if "choice" in row
+        for right in dict.fromkeys(references_of(row))
+    ]
     if not pairs:
         return None
     counts = confusion([chosen for chosen, _ in pairs], [right for _, right in pairs])
