@@ -2,8 +2,8 @@
 """Answer a prompt about videos: python tools/predict.py --model MODEL [--adapter DIR] [--prompt TEXT] VIDEO...
 
 VIDEO is a video or picture, a folder of them, or a JSONL of records: those of training data, whose last answers become
-references, or {"video": ..., "prompt": ...}. Frames and pixels are those that the adapter (or merged model) was trained
-with, unless options say otherwise.
+references, or {"video": ..., "question": ...}. Frames and pixels are those that the adapter (or merged model) was
+trained with, unless options say otherwise.
 
 With --output FILE.jsonl each answer is a line of that file as soon as it is known, and the same command again goes on
 where it was. With --segments SECONDS a long video is asked about part by part.
@@ -127,7 +127,12 @@ def predict(arguments: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(arguments.model)
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)
-    items = read_items(arguments.videos, arguments.prompt or about.get("prompt") or DEFAULT_PROMPT, arguments.root)
+    prompt = arguments.prompt or about.get("prompt") or DEFAULT_PROMPT
+    items = read_items(arguments.videos, prompt, arguments.root)
+    silent = sum(not item.asks for item in items)
+    if silent and arguments.prompt is None and world.is_main:
+        told = f"{silent} of {len(items)} records ask nothing themselves: {prompt!r} is asked; --prompt asks another"
+        print(told, file=sys.stderr)
     precision = arguments.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     file = None
     if arguments.output is not None:

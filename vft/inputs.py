@@ -10,24 +10,24 @@ from typing import Any
 
 from vft.answer import user_question
 from vft.data.media_error import MediaError
-from vft.data.sources import messages
+from vft.data.sources import messages, story
 from vft.data.sources.folders import clips_below
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
     RecordError,
     as_object,
-    check_text,
     read_json,
     resolve_media,
     sample_id_of,
     shown,
     unique,
 )
-from vft.task import Question, with_prompt
-from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, UserError
+from vft.data.sources.unread_keys import tell
+from vft.distributed import environment
+from vft.task import Question, narrate, with_prompt
+from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample, UserError
 
 RECORD_SUFFIXES = frozenset({".jsonl", ".json"})
-MEDIA_KEYS = ("video", "videos", "image", "images")
 LEAST_SEGMENT = 0.1
 """Share of a segment below which the end of a video belongs to the segment before it."""
 BEFORE_S = 1e-4
@@ -50,6 +50,8 @@ class Item:
     id: str
     asked: Question | Failure
     is_record: bool = False
+    asks: bool = True
+    """False of a record without a question of its own, which is asked the prompt."""
     segment_s: tuple[float, float] | None = None
     """Where the part of the video that is asked about begins and ends."""
 
@@ -94,32 +96,50 @@ def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) ->
 
 
 def _records(path: Path, prompt: str, root: Path, seen: dict[str, int]) -> Iterator[Item]:
+    unread: list[tuple[str, ...]] = []
     for number, (line, record) in enumerate(read_json(path), 1):
-        name, origin = f"{path.stem}-{number}", f"{path}:{line}"
+        name, origin, asks = f"{path.stem}-{number}", f"{path}:{line}", True
+        asked: Question | Failure
         try:
             record = as_object(record)
             name = sample_id_of(record, name)
-            asked: Question | Failure = _question(record, name, origin, prompt, root)
+            asked, passed_over, asks = _question(record, name, origin, prompt, root)
+            unread.append(passed_over)
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
             asked = Failure(origin, "record", f"{origin}: {field}{error.message}")
-        yield Item(unique(name, seen), asked, is_record=True)
+        yield Item(unique(name, seen), asked, is_record=True, asks=asks)
+    if environment().is_main:
+        tell(str(path), unread)
 
 
-def _question(record: Mapping[str, Any], name: str, origin: str, prompt: str, root: Path) -> Question:
-    """What a record asks: all before its last answer, which is the reference; `prompt` where it asks nothing."""
-    if all(record.get(key) is None for key in ("messages", "conversations")):
-        own = "" if record.get("prompt") is None else check_text(record["prompt"], "prompt")
-        if not own and all(record.get(key) is None for key in MEDIA_KEYS):
-            raise RecordError("messages", "is missing; a record has 'messages', or 'video' and 'prompt'")
-        record = {**record, "messages": [{"role": "user", "content": own or prompt}]}
-    turns = messages.parse(record, root, answered=False)
+def _question(
+    record: Mapping[str, Any], name: str, origin: str, prompt: str, root: Path
+) -> tuple[Question, tuple[str, ...], bool]:
+    """What a record asks, read as in training: all before its last answer, which is the reference; `prompt` where it
+    asks nothing. A record with a `text` and nothing asked is a story's or a summary's. Also its keys that are not read,
+    and whether it asks something itself."""
+    if is_story(record):
+        parsed = story.parse(record, root)
+        told = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
+        asked = replace(told, turns=told.turns[:-1])
+        return Question(name, asked, (parsed.turns[-1].text,)), parsed.unread, False
+    parsed = messages.parse(record, root, answered=False)
+    turns = parsed.turns
     answered = turns[-1].role == "assistant"
     before = turns[:-1] if answered else turns
     if not before or before[-1].role != "user":
         raise RecordError("messages", "the last turn but an answer must be the user's, who asks")
     reference = (turns[-1].text,) if answered else ()
-    return Question(name, Conversation(name, with_prompt(before, prompt), origin), reference)
+    asked = Conversation(name, with_prompt(before, prompt), origin)
+    return Question(name, asked, reference), parsed.unread, asked.turns == before
+
+
+def is_story(record: Mapping[str, Any]) -> bool:
+    """Whether a record is `vft.data.sources.story`'s."""
+    asks = (*messages.TURN_KEYS, *messages.QUESTIONS, *messages.ANSWERS)
+    has_media = record.get("video") is not None or record.get("images") is not None
+    return has_media and record.get("text") is not None and all(record.get(key) is None for key in asks)
 
 
 def split(items: Sequence[Item], length_s: float, info: Callable[[MediaRef], MediaInfo]) -> list[Item]:

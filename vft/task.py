@@ -116,11 +116,14 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
     speech = sample.fields.get("speech")
     facts = {"segments": tuple(text for _, _, text in segments), **answer_facts(sample)}
     turns = with_prompt(sample.turns, f"{prompt}\nWhat is said: {speech}" if speech else prompt)
-    made = [Conversation(sample.id, turns, sample.origin, facts=facts)]
+    spans_s = tuple((start_s, end_s) for start_s, end_s, _ in segments)
+    made = [Conversation(sample.id, turns, sample.origin, facts=facts, spans_s=spans_s)]
+    system = tuple(turn for turn in sample.turns if turn.role == "system")
     media = tuple(part for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef))
     for number, (start_s, end_s, text) in enumerate(segments, 1):
         asked = Turn("user", (*media, f"What happens between {start_s:.1f} s and {end_s:.1f} s?"))
-        made.append(Conversation(f"{sample.id}/{number}", (asked, Turn("assistant", (text,))), sample.origin))
+        told = (*system, asked, Turn("assistant", (text,)))
+        made.append(Conversation(f"{sample.id}/{number}", told, sample.origin, spans_s=spans_s))
     return made
 
 

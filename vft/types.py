@@ -113,6 +113,8 @@ class Sample:
     turns: tuple[Turn, ...]
     origin: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    """Keys of the record that its reader passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class Conversation:
     likelihood. Empty: any answer."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What scoring needs beside the answer: `groups` (name to value), `segments` (texts), as the task has them."""
+    spans_s: tuple[tuple[float, float], ...] = ()
+    """Start and end, in seconds of the file, of what the record tells of parts of its video: all must lie in it."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:

@@ -117,7 +117,7 @@ def test_placeholder_at_the_end_and_no_picture(tmp_path: Path) -> None:
         (record(""), "image", "is no path"),
         (record("train2017"), "image", "a folder"),
         (record(None), "images", "1 <image> placeholder(s) in the text but 0"),
-        (record(conversations=None), "messages", "either 'messages' or 'conversations'"),
+        (record(conversations=None), "messages", "it has 'id', 'image', 'conversations'"),
         (record(video="a.mp4") | {"conversations": "x"}, "conversations", "must be a list"),
         ([1], "", "no JSON object"),
     ],

@@ -220,7 +220,8 @@ PART_0 = "messages[0].content[0]"
     ("record", "field", "message"),
     [
         (7, "", "7 is no JSON object"),
-        ({"prompt": "?"}, "messages", "it has 'prompt'"),
+        ({"text": "?"}, "messages", "it has 'text'"),
+        ({"prompt": "?"}, "answer", "add the answer to learn"),
         ({"messages": []}, "messages", "at least one"),
         ({"messages": "hi"}, "messages", "must be a list"),
         ({"messages": [user("?")]}, "messages", "no assistant turn"),

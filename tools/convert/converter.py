@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.console import user_errors
-from vft.data.sources.folders import VIDEO_SUFFIXES
-from vft.data.sources.records import PICTURE_SUFFIXES, read_json
+from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_json
 from vft.files import replace_text
 from vft.types import UserError
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vft.data.chat import ChatEncoder
+from vft.data.spans import check_spans
 from vft.data_config import DataConfig
 from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits
 from vft.vision_spec import VisionSpec
@@ -71,12 +72,14 @@ def plan_within(
     config: DataConfig,
     info: Callable[[MediaRef], MediaInfo],
 ) -> tuple[MediaPlan, ...]:
-    """Plans of a conversation's media that together take at most `room` tokens; UserError where they can't."""
+    """Plans of a conversation's media that together take at most `room` tokens; UserError where they can't, and where
+    the conversation tells of parts that its video doesn't have."""
     if room < 0:
         raise UserError(
             f"{conversation.origin}: {config.pack_tokens - room} tokens of text, more than "
             f"data.pack_tokens = {config.pack_tokens}; raise it or shorten the text"
         )
+    check_spans(conversation, info)
     media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
     return plan_media(media, spec, room, conversation.origin)
 

@@ -19,6 +19,8 @@ from vft.data.index import build
 from vft.data.media_error import MediaError
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
+from vft.data.sources.unread_keys import tell
+from vft.data.spans import check_spans
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
 from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, UserError
@@ -155,6 +157,7 @@ class Documents:
                 self.reject(conversation, error.reason, f"{conversation.origin}: {ref.field}: {error}", ref)
                 return None
         try:
+            check_spans(conversation, self.info)
             return self.encoder.encode(conversation)
         except UserError as error:
             self.reject(conversation, "record", str(error))
@@ -186,6 +189,8 @@ def load_documents(
     for source in wanted:
         samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
+        if environment().is_main:
+            tell(source.path, [sample.unread for sample in samples])
         passed_over += len(samples) - len(take(samples, source.take, seed))
         for sample in take(samples, source.take, seed):
             made, wrong = converse(sample, make_conversations, config)

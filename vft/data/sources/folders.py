@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from vft.data.names import is_stray
-from vft.data.sources.records import PICTURE_SUFFIXES, BadRecord, resolve_media, shown
+from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, BadRecord, resolve_media, shown
 from vft.data.sources.tables import gather, label_classes, labelled, read_classes
 from vft.types import MediaKind, MediaRef, Sample, UserError
 
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out"})
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".wmv", ".flv", ".3gp"}
-    | {".ogv"}
-)
 
 
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:

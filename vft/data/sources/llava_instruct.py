@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vft.data.sources import messages
-from vft.data.sources.records import BadRecord, check_text, collect, files_below
+from vft.data.sources.records import BadRecord, Parsed, check_text, collect, files_below
 from vft.data.sources.tables import first_present
-from vft.types import Sample, Turn
+from vft.types import Sample
 
 COCO = ("train2017/", "coco/train2017/", "train2014/COCO_train2014_", "coco/train2014/COCO_train2014_")
 """What comes before a bare name, in the order in which it is tried."""
@@ -32,7 +32,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     return collect(named, lambda record, _: _parse(record, root, media))
 
 
-def _parse(record: Mapping[str, Any], root: Path, media: str) -> tuple[Turn, ...]:
+def _parse(record: Mapping[str, Any], root: Path, media: str) -> Parsed:
     value = record.get("image")
     if value is not None:
         name = check_text(value, "image")
@@ -41,5 +41,4 @@ def _parse(record: Mapping[str, Any], root: Path, media: str) -> tuple[Turn, ...
         if name and "/" not in name:
             names += [f"{base}{prefix}{name}" for base in bases for prefix in COCO]
         value = str(first_present(root, names, "image"))
-    # Only what this dataset has, so that a stray key is not taken for a medium.
-    return messages.parse({"conversations": record.get("conversations"), "image": value}, root)
+    return messages.parse({**record, "image": value}, root)

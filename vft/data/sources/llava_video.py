@@ -22,6 +22,7 @@ from vft.data.sources.records import (
     PICTURE_SUFFIXES,
     BadRecord,
     Group,
+    Parsed,
     RecordError,
     as_object,
     check_text,
@@ -48,7 +49,7 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     return collect(files_below(path, ".json"), lambda record, file: _parse(record, file, root))
 
 
-def _parse(record: Mapping[str, Any], file: Path, root: Path) -> tuple[Turn, ...]:
+def _parse(record: Mapping[str, Any], file: Path, root: Path) -> Parsed:
     if "video" not in record:
         found = ", ".join(repr(key) for key in record) or "no fields"
         raise RecordError("video", f"is missing; the record has {found}")
@@ -63,8 +64,12 @@ def _parse(record: Mapping[str, Any], file: Path, root: Path) -> tuple[Turn, ...
     value: Any = str(located)
     if stat.S_ISDIR(mode):
         value = [str(frame) for frame in resolve_frames(root, str(located), "video")]
-    # Only what this dataset has, so that a stray key is not taken for a medium.
-    return messages.parse({"conversations": record.get("conversations"), "video": value}, root)
+    return _conversation(record, value, root)
+
+
+def _conversation(record: Mapping[str, Any], video: Any, root: Path) -> Parsed:
+    """`data_source` says where the video lies."""
+    return messages.parse({**record, "video": video, "data_source": None}, root)
 
 
 def _config(file: Path, root: Path) -> str:
@@ -143,9 +148,9 @@ class Archives:
         bad: list[BadRecord] = []
         for origin, sample_id, record in self.records[run.key]:
             try:
-                record_now = {"conversations": record.get("conversations"), "video": value}
-                turns = tuple(_named(turn, title) for turn in messages.parse(record_now, spool))
-                samples.append(Sample(sample_id, turns, origin, _fields(record)))
+                parsed = _conversation(record, value, spool)
+                turns = tuple(_named(turn, title) for turn in parsed.turns)
+                samples.append(Sample(sample_id, turns, origin, _fields(record), parsed.unread))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
         return Group(run.place, samples, bad, tuple(run.files.values()))

@@ -3,27 +3,33 @@
 `messages` holds `role` and `content`, `conversations` holds `from` and `value` (either pair is read in either). Media
 stand in typed parts, or in lists (`videos`, `images`, or `video`, `image`) with a `<video>` or `<image>` in the text
 for each, in order. In LLaVA's layout, `<image>` stands for the video too, and is on a line of its own.
+
+A record without turns has a question (`question`, `query`, `prompt`, or `instruction` with `input`) and an answer
+(`answer`, `response`, `output`); a question may be missing, the task asks then.
 """
 
 from __future__ import annotations
 
-import math
+import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vft.data.sources.media_options import lay_under, options_of_part
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
     BadRecord,
+    Parsed,
     RecordError,
     check_text,
     collect,
     resolve_media,
     shown,
 )
+from vft.data.sources.unread_keys import MEDIA_KEYS, unread
 from vft.types import MediaKind, MediaOptions, MediaRef, Role, Sample, Turn
 
 ROLES: dict[str, Role] = {
@@ -38,11 +44,12 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 LINE_PLACEHOLDER = re.compile(r"<(video|image)>\n|\n<(video|image)>\Z|<(video|image)>")
 """LLaVA's placeholder goes with the line break that sets it off from the question."""
 
-OPTIONS: dict[MediaKind, frozenset[str]] = {
-    "video": frozenset(option.name for option in fields(MediaOptions)),
-    "image": frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"}),
-}
-REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
+TURN_KEYS = ("messages", "conversations")
+QUESTIONS = ("question", "query", "prompt", "instruction")
+ANSWERS = ("answer", "response", "output")
+FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", *MEDIA_KEYS})
+"""Keys beside the turns; the last of them are tasks'."""
+PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,28 +79,78 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     return collect([(path, path.name)], lambda record, _: parse(record, root))
 
 
-def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> tuple[Turn, ...]:
+def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parsed:
     """The turns of a record. Without `answered` it needs no answer: a model is to give it.
 
     Raises:
         RecordError: names the field.
     """
-    present = [key for key in ("messages", "conversations") if record.get(key) is not None]
-    if len(present) != 1:
-        found = ", ".join(map(shown, record)) or "no fields"
-        raise RecordError("messages", f"the record needs either 'messages' or 'conversations'; it has {found}")
-    key = present[0]
-    entries = record[key]
+    present = [key for key in TURN_KEYS if record.get(key) is not None]
+    if len(present) > 1:
+        raise RecordError("messages", "the record has 'messages' and 'conversations'; keep one of the two")
+    key, entries, known = (
+        (present[0], record[present[0]], {present[0]}) if present else _from_question(record, answered)
+    )
     if not isinstance(entries, list) or not entries:
         raise RecordError(key, f"{shown(entries)} must be a list with at least one message")
     listed = {kind: _list_media(record, kind, root) for kind in KINDS}
     is_llava = key == "conversations" and not any(one.key.endswith("s") for one in listed.values())
     reader = _Reader(root, any(one.refs for one in listed.values()), LINE_PLACEHOLDER if is_llava else PLACEHOLDER)
-    turns = [reader.turn(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    filled = _fill([reader.turn(entry, f"{key}[{i}]") for i, entry in enumerate(entries)], listed, key)
+    rest: list[str] = []
+    for i, entry in enumerate(entries):
+        filled[i : i + 1], used = lay_under(filled[i : i + 1], entry, f"{key}[{i}]")
+        refs = [part for part in filled[i][1] if isinstance(part, MediaRef)]
+        unknown = unread(entry, MESSAGE_KEYS | used, refs, f"{key}[{i}]", "in a message")
+        rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
+    filled, used = lay_under(filled, record, "")
+    refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
+    rest += [*reader.unread, *unread(record, FIELDS | known | used, refs)]
+    return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
+
+
+def _from_question(record: Mapping[str, Any], answered: bool) -> tuple[str, list[dict[str, Any]], set[str]]:
+    """The turns of a record that has a question and an answer under keys of their own; and these keys."""
+    asks = [key for key in QUESTIONS if record.get(key) not in (None, "")]
+    answers = [key for key in ANSWERS if record.get(key) is not None]
+    has_media = any(record.get(key) is not None for key in MEDIA_KEYS)
+    if not asks and not (has_media and (answers or not answered)):
+        found = ", ".join(map(shown, record)) or "no fields"
+        raise RecordError(
+            "messages",
+            f"is missing; a record has 'messages', 'conversations', or 'question' and 'answer'; it has {found}",
+        )
+    for keys in (asks, answers):
+        if len({str(record[key]) for key in keys}) > 1:
+            raise RecordError(keys[1], f"stands beside {keys[0]!r}; keep one of the two")
+    known = {*asks, *answers}
+    asked = check_text(record[asks[0]], asks[0]) if asks else ""
+    if "instruction" in asks and record.get("input") is not None:
+        known.add("input")
+        asked = "\n".join(filter(None, (asked, check_text(record["input"], "input"))))
+    turns: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+    answer = check_text(record[answers[0]], answers[0]) if answers else ""
+    if answer.strip():
+        turns.append({"role": "assistant", "content": answer})
+    elif answered:
+        raise RecordError((answers or ["answer"])[0], "is missing or empty; add the answer to learn")
+    return "messages", turns, known
+
+
+def with_system(
+    record: Mapping[str, Any], turns: list[tuple[Role, list[str | MediaRef]]]
+) -> list[tuple[Role, list[str | MediaRef]]]:
+    """The turns behind the record's own `system`. RecordError where they have another one themselves."""
     system = check_text(record.get("system") or "", "system")
-    if system and turns[0][0] != "system":
-        turns.insert(0, ("system", [system]))
-    return _finish(_fill(turns, listed, key), key, answered)
+    if not system:
+        return turns
+    for role, parts in turns:
+        said = "".join(part for part in parts if isinstance(part, str))
+        if role == "system" and said != system:
+            raise RecordError(
+                "system", f"{shown(system)} stands beside a system turn, {shown(said)}; keep one of the two"
+            )
+    return turns if turns[0][0] == "system" else [("system", [system]), *turns]
 
 
 def _finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str, answered: bool) -> tuple[Turn, ...]:
@@ -106,6 +163,9 @@ def _finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str, answered: 
     return tuple(Turn(role, tuple(part for part in parts if part != "")) for role, parts in turns)
 
 
+MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss"})
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads messages one by one."""
@@ -113,6 +173,8 @@ class _Reader:
     root: Path
     has_lists: bool
     placeholder: re.Pattern[str]
+    unread: list[str] = field(default_factory=list)
+    """Keys of parts that were passed over."""
 
     def turn(self, entry: object, name: str) -> tuple[Role, list[Part]]:
         if not isinstance(entry, dict):
@@ -160,22 +222,32 @@ class _Reader:
         part = {key: value for key, value in part.items() if value is not None}  # as `datasets` fills up its columns
         said = part.pop("type", None)
         if said == "text":
+            self.unread.extend(
+                f"content[].{key.rpartition('.')[2]}" for key in unread(part, {"text"}, (), name, "in a text")
+            )
             return self.text(part.get("text"), role, f"{name}.text", split=self.has_lists)
-        if said not in ("video", "image", "video_url", "image_url"):
-            raise RecordError(f"{name}.type", f"unknown type {shown(said)}; allowed are text, video, image")
-        kind: MediaKind = "video" if said.startswith("video") else "image"
+        if not isinstance(said, str) or said not in PART_KINDS:
+            near = difflib.get_close_matches(str(said), ("text", "video", "image"), n=1, cutoff=0.4)
+            meant = f"; did you mean {near[0]!r}?" if near else "; allowed are text, video, image"
+            raise RecordError(f"{name}.type", f"unknown type {shown(said)}{meant}")
         if role == "assistant":
             raise RecordError(name, f"a part of type {said} in an answer; media belong in the user's turns")
-        keys = [key for key in (kind, f"{kind}_url", "path", "url") if key in part]
-        if not keys and not part and self.has_lists:
+        kind = PART_KINDS[said]
+        if not part and self.has_lists:
             return [_Slot(kind)]
-        if len(keys) != 1:
-            raise RecordError(name, f"needs exactly one of {kind!r}, '{kind}_url'; it has {shown(sorted(part))}")
-        value = part.pop(keys[0])
-        if isinstance(value, dict):
-            value = value.get("url")
-        options = _options(part, kind, isinstance(value, list), name)
-        return [_reference(self.root, kind, value, f"{name}.{keys[0]}", options)]
+        return [_medium(self.root, kind, part, name)]
+
+
+def _medium(root: Path, kind: MediaKind, part: dict[str, Any], name: str) -> MediaRef:
+    """A medium that stands in an object, with options of its own."""
+    keys = [key for key in (kind, f"{kind}_url", "path", "url") if part.get(key) is not None]
+    if len(keys) != 1:
+        raise RecordError(name, f"needs exactly one of {kind!r}, '{kind}_url'; it has {shown(sorted(part))}")
+    value = part.pop(keys[0])
+    if isinstance(value, dict):
+        value = value.get("url")
+    options = options_of_part(part, kind, isinstance(value, list), name)
+    return _reference(root, kind, value, f"{name}.{keys[0]}", options)
 
 
 def _reference(
@@ -190,6 +262,9 @@ def _reference(
             raise RecordError(name, "[] is an empty list of frames; name at least one picture")
         frames = tuple(resolve_media(root, frame, f"{name}[{i}]") for i, frame in enumerate(value))
         return MediaRef(kind, frames, options, name)
+    if isinstance(value, dict):
+        given = {key: one for key, one in value.items() if one is not None and (key, one) != ("type", kind)}
+        return _medium(root, kind, given, name)
     return MediaRef(kind, resolve_media(root, value, name), options, name)
 
 
@@ -255,34 +330,3 @@ def _place_first(
             parts[:0] = refs
             return filled
     raise RecordError(key, f"has no user turn to hold {shown(refs[0].field)}; add one")
-
-
-# ---------------------------------------------------------------------------------------------------------- options
-
-
-def _options(part: Mapping[str, Any], kind: MediaKind, is_list: bool, name: str) -> MediaOptions:
-    """The per-medium keys of qwen-vl-utils, checked."""
-    allowed = OPTIONS[kind] if is_list else OPTIONS[kind] - {"sample_fps"}
-    for key, value in part.items():
-        if key not in allowed:
-            raise RecordError(f"{name}.{key}", f"unknown key; allowed are {', '.join(sorted(allowed))}")
-        at_least = 0 if key == "video_start" else 1e-6 if key in REAL_OPTIONS else 1
-        if not _is_number(value, whole=key not in REAL_OPTIONS) or value < at_least:
-            what = "a number" if key in REAL_OPTIONS else "a whole number"
-            raise RecordError(f"{name}.{key}", f"{shown(value)} must be {what} of at least {at_least:g}")
-    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end")):
-        if low in part and high in part and part[low] > part[high]:
-            raise RecordError(f"{name}.{low}", f"{part[low]} is above {high} = {part[high]}; exchange them")
-    if "fps" in part and "nframes" in part:
-        raise RecordError(
-            f"{name}.nframes", f"{part['nframes']} stands beside fps = {part['fps']}; keep one of the two"
-        )
-    if ("resized_height" in part) != ("resized_width" in part):
-        raise RecordError(f"{name}.resized_height", "goes with resized_width; give both or neither")
-    return MediaOptions(**part)
-
-
-def _is_number(value: Any, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**53

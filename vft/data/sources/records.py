@@ -20,6 +20,10 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _DIGITS = re.compile(r"([0-9]+)")
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|data|https?):")
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".wmv", ".flv", ".3gp"}
+    | {".ogv"}
+)
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
 
 
@@ -33,6 +37,15 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.field}: {self.message}" if self.field else f"{self.origin}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a reader makes of one record."""
+
+    turns: tuple[Turn, ...]
+    unread: tuple[str, ...] = ()
+    """Keys that it doesn't read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +166,7 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def collect(
-    files: Iterable[tuple[Path, str]], parse: Callable[[Mapping[str, Any], Path], tuple[Turn, ...]]
+    files: Iterable[tuple[Path, str]], parse: Callable[[Mapping[str, Any], Path], Parsed]
 ) -> tuple[list[Sample], list[BadRecord]]:
     """Read files, given with their name for messages, and turn each record into a sample or a BadRecord.
 
@@ -169,7 +182,8 @@ def collect(
                 record = as_object(record)
                 sample_id = unique(sample_id_of(record, f"{path.stem}-{number}"), seen)
                 fields = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
-                samples.append(Sample(sample_id, parse(record, path), origin, fields))
+                parsed = parse(record, path)
+                samples.append(Sample(sample_id, parsed.turns, origin, fields, parsed.unread))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
             except RecursionError:

@@ -2,7 +2,8 @@
 
 `{"id"?, "video": path | "images": [paths], "segments"?: [{"start_s", "end_s", "text"}], "text", "speech"?}`: `text` is
 what is to be said about the video or the run of pictures, `segments` tell parts of it, `speech` is what is heard in it.
-Other keys stay in the sample's fields.
+`system` and the keys of `vft.data.sources.media_options` are read as in messages. Segments count from the beginning of
+the file. Other keys stay in the sample's fields.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vft.data.sources.records import BadRecord, RecordError, check_text, collect, resolve_media, shown
+from vft.data.sources.media_options import lay_under
+from vft.data.sources.messages import with_system
+from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, resolve_media, shown
+from vft.data.sources.unread_keys import unread
 from vft.types import MediaRef, Sample, Turn
 
 KEYS = ("video", "images", "segments", "text", "speech")
+SEGMENT_KEYS = ("start_s", "end_s", "text")
 MAX_S = 1e9
 """Times from here on are no seconds."""
 
@@ -30,11 +35,12 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     Raises:
         UserError: the file as a whole can't be read.
     """
-    samples, bad = collect([(path, path.name)], lambda record, _: _parse(record, root))
-    return [replace(sample, fields={**sample.fields, **_facts(sample.fields)}) for sample in samples], bad
+    samples, bad = collect([(path, path.name)], lambda record, _: parse(record, root))
+    return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
 
 
-def _parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
+def parse(record: Mapping[str, Any], root: Path) -> Parsed:
+    """The turns of a record. RecordError names the field."""
     for key in record:
         # Left alone, a misspelt key would silently lose what it holds.
         meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
@@ -42,8 +48,17 @@ def _parse(record: Mapping[str, Any], root: Path) -> tuple[Turn, ...]:
             raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
     has = ", ".join(map(shown, record)) or "no fields"
     text = _text(record.get("text"), "text", f"the record has {has}; call what is to be said 'text'")
-    _facts(record)
-    return Turn("user", _media(record, root)), Turn("assistant", (text,))
+    segments = facts(record)["segments"]
+    asked, used = lay_under([("user", [*_media(record, root)])], record, "")
+    refs = [part for part in asked[0][1] if isinstance(part, MediaRef)]
+    if segments and (start_s := refs[0].options.video_start):
+        raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
+    rest = unread(record, {*KEYS, "id", "system", *used}, refs)
+    for i, segment in enumerate(record.get("segments") or ()):
+        unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "in a segment")
+        rest += [f"segments[].{key.rpartition('.')[2]}" for key in unknown]
+    turns = (*(Turn(role, tuple(parts)) for role, parts in with_system(record, asked)), Turn("assistant", (text,)))
+    return Parsed(turns, tuple(dict.fromkeys(rest)))
 
 
 def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
@@ -66,7 +81,7 @@ def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
     )
 
 
-def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+def facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """`segments` and `speech`, checked."""
     segments, speech = record.get("segments"), record.get("speech")
     if segments is not None and not isinstance(segments, list):

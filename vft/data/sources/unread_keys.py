@@ -1,0 +1,115 @@
+"""Keys of records that nothing reads: those that name a medium are mistakes, the others are told once for a source."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vft.data.sources.media_options import OPTIONS, meaning_of
+from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, RecordError, shown
+from vft.types import MediaRef
+
+MEDIA_KEYS = ("video", "videos", "image", "images")
+AUDIO_SUFFIXES = frozenset({".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".opus", ".wma"})
+MAX_NAME = 1024
+"""Characters beyond which a text is no file's name."""
+MOST_NAMED = 20
+"""Keys that are named for one source."""
+_DATA_URL = re.compile(r"data:(video|image|audio)/", re.IGNORECASE)
+
+
+def unread(
+    given: Mapping[str, Any], known: Collection[str], refs: Iterable[MediaRef], name: str = "", place: str = ""
+) -> list[str]:
+    """The keys of `given`, the object at `name` in a record (empty: the record itself), that are not `known`.
+
+    `refs` are the media that were read: a key may name one of these files again. `place` says in words where `given`
+    stands, if it holds no media of its own.
+
+    Raises:
+        RecordError: such a key names another video, picture or sound, or is a misspelt one of `MEDIA_KEYS`.
+    """
+    refs = tuple(refs)
+    files = {path.name for ref in refs for path in (ref.path if isinstance(ref.path, tuple) else (ref.path,))}
+    kinds = {ref.kind for ref in refs}
+    where = f" {place}" if place else ""
+    beside = ", beside the messages" if place else ""
+    found = []
+    for key, value in given.items():
+        if key in known or value is None:
+            continue
+        field = f"{name}.{key}" if name else key
+        for kind, file in _files(value):
+            if Path(file).name not in files:
+                advice = "no sound is heard; take the key out"
+                if kind != "audio":
+                    near = difflib.get_close_matches(key.lower(), (kind, f"{kind}s"), n=1, cutoff=0.0)[0]
+                    advice = f"the nearest known one is {near!r}{beside}; rename it, or take it out if it is not shown"
+                raise RecordError(field, f"names {shown(file)} under a key that is not read{where}; {advice}")
+        meant = difflib.get_close_matches(key.lower(), MEDIA_KEYS, n=1, cutoff=0.8)
+        is_id = key.lower().endswith("id")  # `videoID`
+        if meant and value and not is_id and meant[0].rstrip("s") not in kinds:
+            raise RecordError(field, f"is not read{where}; did you mean {meant[0]!r}{beside}?")
+        found.append(field)
+    return found
+
+
+def _files(value: Any) -> Iterator[tuple[str, str]]:
+    """Kind and name of each media file that a value names, at any depth."""
+    if isinstance(value, str):
+        kind = _kind_of(value)
+        if kind:
+            yield kind, value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _files(one)
+
+
+def _kind_of(text: str) -> str:
+    """`video`, `image` or `audio` where a text names such a file or holds one; else empty."""
+    if data := _DATA_URL.match(text):
+        return data[1].lower()
+    if len(text) > MAX_NAME or "\n" in text:
+        return ""
+    if re.match(r"(?i)[a-z][a-z0-9+.-]*://", text):
+        text = re.split(r"[?#]", text)[0]
+    suffix = Path(text.strip()).suffix.lower()
+    kinds = {"video": VIDEO_SUFFIXES, "image": PICTURE_SUFFIXES, "audio": AUDIO_SUFFIXES}
+    return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), "")
+
+
+# ------------------------------------------------------------------------------------------------------------ telling
+
+
+def tell(source: str, records: Sequence[tuple[str, ...]]) -> None:
+    """Say once, on one line, which keys of a source's records nobody reads, given for each record that could be used,
+    and how many records have them."""
+    counts = Counter(key for keys in records for key in keys)
+    if counts:
+        named = [f"{_printable(key)}{_meant(key)} ({count:,})" for key, count in counts.most_common(MOST_NAMED)]
+        more = f" and {len(counts) - MOST_NAMED} more" if len(counts) > MOST_NAMED else ""
+        _say(f"{source}: keys that are not read, of {len(records):,} records: {', '.join(named)}{more}")
+
+
+@cache
+def _say(line: str) -> None:
+    """Evaluation may read a source again."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 60 else shown(key)
+
+
+def _meant(key: str) -> str:
+    own = key.rpartition(".")[2]
+    if meaning_of(own) is not None:
+        return " [no medium there takes it]"
+    near = difflib.get_close_matches(own, sorted(OPTIONS["video"]), n=1, cutoff=0.8)
+    return f" [did you mean {near[0]}?]" if near else ""

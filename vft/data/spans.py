@@ -1,0 +1,65 @@
+"""Times that a record states, held against the length that its video turns out to have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vft.types import Conversation, MediaInfo, MediaRef, UserError
+
+SLACK_S = 0.5
+"""Seconds, or one frame if that is longer, by which an end may overrun the video: annotations are rounded."""
+
+
+def check_spans(conversation: Conversation, info: Callable[[MediaRef], MediaInfo]) -> None:
+    """UserError where a trim, or a segment that the record tells of, is not in the video; names both lengths.
+
+    Raises:
+        MediaError: the medium can't be used.
+    """
+    for ref in conversation.media:
+        start_s, end_s = ref.options.video_start, ref.options.video_end
+        is_trimmed = start_s is not None or end_s is not None
+        if ref.kind == "image" or not (is_trimmed or conversation.spans_s):
+            continue
+        found = info(ref)
+        wrong = [fault(start_s, end_s, found)] if is_trimmed else []
+        for number, (first_s, last_s) in enumerate(conversation.spans_s, 1):
+            if said := fault(first_s, last_s, found, end_s):
+                wrong.append(f"segment {number}: {said}")
+        for said in filter(None, wrong):
+            raise UserError(f"{conversation.origin}: {ref.field or ref.name}: {said}")
+
+
+def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: float | None = None) -> str:
+    """What is wrong with the range from `start_s` to `end_s` seconds of a video; empty where nothing is.
+
+    `shown_s` is where the video is cut off, if it is. Nothing is wrong where the length isn't known.
+    """
+    length_s = info.duration_s
+    if length_s <= 0:
+        return ""
+    if shown_s is not None:
+        length_s = min(length_s, shown_s)
+    first_s, last_s = start_s or 0.0, length_s if end_s is None else end_s
+    span = f"{first_s:g} to {last_s:g} s" if end_s is not None else f"from {first_s:g} s on"
+    if first_s < 0 or last_s <= first_s < length_s:
+        return f"{span}: must begin at 0 or later and end after it begins"
+    if first_s < length_s and last_s <= length_s + slack_s(info):
+        return ""
+    cut = f", shown up to {shown_s:g} s" if shown_s is not None and shown_s < info.duration_s else ""
+    length = f"the video, which has {info.num_frames} frames in {info.duration_s:.2f} s{cut}"
+    return f"{span} is outside {length}{_unit(first_s, last_s if end_s is not None else first_s, info)}"
+
+
+def slack_s(info: MediaInfo) -> float:
+    """Seconds by which a range may overrun the video."""
+    return max(SLACK_S, 1 / info.fps if info.fps > 0 else 0.0)
+
+
+def _unit(first: float, last: float, info: MediaInfo) -> str:
+    """What the numbers look like, and the mend."""
+    if first == int(first) and last == int(last) and last <= info.num_frames:
+        return "; they look like frame numbers: divide them by the frame rate"
+    if last >= 1000 and last / 1000 <= info.duration_s + slack_s(info):
+        return "; they look like milliseconds: divide them by 1000"
+    return "; give seconds from the beginning of the file, or take it out"
