@@ -339,9 +339,9 @@ def test_adapters_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
     assert difference(their_logits(tiny.load(tmp_path / "merged"), batch, tiny), wanted) <= 2e-4
     ranks = {t.shape[0] for n, t in theirs.named_parameters() if n.endswith("lora_A.default.weight")}
-    assert {rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.skeleton.peft_prefixes).layers.values()} == (
-        ranks
-    )
+    assert {
+        rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.skeleton.model.spellings).layers.values()
+    } == (ranks)
     assert len(ranks) == (4 if name == "patterns" else 1)
 
 
@@ -390,7 +390,7 @@ def test_lengths_that_are_missing(tiny: Tiny, tmp_path: Path) -> None:
 def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
     """To the last bits; with other settings it would be another function, and is refused with both values."""
     ours = exported(tiny, tmp_path / "adapter", VARIANTS["dora ranks rslora"])
-    files = Adapter.open(tmp_path / "adapter", ours.peft_prefixes)
+    files = Adapter.open(tmp_path / "adapter", ours.model.spellings)
     for change, named in (
         ({"dora": False}, "use_dora = True, but lora.dora = False"),
         ({"rslora": False}, "scale .* but .* by the"),
@@ -399,9 +399,9 @@ def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, 
         lora = VARIANTS["dora ranks rslora"].model_copy(update=change)
         other, checkpoint = adapted(tiny, lora)
         with pytest.raises(UserError, match=named):
-            files.check(other.model, str(tiny.path), checkpoint.fingerprint)
+            files.check(other.model, checkpoint)
     again, checkpoint = adapted(tiny, VARIANTS["dora ranks rslora"], seed=4)
-    files.check(again.model, str(tiny.path), checkpoint.fingerprint)
+    files.check(again.model, checkpoint)
     files.load_into(again.model)
     attached, _ = load_prepared(tiny.path, lambda it: attach(it.model, files, it.towers))
     files.load_into(attached.model)

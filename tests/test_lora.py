@@ -365,7 +365,7 @@ def test_full_fine_tuning(each_tiny: Tiny, batch: Batch, train: Sequence[str], m
 def test_adapter_of_a_training_run_can_be_gone_on_from(each_tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
     """`attach` and `load_into` give back what `export_adapter` wrote, to the last bit."""
     ours = export(each_tiny, tmp_path / "adapter", EXPORTS["all linears"])
-    files = Adapter.open(tmp_path / "adapter", ours.peft_prefixes)
+    files = Adapter.open(tmp_path / "adapter", ours.model.spellings)
     again, _ = load_prepared(each_tiny.path, lambda it: attach(it.model, files, it.towers))
     files.load_into(again.model)
     again.model.eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +19,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, recorded
+from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, merged_into, recorded
 from vft.console import progress_bar, user_errors
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
-from vft.models.weights import Checkpoint, copy_companions, open_tensors
+from vft.models.weights import Checkpoint, copy_companions, open_tensors, stored_names
 from vft.serving import vllm_serve
 from vft.types import UserError
 
@@ -34,19 +35,22 @@ def merge(base: str, adapter_folder: Path, output: Path) -> int:
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
     checkpoint = Checkpoint.open(base, recorded(adapter_folder).get("rope_factor"))
     skeleton = build(checkpoint, torch.float32)
-    adapter = Adapter.open(adapter_folder, skeleton.peft_prefixes)
+    adapter = Adapter.open(adapter_folder, skeleton.model.spellings)
+    stored = stored_names(skeleton.model, checkpoint)
     attach(skeleton.model, adapter, skeleton.towers)
-    adapter.check(skeleton.model, base, checkpoint.fingerprint)
+    adapter.check(skeleton.model, checkpoint)
     with whole_folder(output) as folder:
-        changed = _merge_files(checkpoint, adapter, folder)
+        changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
         copy_companions(checkpoint, folder)
-        about = {**adapter.about, "base": base, "adapter": str(adapter_folder)}
+        merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
+        about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
         (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         _compare(checkpoint, folder)
     return changed
 
 
-def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
+def _merge_files(checkpoint: Checkpoint, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
+    """`ours` are the model's names of the tensors in the files."""
     scales = adapter.scales
     waiting = set(scales)
     files = sorted(set(checkpoint.weight_files.values()))
@@ -60,7 +64,7 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> int:
             shutil.copyfile(file, folder / file.name)
             with (folder / file.name).open("r+b") as stream:
                 for name, start in _starts(stream).items():
-                    module = name.removesuffix(".weight")
+                    module = ours[name].removesuffix(".weight")
                     if module in waiting:
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)

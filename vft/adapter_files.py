@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 from vft.config import LoraConfig, ModelConfig
 from vft.distributed import whole
 from vft.files import read_object, whole_folder
-from vft.lora import LORA_A, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
-from vft.models.weights import open_tensors
+from vft.lora import LORA_A, LORA_B, MAGNITUDE, LoRALinear, Towers, add_adapters, fill, is_adapter, lora_scale, tower_of
+from vft.models.names import Spellings, our_names
+from vft.models.weights import Checkpoint, open_tensors, stored_names
 from vft.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,6 +38,7 @@ REFUSED = (
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
 )
 """Fields of PEFT's that make another computation of the same tensors, or need others."""
+LAYERS_COMPARED = 16
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """How the initialisations begin after which an adapter fits a changed base alone, unless PEFT has converted it."""
 
@@ -52,7 +57,7 @@ class Adapter:
     """The same keys to the names in the file."""
 
     @staticmethod
-    def open(folder: Path, peft_prefixes: Mapping[str, str]) -> Adapter:
+    def open(folder: Path, spellings: Spellings) -> Adapter:
         """UserError names what is missing or not understood."""
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -61,7 +66,13 @@ class Adapter:
         _check_kind(folder / CONFIG_FILE, config)
         with open_tensors(folder / WEIGHTS_FILE) as reader:
             stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        file_names = {_from_peft(name, peft_prefixes): name for name in stored}
+        bare: dict[str, str] = {}
+        for name in stored:
+            first = bare.setdefault(_without_peft(name), name)
+            if first != name:
+                raise UserError(f"{folder / WEIGHTS_FILE}: {first} and {name} are the same tensor; keep one of them")
+        names = our_names(bare, spellings, folder / WEIGHTS_FILE)
+        file_names = {ours: bare[name] for ours, name in names.items()}
         shapes = {ours: stored[name] for ours, name in file_names.items()}
         return Adapter(folder, config, recorded(folder), shapes, file_names)
 
@@ -86,7 +97,7 @@ class Adapter:
         found, lora = {}, self.lora
         ranks, alphas = ((self.config.get(field) or {}).items() for field in PATTERNS)
         for module in [name.removesuffix(LORA_A) for name in self.shapes if name.endswith(LORA_A)]:
-            theirs = self.file_names[module + LORA_A].removeprefix(PEFT_ROOT).removesuffix(LORA_A)
+            theirs = self.file_names[module + LORA_A].removeprefix(PEFT_ROOT).partition(".lora_A.")[0]
 
             def own(patterns: Any, common: Any, name: str = theirs) -> Any:
                 return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), common)
@@ -99,8 +110,21 @@ class Adapter:
         """Of each adapted layer's update."""
         return {name: lora_scale(rank, alpha, self.lora.rslora) for name, (rank, alpha) in self.layers.items()}
 
-    def check(self, model: nn.Module, base: str, fingerprint: str) -> None:
-        """UserError where the adapter was made for another base, or doesn't fit the adapters in `model`."""
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the tensors and their scales, whatever they are named in the file."""
+        found = hashlib.sha256(json.dumps(sorted(self.scales.items())).encode())
+        with open_tensors(self.folder / WEIGHTS_FILE) as reader:
+            for name, stored in sorted(self.file_names.items()):
+                tensor: Tensor = reader.get_tensor(stored)
+                found.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}:".encode())
+                found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def check(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        """UserError where the adapter was made for another base than this checkpoint, is in its weights already, or
+        doesn't fit the adapters in `model`."""
+        base, fingerprint = checkpoint.path, checkpoint.fingerprint
         scales, lora = self.scales, self.lora
         for name, layer in adapted_layers(model):
             if (layer.lora_magnitude_change is not None) != lora.dora:
@@ -115,6 +139,9 @@ class Adapter:
                     "ranks) and rslora equal"
                 )
         made_for = self.about.get("base_fingerprint")
+        records = merged_into(checkpoint)
+        if records and self.digest in [one.get("digest") for one in records]:
+            raise self._merged_before(base)
         if made_for and made_for != fingerprint:
             raise UserError(
                 f"{self.folder / CONFIG_FILE}: base_model_name_or_path = "
@@ -131,6 +158,36 @@ class Adapter:
                     f"{self.folder / WEIGHTS_FILE}: {name}: shape {list(self.shapes[name])} in the adapter, "
                     f"{list(shape)} in the model; the adapter was made for another base or rank"
                 )
+        if made_for is None and self._is_in(checkpoint, stored_names(model, checkpoint)):
+            raise self._merged_before(base)
+
+    def _merged_before(self, base: str) -> UserError:
+        return UserError(
+            f"{self.folder}: this adapter is merged into {base!r} already; use it without, or name the model "
+            "that it was trained on"
+        )
+
+    def _is_in(self, checkpoint: Checkpoint, stored: Mapping[str, str]) -> bool:
+        """Whether the checkpoint's weights hold the adapter's update: between the update's own directions, s B A of
+        rank r, a weight with the update in it is nearly the update, one without is nearly nothing.
+
+        Told on a few layers, and only of updates that are large beside a weight's own part in r x r directions.
+        """
+        scales = self.scales
+        layers = sorted(name for name in scales if f"{name}.weight" in stored)
+        differences: list[float] = []
+        with open_tensors(self.folder / WEIGHTS_FILE) as reader:
+            for module in layers[:: -(-len(layers) // LAYERS_COMPARED) or 1]:
+                a, b = (reader.get_tensor(self.file_names[module + leaf]).float() for leaf in (LORA_A, LORA_B))
+                (columns, a_core), (rows, b_core) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+                update = scales[module] * b_core @ a_core.T
+                name = stored[f"{module}.weight"]
+                with open_tensors(checkpoint.weight_files[name]) as weights:
+                    weight: Tensor = weights.get_tensor(name)
+                if weight.shape == (len(rows), len(columns)) and update.norm() > 0:
+                    seen = rows.T @ weight.float() @ columns
+                    differences.append(float((seen - update).norm() / update.norm()))
+        return bool(differences) and statistics.median(differences) < 0.5
 
     def load_into(self, model: nn.Module) -> None:
         """Read every tensor into the model's adapters, each process its own rows. The base's weights are there."""
@@ -158,16 +215,22 @@ def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
     add_adapters(model, adapter.layers, adapter.lora)
 
 
-def start_from(model: nn.Module, base: ModelConfig, peft_prefixes: Mapping[str, str], fingerprint: str) -> None:
+def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkpoint: Checkpoint) -> None:
     """Fill the adapters in `model` from `model.adapter`. UserError where they don't fit it, or its base."""
-    adapter = Adapter.open(Path(base.adapter), peft_prefixes)
-    adapter.check(model, base.path, fingerprint)
+    adapter = Adapter.open(Path(base.adapter), spellings)
+    adapter.check(model, checkpoint)
     trained_with = adapter.about.get("rope_factor")
     if trained_with != base.rope_factor:
         raise UserError(
             f"model.rope_factor = {base.rope_factor}: {base.adapter} was trained with {trained_with}; make them equal"
         )
     adapter.load_into(model)
+
+
+def merged_into(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The adapters that were merged into a model, as its folder says: `adapter` (its folder then) and `digest`."""
+    found = checkpoint.json_file(ABOUT_FILE).get("merged") or []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def recorded(adapter: Path | None) -> dict[str, Any]:
@@ -285,15 +348,11 @@ def _to_peft(name: str, prefixes: Mapping[str, str]) -> str:
     raise AssertionError(f"{name} has no prefix of {list(prefixes)}")
 
 
-def _from_peft(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name of an adapter file to ours; the released names (`model.layers`, `visual`) are understood too."""
-    bare = name.removeprefix(PEFT_ROOT)
-    if bare.endswith(PEFT_MAGNITUDE):
-        bare = bare.removesuffix(PEFT_MAGNITUDE) + MAGNITUDE
-    for ours, theirs in prefixes.items():
-        if bare.startswith(theirs):
-            return ours + bare.removeprefix(theirs)
-    return bare
+def _without_peft(name: str) -> str:
+    """The name of an adapter file's tensor without what PEFT puts around the model's own; also where the adapter's name
+    was saved with it (a plain `state_dict`)."""
+    bare = re.sub(r"\.(lora_(?:A|B|magnitude_vector))\.default\b", r".\1", name.removeprefix(PEFT_ROOT))
+    return re.sub(rf"{re.escape(PEFT_MAGNITUDE)}(\.weight)?$", MAGNITUDE, bare)
 
 
 def _regular_expression(modules: Sequence[str], linears: Sequence[str]) -> str:

@@ -228,11 +228,11 @@ def load_model(
     check_kernel(device, dtype)
     checkpoint = Checkpoint.open(path, recorded(adapter).get("rope_factor", rope_factor))
     skeleton = build(checkpoint, dtype, quantize)
-    files = None if adapter is None else Adapter.open(adapter, skeleton.peft_prefixes)
+    files = None if adapter is None else Adapter.open(adapter, skeleton.model.spellings)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())
     if files is not None:
         attach(skeleton.model, files, skeleton.towers)
-        files.check(skeleton.model, path, checkpoint.fingerprint)
+        files.check(skeleton.model, checkpoint)
     skeleton.model.requires_grad_(False)
     # Whole copies side by side need nothing of each other: nothing is trained.
     if mesh is not None and (mesh.size(1) > 1 or parallel.offload != "none"):

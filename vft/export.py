@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vft.adapter_files import export_adapter
+from vft.adapter_files import export_adapter, merged_into
 from vft.config import Config
 from vft.models import Skeleton
 from vft.models.weights import Checkpoint, export_model
@@ -29,4 +29,4 @@ def export(
     if config.lora is not None:
         export_adapter(skeleton.model, target, config.lora, config.model.path, skeleton.peft_prefixes, about, write)
     else:
-        export_model(skeleton.model, checkpoint, target, about, write)
+        export_model(skeleton.model, checkpoint, target, {**about, "merged": merged_into(checkpoint)}, write)

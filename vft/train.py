@@ -185,7 +185,7 @@ class Trainer:
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
             initialise(model, config.seed)
             if config.model.adapter:
-                start_from(model, config.model, self.skeleton.peft_prefixes, self.checkpoint.fingerprint)
+                start_from(model, config.model, model.spellings, self.checkpoint)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)

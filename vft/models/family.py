@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vft.loss import cross_entropies, cross_entropy_sum
 from vft.models.cache import Cache
 from vft.models.decoder import Decoder, DecoderConfig
+from vft.models.names import Spellings
 from vft.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLimits, move
 from vft.vision_spec import VisionSpec
 
@@ -46,6 +47,8 @@ class VideoLanguageModel(nn.Module):
     towers: Mapping[str, tuple[str, ...]]
     """Parts that can be trained or adapted, by prefixes of parameter names; the first that fits counts. What is neither
     `language_model`, `merger` nor `vision_tower` is never trained."""
+    spellings: Spellings
+    """How the names of the parts begin in files (`vft.models.names`)."""
     peft_prefixes: Mapping[str, str]
     """Released names to those of transformers' model in memory, which adapter files use; the first that fits counts."""
     decoder_at: str

@@ -111,6 +111,19 @@ class ClipTower(nn.Module):
 class LlavaNextVideo(VideoLanguageModel):
     """The whole model."""
 
+    # As released; transformers 4.52 and later, whose tower lost a level in 5; LLaVA's own code.
+    spellings: Mapping[str, tuple[str, ...]] = {
+        "language_model.model.": ("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
+        "language_model.lm_head.": ("language_model.lm_head.", "lm_head.", "model.lm_head."),
+        "vision_tower.vision_model.": (
+            *("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower."),
+            *("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ),
+        "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+        "multi_modal_projector.linear_1.": ("model.mm_projector.0.",),
+        "multi_modal_projector.linear_2.": ("model.mm_projector.2.",),
+        "image_newline": ("image_newline", "model.image_newline"),
+    }
     peft_prefixes: Mapping[str, str] = {
         "language_model.lm_head.": "lm_head.",
         "language_model.model.": "model.language_model.",

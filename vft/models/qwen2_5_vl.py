@@ -67,6 +67,12 @@ class Qwen2_5_VL(VideoLanguageModel):
         "merger": ("visual.merger.",),
         "vision_tower": ("visual.",),
     }
+    # As released; transformers 4.52 and later; vLLM's modules; the parts saved without the whole (`AutoModel`).
+    spellings: Mapping[str, tuple[str, ...]] = {
+        "model.": ("model.", "model.language_model.", "language_model.model.", "language_model.", ""),
+        "visual.": ("visual.", "model.visual."),
+        "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
+    }
     # transformers 4.52 and later.
     peft_prefixes: Mapping[str, str] = {
         "model.": "model.language_model.",

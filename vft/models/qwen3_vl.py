@@ -81,6 +81,11 @@ class Qwen3VL(VideoLanguageModel):
         "merger": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
         "vision_tower": ("model.visual.",),
     }
+    spellings: Mapping[str, tuple[str, ...]] = {
+        "model.language_model.": ("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+        "model.visual.": ("model.visual.", "visual."),
+        "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
+    }
     peft_prefixes: Mapping[str, str] = {"model.": "model.", "lm_head.": "lm_head."}
     decoder_at, head_at = "model.language_model", "lm_head"
 

@@ -24,6 +24,8 @@ from transformers.utils.hub import cached_file
 from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import read_object, whole_folder
+from vft.models.names import our_names
+from vft.models.quantised import refuse_quantised
 from vft.nf4 import is_packed, pack, true_shapes
 from vft.tensor_files import DTYPES, Layout, file_order, write_tensors
 from vft.types import UserError
@@ -34,6 +36,8 @@ FINGERPRINT_BYTES = 1 << 16
 PACKED_AT_ONCE = 1 << 22
 """Weights that are read and packed at a time: what this takes besides is 64 MB."""
 TIED_TO = "embed_tokens.weight"
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""Ends of names of tensors that older transformers saved, and that follow from the configuration."""
 HUB_COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -49,6 +53,8 @@ HUB_COMPANIONS = (
     "processor_config.json",
 )
 """Small files that others need beside the weights."""
+TEMPLATE_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+"""Where the chat template may be, the first that has one counts; last the tokenizer's own."""
 NOT_COPIED = frozenset({"adapter_config.json", "trainer_state.json", "vft.json"})
 """Of another training that happen to lie there: with adapter_config.json a full model would be taken for an adapter."""
 
@@ -83,6 +89,7 @@ class Checkpoint:
             ) from error
         if file is None:
             raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
+        refuse_quantised(path, read_object(file), ())
         config = _configuration(path, file)
         if rope_factor is not None:
             text = config.get_text_config()
@@ -91,10 +98,13 @@ class Checkpoint:
         if index_file is not None:
             names = _weight_map(index_file)
             resolved = {name: _required_file(path, name) for name in sorted(set(names.values()))}
-            return Checkpoint(path, config, {tensor: resolved[name] for tensor, name in names.items()}, rope_factor)
-        single = _required_file(path, SINGLE_FILE)
-        with open_tensors(single) as reader:
-            return Checkpoint(path, config, dict.fromkeys(reader.keys(), single), rope_factor)
+            files = {tensor: resolved[name] for tensor, name in names.items()}
+        else:
+            single = _required_file(path, SINGLE_FILE)
+            with open_tensors(single) as reader:
+                files = dict.fromkeys(reader.keys(), single)
+        refuse_quantised(path, {}, files)
+        return Checkpoint(path, config, files, rope_factor)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -110,12 +120,31 @@ class Checkpoint:
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{self.path}: {type(tokenizer).__name__} is no fast tokenizer, and gives no offsets")
-        if tokenizer.chat_template is None:
-            template = self.json_file("chat_template.json").get("chat_template")
-            if template is None:
-                raise UserError(f"{self.path}: no chat template in tokenizer_config.json or chat_template.json")
+        template = self._processor_template()
+        if template is not None:
             tokenizer.chat_template = template
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.path}: no chat template in {', '.join(TEMPLATE_FILES)} or tokenizer_config.json; copy that of "
+                "the release"
+            )
         return tokenizer
+
+    def _processor_template(self) -> str | None:
+        """The chat template of transformers' processor, in its order (`ProcessorMixin.get_processor_dict`): what is in
+        processor_config.json, the legacy file, the template's own file. None where the tokenizer alone has one."""
+        for name in TEMPLATE_FILES:
+            if name.endswith(".jinja"):
+                file = _file(self.path, name)
+                return file.read_text(encoding="utf-8") if file is not None else None
+            template = self.json_file(name).get("chat_template")
+            if isinstance(template, dict):  # several by name
+                template = template.get("default")
+            if template is not None:
+                if not isinstance(template, str):
+                    raise UserError(f"{self.path}: {name}: chat_template = {template!r:.60}: must be a text")
+                return template
+        return None
 
     def json_file(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint; empty where there is none."""
@@ -149,30 +178,41 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
     """
     wanted = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
     shapes = true_shapes(model)
-    _check_names(wanted, checkpoint, model)
+    stored = stored_names(model, checkpoint)
+    _check_names(wanted, stored, checkpoint)
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
-        by_file.setdefault(checkpoint.weight_files[name], []).append(name)
+        by_file.setdefault(checkpoint.weight_files[stored[name]], []).append(name)
     progress = progress_bar(len(wanted), "loading weights", "tensor", show_progress)
     with progress, torch.no_grad():
         for file, names in by_file.items():
             with open_tensors(file) as reader:
                 for name in names:
-                    _copy(wanted[name], shapes[name], reader.get_slice(name), f"{file}: {name}")
+                    _copy(wanted[name], shapes[name], reader.get_slice(stored[name]), f"{file}: {stored[name]}")
                     progress.update()
 
 
-def _check_names(wanted: dict[str, nn.Parameter], checkpoint: Checkpoint, model: nn.Module) -> None:
-    missing = sorted(set(wanted) - set(checkpoint.weight_files))
-    unexpected = set(checkpoint.weight_files) - set(wanted)
+def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of the model's tensors to those in the checkpoint's files, in any of the family's spellings.
+
+    UserError where one part of the model is there under two.
+    """
+    spellings: Any = model.spellings
+    return our_names(checkpoint.weight_files, spellings, checkpoint.path)
+
+
+def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkpoint: Checkpoint) -> None:
+    missing = sorted(set(wanted) - set(stored))
+    unexpected = {name for name in set(stored) - set(wanted) if not name.endswith(BUFFERS)}
     if not any(name.endswith("lm_head.weight") for name in wanted):
         # A tied head that was saved all the same: the embedding rules.
         unexpected = {name for name in unexpected if not name.endswith("lm_head.weight")}
     if missing or unexpected:
         raise UserError(
             f"{checkpoint.path}: {len(missing)} tensors of the model are missing in the checkpoint "
-            f"{missing[:3]}, {len(unexpected)} of the checkpoint are unknown to the model {sorted(unexpected)[:3]}; "
-            f"the checkpoint is not in the released layout of {checkpoint.config.model_type}"
+            f"{missing[:3]}, {len(unexpected)} of the checkpoint are unknown to the model "
+            f"{sorted(stored[name] for name in unexpected)[:3]}; the checkpoint is in no known layout of "
+            f"{checkpoint.config.model_type}"
         )
 
 
@@ -251,11 +291,12 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
     """
     parameters = dict(model.named_parameters())
     embedding = next(name for name in parameters if name.endswith(TIED_TO))
+    own = {stored: name for name, stored in stored_names(model, checkpoint).items() if not name.endswith(BUFFERS)}
     with whole_folder(folder) if write else nullcontext(folder) as unfinished:
         for file in sorted(set(checkpoint.weight_files.values())):
-            names = [name for name, home in checkpoint.weight_files.items() if home == file]
+            names = [name for name, home in checkpoint.weight_files.items() if home == file and name in own]
             # A tied head may have been saved all the same: then it is the embedding here too.
-            wanted = {name: parameters[name if name in parameters else embedding].detach() for name in names}
+            wanted = {name: parameters.get(own[name], parameters[embedding]).detach() for name in names}
             with open_tensors(file) as reader:
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], wanted[name].shape) for name in names}
             fetch = partial(_gathered, wanted, layout)
