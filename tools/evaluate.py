@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vft import config as configs
-from vft.adapter_files import ABOUT_FILE
+from vft.adapter_files import recorded, trained_rope_factor
 from vft.answer import Answerer, load_model, require_folder
 from vft.config import Config
 from vft.console import user_errors
@@ -31,7 +31,7 @@ from vft.data.documents import Documents
 from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, make_mesh, process_group
 from vft.evaluate import evaluate, load_held_out
-from vft.files import read_object, replace_text
+from vft.files import replace_text
 from vft.metrics import Interval
 from vft.models import build
 from vft.models.generate import Sampling
@@ -56,7 +56,7 @@ def main() -> None:
         require_folder(arguments.adapter, "--adapter")
         if arguments.compare_base and arguments.adapter is None:
             raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
-        config = with_task(configs.load(arguments.config, arguments.overrides), arguments.adapter)
+        config = as_trained(configs.load(arguments.config, arguments.overrides), arguments.adapter)
         folder = arguments.output or config.output_dir / "predictions"
         runs = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
         if arguments.adapter is not None:
@@ -76,17 +76,20 @@ def main() -> None:
     show_scores(scores, f"{task_of(config).name}: answers in {folder}")
 
 
-def with_task(config: Config, adapter: Path | None) -> Config:
-    """The configuration with the task that the adapter was trained for, where it names none itself."""
-    file = None if adapter is None else adapter / ABOUT_FILE
-    if config.task is not None or file is None or not file.is_file():
-        return config
-    return Config.model_validate({**config.model_dump(), "task": read_object(file).get("task")})
+def as_trained(config: Config, adapter: Path | None) -> Config:
+    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself.
+
+    The base is asked the same questions beside it, so it has the same length of context.
+    """
+    about = recorded(adapter)
+    model = config.model.model_copy(update={"rope_factor": trained_rope_factor(adapter, config.model.rope_factor)})
+    task = config.task or about.get("task")
+    return Config.model_validate({**config.model_dump(), "task": task, "model": model.model_dump()})
 
 
 def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
     """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
-    checkpoint = Checkpoint.open(config.model.path)
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     # Before the process group, as in training: a first scan of many files may outlast any time-out.
     held_out = load_held_out(
         task_of(config), config, ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)

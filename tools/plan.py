@@ -167,7 +167,7 @@ def model_of(config: Config) -> Any:
     if Path(path).is_dir() or released is None:
         model = build(Checkpoint.open(path, config.model.rope_factor), dtype, config.model.quantize).model
     else:
-        model = build_model(MODELS[released], dtype, config.model.quantize)
+        model = build_model(MODELS[released], dtype, config.model.quantize, config.model.rope_factor)
     choose_trainable(model, model.towers, config.lora, config.model.train)
     return model
 

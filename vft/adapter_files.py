@@ -218,12 +218,12 @@ def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
 def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkpoint: Checkpoint) -> None:
     """Fill the adapters in `model` from `model.adapter`. UserError where they don't fit it, or its base."""
     adapter = Adapter.open(Path(base.adapter), spellings)
-    adapter.check(model, checkpoint)
-    trained_with = adapter.about.get("rope_factor")
-    if trained_with != base.rope_factor:
+    if trained_rope_factor(adapter.folder, base.rope_factor) != base.rope_factor:
         raise UserError(
-            f"model.rope_factor = {base.rope_factor}: {base.adapter} was trained with {trained_with}; make them equal"
+            f"model.rope_factor = {base.rope_factor}: {base.adapter} was trained with "
+            f"{adapter.about['rope_factor']}; make them equal"
         )
+    adapter.check(model, checkpoint)
     adapter.load_into(model)
 
 
@@ -231,6 +231,22 @@ def merged_into(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The adapters that were merged into a model, as its folder says: `adapter` (its folder then) and `digest`."""
     found = checkpoint.json_file(ABOUT_FILE).get("merged") or []
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def trained_rope_factor(adapter: Path | None, given: float | None) -> float | None:
+    """The `model.rope_factor` that an adapter was trained with; the one `given` where nothing is recorded.
+
+    UserError where the one given is another.
+    """
+    about = recorded(adapter)
+    if "rope_factor" not in about:
+        return given
+    if given is not None and given != about["rope_factor"]:
+        raise UserError(
+            f"model.rope_factor = {given}: {adapter} was trained with {about['rope_factor']}; make them equal"
+        )
+    factor: float | None = about["rope_factor"]
+    return factor
 
 
 def recorded(adapter: Path | None) -> dict[str, Any]:

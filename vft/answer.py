@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from vft.adapter_files import Adapter, attach, recorded
+from vft.adapter_files import Adapter, attach, trained_rope_factor
 from vft.attention import check_kernel
 from vft.config import ParallelConfig
 from vft.console import progress_bar
@@ -220,13 +220,13 @@ def load_model(
     rope_factor: float | None = None,
 ) -> LoadedModel:
     """A base model with an adapter on it, if one is named, ready to answer; its decoder is sharded over the mesh.
-    `quantize` and `rope_factor` are those of `[model]`; an adapter's own `rope_factor` goes before the one given.
+    `quantize` and `rope_factor` are those of `[model]` (`trained_rope_factor`).
 
     With a mesh every process must call it, and run the model as often as the others do.
     """
     parallel = parallel or ParallelConfig()
     check_kernel(device, dtype)
-    checkpoint = Checkpoint.open(path, recorded(adapter).get("rope_factor", rope_factor))
+    checkpoint = Checkpoint.open(path, trained_rope_factor(adapter, rope_factor))
     skeleton = build(checkpoint, dtype, quantize)
     files = None if adapter is None else Adapter.open(adapter, skeleton.model.spellings)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())

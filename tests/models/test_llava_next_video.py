@@ -24,14 +24,16 @@ from transformers.models.llava_next_video.processing_llava_next_video import Lla
 from tests.helpers import CPU, Media, Tiny, every_logit, medium, talk
 from tests.models.families import PINPOINTS, SIDE
 from tests.models.test_against_transformers import row
+from tools import evaluate as evaluate_tool
 from tools.merge_lora import merge
 from vft.adapter_files import export_adapter
 from vft.answer import load_model
-from vft.config import LoraConfig
+from vft.config import Config, LoraConfig
 from vft.data import vision
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data_config import DataConfig, VideoConfig
+from vft.distributed import environment
 from vft.lora import choose_trainable, is_adapter
 from vft.models.llava_next_video_vision import LlavaVision, best_resolution, fitted
 from vft.models.weights import Checkpoint
@@ -345,6 +347,31 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
             assert float((found - wanted).abs().max()) <= 1e-4
         assert float((wanted - plain).abs().max()) > 0.5
     assert again.encoder.spec.context_tokens == 3 * 4096
+
+
+def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.rope_factor` of the settings, or that of the adapter; another than the adapter's is refused."""
+
+    class Seen(Exception): ...
+
+    def held_out(task: Any, config: Any, encoder: Any) -> None:
+        raise Seen(encoder.spec.context_tokens)
+
+    monkeypatch.setattr(evaluate_tool, "load_held_out", held_out)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "vft.json").write_text(json.dumps({"rope_factor": 3.0}))
+    world = environment()
+    for given, adapter, wanted in ((2.0, None, 2), (None, tmp_path / "adapter", 3), (3.0, tmp_path / "adapter", 3)):
+        config = Config.model_validate(
+            {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
+        )
+        with pytest.raises(Seen, match=str(wanted * 4096)):
+            evaluate_tool.score_all(evaluate_tool.as_trained(config, adapter), {}, world)
+    config = Config.model_validate(
+        {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
+    )
+    with pytest.raises(UserError, match=r"model\.rope_factor = 2\.0.*trained with 3\.0"):
+        evaluate_tool.as_trained(config, tmp_path / "adapter")
 
 
 def test_a_family_that_was_not_made_for_it_refuses(make_tiny: Any) -> None:

@@ -21,6 +21,7 @@ from vft import models, nf4
 from vft.config import LoraConfig
 from vft.lora import choose_trainable, initialise
 from vft.models.family import VideoLanguageModel
+from vft.models.weights import stretch_positions
 from vft.types import UserError
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
@@ -170,9 +171,12 @@ RELEASED = {
 """Parts of hub names, and the shapes that they mean."""
 
 
-def build_model(shape: AnyShape, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
-    """A model of this shape on the meta device; `quantize` is that of `[model]`."""
+def build_model(
+    shape: AnyShape, dtype: torch.dtype, quantize: str = "none", rope_factor: float | None = None
+) -> VideoLanguageModel:
+    """A model of this shape on the meta device; `quantize` and `rope_factor` are those of `[model]`."""
     config = AutoConfig.for_model(**shape.config())
+    stretch_positions(config, rope_factor)
     processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
     return models.build_model(config, processor, dtype, quantize)
 

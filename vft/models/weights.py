@@ -91,9 +91,7 @@ class Checkpoint:
             raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
         refuse_quantised(path, read_object(file), ())
         config = _configuration(path, file)
-        if rope_factor is not None:
-            text = config.get_text_config()
-            text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
+        stretch_positions(config, rope_factor)
         index_file = _file(path, INDEX_FILE)
         if index_file is not None:
             names = _weight_map(index_file)
@@ -168,6 +166,13 @@ class Checkpoint:
                 stream.seek(max(0, size - FINGERPRINT_BYTES))
                 digest.update(stream.read())
         return digest.hexdigest()
+
+
+def stretch_positions(config: Any, rope_factor: float | None) -> None:
+    """Put `model.rope_factor` into transformers' configuration object; None leaves it as it is."""
+    if rope_factor is not None:
+        text = config.get_text_config()
+        text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str], show_progress: bool = False) -> None:
