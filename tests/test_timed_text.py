@@ -264,7 +264,8 @@ def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> No
 @pytest.mark.parametrize("pack_tokens", [280, 320, 5000])
 def test_branches_share_the_trunk_with_timestamps(tiny: Tiny, pack_tokens: int) -> None:
     """The times stand before the video, once, in the trunk; each question reads them as if it were alone."""
-    documents = Documents(tiny.encoder, config_of(pack_tokens, share_videos=True), info_of)
+    config = config_of(pack_tokens, share_videos=True, frames_for_sharing=0.5)
+    documents = Documents(tiny.encoder, config, info_of)
     documents.add_all([(one, 1.0) for one in RECORDS["several questions"]], show_progress=False)
     assert len(documents.members[0]) > 1 and max(documents.lengths) <= pack_tokens
     made = documents.build(0)

@@ -159,7 +159,11 @@ class DataConfig(Section):
     """How frames are counted: by reading every file once, or from the container's header where it is complete. Headers
     are quick and sometimes wrong; a clip that then turns out shorter is left out when its turn comes."""
     share_videos: bool = True
-    """Lay the questions of one video behind a single copy of it. Loss and gradients stay those of separate samples."""
+    """Lay the questions of one video behind a single copy of it. Loss and gradients stay those of separate samples, and
+    so do the frames that each of them sees: where `pack_tokens` leaves them different ones, they don't share."""
+    frames_for_sharing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a video's tokens that may be given up, frames first, so that all questions about it fit in one row
+    behind a single copy: 0.25 is at most a quarter. 0: none; the model sees the same with `share_videos` on or off."""
     workers: Count = 4
     """Processes that decode, for each training process; 0: the training process decodes, without a deadline."""
     clip_deadline_s: PositiveFloat = 60.0

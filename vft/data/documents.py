@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,10 +26,8 @@ from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
 from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, UserError
 
-WORTH_SHARING = 0.25
-"""Share of the vision tokens that is given up so that all questions about it fit into one row."""
-
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
+Plans = tuple[MediaPlan, ...]
 
 
 @dataclass
@@ -90,30 +89,50 @@ class Documents:
     def add(self, conversations: Sequence[Conversation], weight: float) -> None:
         """Take in conversations that have the same media: one document where they can share a trunk and fit."""
         good = [(one, encoded) for one in conversations if (encoded := self._try_encode(one)) is not None]
-        groups: dict[object, list[tuple[Conversation, Encoded]]] = {}
+        groups: dict[object, list[Conversation]] = {}
         for number, (one, encoded) in enumerate(good):
             head = self.encoder.shareable_head(encoded) if self.config.share_videos else None
-            groups.setdefault(number if head is None else head, []).append((one, encoded))
+            groups.setdefault(number if head is None else head, []).append(one)
         for group in groups.values():
-            self._add_group(group, weight)
+            for members, plans, room in self._plan_group(group):
+                self._add_group(members, plans, room, weight)
 
-    def _add_group(self, group: Sequence[tuple[Conversation, Encoded]], weight: float) -> None:
-        """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
-        # Members of one group see the same frames: those that leave room for the longest text among them.
-        conversations = [one for one, _ in group]
-        try:
-            plans, room = fit(conversations, self.encoder, self.config, self.info)
-        except UserError as error:
-            for one in conversations:
+    def _plan_group(self, conversations: Sequence[Conversation]) -> list[tuple[list[Conversation], Plans, int]]:
+        """The conversations in groups that see the same frames, with their plans and the room that these fit into.
+
+        Each sees what it would see alone, unless `frames_for_sharing` allows less.
+        """
+        if len(conversations) > 1:
+            with suppress(UserError):  # the longest text may have no room at all
+                plans, room = fit(conversations, self.encoder, self.config, self.info)
+                if plans == plan_within(sys.maxsize, conversations[0], self.encoder.spec, self.config, self.info):
+                    return self._trade_frames([([*conversations], plans, room)])  # the row limits none of them
+        alone: dict[Plans, tuple[list[Conversation], Plans, int]] = {}
+        for one in conversations:
+            try:
+                plans, room = fit([one], self.encoder, self.config, self.info)
+            except UserError as error:
                 self.reject(one, "unfit", str(error))
-            return
-        together = min(len(group), self.config.max_samples_per_pack or len(group))
-        if together > 1:
-            # A few frames less, and the video need not come again for the last of its questions.
+                continue
+            alone.setdefault(plans, ([], plans, room))[0].append(one)
+        return self._trade_frames(list(alone.values()))
+
+    def _trade_frames(
+        self, groups: list[tuple[list[Conversation], Plans, int]]
+    ) -> list[tuple[list[Conversation], Plans, int]]:
+        """One group in the place of several, with a few frames less, where `frames_for_sharing` allows that."""
+        members = [one for group, _, _ in groups for one in group]
+        together = min(len(members), self.config.max_samples_per_pack or len(members))
+        if together > 1 and self.config.frames_for_sharing:
             with suppress(UserError):
-                fewer, less = fit(conversations, self.encoder, self.config, self.info, together=together)
-                if _vision_tokens(fewer) >= (1 - WORTH_SHARING) * _vision_tokens(plans):
-                    plans, room = fewer, less
+                plans, room = fit(members, self.encoder, self.config, self.info, together=together)
+                most = max(_vision_tokens(own) for _, own, _ in groups)
+                if _vision_tokens(plans) >= (1 - self.config.frames_for_sharing) * most:
+                    return [(members, plans, room)]
+        return groups
+
+    def _add_group(self, conversations: Sequence[Conversation], plans: Plans, room: int, weight: float) -> None:
+        """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
         encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         shared = encoded[0].trunk_tokens
         trunk = shared + sum(len(self.encoder.media_tokens(plan)[0]) for plan in plans)
