@@ -74,6 +74,31 @@ def test_records_ask_what_training_data_ask(tmp_path: Path) -> None:
     ]
 
 
+def test_a_record_is_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Question, system, trim and speech, by the reader of `messages` or of `story`; what is not read is told."""
+    path = records(
+        tmp_path,
+        {**CLIP, "question": "Who?", "answer": "A dog.", "system": "Be brief.", "start": 1, "end": 2, "year": 1},
+        {**CLIP, "query": "Who?", "fps": 1.0, "year": 2},
+        {**CLIP, "instruction": "Say", "input": "who.", "output": "A dog."},
+        {**CLIP, "text": "A dog runs.", "speech": "Run!", "video_end": 2},
+        {**CLIP, "answer": "A dog."},
+    )
+    items = read_items([path], "Describe it.", None)
+    found = [question(item) for item in items]
+    last = [one.prompt.turns[-1].text for one in found]
+    assert last == ["Who?", "Who?", "Say\nwho.", "Describe it.\nWhat is said: Run!", "Describe it."]
+    assert [item.asks for item in items] == [True, True, True, False, False]
+    assert [one.references for one in found] == [("A dog.",), (), ("A dog.",), ("A dog runs.",), ("A dog.",)]
+    assert [turn.text for turn in found[0].prompt.turns] == ["Be brief.", "Who?"]
+    assert [one.prompt.media[0].options for one in found[:2]] == [
+        MediaOptions(video_start=1, video_end=2),
+        MediaOptions(fps=1.0),
+    ]
+    assert found[3].prompt.media[0].options == MediaOptions(video_end=2)
+    assert capsys.readouterr().err == f"{path}: keys that are not read, of 5 records: year (2)\n"
+
+
 def test_turns_before_the_question_stay(tmp_path: Path) -> None:
     turns = [("user", "<video>Who?"), ("assistant", "A dog."), ("user", "What colour?"), ("assistant", "Brown.")]
     said = [{"role": role, "content": text} for role, text in turns]
@@ -88,6 +113,9 @@ def test_turns_before_the_question_stay(tmp_path: Path) -> None:
         ({"video": "../secret.mp4"}, "video: '../secret.mp4' leads to"),
         ({"video": "http://x.org/a.mp4"}, "video: 'http://x.org/a.mp4': URLs"),
         ({"prompt": 3, **CLIP}, "prompt: 3 is of type int"),
+        ({"question": "?", "clip": "clip.mp4"}, "clip: names 'clip.mp4' under a key that is not read"),
+        ({"question": "?", "query": "!", **CLIP}, "query: stands beside 'question'"),
+        ({"question": "?", **CLIP, "start": 2, "end": 1}, "start: 2 is above end = 1"),
         ({"text": "x"}, "messages: is missing"),
         ({"messages": [{"role": "system", "content": "Be kind."}]}, "messages: the last turn but an answer"),
         ("{oops", "Expecting property name"),

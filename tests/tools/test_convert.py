@@ -162,6 +162,47 @@ def test_vist(tmp_path: Path) -> None:
     assert "left out 1: a photo not in vist/images" in printed
 
 
+@pytest.mark.parametrize("name", ["activitynet_captions", "videoxum"])
+def test_segments_that_are_not_in_the_video(tmp_path: Path, name: str) -> None:
+    """Neither by the file, which has 2 s (20 frames of ten a second), nor by the set's own length, if it says one. An
+    end that is rounded up is the video's."""
+    (tmp_path / "v").mkdir()
+    make_clip(tmp_path / "v" / "v_a.mp4", range(20), fps=10)
+    times = [[0, 1.5], [1, 2.4], [1, 2.6], [30, 40], [1500, 2000], [1.5, 1], [-1, 1], [1, 1], [0, True], [2, 2.4]]
+    texts = [f"Text {i}." for i in range(len(times))]
+    for length_s, kept in ((2.0, 2), (None, 2), (1.6, 1), (60, 2)):
+        entry: dict[str, Any] = {"timestamps": times, "sentences": texts, "tsum": texts, "video_id": "v_a"}
+        entry |= {} if length_s is None else {"duration": length_s}
+        annotations: Any = [entry] if name == "videoxum" else {"v_a": entry}
+        samples, printed = convert(name, tmp_path, annotations, "v")
+        assert samples[0].fields["segments"] == ((0.0, 1.5, "Text 0."), (1.0, 2.0, "Text 1."))[:kept]
+        assert f"left out {6 - kept}: segments: not in the video\n" in f"{printed}\n"
+        assert "left out 4: segments: empty, or end not after start" in printed
+
+
+def test_shots_that_are_not_in_the_video(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    make_clip(tmp_path / "v" / "x.1.mp4", range(20), fps=10)
+    names = ["x.1_0_9.mp4", "x.1_10_22.mp4", "x.1_30_40.mp4"]
+    record = {"video": "x.1.mp4", "whole_caption": "He cooks.", "video_names": names, "captions": ["a", "b", "c"]}
+    samples, printed = convert("shot2story", tmp_path, [record], "v")
+    assert samples[0].fields["segments"] == ((0.0, 1.0, "a"), (1.0, 2.0, "b"))
+    assert "left out 1: segments: not in the video" in printed
+
+
+def test_several_files_of_one_name(tmp_path: Path) -> None:
+    """The one that is as long as the set says; where it can't be told, none."""
+    for folder, frames in (("a", 20), ("b", 50)):
+        (tmp_path / "v" / folder).mkdir(parents=True)
+        make_clip(tmp_path / "v" / folder / "v_a.mp4", range(frames), fps=10)
+        make_clip(tmp_path / "v" / folder / "v_c.mp4", range(20), fps=10)
+    entry = {"timestamps": [[0, 4]], "sentences": ["One."], "duration": 5.0}
+    samples, printed = convert("activitynet_captions", tmp_path, {"v_a": entry, "v_c": entry}, "v")
+    assert [names(sample, tmp_path) for sample in samples] == [["v/b/v_a.mp4"]]
+    assert samples[0].fields["segments"] == ((0.0, 4.0, "One."),)
+    assert "left out 1: video: several of that name in v" in printed
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_help(name: str) -> None:
     text = (FOLDER / f"{name}.py").read_text()

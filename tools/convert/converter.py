@@ -6,15 +6,21 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from vft.console import user_errors
+import av
+
+from vft.console import progress_bar, user_errors
 from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_json
+from vft.data.spans import SLACK_S, fault
 from vft.files import replace_text
-from vft.types import UserError
+from vft.types import MediaInfo, UserError
+
+One = TypeVar("One")
 
 
 @dataclass(frozen=True)
@@ -23,25 +29,25 @@ class Media:
 
     folder: Path
     root: Path
-    by_stem: dict[str, str]
+    by_stem: dict[str, list[str]]
 
     @staticmethod
     def scan(folder: Path, root: Path, suffixes: frozenset[str]) -> Media:
         """All of `root / folder` and the folders in it. UserError where there is nothing."""
         if not (root / folder).resolve().is_relative_to(root.resolve()):
             raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
-        found: dict[str, str] = {}
+        found: dict[str, list[str]] = {}
         for path in sorted((root / folder).rglob("*")):
             if path.suffix.lower() in suffixes:
-                found.setdefault(path.stem, Path(os.path.relpath(path, root)).as_posix())
+                found.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
         if not found:
             kinds = ", ".join(sorted(suffixes))
             raise UserError(f"{root / folder}: no files of {kinds} there; name the folder of the media below --root")
         return Media(folder, root, found)
 
-    def find(self, *stems: str) -> str | None:
-        """The file with the first of these names that there is."""
-        return next((self.by_stem[stem] for stem in stems if stem in self.by_stem), None)
+    def find(self, *stems: str) -> list[str]:
+        """The files with the first of these names that there is."""
+        return next((self.by_stem[stem] for stem in stems if stem in self.by_stem), [])
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,67 @@ class Work:
         if not isinstance(record, dict) or not set(keys) <= set(record):
             raise UserError(f"{self.annotations}:{line}: {has}: an entry of {name} has {', '.join(map(repr, keys))}")
 
-    def segments(self, times: Any, texts: list[str]) -> list[dict[str, Any]]:
-        """Segments of texts and their [start, end] in seconds; counts those that can't be used."""
+    def each(self, items: Sequence[One]) -> Iterator[One]:
+        """The items, with a progress bar: each has a video to be opened."""
+        with progress_bar(len(items), "reading lengths", "video") as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+    def find(self, *stems: str, length_s: Any = None) -> str | None:
+        """The file with the first of these names that there is; None, and counted, where there is none, or several of
+        which not a single one is `length_s` seconds long."""
+        found = self.media.find(*stems)
+        if len(found) > 1 and isinstance(length_s, int | float):
+            infos = [(name, read_header(self.media.root / name)) for name in found]
+            found = [name for name, info in infos if info and abs(info.duration_s - length_s) <= SLACK_S] or found
+        if len(found) != 1:
+            reason = "video: several of that name in" if found else "video not in"
+            self.left_out[f"{reason} {self.media.folder}"] += 1
+            return None
+        return found[0]
+
+    def segments(self, video: str, times: Any, texts: list[str], length_s: Any = None) -> list[dict[str, Any]]:
+        """Segments of texts and their [start, end] in seconds; counts those that can't be used.
+
+        They must lie in the video as it is and, if the set says its length, in `length_s` seconds.
+        """
         if not isinstance(times, list) or len(times) != len(texts):
             self.left_out["segments: not as many times as texts"] += len(texts)
             return []
-        pairs = [(span, text) for span, text in zip(times, texts, strict=True) if text and _is_span(span)]
-        if len(pairs) < len(texts):
-            self.left_out["segments: empty, or end not after start"] += len(texts) - len(pairs)
-        return [{"start_s": start_s, "end_s": end_s, "text": text} for (start_s, end_s), text in pairs]
+        info = read_header(self.media.root / video)
+        said = MediaInfo("video", 0, 0, duration_s=length_s) if isinstance(length_s, int | float) else None
+        known = [one for one in (info, said) if one is not None and one.duration_s > 0]
+        made: list[dict[str, Any]] = []
+        for span, text in zip(times, texts, strict=True):
+            if not text or not _is_span(span):
+                self.left_out["segments: empty, or end not after start"] += 1
+            elif not known:
+                self.left_out["segments: the video's length can't be read"] += 1
+            elif any(fault(span[0], span[1], one) for one in known):
+                self.left_out["segments: not in the video"] += 1
+            else:
+                end_s = span[1] if info is None or span[1] <= info.duration_s else round(info.duration_s, 3)
+                made.append({"start_s": span[0], "end_s": end_s, "text": text})
+        return made
+
+
+@cache
+def read_header(file: Path) -> MediaInfo | None:
+    """Length and rate of a video as its header states them; None where it can't be opened or doesn't.
+
+    Training holds the segments against the frames that are there; to count them here would read every file.
+    """
+    try:
+        with av.open(str(file), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or 0)
+            length_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+            length_s = length_s or (container.duration or 0) / av.time_base
+            frames = stream.frames or round(length_s * fps)
+            return MediaInfo("video", stream.height, stream.width, frames, fps, duration_s=length_s)
+    except (av.FFmpegError, IndexError, OSError):
+        return None
 
 
 def run(description: str, option: str, convert: Callable[[Work], Iterator[dict[str, Any]]]) -> None:
@@ -103,5 +161,6 @@ def clean(texts: Any) -> list[str]:
 
 
 def _is_span(value: Any) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)
-    return is_pair and 0 <= value[0] < value[1]
+    if not isinstance(value, list) or len(value) != 2 or any(type(one) not in (int, float) for one in value):
+        return False
+    return bool(0 <= value[0] < value[1])

@@ -12,51 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
-from converter import Work, clean, run
-
-from vft.console import progress_bar
+from converter import Work, clean, read_header, run
 
 SHOT = re.compile(r"_([0-9]+)_([0-9]+)\.[A-Za-z0-9]+\Z")
 
 
 def convert(work: Work) -> Iterator[dict[str, Any]]:
     """A record for each video that is there."""
-    records = list(work.records("Shot2Story", ("video", "whole_caption")))
-    with progress_bar(len(records), "reading frame rates", "video") as bar:
-        for record in records:
-            bar.update()
-            name = Path(str(record["video"])).stem
-            video = work.media.find(name)
-            text, speech = clean([record["whole_caption"], record.get("whole_ASR")])
-            if video is None:
-                work.left_out[f"video not in {work.media.folder}"] += 1
-            elif not text:
-                work.left_out["no text"] += 1
-            else:
-                made = {"id": name, "video": video, "segments": shots(work, record, work.media.root / video)}
-                yield {**made, "text": text, **({"speech": speech} if speech else {})}
+    for record in work.each(list(work.records("Shot2Story", ("video", "whole_caption")))):
+        name = Path(str(record["video"])).stem
+        video = work.find(name)
+        text, speech = clean([record["whole_caption"], record.get("whole_ASR")])
+        if video is None:
+            continue
+        if not text:
+            work.left_out["no text"] += 1
+            continue
+        made = {"id": name, "video": video, "segments": shots(work, record, video)}
+        yield {**made, "text": text, **({"speech": speech} if speech else {})}
 
 
-def shots(work: Work, record: dict[str, Any], video: Path) -> list[dict[str, Any]]:
+def shots(work: Work, record: dict[str, Any], video: str) -> list[dict[str, Any]]:
     """The segments of a record; none where shots have no frames in their names or the video can't be opened."""
     names, captions = record.get("video_names") or [], clean(record.get("captions"))
     found = [SHOT.search(str(name)) for name in names]
-    rate = frame_rate(video) if captions and any(found) else 0.0
-    if not all(found) or not rate:
+    info = read_header(work.media.root / video)
+    if not all(found) or info is None or info.fps <= 0:
         work.left_out["segments: no frames in the shot's name, or no frame rate in the video"] += len(captions)
         return []
-    times = [[int(match[1]) / rate, (int(match[2]) + 1) / rate] for match in found if match]
-    return work.segments([[round(second, 3) for second in pair] for pair in times], captions)
-
-
-def frame_rate(video: Path) -> float:
-    """Frames per second on average; 0 where the file can't be opened."""
-    try:
-        with av.open(str(video)) as container:
-            return float(container.streams.video[0].average_rate or 0)
-    except (av.FFmpegError, IndexError):
-        return 0.0
+    times = [[int(match[1]) / info.fps, (int(match[2]) + 1) / info.fps] for match in found if match]
+    return work.segments(video, [[round(second, 3) for second in pair] for pair in times], captions)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from converter import Work, run
 
 def convert(work: Work) -> Iterator[dict[str, Any]]:
     """A record for each video that is there."""
-    for record in work.records("VideoXum", ("video_id", "timestamps", "tsum")):
-        yield from describe(work, str(record["video_id"]), record["timestamps"], record["tsum"])
+    for record in work.each(list(work.records("VideoXum", ("video_id", "timestamps", "tsum")))):
+        name, length_s = str(record["video_id"]), record.get("duration")
+        yield from describe(work, name, record["timestamps"], record["tsum"], length_s)
 
 
 if __name__ == "__main__":

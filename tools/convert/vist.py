@@ -25,14 +25,16 @@ def convert(work: Work) -> Iterator[dict[str, Any]]:
                 stories.setdefault(str(part["story_id"]), []).append(part)
     for name, parts in stories.items():
         parts.sort(key=lambda part: int(part["worker_arranged_photo_order"]))
-        images = [work.media.find(str(part["photo_flickr_id"])) for part in parts]
+        found = [work.media.find(str(part["photo_flickr_id"])) for part in parts]
         texts = clean([part.get("original_text") or part["text"] for part in parts])
-        if not all(images):
+        if not all(found):
             work.left_out[f"a photo not in {work.media.folder}"] += 1
+        elif any(len(files) > 1 for files in found):
+            work.left_out[f"a photo of which several are in {work.media.folder}"] += 1
         elif not any(texts):
             work.left_out["no text"] += 1
         else:
-            yield {"id": name, "images": images, "text": " ".join(filter(None, texts))}
+            yield {"id": name, "images": [files[0] for files in found], "text": " ".join(filter(None, texts))}
 
 
 if __name__ == "__main__":

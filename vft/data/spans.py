@@ -48,7 +48,9 @@ def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: 
         return ""
     cut = f", shown up to {shown_s:g} s" if shown_s is not None and shown_s < info.duration_s else ""
     length = f"the video, which has {info.num_frames} frames in {info.duration_s:.2f} s{cut}"
-    return f"{span} is outside {length}{_unit(first_s, last_s if end_s is not None else first_s, info)}"
+    unit = _unit(first_s, last_s if end_s is not None else first_s, info)
+    looks = f"they look like {unit}; " if unit else ""
+    return f"{span} is outside {length}; {looks}give seconds from the beginning of the file"
 
 
 def slack_s(info: MediaInfo) -> float:
@@ -57,9 +59,9 @@ def slack_s(info: MediaInfo) -> float:
 
 
 def _unit(first: float, last: float, info: MediaInfo) -> str:
-    """What the numbers look like, and the mend."""
+    """What times far beyond the end of a video may be in the place of seconds; empty where they look like neither."""
+    if last < 2 * info.duration_s:
+        return ""
     if first == int(first) and last == int(last) and last <= info.num_frames:
-        return "; they look like frame numbers: divide them by the frame rate"
-    if last >= 1000 and last / 1000 <= info.duration_s + slack_s(info):
-        return "; they look like milliseconds: divide them by 1000"
-    return "; give seconds from the beginning of the file, or take it out"
+        return "frame numbers"
+    return "milliseconds" if last >= 1000 and last / 1000 <= info.duration_s + slack_s(info) else ""
