@@ -21,6 +21,7 @@ from rich.table import Table
 from vft.config import flatten
 from vft.console import user_errors
 from vft.files import replace_text
+from vft.metrics import Interval
 from vft.report.chart import Curve, line_chart
 from vft.report.page import Run, is_number, point, read_run, shown
 from vft.types import UserError
@@ -142,10 +143,15 @@ def scores(runs: Mapping[str, Run]) -> Rows:
         dict([*run.evaluations.values()][-1]) if run.evaluations else {} for run in runs.values()
     ]
     names = dict.fromkeys(name for one in last for name in one)
-    rows = {name: [" ".join(shown(one.get(name))).strip() for one in last] for name in names}
+    rows = {name: [told(one.get(name)) for one in last] for name in names}
     if rows:
         rows = {"": [[*run.evaluations][-1] if run.evaluations else "not evaluated" for run in runs.values()], **rows}
     return rows
+
+
+def told(score: Interval | None) -> str:
+    """A score with its interval, and how its texts were cut where it is one of texts."""
+    return "" if score is None else " ".join(shown(score)).strip() + score.how_cut
 
 
 def curves(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:

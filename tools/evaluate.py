@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,8 +69,7 @@ def main() -> None:
         if not world.is_main:
             return
         plain = {
-            name: {metric: {"value": one.value, "low": one.low, "high": one.high} for metric, one in found.items()}
-            for name, found in scores.items()
+            name: {metric: described_score(one) for metric, one in found.items()} for name, found in scores.items()
         }
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
@@ -120,6 +120,12 @@ def score(
     )
 
 
+def described_score(score: Interval) -> dict[str, Any]:
+    """A score in scores.json: value, ends of its interval, and how its texts were cut where it is one of texts."""
+    told = {"value": score.value, "low": score.low, "high": score.high}
+    return {**told, "tokenization": score.tokenization} if score.tokenization else told
+
+
 def show_answers(files: dict[str, Path], count: int) -> None:
     """Some answers of every model under their references."""
     read = {name: [json.loads(line) for line in file.open(encoding="utf-8")] for name, file in files.items()}
@@ -137,7 +143,8 @@ def described(row: dict[str, str]) -> str:
 
 
 def show_scores(scores: dict[str, Scores], title: str) -> None:
-    """A table: a row a metric, a column a model; an interval is marked where the models' do not overlap."""
+    """A table: a row a metric, a column a model; an interval is marked where the models' do not overlap. Below a
+    score of texts stands how they were cut."""
     table = Table(title=title)
     table.add_column("metric")
     for name in scores:
@@ -149,7 +156,7 @@ def show_scores(scores: dict[str, Scores], title: str) -> None:
         cells = [shown(one) for one in row]
         if len(row) > 1 and any(one.low < one.high for one in row):
             cells.append("apart" if row[0].high < row[1].low or row[1].high < row[0].low else "overlap")
-        table.add_row(metric, *cells)
+        table.add_row(f"{metric}\n{row[0].how_cut.strip()}".rstrip(), *cells)
     Console().print(table)
 
 

@@ -244,6 +244,9 @@ class EvalConfig(Section):
     """Questions asked, and documents whose loss is taken, at most; always the same ones. 0: all."""
     at_start: bool = True
     """Also evaluate before the first step: what the base says."""
+    japanese: Literal["char", "ja-mecab"] = "char"
+    """How BLEU, CIDEr-D and token F1 cut Japanese: `char`, by characters, or `ja-mecab`, into words as sacrebleu's
+    tokenizer of that name does (extra `ja`); then Han characters alone are Japanese too, not Chinese."""
     best_metric: str = ""
     """Keep what the run exports in `best/` whenever this metric is better than before, such as `cider_d` or `loss`;
     empty: never."""

@@ -172,8 +172,8 @@ class LiveView:
 
 
 def said(scores: Mapping[str, Interval]) -> str:
-    """Scores in a line, without those of groups."""
-    return "  ".join(f"{name} {one.value:.4g}" for name, one in scores.items() if "/" not in name)
+    """Scores in a line, with how their texts were cut, without those of groups."""
+    return "  ".join(f"{name} {one.value:.4g}{one.how_cut}" for name, one in scores.items() if "/" not in name)
 
 
 def loss_of(line: Mapping[str, Any]) -> str:

@@ -120,10 +120,13 @@ class Monitor:
             self.say(f"step {line['step']}/{self.max_steps}  {told}")
 
     def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
-        """Record scores of an evaluation under `eval_` keys, their 95 % intervals under `eval_intervals`."""
+        """Record scores of an evaluation under `eval_` keys, beside them their 95 % intervals (`eval_intervals`) and
+        how their texts were cut (`eval_tokenization`)."""
         if self.main:
             line: dict[str, Any] = {"step": step, **{f"eval_{name}": one.value for name, one in scores.items()}}
             line["eval_intervals"] = {name: [one.low, one.high] for name, one in scores.items() if one.low < one.high}
+            if cut := {name: one.tokenization for name, one in scores.items() if one.tokenization}:
+                line["eval_tokenization"] = cut
             self._record(line)
             self.view.scores(step, scores)
             self.say(f"step {step}  {said(scores)}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
+from vft.config import Config
 from vft.metrics import Interval, Samples, clusters_of
 from vft.types import Conversation, MediaRef, Sample, Turn, UserError
 
@@ -103,9 +104,10 @@ def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def asking(task: Task, prompt: str) -> Task:
-    """The task with another prompt; with its own where `prompt` is empty."""
-    return replace(cast(Any, task), prompt=prompt) if prompt else task
+def configured(task: Task, config: Config) -> Task:
+    """The task with what a configuration says of it: another prompt, if it has one, and how Japanese is cut."""
+    given = {"prompt": config.data.prompt or task.prompt, "japanese": config.eval.japanese}
+    return replace(cast(Any, task), **{one.name: given[one.name] for one in fields(cast(Any, task))})
 
 
 def narrate(sample: Sample, prompt: str) -> list[Conversation]:

@@ -57,7 +57,7 @@ from vft.parallel import materialise, parallelize, sync_gradients
 from vft.report import write_card, write_report
 from vft.saving import Saver
 from vft.stopping import Stopped, asked, deferred, signals_stop, stop_if, stopped_by
-from vft.task import Task, asking, main_conversation
+from vft.task import Task, configured, main_conversation
 from vft.types import UserError
 from vft.watch import note
 
@@ -86,7 +86,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     if config.task not in (None, task.name):
         raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
     config = config.model_copy(update={"task": task.name})
-    task = asking(task, config.data.prompt)
+    task = configured(task, config)
     check_output_dir(config)
     require_boards(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)

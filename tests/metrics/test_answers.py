@@ -109,7 +109,7 @@ def test_segment_coverage(segments: list[str], threshold: float, expected: float
 
 def test_segment_coverage_is_recall_of_the_best_sentence() -> None:
     sentences = ["The dog, 3.5 years old, barks loudly at a passing car.", "Rain!"]
-    segments = ["a dog barks at cars", "rain falls on the roof", "people dance", "Ünïcode rain"]
+    segments = ["a dog barks at cars", "rain falls on the roof", "people dance", "rain in a café"]
     scorer = RougeScorer(["rougeL"])
     best = [max(scorer.score(segment, s)["rougeL"].recall for s in sentences) for segment in segments]
     for threshold in (0.1, 0.3, 0.5, 0.9):

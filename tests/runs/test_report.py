@@ -212,6 +212,15 @@ def test_first_and_last_evaluation_side_by_side(tmp_path: Path) -> None:
     assert np.allclose(points(chart(page, "accuracy/duration/…")), [(0, 0.25), (1, 1.0), (2, 0.5)], atol=0.03)
 
 
+def test_how_texts_were_cut_stands_beside_their_scores(tmp_path: Path) -> None:
+    first, last = evaluation(0, bleu4=(10, 5, 15), loss=(3, 3, 3)), evaluation(2, bleu4=(12, 6, 20), loss=(2, 2, 2))
+    page = read(write_run(tmp_path, [{**first, "eval_tokenization": {"bleu4": "13a"}}, step(1), last]))
+    assert [row[0] for row in table(page, "Scores")[1:]] == ["bleu4 (13a)", "loss"]
+    last["eval_tokenization"] = {"bleu4": "13a+zh"}  # two that don't compare
+    page = read(write_run(tmp_path, [{**first, "eval_tokenization": {"bleu4": "13a"}}, step(1), last]))
+    assert [row[0] for row in table(page, "Scores")[1:]] == ["bleu4 (13a / 13a+zh)", "loss"]
+
+
 def test_facts_and_what_was_left_out(tmp_path: Path) -> None:
     bad = [{"id": str(i), "path": "", "reason": "missing", "message": f"{i}.mp4: <gone>"} for i in range(3)]
     write_run(tmp_path, [step(1), step(2)])

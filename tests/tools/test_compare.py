@@ -38,7 +38,14 @@ def run_folder(folder: Path, rank: int, losses: list[float], score: float) -> Pa
         for i, loss in enumerate(losses, 1)
     ]
     intervals = {"cider_d": [score - 0.5, score + 0.5]}
-    lines.append({"step": len(losses), "eval_cider_d": score, "eval_intervals": intervals})
+    lines.append(
+        {
+            "step": len(losses),
+            "eval_cider_d": score,
+            "eval_intervals": intervals,
+            "eval_tokenization": {"cider_d": "zh"},
+        }
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -63,7 +70,7 @@ def test_what_differs_and_how_it_went(tmp_path: Path) -> None:
     assert rows["lora.rank"] == ["4", "64"] and "model.path" not in rows and "output_dir" not in rows
     assert rows["steps"] == ["2", "3"] and rows["loss, mean of the last 10 steps"] == ["2.5000", "2.0000"]
     assert rows["tokens a second"] == ["100", "100"] and rows["waiting for data"] == ["25%", "25%"]
-    assert rows["cider_d"] == ["1 [0.5, 1.5]", "2.5 [2, 3]"] and rows["device"] == ["2 x Abacus"] * 2
+    assert rows["cider_d"] == ["1 [0.5, 1.5] (zh)", "2.5 [2, 3] (zh)"] and rows["device"] == ["2 x Abacus"] * 2
     assert "one/low" in done.stdout and "two/high" in done.stdout
     page = (tmp_path / "page.html").read_text()
     assert page.count("<polyline") >= 2 * 4 and "<script" not in page and "http://" not in page

@@ -6,22 +6,21 @@ Edit distance and ROUGE-L come from rapidfuzz and rouge-score (extra `eval`).
 from __future__ import annotations
 
 import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from vft.metrics.words import check_references, missing_package, rouge_l_scorer
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from vft.metrics.words import Japanese, RougeL, check_references, missing_package, split_word, squad_text
 
 
 def anls_scores(predictions: Sequence[str], references: Sequence[Sequence[str]], threshold: float = 0.5) -> list[float]:
     """Average Normalized Levenshtein Similarity: its term for each prediction, 0 or `threshold` to 1.
 
-    1 less the edits from prediction to reference as a share of the longer one's characters; case and space around the
-    text aside, best over the references, 0 below `threshold`. Source: Biten et al., "Scene Text Visual Question
-    Answering", ICCV 2019. A similarity of exactly `threshold` counts, as evaluation scripts have it; the paper's
-    equation makes it 0. Raises UserError without the extra `eval`, ValueError where a prediction has no reference.
+    1 less the edits from prediction to reference as a share of the longer one's characters (composed, NFC); case and
+    space around the text aside, best over the references, 0 below `threshold`. Source: Biten et al., "Scene Text Visual
+    Question Answering", ICCV 2019. A similarity of exactly `threshold` counts, as evaluation scripts have it; the
+    paper's equation makes it 0. Raises UserError without the extra `eval`, ValueError where a prediction has no
+    reference.
     """
     check_references(predictions, references)
     assert 0 <= threshold <= 1, threshold
@@ -31,22 +30,26 @@ def anls_scores(predictions: Sequence[str], references: Sequence[Sequence[str]],
         raise missing_package("ANLS", "rapidfuzz") from error
     scores = []
     for text, refs in zip(predictions, references, strict=True):
-        said = text.strip().lower()
-        best = max(Levenshtein.normalized_similarity(said, ref.strip().lower()) for ref in refs)
+        said, *wanted = (unicodedata.normalize("NFC", one).strip().lower() for one in (text, *refs))
+        best = max(Levenshtein.normalized_similarity(said, ref) for ref in wanted)
         scores.append(best if best >= threshold else 0.0)
     return scores
 
 
-def token_f1_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def token_f1_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], japanese: Japanese = "char"
+) -> list[float]:
     """F1 of the words that each prediction shares with a reference, 0 to 1; best over the references.
 
     Words as in SQuAD: lower case, ASCII punctuation dropped, then `a`, `an` and `the`, then split at spaces; order does
-    not count. Where prediction or reference has no words left, 1 if neither has any, else 0. Source: Rajpurkar et al.,
-    "SQuAD", EMNLP 2016, and the evaluation script of SQuAD 2.0. Raises ValueError where a prediction has no reference.
+    not count. What `words.tokenize` keeps is kept here too (-5 is not 5), and scripts without spaces are split further
+    as `words.script_words` does. Where prediction or reference has no words left, 1 if neither has any, else 0. Source:
+    Rajpurkar et al., "SQuAD", EMNLP 2016, and the evaluation script of SQuAD 2.0. Raises ValueError where a prediction
+    has no reference.
     """
     check_references(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return [max(_f1(_squad_words(text), _squad_words(ref)) for ref in refs) for text, refs in pairs]
+    return [max(_f1(_squad_words(text, japanese), _squad_words(ref, japanese)) for ref in refs) for text, refs in pairs]
 
 
 def segment_coverage_scores(
@@ -61,20 +64,20 @@ def segment_coverage_scores(
     """
     check_references(predictions, segments, "segments")
     assert 0 < threshold <= 1, threshold
-    scorer = rouge_l_scorer([segment for wanted in segments for segment in wanted])
+    scorer = RougeL()
     scores = []
     for text, wanted in zip(predictions, segments, strict=True):
         sentences = _split_sentences(text)
         mentioned = [
-            any(scorer.score(segment, sentence)["rougeL"].recall >= threshold for sentence in sentences)
-            for segment in wanted
+            any(scorer.score(segment, sentence).recall >= threshold for sentence in sentences) for segment in wanted
         ]
         scores.append(sum(mentioned) / len(mentioned))
     return scores
 
 
-def _squad_words(text: str) -> Counter[str]:
-    return Counter(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+def _squad_words(text: str, japanese: Japanese) -> Counter[str]:
+    words = re.sub(r"\b(a|an|the)\b", " ", squad_text(text)).split()
+    return Counter(part for word in words for part in split_word(word, japanese))
 
 
 def _f1(said: Counter[str], wanted: Counter[str]) -> float:
@@ -85,5 +88,6 @@ def _f1(said: Counter[str], wanted: Counter[str]) -> float:
 
 
 def _split_sentences(text: str) -> list[str]:
-    """Parts of `text` that end with `.`, `!` or `?` before space, or with a line; abbreviations end one too."""
-    return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
+    """Parts of `text` that end with `.`, `!` or `?` before space, with another script's mark, or with a line;
+    abbreviations end one too."""
+    return [part for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？｡।॥۔؟།၊။។])|\n+", text) if part.strip()]

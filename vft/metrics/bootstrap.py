@@ -10,14 +10,16 @@ It speaks of the choice of samples alone, not of the seed of a training run, and
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vft.metrics.text import bleu4
+from vft.metrics.text import bleu4, bleu_words
+from vft.metrics.words import Japanese
 
 Floats = NDArray[np.float64]
 
@@ -61,6 +63,17 @@ class Interval:
     high: float
     parts: Parts | None = field(default=None, compare=False, repr=False)
     """What it was computed from, where it can be compared with another's."""
+    tokenization: str = ""
+    """How the texts were cut, for a score of texts: sacrebleu's name, or what the metric says."""
+
+    @property
+    def how_cut(self) -> str:
+        """`tokenization` to stand behind the score: ` (zh)`, nothing where it isn't one of texts."""
+        return f" ({self.tokenization})" if self.tokenization else ""
+
+    def cut_by(self, tokenizers: Iterable[str]) -> Interval:
+        """The same score with the names of the tokenizers of its texts, the most frequent first: `13a+zh`."""
+        return replace(self, tokenization="+".join(name for name, _ in Counter(tokenizers).most_common()))
 
 
 def clusters_of(items: Sequence[Iterable[Hashable]]) -> tuple[int, ...]:
@@ -129,18 +142,19 @@ def bleu4_interval(
     resamples: int = 2000,
     seed: int = 0,
     samples: Samples | None = None,
+    japanese: Japanese = "char",
 ) -> Interval:
     """`bleu4` of the whole set, 0 to 100, and its percentile bootstrap interval.
 
     BLEU is no mean over predictions: their n-gram counts and lengths are resampled, and it is computed from the sums.
     Raises UserError without the extra `eval`, ValueError as `bleu4` does.
     """
-    value = bleu4(predictions, references)  # First, for it checks the texts, and whether sacrebleu is there.
+    value = bleu4(predictions, references, japanese)  # First, for it checks the texts, and whether sacrebleu is there.
     from sacrebleu.metrics.bleu import BLEU
 
-    metric = BLEU()
+    metric = BLEU(tokenize="none", force=True)
     rows = []
-    for text, refs in zip(predictions, references, strict=True):
+    for text, refs in zip(*bleu_words(predictions, references, japanese), strict=True):
         parts = metric.corpus_score([text], [[ref] for ref in refs])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
     return _interval("bleu", rows, samples, value, confidence, resamples, seed)

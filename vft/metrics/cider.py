@@ -4,8 +4,9 @@ Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Eva
 and the CIDEr-D variant of its section on gaming (n-gram counts clipped, a Gaussian penalty on the difference in
 length). Constants as in the COCO evaluation server: n = 1..4, sigma = 6, times 10.
 
-No PTB tokenizer: texts are split by `words.tokenize` (lower case, punctuation removed, split at spaces), so figures
-differ somewhat from COCO's own, which run a Java program first. On the same words they are equal to pycocoevalcap's.
+No PTB tokenizer: texts are split by `words.script_words` (lower case, punctuation removed, split at spaces; scripts
+without spaces by characters), so figures differ somewhat from COCO's own, which run a Java program first. On the same
+words they are equal to pycocoevalcap's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from vft.metrics.words import check_references, count_ngrams, tokenize
+from vft.metrics.words import Japanese, check_references, count_ngrams, script_words
 
 _SIZES = (1, 2, 3, 4)
 _SIGMA = 6.0
@@ -24,14 +25,16 @@ _SIGMA = 6.0
 _Counts = Counter[tuple[str, ...]]
 
 
-def cider_d_text_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each prediction, 0 to 10, against its references; texts are split by `tokenize`.
+def cider_d_text_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], japanese: Japanese = "char"
+) -> list[float]:
+    """CIDEr-D of each prediction, 0 to 10, against its references; texts are split by `script_words`.
 
     Raises ValueError as `cider_d_scores` does.
     """
     check_references(predictions, references)
-    words = [tokenize(text) for text in predictions]
-    return cider_d_scores(words, [[tokenize(text) for text in refs] for refs in references])
+    words = [script_words(text, japanese) for text in predictions]
+    return cider_d_scores(words, [[script_words(text, japanese) for text in refs] for refs in references])
 
 
 def cider_d_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:

@@ -5,40 +5,80 @@ BLEU and ROUGE-L come from sacrebleu and rouge-score (extra `eval`), so that fig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 
-from vft.metrics.words import check_references, count_ngrams, missing_package, rouge_l_scorer, tokenize
+from vft.metrics.words import (
+    Japanese,
+    RougeL,
+    bleu_tokenizer,
+    characters,
+    check_references,
+    count_ngrams,
+    mecab,
+    missing_package,
+    script_words,
+)
 
 
-def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]], japanese: Japanese = "char") -> float:
     """Corpus BLEU of n-grams up to 4, 0 to 100, as sacrebleu computes it by default.
 
-    Case counts, the tokenizer is `13a`, smoothing is exponential. Predictions may have different numbers of
+    Case counts, smoothing is exponential, texts are cut by `bleu_words`. Predictions may have different numbers of
     references. Raises UserError without the extra `eval`, ValueError where a prediction has no reference.
+    """
+    texts, wanted = bleu_words(predictions, references, japanese)
+    from sacrebleu import BLEU
+
+    # sacrebleu wants the first references of all, then the second ones, with None where there is none.
+    most = max(map(len, wanted))
+    streams = [[refs[i] if i < len(refs) else None for refs in wanted] for i in range(most)]
+    return float(BLEU(tokenize="none", force=True).corpus_score(texts, streams).score)  # type: ignore[arg-type]  # None is allowed
+
+
+def bleu_words(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], japanese: Japanese = "char"
+) -> tuple[list[str], list[list[str]]]:
+    """Predictions and references as sacrebleu cuts them, with spaces between words.
+
+    Each prediction is cut as its references are: by sacrebleu's `13a`; Chinese by its `zh`; Japanese, Thai, Lao, Khmer
+    and Burmese by characters with their marks (`char`, which cuts marks off and Latin words up too), or Japanese by
+    its `ja-mecab`. Texts are composed (NFC) first.
+
+    Raises UserError without the extra `eval`, or for `ja-mecab` without the extra `ja`; ValueError where a prediction
+    has no reference.
     """
     check_references(predictions, references)
     try:
-        import sacrebleu
+        from sacrebleu import BLEU
     except ImportError as error:
         raise missing_package("BLEU", "sacrebleu") from error
-    # sacrebleu wants the first references of all, then the second ones, with None where there is none.
-    most = max(map(len, references))
-    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    return float(sacrebleu.corpus_bleu(list(predictions), streams).score)  # type: ignore[arg-type]  # None is allowed
+    cut: dict[str, Callable[[str], str]] = {
+        "13a": BLEU(tokenize="13a").tokenizer,
+        "zh": BLEU(tokenize="zh").tokenizer,
+        "char": lambda text: " ".join(characters(text)),
+        "ja-mecab": lambda text: mecab()(text),
+    }
+    texts, wanted = [], []
+    for text, refs in zip(predictions, references, strict=True):
+        tokenizer = cut[bleu_tokenizer(refs, japanese)]
+        first, *rest = (tokenizer(unicodedata.normalize("NFC", one).rstrip()) for one in (text, *refs))
+        texts.append(first)
+        wanted.append(rest)
+    return texts, wanted
 
 
 def rouge_l_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """F-measure of the longest common subsequence of words, 0 to 1, as rouge-score computes it without stemming.
 
     Recall and precision weigh the same (beta 1; COCO's ROUGE_L has beta 1.2). Of several references the best one
-    counts. Words are what rouge-score takes for words, runs of the letters a-z and digits; where references are in
-    another script than the Latin one, `script_words`. Raises UserError without the extra `eval`, ValueError where a
-    prediction has no reference.
+    counts. Words are what rouge-score takes for words, runs of the letters a-z and digits; for a reference that isn't
+    English, `script_words`. Raises UserError without the extra `eval`, ValueError where a prediction has no reference.
     """
     check_references(predictions, references)
-    scorer = rouge_l_scorer([ref for refs in references for ref in refs])
+    scorer = RougeL()
     pairs = zip(predictions, references, strict=True)
-    return [float(scorer.score_multi(list(refs), text)["rougeL"].fmeasure) for text, refs in pairs]
+    return [max(float(scorer.score(ref, text).fmeasure) for ref in refs) for text, refs in pairs]
 
 
 def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -48,7 +88,7 @@ def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence
     """
     check_references(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return [float(tokenize(text) in [tokenize(ref) for ref in refs]) for text, refs in pairs]
+    return [float(script_words(text) in map(script_words, refs)) for text, refs in pairs]
 
 
 def distinct_n(predictions: Sequence[str], n: int) -> float:
@@ -57,5 +97,5 @@ def distinct_n(predictions: Sequence[str], n: int) -> float:
     Low where a model repeats itself. 0 where no prediction has n words.
     """
     assert n > 0, n
-    counts = sum((count_ngrams(tokenize(text), [n]) for text in predictions), start=count_ngrams([], [n]))
+    counts = sum((count_ngrams(script_words(text), [n]) for text in predictions), start=count_ngrams([], [n]))
     return len(counts) / counts.total() if counts else 0.0

@@ -2,52 +2,215 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import regex
 
 from vft.types import UserError
 
-_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Thai, kana and ideographs, which are written without spaces between words."""
+Japanese = Literal["char", "ja-mecab"]
+"""How Japanese is cut: by characters, or into words by MeCab; the names are sacrebleu's."""
+
+_LETTER = r"\p{L}\p{N}\p{M}"
+_JAPANESE = r"\p{Hiragana}\p{Katakana}\u30fc"
+_UNSPACED = rf"{_JAPANESE}\p{{Han}}\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}\p{{Tai_Le}}\p{{Tai_Tham}}\p{{Tai_Viet}}"
+"""Letters, within a character class, of scripts that are written without spaces between words."""
+_SPACED = rf"[[{_LETTER}]--[{_UNSPACED}]]"
+
+# Unicode's emoji sequences (UTS 51, "possible emoji"): keycaps, flags, pictures with their skin tone, joined or not.
+# Of the signs that are text unless a selector says otherwise, those count alone that are hardly used in writing.
+_PICTURE = r"[\p{Emoji}--\p{ASCII}]"
+_PART = rf"{_PICTURE}(?:[\ufe0e\ufe0f]|\p{{Emoji_Modifier}}|[\U000e0020-\U000e007e]+\U000e007f)?"
+_EMOJI = (
+    r"(?:[0-9#*]\ufe0f?\u20e3|\p{RI}\p{RI}"
+    rf"|{_PART}(?:\u200d{_PART})+|{_PICTURE}(?:\ufe0f|\p{{Emoji_Modifier}}|[\U000e0020-\U000e007e]+\U000e007f)"
+    r"|[\p{Emoji_Presentation}[\p{Emoji}&&[\u2600-\u27bf\U0001f000-\U0001ffff]]]\ufe0e?)"
+)
+
+# A sign belongs to a number unless it stands behind a word, or what ends one (`2010-2012`, `5%-10%`).
+_SIGN = rf"(?<![{_LETTER}%°)\]}}])[-+](?=\p{{Sc}}?\.?\d)"
+_COMPARISON = r"(?<!-)(?:!?=+|[<>]=?)|[≈≠≡≢≤≥≦≧≪≫≮≯≰≱≲≳]"
+_MEANING = (
+    rf"{_EMOJI}|(?<!{_SPACED})(?:c(?:\+\+|\#){_SPACED}*|\p{{L}}\#(?!{_SPACED}|\#))"
+    rf"|{_SPACED}+\+\+(?!{_SPACED}|\+)|{_SIGN}{_SPACED}*|\p{{Sc}}|{_COMPARISON}"
+)
+"""What is no letter or digit and yet tells answers apart: emoji, `C++`, `C#`, -5, currencies, comparisons."""
+
+_V1 = regex.VERSION1
+_WORD = regex.compile(rf"{_MEANING}|[{_UNSPACED}][{_UNSPACED}\p{{M}}]*|{_SPACED}+", _V1)
+_MEANING_OR_PUNCTUATION = regex.compile(rf"({_MEANING})|([!-/:-@\[-`{{-~])|\p{{P}}", _V1)
+_EMOJI_OR_IGNORED = regex.compile(rf"({_EMOJI})|(\u200b)|\p{{Default_Ignorable_Code_Point}}", _V1)
+_FULL_WIDTH = regex.compile(r"[\uff00-\uffef]+")
+_SELECTORS = regex.compile(rf"({_PICTURE})[\ufe0e\ufe0f]?(?!\p{{Emoji_Modifier}})", _V1)
+_SPLIT = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^{_UNSPACED}]+", _V1)
+_IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]", _V1)
+_IS_JAPANESE = regex.compile(rf"[{_JAPANESE}]", _V1)
+_IS_JAPANESE_OR_HAN = regex.compile(rf"[{_JAPANESE}\p{{Han}}]", _V1)
+_IS_HAN_ALONE = regex.compile(rf"[\p{{Han}}--{_JAPANESE}]", _V1)
+_CHARACTERS = regex.compile(
+    rf"{_EMOJI}|[{_UNSPACED}]\p{{M}}*"
+    rf"|{_SPACED}+(?:(?:['’-]|(?<=\d)[.,](?=\d)){_SPACED}+)*|\S\p{{M}}*",
+    _V1,
+)
+
+
+def normalize(text: str) -> str:
+    """`text` in the form in which texts are compared: composed (NFC), lower case, full-width and half-width forms as
+    their usual ones, minus signs as `-`, without characters that nobody sees (joiners, soft hyphens, marks of
+    direction) but for those within an emoji, which has the selector that Unicode recommends."""
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFC", text)
+    text = _FULL_WIDTH.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    # The Turkish capital would be lowered to two characters. A dash before a digit is a minus where a sign may stand.
+    text = unicodedata.normalize("NFC", text.replace("İ", "i").lower())
+    text = regex.sub(r"[−﹣–](?=\p{Sc}?\.?\d)", "-", text)
+    return str(_EMOJI_OR_IGNORED.sub(lambda found: _qualified(found[1]) if found[1] else " " * bool(found[2]), text))
+
+
+def _qualified(emoji: str) -> str:
+    """An emoji with a selector behind each part that is text by default, and behind no other (UTS 51, ED-18)."""
+    if emoji[-1] == "\u20e3":
+        return f"{emoji[0]}\ufe0f\u20e3"
+    return str(
+        _SELECTORS.sub(
+            lambda found: found[1] + "\ufe0f" * (not regex.match(r"\p{Emoji_Presentation}", found[1], _V1)), emoji
+        )
+    )
 
 
 def tokenize(text: str) -> list[str]:
     """Words of `text`: lower case, apostrophes dropped (`it's` -> `its`), other punctuation a space, then split.
 
-    No PTB tokenizer. Scripts that write no spaces come out as one word a clause.
+    Marks stay with their letters, in any script and whether they are composed or not. Currency and comparison signs,
+    emoji, `C++`, `C#` and the sign of a number that doesn't follow a letter or digit stay too: what differs in them
+    differs. No PTB tokenizer. Scripts that write no spaces come out as one word a clause, apart from other scripts.
     """
-    return re.sub(r"[^\w\s]|_", " ", re.sub(r"['’]", "", text.lower())).split()
+    return [_COMPARED.get(word, word) for word in _WORD.findall(regex.sub(r"['’]", "", normalize(text)))]
 
 
-def script_words(text: str) -> list[str]:
-    """Words of `text` in any script: as `tokenize` has them, but ideographs, kana and Thai letters one by one."""
-    return re.findall(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+", " ".join(tokenize(text)))
+_COMPARED = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "="}
 
 
-def is_latin(texts: Iterable[str]) -> bool:
-    """Whether most letters of `texts` are of the Latin script; true of texts without any."""
-    letters = [character for text in texts for character in text if character.isalpha()]
-    return sum(character < "\u0250" for character in letters) * 2 >= len(letters)
+def squad_text(text: str) -> str:
+    """`text` as SQuAD compares it: lower case, ASCII punctuation dropped without leaving a space.
+
+    What `tokenize` keeps stays here too; scripts without spaces lose their own punctuation.
+    """
+    text, unspaced = normalize(text), is_unspaced(text)
+
+    def replace(found: regex.Match[str]) -> str:
+        kept, ascii_punctuation = found.groups()
+        if kept:  # a sign or an emoji is a word by itself; -5 and C++ belong to what stands around them
+            return kept if kept[-1].isalnum() or kept[-1] in "+-#" else f" {_COMPARED.get(kept, kept)} "
+        return "" if ascii_punctuation else " " if unspaced else found[0]
+
+    return str(_MEANING_OR_PUNCTUATION.sub(replace, text))
 
 
-def rouge_l_scorer(references: Iterable[str]) -> Any:
-    """rouge-score's scorer of ROUGE-L, without stemming, with words as the references' script has them.
+def script_words(text: str, japanese: Japanese = "char") -> list[str]:
+    """Words of `text` in any script: as `tokenize` has them, but those of scripts without spaces by characters, each
+    with its marks (Latin words among them whole), or for `ja-mecab` as MeCab cuts Japanese."""
+    return [part for word in tokenize(text) for part in split_word(word, japanese)]
+
+
+def split_word(word: str, japanese: Japanese = "char") -> list[str]:
+    """The parts of a word of `tokenize` in a script without spaces; of another the word itself."""
+    if japanese == "ja-mecab" and _IS_JAPANESE_OR_HAN.search(word):
+        return mecab()(word).split()
+    return list(_SPLIT.findall(word)) if is_unspaced(word) else [word]
+
+
+def characters(text: str) -> list[str]:
+    """Characters of `text` as sacrebleu's `char` has them, but with their marks, and words of other scripts whole."""
+    return list(_CHARACTERS.findall(text))
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether there is a letter of a script that is written without spaces between words."""
+    return not text.isascii() and _IS_UNSPACED.search(text) is not None
+
+
+def bleu_tokenizer(references: Iterable[str], japanese: Japanese = "char") -> str:
+    """sacrebleu's name of the tokenizer for texts like these: `13a`, `zh`, `char` or `ja-mecab`.
+
+    Han characters without any kana are Chinese, unless `ja-mecab` says that they are Japanese.
+    """
+    text = " ".join(references)
+    if _IS_JAPANESE.search(text) or (japanese == "ja-mecab" and _IS_JAPANESE_OR_HAN.search(text)):
+        return japanese
+    if not is_unspaced(text):
+        return "13a"
+    return "char" if _IS_UNSPACED.search(_IS_HAN_ALONE.sub("", text)) else "zh"
+
+
+def word_tokenizer(references: Iterable[str], japanese: Japanese = "char") -> str:
+    """How `script_words` cuts texts like these: `words`, `characters` or `ja-mecab`."""
+    text = " ".join(references)
+    if japanese == "ja-mecab" and _IS_JAPANESE_OR_HAN.search(text):
+        return japanese
+    return "characters" if is_unspaced(text) else "words"
+
+
+def has_english_words(text: str) -> bool:
+    """Whether rouge-score's own words, runs of a-z and digits, are those of `text`: there are letters, and more than
+    nine in ten are a-z (English borrows a few others)."""
+    if text.isascii():
+        return any(map(str.isalpha, text))
+    letters = [letter for letter in unicodedata.normalize("NFC", text) if letter.isalpha()]
+    return sum(map(str.isascii, letters)) * 10 > len(letters) * 9
+
+
+class RougeL:
+    """ROUGE-L of rouge-score, without stemming: with its own words where the reference is English, else with
+    `script_words`. Each pair of texts is decided by itself.
 
     Raises UserError without the extra `eval`.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise missing_package("ROUGE-L", "rouge-score") from error
-    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=None if is_latin(references) else _ScriptWords())
+
+    def __init__(self) -> None:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise missing_package("ROUGE-L", "rouge-score") from error
+        self._english = RougeScorer(["rougeL"], use_stemmer=False)
+        self._any = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_ScriptWords())
+
+    def score(self, reference: str, text: str) -> Any:
+        """Precision, recall and F-measure, each 0 to 1."""
+        if has_english_words(reference):
+            reference, text = (unicodedata.normalize("NFC", one).replace("İ", "i") for one in (reference, text))
+            return self._english.score(reference, text)["rougeL"]
+        return self._any.score(reference, text)["rougeL"]
+
+    @staticmethod
+    def tokenizer(references: Iterable[str]) -> str:
+        """How texts like these are cut: `rouge-score`, `words` or `characters`."""
+        text = " ".join(references)
+        return "rouge-score" if has_english_words(text) else word_tokenizer([text])
 
 
 class _ScriptWords:
     """What rouge-score takes for a tokenizer."""
 
     tokenize = staticmethod(script_words)
+
+
+@cache
+def mecab() -> Callable[[str], str]:
+    """sacrebleu's `ja-mecab`: a text with spaces between its words. UserError without the extra `ja`."""
+    try:
+        from sacrebleu import BLEU
+
+        return BLEU(tokenize="ja-mecab").tokenizer
+    except (ImportError, RuntimeError) as error:  # sacrebleu's own words for a MeCab that isn't there
+        raise UserError(
+            "eval.japanese = 'ja-mecab' needs MeCab and its dictionary, which are not installed: pip install 'vft[ja]'"
+        ) from error
 
 
 def count_ngrams(tokens: Sequence[str], sizes: Iterable[int]) -> Counter[tuple[str, ...]]:

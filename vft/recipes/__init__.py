@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vft.config import Config
-from vft.task import Task, asking
+from vft.task import Task, configured
 
 
 def task_of(config: Config) -> Task:
@@ -16,4 +16,4 @@ def task_of(config: Config) -> Task:
     from vft.recipes.summarize import Summarize
 
     tasks: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story())
-    return asking({task.name: task for task in tasks}[config.task or "caption"], config.data.prompt)
+    return configured({task.name: task for task in tasks}[config.task or "caption"], config)

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import Interval, bleu4_interval, cider_d_text_scores, mean_interval, rouge_l_scores
+from vft.metrics import (
+    Interval,
+    Japanese,
+    RougeL,
+    bleu4_interval,
+    bleu_tokenizer,
+    cider_d_text_scores,
+    mean_interval,
+    rouge_l_scores,
+    word_tokenizer,
+)
 from vft.task import Answer, answer_facts, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
@@ -19,6 +29,7 @@ class Caption:
     """The record's own conversation; scored by CIDEr-D, BLEU-4 and ROUGE-L."""
 
     prompt: str = "Describe the video."
+    japanese: Japanese = "char"
     name = "caption"
     main_metric = "cider_d"
 
@@ -38,9 +49,12 @@ class Caption:
         samples = samples_of(answers)
         scores = {}
         if len(predictions) > 1:
-            scores["cider_d"] = mean_interval(cider_d_text_scores(predictions, references), samples=samples)
-        scores["bleu4"] = bleu4_interval(predictions, references, samples=samples)
-        scores["rouge_l"] = mean_interval(rouge_l_scores(predictions, references), samples=samples)
+            cider_d = mean_interval(cider_d_text_scores(predictions, references, self.japanese), samples=samples)
+            scores["cider_d"] = cider_d.cut_by(word_tokenizer(refs, self.japanese) for refs in references)
+        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
+        scores["bleu4"] = bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references)
+        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
+        scores["rouge_l"] = rouge_l.cut_by(map(RougeL.tokenizer, references))
         return scores
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vft import train
 from vft.metrics import (
     Interval,
+    Japanese,
     anls_scores,
     breakdown,
     exact_match_scores,
@@ -19,6 +20,7 @@ from vft.metrics import (
     mean_interval,
     token_f1_scores,
     top_k,
+    word_tokenizer,
 )
 from vft.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
@@ -35,6 +37,7 @@ class QuestionAnswering:
     """The record's own questions and answers. Options are scored by likelihood, and by what is generated."""
 
     prompt: str = "What happens in the video?"
+    japanese: Japanese = "char"
     name = "qa"
     main_metric = "accuracy"
 
@@ -78,7 +81,8 @@ class QuestionAnswering:
             exact = exact_match_scores(predictions, references)
             right |= {id(answer): score for answer, score in zip(rest, exact, strict=True)}
             scores["open_exact_match"] = mean_interval(exact, samples=samples)
-            scores["open_token_f1"] = mean_interval(token_f1_scores(predictions, references), samples=samples)
+            token_f1 = mean_interval(token_f1_scores(predictions, references, self.japanese), samples=samples)
+            scores["open_token_f1"] = token_f1.cut_by(word_tokenizer(refs, self.japanese) for refs in references)
             scores["open_anls"] = mean_interval(anls_scores(predictions, references), samples=samples)
         everything = [right[id(answer)] for answer in answers]
         whole = {"accuracy": mean_interval(everything, samples=samples_of(answers))}

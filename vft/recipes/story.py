@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import Interval, bleu4_interval, distinct_n, mean_interval, rouge_l_scores
+from vft.metrics import (
+    Interval,
+    Japanese,
+    RougeL,
+    bleu4_interval,
+    bleu_tokenizer,
+    distinct_n,
+    mean_interval,
+    rouge_l_scores,
+    word_tokenizer,
+)
 from vft.task import Answer, narrate, samples_of, texts_of
 from vft.types import Conversation, Sample
 
@@ -19,6 +29,7 @@ class Story:
     """A story, and a question about each segment where the record describes them."""
 
     prompt: str = "Tell a story about what you see."
+    japanese: Japanese = "char"
     name = "story"
     main_metric = "rouge_l"
 
@@ -35,10 +46,12 @@ class Story:
         samples = samples_of(answers)
         # A sample that is drawn twice repeats its own pairs: resamples say nothing about how alike the stories are.
         distinct = distinct_n(predictions, 2)
+        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
+        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
         return {
-            "rouge_l": mean_interval(rouge_l_scores(predictions, references), samples=samples),
-            "bleu4": bleu4_interval(predictions, references, samples=samples),
-            "distinct_2": Interval(distinct, distinct, distinct),
+            "rouge_l": rouge_l.cut_by(map(RougeL.tokenizer, references)),
+            "bleu4": bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references),
+            "distinct_2": Interval(distinct, distinct, distinct).cut_by(map(word_tokenizer, references)),
         }
 
 

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import Interval, bleu4_interval, mean_interval, rouge_l_scores, segment_coverage_scores
+from vft.metrics import (
+    Interval,
+    Japanese,
+    RougeL,
+    bleu4_interval,
+    bleu_tokenizer,
+    mean_interval,
+    rouge_l_scores,
+    segment_coverage_scores,
+)
 from vft.task import Answer, narrate, samples_of, texts_of
 from vft.types import Conversation, Sample
 
@@ -19,6 +28,7 @@ class Summarize:
     """A summary of the video, and a question about each of its segments where the record describes them."""
 
     prompt: str = "Summarize the video."
+    japanese: Japanese = "char"
     name = "summarize"
     main_metric = "rouge_l"
 
@@ -33,13 +43,17 @@ class Summarize:
             return {}
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
-        scores = {"rouge_l": mean_interval(rouge_l_scores(predictions, references), samples=samples)}
-        scores["bleu4"] = bleu4_interval(predictions, references, samples=samples)
+        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
+        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
+        scores = {"rouge_l": rouge_l.cut_by(map(RougeL.tokenizer, references))}
+        scores["bleu4"] = bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references)
         having = [answer for answer in answers if answer.question.prompt.facts.get("segments")]
         if having:
             segments = [answer.question.prompt.facts["segments"] for answer in having]
-            covered = segment_coverage_scores([answer.text for answer in having], segments)
-            scores["coverage"] = mean_interval(covered, samples=samples_of(having))
+            covered = mean_interval(
+                segment_coverage_scores([answer.text for answer in having], segments), samples=samples_of(having)
+            )
+            scores["coverage"] = covered.cut_by(map(RougeL.tokenizer, segments))
         return scores
 
 

@@ -105,7 +105,10 @@ def read_run(folder: Path) -> Run:
         last_written=datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if metrics.is_file() else None,
         evaluations={f"step {step}": evaluations[step] for step in sorted(evaluations)},
         compared={
-            name: {metric: Interval(one["value"], one["low"], one["high"]) for metric, one in scores.items()}
+            name: {
+                metric: Interval(one["value"], one["low"], one["high"], tokenization=one.get("tokenization", ""))
+                for metric, one in scores.items()
+            }
             for name, scores in compared.items()
             if isinstance(scores, dict)
         },
@@ -137,9 +140,13 @@ def read_predictions(folder: Path, steps: Sequence[int]) -> dict[str, list[Row]]
 
 def scores_of(line: Row) -> dict[str, Interval]:
     """The scores in a line of metrics.jsonl; none in a training step's."""
-    intervals = line.get("eval_intervals", {})
+    intervals, cut = line.get("eval_intervals", {}), line.get("eval_tokenization", {})
     values = {key[5:]: line[key] for key in line if key.startswith("eval_") and is_number(line[key])}
-    return {name: Interval(value, *intervals.get(name, (value, value))) for name, value in values.items()}
+    found = {}
+    for name, value in values.items():
+        low, high = intervals.get(name, (value, value))
+        found[name] = Interval(value, low, high, tokenization=cut.get(name, ""))
+    return found
 
 
 def is_number(value: object) -> bool:
@@ -206,7 +213,9 @@ def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row
         verdict = ""
         if len(both) > 1 and all(one.low < one.high for one in both):
             verdict = "apart" if both[0].high < both[1].low or both[1].high < both[0].low else "overlap"
-        rows.append({"metric": metric, "scores": [shown(one) for one in scores], "change": change, "verdict": verdict})
+        cut = " / ".join(dict.fromkeys(one.tokenization for one in both if one.tokenization))
+        row = {"metric": metric, "cut": cut, "scores": [shown(one) for one in scores]}
+        rows.append({**row, "change": change, "verdict": verdict})
     parts = {
         f"Scores{made_by}": [row for row in rows if "/" not in row["metric"]],
         f"Groups{made_by}": [row for row in rows if "/" in row["metric"]],
