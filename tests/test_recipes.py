@@ -12,7 +12,8 @@ from vft.data.sources import FORMATS
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 TASKS = ("caption", "qa", "classify", "summarize", "story")
-CAPTIONS = [path for path in RECIPES if path.name == "caption.toml" and path.parent.name != "demo"]
+STREAMED = [path for path in RECIPES if path.stem in ("caption_llava_video_178k", "caption_pe_video")]
+CAPTIONS = [path for path in RECIPES if path.name == "caption.toml" and path.parent.name != "demo"] + STREAMED
 HUB_NAMES = {
     "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen2_5_vl_72b": "Qwen/Qwen2.5-VL-72B-Instruct",
@@ -42,7 +43,7 @@ def test_recipe(path: Path) -> None:
     recipe.require_training()
     assert recipe.task in TASKS
     if not path.stem.startswith("pretrain") and path.parent.name != "image_then_video":
-        assert path.stem.removesuffix("_nf4") == recipe.task
+        assert path.stem.partition("_")[0] == recipe.task
     assert {source.format for source in (*recipe.data.sources, *recipe.eval.sources)} <= set(FORMATS)
     assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines())
 
@@ -66,7 +67,17 @@ def test_captions(path: Path) -> None:
     assert (train.warmup_steps, train.max_steps, train.epochs) == (50, 500, None)
     assert (recipe.checkpoint.every_steps, recipe.log.every_steps) == (50, 10)
     assert (train.precision, recipe.parallel.activation_checkpointing) == ("bf16", "full")
-    assert (video.frames, video.fps) == (8, None)
+    assert (video.frames, video.fps) == (8, None) and train.schedule == "linear"
+
+
+@pytest.mark.parametrize("path", STREAMED, ids=name)
+def test_streams_are_read_from_the_hub(path: Path) -> None:
+    (source,) = config.load(path).data.sources
+    assert source.stream and source.path.startswith("hf://datasets/")
+
+
+def test_both_sizes_stream_both_sets() -> None:
+    assert len(STREAMED) == 4
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "demo" not in path.parts], ids=name)

@@ -60,6 +60,8 @@ LLAVA_VIDEO_PARTS = (
     "30_60_s_perceptiontest",
     "llava_hound",
 )
+VIDEO_MME = "lmms-eval/Video-MME"
+"""It was lmms-lab/Video-MME; the hub leads from there to here."""
 ACTIVITYNET_VIDEOS = (
     "ask for ActivityNet's videos at http://activity-net.org/download.html; put them in {root}/ActivityNet/videos"
 )
@@ -74,21 +76,21 @@ SETS: dict[str, DataSet] = {
         parts={name: Part((f"{name}/*",), LLAVA_VIDEO) for name in LLAVA_VIDEO_PARTS},
         gb=1500.0,
         steps=(
-            "for part in */*.tar.gz; do tar -xzf $part -C $(dirname $part) && rm $part; done",
+            'for part in */*.tar.gz; do tar -xzf "$part" -C "$(dirname "$part")" && rm "$part"; done',
             "(not for sources with stream = true: these read the archives as they are)",
         ),
     ),
     "video-mme": DataSet(
         title="Video-MME",
-        page="https://huggingface.co/datasets/lmms-lab/Video-MME",
+        page=f"https://huggingface.co/datasets/{VIDEO_MME}",
         licence="academic research only, no commercial use; the videos belong to their owners",
         source='{ format = "video_mme", path = "Video-MME/videomme" }',
         parts={
-            "questions": Part(("videomme/*",), "lmms-lab/Video-MME"),
-            "subtitles": Part(("subtitle.zip",), "lmms-lab/Video-MME"),
-            "videos": Part(("videos_chunked_*.zip",), "lmms-lab/Video-MME", gb=100.0),
+            "questions": Part(("videomme/*",), VIDEO_MME),
+            "subtitles": Part(("subtitle.zip",), VIDEO_MME),
+            "videos": Part(("videos_chunked_*.zip",), VIDEO_MME, gb=101.0),
         },
-        steps=("for part in *.zip; do unzip -n $part && rm $part; done",),
+        steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done',),
     ),
     "pe-video": DataSet(
         title="PE-Video",
@@ -132,7 +134,10 @@ SETS: dict[str, DataSet] = {
         steps=(
             "git clone https://github.com/cvdfoundation/kinetics-dataset",
             "bash kinetics-dataset/k700_2020_downloader.sh        (goes on where it stopped)",
-            "bash kinetics-dataset/k700_2020_extractor.sh && rm -r k700-2020_targz",
+            "for split in train val test; do mkdir -p k700-2020/$split; for part in k700-2020_targz/$split/*.tar.gz; do "
+            'tar -xzf "$part" -C k700-2020/$split && rm "$part"; done; done',
+            "what is left in k700-2020_targz did not unpack: fetch it again. (Their k700_2020_extractor.sh succeeds in any "
+            "case: an `&& rm` behind it loses such archives.)",
         ),
     ),
     "ssv2": DataSet(
@@ -174,14 +179,17 @@ SETS: dict[str, DataSet] = {
     "shot2story": DataSet(
         title="Shot2Story",
         page="https://huggingface.co/datasets/mhan/shot2story",
-        licence="CC BY-NC-SA 4.0 for the texts; the videos: " + SEE_PAGE,
+        licence="CC BY-NC-SA 4.0; the videos: to be accepted on https://huggingface.co/mhan/shot2story-videos first",
         source='{ format = "story", path = "Shot2Story/train.jsonl" }',
         parts={
-            "annotations": Part(("*.json",), "mhan/shot2story"),
-            "videos": Part(("*",), "mhan/shot2story-videos", gb=160.0, kind="model", folder="videos"),
+            "annotations": Part(("43k_human_train.json", "20k_val.json", "20k_test.json"), "mhan/shot2story", gb=0.14),
+            "videos": Part(
+                ("release_134k_videos.tar.gz.*",), "mhan/shot2story-videos", gb=160.0, kind="model", folder="videos"
+            ),
         },
         steps=(
-            "unpack what is in videos/ there",
+            "the videos are gated: accept the conditions on their page, then `hf auth login`",
+            "cat videos/release_134k_videos.tar.gz.* | tar -xz -C videos        (one archive in parts, 160 GB more)",
             "python tools/convert/shot2story.py {root}/Shot2Story/43k_human_train.json --root {root} "
             "--videos Shot2Story/videos --output {root}/Shot2Story/train.jsonl",
         ),
