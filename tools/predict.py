@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Answer a prompt about videos: python tools/predict.py --model MODEL [--adapter DIR] [--prompt TEXT] VIDEO...
 
-VIDEO is a video or picture, a folder of them, or a JSONL of records: those of training data, whose last answers become
-references, or {"video": ..., "question": ...}. Frames and pixels are those that the adapter (or merged model) was
-trained with, unless options say otherwise.
+VIDEO is a video or picture, a folder of them, or a file of records (JSON, JSONL, CSV, TSV, Parquet): those of training
+data, whose last answers become references, or {"video": ..., "question": ...}. Frames and pixels are those that the
+adapter (or merged model) was trained with, unless options say otherwise.
 
 With --output FILE.jsonl each answer is a line of that file as soon as it is known, and the same command again goes on
 where it was. With --segments SECONDS a long video is asked about part by part.
@@ -34,10 +34,11 @@ from vft.data.frame_times import with_frame_times
 from vft.data.index import build
 from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
+from vft.data.sources.rows import SUFFIXES
 from vft.data.video import scan
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of, environment, make_mesh, process_group
-from vft.inputs import RECORD_SUFFIXES, Failure, Item, read_items, split
+from vft.inputs import Failure, Item, read_items, split
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.outputs import AnswersFile, answer_line
@@ -87,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, help=f"processes that decode (default: {WORKERS}; up to {FEW} videos: 0)"
     )
-    what = "videos or pictures, folders of them, or JSONL of records"
+    what = "videos or pictures, folders of them, or files of records (JSON, JSONL, CSV, TSV, Parquet)"
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help=what)
     return parser.parse_intermixed_args()  # options may stand between videos
 
@@ -112,8 +113,8 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.json and arguments.output:
         raise UserError("--json prints, --output writes JSON to a file; leave one out")
-    if arguments.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in arguments.videos):
-        raise UserError("--root is where the media of records lie, but no JSONL is named; leave it out")
+    if arguments.root and not any(path.suffix.lower() in SUFFIXES for path in arguments.videos):
+        raise UserError("--root is where the media of records lie, but no file of records is named; leave it out")
     require_folder(arguments.adapter, "--adapter")
     require_folder(arguments.root, "--root")
     if not any(path.exists() for path in arguments.videos):  # before a large model is loaded for nothing

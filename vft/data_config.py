@@ -41,6 +41,16 @@ CAN_STREAM = frozenset({"llava_video", "pe_video"})
 """Formats that come as tar archives, which can be read in sequence without unpacking them."""
 
 
+COLUMNS = frozenset(
+    {"messages", "conversations", "video", "videos", "image", "images", "question", "answer", "label", "system", "id"}
+    | {"input", "history", "options", "labels", "start", "end", "video_start", "video_end", "fps", "nframes"}
+    | {"min_frames", "max_frames", "min_pixels", "max_pixels", "sample_fps", "timestamps"}
+)
+"""What `columns` maps in `messages`."""
+STORY_COLUMNS = frozenset({"video", "images", "text", "segments", "speech", "system", "id"})
+"""The same in `story`."""
+
+
 def _check_take(text: str) -> str:
     if not re.fullmatch(r"all|(first|random):[1-9][0-9]*", text):
         raise ValueError('must be "all", "first:N" or "random:N" with N from 1')
@@ -64,6 +74,9 @@ class SourceConfig(Section):
     stream: bool = False
     """Read tar archives in sequence, unpacking nothing: for sets that don't fit the disk. Then no index is made, epochs
     have no length, and each of the `train.packs_per_step` rows of a step has a stream of its own."""
+    columns: dict[str, Name] = Field(default_factory=dict)
+    """What keys are called in these records, by their name here: `{ video = "path", question = "q", answer = "a" }`
+    (`messages`, `story`). Columns of a table in CSV, TSV or Parquet, or keys of JSON. The usual names need none."""
     subtitles: bool = False
     """Put the subtitles that overlap the sampled frames into the prompt (`video_mme`)."""
 
@@ -81,6 +94,16 @@ class SourceConfig(Section):
             raise ValueError(
                 'format = "pe_video" needs stream = true, or take = "first:N" to unpack N clips into the cache'
             )
+        mapped = {"messages": COLUMNS, "story": STORY_COLUMNS}.get(self.format, frozenset())
+        if self.columns and not mapped:
+            raise ValueError(f"columns = {show(self.columns)} goes with messages and story; take it out")
+        for name in self.columns:
+            if name not in mapped:
+                raise ValueError(
+                    f"columns.{name}: is not known to {self.format}; known are {', '.join(sorted(mapped))}"
+                )
+        if {"answer", "label"} <= set(self.columns):
+            raise ValueError("columns: answer and label are both what is learnt; keep one")
         if self.subtitles and self.format != "video_mme":
             raise ValueError("subtitles = true goes with video_mme; take it out")
         return self

@@ -16,18 +16,18 @@ from vft.data.sources.records import (
     PICTURE_SUFFIXES,
     RecordError,
     as_object,
-    read_json,
     resolve_media,
     sample_id_of,
     shown,
     unique,
 )
+from vft.data.sources.rows import SUFFIXES, read_rows
+from vft.data.sources.shapes import ANSWERS, QUESTIONS, TURN_KEYS, Shapes
 from vft.data.sources.unread_keys import tell
 from vft.distributed import environment
 from vft.task import Question, narrate, with_prompt
 from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample, UserError
 
-RECORD_SUFFIXES = frozenset({".jsonl", ".json"})
 LEAST_SEGMENT = 0.1
 """Share of a segment below which the end of a video belongs to the segment before it."""
 BEFORE_S = 1e-4
@@ -57,7 +57,7 @@ class Item:
 
 
 def read_items(paths: Sequence[Path], prompt: str, root: Path | None) -> list[Item]:
-    """The questions of files, of all videos and pictures below folders, and of records (JSON, JSONL), in this order.
+    """The questions of files, of all videos and pictures below folders, and of files of records, in this order.
 
     `prompt` is asked where a record asks nothing itself; `root` is where the media of records lie, by default the
     folder of their file. Ids differ: of what comes twice the second gets a number.
@@ -68,7 +68,7 @@ def read_items(paths: Sequence[Path], prompt: str, root: Path | None) -> list[It
     seen: dict[str, int] = {}
     items: list[Item] = []
     for path in paths:
-        if path.suffix.lower() in RECORD_SUFFIXES and not path.is_dir():
+        if path.suffix.lower() in SUFFIXES and not path.is_dir():
             found = list(_records(path, prompt, root or path.parent, seen))
         elif path.is_dir():
             found = [_clip(file, path, prompt, seen) for file in clips_below(path)]
@@ -97,13 +97,14 @@ def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) ->
 
 def _records(path: Path, prompt: str, root: Path, seen: dict[str, int]) -> Iterator[Item]:
     unread: list[tuple[str, ...]] = []
-    for number, (line, record) in enumerate(read_json(path), 1):
+    shapes = Shapes(root, answered=False)
+    for number, (line, record) in enumerate(read_rows(path), 1):
         name, origin, asks = f"{path.stem}-{number}", f"{path}:{line}", True
         asked: Question | Failure
         try:
             record = as_object(record)
             name = sample_id_of(record, name)
-            asked, passed_over, asks = _question(record, name, origin, prompt, root)
+            asked, passed_over, asks = _question(record, shapes, name, origin, prompt)
             unread.append(passed_over)
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
@@ -114,30 +115,33 @@ def _records(path: Path, prompt: str, root: Path, seen: dict[str, int]) -> Itera
 
 
 def _question(
-    record: Mapping[str, Any], name: str, origin: str, prompt: str, root: Path
+    record: dict[str, Any], shapes: Shapes, name: str, origin: str, prompt: str
 ) -> tuple[Question, tuple[str, ...], bool]:
     """What a record asks, read as in training: all before its last answer, which is the reference; `prompt` where it
     asks nothing. A record with a `text` and nothing asked is a story's or a summary's. Also its keys that are not read,
     and whether it asks something itself."""
     if is_story(record):
-        parsed = story.parse(record, root)
+        record = shapes.as_named(record)[0]
+        parsed = story.parse(record, shapes.root)
         told = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
         asked = replace(told, turns=told.turns[:-1])
         return Question(name, asked, (parsed.turns[-1].text,)), parsed.unread, False
-    parsed = messages.parse(record, root, answered=False)
-    turns = parsed.turns
-    answered = turns[-1].role == "assistant"
-    before = turns[:-1] if answered else turns
-    if not before or before[-1].role != "user":
-        raise RecordError("messages", "the last turn but an answer must be the user's, who asks")
-    reference = (turns[-1].text,) if answered else ()
+    references: list[str] = []
+    for one in shapes(record):  # they differ in their answers alone, each of which is right
+        parsed = messages.parse(one, shapes.root, answered=False)
+        turns = parsed.turns
+        answered = turns[-1].role == "assistant"
+        before = turns[:-1] if answered else turns
+        if not before or before[-1].role != "user":
+            raise RecordError("messages", "the last turn but an answer must be the user's, who asks")
+        references += [turns[-1].text] if answered else []
     asked = Conversation(name, with_prompt(before, prompt), origin)
-    return Question(name, asked, reference), parsed.unread, asked.turns == before
+    return Question(name, asked, tuple(references)), parsed.unread, asked.turns == before
 
 
 def is_story(record: Mapping[str, Any]) -> bool:
     """Whether a record is `vft.data.sources.story`'s."""
-    asks = (*messages.TURN_KEYS, *messages.QUESTIONS, *messages.ANSWERS)
+    asks = (*TURN_KEYS, *QUESTIONS, *ANSWERS[0])
     has_media = record.get("video") is not None or record.get("images") is not None
     return has_media and record.get("text") is not None and all(record.get(key) is None for key in asks)
 

@@ -350,7 +350,7 @@ def test_questions_under_their_own_keys(tmp_path: Path, keys: dict[str, str], qu
         ({"question": "Who?", "query": "What?", "answer": "x"}, "query"),
         ({"question": "Who?", "answer": "x", "output": "y"}, "output"),
         ({"question": 3, "answer": "x"}, "question"),
-        ({"question": "Who?", "answer": ["x"]}, "answer"),
+        ({"question": "Who?", "answer": {"a": "x"}}, "answer"),
     ],
 )
 def test_questions_that_cannot_be_read(tmp_path: Path, keys: dict[str, Any], field: str) -> None:

@@ -221,7 +221,7 @@ PART_0 = "messages[0].content[0]"
     [
         (7, "", "7 is no JSON object"),
         ({"text": "?"}, "messages", "it has 'text'"),
-        ({"prompt": "?"}, "answer", "add the answer to learn"),
+        ({"prompt": "?"}, "answer", "it has 'prompt'"),
         ({"messages": []}, "messages", "at least one"),
         ({"messages": "hi"}, "messages", "must be a list"),
         ({"messages": [user("?")]}, "messages", "no assistant turn"),

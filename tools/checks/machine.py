@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from vft.config import Config
+from vft.data.names import spellings
 from vft.data_config import DataConfig
 
 GIB = 1 << 30
@@ -146,11 +147,17 @@ def data_of(config: Config) -> Iterator[Finding]:
         yield Finding("error", "data", f"data.root = {str(root)!r}: no such folder", mend)
         return
     named = [source.path for source in (*config.data.sources, *config.eval.sources) if not source.stream]
-    missing = [path for path in dict.fromkeys(named) if "://" not in str(path) and not (root / path).exists()]
+    local = [path for path in dict.fromkeys(named) if "://" not in path]
+    missing = [path for path in local if not _is_there(root, path)]
     for path in missing:
         yield Finding("error", "data", f"{root / path}: no such file", "put it there, or mend path in data.sources")
     if not missing:
         yield Finding("ok", "data", f"{root}: {len(named)} source(s) found")
+
+
+def _is_there(root: Path, path: str) -> bool:
+    """Whether a source's path, or for one with `*` some file, is in `root`."""
+    return any((root / form).exists() for form in spellings(path)) or ("*" in path and any(root.glob(path)))
 
 
 def _is_cached(path: str) -> bool:

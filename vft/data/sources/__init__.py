@@ -25,7 +25,7 @@ Records = tuple[list[Sample], list[BadRecord]]
 """The samples of a source, and the records that can't be used."""
 
 FORMATS: dict[str, Callable[[SourceConfig, DataConfig], Records]] = {
-    "messages": lambda source, data: messages.read(spelt(data.root, source.path), data.root),
+    "messages": lambda source, data: messages.read(spelt(data.root, source.path), data.root, source.columns),
     "llava_video": lambda source, data: llava_video.read(spelt(data.root, source.path), data.root),
     "llava_instruct": lambda source, data: llava_instruct.read(spelt(data.root, source.path), data.root, source.media),
     "video_mme": lambda source, data: video_mme.read(
@@ -35,7 +35,7 @@ FORMATS: dict[str, Callable[[SourceConfig, DataConfig], Records]] = {
     "kinetics": lambda source, data: kinetics.read(spelt(data.root, source.path), data.root, source.media),
     "ssv2": lambda source, data: ssv2.read(spelt(data.root, source.path), data.root, source.media),
     "folders": lambda source, data: folders.read(spelt(data.root, source.path), data.root),
-    "story": lambda source, data: story.read(spelt(data.root, source.path), data.root),
+    "story": lambda source, data: story.read(spelt(data.root, source.path), data.root, source.columns),
     "pe_video": lambda source, data: pe_video.unpack(locate(source.path, data.root), source.take, data.cache_path),
 }
 """By name. Archives read as they come, `stream = true`, are the matter of `vft.data.stream`."""

@@ -6,16 +6,14 @@ The columns are `label,youtube_id,time_start,time_end,split` and in some release
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from vft.data.sources import tables
 from vft.data.sources.records import BadRecord, RecordError, shown
+from vft.data.sources.rows import split_rows
 from vft.types import MediaRef, Sample, UserError
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -87,7 +85,8 @@ def _folders_in(folder: str) -> frozenset[str]:
 
 def _read_rows(path: Path) -> list[tuple[str, list[str]]]:
     """The rows, without space around their values, and the origin of each; the first is the header."""
-    rows = list(_split_rows(path))
+    split = split_rows(tables.read_text(path), ",", str(path))
+    rows = [(f"{path.name}:{line}", [value.strip() for value in row]) for line, row in split]
     header = rows[0][1] if rows else []
     missing = [name for name in COLUMNS if name not in header]
     if missing == ["label"]:
@@ -95,15 +94,3 @@ def _read_rows(path: Path) -> list[tuple[str, list[str]]]:
     if missing:
         raise UserError(f"{path}:1: columns {shown(header)}; expected {','.join(COLUMNS)},split in the first line")
     return rows
-
-
-def _split_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader(io.StringIO(tables.read_text(path), newline=""), strict=True)
-    line = 1
-    try:
-        for row in reader:
-            if row:
-                yield f"{path.name}:{line}", [value.strip() for value in row]
-            line = reader.line_num + 1  # a quoted value may take several lines
-    except csv.Error as error:
-        raise UserError(f"{path}:{line}: {error}; mend the quotes of this row") from None

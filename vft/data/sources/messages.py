@@ -4,8 +4,8 @@
 stand in typed parts, or in lists (`videos`, `images`, or `video`, `image`) with a `<video>` or `<image>` in the text
 for each, in order. In LLaVA's layout, `<image>` stands for the video too, and is on a line of its own.
 
-A record without turns has a question (`question`, `query`, `prompt`, or `instruction` with `input`) and an answer
-(`answer`, `response`, `output`); a question may be missing, the task asks then.
+A record without turns has a medium, an answer and mostly a question under keys of its own (see `shapes`); a question
+may be missing, the task asks then. Files are JSON, JSONL, CSV, TSV, Parquet or Arrow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from vft.data.sources.records import (
     resolve_media,
     shown,
 )
+from vft.data.sources.rows import files_of, read_rows
+from vft.data.sources.shapes import TURN_KEYS, Shapes
+from vft.data.sources.tables import read_classes
 from vft.data.sources.unread_keys import MEDIA_KEYS, unread
 from vft.types import MediaKind, MediaOptions, MediaRef, Role, Sample, Turn
 
@@ -44,9 +47,6 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 LINE_PLACEHOLDER = re.compile(r"<(video|image)>\n|\n<(video|image)>\Z|<(video|image)>")
 """LLaVA's placeholder goes with the line break that sets it off from the question."""
 
-TURN_KEYS = ("messages", "conversations")
-QUESTIONS = ("question", "query", "prompt", "instruction")
-ANSWERS = ("answer", "response", "output")
 FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", *MEDIA_KEYS})
 """Keys beside the turns; the last of them are tasks'."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
@@ -70,13 +70,26 @@ class _Listed:
     refs: list[MediaRef] = field(default_factory=list)
 
 
-def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
-    """The samples of one JSON or JSONL file and the records that can't be used; media are relative to `root`.
+def read(path: Path, root: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Sample], list[BadRecord]]:
+    """The samples of a file (or of a folder, see `files_of`) and the records that can't be used.
+
+    Media are relative to `root`; `columns` says how keys are called, by their name here. Of records that are a clip and
+    its label, all labels are those of `classes.txt` (a name a line) beside the file, else those that occur.
 
     Raises:
-        UserError: the file as a whole can't be read.
+        UserError: the file as a whole can't be read, or no record has a mapped column.
     """
-    return collect([(path, path.name)], lambda record, _: parse(record, root))
+    listed = read_classes(path if path.is_dir() else path.parent)
+    shapes = Shapes(root, columns or {}, listed=listed[1] if listed else ())
+    samples, bad = collect(files_of(path), lambda record, _: parse(record, root), read_rows, shapes)
+    shapes.check_columns(path)
+    labels = tuple(shapes.listed or sorted(set(shapes.labels)))
+    return [
+        replace(sample, fields={**sample.fields, "labels": labels})
+        if sample.fields.get("labels") is shapes.labels
+        else sample
+        for sample in samples
+    ], bad
 
 
 def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parsed:
@@ -86,11 +99,11 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
         RecordError: names the field.
     """
     present = [key for key in TURN_KEYS if record.get(key) is not None]
-    if len(present) > 1:
-        raise RecordError("messages", "the record has 'messages' and 'conversations'; keep one of the two")
-    key, entries, known = (
-        (present[0], record[present[0]], {present[0]}) if present else _from_question(record, answered)
-    )
+    if len(present) != 1:
+        found = ", ".join(map(shown, record)) or "no fields"
+        raise RecordError("messages", f"the record needs either 'messages' or 'conversations'; it has {found}")
+    key = present[0]
+    entries = record[key]
     if not isinstance(entries, list) or not entries:
         raise RecordError(key, f"{shown(entries)} must be a list with at least one message")
     listed = {kind: _list_media(record, kind, root) for kind in KINDS}
@@ -105,36 +118,8 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
         rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
     filled, used = lay_under(filled, record, "")
     refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
-    rest += [*reader.unread, *unread(record, FIELDS | known | used, refs)]
+    rest += [*reader.unread, *unread(record, FIELDS | {key} | used, refs)]
     return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
-
-
-def _from_question(record: Mapping[str, Any], answered: bool) -> tuple[str, list[dict[str, Any]], set[str]]:
-    """The turns of a record that has a question and an answer under keys of their own; and these keys."""
-    asks = [key for key in QUESTIONS if record.get(key) not in (None, "")]
-    answers = [key for key in ANSWERS if record.get(key) is not None]
-    has_media = any(record.get(key) is not None for key in MEDIA_KEYS)
-    if not asks and not (has_media and (answers or not answered)):
-        found = ", ".join(map(shown, record)) or "no fields"
-        raise RecordError(
-            "messages",
-            f"is missing; a record has 'messages', 'conversations', or 'question' and 'answer'; it has {found}",
-        )
-    for keys in (asks, answers):
-        if len({str(record[key]) for key in keys}) > 1:
-            raise RecordError(keys[1], f"stands beside {keys[0]!r}; keep one of the two")
-    known = {*asks, *answers}
-    asked = check_text(record[asks[0]], asks[0]) if asks else ""
-    if "instruction" in asks and record.get("input") is not None:
-        known.add("input")
-        asked = "\n".join(filter(None, (asked, check_text(record["input"], "input"))))
-    turns: list[dict[str, Any]] = [{"role": "user", "content": asked}]
-    answer = check_text(record[answers[0]], answers[0]) if answers else ""
-    if answer.strip():
-        turns.append({"role": "assistant", "content": answer})
-    elif answered:
-        raise RecordError((answers or ["answer"])[0], "is missing or empty; add the answer to learn")
-    return "messages", turns, known
 
 
 def with_system(

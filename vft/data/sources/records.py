@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -74,6 +75,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+CHECKED = 4096
+"""Characters in which text of another encoding shows."""
 TOO_DEEP = "is nested too deeply; each record must be a JSON object of a few levels"
 
 
@@ -104,12 +107,25 @@ def read_file(path: Path, what: str) -> bytes:
 
 def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
     """As `read_json`, of a file called `name` with this content."""
+    yield from _records(name, decode_text(content, name))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """The text of a file, without a byte-order mark: UTF-8, or UTF-16 that begins with its mark, as Excel writes it.
+
+    Raises:
+        UserError: another encoding; names file and line.
+    """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(encoding)
+        if text[:CHECKED].count("\0") > len(text[:CHECKED]) / 4:
+            raise UserError(f"{name}:1: holds zero bytes, as UTF-16 without its mark does; save the file as UTF-8")
+        return text
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    yield from _records(name, text)
+        mend = "save the file as UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8"
+        raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; {mend}") from None
 
 
 def _records(path: str, text: str) -> Iterator[tuple[int, Any]]:
@@ -166,24 +182,31 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def collect(
-    files: Iterable[tuple[Path, str]], parse: Callable[[Mapping[str, Any], Path], Parsed]
+    files: Iterable[tuple[Path, str]],
+    parse: Callable[[Mapping[str, Any], Path], Parsed],
+    read: Callable[[Path], Iterable[tuple[int, Any]]] = read_json,
+    expand: Callable[[dict[str, Any]], list[dict[str, Any]]] = lambda record: [record],
 ) -> tuple[list[Sample], list[BadRecord]]:
     """Read files, given with their name for messages, and turn each record into a sample or a BadRecord.
 
-    `parse` gets a record and its file, and raises RecordError. An id that came before gets a number: `x`, `x#2`, ...
+    `parse` gets a record and its file, and raises RecordError. `expand` makes of a record those that it stands for. An
+    id that came before gets a number: `x`, `x#2`, ...
     """
     samples: list[Sample] = []
     bad: list[BadRecord] = []
     seen: dict[str, int] = {}
     for path, name in files:
-        for number, (line, record) in enumerate(read_json(path), 1):
+        for number, (line, record) in enumerate(read(path), 1):
             origin = f"{name}:{line}"
             try:
-                record = as_object(record)
-                sample_id = unique(sample_id_of(record, f"{path.stem}-{number}"), seen)
-                fields = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
-                parsed = parse(record, path)
-                samples.append(Sample(sample_id, parsed.turns, origin, fields, parsed.unread))
+                made = []
+                for one in expand(as_object(record)):
+                    fields = {key: value for key, value in one.items() if key not in ("messages", "conversations")}
+                    made.append((sample_id_of(one, f"{path.stem}-{number}"), parse(one, path), fields))
+                samples += [
+                    Sample(unique(name, seen), parsed.turns, origin, fields, parsed.unread)
+                    for name, parsed, fields in made
+                ]
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
             except RecursionError:

@@ -17,6 +17,8 @@ from typing import Any
 from vft.data.sources.media_options import lay_under
 from vft.data.sources.messages import with_system
 from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, resolve_media, shown
+from vft.data.sources.rows import files_of, read_rows
+from vft.data.sources.shapes import Shapes
 from vft.data.sources.unread_keys import unread
 from vft.types import MediaRef, Sample, Turn
 
@@ -26,8 +28,10 @@ MAX_S = 1e9
 """Times from here on are no seconds."""
 
 
-def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
-    """The samples of one JSON or JSONL file and the records that can't be used; media are relative to `root`.
+def read(path: Path, root: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Sample], list[BadRecord]]:
+    """The samples of a file (or of a folder, see `files_of`) and the records that can't be used.
+
+    Media are relative to `root`; `columns` says how keys are called, by their name here.
 
     The user's turn holds the media alone; the task asks. Fields: `segments` is a tuple of (start_s, end_s, text) by
     start, empty where there are none; `speech` a text, empty where there is none.
@@ -35,7 +39,9 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     Raises:
         UserError: the file as a whole can't be read.
     """
-    samples, bad = collect([(path, path.name)], lambda record, _: parse(record, root))
+    shapes = Shapes(root, columns or {})
+    samples, bad = collect(files_of(path), lambda record, _: parse(record, root), read_rows, shapes.as_named)
+    shapes.check_columns(path)
     return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from vft.data.names import spellings
-from vft.data.sources.records import TOO_DEEP, BadRecord, RecordError, read_file, resolve_media, shown, unique
+from vft.data.sources.records import (
+    TOO_DEEP,
+    BadRecord,
+    RecordError,
+    decode_text,
+    read_file,
+    resolve_media,
+    shown,
+    unique,
+)
 from vft.types import MediaRef, Sample, Turn, UserError
 
 Row = TypeVar("Row")
@@ -45,11 +54,7 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it can't be read, or isn't UTF-8; names file and line.
     """
-    try:
-        return read_file(path, "a text file").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    return decode_text(read_file(path, "a text file"), str(path))
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

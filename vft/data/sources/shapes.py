@@ -1,0 +1,266 @@
+"""Records as people have them, made to what `messages` reads: by a mapping of columns, or by the names that others use.
+
+A record with turns (`messages`, `conversations`) stays as it is. Another has a medium, an answer and mostly a question
+under keys of its own: tables, alpaca (`instruction`, `input`, `output`), ms-swift (`query`, `response`, `history`), TRL
+(`prompt`, `completion`), exports of Label Studio. The names follow LLaMA-Factory's alpaca converter and ms-swift's
+ResponsePreprocessor.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vft.data.sources import label_studio
+from vft.data.sources.records import PICTURE_SUFFIXES, RecordError, check_text, shown
+from vft.data.sources.unread_keys import MEDIA_KEYS
+from vft.types import UserError
+
+Record = dict[str, Any]
+
+TURN_KEYS = ("messages", "conversations")
+QUESTIONS = ("question", "query", "prompt", "instruction", "problem")
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = (
+    ("answer", "answers", "response", "output", "completion", "target", "solution"),
+    ("caption", "captions", "description", "summary", "text"),
+    ("label", "class", "category", "action", "choice"),
+)
+"""Names of the answer. Those of a later row count where a record has none of the rows before; the last are labels."""
+LABELS = ANSWERS[-1]
+VIDEOS = ("video_path", "video_file", "video_name", "video_url", "videopath", "clip", "clip_path")
+IMAGES = ("image_path", "image_file", "image_name", "image_url", "img", "img_path", "picture", "photo")
+FILES = ("path", "file", "file_name", "filename", "file_path", "filepath", "media", "media_path")
+"""A picture where the suffix is one's, else a video."""
+LISTS = frozenset({*TURN_KEYS, *MEDIA_KEYS, "answers", "captions", "options", "history", "segments"})
+"""Keys whose text in a cell of a table may be a list, in JSON or as Python writes it."""
+READ = "a record has 'messages' or 'conversations', or an answer, and a medium or a question"
+SECONDS = frozenset({"start", "end", "video_start", "video_end", "fps", "sample_fps"})
+COUNTS = frozenset({"nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels"})
+
+
+@dataclass
+class Shapes:
+    """Makes the records of one source into those that `messages` reads."""
+
+    root: Path
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What a key is called in these records, by its name here."""
+    answered: bool = True
+    """Whether a record needs an answer."""
+    listed: Sequence[str] = ()
+    """All labels, where a file says them."""
+    labels: list[str] = field(default_factory=list)
+    """Labels of the records read so far; records without a question hold this list itself as their `labels`."""
+    keys: dict[str, None] = field(default_factory=dict)
+    """All keys that records had."""
+    addresses: dict[str, str] = field(default_factory=dict)
+    """Of files whose address is not their path: the address, by the path."""
+
+    def __call__(self, record: Record) -> list[Record]:
+        """One record, or several where it holds several answers or parts. RecordError names the field at fault."""
+        rows = label_studio.rows(record, self.root)
+        found: list[Record] = []
+        for said in [label_studio.Said(record)] if rows is None else rows:
+            self.keys.update(dict.fromkeys(said.row))
+            row = {key: _cell(key, value) for key, value in self.renamed(said.row).items()}
+            found += self._turned(row, said.controls, said.is_label)
+        return found
+
+    def as_named(self, record: Record) -> list[Record]:
+        """The record with mapped columns and the values of cells alone."""
+        self.keys.update(dict.fromkeys(record))
+        return [{key: _cell(key, value) for key, value in self.renamed(record).items()}]
+
+    def check_columns(self, path: Path) -> None:
+        """UserError where a mapped column is in no record."""
+        for role, column in self.columns.items():
+            if self.keys and column not in self.keys:
+                near = difflib.get_close_matches(column, self.keys, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                has = ", ".join(map(shown, self.keys))
+                raise UserError(f"{path}: columns.{role} = {column!r}: no record has it; they have {has:.300}{meant}")
+
+    def renamed(self, row: Record) -> Record:
+        """The row with mapped columns under their names here; what else had such a name is not meant."""
+        rest = {key: value for key, value in row.items() if key not in (*self.columns, *self.columns.values())}
+        return rest | {name: row[column] for name, column in self.columns.items() if column in row}
+
+    def _turned(self, row: Record, controls: Sequence[str], is_label: bool) -> list[Record]:
+        has_turns = any(row.get(key) is not None for key in TURN_KEYS)
+        row = row if has_turns else self._with_media(row)
+        row = {key: self._file(value, key) if key in MEDIA_KEYS else value for key, value in row.items()}
+        if has_turns:
+            return [row]
+        names = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
+        asks = self._one(row, [key for name in QUESTIONS if (key := names.get(name))], "question")
+        extra = names.get("input")
+        answer = self._answer(row, names, controls)
+        is_input = "input" in self.columns or asks in (None, names.get("instruction"))
+        used = {asks, answer, names.get("history"), extra if is_input else None}
+        rest = {key: value for key, value in row.items() if key not in used}
+        if (system := self._one(row, [key for name in SYSTEMS if (key := names.get(name))], "system")) is not None:
+            rest["system"] = rest.pop(system)
+        if not any(rest.get(key) is not None for key in MEDIA_KEYS) and asks is None and used & set(row) <= {answer}:
+            raise RecordError("messages", f"is missing; {READ}; it has {_names(row)}")
+        before = [*_history(row.get(names.get("history", ""))), *_asked(row, asks, extra if extra in used else None)]
+        if answer is None:
+            return [{**rest, "messages": before}]
+        is_label = is_label or answer in (names.get(name) for name in LABELS) or "label" in self.columns
+        answers = _answers(row[answer], answer)
+        if is_label and not any(_text_of(turn) for turn in before):
+            rest["labels"] = self._known(answers, answer)
+        return [{**rest, "messages": [*before, *one]} for one in answers]
+
+    def _one(self, row: Record, keys: Sequence[str], role: str) -> str | None:
+        """The one key of these that says something; the first where none does. RecordError where several differ."""
+        if role in self.columns:
+            return role if role in row else None
+        said = [key for key in keys if row[key] not in (None, "", [])]
+        for key in said[1:]:
+            if row[key] != row[said[0]]:
+                what = f"may be the {role} as well as {said[0]!r}"
+                raise RecordError(key, f'{what}; say which on the source: columns = {{ {role} = "{said[0]}" }}')
+        return next(iter((*said, *keys)), None)
+
+    def _answer(self, row: Record, names: Mapping[str, str], controls: Sequence[str]) -> str | None:
+        """The key of the answer."""
+        for role in ("answer", "answers", "label"):
+            if role in self.columns:
+                tiers: Iterable[Sequence[str]] = [[role] if role in row else []]
+                break
+        else:
+            own = [key for key in controls if key in row and key not in (names.get(n) for n in (*QUESTIONS, *SYSTEMS))]
+            tiers = [own if len(own) == 1 else [], *([k for n in tier if (k := names.get(n))] for tier in ANSWERS)]
+        for keys in tiers:
+            if keys:
+                key = self._one(row, keys, "answer")
+                assert key is not None
+                if not self.answered and row[key] in (None, "", []):
+                    return None
+                return key
+        if not self.answered:
+            return None
+        mend = f'{READ}; it has {_names(row)}: say which it is on the source, columns = {{ answer = "..." }}'
+        raise RecordError("answer", f"is missing; {mend}")
+
+    def _with_media(self, row: Record) -> Record:
+        """The row with its medium under `video` or `image`, found under other names too."""
+        given = [key for key in MEDIA_KEYS if row.get(key) is not None]
+        names = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
+        if not given:
+            for kind, known in (("video", ("video", "videos", *VIDEOS)), ("image", ("image", "images", *IMAGES))):
+                found = [key for name in known if (key := names.get(name)) and isinstance(row[key], str | dict)]
+                if key := self._one(row, found, kind):
+                    row = {k: value for k, value in row.items() if k != key} | {kind: row[key]}
+            files = [key for name in FILES if (key := names.get(name)) and isinstance(row[key], str | dict)]
+            if all(row.get(kind) is None for kind in ("video", "image")) and (key := self._one(row, files, "video")):
+                is_picture = isinstance(row[key], str) and Path(row[key]).suffix.lower() in PICTURE_SUFFIXES
+                kind = "image" if is_picture else "video"
+                row = {k: value for k, value in row.items() if k != key} | {kind: row[key]}
+        return row
+
+    def _file(self, value: Any, key: str) -> Any:
+        """A medium's path: the hub's tables have it beside the file's content, Label Studio has addresses instead."""
+        if isinstance(value, list):
+            return [self._file(one, key) for one in value]
+        if isinstance(value, dict) and "bytes" in value:
+            if value["bytes"] is not None:
+                raise RecordError(key, "holds the file itself rather than its path; write it to a file and name that")
+            return value.get("path")
+        if not isinstance(value, str):
+            return value
+        path = label_studio.local_path(self.root, value)
+        if path != value and self.addresses.setdefault(path, value) != value:
+            both = f"{shown(self.addresses[path])} and {shown(value)}"
+            raise RecordError(key, f"{both} would both be {shown(path)}; keep the names that Label Studio gave them")
+        return path
+
+    def _known(self, answers: Iterable[Sequence[Record]], key: str) -> list[str]:
+        """`labels`, with these among them. RecordError where one is not in the file that lists them."""
+        for turns in answers:
+            label = turns[-1]["content"]
+            if self.listed and label not in self.listed:
+                raise RecordError(key, f"{shown(label)} is no label of classes.txt; mend either")
+            self.labels.append(label)
+        return self.labels
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+def _cell(key: str, value: Any) -> Any:
+    """A text of a table as what the key holds: a list, a number."""
+    if not isinstance(value, str):
+        return value
+    if key in LISTS and value.lstrip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if key in SECONDS | COUNTS:
+        try:
+            return int(value) if key in COUNTS else float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _names(row: Record) -> str:
+    return f"{', '.join(map(shown, row)):.300}" or "no fields"
+
+
+def _text_of(turn: Record) -> bool:
+    return turn["role"] != "system" and bool(turn["content"])
+
+
+def _asked(row: Record, asks: str | None, extra: str | None) -> list[Record]:
+    """The user's turn: the question, alpaca's `input` on a line after its `instruction`."""
+    if asks is not None and isinstance(row[asks], list):
+        return _turns(row[asks], asks)
+    texts = [check_text(row[key], key) for key in (asks, extra) if key is not None and row[key] is not None]
+    return [{"role": "user", "content": "\n".join(filter(None, texts))}]
+
+
+def _history(value: Any) -> Iterator[Record]:
+    """Earlier turns, pairs of a question and an answer."""
+    for i, pair in enumerate(value if value is not None else ()):
+        if not isinstance(value, list) or not isinstance(pair, list) or len(pair) != 2:
+            raise RecordError("history", f"{shown(value)} must be a list of pairs, a question and its answer")
+        yield {"role": "user", "content": check_text(pair[0], f"history[{i}][0]")}
+        yield {"role": "assistant", "content": check_text(pair[1], f"history[{i}][1]")}
+
+
+def _turns(value: list[Any], key: str) -> list[Record]:
+    if not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value):
+        raise RecordError(key, f"{shown(value)} must be a text, or a list of messages with 'role' and 'content'")
+    return value
+
+
+def _answers(value: Any, key: str) -> list[list[Record]]:
+    """The turns of each different answer: a list of texts holds several right ones."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # as SQuAD has it
+        value = value["text"]
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value):
+        return [_turns(value, key)]
+    many = value if isinstance(value, list) else [value]
+    texts = []
+    for i, one in enumerate(many):
+        name = f"{key}[{i}]" if isinstance(value, list) else key
+        if isinstance(one, dict) and "answer" in one:  # as VQA has it
+            one = one["answer"]
+        if isinstance(one, int) and not isinstance(one, bool):
+            one = str(one)
+        text = "" if one is None else check_text(one, name)
+        if not text.strip():
+            raise RecordError(name, "is empty; give the answer to learn")
+        texts.append(text)
+    if not texts:
+        raise RecordError(key, "is empty; give the answer to learn")
+    return [[{"role": "assistant", "content": text}] for text in dict.fromkeys(texts)]
