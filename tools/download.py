@@ -134,10 +134,11 @@ SETS: dict[str, DataSet] = {
         steps=(
             "git clone https://github.com/cvdfoundation/kinetics-dataset",
             "bash kinetics-dataset/k700_2020_downloader.sh        (goes on where it stopped)",
-            "for split in train val test; do mkdir -p k700-2020/$split; for part in k700-2020_targz/$split/*.tar.gz; do "
+            "for split in train val test; do mkdir -p k700-2020/$split; "
+            "for part in k700-2020_targz/$split/*.tar.gz; do "
             'tar -xzf "$part" -C k700-2020/$split && rm "$part"; done; done',
-            "what is left in k700-2020_targz did not unpack: fetch it again. (Their k700_2020_extractor.sh succeeds in any "
-            "case: an `&& rm` behind it loses such archives.)",
+            "what is left in k700-2020_targz did not unpack: fetch it again. (Their k700_2020_extractor.sh succeeds "
+            "in any case: an `&& rm` behind it loses such archives.)",
         ),
     ),
     "ssv2": DataSet(
