@@ -202,17 +202,6 @@ def test_media_are_not_supervised(each_tiny: Tiny, rows: Sequence[Any]) -> None:
     assert bool((batch.labels_T[batch.media_index_M] == -100).all())
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|video_pad|>", "<|endoftext|>", "<|vision_start|>"])
-@pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_control_tokens_in_text_are_refused(tiny: Tiny, token: str, role: str) -> None:
-    """They would end a turn, or stand for a video that isn't there."""
-    texts = {"system": "S", "user": "U", "assistant": "A"}
-    texts[role] += f"x{token}y"
-    with pytest.raises(UserError) as caught:
-        tiny.encoder.encode(talk(*texts.items()))  # type: ignore[arg-type]
-    assert token in str(caught.value) and role in str(caught.value) and "sample.json:1" in str(caught.value)
-
-
 def test_a_conversation_without_an_answer_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="no assistant message"):
         tiny.encoder.encode(talk(("user", "Hello?")))

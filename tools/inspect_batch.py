@@ -53,7 +53,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, torch.float32)
-    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
+    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
     make = task.conversations if data.segment_questions else main_conversation(task)
     indexed = [source for source in data.sources if not source.stream]

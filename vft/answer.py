@@ -139,9 +139,8 @@ class Answerer:
         """
         batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.spec)
         stream = None if show is None or not prompts else TextStream(self.decode, show)
-        answers = generate(
-            self.model, batch.to(self.world.device), self.stop_ids, sampling, None if stream is None else stream.add
-        )
+        on_tokens = None if stream is None else stream.add
+        answers = generate(self.model, batch.to(self.world.device), self.encoder.end_ids, sampling, on_tokens)
         texts = [self.decode(ids) for ids in answers]
         if stream is not None:
             stream.finish(texts[0])
@@ -192,13 +191,6 @@ class Answerer:
         told = [(i, (a.text, a.option_scores, a.option_scores_norm)) for i, a in answers.items()]
         return {i: Answer(asked[i], *said) for i, said in sorted(one for part in all_of(told) for one in part)}
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """The token that closes a message, and the tokenizer's own end."""
-        tokenizer = self.encoder.tokenizer
-        closing = tokenizer(self.encoder.turn_end, add_special_tokens=False)["input_ids"]
-        return frozenset([*closing, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -243,7 +235,7 @@ def load_model(
     if files is not None:
         files.load_into(skeleton.model)
     skeleton.model.eval()
-    return LoadedModel(skeleton, checkpoint, ChatEncoder(checkpoint.tokenizer, skeleton.spec))
+    return LoadedModel(skeleton, checkpoint, ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids))
 
 
 def require_folder(path: Path | None, what: str) -> None:

@@ -176,6 +176,8 @@ class DataConfig(Section):
     """Samples in a row, at most; 0: as many as fit."""
     prompt: str = ""
     """What is asked where records hold no question (labels, captions, stories); empty: the task's own words."""
+    learn_reasoning: bool = True
+    """Also learn what stands between `<think>` and `</think>` before an answer; false: only the answer behind it."""
     segment_questions: bool = True
     """Where records describe segments of their video, also train on a question about each (`summarize`, `story`)."""
     index: Literal["scan", "header"] = "scan"

@@ -26,6 +26,7 @@ from vft.distributed import World, all_of, sum_over_ranks
 from vft.files import replace_text
 from vft.metrics import Interval, Samples, clusters_of, ratio_interval
 from vft.models.generate import Sampling
+from vft.reasoning import split_reasoning
 from vft.task import Answer, Question, Task, distinct, files_of, likeliest, main_conversation
 from vft.types import IGNORE_INDEX, Conversation, Document, Sample, UserError
 
@@ -37,16 +38,19 @@ MOST_OPTIONS = 5
 
 
 def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
-    """The last answer of each conversation as the reference, with what its record lists beside it as right; equal
-    prompts, media and options (in any order) are one question."""
+    """The last answer of each conversation, without its reasoning, as the reference, with what its record lists beside
+    it as right; equal prompts, media and options (in any order) are one question."""
     found: dict[object, Question] = {}
     for one in conversations:
+        if one.is_part:
+            continue
         last = max(i for i, turn in enumerate(one.turns) if turn.role == "assistant")
         prompt = Conversation(one.id, one.turns[:last], one.origin, one.options, one.facts)
         key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), frozenset(one.options))
         before = found.get(key)
         listed = one.facts.get("answers", ())[1:]
-        references = (*(before.references if before else ()), one.turns[last].text, *listed)
+        answer = split_reasoning(one.turns[last].text)[1]
+        references = (*(before.references if before else ()), answer, *listed)
         found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
     everything = list(found.values())
     return [everything[i] for i in some(len(everything), limit)]

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from vft.config import Config
 from vft.metrics import Interval, Samples, clusters_of
+from vft.reasoning import split_reasoning
 from vft.types import Conversation, MediaRef, Sample, Turn, UserError
 
 
@@ -172,7 +173,7 @@ def answer_facts(sample: Sample) -> dict[str, tuple[str, ...]]:
 def right_answers(sample: Sample) -> tuple[str, ...]:
     """Every right answer that a record gives for its last question: what is said there, then those that it lists
     (`answers`, `references`, or several under `answer` or `label`; `labels` beside `options`), each once."""
-    said = [turn.text for turn in sample.turns if turn.role == "assistant"][-1:]
+    said = [split_reasoning(turn.text)[1] for turn in sample.turns if turn.role == "assistant"][-1:]
     if not said:
         return ()
     lists = {key: sample.fields.get(key) for key in ANSWER_KEYS}

@@ -91,7 +91,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     require_boards(config)
     checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
-    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec)
+    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     indexed = [source for source in config.data.sources if not source.stream]
     make = task.conversations if config.data.segment_questions else main_conversation(task)

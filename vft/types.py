@@ -131,6 +131,8 @@ class Conversation:
     """What scoring needs beside the answer: `groups` (name to value), `segments` (texts), as the task has them."""
     spans_s: tuple[tuple[float, float], ...] = ()
     """Start and end, in seconds of the file, of what the record tells of parts of its video: all must lie in it."""
+    is_part: bool = False
+    """The beginning of another conversation, whose last answer is learnt here: it is no question of its own."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:

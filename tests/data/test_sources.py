@@ -177,6 +177,40 @@ def test_placeholders_and_typed_slots(tmp_path: Path) -> None:
     assert parts[2] == [("image", "q.png"), "?"]
 
 
+def test_placeholders_meant_as_text(tmp_path: Path) -> None:
+    """Those of an answer are text, and so are those beside a typed part; what is refused names typed parts."""
+    said = {"role": "assistant", "content": "A <video> in an <image>."}
+    record = {"messages": [user("<video>What?"), said], "videos": ["a.mp4"]}
+    assert parts_of(read_one(tmp_path, record), tmp_path) == [
+        [("video", "a.mp4"), "What?"],
+        ["A <video> in an <image>."],
+    ]
+    for typed, lists in (({"type": "video", "video": "a.mp4"}, {}), ({"type": "video"}, {"videos": ["a.mp4"]})):
+        for text in ("Is it a <video>?", "An <image>?"):
+            question = user([typed, {"type": "text", "text": text}])
+            parts = parts_of(read_one(tmp_path, {"messages": [question, said], **lists}), tmp_path)
+            assert parts == [[("video", "a.mp4"), text], ["A <video> in an <image>."]]
+    alone = {"messages": [user([{"type": "text", "text": "A <video>?"}]), said]}
+    assert parts_of(read_one(tmp_path, alone), tmp_path)[0] == ["A <video>?"]
+    llava = {"from": "human", "value": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "<image>?"}]}
+    sample = read_one(tmp_path, {"conversations": [llava, {"from": "gpt", "value": "<image>"}]})
+    assert parts_of(sample, tmp_path) == [[("video", "a.mp4"), "<image>?"], ["<image>"]]
+    for bad in (listing("<video>Is it a <video>?", "a.mp4"), {"messages": [user("A <video>?"), ANSWER]}):
+        assert "typed parts" in fail_one(tmp_path, bad).message
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_under_a_key_of_its_own(tmp_path: Path, key: str) -> None:
+    said = {"role": "assistant", "content": "One.", key: "I look.\n"}
+    sample = read_one(tmp_path, {"messages": [user("?"), said]})
+    assert sample.turns[1].text == "<think>\nI look.\n</think>\n\nOne."
+    twice = fail_one(tmp_path, {"messages": [user("?"), {**said, "content": "<think>a</think>b"}]})
+    assert twice.field == f"messages[1].{key}" and "keep one" in twice.message
+    asked = fail_one(tmp_path, {"messages": [{**user("?"), key: "I ask."}, ANSWER]})
+    assert asked.field == f"messages[0].{key}" and "only an answer" in asked.message
+    assert read_one(tmp_path, {"messages": [user("?"), {**said, key: None}]}).turns[1].text == "One."
+
+
 def test_no_placeholder_at_all(tmp_path: Path) -> None:
     record = {"messages": [{"role": "system", "content": "Be brief."}, user("What?"), ANSWER], "videos": ["a.mp4"]}
     assert parts_of(read_one(tmp_path, record), tmp_path)[:2] == [["Be brief."], [("video", "a.mp4"), "What?"]]
@@ -236,7 +270,7 @@ PART_0 = "messages[0].content[0]"
         (listing("<image>", "a") | {"images": ["b"]}, "videos", "0 <video> placeholder(s)"),
         (
             listing("?", "a") | {"messages": [{"role": "assistant", "content": "<video>"}]},
-            "messages[0].content",
+            "messages",
             "in an",
         ),
         (listing("<video>", 5), "videos[0]", "5 is of type int"),

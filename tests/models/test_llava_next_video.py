@@ -248,12 +248,6 @@ def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     assert marks == [spec.image_token] * media.plans[1].num_tokens + [spec.video_token] * media.plans[0].num_tokens
 
 
-@pytest.mark.parametrize("token", ["<video>", "<image>", "</s>", "<s>"])
-def test_control_tokens_in_text_are_refused(tiny: Tiny, token: str) -> None:
-    with pytest.raises(UserError, match="control token"):
-        tiny.encoder.encode(talk(("user", f"x{token}y"), ("assistant", "A")))
-
-
 def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     """With both numbers; a question beside it that fits stays, and together they may be longer than the context."""
     ref, info = medium("video", 4, 56, 56)

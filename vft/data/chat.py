@@ -1,38 +1,22 @@
-"""Conversations to documents: template, one tokenizer call, labels by character offsets, trunk and branches."""
+"""Conversations to documents: template, tokenizer, labels, trunk and branches."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import groupby
 from typing import Any
 
 import torch
 
-from vft.data.trial import exceeds
-from vft.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Role, Turn, UserError
+from vft.data.template import LITERAL, ChatTemplate, Kind, Text
+from vft.reasoning import CLOSE, OPEN
+from vft.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn, UserError
 from vft.vision_spec import VisionSpec
-
-Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
-"""What the template sees of a conversation: roles, texts, and which kind of medium stands where."""
 
 MAX_KEPT = 1 << 14
 """Encoded texts that are kept: a question is often asked of many videos, a label offered to all of them."""
-
-TEMPLATE_CPU_S, TEMPLATE_BYTES = 3, 1 << 29
-"""What a chat template may take for TRIAL: released ones take a few milliseconds."""
-TRIAL: Text = (
-    ("system", ("Be brief.",)),
-    ("user", (("video",), ("image",), "What is it?")),
-    ("assistant", ("A dog.",)),
-    ("user", ("Sure?",)),
-    ("assistant", ("Yes.",)),
-)
-
-# Private-use characters stand for an answer while the template's own text around it is looked at.
-_SENTINEL = "\ue000{}\ue001"
 
 Tensors = tuple[torch.Tensor, ...]
 """ids [T], labels [T], media mask [T], positions [3, T] of a stretch of a document."""
@@ -67,19 +51,21 @@ class Encoded:
 class ChatEncoder:
     """The checkpoint's tokenizer and chat template together with the family's rules."""
 
-    def __init__(self, tokenizer: Any, spec: VisionSpec) -> None:
+    def __init__(
+        self, tokenizer: Any, spec: VisionSpec, end_ids: Collection[int] = (), learn_reasoning: bool = True
+    ) -> None:
+        """`end_ids` are the tokens that the checkpoint names as ends of an answer, beside its tokenizer's own."""
         self.tokenizer = tokenizer
         self.spec = spec
-        self.turn_end = spec.turn_end or str(tokenizer.eos_token)
+        self.learn_reasoning = learn_reasoning
         kinds: tuple[MediaKind, ...] = ("video", "image")
         marks = [token for kind in kinds for token in tokenizer.convert_ids_to_tokens(list(spec.placeholder(kind)))]
-        control = dict.fromkeys([*tokenizer.all_special_tokens, *marks])
-        self._control = re.compile("|".join(map(re.escape, control)))
-        if too_much := exceeds(lambda: self._apply(TRIAL, False, False), TEMPLATE_CPU_S, TEMPLATE_BYTES):
-            name = tokenizer.name_or_path
-            raise UserError(f"{name}: the chat template takes {too_much} for five turns; take the released one")
+        self.template = ChatTemplate(tokenizer, spec.turn_end, [*_control_tokens(tokenizer), *marks])
+        self.turn_end = self.template.turn_end
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
-        self._ids_of = lru_cache(MAX_KEPT)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._ids_of = lru_cache(MAX_KEPT)(self._tokenise)
+        own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.end_ids = frozenset([*self._ids_of(self.turn_end), *own_end, *end_ids])
 
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
@@ -87,69 +73,112 @@ class ChatEncoder:
         A span is what the model has to say: an assistant message's content and the token that closes it. With
         `answer_next` the text ends where the model is to answer.
         """
-        return self._render(_text_of(conversation, ()), answer_next)
+        text, spans = "", []
+        for piece in self.template.pieces(_text_of(conversation, ()), answer_next):
+            said = piece.text.replace(LITERAL, "")
+            if self._learns(piece.kind, self.learn_reasoning):
+                spans.append((len(text), len(text) + len(said)))
+            text += said + piece.behind.replace(LITERAL, "")
+        return text, spans
 
     def encode(
-        self, conversation: Conversation, answer_next: bool = False, media: Sequence[MediaPlan] | None = None
+        self,
+        conversation: Conversation,
+        answer_next: bool = False,
+        media: Sequence[MediaPlan] | None = None,
+        reasoning: bool | None = None,
     ) -> Encoded:
-        """Ids and labels from one tokenizer call over the whole text. Text that depends on the plans of the `media`,
-        which are needed to make a document of it, is left out where they are not given.
+        """Ids and labels of the whole text. Text that depends on the plans of the `media`, which are needed to make a
+        document of it, is left out where they are not given. `reasoning`: whether that is labelled too; None: as the
+        configuration has it.
 
-        A token that straddles the start of an answer belongs to the answer.
+        An answer is tokenised by itself, so that what stands before it is what generation starts from.
         """
         leads = tuple(self.spec.lead(plan) for plan in media or ())
         settled = conversation if media is None else conversation.settled(media)
+        learnt = self.learn_reasoning if reasoning is None else reasoning
         try:
-            return replace(self._encode_kept(_text_of(settled, leads), answer_next), leads=leads)
+            return replace(self._encode_kept(_text_of(settled, leads), answer_next, learnt), leads=leads)
         except UserError as error:
             raise UserError(f"{conversation.origin}: {error}") from None
 
-    def _render(self, turns: Text, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
-        true_text = self._apply(turns, answer_next, hide_answers=False)
-        pieces = re.split("\ue000[0-9]+\ue001", self._apply(turns, answer_next, hide_answers=True))
-        answers = [_joined(parts) for role, parts in turns if role == "assistant"]
-        if len(pieces) != len(answers) + 1:
-            raise UserError("the chat template leaves out assistant messages")
-        if pieces[0] + "".join(a + after for a, after in zip(answers, pieces[1:], strict=True)) != true_text:
-            raise UserError("the chat template changes the text of an answer")
-        text, spans = pieces[0], []
-        for answer, after in zip(answers, pieces[1:], strict=True):
-            start = len(text) - (len(self._gap) if text.endswith(self._gap) else 0)
-            spans.append((start, len(text) + len(answer) + len(self.turn_end)))
-            text += answer + self._closed(after)
-        return text, spans
+    def learnt_apart(self, conversation: Conversation) -> list[Conversation]:
+        """The conversation, behind one for each earlier answer that can't be learnt in it: the template would show
+        that answer, or what stands before it, otherwise than when it is asked for."""
+        answers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        try:
+            if len(answers) < 2 or self.template.in_place(_text_of(conversation, ())):
+                return [conversation]
+        except UserError:  # told when the conversation itself is encoded
+            return [conversation]
+        parts = [replace(conversation, turns=conversation.turns[: number + 1]) for number in answers[:-1]]
+        return [*(replace(part, options=(), facts={}, is_part=True) for part in parts), conversation]
 
-    @cached_property
-    def _gap(self) -> str:
-        """What the template writes before an answer but not where the model is to answer: the model has to say it."""
-        asked: Text = (("user", ("?",)),)
-        prompt = self._apply(asked, answer_next=True, hide_answers=False)
-        answered = self._apply((*asked, ("assistant", ("!",))), answer_next=False, hide_answers=True)
-        before = answered.split("\ue000")[0]
-        return before.removeprefix(prompt) if before.startswith(prompt) else ""
+    @staticmethod
+    def _learns(kind: Kind, reasoning: bool) -> bool:
+        return kind is Kind.ANSWER or (reasoning and kind is Kind.REASONING)
 
-    def _closed(self, after: str) -> str:
-        """What the template wrote behind an answer, with the text that closes it."""
-        if after.startswith(self.turn_end):
-            return after
-        if self.spec.turn_end or after[:1].strip():
-            raise UserError(f"the chat template closes an answer with {after[:20]!r}, expected {self.turn_end!r}")
-        return self.turn_end + after.lstrip()  # the model was trained with it in the place of the white space
-
-    def _encode(self, turns: Text, answer_next: bool) -> Encoded:
-        text, spans = self._render(turns, answer_next)
-        # What the tokenizer puts before a text (<s>) is the model's to see, but not twice: the rule of transformers.
-        begins = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        tokens = self.tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True)
-        ids, labels = list(tokens["input_ids"]), []
-        waiting = list(spans)
-        for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True):
-            while waiting and waiting[0][1] <= start:
-                waiting.pop(0)
-            labels.append(token if waiting and end > waiting[0][0] else IGNORE_INDEX)
+    def _encode(self, turns: Text, answer_next: bool, reasoning: bool) -> Encoded:
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, piece in enumerate(self.template.pieces(turns, answer_next)):
+            said = self._piece(piece.text, number == 0)
+            both = self._piece(piece.text + piece.behind, number == 0) if piece.behind else said
+            if both[: len(said)] != said:  # what is behind would change how the answer ends
+                both = said + self._piece(piece.behind, False)
+            ids += both
+            labels += said if self._learns(piece.kind, reasoning) else (IGNORE_INDEX,) * len(said)
+            labels += (IGNORE_INDEX,) * (len(both) - len(said))
         if not answer_next and all(label == IGNORE_INDEX for label in labels):
             raise UserError("no assistant message, so nothing to learn from; add an answer")
         return Encoded(tuple(ids), tuple(labels), self._media_rows(ids, turns))
+
+    def _piece(self, text: str, is_first: bool) -> tuple[int, ...]:
+        """Ids of text that begins a row, or goes on within one."""
+        if is_first:
+            # What the tokenizer puts before a text (<s>) is the model's to see, but not twice: transformers' rule.
+            begins = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+            return self._ids_of(text) if begins else self._before_text + self._ids_of(text)
+        if not self._adds_space:
+            return self._ids_of(text)
+        for guard in (":", ".", "\n"):  # some text before it, which does not become one token with it
+            before, both = self._ids_of(guard), self._ids_of(guard + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._ids_of(text)
+
+    @cached_property
+    def _before_text(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text."""
+        plain = self._ids_of("b")
+        whole = self.tokenizer("b")["input_ids"]
+        return tuple(whole[: whole.index(plain[0])])
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer takes a text as if a space stood before it, as SentencePiece does."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(list(self._ids_of("b")))) != "b"
+
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        if LITERAL not in text:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # The template's own control tokens are tokens; those of the record's texts are not.
+        ids: list[int] = []
+        start = 0
+        for token in self.template.control.finditer(text):
+            ids += [*self._as_text(text[start : token.start()]), self.tokenizer.convert_tokens_to_ids(token[0])]
+            start = token.end()
+        return (*ids, *self._as_text(text[start:]))
+
+    def _as_text(self, text: str) -> list[int]:
+        """Ids of a text of which no part is a control token."""
+        whole = text.replace(LITERAL, "")
+        ids: list[int] = self.tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if self.template.control.search("\0".join(self.tokenizer.convert_ids_to_tokens(ids))):
+            # One that the tokenizer does not call special: cut where the mark stands.
+            parts = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(LITERAL)]
+            ids = [one for part in parts for one in part]
+        return ids
 
     def document(self, encoded: Sequence[Encoded], media: Sequence[MediaPlan], sample_ids: Sequence[str]) -> Document:
         """One document of conversations that share all their media; several of them need one `shareable_head`."""
@@ -176,7 +205,7 @@ class ChatEncoder:
         predicts its first label.
         """
         answered = [replace(prompt, turns=(*prompt.turns, Turn("assistant", (option,)))) for option in options]
-        encoded = [_last_answer_alone(self.encode(one, media=media)) for one in answered]
+        encoded = [_last_answer_alone(self.encode(one, media=media, reasoning=False)) for one in answered]
         common = min(next(i for i, label in enumerate(one.labels) if label != IGNORE_INDEX) for one in encoded)
         while any(one.ids[:common] != encoded[0].ids[:common] for one in encoded):
             common -= 1  # a token that straddles the answer's start differs from option to option
@@ -195,9 +224,10 @@ class ChatEncoder:
 
     @cached_property
     def around_answer(self) -> tuple[int, int]:
-        """Supervised tokens of an answer before and behind its own text: what the template writes before it, and what
-        closes it."""
-        return len(self._ids_of(self._gap)), len(self._ids_of(self.turn_end))
+        """Labelled tokens of an option before and behind its own text: what the template writes before it, and what
+        closes it. White space before it is its own, as in lm-eval."""
+        gap = self.template.gap if self.template.thinking is None else ""
+        return len(self._ids_of(gap)) if gap.strip() else 0, len(self._ids_of(self.turn_end))
 
     def shareable_head(self, one: Encoded) -> tuple[int, ...] | None:
         """The ids up to the token after the last medium, which conversations about the same media share if theirs are
@@ -271,24 +301,12 @@ class ChatEncoder:
             next_row[kind] = row + len(mark)
         return tuple(rows)
 
-    def _apply(self, turns: Text, answer_next: bool, hide_answers: bool) -> str:
-        messages = []
-        for index, (role, parts) in enumerate(turns):
-            for part in parts:
-                if isinstance(part, str) and (found := self._control.search(part)):
-                    raise UserError(f"{role} text holds the control token {found[0]!r}; remove it")
-            if role == "assistant" and hide_answers:
-                parts = (_SENTINEL.format(index),)
-            content = []
-            for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):  # neighbouring texts are one
-                kept = tuple(run)
-                content += [{"type": "text", "text": _joined(kept)}] if is_text else [{"type": p[0]} for p in kept]
-            messages.append({"role": role, "content": content})
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except Exception as error:  # it is a program: of Jinja, of its sandbox, of whatever the template calls
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"the chat template fails ({type(error).__name__}: {reason})") from error
+
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that mean something to the model beyond their text. Not the tags of reasoning, which answers have."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = [one.content for one in added if one.special or re.fullmatch(r"<\|.*\|>", one.content)]
+    return [token for token in {*special, *tokenizer.all_special_tokens} if token not in (OPEN, CLOSE)]
 
 
 def _text_of(conversation: Conversation, leads: Sequence[str]) -> Text:
@@ -305,10 +323,6 @@ def _text_of(conversation: Conversation, leads: Sequence[str]) -> Text:
                 parts += [lead, (part.kind,)] if lead else [(part.kind,)]
         turns.append((turn.role, tuple(parts)))
     return tuple(turns)
-
-
-def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:
-    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _last_answer_alone(one: Encoded) -> Encoded:

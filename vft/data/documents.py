@@ -78,7 +78,8 @@ class Documents:
     def add_all(self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool) -> None:
         """Take in conversations with their weights, those about the same media together."""
         groups: dict[object, list[tuple[Conversation, float]]] = {}
-        for number, (one, weight) in enumerate(conversations):
+        parts = [(part, weight) for one, weight in conversations for part in self.encoder.learnt_apart(one)]
+        for number, (one, weight) in enumerate(parts):
             key = (one.media_key, weight) if one.media and self.config.share_videos else number
             groups.setdefault(key, []).append((one, weight))
         with progress_bar(len(groups), "counting tokens", "document", show_progress) as bar:

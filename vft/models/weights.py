@@ -149,6 +149,23 @@ class Checkpoint:
         file = _file(self.path, name)
         return read_object(file) if file is not None else {}
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens with which an answer ends, by generation_config.json and config.json: one or several each.
+
+        UserError where they name something else than tokens.
+        """
+        named = {"generation_config.json": self.json_file("generation_config.json").get("eos_token_id")}
+        text = self.config.get_text_config()
+        named |= {f"config.json {i}": getattr(one, "eos_token_id", None) for i, one in enumerate((self.config, text))}
+        found = set()
+        for file, value in named.items():
+            for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+                if not isinstance(one, int) or isinstance(one, bool):
+                    raise UserError(f"{self.path}: {file}: eos_token_id = {value!r:.60}: must be the number of a token")
+                found.add(one)
+        return frozenset(found)
+
     @property
     def folder(self) -> Path:
         """Where the weight files lie on this machine."""

@@ -22,6 +22,7 @@ from vft.metrics import (
     top_k,
     word_tokenizer,
 )
+from vft.reasoning import split_reasoning
 from vft.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
@@ -46,7 +47,7 @@ class QuestionAnswering:
         turns = with_prompt(sample.turns, self.prompt)
         given = options_of(sample)
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
-        options = given or written_options(turns[last - 1].text, turns[last].text)
+        options = given or written_options(turns[last - 1].text, split_reasoning(turns[last].text)[1])
         facts = {"groups": groups_of(sample), **answer_facts(sample)}
         return [Conversation(sample.id, turns, sample.origin, options, facts)]
 

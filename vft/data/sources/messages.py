@@ -33,6 +33,7 @@ from vft.data.sources.rows import files_of, read_rows
 from vft.data.sources.shapes import TURN_KEYS, Shapes
 from vft.data.sources.tables import read_classes
 from vft.data.sources.unread_keys import MEDIA_KEYS, unread
+from vft.reasoning import CLOSE, OPEN
 from vft.types import MediaKind, MediaOptions, MediaRef, Role, Sample, Turn
 
 ROLES: dict[str, Role] = {
@@ -148,7 +149,8 @@ def _finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str, answered: 
     return tuple(Turn(role, tuple(part for part in parts if part != "")) for role, parts in turns)
 
 
-MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss"})
+REASONING = ("reasoning_content", "reasoning")
+MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", *REASONING})
 
 
 @dataclass(frozen=True)
@@ -175,22 +177,21 @@ class _Reader:
         said = entry[role_key]
         if not isinstance(said, str) or said not in ROLES:
             raise RecordError(f"{name}.{role_key}", f"unknown role {shown(said)}; allowed are {', '.join(ROLES)}")
-        role, content, name = ROLES[said], entry[content_key], f"{name}.{content_key}"
+        role, content = ROLES[said], entry[content_key]
+        parts: list[Part] = _reasoning(entry, role, content, name)
+        name = f"{name}.{content_key}"
         if not isinstance(content, list):
-            return role, self.text(content, role, name, split=True)
-        parts: list[Part] = []
+            return role, [*parts, *self.text(content, role, name, split=True)]
+        # Where a part stands for a medium, texts beside it are texts.
+        is_typed = any(isinstance(part, dict) and part.get("type") != "text" for part in content)
         for i, part in enumerate(content):
-            parts += self.part(part, role, f"{name}[{i}]")
+            parts += self.part(part, role, f"{name}[{i}]", split=self.has_lists and not is_typed)
         return role, parts
 
     def text(self, value: object, role: Role, name: str, split: bool) -> list[Part]:
-        """A text cut at its placeholders."""
+        """A text cut at its placeholders; those in an answer are text."""
         text = check_text(value, name)
-        if role == "assistant":
-            if self.has_lists and (found := PLACEHOLDER.search(text)):
-                raise RecordError(name, f"{found[0]} in an answer; media belong in the user's turns")
-            return [text]
-        if not split:
+        if role == "assistant" or not split:
             return [text]
         parts: list[Part] = []
         position = 0
@@ -200,7 +201,7 @@ class _Reader:
             position = match.end()
         return [*parts, text[position:]]
 
-    def part(self, part: object, role: Role, name: str) -> list[Part]:
+    def part(self, part: object, role: Role, name: str, split: bool) -> list[Part]:
         """A typed part; texts in it are cut only where media are listed, since others stand in parts themselves."""
         if not isinstance(part, dict):
             raise RecordError(name, f"{shown(part)} must be an object with 'type'")
@@ -210,7 +211,7 @@ class _Reader:
             self.unread.extend(
                 f"content[].{key.rpartition('.')[2]}" for key in unread(part, {"text"}, (), name, "in a text")
             )
-            return self.text(part.get("text"), role, f"{name}.text", split=self.has_lists)
+            return self.text(part.get("text"), role, f"{name}.text", split)
         if not isinstance(said, str) or said not in PART_KINDS:
             near = difflib.get_close_matches(str(said), ("text", "video", "image"), n=1, cutoff=0.4)
             meant = f"; did you mean {near[0]!r}?" if near else "; allowed are text, video, image"
@@ -233,6 +234,19 @@ def _medium(root: Path, kind: MediaKind, part: dict[str, Any], name: str) -> Med
         value = value.get("url")
     options = options_of_part(part, kind, isinstance(value, list), name)
     return _reference(root, kind, value, f"{name}.{keys[0]}", options)
+
+
+def _reasoning(entry: Mapping[str, Any], role: Role, content: object, name: str) -> list[Part]:
+    """What the assistant thought before it answered, from the key in which servers (vLLM, DeepSeek's) give it."""
+    keys = [key for key in REASONING if entry.get(key) not in (None, "")]
+    if not keys:
+        return []
+    field, thought = f"{name}.{keys[0]}", check_text(entry[keys[0]], f"{name}.{keys[0]}")
+    if role != "assistant":
+        raise RecordError(field, f"stands in the {role}'s turn; only an answer has reasoning")
+    if OPEN in thought or CLOSE in thought or CLOSE in str(content):
+        raise RecordError(field, f"stands beside {OPEN} in the text; keep one of the two")
+    return [f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n"]
 
 
 def _reference(
@@ -289,7 +303,11 @@ def _fill(
         count = len(listed[kind].refs)
         if slots[kind] != count:
             wanted = f"{slots[kind]} <{kind}> placeholder(s) in the text but {count} {kind}(s) listed"
-            raise RecordError(listed[kind].key or f"{kind}s", f"{wanted}; give one for each")
+            raise RecordError(
+                listed[kind].key or f"{kind}s",
+                f"{wanted}; give one for each, or, where <{kind}> is meant as text, typed parts instead of text and "
+                f'list: [{{"type": "{kind}", "{kind}": FILE}}, {{"type": "text", "text": ...}}]',
+            )
     rest = {kind: iter(listed[kind].refs) for kind in KINDS}
     return [
         (
@@ -307,6 +325,14 @@ def _place_first(
     filled = [(role, [part for part in parts if not isinstance(part, _Slot)]) for role, parts in turns]
     if not refs:
         return filled
+    for role, parts in filled:
+        found = PLACEHOLDER.search("".join(part for part in parts if isinstance(part, str)))
+        if role == "assistant" and found:
+            raise RecordError(
+                key,
+                f"{found[0]} in an answer and in no user's turn; media belong in the user's turns: write it there, or, "
+                "where it is meant as text, write it there too for the medium that is listed",
+            )
     inline = sum(isinstance(part, MediaRef) for _, parts in filled for part in parts)
     if inline:
         raise RecordError(refs[0].field, f"{len(refs)} listed and {inline} in typed parts; keep one of the two")

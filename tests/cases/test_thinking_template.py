@@ -1,0 +1,37 @@
+"""Answers with reasoning under a template that opens it for the model, and under one that does not."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cases.conftest import Case
+from tests.runs.commands import REPOSITORY
+
+LOOK, AGAIN = "I look.\n</think>\n\nOne.<|im_end|>", "Again.\n</think>\n\nTwo.<|im_end|>"
+OPENED = {
+    "cot": [[LOOK]],
+    "cot_tight": [[LOOK]],
+    "cot_multi": [[LOOK], [AGAIN]],
+    "plain": [["\n</think>\n\nOne.<|im_end|>"], ["\n</think>\n\nTwo.<|im_end|>"]],
+    "trim": [["\n</think>\n\none<|im_end|>"]],
+}
+PLAIN = {"cot_multi": [[f"<think>\n{LOOK}", f"<think>\n{AGAIN}"]]}
+
+
+def test_thinking_and_instruct(case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    there = case("20_thinking_template")
+    monkeypatch.setenv("VFT", str(REPOSITORY))
+    monkeypatch.chdir(there.folder)
+    Path("out").mkdir(exist_ok=True)
+    runpy.run_path("make.py")
+    for model, wanted in (("q3", PLAIN), ("q3_think", OPENED)):
+        for name, runs in wanted.items():
+            look = there.look(f"{name}.jsonl", model=there.folder / "out" / model)
+            look.result.ok()
+            assert sorted(filter(None, look.supervised())) == sorted(runs), (model, name)  # a trunk has none
+            if name == "trim":
+                assert look.frame_times()[0] >= 6.0
