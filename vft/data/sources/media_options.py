@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def _compact(key: str) -> str:
 _BY_NAME = {_compact(option): option for option in OPTIONS["video"]}
 
 
+@lru_cache(maxsize=4096)  # records of a source have the same keys
 def meaning_of(key: str) -> _Meaning | None:
     """What a key says of a medium; None where it is no such key."""
     compact = _compact(key)
@@ -103,15 +105,16 @@ def lay_under(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Turns,
         RecordError: as `options_of_part`; or a list of another length.
     """
     media = [part for _, parts in turns for part in parts if isinstance(part, MediaRef)]
+    about = [(key, value) for key, value in given.items() if value is not None and _is_about_media(key)]
+    if not media or not (about or any(ref.options.timestamps for ref in media)):
+        return turns, frozenset()
     found = [_Found(name) for _ in media]
     used: set[str] = set()
-    for key, value in given.items():
+    for key, value in about:
         meaning = meaning_of(key)
-        if value is None:
-            continue
         takers = [one for one, ref in zip(found, media, strict=True) if meaning and _takes(ref, meaning.option)]
         if meaning is None or not takers:
-            _refuse_unclear(key, value, media, name)
+            _refuse_unclear(key, value, media, _at(name, key))
             continue
         used.add(key)
         for one, its_value in zip(takers, _spread(value, len(takers), meaning, _at(name, key)), strict=True):
@@ -129,6 +132,11 @@ def lay_under(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Turns,
         (role, [next(rest) if isinstance(part, MediaRef) else part for part in parts]) for role, parts in turns
     ]
     return filled, frozenset(used)
+
+
+@lru_cache(maxsize=4096)
+def _is_about_media(key: str) -> bool:
+    return meaning_of(key) is not None or _compact(key) in _UNCLEAR
 
 
 def _takes(ref: MediaRef, option: str) -> bool:
@@ -150,12 +158,12 @@ def _spread(value: Any, count: int, meaning: _Meaning, field: str) -> Sequence[A
     return list(value)
 
 
-def _refuse_unclear(key: str, value: Any, media: Sequence[MediaRef], name: str) -> None:
+def _refuse_unclear(key: str, value: Any, media: Sequence[MediaRef], field: str) -> None:
     """Two numbers under `timestamp` and the like: to show that part alone gives the answer away where they are it."""
     is_pair = isinstance(value, list) and len(value) == 2 and all(_is_number(one, whole=False) for one in value)
     if is_pair and _compact(key) in _UNCLEAR and any(r.kind == "video" and isinstance(r.path, Path) for r in media):
         raise RecordError(
-            _at(name, key),
+            field,
             f"{shown(value)} may be the part of the video to show, or an answer's times; say 'video_start' and "
             "'video_end' to show that part alone, else take the key out",
         )
@@ -187,10 +195,10 @@ class _Found:
 
     def options(self, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
         """All of them, beneath the medium's `own`. RecordError where they contradict each other."""
-        inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
-        put_out = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
         if not self.values:
             return own
+        inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
+        put_out = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
         called = {option: key for option, (key, _) in self.values.items()}
         found = {option: value for option, (_, value) in self.values.items() if option not in put_out} | inner
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,18 @@ def unread(
                     near = difflib.get_close_matches(key.lower(), (kind, f"{kind}s"), n=1, cutoff=0.0)[0]
                     advice = f"the nearest known one is {near!r}{beside}; rename it, or take it out if it is not shown"
                 raise RecordError(field, f"names {shown(file)} under a key that is not read{where}; {advice}")
-        meant = difflib.get_close_matches(key.lower(), MEDIA_KEYS, n=1, cutoff=0.8)
-        is_id = key.lower().endswith("id")  # `videoID`
-        if meant and value and not is_id and meant[0].rstrip("s") not in kinds:
-            raise RecordError(field, f"is not read{where}; did you mean {meant[0]!r}{beside}?")
+        meant = _misspelt(key)
+        if meant and value and meant.rstrip("s") not in kinds:
+            raise RecordError(field, f"is not read{where}; did you mean {meant!r}{beside}?")
         found.append(field)
     return found
+
+
+@lru_cache(maxsize=4096)  # records of a source have the same keys
+def _misspelt(key: str) -> str:
+    """The key of media that is meant; empty where none is, as by `videoID`."""
+    near = difflib.get_close_matches(key.lower(), MEDIA_KEYS, n=1, cutoff=0.8)
+    return near[0] if near and not key.lower().endswith("id") else ""
 
 
 def _files(value: Any) -> Iterator[tuple[str, str]]:
