@@ -113,8 +113,11 @@ def test_turns_before_the_question_stay(tmp_path: Path) -> None:
         ({"video": "../secret.mp4"}, "video: '../secret.mp4' leads to"),
         ({"video": "http://x.org/a.mp4"}, "video: 'http://x.org/a.mp4': URLs"),
         ({"prompt": 3, **CLIP}, "prompt: 3 is of type int"),
-        ({"question": "?", "clip": "clip.mp4"}, "clip: names 'clip.mp4' under a key that is not read"),
-        ({"question": "?", "query": "!", **CLIP}, "query: stands beside 'question'"),
+        (
+            {"messages": [{"role": "user", "content": "?"}], "clip": "clip.mp4"},
+            "clip: names 'clip.mp4' under a key that",
+        ),
+        ({"question": "?", "query": "!", **CLIP}, "query: may be the question as well as 'question'"),
         ({"question": "?", **CLIP, "start": 2, "end": 1}, "start: 2 is above end = 1"),
         ({"text": "x"}, "messages: is missing"),
         ({"messages": [{"role": "system", "content": "Be kind."}]}, "messages: the last turn but an answer"),

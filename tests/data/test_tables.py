@@ -20,7 +20,7 @@ from vft.data import sources
 from vft.data.sources.records import BadRecord
 from vft.data_config import DataConfig, SourceConfig
 from vft.inputs import Failure, read_items
-from vft.types import MediaRef, Sample, UserError
+from vft.types import MediaOptions, MediaRef, Sample, UserError
 
 Records = tuple[list[Sample], list[BadRecord]]
 
@@ -105,6 +105,20 @@ def test_cells_hold_lists_and_numbers(tmp_path: Path) -> None:
     (sample,), _ = read(write(tmp_path / "r.csv", table), tmp_path)
     assert said(([sample], [])) == [["image:a.jpg", "image:b.jpg", "[1] or [2]?", "[1]"]]
     assert sample.fields["options"] == ["[1]", "[2]"]
+
+
+def test_cells_say_how_media_are_shown(tmp_path: Path) -> None:
+    """By the same keys as records of JSON; an empty cell says nothing."""
+    table = "video,answer,start_time,end_time,maxFrames\na.mp4,x,6,9.5,8\na.mp4,x,,,\na.mp4,x,six,,\n"
+    samples, (found,) = read(write(tmp_path / "r.csv", table), tmp_path)
+    refs = [sample.turns[0].parts[0] for sample in samples]
+    options = [ref.options for ref in refs if isinstance(ref, MediaRef)]
+    assert options == [MediaOptions(video_start=6.0, video_end=9.5, max_frames=8), MediaOptions()]
+    assert "r.csv:4: start_time: 'six' must be a number" in str(found)
+    trimmed = 'video,answer,trim\na.mp4,x,"[6, 9]"\n'
+    ((sample,), _) = read(write(tmp_path / "r.csv", trimmed), tmp_path)
+    ref = sample.turns[0].parts[0]
+    assert isinstance(ref, MediaRef) and ref.options == MediaOptions(video_start=6, video_end=9)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ OPTIONS: dict[MediaKind, frozenset[str]] = {
 OF_FRAME_LISTS = frozenset({"sample_fps", "timestamps"})
 """Options of a video that is a list of pictures; a file has frames and times of its own."""
 REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
+LIST_OPTIONS = frozenset({"trim", "timestamps"})
+"""Of which one value is a list itself."""
 ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"))
 """Options of which one that stands nearer to the medium puts out the other, too."""
 ORDERED = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end"))
@@ -147,7 +149,7 @@ def _takes(ref: MediaRef, option: str) -> bool:
 
 def _spread(value: Any, count: int, meaning: _Meaning, field: str) -> Sequence[Any]:
     """The value for each of `count` media."""
-    if meaning.option in ("trim", "timestamps"):  # a list itself
+    if meaning.option in LIST_OPTIONS:
         is_one_each = isinstance(value, list) and all(one is None or isinstance(one, list) for one in value)
     else:
         is_one_each = isinstance(value, list)

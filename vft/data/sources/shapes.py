@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.data.sources import label_studio
+from vft.data.sources.media_options import LIST_OPTIONS, REAL_OPTIONS, meaning_of
 from vft.data.sources.records import PICTURE_SUFFIXES, RecordError, check_text, shown
 from vft.data.sources.unread_keys import MEDIA_KEYS
 from vft.types import UserError
@@ -40,8 +41,6 @@ FILES = ("path", "file", "file_name", "filename", "file_path", "filepath", "medi
 LISTS = frozenset({*TURN_KEYS, *MEDIA_KEYS, "answers", "captions", "options", "history", "segments"})
 """Keys whose text in a cell of a table may be a list, in JSON or as Python writes it."""
 READ = "a record has 'messages' or 'conversations', or an answer, and a medium or a question"
-SECONDS = frozenset({"start", "end", "video_start", "video_end", "fps", "sample_fps"})
-COUNTS = frozenset({"nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels"})
 
 
 @dataclass
@@ -198,15 +197,17 @@ def _cell(key: str, value: Any) -> Any:
     """A text of a table as what the key holds: a list, a number."""
     if not isinstance(value, str):
         return value
-    if key in LISTS and value.lstrip()[:1] in ("[", "{"):
+    meaning = meaning_of(key)
+    is_list = key in LISTS or (meaning is not None and meaning.option in LIST_OPTIONS)
+    if (is_list or meaning is not None) and value.lstrip()[:1] in ("[", "{"):
         for read in (json.loads, ast.literal_eval):
             try:
                 return read(value)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-    if key in SECONDS | COUNTS:
+    if meaning is not None and not is_list:
         try:
-            return int(value) if key in COUNTS else float(value)
+            return float(value) if meaning.option in REAL_OPTIONS else int(value)
         except ValueError:
             return value
     return value
