@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,8 @@ def test_scores_of_choices() -> None:
         "accuracy": 0.5,
         "choice_accuracy": 0.5,
         "choice_accuracy_generated": 0.5,
+        "choice_accuracy_official": 2 / 3,  # over those that hold a letter
+        "choice_with_letter": 0.75,
     }
 
 
@@ -330,9 +333,7 @@ def test_a_tie_is_wrong(scores: tuple[float, ...], right: bool, order: tuple[int
 def test_any_of_several_references_is_right() -> None:
     """Equal prompts with several answers; options that are all right are no tie."""
     answer = said("B", "A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0))
-    assert values(QuestionAnswering(), answer) == dict.fromkeys(
-        ("accuracy", "choice_accuracy", "choice_accuracy_generated"), 1.0
-    )
+    assert set(values(QuestionAnswering(), answer).values()) == {1.0}
     both = said("B", "A", "B", options=LETTERS, scores=(-1.0, -1.0, -3.0))
     assert values(QuestionAnswering(), both)["accuracy"] == 1.0
 
@@ -421,8 +422,48 @@ def test_scores_by_group() -> None:
         "accuracy/duration/short": 0.5,
         "accuracy/duration/long": 0.0,
         "accuracy/domain/Art": 0.5,
+        "choice_accuracy_generated/duration/long": 0.0,
+        "choice_accuracy_generated/domain/Art": 0.0,
     }
-    assert found["accuracy"] == 0.5
+    assert found["accuracy"] == 0.5 and found["choice_accuracy_official"] == 0.0
+
+
+def test_video_mmes_official_accuracy() -> None:
+    """As its script counts: over answers with a letter, within a word too, in total and in each group."""
+    told = {
+        "C. a cup": ("C", {"duration": "short"}),
+        "Definitely the last": ("A", {"duration": "short"}),  # the script takes it for D
+        "it is the cup": ("A", {"duration": "long"}),  # no letter
+        "Best answer: C": ("C", {"duration": "long"}),  # the script takes it for B
+        "I see. The answer is D": ("D", {"duration": "long"}),
+    }
+    answers = [
+        said(text, right, options=("A", "B", "C", "D"), scores=(0.0,) * 4, groups=groups)
+        for text, (right, groups) in told.items()
+    ]
+    correct: dict[str, list[bool]] = {}
+    for text, (right, groups) in told.items():
+        cleaned = text.replace("The answer is", "")
+        found = re.search("[ABCD]", cleaned)
+        if found:
+            for key in ("", f"/duration/{groups['duration']}"):
+                correct.setdefault(key, []).append(found[0] == right)
+    scores = values(QuestionAnswering(), *answers)
+    for key, values_of in correct.items():
+        assert scores[f"choice_accuracy_official{key}"] == pytest.approx(sum(values_of) / len(values_of))
+    assert scores["choice_accuracy_official"] == 0.5 and scores["choice_with_letter"] == 0.8
+    assert scores["choice_accuracy_generated"] == pytest.approx(3 / 5)
+    assert scores["choice_accuracy_generated/duration/long"] == pytest.approx(2 / 3)
+
+
+def test_ten_options() -> None:
+    """A pronoun, or the first letter of a word, is no option."""
+    ten = tuple("ABCDEFGHIJ")
+    for text in ("C", "C. maple", "It is C.", "I think it is C", "Judging by the leaves, C", "(c)", "**C**"):
+        answer = said(text, "C", options=ten, scores=(0.0,) * 10)
+        assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 1.0, text
+    answer = said("It is C.", "I", options=ten, scores=(0.0,) * 10)
+    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 0.0
 
 
 def test_groups_that_are_no_texts_become_some() -> None:

@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 
-_PREFIXES = (
+_IN_WORD = r"A-Za-z\u00c0-\u024f\d_'’"
+_WORD_AFTER = r"\s+(?!is\b)[a-z]"
+"""Behind `A` or `I`: then they are an article and a pronoun."""
+_AT_START = re.compile(r"\W*(?:([A-Z])\s*(?:[.):\]](?![A-Z])|$)|([a-z])\s*(?:[.):\]](?![A-Za-z])|$))", re.MULTILINE)
+_ANNOUNCED = re.compile(
+    r"(?i:\b(?:answer|(?:correct|best|right) (?:option|choice)|(?:option|choice)(?= is\b|:))\W*"
+    r"(?:(?:is|was|would be|must be|should be)\b\W*)?(?:(?:option|choice|letter)\b\W*)?)"
+    rf"(?:([B-HJ-Z])(?![{_IN_WORD}])|([AI])(?![{_IN_WORD}]|{_WORD_AFTER})"
+    r"|([a-z])(?=\s*(?:[.):\]](?![A-Za-z])|$)))",
+    re.MULTILINE,
+)
+_ALONE = re.compile(
+    rf"(?<![{_IN_WORD}.])(?:([B-HJ-Z])(?![{_IN_WORD}]|\.\w)|([AI])(?![{_IN_WORD}]|\.\w|{_WORD_AFTER})"
+    r"|([a-z])(?=\s*(?:[):\]]|[.!]?\s*$)))",
+    re.MULTILINE,
+)
+_ARTICLE = re.compile(r"\W*(A)\s")
+
+_OFFICIAL_PREFIXES = (
     "The best answer is",
     "The correct answer is",
     "The answer is",
     "The answer",
-    "The best option is",
-    "The correct option is",
-    "Best answer:",
-    "Best option:",
+    "The best option isThe correct option is",
+    "Best answer:Best option:",
     "Answer:",
     "Option:",
     "The correct answer",
     "The correct option",
 )
-"""Removed in this order, wherever they stand; some hold capital letters that would be taken for the option."""
+"""Removed in this order, wherever they stand. Two commas are missing in the script; they are missing here."""
 
 
 def extract_letter(text: str, letters: str = "ABCD") -> str | None:
-    """The option that an answer names: the first character that is one of `letters`, or None.
+    """The option that an answer names, one of `letters`, or None.
 
-    Phrases that announce an answer are removed first. Source: Fu et al., "Video-MME", 2024, the official evaluation
-    script. As there, a letter within a word counts (`All of them` is A), and an answer of more than ten words without
-    any of the letters is none, which follows from the rest. Unlike there, `The best option is`, `The correct option
-    is`, `Best answer:` and `Best option:` are removed too: the script lists them, but two commas are missing in it, so
-    that it takes `Best answer: C` for B.
+    In this order: a letter that opens the text (`C`, `(c)`, `C. red`, `A: red`), the last one that is announced (`The
+    answer is I`), the first that stands alone (`It is C`). `A` and `I` before a word are an article and a pronoun,
+    unless there is nothing but `A` at the start (`A red car`). A letter of lower case counts where it ends the text or
+    is in brackets or the like. Reasoning (`<think>`) and Markdown's marks are left out.
     """
-    assert letters
-    for prefix in _PREFIXES:
+    assert letters.isupper(), letters
+    text = re.sub(r"[*_`$]|\\(?:boxed|text)\b", "", text.rpartition("</think>")[2]).strip()
+    opening, article = _AT_START.match(text), _ARTICLE.match(text)
+    found = [opening[1] or opening[2]] if opening else []
+    for pattern, order in ((_ANNOUNCED, -1), (_ALONE, 1)):
+        found += [next(filter(None, match.groups())) for match in pattern.finditer(text)][::order]
+    found += [article[1]] if article else []
+    return next((letter for letter in map(str.upper, found) if letter in letters), None)
+
+
+def official_letter(text: str, letters: str = "ABCD") -> str | None:
+    """The option that Video-MME's official script takes an answer for: the first character that is one of `letters`.
+
+    Phrases that announce an answer are removed first. A letter within a word counts (`All of them` is A, `Best answer:
+    C` is B). Source: Fu et al., "Video-MME", 2024, `eval_your_results.py`.
+    """
+    for prefix in _OFFICIAL_PREFIXES:
         text = text.replace(prefix, "")
     return next((character for character in text if character in letters), None)
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node N -m vft.recipes.qa CONFIG.toml [section.key=value ...
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from vft.metrics import (
     exact_match_scores,
     extract_letter,
     mean_interval,
+    official_letter,
     token_f1_scores,
     top_k,
     word_tokenizer,
@@ -54,10 +56,10 @@ class QuestionAnswering:
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """`accuracy`, 0 to 1: the likeliest option is right, or an open answer matches exactly; its parts beside it.
 
-        `choice_...` are questions with options: by the probability of each as the whole answer, and `_generated` by the
-        letter (Video-MME's official extraction) or the words of the text; `open_...` are the others: exact match, token
-        F1, ANLS. `..._norm` take an option's probability a character on average. `accuracy/KEY/VALUE` are the groups
-        that the data set names.
+        `choice_...` are questions with options: by the probability of each as the whole answer, `_generated` by the
+        letter or the words of the text, and `_official` as Video-MME's script has it: over the answers that hold a
+        letter, `choice_with_letter` of all. `open_...` are the others: exact match, token F1, ANLS. `..._norm` take an
+        option's probability a character on average. `NAME/KEY/VALUE` are the groups that the data set names.
         """
         if not answers:
             return {}
@@ -68,7 +70,8 @@ class QuestionAnswering:
         right_norm = {
             id(answer): float(top_k(answer.option_scores_norm, answer.right_options, 1)) for answer in choice * normed
         }
-        scores = {}
+        scores: dict[str, Interval] = {}
+        parts: dict[str, Interval] = {}
         if choice:
             samples = samples_of(choice)
             generated = [float(_generated_right(answer)) for answer in choice]
@@ -76,6 +79,19 @@ class QuestionAnswering:
             if normed:
                 scores["choice_accuracy_norm"] = mean_interval(list(right_norm.values()), samples=samples)
             scores["choice_accuracy_generated"] = mean_interval(generated, samples=samples)
+            parts |= _by_group("choice_accuracy_generated", choice, generated)
+            lettered = [(answer, letters) for answer in choice if (letters := _letters_of(answer))]
+            taken = [(answer, official_letter(answer.text, letters)) for answer, letters in lettered]
+            named = [(answer, letter) for answer, letter in taken if letter is not None]
+            if lettered:
+                held = [float(letter is not None) for _, letter in taken]
+                official, those = [float(_is_right(*one)) for one in named], [answer for answer, _ in named]
+                # Of none it is 0, as in the script.
+                scores["choice_accuracy_official"] = (
+                    mean_interval(official, samples=samples_of(those)) if named else Interval(0.0, 0.0, 0.0)
+                )
+                scores["choice_with_letter"] = mean_interval(held, samples=samples_of([a for a, _ in taken]))
+                parts |= _by_group("choice_accuracy_official", those, official)
         if rest:
             samples = samples_of(rest)
             predictions, references = texts_of(rest)
@@ -90,9 +106,13 @@ class QuestionAnswering:
         if normed:
             also = [(right | right_norm)[id(answer)] for answer in answers]
             whole["accuracy_norm"] = mean_interval(also, samples=samples_of(answers))
-        groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
-        parts = {f"accuracy/{name}": Interval(v, v, v) for name, v in breakdown(everything, groups).items()}
-        return {**whole, **scores, **parts}
+        return {**whole, **scores, **_by_group("accuracy", answers, everything), **parts}
+
+
+def _by_group(name: str, answers: Sequence[Answer], correct: Sequence[float]) -> dict[str, Interval]:
+    """A score within each group that the data set names."""
+    groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
+    return {f"{name}/{group}": Interval(v, v, v) for group, v in breakdown(correct, groups).items()}
 
 
 def written_options(question: str, answer: str) -> tuple[str, ...]:
@@ -115,14 +135,21 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
 
 def _generated_right(answer: Answer) -> bool:
     """Whether the text says a right option, by its words or by its letter."""
-    options, references = answer.question.prompt.options, answer.question.references
-    if exact_match_scores([answer.text], [references])[0]:
+    if exact_match_scores([answer.text], [answer.question.references])[0]:
         return True
-    letters = "".join(_letter_of(option) for option in options)
-    if letters != "".join(chr(ord("A") + i) for i in range(len(options))):
-        return False
-    letter = extract_letter(answer.text, letters)
-    return letter is not None and letter in map(_letter_of, references)
+    letters = _letters_of(answer)
+    return bool(letters) and _is_right(answer, extract_letter(answer.text, letters))
+
+
+def _is_right(answer: Answer, letter: str | None) -> bool:
+    """Whether it is the letter of a right option."""
+    return letter is not None and letter in map(_letter_of, answer.question.references)
+
+
+def _letters_of(answer: Answer) -> str:
+    """`ABC` of three options that are lettered so; nothing of others."""
+    letters = "".join(map(_letter_of, answer.question.prompt.options))
+    return letters if letters == string.ascii_uppercase[: len(answer.question.prompt.options)] else ""
 
 
 def _letter_of(option: str) -> str:
