@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Lay runs side by side: python tools/compare.py RUN RUN... [--html FILE]
 
-Settings that differ, how each run went, the scores of its last evaluation with their 95 % intervals. --html draws the
-curves of all runs over one another.
+Settings that differ, how each run went, the scores of its last evaluation with their 95 % intervals, and how far they
+are from the first run's, question by question, where both answered the same ones. --html draws the curves of all runs
+over one another.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vft.console import user_errors
 from vft.files import replace_text
 from vft.metrics import Interval
 from vft.report.chart import Curve, line_chart
-from vft.report.page import Run, is_number, point, read_run, shown
+from vft.report.page import Run, changed, is_number, point, read_run, shown
 from vft.types import UserError
 
 CURVES = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens per second"}
@@ -76,7 +77,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with user_errors():
         runs = read(arguments.runs)
-        tables = {"Settings that differ": settings(runs), "Course": course(runs), "Last evaluation": scores(runs)}
+        tables = {
+            "Settings that differ": settings(runs),
+            "Course": course(runs),
+            "Last evaluation": scores(runs),
+            f"Last evaluation, less that of {next(iter(runs))}": differences(runs),
+        }
         for title, rows in tables.items():
             show(title, list(runs), rows)
         if arguments.html is not None:
@@ -139,9 +145,7 @@ def _course(run: Run) -> dict[str, str]:
 
 def scores(runs: Mapping[str, Run]) -> Rows:
     """Scores of each run's last evaluation."""
-    last: list[dict[str, Any]] = [
-        dict([*run.evaluations.values()][-1]) if run.evaluations else {} for run in runs.values()
-    ]
+    last = [last_scores(run) for run in runs.values()]
     names = dict.fromkeys(name for one in last for name in one)
     rows = {name: [told(one.get(name)) for one in last] for name in names}
     if rows:
@@ -152,6 +156,22 @@ def scores(runs: Mapping[str, Run]) -> Rows:
 def told(score: Interval | None) -> str:
     """A score with its interval, and how its texts were cut where it is one of texts."""
     return "" if score is None else " ".join(shown(score)).strip() + score.how_cut
+
+
+def differences(runs: Mapping[str, Run]) -> Rows:
+    """Of the others' last scores from the first run's; none where no two runs kept what they were computed from."""
+    first, *others = [last_scores(run) for run in runs.values()]
+    rows = {}
+    for name, score in first.items():
+        after = [one[name] if name in one and one[name].parts is not None else None for one in others]
+        if score.parts is not None and any(after):
+            rows[name] = ["", *(" ".join(changed(score, one)).strip() for one in after)]
+    return rows
+
+
+def last_scores(run: Run) -> Mapping[str, Interval]:
+    """Of the last evaluation; none where there was none."""
+    return [*run.evaluations.values()][-1] if run.evaluations else {}
 
 
 def curves(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 """Score a model on held-out samples: python tools/evaluate.py CONFIG.toml [--adapter DIR] [--compare-base] [key=value]
 
 The samples are those of `eval.sources` in a training configuration, the scores those of its `task`, each with a 95 %
-interval. Answers go to a file, a line each, scores to the terminal and to scores.json beside the answers.
+interval. Answers go to a file, a line each, scores to the terminal and to scores.json beside the answers. Two models
+are compared question by question: an interval of their difference that leaves out 0 says that one is better.
 
 Several processes share the questions, and the weights as `parallel.shard` says, so that they answer with a model that
 no device holds: torchrun --nproc-per-node 8 tools/evaluate.py ...
@@ -33,11 +34,12 @@ from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, make_mesh, process_group
 from vft.evaluate import evaluate, load_held_out
 from vft.files import replace_text
-from vft.metrics import Interval
+from vft.metrics import Interval, paired_difference
 from vft.models import build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
+from vft.report.page import COUNTS, DIFFERENCE, changed, shown
 from vft.types import UserError
 
 Scores = dict[str, Interval]
@@ -69,7 +71,8 @@ def main() -> None:
         if not world.is_main:
             return
         plain = {
-            name: {metric: described_score(one) for metric, one in found.items()} for name, found in scores.items()
+            name: {metric: described_score(one) for metric, one in found.items()}
+            for name, found in {**scores, **differences(scores)}.items()
         }
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
@@ -142,27 +145,29 @@ def described(row: dict[str, str]) -> str:
     return f"{row['prediction']}   [likeliest: {row['choice']}]" if "choice" in row else row["prediction"]
 
 
+def differences(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Of the adapter from the base, by metric, on the questions that both answered; nothing of one model alone."""
+    if len(scores) < 2:
+        return {}
+    base, adapter = scores.values()
+    pairs = {metric: paired_difference(base[metric], adapter[metric]) for metric in base if metric in adapter}
+    return {DIFFERENCE: {metric: pair[0] for metric, pair in pairs.items() if pair is not None}}
+
+
 def show_scores(scores: dict[str, Scores], title: str) -> None:
-    """A table: a row a metric, a column a model; an interval is marked where the models' do not overlap. Below a
-    score of texts stands how they were cut."""
+    """A table: a row a metric, a column a model, and the difference of two models with its own interval. Below a score
+    of texts stands how they were cut."""
     table = Table(title=title)
-    table.add_column("metric")
-    for name in scores:
-        table.add_column(name, justify="right")
-    if len(scores) > 1:
-        table.add_column("intervals")
-    for metric in next(iter(scores.values())):
-        row = [values[metric] for values in scores.values()]
-        cells = [shown(one) for one in row]
-        if len(row) > 1 and any(one.low < one.high for one in row):
-            cells.append("apart" if row[0].high < row[1].low or row[1].high < row[0].low else "overlap")
-        table.add_row(f"{metric}\n{row[0].how_cut.strip()}".rstrip(), *cells)
+    for number, name in enumerate(("metric", *scores, *([DIFFERENCE] if len(scores) > 1 else []))):
+        table.add_column(name, justify="right" if number else "left")
+    for metric in dict.fromkeys(metric for found in scores.values() for metric in found):
+        row = [found.get(metric) for found in scores.values()]
+        cells = [" ".join(shown(one)).strip() for one in row]
+        if len(row) > 1 and metric not in COUNTS:
+            cells.append(" ".join(changed(row[0], row[1])).strip())
+        cut = next((one.how_cut.strip() for one in row if one is not None), "")
+        table.add_row(f"{metric}\n{cut}".rstrip(), *cells)
     Console().print(table)
-
-
-def shown(score: Interval) -> str:
-    """A value with its interval, where it has one."""
-    return f"{score.value:.4g} [{score.low:.4g}, {score.high:.4g}]" if score.low < score.high else f"{score.value:.4g}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
 from vft.distributed import World, all_of, sum_over_ranks
 from vft.files import replace_text
-from vft.metrics import Interval, Samples, clusters_of, ratio_interval
+from vft.metrics import Interval, Samples, clusters_of, parts_to_json, ratio_interval
 from vft.models.generate import Sampling
 from vft.reasoning import split_reasoning
 from vft.task import Answer, Question, Task, distinct, files_of, likeliest, main_conversation
@@ -122,6 +122,11 @@ def evaluate(
     left_out = len(held_out.bad) + len(asked) - len(answers)
     counts = {"answered": len(answers), "unreadable": left_out}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
+
+
+def keep_parts(file: Path, scores: Mapping[str, Interval]) -> None:
+    """Write what the scores were computed from, for comparisons with the base's or another run's on equal questions."""
+    replace_text(file, json.dumps(parts_to_json(scores)) + "\n")
 
 
 class _NothingInstead(PackPlan):

@@ -32,7 +32,7 @@ from vft.distributed import (
     sum_over_ranks,
     together,
 )
-from vft.evaluate import Best, evaluate, load_held_out
+from vft.evaluate import Best, evaluate, keep_parts, load_held_out
 from vft.export import export
 from vft.files import digest
 from vft.flops import FlopCounter
@@ -366,6 +366,8 @@ class Trainer:
         scores = evaluate(
             self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, answers
         )
+        if self.world.is_main:
+            keep_parts(self.folder / "scores" / f"step-{self.step:06d}.json", scores)
         if settings.best_metric and self.step:
             best = Best(self.folder / "best.json", settings.best_metric, self.world)
             if best.is_beaten(scores):

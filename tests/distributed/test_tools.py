@@ -71,12 +71,18 @@ def test_evaluate(world: World, commands: Commands, adapter: Path, tmp_path: Pat
         scores[processes] = json.loads((output / "scores.json").read_text())
     for name in ("base.jsonl", "adapter.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert scores[1].keys() == scores[2].keys() == {"task", "base", "adapter"}
-    for model in ("base", "adapter"):
+    assert scores[1].keys() == scores[2].keys() == {"task", "base", "adapter", "difference"}
+    for model in ("base", "adapter", "difference"):
         assert scores[1][model].keys() == scores[2][model].keys()
         for metric, one in scores[1][model].items():
-            assert scores[2][model][metric] == pytest.approx(one, rel=1e-5), metric
+            other = scores[2][model][metric]
+            assert other.pop("tokenization", None) == one.pop("tokenization", None)
+            assert other == pytest.approx(one, rel=1e-5, abs=1e-5), metric
     assert scores[1]["base"]["loss"]["value"] != scores[1]["adapter"]["loss"]["value"]
+    for metric, one in scores[1]["difference"].items():
+        wanted = scores[1]["adapter"][metric]["value"] - scores[1]["base"][metric]["value"]
+        assert one["value"] == pytest.approx(wanted, abs=1e-9) and one["low"] <= one["value"] <= one["high"], metric
+    assert {"cider_d", "bleu4", "rouge_l", "loss"} == scores[1]["difference"].keys()
 
 
 def test_evaluate_with_offloaded_weights(world: World, commands: Commands, adapter: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -80,8 +81,12 @@ def test_base_and_adapter_side_by_side(world: World, commands: Commands, learned
     assert {row["id"]: row["prediction"] for row in adapter} == ANSWERS
     assert all(row["prompt"] == PROMPT and row["reference"] == ANSWERS[row["id"]] for row in adapter + base)
     assert not {row["prediction"] for row in base} & set(ANSWERS.values())
-    scores = re.search(r"cider_d\s*│\s*([0-9.]+) \[.*?\]\s*│\s*([0-9.]+)(?: \[.*?\])?\s*│ apart", shown.stdout)
-    assert scores and float(scores[1]) < 1.0 and float(scores[2]) > 5.0, shown.stdout
+    assert re.search(r"metric\s*┃\s*base\s*┃\s*adapter\s*┃\s*difference", shown.stdout), shown.stdout
+    scores = json.loads((folder / "scores.json").read_text())
+    before, after, gain = (scores[name]["cider_d"] for name in ("base", "adapter", "difference"))
+    assert before["value"] < 1.0 and after["value"] > 5.0
+    assert gain["value"] == pytest.approx(after["value"] - before["value"])
+    assert 0 < gain["low"] <= gain["value"] <= gain["high"] and f"{gain['value']:+.4g}" in shown.stdout
 
 
 def test_the_whole_index_in_numbers(world: World, commands: Commands, tmp_path: Path) -> None:

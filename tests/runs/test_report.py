@@ -23,7 +23,8 @@ from tests.runs.world import ANSWERS, COLOURS, PROMPT, World, damage
 from vft import config as configs
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
-from vft.evaluate import load_held_out
+from vft.evaluate import keep_parts, load_held_out
+from vft.metrics import Samples, mean_interval
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
@@ -204,11 +205,11 @@ def test_first_and_last_evaluation_side_by_side(tmp_path: Path) -> None:
     last = evaluation(2, cider_d=(2.0, 1.6, 2.5), bleu4=(12, 6, 20), accuracy__duration__short=(0.5, 0.5, 0.5))
     page = read(write_run(tmp_path, [first, step(1), middle, step(2), last]))
     assert table(page, "Scores") == [
-        ["", "step 0", "step 2", "change", ""],
-        ["cider_d", "1 [0.5, 1.5]", "2 [1.6, 2.5]", "+1", "apart"],
-        ["bleu4", "10 [5, 15]", "12 [6, 20]", "+2", "overlap"],
+        ["", "step 0", "step 2", "change"],
+        ["cider_d", "1 [0.5, 1.5]", "2 [1.6, 2.5]", "+1"],
+        ["bleu4", "10 [5, 15]", "12 [6, 20]", "+2"],
     ]
-    assert table(page, "Groups")[1:] == [["accuracy/duration/short", "0.25", "0.5", "+0.25", ""]]
+    assert table(page, "Groups")[1:] == [["accuracy/duration/short", "0.25", "0.5", "+0.25"]]
     assert np.allclose(points(chart(page, "accuracy/duration/…")), [(0, 0.25), (1, 1.0), (2, 0.5)], atol=0.03)
 
 
@@ -219,6 +220,33 @@ def test_how_texts_were_cut_stands_beside_their_scores(tmp_path: Path) -> None:
     last["eval_tokenization"] = {"bleu4": "13a+zh"}  # two that don't compare
     page = read(write_run(tmp_path, [{**first, "eval_tokenization": {"bleu4": "13a"}}, step(1), last]))
     assert [row[0] for row in table(page, "Scores")[1:]] == ["bleu4 (13a / 13a+zh)", "loss"]
+
+
+def test_a_change_is_that_of_the_same_questions(tmp_path: Path) -> None:
+    """Question by question, where what the scores were computed from was kept; damaged files change nothing."""
+    folder = write_run(tmp_path, [evaluation(0, rouge_l=(0.5, 0.4, 0.6)), evaluation(2, rouge_l=(0.6, 0.5, 0.7))])
+    names = [f"q{i}" for i in range(40)]
+    before = [i % 2 * 0.9 for i in range(40)]
+    for number, gain in ((0, 0.0), (2, 0.1)):
+        samples = Samples(tuple(names), tuple(range(40)))
+        score = mean_interval([one + gain for one in before], samples=samples)
+        keep_parts(folder / "scores" / f"step-{number:06d}.json", {"rouge_l": score})
+    wanted = ["rouge_l", "0.5 [0.4, 0.6]", "0.6 [0.5, 0.7]", "+0.1 [+0.1, +0.1]"]
+    assert table(read(folder), "Scores")[1] in (
+        wanted,
+        [*wanted[:3], "+0.1"],
+    )
+    samples = Samples(tuple(names[:30]), tuple(range(30)))
+    gains = [one + (0.2 if i < 15 else 0.1) for i, one in enumerate(before[:30])]
+    keep_parts(folder / "scores" / "step-000002.json", {"rouge_l": mean_interval(gains, samples=samples)})
+    (_, row) = table(read(folder), "Scores")
+    assert row[3].startswith("+0.15 [+0.1") and row[3].endswith("] on the 30 of both")
+    other = Samples(tuple("abc"), (0, 1, 2))
+    keep_parts(folder / "scores" / "step-000002.json", {"rouge_l": mean_interval([0.0, 1.0, 1.0], samples=other)})
+    assert table(read(folder), "Scores")[1][3] == "other questions"
+    for damaged in ("{", "[]", '{"samples": [], "scores": {"rouge_l": {"kind": "ratio", "samples": 0, "table": []}}}'):
+        (folder / "scores" / "step-000002.json").write_text(damaged)
+        assert table(read(folder), "Scores")[1][3] == "+0.1"
 
 
 def test_facts_and_what_was_left_out(tmp_path: Path) -> None:
@@ -328,9 +356,13 @@ def test_scores_by_the_evaluating_tool(tmp_path: Path) -> None:
         for name, v in (("base", 0.2), ("adapter", 0.7))
     }
     (folder / "predictions" / "scores.json").write_text(json.dumps({"task": "caption", **scores}))
+    wanted = ["rouge_l", "0.2 [0.1, 0.3]", "0.7 [0.6, 0.8]", "+0.5"]
+    assert table(read(folder), "Scores, by tools/evaluate.py") == [["", "base", "adapter", "change"], wanted]
+    scores["difference"] = {"rouge_l": {"value": 0.5, "low": 0.45, "high": 0.55}}
+    (folder / "predictions" / "scores.json").write_text(json.dumps({"task": "caption", **scores}))
     page = read(folder)
-    wanted = ["rouge_l", "0.2 [0.1, 0.3]", "0.7 [0.6, 0.8]", "+0.5", "apart"]
-    assert table(page, "Scores, by tools/evaluate.py") == [["", "base", "adapter", "change", ""], wanted]
+    wanted[3] = "+0.5 [+0.45, +0.55]"
+    assert table(page, "Scores, by tools/evaluate.py") == [["", "base", "adapter", "change"], wanted]
     assert [text.text for text in page.all("article")[0].all("dd")][2:] == ["by base", "by adapter"]
 
 

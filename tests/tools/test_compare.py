@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from vft.evaluate import keep_parts
+from vft.metrics import Samples, mean_interval
+
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = """task = "caption"
 output_dir = "{folder}"
@@ -77,6 +80,22 @@ def test_what_differs_and_how_it_went(tmp_path: Path) -> None:
 
     texts = re.findall(r">([^<>]+)<", page)
     assert {"lora.rank", "held-out cider_d", "loss"} <= {text.strip() for text in texts}
+
+
+def test_scores_on_the_same_questions_are_compared_in_pairs(tmp_path: Path) -> None:
+    """With the difference's own interval; nothing is said of runs that answered other questions, or kept nothing."""
+    runs = [run_folder(tmp_path / name, 4, [1.0], 1.0) for name in ("a", "b", "c", "d")]
+    base = [i % 5 / 2 for i in range(50)]
+    for run, gain, prefix in zip(runs[:3], (0.0, 0.25, 0.25), ("q", "q", "other"), strict=True):
+        samples = Samples(tuple(f"{prefix}{i}" for i in range(50)), tuple(i // 2 for i in range(50)))
+        scores = [one + gain * (i % 2) for i, one in enumerate(base)]
+        keep_parts(run / "scores" / "step-000001.json", {"cider_d": mean_interval(scores, samples=samples)})
+    done = compare(*runs)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("Last evaluation, less that of a") :]
+    (row,) = ([c.strip() for c in line.split("│")] for line in table.splitlines() if "cider_d" in line)
+    assert row[2] == "" and row[3].startswith("+0.125") and row[4:6] == ["other questions", ""]
+    assert "less that of" not in compare(runs[3], runs[0]).stdout
 
 
 @pytest.mark.parametrize("case", ["none", "twice", "many"])

@@ -6,12 +6,15 @@
 from vft.metrics.answers import anls_scores, segment_coverage_scores, token_f1_scores
 from vft.metrics.bootstrap import (
     Interval,
+    Parts,
     Samples,
     bleu4_interval,
     class_mean_interval,
     clusters_of,
     mean_interval,
     paired_difference,
+    parts_from_json,
+    parts_to_json,
     ratio_interval,
 )
 from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_letter, official_letter, top_k

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,6 +159,31 @@ def bleu4_interval(
         parts = metric.corpus_score([text], [[ref] for ref in refs])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
     return _interval("bleu", rows, samples, value, confidence, resamples, seed)
+
+
+def parts_to_json(scores: Mapping[str, Interval]) -> dict[str, Any]:
+    """What scores were computed from, as `parts_from_json` reads it: samples that several share stand once."""
+    kept = {name: score.parts for name, score in scores.items() if score.parts is not None}
+    samples = list(dict.fromkeys(parts.samples for parts in kept.values()))
+    return {
+        "samples": [{"names": one.names, "clusters": one.clusters} for one in samples],
+        "scores": {
+            name: {"kind": parts.kind, "samples": samples.index(parts.samples), "table": parts.table.tolist()}
+            for name, parts in kept.items()
+        },
+    }
+
+
+def parts_from_json(plain: Mapping[str, Any]) -> dict[str, Parts]:
+    """By score. Any of KeyError, TypeError, ValueError, IndexError where `plain` is something else."""
+    samples = [Samples(tuple(map(str, one["names"])), tuple(map(int, one["clusters"]))) for one in plain["samples"]]
+    found = {}
+    for name, one in plain["scores"].items():
+        parts = Parts(samples[one["samples"]], one["kind"], np.asarray(one["table"], dtype=np.float64))
+        if parts.kind not in KINDS or parts.table.shape[:1] != (len(parts.samples.names),) or parts.table.ndim != 2:
+            raise ValueError(f"{name}: a table of {parts.table.shape} for {len(parts.samples.names)} samples")
+        found[name] = parts
+    return found
 
 
 def paired_difference(

@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from vft.data.documents import Documents
 from vft.files import replace_text
-from vft.metrics import Interval, confusion
+from vft.metrics import Interval, Parts, confusion, paired_difference, parts_from_json
 from vft.report.chart import Curve, line_chart
 from vft.report.examples import examples, references_of
 from vft.vision_spec import VisionSpec
@@ -35,6 +35,7 @@ MAX_CLASSES = 30
 """Of a confusion matrix; of more classes the most confused pairs are listed, as many."""
 MAX_LINES = 6
 """Groups whose curves share a chart; more would be a tangle."""
+DIFFERENCE = "difference"
 COUNTS = ("answered", "unreadable")
 """Among the scores, but of the data: they need no curves."""
 
@@ -79,7 +80,7 @@ class Run:
     evaluations: dict[str, Scores]
     """By `step N`, in order."""
     compared: dict[str, Scores]
-    """By model, of tools/evaluate.py; empty where it didn't run."""
+    """By model, of tools/evaluate.py, two models' difference under `DIFFERENCE`; empty where it didn't run."""
     predictions: dict[str, list[Row]]
     """Of the first and the last evaluation, by `step N`; of tools/evaluate.py where the run had none."""
     quarantine: list[Row]
@@ -96,8 +97,10 @@ def read_run(folder: Path) -> Run:
     """All that there is; lines that were cut off are left out."""
     settings, metrics, answers = folder / "config.toml", folder / "metrics.jsonl", folder / "predictions"
     lines = [line for line in read_lines(metrics) if isinstance(line.get("step"), int)]
-    evaluations = {line["step"]: scores for line in lines if (scores := scores_of(line))}
+    evaluations: dict[int, Scores] = {line["step"]: scores for line in lines if (scores := scores_of(line))}
     compared = next(iter(read_lines(answers / "scores.json", whole=True)), {})
+    for step in {min(evaluations), max(evaluations)} if evaluations else ():
+        evaluations[step] = with_parts(evaluations[step], folder / "scores" / f"step-{step:06d}.json")
     return Run(
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
         about=next(iter(read_lines(folder / "run.json", whole=True)), {}),
@@ -115,6 +118,14 @@ def read_run(folder: Path) -> Run:
         predictions=read_predictions(answers, sorted(evaluations)),
         quarantine=read_lines(folder / "quarantine.jsonl"),
     )
+
+
+def with_parts(scores: Scores, file: Path) -> Scores:
+    """The scores with what they were computed from, where that was kept."""
+    parts: dict[str, Parts] = {}
+    with suppress(KeyError, TypeError, ValueError, IndexError):
+        parts = parts_from_json(next(iter(read_lines(file, whole=True)), {}))
+    return {name: replace(score, parts=parts.get(name)) for name, score in scores.items()}
 
 
 def read_lines(file: Path, whole: bool = False) -> list[Row]:
@@ -203,19 +214,17 @@ def sampling(video: Row) -> str:
 
 def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row]:
     """Tables of the first evaluation beside the last: of the scores, and of their groups."""
-    names = list(dict.fromkeys([*evaluations][:1] + [*evaluations][-1:]))
+    models = [name for name in evaluations if name != DIFFERENCE]
+    names = list(dict.fromkeys(models[:1] + models[-1:]))
     sides = [evaluations[name] for name in names]
     rows = []
     for metric in dict.fromkeys(metric for side in sides for metric in side):
         scores = [side.get(metric) for side in sides]
-        both = [one for one in scores if one is not None]
-        change = f"{both[1].value - both[0].value:+.4g}" if len(both) > 1 else ""
-        verdict = ""
-        if len(both) > 1 and all(one.low < one.high for one in both):
-            verdict = "apart" if both[0].high < both[1].low or both[1].high < both[0].low else "overlap"
-        cut = " / ".join(dict.fromkeys(one.tokenization for one in both if one.tokenization))
+        found = evaluations.get(DIFFERENCE, {}).get(metric)
+        told = ("", "") if len(sides) < 2 else changed(*scores) if found is None else shown(found, "+")
+        cut = " / ".join(dict.fromkeys(one.tokenization for one in scores if one is not None and one.tokenization))
         row = {"metric": metric, "cut": cut, "scores": [shown(one) for one in scores]}
-        rows.append({**row, "change": change, "verdict": verdict})
+        rows.append({**row, "change": told})
     parts = {
         f"Scores{made_by}": [row for row in rows if "/" not in row["metric"]],
         f"Groups{made_by}": [row for row in rows if "/" in row["metric"]],
@@ -227,11 +236,28 @@ def comparison(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row
     ]
 
 
-def shown(score: Interval | None) -> tuple[str, str]:
-    """A value and its interval, empty where there is none."""
+def shown(score: Interval | None, sign: str = "") -> tuple[str, str]:
+    """A value and its interval, empty where there is none; with `sign` "+" both with their signs."""
     if score is None:
         return "", ""
-    return f"{score.value:.4g}", f"[{score.low:.3g}, {score.high:.3g}]" if score.low < score.high else ""
+    ends = f"[{score.low:{sign}.3g}, {score.high:{sign}.3g}]" if score.low < score.high else ""
+    return f"{score.value:{sign}.4g}", ends
+
+
+def changed(before: Interval | None, after: Interval | None) -> tuple[str, str]:
+    """The difference of two scores, and its interval where both were taken on questions that are the same."""
+    if before is None or after is None:
+        return "", ""
+    if before.tokenization and after.tokenization and before.tokenization != after.tokenization:
+        return "", "texts cut in two ways"
+    if before.parts is None or after.parts is None:
+        return f"{after.value - before.value:+.4g}", ""
+    paired = paired_difference(before, after)
+    if paired is None:
+        return "", "other questions"
+    value, ends = shown(paired[0], "+")
+    samples = max(len(one.parts.samples.names) for one in (before, after) if one.parts is not None)
+    return value, ends if paired[1] == samples else f"{ends} on the {paired[1]} of both".strip()
 
 
 def charts(run: Run) -> list[Row]:
