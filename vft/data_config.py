@@ -127,6 +127,9 @@ class VideoConfig(Section):
     LLaVA-NeXT-Video's frames are 336 x 336 whatever the limits of pixels, and 144 tokens each."""
     total_pixels: Positive | None = None
     """Frames / 2 x height x width of a video, at most (as qwen-vl-utils counts); none: `max_pixels` alone limits."""
+    sample_lists: bool = False
+    """Sample lists of pictures by these limits, as if they were files. Else every picture that a record names is shown,
+    but for what the record itself asks and `data.pack_tokens` has no room for; folders of frames are always sampled."""
     timestamps: bool = False
     """Say before each video how long it is and at which seconds its frames were taken."""
 

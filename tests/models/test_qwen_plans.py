@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.models import qwen_plans
 from tests.models.qwen_plans import Made, Request
+from vft.data import vision
 from vft.data.budget import limits_of
+from vft.data.video import scan
 from vft.data_config import DataConfig, VideoConfig
 from vft.models.qwen2_5_vl_vision import QwenVision
 from vft.models.qwen3_vl_vision import Qwen3Vision
@@ -63,3 +68,22 @@ def test_total_pixels_never_makes_a_frame_larger(least: int) -> None:
         info = MediaInfo("video", 200, 720, 300, 30.0, duration_s=10.0)
         plan = SPECS[14].plan(ref, info, limits)
         assert (plan.width, plan.height) == (588, 140)  # qwen-vl-utils' own
+
+
+def test_pictures_of_qwen_vl_utils(tmp_path: Path) -> None:
+    """Its own list branch beside ours, pixels too, at a size that it leaves as it is."""
+    vision_process = pytest.importorskip("qwen_vl_utils.vision_process")
+    rng = np.random.default_rng(0)
+    for count in range(1, 10):
+        names = [str(tmp_path / f"{i}.png") for i in range(count)]
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (112, 168, 4), np.uint8), "RGBA").save(name)
+        asked = {"video": names, "sample_fps": 3.0, "min_pixels": 784, "max_pixels": 112 * 168, "total_pixels": 10**9}
+        frames, rate = vision_process.fetch_video(asked, return_video_sample_fps=True)
+        ref = MediaRef("video", tuple(map(Path, names)), MediaOptions(sample_fps=3.0))
+        config = DataConfig(video=VideoConfig(min_pixels=784, max_pixels=112 * 168))
+        made = SPECS[14].plan(ref, scan(ref), limits_of(ref, config))
+        assert 2 / made.seconds_per_grid == pytest.approx(rate)
+        patches = vision.load(made, SPECS[14])
+        ours = vision.frames_of(patches.pixels_PD, replace(made, frame_indices=tuple(range(len(frames)))), SPECS[14])
+        assert torch.equal(ours, frames.to(torch.uint8))

@@ -90,7 +90,7 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     pixels = video if ref.kind == "video" else config.image
     # Pictures that a record names are all shown, unless it asks for less itself. Of pictures whose rate isn't given
     # `fps` is the rate that they have (`video.join_pictures`), and asks for nothing.
-    whole = ref.is_list and not ref.is_folder
+    whole = ref.is_list and not (ref.is_folder or video.sample_lists)
     asks_rate = options.fps is not None and (not whole or bool(options.sample_fps or options.timestamps))
     asks_count = options.nframes is not None
     least = options.min_frames or video.min_frames

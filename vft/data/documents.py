@@ -28,6 +28,7 @@ from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sa
 
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
 Plans = tuple[MediaPlan, ...]
+PlannedGroup = tuple[list[Conversation], Plans, int]
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Documents:
     """Tokens, attended pairs and vision patches of each document: what it costs."""
     bad: list[BadItem] = field(default_factory=list)
     num_samples: int = 0
+    num_shortened: int = 0
+    """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
 
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document: always the same ones."""
@@ -98,17 +101,26 @@ class Documents:
             for members, plans, room in self._plan_group(group):
                 self._add_group(members, plans, room, weight)
 
-    def _plan_group(self, conversations: Sequence[Conversation]) -> list[tuple[list[Conversation], Plans, int]]:
+    def _plan_group(self, conversations: Sequence[Conversation]) -> list[PlannedGroup]:
         """The conversations in groups that see the same frames, with their plans and the room that these fit into.
 
         Each sees what it would see alone, unless `frames_for_sharing` allows less.
         """
+        free: Plans | None = None
+        with suppress(UserError):  # told where they are planned one by one
+            free = plan_within(sys.maxsize, conversations[0], self.encoder.spec, self.config, self.info)
+        groups = self._trade_frames(self._plan_alone(conversations, free))
+        self.num_shortened += sum(len(members) for members, plans, _ in groups if plans != free)
+        return groups
+
+    def _plan_alone(self, conversations: Sequence[Conversation], free: Plans | None) -> list[PlannedGroup]:
+        """Groups of those whose plans are equal where each is planned by itself; `free` are plans without a limit."""
         if len(conversations) > 1:
             with suppress(UserError):  # the longest text may have no room at all
                 plans, room = fit(conversations, self.encoder, self.config, self.info)
-                if plans == plan_within(sys.maxsize, conversations[0], self.encoder.spec, self.config, self.info):
-                    return self._trade_frames([([*conversations], plans, room)])  # the row limits none of them
-        alone: dict[Plans, tuple[list[Conversation], Plans, int]] = {}
+                if plans == free:  # most often: the row limits none of them
+                    return [([*conversations], plans, room)]
+        alone: dict[Plans, PlannedGroup] = {}
         for one in conversations:
             try:
                 plans, room = fit([one], self.encoder, self.config, self.info)
@@ -116,11 +128,9 @@ class Documents:
                 self.reject(one, "unfit", str(error))
                 continue
             alone.setdefault(plans, ([], plans, room))[0].append(one)
-        return self._trade_frames(list(alone.values()))
+        return list(alone.values())
 
-    def _trade_frames(
-        self, groups: list[tuple[list[Conversation], Plans, int]]
-    ) -> list[tuple[list[Conversation], Plans, int]]:
+    def _trade_frames(self, groups: list[PlannedGroup]) -> list[PlannedGroup]:
         """One group in the place of several, with a few frames less, where `frames_for_sharing` allows that."""
         members = [one for group, _, _ in groups for one in group]
         together = min(len(members), self.config.max_samples_per_pack or len(members))
@@ -223,6 +233,11 @@ def load_documents(
     check_bad(documents.bad, documents.num_samples + len(documents.bad) + passed_over, config.max_bad_fraction)
     if wanted and not documents.members:
         raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
+    if documents.num_shortened and environment().is_main:
+        count = f"{documents.num_shortened:,} of {documents.num_samples:,} samples"
+        text = f"fewer frames or pixels than asked for, to fit data.pack_tokens = {config.pack_tokens}"
+        where = ", ".join(source.path for source in wanted)
+        print(f"{where}: {count} have {text}; tools/inspect_batch.py shows them", file=sys.stderr, flush=True)
     return documents
 
 

@@ -75,6 +75,8 @@ def sampled_rate(info: MediaInfo, first: int, last: int, count: int) -> float:
     if info.times_s is None or last == first:
         return count / (last - first + 1) * (info.fps or 1.0)
     span_s = info.times_s[last] - info.times_s[first]
+    if span_s <= 0:  # some pictures of one moment
+        return info.fps or 1.0
     return count / (span_s * (last - first + 1) / (last - first))
 
 

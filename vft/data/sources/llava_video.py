@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def _parse(record: Mapping[str, Any], file: Path, root: Path) -> Parsed:
 
 def _conversation(record: Mapping[str, Any], video: Any, root: Path) -> Parsed:
     """`data_source` says where the video lies."""
-    return messages.parse({**record, "video": video, "data_source": None}, root)
+    parsed = messages.parse({**record, "video": video, "data_source": None}, root)
+    return replace(parsed, turns=_changed(parsed.turns, is_folder=True)) if isinstance(video, list) else parsed
 
 
 def _config(file: Path, root: Path) -> str:
@@ -149,17 +150,17 @@ class Archives:
         for origin, sample_id, record in self.records[run.key]:
             try:
                 parsed = _conversation(record, value, spool)
-                turns = tuple(_named(turn, title) for turn in parsed.turns)
+                turns = _changed(parsed.turns, member=title)
                 samples.append(Sample(sample_id, turns, origin, _fields(record), parsed.unread))
             except RecordError as error:
                 bad.append(BadRecord(origin, error.field, error.message))
         return Group(run.place, samples, bad, tuple(run.files.values()))
 
 
-def _named(turn: Turn, title: str) -> Turn:
-    """The turn with its media known by their place in the archive."""
-    parts = (replace(part, member=title) if isinstance(part, MediaRef) else part for part in turn.parts)
-    return replace(turn, parts=tuple(parts))
+def _changed(turns: Sequence[Turn], **changes: Any) -> tuple[Turn, ...]:
+    """The turns with other fields of their media."""
+    parts = ((replace(p, **changes) if isinstance(p, MediaRef) else p for p in turn.parts) for turn in turns)
+    return tuple(replace(turn, parts=tuple(own)) for turn, own in zip(turns, parts, strict=True))
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,9 @@ OF_FRAME_LISTS = frozenset({"sample_fps", "timestamps"})
 REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
 LIST_OPTIONS = frozenset({"trim", "timestamps"})
 """Of which one value is a list itself."""
-ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"))
+MAX_S = 1e9
+"""Times from here on are no seconds."""
+ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"), ("sample_fps", "timestamps"))
 """Options of which one that stands nearer to the medium puts out the other, too."""
 ORDERED = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end"))
 
@@ -214,6 +216,10 @@ class _Found:
                     fail(low, f"{a} is {'above' if a > b else 'no earlier than'} {other} = {b}; exchange them")
         if "fps" in found and "nframes" in found:
             fail("nframes", f"{found['nframes']} stands beside fps = {found['fps']}; keep one of the two")
+        times_s, rate = found.get("timestamps", ()), found.get("sample_fps")
+        if rate and len(times_s) > 1 and abs((len(times_s) - 1) / (times_s[-1] - times_s[0]) / rate - 1) > 0.1:
+            stated = f"{len(times_s)} timestamps in {times_s[-1] - times_s[0]:g} s"
+            fail("sample_fps", f"{rate} a second contradicts {stated}; keep one of the two")
         if ("resized_height" in found) != ("resized_width" in found):
             fail("resized_height", "goes with resized_width; give both or neither")
         return MediaOptions(**found)
@@ -234,11 +240,13 @@ def _settings(meaning: _Meaning, value: Any, field: str) -> Iterator[tuple[str, 
 
 def _times(value: Any, field: str) -> tuple[float, ...]:
     """Seconds of pictures, none before the one ahead of it."""
-    if not isinstance(value, list) or not all(_is_number(one, whole=False) and one >= 0 for one in value):
+    if not isinstance(value, list) or not all(_is_number(one, whole=False) and 0 <= one < MAX_S for one in value):
         raise RecordError(field, f"{shown(value)} must be a list of seconds from 0, one for each picture")
     for i, (before, after) in enumerate(pairwise(value), 1):
         if after < before:
             raise RecordError(f"{field}[{i}]", f"{after} comes before {before}; give the times in order")
+    if len(value) > 1 and value[0] == value[-1]:
+        raise RecordError(field, f"all {len(value)} times are {value[0]}; give each picture its own")
     return tuple(map(float, value))
 
 
