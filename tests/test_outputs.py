@@ -49,6 +49,16 @@ def test_cut_off_anywhere(tmp_path: Path) -> None:
         assert path.read_bytes() == b"".join(lines[:count])
 
 
+def test_another_part_of_a_video_is_another_question(tmp_path: Path) -> None:
+    path, clip = tmp_path / "out.jsonl", {"id": "a", "video": "a.mp4"}
+    whole, first, second = ({**clip, **keys} for keys in ({}, {"video_end": 2}, {"video_start": 2, "video_end": 3.5}))
+    written(path, [(item, "Yes.") for record in (first, second) for item in items_of(tmp_path, record)])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line.get("start_s"), line.get("end_s")) for line in lines] == [(None, 2), (2, 3.5)]
+    file = AnswersFile(path, SETTINGS)
+    assert [file.has(*items_of(tmp_path, record)) for record in (whole, first, second)] == [False, True, True]
+
+
 def test_folders_are_made(tmp_path: Path) -> None:
     (item,) = items_of(tmp_path, {"video": "a.mp4"})
     path = tmp_path / "new" / "folder" / "out.jsonl"

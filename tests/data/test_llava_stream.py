@@ -120,6 +120,25 @@ def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int,
     assert [item.reason for item in documents.bad] == ["missing"]
 
 
+def test_keys_and_system_of_streamed_records(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read as of extracted ones, and those that are not are told when the archives are opened."""
+    part = publish(tmp_path / "data")
+    for name in LISTS:
+        (part / name).unlink()
+    keys = {"system": "Be brief.", "end": 0.5, "year": 1}
+    record = llava_record("academic/b.mp4", 1, id=1, data_source=PART)
+    bad = llava_record("academic/b.mp4", 1, id=2, data_source=PART)
+    (part / next(iter(LISTS))).write_text(json.dumps([{**record, **keys}, {**bad, "clip": "other.mp4"}]))
+    with stream_context(data_config(tmp_path / "data", STREAM), tiny.encoder, 1) as context:
+        stream = slot_stream(context, 0)
+        pack = stream.next_pack()
+    document = pack.documents[0]
+    assert document.document.media[0].frame_times_s[-1] <= 0.5
+    assert "Be brief." in tiny.encoder.tokenizer.decode(document.document.ids_T)
+    assert "clip: names 'other.mp4'" in pack.bad[0].message
+    assert "keys that are not read, of 2 records: year (1), clip (1)\n" in capsys.readouterr().err
+
+
 def test_media_are_named_by_their_member(tiny: Tiny, tmp_path: Path) -> None:
     publish(tmp_path / "data")
     with stream_context(data_config(tmp_path / "data", STREAM), tiny.encoder, 1) as context:

@@ -54,7 +54,7 @@ HUMAN, MODEL, PLAIN = "People wrote this.", "A model wrote this.", "This describ
         ({"human_caption": None, "model_caption": MODEL, "description": PLAIN}, MODEL),
         ({"human_caption": "", "model_caption": MODEL}, MODEL),
         ({"description": PLAIN, "model_caption": None}, PLAIN),
-        ({"description": PLAIN, "keywords": ["a"], "num_frames": 3}, PLAIN),
+        ({"description": PLAIN, "keywords": ["a"], "num_frames": 3, "other": 1}, PLAIN),
     ],
 )
 def test_the_best_caption_there_is(tmp_path: Path, fields: dict[str, Any], caption: str) -> None:
@@ -62,6 +62,7 @@ def test_the_best_caption_there_is(tmp_path: Path, fields: dict[str, Any], capti
     (sample,) = group.samples
     assert not group.bad and (sample.id, sample.origin, sample.fields) == ("c1", "s.tar/x/c1.json", fields)
     assert [turn.role for turn in sample.turns] == ["user", "assistant"] and sample.turns[1].text == caption
+    assert sample.unread == tuple(key for key in fields if key == "other")
     ref = medium(sample)
     assert (ref.kind, ref.name) == ("video", "s.tar/x/c1.mp4")
     assert isinstance(ref.path, Path) and ref.path.read_bytes() == VIDEO and ref.path in group.files

@@ -83,12 +83,14 @@ def fail(path: Any, root: Path, *words: str) -> None:
 
 
 def test_a_row(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "videomme/test-00000-of-00001.parquet", ROW, ROW | {"question_id": "001-2"})
+    rows = [{**ROW, "start": 3}, ROW | {"question_id": "001-2", "start": 3}]
+    path = parquet(tmp_path / "videomme/test-00000-of-00001.parquet", *rows)
     file = touch(tmp_path / "data/fFjv93ACGo8.mp4")
     touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
     (sample, other), bad = video_mme.read(path, tmp_path)
     assert not bad
     assert (sample.id, sample.origin) == ("001-1", "test-00000-of-00001.parquet:1")
+    assert sample.unread == ("start",)
     assert (other.id, other.origin) == ("001-2", "test-00000-of-00001.parquet:2")
     ref = MediaRef("video", file.resolve(), field="videoID")
     assert sample.turns == (Turn("user", (ref, PLAIN)), Turn("assistant", ("C",)))

@@ -47,6 +47,17 @@ def test_folders_and_records(world: World, ask: Ask, tmp_path: Path) -> None:
     assert error.startswith(f"error: {tmp_path}/ask.jsonl:2: video: '../blue.mp4'")
 
 
+def test_the_prompt_of_records_that_ask_nothing_is_said(world: World, ask: Ask, tmp_path: Path) -> None:
+    """The adapter's own, in stderr, where --prompt says none; a record's question goes before it."""
+    (tmp_path / "ask.jsonl").write_text('{"video": "red.mp4"}\n{"video": "blue.mp4", "question": "Who?"}\n')
+    asked = ("--json", "--max-new-tokens", 8, "--root", world.root, tmp_path / "ask.jsonl")
+    result = ask(*asked).ok()
+    first, second = (json.loads(line)["prompt"] for line in result.stdout.splitlines())
+    assert second == "Who?"
+    assert result.stderr == f"1 of 2 records ask nothing themselves: {first!r} is asked; --prompt asks another\n"
+    assert ask(*asked, "--prompt", "What?").ok().stderr == ""
+
+
 @pytest.fixture
 def batch(world: World, tmp_path: Path) -> Path:
     """Records as those of training, one of a damaged clip."""

@@ -28,8 +28,10 @@ from vft.data.pool import WorkerPool
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.sources import llava_video, locate, pe_video
 from vft.data.sources.records import Group
+from vft.data.sources.unread_keys import tell
 from vft.data.video import join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
+from vft.distributed import environment
 from vft.types import Document, MediaInfo, MediaRef, UserError
 
 LOOKAHEAD = 2
@@ -73,6 +75,8 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
         shards = pe_video.shards(location)
         return Archives(source.path, source.weight, shards, pe_video.groups, _digest(shards, ""))
     opened = llava_video.Archives.open(location)
+    if environment().is_main:
+        tell(source.path, opened.unread)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
     digest = _digest(opened.shards, opened.digest)

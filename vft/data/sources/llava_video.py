@@ -35,7 +35,11 @@ from vft.data.sources.records import (
     sample_id_of,
     unique,
 )
+from vft.data.sources.shapes import TURN_KEYS
+from vft.data.sources.unread_keys import others
 from vft.types import MediaRef, Sample, Turn
+
+KNOWN = messages.FIELDS | {*TURN_KEYS, "data_source"}
 
 
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
@@ -93,6 +97,8 @@ class Archives:
     """Records that name no video."""
     digest: str
     """Of the JSON files' contents."""
+    unread: list[tuple[str, ...]]
+    """Keys that are not read, of each record."""
 
     @staticmethod
     def open(location: str) -> Archives:
@@ -115,7 +121,8 @@ class Archives:
                     records.setdefault(video, []).append((origin, sample_id, record))
                 except RecordError as error:
                     bad.append(BadRecord(origin, error.field, error.message))
-        return Archives(shards, records, bad, digest.hexdigest()[:16])
+        unread = [others(record, KNOWN) for found in records.values() for _, _, record in found]
+        return Archives(shards, records, bad, digest.hexdigest()[:16], unread)
 
     def groups(self, shard: str, place: int, spool: Path, wanted: Callable[[int], bool]) -> Iterator[Group]:
         """The videos of a part from `place` on that have records, each with all of these.

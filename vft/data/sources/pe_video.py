@@ -27,6 +27,11 @@ from vft.types import MediaRef, Sample, Turn, UserError
 
 MAX_RECORD_BYTES = 16 << 20
 CAPTIONS = ("human_caption", "model_caption", "description")
+CARD = frozenset(
+    {*CAPTIONS, "category", "category_name", "video_duration_in_s", "fps", "num_frames", "height", "width", "keywords"}
+    | {"has_face"}
+)
+"""Keys that the dataset's card names: of the file and its subject, none of them asks for anything."""
 _MEMBER = re.compile(r"((?:.*/)?[^/]+)\.(?:mp4|json)", re.DOTALL | re.IGNORECASE)
 
 
@@ -144,6 +149,7 @@ def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title
         if record.get(name) not in (None, ""):
             caption = check_text(record[name], name)
             ref = MediaRef("video", video, field="mp4", member=title)
-            return Sample(key, (Turn("user", (ref,)), Turn("assistant", (caption,))), origin, record)
+            turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
+            return Sample(key, turns, origin, record, tuple(one for one in record if one not in CARD))
     found = ", ".join(map(shown, record)) or "no fields"
     raise RecordError(CAPTIONS[0], f"the record has no caption under {', '.join(CAPTIONS)}; it has {found}")

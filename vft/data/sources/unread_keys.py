@@ -59,6 +59,11 @@ def unread(
     return found
 
 
+def others(record: Mapping[str, Any], known: Collection[str]) -> tuple[str, ...]:
+    """The keys of a record that are neither `known` nor say how its media are shown."""
+    return tuple(key for key in record if key not in known and meaning_of(key) is None)
+
+
 @lru_cache(maxsize=4096)  # records of a source have the same keys
 def _misspelt(key: str) -> str:
     """The key of media that is meant; empty where none is, as by `videoID`."""

@@ -27,6 +27,8 @@ MAX_ROWS = 1_000_000
 """A file of a few kilobytes may announce any number, and they are held in memory."""
 GROUPS = ("duration", "domain", "sub_category", "task_type")
 TEXTS = ("videoID", "question_id", "question", "answer", *GROUPS)
+CARD = frozenset({*TEXTS, "options", "video_id", "url"})
+"""Columns that the dataset's card names."""
 SUFFIXES = (".mp4", ".MP4", ".mkv")
 PROMPT = (
     "Select the best answer to the following multiple-choice question based on the video{and_subtitles}. "
@@ -113,7 +115,9 @@ class _Reader:
             "groups": {key: texts[key] for key in GROUPS},
             "question_id": texts["question_id"],
         }
-        return Sample(texts["question_id"], (Turn("user", user), Turn("assistant", (texts["answer"],))), origin, fields)
+        turns = (Turn("user", user), Turn("assistant", (texts["answer"],)))
+        unread = tuple(key for key in row if key not in CARD)
+        return Sample(texts["question_id"], turns, origin, fields, unread)
 
     def lines(self, video: str) -> tuple[Line, ...]:
         """The subtitles of a video; none where it has no file."""
