@@ -284,6 +284,24 @@ def test_an_evaluation_with_options(tiny: Tiny, root: Path, tmp_path: Path) -> N
     assert len({line["option_scores"]["grey"] for line in lines}) == 4
 
 
+def test_records_that_list_right_answers(tiny: Tiny, root: Path, tmp_path: Path) -> None:
+    """One record with a list, or two records, in either order: the same question, references and scores."""
+    options = ["grey", "light grey", "black"]
+    one, other = ({**record(answer, "30.png"), "options": options} for answer in ("grey", "black"))
+    found = []
+    for records in (
+        [one, other],
+        [other, one],
+        [{**one, "answers": ["grey", "black"]}],
+        [{**other, "label": options[::2]}],
+    ):
+        scores, (line,) = evaluated(tiny, root, Classify(), records, tmp_path)
+        assert sorted(line["references"]) == ["black", "grey"]
+        found.append({name: value for name, value in scores.items() if name != "loss"})
+    assert found[0] == found[1] == found[2] == found[3]
+    assert found[0]["top1"] == found[0]["top1/grey"] == found[0]["top1/black"] == float(line["choice"] != "light grey")
+
+
 def test_an_evaluation_compiles_nothing(tiny: Tiny, root: Path, tmp_path: Path) -> None:
     """What was compiled for training stays; rows of one token, or without gradients, would need graphs of their own."""
     plain, _ = evaluated(tiny, root, Caption(), RECORDS[:3], tmp_path)

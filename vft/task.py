@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 from vft.config import Config
 from vft.metrics import Interval, Samples, clusters_of
 from vft.reasoning import split_reasoning
-from vft.types import Conversation, MediaRef, Sample, Turn, UserError
+from vft.types import ANSWER_KEYS, Conversation, MediaRef, Sample, Turn, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,6 @@ def likeliest(scores: Sequence[float]) -> int | None:
     """Number of the largest; None where there is none."""
     return max(range(len(scores)), key=scores.__getitem__) if scores else None
 
-
-ANSWER_KEYS = ("answers", "references", "answer", "label")
-"""Under these a record may list several right answers."""
 
 Scores = Mapping[str, Interval]
 """Metrics by name, each with its 95 % interval."""

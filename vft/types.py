@@ -33,6 +33,9 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------- what a source reads
 
+ANSWER_KEYS = ("answers", "references", "answer", "label")
+"""Under these a record may list several right answers; a text there is not read beside turns."""
+
 
 @dataclass(frozen=True, slots=True)
 class MediaOptions:

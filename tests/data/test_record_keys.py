@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vft.data import sources
-from vft.data.sources import unread_keys
+from vft.data.sources import messages, unread_keys
 from vft.data.sources.records import BadRecord
 from vft.data_config import DataConfig, SourceConfig
 from vft.types import MediaOptions, MediaRef, Sample
@@ -284,6 +284,15 @@ def test_unread_keys_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "max_frame [did you mean max_frames?] (1)" in line and "fps [no medium there takes it] (1)" in line
     unread_keys.tell(str(tmp_path), [(), ()])
     assert capsys.readouterr().err == ""
+
+
+def test_lists_of_right_answers_are_read(tmp_path: Path) -> None:
+    """By tasks; a text under the same key isn't."""
+    made = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]}
+    lists = {"answers": ["a", "b"], "references": ["c"], "answer": ["d"], "label": ["e"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({**made, **lists}) + "\n" + json.dumps({**made, "label": "a"}) + "\n")
+    samples, bad = messages.read(tmp_path / "a.jsonl", tmp_path)
+    assert not bad and [sample.unread for sample in samples] == [(), ("label",)]
 
 
 def test_unread_keys_of_other_formats(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from vft.data.sources.records import (
 from vft.data.sources.rows import files_of, read_rows
 from vft.data.sources.shapes import TURN_KEYS, Shapes
 from vft.data.sources.tables import read_classes
-from vft.data.sources.unread_keys import MEDIA_KEYS, unread
+from vft.data.sources.unread_keys import MEDIA_KEYS, answer_lists, unread
 from vft.reasoning import CLOSE, OPEN
 from vft.types import MediaKind, MediaOptions, MediaRef, Role, Sample, Turn
 
@@ -119,7 +119,7 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
         rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
     filled, used = lay_under(filled, record, "")
     refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
-    rest += [*reader.unread, *unread(record, FIELDS | {key} | used, refs)]
+    rest += [*reader.unread, *unread(record, FIELDS | {key} | used | answer_lists(record), refs)]
     return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
 
 

@@ -19,7 +19,7 @@ from vft.data.sources.messages import with_system
 from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, resolve_media, shown
 from vft.data.sources.rows import files_of, read_rows
 from vft.data.sources.shapes import Shapes
-from vft.data.sources.unread_keys import unread
+from vft.data.sources.unread_keys import answer_lists, unread
 from vft.types import MediaRef, Sample, Turn
 
 KEYS = ("video", "images", "segments", "text", "speech")
@@ -59,7 +59,7 @@ def parse(record: Mapping[str, Any], root: Path) -> Parsed:
     refs = [part for part in asked[0][1] if isinstance(part, MediaRef)]
     if segments and (start_s := refs[0].options.video_start):
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
-    rest = unread(record, {*KEYS, "id", "system", *used}, refs)
+    rest = unread(record, {*KEYS, "id", "system", *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(record.get("segments") or ()):
         unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "in a segment")
         rest += [f"segments[].{key.rpartition('.')[2]}" for key in unknown]

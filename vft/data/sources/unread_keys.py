@@ -13,7 +13,7 @@ from typing import Any
 
 from vft.data.sources.media_options import OPTIONS, meaning_of
 from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, RecordError, shown
-from vft.types import MediaRef
+from vft.types import ANSWER_KEYS, MediaRef
 
 MEDIA_KEYS = ("video", "videos", "image", "images")
 AUDIO_SUFFIXES = frozenset({".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".opus", ".wma"})
@@ -22,6 +22,11 @@ MAX_NAME = 1024
 MOST_NAMED = 20
 """Keys that are named for one source."""
 _DATA_URL = re.compile(r"data:(video|image|audio)/", re.IGNORECASE)
+
+
+def answer_lists(record: Mapping[str, Any]) -> set[str]:
+    """The keys under which a record lists right answers, which tasks read."""
+    return {key for key in ANSWER_KEYS if isinstance(record.get(key), list)}
 
 
 def unread(
