@@ -61,6 +61,9 @@ def llava(**more: Any) -> dict[str, Any]:
         ("messages", asked([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}], **TRIM)),
         ("messages", asked([{"type": "video", "video": "a.mp4", **TRIM}, {"type": "text", "text": "What?"}])),
         ("messages", {"messages": [{"role": "user", "content": "<video>?", **TRIM}, ANSWER], "videos": ["a.mp4"]}),
+        ("messages", asked([{"type": "video_url", "video_url": {"url": "a.mp4", **TRIM}}])),
+        ("messages", asked([{"type": "video", "video": {"url": "a.mp4"}, **TRIM}])),
+        ("messages", asked([{"type": "video", "video": {"url": "a.mp4", "start": 6}, "end": 9}])),
         ("messages", llava(video="a.mp4", **TRIM)),
         ("messages", {"video": "a.mp4", "question": "What?", "answer": "A cat.", **TRIM}),
         ("llava_video", llava(video="a.mp4", **TRIM)),
@@ -84,6 +87,8 @@ def test_a_trim_is_read_wherever_it_stands(tmp_path: Path, format: str, record: 
         {"begin": 6, "end": 9},
         {"video-start": 6, "video-end": 9},
         {"start_ms": 6000, "end_ms": 9000},
+        {"begin_time": 6, "finish_time": 9},
+        {"t_start": 6, "stop_time": 9},
         {"trim": [6, 9]},
         {"video_start": [6], "video_end": [9]},
         {"trim": [[6, 9]]},
@@ -150,6 +155,7 @@ def test_the_nearest_key_counts(tmp_path: Path) -> None:
         ({"trim": 9}, "trim", "must be [start, end]"),
         ({"start": 5, "video_start": 6}, "video_start", "6 contradicts start = 5"),
         ({"start_frame": 60}, "start_frame", "frame numbers are not read"),
+        ({"end_idx": 60}, "end_idx", "frame numbers are not read"),
         ({"fps": 1, "nframes": 4}, "nframes", "4 stands beside fps = 1"),
         ({"nframes": 2.5}, "nframes", "whole number"),
         ({"max_frames": 0}, "max_frames", "at least 1"),
@@ -247,6 +253,14 @@ def test_media_under_unknown_keys_of_other_formats(tmp_path: Path, format: str) 
     if format != "story":
         record = llava(**{"video" if format == "llava_video" else "image": "a.mp4"})
     assert "names 'b.mp4'" in fail(tmp_path, {**record, "second": "b.mp4"}, format).message
+
+
+def test_options_in_two_places_of_one_part(tmp_path: Path) -> None:
+    part = {"type": "video", "video": {"url": "a.mp4", "fps": 1}, "fps": 2}
+    assert fail(tmp_path, asked([part])).field == "messages[0].content[0].fps"
+    picture = {"type": "image_url", "image_url": {"url": "p.png", "detail": "high"}}
+    samples, bad = read(tmp_path, "messages", asked([picture]))
+    assert not bad and samples[0].unread == ("content[].image_url.detail",)
 
 
 def test_what_names_no_other_medium(tmp_path: Path) -> None:

@@ -37,12 +37,25 @@ ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"), ("sampl
 ORDERED = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end"))
 
 _EDGE = re.compile(
-    r"(?:video|clip|trim|segment|frame|time|t)?(start|begin|end)(?:time|timestamp|offset|in)?"
-    r"(s|secs?|seconds?|ms|msecs?|millis|milliseconds?|frames?|frameidx|frameindex)?"
+    r"(?:video|clip|trim|segment|frame|time|t)?(start|begin|end|finish|stop(?=.))(?:time|timestamp|offset|in)?"
+    r"(s|secs?|seconds?|ms|msecs?|millis|milliseconds?|frames?|frameid|(?:frame)?(?:idx|index))?"
 )
+"""Of keys without their separators. `stop` alone is a word of those who sample texts."""
 _TRIMS = frozenset({"trim", "videotrim", "trimrange", "videorange", "cliprange"})
 _UNCLEAR = frozenset(
-    {"timestamp", "timestamps", "timespan", "timerange", "clip", "segment", "interval", "span", "window", "moment"}
+    {
+        "timestamp",
+        "timestamps",
+        "timespan",
+        "timerange",
+        "times",
+        "cliptime",
+        "cliptimes",
+        "clip",
+        "segment",
+        "interval",
+    }
+    | {"span", "window", "moment", "range"}
 )
 """Keys under which some sets keep the part of the video to show, and others the times that are the answer."""
 
@@ -74,8 +87,11 @@ def meaning_of(key: str) -> _Meaning | None:
     edge = _EDGE.fullmatch(compact)
     if edge is None:
         return None
-    option = "video_end" if edge[1] == "end" else "video_start"
-    return _Meaning(option, 1e-3 if (edge[2] or "").startswith("m") else 1.0, in_frames="frame" in compact)
+    option = "video_start" if edge[1] in ("start", "begin") else "video_end"
+    unit = edge[2] or ""
+    return _Meaning(
+        option, 1e-3 if unit[:1] == "m" else 1.0, in_frames="frame" in compact or unit[:3] in ("idx", "ind")
+    )
 
 
 def options_of_part(given: Mapping[str, Any], kind: MediaKind, is_list: bool, name: str) -> MediaOptions:

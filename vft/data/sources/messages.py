@@ -115,7 +115,7 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
     for i, entry in enumerate(entries):
         filled[i : i + 1], used = lay_under(filled[i : i + 1], entry, f"{key}[{i}]")
         refs = [part for part in filled[i][1] if isinstance(part, MediaRef)]
-        unknown = unread(entry, MESSAGE_KEYS | used, refs, f"{key}[{i}]", "in a message")
+        unknown = unread(entry, MESSAGE_KEYS | used, refs, f"{key}[{i}]", "message")
         rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
     filled, used = lay_under(filled, record, "")
     refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
@@ -209,7 +209,7 @@ class _Reader:
         said = part.pop("type", None)
         if said == "text":
             self.unread.extend(
-                f"content[].{key.rpartition('.')[2]}" for key in unread(part, {"text"}, (), name, "in a text")
+                f"content[].{key.rpartition('.')[2]}" for key in unread(part, {"text"}, (), name, "text")
             )
             return self.text(part.get("text"), role, f"{name}.text", split)
         if not isinstance(said, str) or said not in PART_KINDS:
@@ -219,6 +219,9 @@ class _Reader:
         if role == "assistant":
             raise RecordError(name, f"a part of type {said} in an answer; media belong in the user's turns")
         kind = PART_KINDS[said]
+        if isinstance(inner := part.get(f"{kind}_url"), dict) and "detail" in inner:  # of OpenAI's requests
+            self.unread.append(f"content[].{kind}_url.detail")
+            part = {**part, f"{kind}_url": {key: one for key, one in inner.items() if key != "detail"}}
         if not part and self.has_lists:
             return [_Slot(kind)]
         return [_medium(self.root, kind, part, name)]
@@ -230,8 +233,12 @@ def _medium(root: Path, kind: MediaKind, part: dict[str, Any], name: str) -> Med
     if len(keys) != 1:
         raise RecordError(name, f"needs exactly one of {kind!r}, '{kind}_url'; it has {shown(sorted(part))}")
     value = part.pop(keys[0])
-    if isinstance(value, dict):
-        value = value.get("url")
+    if isinstance(value, dict):  # {"url": ...}, perhaps with options
+        inner = {key: one for key, one in value.items() if one is not None}
+        if both := part.keys() & inner.keys():
+            raise RecordError(f"{name}.{min(both)}", f"stands in {keys[0]!r} too; keep one of the two")
+        value = inner.pop("url", None)
+        part |= inner
     options = options_of_part(part, kind, isinstance(value, list), name)
     return _reference(root, kind, value, f"{name}.{keys[0]}", options)
 

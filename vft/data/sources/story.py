@@ -61,7 +61,7 @@ def parse(record: Mapping[str, Any], root: Path) -> Parsed:
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
     rest = unread(record, {*KEYS, "id", "system", *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(record.get("segments") or ()):
-        unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "in a segment")
+        unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
         rest += [f"segments[].{key.rpartition('.')[2]}" for key in unknown]
     turns = (*(Turn(role, tuple(parts)) for role, parts in with_system(record, asked)), Turn("assistant", (text,)))
     return Parsed(turns, tuple(dict.fromkeys(rest)))

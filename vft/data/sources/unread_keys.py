@@ -34,8 +34,8 @@ def unread(
 ) -> list[str]:
     """The keys of `given`, the object at `name` in a record (empty: the record itself), that are not `known`.
 
-    `refs` are the media that were read: a key may name one of these files again. `place` says in words where `given`
-    stands, if it holds no media of its own.
+    `refs` are the media that were read: a key may name one of these files again. `place` is what `given` is
+    where that holds no media of its own: a message, say.
 
     Raises:
         RecordError: such a key names another video, picture or sound, or is a misspelt one of `MEDIA_KEYS`.
@@ -43,8 +43,8 @@ def unread(
     refs = tuple(refs)
     files = {path.name for ref in refs for path in (ref.path if isinstance(ref.path, tuple) else (ref.path,))}
     kinds = {ref.kind for ref in refs}
-    where = f" {place}" if place else ""
-    beside = ", beside the messages" if place else ""
+    where = f" in a {place}" if place else ""
+    beside = f", beside the {'segments' if place == 'segment' else 'messages'}" if place else ""
     found = []
     for key, value in given.items():
         if key in known or value is None:
