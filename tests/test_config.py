@@ -63,7 +63,7 @@ def test_values_arrive(small: Path) -> None:
     assert got.output_dir == Path("runs/x")
     assert got.lora is not None
     assert (got.lora.rank, got.lora.alpha, got.lora.targets) == (8, 16.0, ("language_model.*",))
-    assert [(s.path, s.weight, s.take) for s in got.data.sources] == [("a.jsonl", 1.0, "all"), ("b.json", 2.0, "all")]
+    assert [(s.path, s.weight, s.take) for s in got.data.sources] == [("a.jsonl", None, "all"), ("b.json", 2.0, "all")]
     assert (got.data.video.fps, got.data.video.frames) == (1.0, None)
     assert (got.train.max_steps, got.train.epochs) == (20, None)
 

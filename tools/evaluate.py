@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Score a model on held-out samples: python tools/evaluate.py CONFIG.toml [--adapter DIR] [--compare-base] [key=value]
 
-The samples are those of `eval.sources` in a training configuration, the scores those of its `task`, each with a 95 %
-interval. Answers go to a file, a line each, scores to the terminal and to scores.json beside the answers. Two models
-are compared question by question: an interval of their difference that leaves out 0 says that one is better.
+The samples are those of `eval.sources`, or held out by `eval.split`, in a training configuration, the scores those of
+its `task`, each with a 95 % interval. Answers go to a file, a line each, scores to the terminal and to scores.json
+beside the answers. Two models are compared question by question: an interval of their difference that leaves out 0 says
+that one is better.
 
 Several processes share the questions, and the weights as `parallel.shard` says, so that they answer with a model that
 no device holds: torchrun --nproc-per-node 8 tools/evaluate.py ...
@@ -65,7 +66,7 @@ def main() -> None:
         if arguments.adapter is not None:
             runs["adapter"] = arguments.adapter
         world = environment()
-        if not config.eval.sources and world.is_main:
+        if not config.eval.sources and config.eval.split is None and world.is_main:
             print("eval.sources = []: scored are the samples of data.sources, those of training", file=sys.stderr)
         scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
         if not world.is_main:

@@ -23,7 +23,9 @@ from vft.data.documents import load_documents
 from vft.data.loader import Loader, open_streams
 from vft.data.packing import owners
 from vft.data.pool import WorkerPool
+from vft.evaluate import held_out_split
 from vft.files import whole_folder
+from vft.guards import tell_of_weights
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
@@ -51,13 +53,14 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
+    tell_of_weights(config, print)
     checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
     make = task.conversations if data.segment_questions else main_conversation(task)
     indexed = [source for source in data.sources if not source.stream]
-    documents = load_documents(data, indexed, make, encoder, config.seed)
+    documents = load_documents(data, indexed, make, encoder, config.seed, held_out_split(config, held_out=False))
     with (
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
         open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,

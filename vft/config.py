@@ -58,8 +58,8 @@ RESUME_MAY_CHANGE = frozenset(
 )
 """Keys, or sections, that a resumed run may change: they move neither the samples of a step nor what is trained.
 
-`train.max_steps` and `train.epochs` are here so that a run can be prolonged; a decaying schedule then decays to the
-new end.
+Of `eval`, `split` says what is trained on, and stays. `train.max_steps` and `train.epochs` are here so that a run can
+be prolonged; a decaying schedule then decays to the new end.
 """
 
 
@@ -236,6 +236,9 @@ class EvalConfig(Section):
     """Optimizer steps between two, and one after the last step; 0: never."""
     sources: Tuple[SourceConfig] = ()
     """Held-out records; empty: those of `data.sources`, which shows what was memorised, not what carries over."""
+    split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the media of `data.sources` instead, with all their records: by a hash of `seed` and the
+    medium, so that new records move no old one. Training leaves them out, with or without `every_steps`."""
     max_new_tokens: Positive = 128
     """Tokens of an answer, at most."""
     batch_size: Positive = 8
@@ -255,6 +258,11 @@ class EvalConfig(Section):
     def _agree(self) -> Self:
         if self.best_metric and not self.every_steps:
             raise ValueError(f"best_metric = {show(self.best_metric)} needs every_steps above 0")
+        if self.split is not None and self.sources:
+            paths = show([source.path for source in self.sources])
+            raise ValueError(f"split = {self.split:g} and sources = {paths} contradict each other; keep one")
+        if any(source.repeats is not None or source.share is not None for source in self.sources):
+            raise ValueError("sources: repeats and share are for training; each question is asked once: take them out")
         if any(source.stream for source in self.sources):
             raise ValueError('sources: stream = true is for training; use take = "first:N", which unpacks N clips')
         return self
@@ -326,6 +334,13 @@ class Config(Section):
             )
         if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
+        if self.train.max_steps is None and any(source.share is not None for source in self.data.sources):
+            raise ValueError("train.max_steps is needed: sources with a share are drawn from without end")
+        if self.eval.split is not None and (streamed := [one.path for one in self.data.sources if one.stream]):
+            raise ValueError(
+                f"eval.split = {self.eval.split:g} is of records known before training, and {show(streamed[0])} is "
+                'read as a stream; name held-out records in eval.sources instead, such as take = "first:500" of them'
+            )
         read = (*self.data.sources, *self.eval.sources)
         if self.data.cache == "frames" and read and all(source.stream for source in read):
             raise ValueError('data.cache = "frames" keeps nothing of sources with stream = true; take it out')
@@ -369,7 +384,7 @@ def differences(a: Config, b: Config, ignore: Collection[str] = RESUME_MAY_CHANG
     flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     found = []
     for key in dict.fromkeys([*flat_a, *flat_b]):
-        if not covers(ignore, key) and flat_a.get(key) != flat_b.get(key):
+        if (key == "eval.split" or not covers(ignore, key)) and flat_a.get(key) != flat_b.get(key):
             found.append((key, flat_a.get(key), flat_b.get(key)))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -64,8 +65,14 @@ class SourceConfig(Section):
     """How the records are laid out. `messages` also reads ShareGPT and LLaVA records."""
     path: Name
     """A file or folder, relative to `data.root`."""
-    weight: PositiveFloat = 1.0
-    """How often its records come, relative to those of the other sources: 2.0 is twice as often as they are."""
+    repeats: PositiveFloat | None = None
+    """How often its records come in an epoch: 2.0 twice, 0.5 every second epoch, half of them in each; none: once."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Its fraction of the samples that are trained on, as `interleave_probs` elsewhere. All sources have one then, and
+    they sum to 1; needs `train.max_steps`, because there is no end of an epoch to reach."""
+    weight: PositiveFloat | None = None
+    """Of older files: `repeats` of records, and of a source with `stream = true` its share of the rows beside those of
+    the others' weights. Give one of the two above instead."""
     take: Annotated[str, AfterValidator(_check_take)] = "all"
     """`all`, `first:N` or `random:N` records; the choice depends on `seed`."""
     media: str = ""
@@ -80,8 +87,26 @@ class SourceConfig(Section):
     subtitles: bool = False
     """Put the subtitles that overlap the sampled frames into the prompt (`video_mme`)."""
 
+    @property
+    def times(self) -> float:
+        """How often its records come in an epoch where nothing has a share."""
+        return self.repeats or self.weight or 1.0
+
+    @property
+    def of_rows(self) -> float:
+        """How many rows a step takes out of it, relative to the others, where there are streams."""
+        return self.share or self.weight or 1.0
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        given = {name: value for name in ("repeats", "share", "weight") if (value := getattr(self, name)) is not None}
+        if len(given) > 1:
+            told = " and ".join(f"{name} = {value:g}" for name, value in given.items())
+            raise ValueError(f"{told} contradict each other; keep one")
+        if self.stream and self.repeats is not None:
+            raise ValueError(
+                f"repeats = {self.repeats:g} counts in epochs, and stream = true has none; give every source a share"
+            )
         if self.media and self.format not in HAVE_MEDIA_FOLDER:
             raise ValueError(
                 f"media = {show(self.media)} goes with {', '.join(sorted(HAVE_MEDIA_FOLDER))}; take it out"
@@ -107,6 +132,22 @@ class SourceConfig(Section):
         if self.subtitles and self.format != "video_mme":
             raise ValueError("subtitles = true goes with video_mme; take it out")
         return self
+
+
+def check_shares(sources: Sequence[SourceConfig]) -> None:
+    """ValueError where `share` of some sources contradicts what the others have."""
+    shares = [source.share for source in sources if source.share is not None]
+    if shares and len(shares) < len(sources):
+        path = next(source.path for source in sources if source.share is None)
+        raise ValueError(
+            f"sources: {len(shares)} of {len(sources)} have a share, and {show(path)} has none; give each one, or none"
+        )
+    if shares and abs(sum(shares) - 1) > 1e-6:
+        told = " + ".join(f"{share:g}" for share in shares)
+        raise ValueError(f"sources: their shares, {told}, sum to {sum(shares):g}; they must sum to 1")
+    if (weighed := [s for s in sources if s.weight is not None]) and (counted := [s for s in sources if s.repeats]):
+        told = f"weight = {weighed[0].weight:g} of {show(weighed[0].path)} and repeats = {counted[0].repeats:g} of "
+        raise ValueError(f"sources: {told}{show(counted[0].path)} contradict each other; give repeats to both")
 
 
 class VideoConfig(Section):
@@ -212,6 +253,11 @@ class DataConfig(Section):
     """Limits of one video."""
     image: ImageConfig = ImageConfig()
     """Limits of one picture."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        check_shares(self.sources)
+        return self
 
     @property
     def cache_path(self) -> Path:

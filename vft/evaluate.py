@@ -22,6 +22,7 @@ from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
+from vft.data.split import Split
 from vft.distributed import World, all_of, sum_over_ranks
 from vft.files import replace_text
 from vft.metrics import Interval, Samples, clusters_of, parts_to_json, ratio_interval
@@ -70,7 +71,9 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
-    held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed=0)  # the same in every run
+    split = held_out_split(config, held_out=True)
+    seed = config.seed if split else 0  # sources of their own are the same in every run
+    held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed, split)
     # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
     # and not after hours.
     asked = questions([one for members in held_out.members for one in members])
@@ -81,6 +84,11 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     if best and asked and "/" not in best and best not in known:
         raise UserError(f"eval.best_metric = {best!r}: {task.name} has {', '.join(n for n in known if '/' not in n)}")
     return held_out
+
+
+def held_out_split(config: Config, held_out: bool) -> Split | None:
+    """The side of `eval.split` to read; None where there is no such setting."""
+    return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)
 
 
 def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:

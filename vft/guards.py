@@ -91,6 +91,17 @@ def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
             )
 
 
+def tell_of_weights(config: Config, say: Callable[[str], None]) -> None:
+    """Say what `weight`, a key of older files, means."""
+    weighed = [source for source in config.data.sources if source.weight is not None]
+    if weighed:
+        streams = any(source.stream for source in config.data.sources)
+        meaning = "rows of a step beside those of other weights" if streams else "how often records come in an epoch"
+        instead = "share, its fraction of the samples" if streams else "repeats, the same under a clearer name"
+        told = ", ".join(f"{source.path} {source.weight:g}" for source in weighed)
+        say(f"data.sources: weight ({told}) is read as before, {meaning}; give {instead}")
+
+
 def warn_of_benchmarks(config: Config, say: Callable[[str], None]) -> None:
     """Some sets are to be evaluated on."""
     if any(source.format == "video_mme" for source in config.data.sources):

@@ -32,7 +32,7 @@ from vft.distributed import (
     sum_over_ranks,
     together,
 )
-from vft.evaluate import Best, evaluate, keep_parts, load_held_out
+from vft.evaluate import Best, evaluate, held_out_split, keep_parts, load_held_out
 from vft.export import export
 from vft.files import digest
 from vft.flops import FlopCounter
@@ -44,6 +44,7 @@ from vft.guards import (
     check_shares,
     check_warmup,
     take_folder,
+    tell_of_weights,
     warn_of_benchmarks,
 )
 from vft.lora import choose_trainable, initialise, is_adapter
@@ -95,7 +96,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     indexed = [source for source in config.data.sources if not source.stream]
     make = task.conversations if config.data.segment_questions else main_conversation(task)
-    documents = load_documents(config.data, indexed, make, encoder, config.seed)
+    documents = load_documents(config.data, indexed, make, encoder, config.seed, held_out_split(config, held_out=False))
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
     data, slots = config.data, config.train.packs_per_step
     with (
@@ -170,6 +171,7 @@ class Trainer:
         self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
         told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
         self.monitor.say(f"{told}, steps {self.max_steps}")
+        tell_of_weights(config, self.monitor.say)
         warn_of_benchmarks(config, self.monitor.say)
         self.monitor.table_of_trainable(rows, model)
         parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)

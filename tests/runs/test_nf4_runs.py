@@ -95,7 +95,7 @@ def test_losses_are_nearly_those_of_bf16(commands: Commands, tmp_path: Path) -> 
     changed = {
         "data.root": tmp_path / "data",
         "data.sources": '[{format = "llava_video", path = "0_30_s_demo/0_30_s_demo_tags_train.json"}, '
-        '{format = "messages", path = "sentences.jsonl", weight = 3.0}]',
+        '{format = "messages", path = "sentences.jsonl", repeats = 3.0}]',
         "data.workers": 0,
         "train.max_steps": 20,
         "train.warmup_steps": 0,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 from vft.attention import attended_pairs, document_segments
 from vft.console import progress_bar
@@ -22,6 +23,7 @@ from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.sources.unread_keys import tell
 from vft.data.spans import check_spans
+from vft.data.split import Split
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
 from vft.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, UserError
@@ -51,6 +53,8 @@ class Documents:
     num_samples: int = 0
     num_shortened: int = 0
     """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
+    ends: list[int] = field(default_factory=list)
+    """Numbers of the documents before which those of each source end, where these are kept apart."""
 
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document: always the same ones."""
@@ -69,6 +73,18 @@ class Documents:
             max_samples=self.config.max_samples_per_pack,
             seed=seed,
         )
+
+    def weights_of(self, wanted: Sequence[SourceConfig]) -> list[float]:
+        """How often each document comes in an epoch so that every source has its share of the samples, and the epoch
+        as many of them as there are. UserError where a source has none."""
+        counts, shares, weights = [], [source.share or 0.0 for source in wanted], []
+        for start, end in pairwise((0, *self.ends)):
+            counts.append(sum(len(conversations) for conversations in self.members[start:end]))
+        for source, share, count, (start, end) in zip(wanted, shares, counts, pairwise((0, *self.ends)), strict=True):
+            if not count:
+                raise UserError(f"{source.path}: share = {share:g}, but it has no samples; take the source out")
+            weights += [share / sum(shares) * sum(counts) / count] * (end - start)
+        return weights
 
     @property
     def digest(self) -> str:
@@ -208,37 +224,64 @@ def load_documents(
     make_conversations: MakeConversations,
     encoder: ChatEncoder,
     seed: int,
+    split: Split | None = None,
 ) -> Documents:
     """Read the sources, scan their media once and lay conversations of the same media together.
 
+    With a `split` the samples of its side alone.
+
     UserError where more than `max_bad_fraction` of the samples can't be used: the first reasons and their counts.
     """
-    conversations: list[tuple[Conversation, float]] = []
+    read: list[tuple[int, Sample]] = []
     bad: list[BadItem] = []
     passed_over = 0
-    for source in wanted:
+    for number, source in enumerate(wanted):
         samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
         if environment().is_main:
             tell(source.path, [sample.unread for sample in samples])
-        passed_over += len(samples) - len(take(samples, source.take, seed))
-        for sample in take(samples, source.take, seed):
-            made, wrong = converse(sample, make_conversations, config)
-            conversations += [(one, source.weight) for one in made]
-            bad += wrong
-    refs = [ref for one, _ in conversations for ref in one.media]
+        chosen = take(samples, source.take, seed)
+        passed_over += len(samples) - len(chosen)
+        read += [(number, sample) for sample in chosen]
+    if split is not None:
+        sides, on_neither = split.select([sample for _, sample in read], config.root)
+        if on_neither and environment().is_main:
+            told = f"eval.split: {on_neither} records to train on show media of held-out ones too"
+            print(f"{told}, and are left out", file=sys.stderr, flush=True)
+        passed_over += sides.count(False)
+        read = [one for one, is_ours in zip(read, sides, strict=True) if is_ours]
+    conversations: list[list[tuple[Conversation, float]]] = [[] for _ in wanted]
+    for number, sample in read:
+        made, wrong = converse(sample, make_conversations, config)
+        conversations[number] += [(one, wanted[number].times) for one in made]
+        bad += wrong
+    refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
     index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, config.index == "header")
     documents = Documents(encoder, config, index.info, bad=bad)
-    documents.add_all(conversations, environment().is_main)
+    # Documents of sources that have a share of their own are theirs alone.
+    has_shares = any(source.share is not None for source in wanted)
+    for together in conversations if has_shares else [list(chain.from_iterable(conversations))]:
+        documents.add_all(together, environment().is_main)
+        documents.ends.append(len(documents.members))
     check_bad(documents.bad, documents.num_samples + len(documents.bad) + passed_over, config.max_bad_fraction)
     if wanted and not documents.members:
-        raise UserError(f"{', '.join(s.path for s in wanted)}: no samples; data.sources must name files with records")
+        raise UserError(_nothing_read(wanted, split, len(sides) if split is not None else 0))
+    if has_shares:
+        documents.weights = documents.weights_of(wanted)
     if documents.num_shortened and environment().is_main:
         count = f"{documents.num_shortened:,} of {documents.num_samples:,} samples"
         text = f"fewer frames or pixels than asked for, to fit data.pack_tokens = {config.pack_tokens}"
         where = ", ".join(source.path for source in wanted)
         print(f"{where}: {count} have {text}; tools/inspect_batch.py shows them", file=sys.stderr, flush=True)
     return documents
+
+
+def _nothing_read(wanted: Sequence[SourceConfig], split: Split | None, of: int) -> str:
+    paths = ", ".join(source.path for source in wanted)
+    if split is None or not of:
+        return f"{paths}: no samples; data.sources must name files with records"
+    side = "is held out" if split.held_out else "is left to train on"
+    return f"eval.split = {split.share:g}: none of {of} samples of {paths} {side}; change it, or name eval.sources"
 
 
 def converse(

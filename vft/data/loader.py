@@ -121,7 +121,7 @@ def open_streams(
     archives = [open_archives(source, config) for source in streaming]
     context = StreamContext(config, encoder, make_conversations, pool, slots, seed)
     try:
-        yield Streams(archives, context, sum(source.weight for source in config.sources if not source.stream))
+        yield Streams(archives, context, sum(source.of_rows for source in config.sources if not source.stream))
     finally:
         context.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -30,7 +31,7 @@ class PackPlan:
     samples: tuple[int, ...]
     """Samples (branches) of each document."""
     weights: tuple[float, ...]
-    """How often each document comes in an epoch: 2.0 twice, 0.5 in every other epoch on average."""
+    """How often each document comes in an epoch: 2.0 twice, 0.5 in every other epoch."""
     pack_tokens: int
     max_samples: int
     seed: int
@@ -46,9 +47,13 @@ class PackPlan:
     def documents(self, epoch: int) -> list[int]:
         """Document numbers of one epoch in random order."""
         generator = random.Random(f"order:{self.seed}:{epoch}")
+        for _ in self.weights:
+            generator.random()  # so that the order stays that of earlier versions
         order = []
-        for number, weight in enumerate(self.weights):
-            order += [number] * (int(weight) + (generator.random() < weight % 1))
+        for number, (weight, phase) in enumerate(zip(self.weights, _phases(self), strict=True)):
+            part = weight % 1
+            more = math.floor(part * (epoch + 1) + phase) - math.floor(part * epoch + phase) if part else 0
+            order += [number] * (int(weight) + more)
         generator.shuffle(order)
         return order
 
@@ -59,6 +64,22 @@ class PackPlan:
         if not candidates:
             return None
         return random.Random(f"replace:{self.seed}:{epoch}:{number}:{attempt}").choice(candidates)
+
+
+@lru_cache(maxsize=3)
+def _phases(plan: PackPlan) -> tuple[float, ...]:
+    """Where in its turn each document begins, 0 to 1: spread evenly over those of one weight, in an order by the seed,
+    so that an epoch has of them what the weight says and each comes as often as the others."""
+    numbers = list(range(len(plan.weights)))
+    random.Random(f"phase:{plan.seed}").shuffle(numbers)
+    of_weight = Counter(plan.weights)
+    seen: Counter[float] = Counter()
+    phases = [0.0] * len(numbers)
+    for number in numbers:
+        weight = plan.weights[number]
+        phases[number] = (seen[weight] + 0.5) / of_weight[weight]
+        seen[weight] += 1
+    return tuple(phases)
 
 
 @cache

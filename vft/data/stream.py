@@ -73,14 +73,14 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
     location = locate(source.path, config.root)
     if source.format == "pe_video":
         shards = pe_video.shards(location)
-        return Archives(source.path, source.weight, shards, pe_video.groups, _digest(shards, ""))
+        return Archives(source.path, source.of_rows, shards, pe_video.groups, _digest(shards, ""))
     opened = llava_video.Archives.open(location)
     if environment().is_main:
         tell(source.path, opened.unread)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
     digest = _digest(opened.shards, opened.digest)
-    return Archives(source.path, source.weight, opened.shards, opened.groups, digest, bad)
+    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad)
 
 
 def _digest(shards: Sequence[str], records: str) -> str:

@@ -1,0 +1,70 @@
+"""Held-out records out of those to train on, by a hash of their medium: `eval.split`.
+
+A record is held out where the hash of (seed, its first medium) falls below the share. So new records move no old one,
+and neither does their order. All records of one medium are on one side: one to train on that shows a held-out record's
+medium too is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from vft.types import MediaRef, Sample
+
+_LAST_NUMBER = re.compile(r"[0-9]*(\.[^./]*)?$")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which side of a split is read."""
+
+    share: float
+    """Of the media that are held out, between 0 and 1."""
+    seed: int
+    held_out: bool
+    """The held-out side, else the one to train on."""
+
+    def select(self, samples: Sequence[Sample], root: Path) -> tuple[list[bool], int]:
+        """Whether each of the samples, which may be of several sources, is on this side; how many are on neither."""
+        top = os.path.realpath(root)
+        names = [media_of(sample, top) for sample in samples]
+        held = [self.is_held_out(own[0]) for own in names]
+        if self.held_out:
+            return held, 0
+        unseen = {name for own, is_held in zip(names, held, strict=True) if is_held for name in own}
+        trained = [not is_held and unseen.isdisjoint(own) for own, is_held in zip(names, held, strict=True)]
+        return trained, len(samples) - sum(held) - sum(trained)
+
+    def is_held_out(self, name: str) -> bool:
+        """Whether a medium of this name is held out."""
+        return _position(self.seed, name) < self.share
+
+
+@lru_cache(maxsize=65536)
+def _position(seed: int, name: str) -> float:
+    """From 0 to 1, evenly."""
+    content = hashlib.sha256(f"split:{seed}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape"))
+    return int.from_bytes(content.digest()[:8], "big") / 2**64
+
+
+def media_of(sample: Sample, top: str) -> list[str]:
+    """Names of a sample's media, relative to the real path of `data.root`; of one without media, its texts.
+
+    A file out of an archive has its name there; a video kept as pictures its folder, with what their names begin with.
+    """
+    names = []
+    for ref in (part for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef)):
+        if ref.member:
+            names.append(ref.member.partition("/")[2])
+        elif isinstance(ref.path, tuple):
+            names.append(_LAST_NUMBER.sub("", os.path.relpath(ref.path[0], top)))
+        else:
+            names.append(os.path.relpath(ref.path, top))
+    return names or ["\n".join(turn.text for turn in sample.turns)]
