@@ -273,6 +273,8 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
     asked = {key: getattr(arguments, key) for key in ("fps", "frames", "max_frames", "max_pixels")}
     video |= {key: value for key, value in asked.items() if value is not None}
     most = arguments.max_frames
+    if any(asked[key] is not None for key in ("fps", "frames", "max_frames")):
+        video["sample_lists"] = True  # else they would say nothing of videos that are lists of pictures
     if most is not None:
         video["min_frames"] = min(video.get("min_frames", most), most, DataConfig().video.min_frames)
         if arguments.frames is None and "frames" in video:

@@ -182,6 +182,8 @@ def test_options_that_cannot_be_met(tmp_path: Path, keys: dict[str, Any], field:
         ([2, 1], "timestamps[1]", "1 comes before 2"),
         ([0, "1"], "timestamps", "must be a list of seconds"),
         (3, "timestamps", "must be a list of seconds"),
+        ([0, 1e12], "timestamps", "must be a list of seconds"),
+        ([7, 7], "timestamps", "all 2 times are 7"),
     ],
 )
 def test_times_of_pictures(tmp_path: Path, times: Any, field: str, message: str) -> None:
@@ -189,6 +191,18 @@ def test_times_of_pictures(tmp_path: Path, times: Any, field: str, message: str)
     assert bad.field == field and message in bad.message
     part = {"type": "video", "video": ["1.jpg", "2.jpg"], "timestamps": times}
     assert message in fail(tmp_path, asked([part])).message
+
+
+def test_times_and_a_rate_of_pictures(tmp_path: Path) -> None:
+    """Both may stand there where they say the same; what stands with the video goes before what the record says."""
+    names = ["1.jpg", "2.jpg"]
+    for times, rate in (([0, 0.5], 2), ([4.0, 4.26], 4)):
+        options = MediaOptions(sample_fps=rate, timestamps=tuple(map(float, times)))
+        assert options_of(tmp_path, asked(videos=[names], timestamps=times, sample_fps=rate)) == [options]
+    bad = fail(tmp_path, asked(videos=[names], timestamps=[0, 1.5], sample_fps=2))
+    assert bad.field == "sample_fps" and "2 a second contradicts 2 timestamps in 1.5 s" in bad.message
+    part = {"type": "video", "video": names, "timestamps": [0, 1.5]}
+    assert options_of(tmp_path, asked([part], sample_fps=2)) == [MediaOptions(timestamps=(0.0, 1.5))]
 
 
 def test_a_part_and_its_record_are_checked_together(tmp_path: Path) -> None:

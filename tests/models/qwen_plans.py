@@ -1,11 +1,12 @@
 """Random videos with what a record asks of them, and the plans that qwen-vl-utils makes: indices, size, seconds.
 
 `python -m tests.models.qwen_plans 300 > tests/models/qwen_plans.jsonl` writes those that CI compares with. It needs
-qwen-vl-utils 0.0.14; nothing is decoded, so that its torchvision and decoders may be stand-ins.
+qwen-vl-utils 0.0.14 (`pip install --no-deps qwen-vl-utils==0.0.14`) but not torchvision: nothing is decoded or resized.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import sys
@@ -41,6 +42,17 @@ class Made:
     height: int
     width: int
     sample_fps: float
+
+
+def load_vision_process() -> ModuleType:
+    """qwen-vl-utils' module, with stand-ins for what it would download, decode and resize with.
+
+    Raises:
+        ImportError: the package is not there.
+    """
+    names = ("requests", "torchvision", "torchvision.io", "torchvision.transforms")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):  # for these lines alone
+        return importlib.import_module("qwen_vl_utils.vision_process")
 
 
 def random_request(rng: random.Random, most_frames: int) -> Request:
@@ -127,7 +139,5 @@ def stored_plans() -> Iterator[tuple[Request, Made]]:
 
 
 if __name__ == "__main__":
-    from qwen_vl_utils import vision_process
-
-    for asked, given in random_plans(vision_process, 0, int(sys.argv[1]), most_frames=24):
+    for asked, given in random_plans(load_vision_process(), 0, int(sys.argv[1]), most_frames=24):
         print(json.dumps([*vars(asked).values(), *vars(given).values()], separators=(",", ":")))

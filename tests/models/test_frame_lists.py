@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import Media, Tiny, document, talk
+from tools import predict
 from vft.data import sources, vision
 from vft.data.budget import limits_of, plan_media
 from vft.data.documents import Documents
@@ -84,6 +86,13 @@ def test_a_setting_samples_lists_too(spec: VisionSpec) -> None:
     assert len(plan(spec, 40, video=video).frame_indices) == 32
     assert plan(spec, 40, video={**video, "frames": 4}).frame_indices == (0, 13, 26, 39)
     assert len(plan(spec, 40, video={**video, "fps": 1.0}, sample_fps=4.0).frame_indices) == 10
+
+
+def test_frames_asked_of_predict_hold_for_lists_too() -> None:
+    for option, value, count in (("max_frames", 4, 4), ("frames", 6, 6), ("fps", 1.0, 8), ("max_pixels", 7_000, 16)):
+        asked = dict.fromkeys(("fps", "frames", "max_frames", "max_pixels")) | {option: value}
+        video = predict.data_config(argparse.Namespace(**asked), {}).video.model_dump(exclude_none=True)
+        assert len(plan(QWEN, 16, video=video).frame_indices) == count, option
 
 
 def test_times_of_their_own_reach_the_positions() -> None:
