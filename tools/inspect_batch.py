@@ -68,7 +68,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         plan = documents.pack_plan(config.seed)
         slots = 1 if streams is None else config.train.packs_per_step
         loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
-        batch = next(loader.step()).batch
+        batch = first_batch(loader)
     whole = summary(documents, plan, data)
     tensors = batch_tensors(batch, skeleton)
     if forward:
@@ -77,6 +77,21 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         save_file(tensors, folder / "batch.safetensors")
         (folder / "preview.html").write_text(preview(batch, encoder, config, whole), encoding="utf-8")
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
+
+
+def first_batch(loader: Loader) -> Batch:
+    """Of the first row that holds anything. UserError where a stream gives none."""
+    streams = loader.streams
+    while True:
+        for pack in loader.step():
+            if pack.batch.documents or streams is None:
+                return pack.batch
+        assert streams is not None
+        found = loader.found
+        loader.learn([found])
+        if found.exhausted:
+            raise streams.nothing_in(found.exhausted[0], list(loader.known_bad.values()), 0)
+        loader.check_streams(0, loader.documents.config.max_bad_fraction)
 
 
 def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:

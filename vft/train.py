@@ -21,7 +21,7 @@ from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
-from vft.data.quarantine import check_bad, check_bad_of_stream, write_quarantine
+from vft.data.quarantine import check_bad, write_quarantine
 from vft.distributed import (
     World,
     all_of,
@@ -111,6 +111,10 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
             trainer.fit()
 
 
+class Abandoned(Exception):
+    """A signal came while a step waited for data that may be long in coming: in all processes, the step is left."""
+
+
 class Trainer:
     """The state of a run; `fit` is the loop."""
 
@@ -131,6 +135,8 @@ class Trainer:
         self.documents, self.streams, self.held_out = documents, streams, held_out
         if streams is not None:
             documents.bad += [item for archives in streams.archives for item in archives.bad]
+            if world.is_main:
+                streams.context.say = lambda text: self.monitor.say(text)
         self.folder = config.output_dir
         self.plan = documents.pack_plan(config.seed)
         self.max_steps = self.count_steps(0, Cursor())
@@ -149,6 +155,8 @@ class Trainer:
         self.monitor = Monitor(config, self.max_steps, world.is_main)
         self.profiler = Profiler.asked_for(config.log, self.folder, world)
         self.not_finite = NotFinite(self.monitor.say)
+        self.has_updated = False
+        """Whether a step has changed the weights, in this process or before it."""
         self.step = self.saved = 0
         self.samples = 0
         """Trained on so far."""
@@ -200,6 +208,9 @@ class Trainer:
         if self.world.is_main:
             self.lock = take_folder(self.config, self.about)
             write_quarantine(self.folder, self.documents.bad)
+        for archives in self.streams.archives if self.streams else ():
+            if archives.warning:
+                self.monitor.say(f"warning: {archives.name}: {archives.warning}")
         if self.documents.bad:
             self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
 
@@ -212,6 +223,7 @@ class Trainer:
             check_identity(found, state, self.identity())
             self.step, self.samples = state["step"], state["samples"]
             self.saved = self.step
+            self.has_updated = True
             self.loader.restore(state)
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, self.loader.cursor)
             self.write_bad()
@@ -257,7 +269,13 @@ class Trainer:
             self.evaluate()
         while self.step < self.max_steps:
             self.step += 1
-            stop = self.train_step()
+            try:
+                stop = self.train_step()
+            except Abandoned:
+                self.step -= 1
+                self.loader.leave_step()
+                self.optimizer.zero_grad()
+                stop_if(1)
             if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
                 self.save()
             stop_if(stop)
@@ -284,11 +302,12 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         result = self.forward_backward(watch)
         skipped = self.not_finite.skips(self.step, result.loss, result.grad_norm, result.sample_ids)
-        if self.step == 1 + self.not_finite.skipped and not skipped:  # the first that counts
-            had_media = result.counts["patches"] > 0
-            check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
-        if not skipped:
+        if not skipped and result.counts["num_targets"]:  # without any, momentum alone would move the weights
+            if not self.has_updated:
+                had_media = result.counts["patches"] > 0
+                check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
             self.optimizer.step()
+            self.has_updated = True
         self.optimizer.zero_grad()
         line = describe_step(result, watch, rate, self.world.device, self.world.size)
         self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
@@ -300,7 +319,7 @@ class Trainer:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
         device, world = self.world.device, self.world
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        tally = Tally()
+        tally, missing = Tally(), 0
         packs_left = self.config.train.packs_per_step // world.size
         packs = self.loader.step()
         while packs_left:
@@ -310,6 +329,7 @@ class Trainer:
             note(f"at step {self.step}, computing")
             watch.waiting(since)
             packs_left -= 1
+            missing += pack.is_missing
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
             batch = pack.batch.to(device)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=self.config.lora is not None)
@@ -319,15 +339,18 @@ class Trainer:
             loss.backward()
             loss_sum += loss.detach()
         next(packs, None)  # lets the loader note that the step is over
-        tally.counts |= {"bad": len(self.loader.new_bad), "failed_saves": int(self.saver.failed), "stop": asked()}
+        found = {"bad": len(self.loader.found.bad), "found": len(self.loader.found), "missing": missing}
+        tally.counts |= {**found, "failed_saves": int(self.saver.failed), "stop": asked()}
         totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
-        self.samples += counts["samples"]
-        if counts["bad"]:
-            self.gather_bad()
         if counts["failed_saves"]:
             self.saver.wait()  # all processes raise at the same step
+        if counts["missing"]:
+            raise Abandoned
+        self.samples += counts["samples"]
+        if counts["found"] or not self.samples:
+            self.gather_found()
         targets = max(counts["num_targets"], 1)
         # FSDP2 averages over the processes: their number makes it a sum again.
         norm = scale_and_clip(self.trainable, world.size / targets, self.config.train.max_grad_norm)
@@ -335,18 +358,31 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- what is left
 
-    def gather_bad(self) -> None:
-        """Clips that any process found bad become known to all; too many of them end the run."""
-        for item in (item for items in all_of(self.loader.new_bad) for item in items):
-            self.loader.known_bad[item.key] = item
-        self.loader.new_bad.clear()
-        self.write_bad()
-        known, limit = list(self.loader.known_bad.values()), self.config.data.max_bad_fraction
+    def gather_found(self) -> None:
+        """What any process found becomes known to all; too much that is bad ends the run, and a stream without
+        anything."""
+        loader, limit = self.loader, self.config.data.max_bad_fraction
+        found = all_of(loader.found)
+        fresh = loader.learn(found)
+        if fresh:
+            self.write_bad()
+        for item in fresh:
+            if item.reason == "archive":
+                self.monitor.say(f"warning: {item.message}")
+        for text in (text for one in found for text in one.notes):
+            self.monitor.say(f"warning: {text}")
+        known = list(loader.known_bad.values())
         if self.streams is None:
             bad = [*self.documents.bad, *known]
             check_bad(bad, self.documents.num_samples + len(self.documents.bad), limit)
-        else:
-            check_bad_of_stream(known, self.samples, limit)
+            return
+        exhausted = [source for one in found for source in one.exhausted]
+        if not self.samples and self.step == self.max_steps:
+            exhausted += (one.name for one in self.streams.archives)
+        if exhausted:
+            given = sum(all_of(loader.given[exhausted[0]]))
+            raise self.streams.nothing_in(exhausted[0], known, given)
+        loader.check_streams(self.samples, limit)
 
     def write_bad(self) -> None:
         """quarantine.jsonl: what reading and scanning left out, then what failed to decode."""

@@ -249,6 +249,12 @@ def note(doing: str, paced: bool = True) -> None:
         _watch.alone = False
 
 
+def busy_with(doing: str) -> None:
+    """What this process is at within what it noted last, for the message where it takes too long."""
+    if _watch is not None:
+        _watch.doing = doing
+
+
 def meet() -> None:
     """Wait until every process is here, for as long as all are alive."""
     if _watch is not None:

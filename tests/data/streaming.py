@@ -106,9 +106,12 @@ def slot_stream(context: StreamContext, slot: int, start: Position | None = None
 
 def one_epoch(stream: SlotStream, look: Callable[[Document], Any] = lambda document: document) -> list[Any]:
     """The documents of a slot's first epoch, or what `look` sees in them while their copies are there."""
-    seen = []
+    seen: list[Any] = []
     while True:
-        for one in stream.next_pack().documents:
+        pack = stream.next_pack()
+        if pack.exhausted:
+            return seen
+        for one in pack.documents:
             if one.after.epoch:
                 return seen
             seen.append(look(one.document))
@@ -143,16 +146,22 @@ class Run:
     def step(self) -> Step:
         """The rows of all processes; what one found bad is then known to all."""
         packs: list[LoadedPack] = [pack for loader in self.loaders for pack in loader.step()]
-        found = [item for loader in self.loaders for item in loader.new_bad]
+        self.found = [loader.found for loader in self.loaders]
         for loader in self.loaders:
-            loader.known_bad.update({item.key: item for item in found})
-            loader.new_bad.clear()
+            loader.learn(self.found)
         assert len({loader.cursor for loader in self.loaders}) == 1
         return {pack.slot: (pack.batch.sample_ids, pack.digest, _row(pack)) for pack in packs}
 
     def steps(self, count: int) -> list[Step]:
         """Several."""
         return [self.step() for _ in range(count)]
+
+    def nothing(self) -> str:
+        """The error of the streams that have nothing for a row."""
+        (source,) = {source for one in self.found for source in one.exhausted}
+        streams = self.streams[0]
+        assert streams is not None
+        return str(streams.nothing_in(source, self.bad, sum(loader.given[source] for loader in self.loaders)))
 
     @property
     def bad(self) -> list[BadItem]:

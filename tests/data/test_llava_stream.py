@@ -227,7 +227,7 @@ def test_a_video_that_can_not_be_used_is_told_once(tiny: Tiny, tmp_path: Path) -
         ({"x.json": "[]"}, r"no \.tar or \.tar\.gz or \.tgz files there"),
         ({"v.tar": ""}, r"no \.json files there"),
         ({"v.tar": "", "x.json": "[{"}, r"x\.json:1: "),
-        ({"v.tar": "", "x.json": "[]"}, "too few clips with records"),
+        ({"v.tar": "", "x.json": "[]"}, "holds no records"),
     ],
 )
 def test_what_can_not_be_streamed(tiny: Tiny, tmp_path: Path, files: dict[str, str], message: str) -> None:

@@ -85,8 +85,13 @@ def test_too_few_clips_for_the_slots(tiny: Tiny, tmp_path: Path) -> None:
     config = data_config(tmp_path / "data", PE)
     with stream_context(config, tiny.encoder, 3) as context:
         assert slot_stream(context, 1).next_pack().documents[0].document.sample_ids == ("000-01",)
-        with pytest.raises(UserError, match=r"^pe: too few clips .* 1 archive.* the 3 streams of train\.packs_per"):
-            slot_stream(context, 2).next_pack()
+        for pack in (stream := slot_stream(context, 2)).next_pack(), stream.next_pack():
+            assert pack.exhausted and not pack.documents
+    with running(config, tiny.encoder, slots=3) as run:
+        step = run.step()
+        assert [set(step[slot][0]) for slot in range(3)] == [{"000-00"}, {"000-01"}, set()]
+        error = run.nothing()
+    assert "pe: too few clips with records in 1 archive(s) for the 3 streams of train.packs_per_step" in error
 
 
 def test_few_archives_with_clips_among_many_without(tiny: Tiny, tmp_path: Path) -> None:
@@ -108,13 +113,21 @@ def test_few_archives_with_clips_among_many_without(tiny: Tiny, tmp_path: Path) 
 
 
 def test_archives_without_any_clip(tiny: Tiny, tmp_path: Path) -> None:
-    """Damage, if that is why, is named."""
-    pe_shards(tmp_path / "data" / "pe", [0, 0])
+    """Each says why."""
+    pe_shards(tmp_path / "data" / "pe", [0])
+    write_tar(tmp_path / "data" / "pe" / "001.tar", {"a.webm": b"1", "a.txt": b"2"})
     (tmp_path / "data" / "pe" / "002.tar").write_bytes(b"not an archive")
+    (tmp_path / "data" / "pe" / "003.tar").touch()
     config = data_config(tmp_path / "data", PE)
-    with stream_context(config, tiny.encoder, 1) as context, pytest.raises(UserError) as caught:
-        slot_stream(context, 0).next_pack()
-    assert "too few clips with records in 3 archive" in str(caught.value) and "002.tar: " in str(caught.value)
+    with running(config, tiny.encoder, slots=1) as run:
+        run.step()
+        error = run.nothing()
+        told = {item.path.rpartition("/")[2]: (item.reason, item.samples, item.message) for item in run.bad}
+    assert error.startswith("pe: no clip in 4 archive(s) can be trained on: 4 archive(s): ")
+    assert [told[f"00{i}.tar"][:2] for i in range(4)] == [("archive", 0)] * 4
+    assert told["000.tar"][2].endswith("000.tar: holds no files")
+    assert "none of its 2 files is a clip ID.mp4 or its record ID.json; the first is 'a.webm'" in told["001.tar"][2]
+    assert all("download it again" in told[name][2] for name in ("002.tar", "003.tar"))
 
 
 # ---------------------------------------------------------------------------------------------------------- packs

@@ -266,8 +266,8 @@ def run_vft(case: Case, pool: WorkerPool) -> int:
     for _ in plan.packs(0):
         for pack in loader.step():
             frames += sum(len(medium.frame_indices) for one in pack.batch.documents for medium in one.media)
-    if loader.new_bad:
-        raise UserError(f"{len(loader.new_bad)} clips can't be decoded: {loader.new_bad[0].message}")
+    if loader.found.bad:
+        raise UserError(f"{len(loader.found.bad)} clips can't be decoded: {loader.found.bad[0].message}")
     return frames
 
 

@@ -48,6 +48,10 @@ class DamagedArchive(Exception):
     """An archive is cut off or isn't one; what comes before the damage can be used. `str()` is one line."""
 
 
+class BarrenArchive(Exception):
+    """An archive is whole and holds nothing of what is looked for. `str()` is one line."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One regular file in an archive; `read` or `save` it before going on to the next.
@@ -113,23 +117,32 @@ def copied(
     spool: Path,
     key_of: Callable[[str], str | None],
     wanted: Callable[[int], bool] = lambda number: True,
+    expected: str = "what is looked for",
 ) -> Iterator[Run]:
     """The members from `place` on whose names have a key, those with the same one together, copied into `spool`.
 
+    `wanted` is asked at every member, so that what it raises ends the reading at once; `expected` says in words which
+    names have a key.
+
     Raises:
         DamagedArchive: after the last that can be read.
+        BarrenArchive: at its end, where no name has a key.
     """
     run: Run | None = None
-    number = 0
+    number = others = 0
+    other = ""
     try:
         for member in members(archive, place):
-            key = key_of(member.name)
+            is_wanted, key = wanted(number), key_of(member.name)
             if key is None:
+                if not is_stray(member.name):
+                    others, other = others + 1, other or member.name
                 continue
             if run is not None and run.key != key:
                 yield run
                 run, number = None, number + 1
-            run = run or Run(archive, key, member.place, passed_over=not wanted(number))
+                is_wanted = wanted(number)
+            run = run or Run(archive, key, member.place, passed_over=not is_wanted)
             if run.passed_over:
                 continue
             if len(run.files) >= MAX_FILES:
@@ -145,6 +158,9 @@ def copied(
         raise
     if run is not None:
         yield run
+    elif not place:
+        held = f"none of its {others} files is {expected}; the first is {other!r:.200}" if others else "holds no files"
+        raise BarrenArchive(f"{archive}: {held}")
 
 
 def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:

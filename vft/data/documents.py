@@ -6,9 +6,11 @@ import hashlib
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, pairwise
 
 from vft.attention import attended_pairs, document_segments
@@ -55,6 +57,14 @@ class Documents:
     """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
     ends: list[int] = field(default_factory=list)
     """Numbers of the documents before which those of each source end, where these are kept apart."""
+
+    @cached_property
+    def _samples_by_medium(self) -> Counter[str]:
+        return Counter(name for members in self.members for one in members for name in {ref.name for ref in one.media})
+
+    def samples_with(self, name: str) -> int:
+        """How many samples show the medium of this name, all of which are lost where it fails."""
+        return max(1, self._samples_by_medium[name])
 
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document: always the same ones."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vft.data.chat import ChatEncoder
@@ -21,13 +21,15 @@ from vft.data.frame_cache import NO_CACHE, FrameCache
 from vft.data.media_error import MediaError
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.pool import WorkerPool
-from vft.data.quarantine import BadItem
+from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad_of_stream
 from vft.data.stream import (
     Archives,
     Position,
+    SearchStopped,
     SlotStream,
     Spooled,
     StreamContext,
+    StreamedPack,
     name_members,
     open_archives,
 )
@@ -38,6 +40,8 @@ MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""
 MAX_REPLACEMENTS = 100
 """Documents tried in the place of one that can't be decoded before its place is left empty."""
+MAX_KEPT = 10_000
+"""Bad items of streams that are remembered one by one; further ones are counted alone. A stream has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,24 @@ class LoadedPack:
     slot: int
     digest: int
     """Of its sample ids and its place; those of a step add up to the step's."""
+    is_missing: bool = False
+    """A signal came before there was anything to put into it: the step does not count."""
+
+
+@dataclass
+class Found:
+    """What a process has met besides good documents since it was last asked."""
+
+    bad: list[BadItem] = field(default_factory=list)
+    """Of streams each time that it is met, of the index the first time."""
+    archives: list[ArchivePass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """For the person in front."""
+    exhausted: list[str] = field(default_factory=list)
+    """Streams, by their source, that have nothing for a row."""
+
+    def __len__(self) -> int:
+        return len(self.bad) + len(self.archives) + len(self.notes) + len(self.exhausted)
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,8 @@ class _Ordered:
     document: Document
     patches: list[Future[Patches]]
     clip: Spooled | None = None
+    source: str = ""
+    """That it streams out of."""
 
 
 @dataclass
@@ -79,14 +103,18 @@ class _Pending:
 
     place: _Place
     documents: list[_Ordered]
-    bad: list[BadItem]
-    after: Position | None
-    """Where the pack's stream goes on."""
+    streamed: StreamedPack | None = None
+    """What it was made of, where it comes out of a stream."""
 
     @property
     def pixel_bytes(self) -> int:
         """What its documents will hold, at most."""
         return sum(patch_bytes(one.document) for one in self.documents)
+
+    @property
+    def found_nothing(self) -> bool:
+        """Whether its stream has looked for documents in vain."""
+        return self.streamed is not None and not self.documents
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,24 @@ class Streams:
         weights = [self.index_weight, *(one.weight for one in self.archives)]
         draw = random.Random(f"feed:{self.context.seed}:{step}:{slot}")
         return draw.choices(range(-1, len(self.archives)), weights)[0]
+
+    @property
+    def passes(self) -> int:
+        """Reads of an archive that make up an epoch of all of them."""
+        return sum(max(len(one.shards), self.context.slots) for one in self.archives)
+
+    def nothing_in(self, name: str, bad: Sequence[BadItem], given: int) -> UserError:
+        """Why the source `name` has no document for a row: what is wrong with all that was met in it, of which `given`
+        samples were good."""
+        shards = sum(len(one.shards) for one in self.archives if one.name == name)
+        warnings = [one.warning for one in self.archives if one.name == name and one.warning]
+        why = by_kind(item for item in bad if item.source == name) or "; ".join(warnings)
+        if why and not given:
+            return UserError(f"{name}: no clip in {shards} archive(s) can be trained on: {why}")
+        return UserError(
+            f"{name}: too few clips with records in {shards} archive(s) for the {self.context.slots} streams of "
+            "train.packs_per_step; lower it, or read the source with stream = false" + (f" [{why}]" if why else "")
+        )
 
 
 @contextmanager
@@ -142,10 +188,12 @@ class Loader:
     streams: Streams | None = None
     costs: Sequence[float] = ()
     """What each document costs, by which packs are shared out; empty: its tokens."""
-    known_bad: dict[str, BadItem] = field(default_factory=dict)
+    known_bad: dict[tuple[str, str], BadItem] = field(default_factory=dict)
     """By key: what failed so far, in this run and before it was resumed."""
-    new_bad: list[BadItem] = field(default_factory=list)
-    """What this process has found since the list was last emptied."""
+    seen: Encountered = field(default_factory=Encountered)
+    """Of the streams of all processes."""
+    found: Found = field(default_factory=Found)
+    """By this process; hand those of all to `learn`."""
 
     def __post_init__(self) -> None:
         self._frames = FrameCache.of(self.documents.config)
@@ -157,6 +205,8 @@ class Loader:
         """Go on at `cursor` and where the streams stood, knowing what was found bad before; nothing is read to skip."""
         self.cursor = self._planned = cursor
         self.known_bad = {item.key: item for item in bad}
+        self.given: Counter[str] = Counter()
+        """Good samples out of each source that streams, in this process."""
         self._agreed = frozenset(self.known_bad)
         self._ahead: deque[_Place] = deque()
         self._pending: deque[_Pending] = deque()
@@ -169,39 +219,84 @@ class Loader:
         }
         """Of this process's streams: where each goes on once the packs taken so far are trained."""
         self._open: dict[str, SlotStream] = {}
+        self._before = dict(self.positions)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes to go on after the packs taken so far, for JSON; `streams` are those of this process."""
         streams = {name: list(position) for name, position in self.positions.items()}
         bad = [asdict(item) for item in self.known_bad.values()]
-        return {"cursor": asdict(self.cursor), "streams": streams, "bad": bad}
+        return {"cursor": asdict(self.cursor), "streams": streams, "bad": bad, "seen": asdict(self.seen)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """`seek` to where `state` was taken; its `streams` may be those of all processes."""
         self.seek(Cursor(**state["cursor"]), [BadItem(**item) for item in state["bad"]], state["streams"])
+        self.seen = Encountered(**state.get("seen", {}))
+
+    def leave_step(self) -> None:
+        """`state` is again that before the step that was begun; the loader is of no use afterwards."""
+        self.positions = self._before
+
+    def learn(self, found: Sequence[Found]) -> list[BadItem]:
+        """What all processes have found becomes known to this one, each calling it with the same; the new bad items."""
+        fresh = []
+        for item in (item for one in found for item in one.bad):
+            is_new = item.key not in self.known_bad
+            if is_new and (not item.source or len(self.known_bad) < MAX_KEPT):
+                self.known_bad[item.key] = item
+                fresh.append(item)
+        for one in found:
+            self.seen.add(one.bad, one.archives)
+        self.found = Found()
+        return fresh
+
+    def check_streams(self, trained: int, limit: float) -> None:
+        """UserError where more than `limit` of what streams gave, of which `trained` samples were good, is bad."""
+        assert self.streams is not None
+        if self.known_bad:
+            first = next(iter(self.known_bad.values()))
+            check_bad_of_stream(self.seen, first, trained, self.streams.passes, limit)
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step; take them all."""
         # Known to all processes alike: what one of them finds during the step counts from the next step on.
         self._agreed = frozenset(self.known_bad)
+        self._before = dict(self.positions)
         while True:
-            self._fill()
+            try:
+                self._fill()
+            except SearchStopped:
+                place = self._ahead.popleft()
+                yield LoadedPack(collate([], self.documents.encoder.spec), place.pack.slot, 0, is_missing=True)
+                if place.last_of_step:
+                    return
+                continue
             pending = self._pending.popleft()
-            if pending.after is not None:
-                self.positions[_stream_name(pending.place)] = pending.after
+            if pending.streamed is not None:
+                self.positions[_stream_name(pending.place)] = pending.streamed.after
+                self._look_at(pending.place, pending.streamed)
             yield self._finish(pending)
             if pending.place.last_of_step:
                 self.cursor, self.epoch = pending.place.cursor_after, pending.place.epoch
                 return
 
     def _fill(self) -> None:
-        """Hand out work for the packs ahead, within the bounds on packs and bytes."""
+        """Hand out work for the packs ahead, within the bounds on packs and bytes.
+
+        SearchStopped where the run is to stop and there is none.
+        """
         waiting = sum(pending.pixel_bytes for pending in self._pending)
         while not self._pending or (len(self._pending) < self.prefetch_packs and waiting < MAX_PENDING_BYTES):
+            if self._pending and self._pending[-1].found_nothing:
+                return  # first what is there: it may be the end of the run
             if not self._ahead:
                 self._plan_step()
-            place = self._ahead.popleft()
-            pending = self._order_pack(place)
+            try:
+                pending = self._order_pack(self._ahead[0])
+            except SearchStopped:
+                if self._pending:
+                    return
+                raise
+            self._ahead.popleft()
             waiting += pending.pixel_bytes
             self._pending.append(pending)
 
@@ -229,7 +324,7 @@ class Loader:
     def _order_pack(self, place: _Place) -> _Pending:
         """Hand out the work of one pack."""
         if place.feed < 0:
-            return _Pending(place, [self._order(number) for number in place.pack.documents], [], None)
+            return _Pending(place, [self._order(number) for number in place.pack.documents])
         assert self.streams is not None
         name = _stream_name(place)
         if name not in self._open:
@@ -240,23 +335,41 @@ class Loader:
         except UserError as error:
             error.on_one_rank = True
             raise
-        ordered = [_Ordered(-1, one.document, self._decode(one.document, NO_CACHE), one.clip) for one in pack.documents]
-        return _Pending(place, ordered, pack.bad, pack.after)
+        source = self.streams.archives[place.feed].name
+        ordered = [
+            _Ordered(-1, one.document, self._decode(one.document, NO_CACHE, source), one.clip, source)
+            for one in pack.documents
+        ]
+        return _Pending(place, ordered, pack)
+
+    def _look_at(self, place: _Place, pack: StreamedPack) -> None:
+        """Keep what a stream has met on the way to a pack."""
+        assert self.streams is not None
+        source, found = self.streams.archives[place.feed].name, self.found
+        found.bad += pack.bad
+        found.archives += pack.archives
+        self.given[source] += sum(len(one.document.sample_ids) for one in pack.documents)
+        if pack.exhausted:
+            found.exhausted.append(source)
+        elif pack.searched and not pack.documents:
+            last = f", the last: {pack.bad[-1].message}" if pack.bad else ""
+            found.notes.append(
+                f"{source}: no document in many clips or archives one behind another, row {place.pack.slot + 1} of "
+                f"this step stays empty{last}; the search goes on"
+            )
 
     def _order(self, number: int) -> _Ordered:
         document = self.documents.build(number)
         return _Ordered(number, document, self._decode(document, self._frames))
 
-    def _decode(self, document: Document, frames: FrameCache) -> list[Future[Patches]]:
-        if any(plan.ref.name in self._agreed for plan in document.media):
+    def _decode(self, document: Document, frames: FrameCache, source: str = "") -> list[Future[Patches]]:
+        if any((source, plan.ref.name) in self._agreed for plan in document.media):
             return []
         spec = self.documents.encoder.spec
         return [frames.submit(self.pool, plan, spec) for plan in document.media]
 
     def _finish(self, pending: _Pending) -> LoadedPack:
         ready = []
-        for item in pending.bad:
-            self._note(item)
         for one in pending.documents:
             document, good = one.document, self._decoded(one)
             if one.clip is not None:
@@ -275,23 +388,29 @@ class Loader:
         return LoadedPack(batch, pending.place.pack.slot, _digest(pending.place.pack.slot, batch.sample_ids))
 
     def _decoded(self, one: _Ordered) -> list[Patches] | None:
-        """None where a medium failed; the first time that it did is put on record."""
-        if any(plan.ref.name in self._agreed for plan in one.document.media):
-            return None
-        patches, failed = [], False
+        """None where a medium failed; that it did is put on record, of the index once."""
+        samples = len(one.document.sample_ids)
+        for plan in one.document.media:
+            known = self.known_bad.get((one.source, plan.ref.name))
+            if known is not None and known.key in self._agreed:
+                if one.source:  # its samples come again in every epoch, as do the good ones
+                    self.found.bad.append(replace(known, samples=samples))
+                return None
+        failed: list[BadItem] = []
+        patches = []
         for plan, future in zip(one.document.media, one.patches, strict=True):
             try:
                 patches.append(future.result())
             except MediaError as error:
-                failed = True
-                message = name_members(str(error), plan.ref)
-                self._note(BadItem(one.document.sample_ids[0], plan.ref.name, error.reason, message))
+                message, name = name_members(str(error), plan.ref), plan.ref.name
+                count = samples if one.source else self.documents.samples_with(name)
+                # Of several media the first one's trouble counts the samples.
+                failed.append(
+                    BadItem(one.document.sample_ids[0], name, error.reason, message, 0 if failed else count, one.source)
+                )
+        told = {item.key for item in self.found.bad}
+        self.found.bad += (item for item in failed if one.source or item.key not in told | self.known_bad.keys())
         return None if failed else patches
-
-    def _note(self, item: BadItem) -> None:
-        if item.key not in self.known_bad:
-            self.known_bad[item.key] = item
-            self.new_bad.append(item)
 
 
 def _stream_name(place: _Place) -> str:

@@ -10,34 +10,50 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from threading import Event
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from vft.data.archives import DamagedArchive
+from vft.data.archives import BarrenArchive, DamagedArchive
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations, converse
 from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
-from vft.data.quarantine import BadItem, check_bad
+from vft.data.quarantine import ArchivePass, BadItem, check_bad
 from vft.data.sources import llava_video, locate, pe_video
 from vft.data.sources.records import Group
 from vft.data.sources.unread_keys import tell
 from vft.data.video import join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
+from vft.stopping import asked
 from vft.types import Document, MediaInfo, MediaRef, UserError
+from vft.watch import busy_with
 
 LOOKAHEAD = 2
 """Clips that each slot has read beyond the one in use."""
+SEARCH = 16
+"""Clips, and ends of archives, that a slot goes through without finding a document before it ends the row that it
+fills. A step that waits for the next good clip could otherwise take for ever, and its bad ones would not be told."""
 MAX_BARREN = 16
-"""Archives that a slot reads one behind another without finding a clip before it gives up."""
+"""Archives one behind another without anything that is looked for before a slot gives up."""
+POLL_S = 0.5
+"""Between two looks whether a signal has come."""
+TELL_S = 20.0
+"""Seconds of looking for a clip after which a slot says so; then twice as many, and so on."""
+
+
+class SearchStopped(Exception):
+    """A signal came while a slot looked for a clip: it goes on there if the run does."""
 
 
 class Position(NamedTuple):
@@ -66,6 +82,8 @@ class Archives:
     """Tells these archives and their records from others, wherever they lie."""
     bad: Sequence[BadItem] = ()
     """Records that no clip can have."""
+    warning: str = ""
+    """What is odd about the names in the archives."""
 
 
 def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
@@ -80,7 +98,7 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
     digest = _digest(opened.shards, opened.digest)
-    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad)
+    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad, opened.misnamed())
 
 
 def _digest(shards: Sequence[str], records: str) -> str:
@@ -109,15 +127,36 @@ class StreamedDocument:
     document: Document
     clip: Spooled
     after: Position
+    bad: Sequence[BadItem] = ()
+    """Of the same clip; the first document tells it."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A clip without a document, or the end of an archive, and where the stream goes on behind it."""
+
+    after: Position
+    bad: Sequence[BadItem]
+    archive: str = ""
+    """Which one ended; empty: it was a clip."""
+    counts: ArchivePass | None = None
+    """Of the archive, where it was read from its start."""
+    barren: bool = False
+    """The archive holds files, but nothing of what is looked for."""
 
 
 @dataclass(frozen=True)
 class StreamedPack:
-    """The documents of one row, what could not be used on the way to them, and where the stream goes on."""
+    """The documents of one row, what was met on the way to them, and where the stream goes on."""
 
     documents: list[StreamedDocument]
     bad: list[BadItem]
+    archives: list[ArchivePass]
     after: Position
+    searched: bool = False
+    """So many clips gave no document that the row was ended before it was full."""
+    exhausted: bool = False
+    """No archive has a document for this slot: there is no use in going on."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +166,20 @@ class _Read:
     position: Position
     group: Group
     scans: dict[Path, Future[MediaInfo]]
-    damage: list[BadItem]
-    """Archives that ended before their time, on the way here."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """The end of an archive."""
+
+    position: Position
+    """Of what comes behind it."""
+    archive: str
+    is_whole: bool
+    """It was read from its start, not from where a run goes on."""
+    damage: str = ""
+    barren: str = ""
+    """Why there is nothing in it."""
 
 
 @dataclass
@@ -142,8 +193,12 @@ class StreamContext:
     slots: int
     seed: int
 
+    say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
+    """Tells the person in front."""
+
     def __post_init__(self) -> None:
         self.readers: list[ThreadPoolExecutor] = []
+        self.closing = Event()
         self.spool, self._lock = _make_spool(self.config.cache_path / "stream")
 
     def reader(self) -> ThreadPoolExecutor:
@@ -153,6 +208,7 @@ class StreamContext:
 
     def close(self) -> None:
         """Stop reading and remove the copies."""
+        self.closing.set()
         for reader in self.readers:
             reader.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
@@ -167,30 +223,96 @@ class SlotStream:
         self._position = start
         self._clips = self._read(start)
         self._reader = context.reader()
-        self._ahead: deque[Future[_Read]] = deque()
-        self._ready: deque[StreamedDocument] = deque()
-        self._bad: list[BadItem] = []
+        self._reading = ""
+        """The archive that is read."""
+        self._ahead: deque[Future[_Read | _End]] = deque()
+        self._ready: deque[StreamedDocument | Passed] = deque()
+        self._in_archive = 0
+        """Samples found since an archive began."""
+        self._given = False
+        """Whether there was a document since an archive began."""
+        self._in_vain: set[str] = set()
+        """Archives read from end to end since the last document."""
+        self._barren = 0
+        """One behind another."""
 
     def next_pack(self) -> StreamedPack:
-        """As many documents, in order, as fit a row; at least one."""
-        config, tokens, samples = self.context.config, 0, 0
-        taken: list[StreamedDocument] = []
-        while not (0 < config.max_samples_per_pack <= samples):
-            one = self._peek()
-            more, most = samples + len(one.document.sample_ids), config.max_samples_per_pack
-            if taken and (tokens + one.document.num_tokens > config.pack_tokens or 0 < most < more):
-                break
-            taken.append(self._ready.popleft())
-            tokens, samples, self._position = tokens + one.document.num_tokens, more, one.after
-        bad, self._bad = self._bad, []
-        return StreamedPack(taken, bad, self._position)
+        """As many documents, in order, as fit a row; fewer, or none, where many clips in a row give none.
 
-    def _peek(self) -> StreamedDocument:
+        Raises:
+            SearchStopped: a signal asks the run to stop, and there was no document yet.
+        """
+        config, tokens, samples, misses = self.context.config, 0, 0, 0
+        taken: list[StreamedDocument] = []
+        bad: list[BadItem] = []
+        archives: list[ArchivePass] = []
+        began_s = time.monotonic()
+        while misses < SEARCH and not self._is_exhausted and not (0 < config.max_samples_per_pack <= samples):
+            one = self._peek(began_s, searching=misses > 0 and not taken)
+            if isinstance(one, Passed):
+                misses += 1
+                archives += [one.counts] if one.counts else []
+                self._note_end(one)
+            else:
+                more, most = samples + len(one.document.sample_ids), config.max_samples_per_pack
+                if taken and (tokens + one.document.num_tokens > config.pack_tokens or 0 < most < more):
+                    break
+                taken.append(one)
+                tokens, samples, misses = tokens + one.document.num_tokens, more, 0
+                self._given, self._barren = True, 0
+                self._in_vain.clear()
+            self._ready.popleft()
+            self._position = one.after
+            bad += one.bad
+        return StreamedPack(taken, bad, archives, self._position, misses >= SEARCH, self._is_exhausted)
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return len(self._in_vain) == len(self.archives.shards) or self._barren >= MAX_BARREN
+
+    def _note_end(self, one: Passed) -> None:
+        if not one.archive:
+            return
+        if one.counts and not self._given:
+            self._in_vain.add(one.archive)
+        self._given = False
+        self._barren = self._barren + 1 if one.barren else 0
+
+    def _peek(self, began_s: float, searching: bool) -> StreamedDocument | Passed:
         while not self._ready:
             while len(self._ahead) <= LOOKAHEAD:
                 self._ahead.append(self._reader.submit(next, self._clips))
-            self._unfold(self._ahead.popleft().result())
+            self._wait([self._ahead[0]], began_s, searching)
+            read = self._ahead[0].result()
+            if isinstance(read, _End):
+                self._end(read)
+            else:
+                self._wait([*read.scans.values()], began_s, searching)
+                self._unfold(read)
+            self._ahead.popleft()
         return self._ready[0]
+
+    def _wait(self, futures: Sequence[Future[Any]], began_s: float, searching: bool) -> None:
+        """Until all are done. SearchStopped where a signal came and the search may take long."""
+        tell_s = TELL_S
+        while True:
+            if searching and asked():
+                raise SearchStopped
+            if not wait(futures, POLL_S).not_done:
+                return
+            searching, waited_s = True, time.monotonic() - began_s
+            busy_with(f"looking for a clip that can be used in {self._reading}")
+            if waited_s > tell_s:
+                self.context.say(f"row {self.slot + 1}: {waited_s:.0f} s without a clip, reading {self._reading}")
+                tell_s = 2 * waited_s
+
+    def _end(self, end: _End) -> None:
+        """What there is to say of an archive."""
+        message = end.damage or end.barren
+        bad = [self._bad(end.archive, end.archive, "archive", message, 0)] if message else []
+        counts = ArchivePass(self._in_archive, bool(end.damage)) if end.is_whole else None
+        self._ready.append(Passed(end.position, bad, end.archive, counts, bool(end.barren)))
+        self._in_archive = 0
 
     def _unfold(self, read: _Read) -> None:
         """The documents of a clip, those before the stream's position left out."""
@@ -212,40 +334,55 @@ class SlotStream:
             conversations += made
             documents.bad += wrong
         documents.add_all([(one, 1.0) for one in conversations], show_progress=False)
-        numbers = range(read.position.document, len(documents.members))
-        clip = Spooled(group.files, len(numbers) + 1)
-        if not read.position.document:
-            self._bad += [*read.damage, *documents.bad]
-        for number in numbers:
-            after = read.position._replace(document=number + 1)
-            self._ready.append(StreamedDocument(documents.build(number), clip, after))
+        clip = Spooled(group.files, len(documents.members) + 1)
+        bad = self._once_each(documents.bad)
+        self._in_archive += documents.num_samples + sum(item.samples for item in bad)
+        after = read.position._replace(document=max(1, len(documents.members)))
+        if not documents.members and not read.position.document:
+            self._ready.append(Passed(after, bad))
+        for number in range(len(documents.members)):
+            if number >= read.position.document:
+                after = read.position._replace(document=number + 1)
+                one = StreamedDocument(documents.build(number), clip, after, bad if number == 0 else ())
+                self._ready.append(one)
+            else:
+                clip.release()
         clip.release()
+
+    def _once_each(self, bad: Sequence[BadItem]) -> list[BadItem]:
+        """One for each medium or record, with the number of samples that are lost by it."""
+        counts: dict[tuple[str, str], int] = {}
+        first: dict[tuple[str, str], BadItem] = {}
+        for item in bad:
+            counts[item.key] = counts.get(item.key, 0) + item.samples
+            first.setdefault(item.key, item)
+        return [self._bad(one.id, one.path, one.reason, one.message, counts[key]) for key, one in first.items()]
+
+    def _bad(self, name: str, path: str, reason: str, message: str, samples: int) -> BadItem:
+        return BadItem(name, path, reason, message, samples, self.archives.name)
 
     # ------------------------------------------------------------------------------ in the reading thread, from here
 
-    def _read(self, start: Position) -> Iterator[_Read]:
+    def _read(self, start: Position) -> Iterator[_Read | _End]:
         """The slot's clips for ever, from `start` on."""
-        damage: list[BadItem] = []
-        barren: list[str] = []
+        yield from self._read_epoch(start.epoch, start)
         epoch = start.epoch
-        while len(barren) < MAX_BARREN and len(set(barren)) < len(self.archives.shards):
-            yield from self._read_epoch(epoch, start if epoch == start.epoch else Position(epoch), damage, barren)
+        while True:
             epoch += 1
-        found = f"too few clips with records in {len(self.archives.shards)} archive(s)"
-        raise UserError(
-            f"{self.archives.name}: {found} for the {self.context.slots} streams of train.packs_per_step; lower it, or "
-            "read the source with stream = false" + (f" [{damage[-1].message}]" if damage else "")
-        )
+            yield from self._read_epoch(epoch, Position(epoch))
 
-    def _read_epoch(self, epoch: int, start: Position, damage: list[BadItem], barren: list[str]) -> Iterator[_Read]:
-        """One epoch's. Keeps the `damage` not yet told and the archives without a clip for this slot, one after
-        another."""
+    def _read_epoch(self, epoch: int, start: Position) -> Iterator[_Read | _End]:
+        """One epoch's, from `start` on, and the end of each archive."""
         shards, stride, offset = self._share(epoch)
         for number in range(start.shard, len(shards)):
             place, before = (start.place, start.clip) if number == start.shard else (0, 0)
-            barren.append(shards[number])
+            is_whole = number != start.shard or start[2:] == (0, 0, 0)
+            self._reading = shards[number]
+            damage = barren = ""
 
             def is_mine(clip: int, before: int = before) -> bool:
+                if self.context.closing.is_set():
+                    raise SearchStopped
                 return (before + clip) % stride == offset
 
             try:
@@ -255,11 +392,12 @@ class SlotStream:
                         position = Position(epoch, number, group.place, before + clip)
                         if position[:3] == start[:3]:
                             position = start
-                        barren.clear()
-                        yield _Read(position, group, self._scan(group), damage[:])
-                        damage.clear()
+                        yield _Read(position, group, self._scan(group))
             except DamagedArchive as error:
-                damage.append(BadItem(shards[number], shards[number], "archive", str(error)))
+                damage = str(error)
+            except BarrenArchive as error:
+                barren = str(error)
+            yield _End(Position(epoch, number + 1), shards[number], is_whole, damage, barren)
 
     def _share(self, epoch: int) -> tuple[list[str], int, int]:
         """This slot's shards in the order of the epoch, and of their clips every how manieth, from which on."""

@@ -10,12 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
-from vft.data.archives import SUFFIXES, Run, copied, list_files, read_bytes
+from vft.data.archives import SUFFIXES, DamagedArchive, Run, copied, list_files, members, read_bytes
 from vft.data.names import is_stray
 from vft.data.sources import messages
 from vft.data.sources.records import (
@@ -85,6 +90,11 @@ def _config(file: Path, root: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------- as a stream
 
+PEEK = 16
+"""Members of an archive whose names are looked at before it is read."""
+PEEKED_ARCHIVES = 3
+"""Archives that are looked into at the start of a run: members of other names than the records' are told at once."""
+
 
 @dataclass(frozen=True)
 class Archives:
@@ -99,17 +109,24 @@ class Archives:
     """Of the JSON files' contents."""
     unread: list[tuple[str, ...]]
     """Keys that are not read, of each record."""
+    namings: dict[str, Callable[[str], str | None]] = field(default_factory=dict)
+    """By archive: the video that a name of a member stands for."""
 
     @staticmethod
     def open(location: str) -> Archives:
-        """List the parts at `location`, a folder or `hf://...`, and read the JSON files there. UserError as `read`."""
-        shards = list_files(location, SUFFIXES)
+        """Read the records at `location`, a JSON file or all those in a folder, local or `hf://...`, and list the tar
+        parts in that folder. UserError as `read`."""
+        folder, kinds = location, (".json",)
+        if location.lower().endswith((".json", ".jsonl")):
+            folder, kinds = os.path.dirname(location), (f"/{os.path.basename(location).lower()}",)
+        shards = list_files(folder, SUFFIXES)
         records: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
         bad: list[BadRecord] = []
         seen: dict[str, int] = {}
         digest = hashlib.sha256()
-        for file in sorted(list_files(location, (".json",)), key=lambda name: name.split("/")):  # as `read` does
-            name = os.path.relpath(file, location)
+        # In the order that `read` has.
+        for file in sorted(list_files(location, kinds), key=lambda name: name.split("/")):
+            name = os.path.relpath(file, folder)
             content = read_bytes(file)
             digest.update(content)
             for number, (line, record) in enumerate(parse_json(content, file), 1):
@@ -121,6 +138,8 @@ class Archives:
                     records.setdefault(video, []).append((origin, sample_id, record))
                 except RecordError as error:
                     bad.append(BadRecord(origin, error.field, error.message))
+        if not records and not bad:
+            raise UserError(f"{location}: holds no records; name the JSON files that the videos belong to")
         unread = [others(record, KNOWN) for found in records.values() for _, _, record in found]
         return Archives(shards, records, bad, digest.hexdigest()[:16], unread)
 
@@ -131,26 +150,93 @@ class Archives:
 
         Raises:
             DamagedArchive: after the last video that can be read.
+            BarrenArchive: at the end of a part without any.
+            UserError: two members may both be the video of a record.
         """
-        for run in copied(shard, place, spool, self._video_of, wanted):
+        if shard not in self.namings:
+            self.namings[shard] = self._video_of if self._match(_first_names(shard), self._video_of) else self._likely
+        naming = self.namings[shard]
+        expected = f"the video of a record, such as {next(iter(self.records), '')!r:.200}"
+        for run in copied(shard, place, spool, lambda name: self._of_member(name, naming), wanted, expected):
             if run.passed_over:
                 yield Group(run.place, [], [], ())
-            elif run.cut_off and run.key not in run.files:
+                continue
+            is_video = naming(next(iter(run.files), "")) == run.key
+            if run.cut_off and not is_video:
                 run.remove()  # a folder of frames, perhaps not all of them
             else:
-                yield self._group(run, spool)
+                yield self._group(run, spool, is_video)
+
+    def misnamed(self) -> str:
+        """What to tell where the names of the first archives' members are not those of records; empty: they are."""
+        if not self.records:
+            return ""
+        seen: list[str] = []
+        for shard in self.shards[:PEEKED_ARCHIVES]:
+            names = _first_names(shard)
+            if self._match(names, self._likely):
+                return ""
+            seen += (f"{shard} has {name!r:.200}" for name in names)
+        if not seen:
+            return ""
+        record = f"the records have {next(iter(self.records))!r:.200}"
+        return f"none of the first {len(seen)} members of the archives is the video of a record: {seen[0]}, {record}"
+
+    def _of_member(self, name: str, naming: Callable[[str], str | None]) -> str | None:
+        """The video that a member is, or is a frame of; None where no record asks for it."""
+        return naming(name) or (naming(name.rpartition("/")[0]) if _is_picture(name) else None)
+
+    def _match(self, names: Iterable[str], naming: Callable[[str], str | None]) -> bool:
+        return any(self._of_member(name, naming) is not None for name in names)
 
     def _video_of(self, name: str) -> str | None:
-        """The video that a member is, or is a frame of; None where no record asks for it."""
-        if name in self.records:
-            return name
-        folder = name.rpartition("/")[0]
-        is_frame = Path(name).suffix.lower() in PICTURE_SUFFIXES and not is_stray(Path(name).name)
-        return folder if folder in self.records and is_frame else None
+        """The video that a record names so, but for what differs between file systems."""
+        return name if name in self.records else self._plain.get(_plain_name(name))
 
-    def _group(self, run: Run, spool: Path) -> Group:
+    def _likely(self, name: str) -> str | None:
+        """As `_video_of`; else the only one whose name is this one with some folders more or less before it."""
+        found = self._video_of(name)
+        if found is not None or not name:
+            return found
+        parts = _plain_name(name).split("/")
+        fitting = []
+        for plain in self._by_last.get(parts[-1], ()):
+            others = plain.split("/")
+            shared = min(len(parts), len(others))
+            if parts[-shared:] == others[-shared:]:
+                fitting.append(self._plain[plain])
+        if len(fitting) != 1:
+            return None
+        other = self._claims.setdefault(fitting[0], name)
+        if other != name:
+            raise UserError(
+                f"the archives have {other!r} and {name!r}, and both may be the video {fitting[0]!r} of the records; "
+                "give the records the names that the archives have"
+            )
+        return fitting[0]
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
+        """The videos by their plain names, those without that share one with another."""
+        counts = Counter(map(_plain_name, self.records))
+        return {plain: video for video in self.records if counts[plain := _plain_name(video)] == 1}
+
+    @cached_property
+    def _by_last(self) -> dict[str, list[str]]:
+        """Plain names by their last part."""
+        found: dict[str, list[str]] = {}
+        for plain in self._plain:
+            found.setdefault(plain.rpartition("/")[2], []).append(plain)
+        return found
+
+    @cached_property
+    def _claims(self) -> dict[str, str]:
+        """By video: the member that was taken for it though its name has other folders."""
+        return {}
+
+    def _group(self, run: Run, spool: Path, is_video: bool) -> Group:
         frames = [str(run.files[name]) for name in natural_order(run.files)]
-        value: Any = str(run.files[run.key]) if run.key in run.files else frames
+        value: Any = frames[0] if is_video else frames
         title = run.title(next(iter(run.files)))
         samples: list[Sample] = []
         bad: list[BadRecord] = []
@@ -168,6 +254,25 @@ def _changed(turns: Sequence[Turn], **changes: Any) -> tuple[Turn, ...]:
     """The turns with other fields of their media."""
     parts = ((replace(p, **changes) if isinstance(p, MediaRef) else p for p in turn.parts) for turn in turns)
     return tuple(replace(turn, parts=tuple(own)) for turn, own in zip(turns, parts, strict=True))
+
+
+def _first_names(shard: str) -> list[str]:
+    """Names of the first members of an archive, as far as it can be read."""
+    names: list[str] = []
+    with suppress(DamagedArchive):
+        for member in islice((one for one in members(shard) if not is_stray(one.name)), PEEK):
+            names.append(member.name)
+    return names
+
+
+def _plain_name(name: str) -> str:
+    """A name without what differs between file systems and archivers: accents as NFC, the ending's case, `./`."""
+    path, suffix = os.path.splitext(normalize("NFC", name).replace("\\", "/"))
+    return "/".join(part for part in f"{path}{suffix.lower()}".split("/") if part not in ("", "."))
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not is_stray(Path(name).name)
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:

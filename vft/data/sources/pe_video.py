@@ -16,10 +16,11 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from filelock import FileLock
 
-from vft.data.archives import SUFFIXES, DamagedArchive, Run, copied, list_files
+from vft.data.archives import SUFFIXES, BarrenArchive, DamagedArchive, Run, copied, list_files
 from vft.data.names import is_stray
 from vft.data.sources.records import BadRecord, Group, RecordError, check_text, shown
 from vft.files import whole_folder
@@ -45,8 +46,9 @@ def groups(shard: str, place: int, spool: Path, wanted: Callable[[int], bool] = 
 
     Raises:
         DamagedArchive: after the last clip that can be read.
+        BarrenArchive: at the end of a shard that holds none.
     """
-    for run in copied(shard, place, spool, _key, wanted):
+    for run in copied(shard, place, spool, _key, wanted, "a clip ID.mp4 or its record ID.json"):
         if run.passed_over:
             yield Group(run.place, [], [], ())
         elif run.cut_off and len(run.files) < 2:
@@ -97,11 +99,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _all_groups(location: str, spool: Path) -> Iterator[Group]:
-    for shard in shards(location):
+    barren: list[str] = []
+    archives = shards(location)
+    for shard in archives:
         try:
             yield from groups(shard, 0, spool)
         except DamagedArchive as error:
             raise UserError(str(error)) from None
+        except BarrenArchive as error:
+            barren.append(str(error))
+    if len(barren) == len(archives):
+        raise UserError(f"{location}: no clip in {len(archives)} archive(s): {barren[0]}")
 
 
 def _kept(group: Group) -> dict[str, Any]:
@@ -116,9 +124,12 @@ def _kept(group: Group) -> dict[str, Any]:
 
 
 def _key(name: str) -> str | None:
-    """The clip that a member belongs to: its name without the ending; None of other files, and of hidden ones."""
+    """The clip that a member belongs to: its name without the ending; None of other files, and of hidden ones.
+
+    Two programs may have spelt the accents of one name in two ways, so a pair is told by NFC.
+    """
     found = None if is_stray(name) else _MEMBER.fullmatch(name)
-    return found[1] if found else None
+    return normalize("NFC", found[1]) if found else None
 
 
 def _group(run: Run) -> Group:
@@ -151,5 +162,5 @@ def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title
             ref = MediaRef("video", video, field="mp4", member=title)
             turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
             return Sample(key, turns, origin, record, tuple(one for one in record if one not in CARD))
-    found = ", ".join(map(shown, record)) or "no fields"
-    raise RecordError(CAPTIONS[0], f"the record has no caption under {', '.join(CAPTIONS)}; it has {found}")
+    found = f"the keys {', '.join(map(shown, record))}" if record else "no keys"
+    raise RecordError("", f"no caption; the record has {found}, read are {', '.join(CAPTIONS)}")
