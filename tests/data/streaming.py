@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -174,14 +175,14 @@ class Run:
         """What a checkpoint holds of the data, as JSON."""
         positions = {name: list(at) for loader in self.loaders for name, at in loader.positions.items()}
         cursor = self.loaders[0].cursor
-        bad = [json.loads(item.line()) for item in self.bad]
-        return json.dumps({"cursor": [cursor.epoch, cursor.pack, cursor.step], "bad": bad, "streams": positions})
+        state = {**self.loaders[0].state(), "cursor": [cursor.epoch, cursor.pack, cursor.step]}
+        return json.dumps({**state, "streams": positions})
 
     def seek(self, state: str) -> None:
         """Go on from there."""
-        kept = json.loads(state)
         for loader in self.loaders:
-            loader.seek(Cursor(*kept["cursor"]), [BadItem(**item) for item in kept["bad"]], kept["streams"])
+            kept = json.loads(state)
+            loader.restore({**kept, "cursor": asdict(Cursor(*kept["cursor"]))})
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_archives_without_any_clip(tiny: Tiny, tmp_path: Path) -> None:
         run.step()
         error = run.nothing()
         told = {item.path.rpartition("/")[2]: (item.reason, item.samples, item.message) for item in run.bad}
-    assert error.startswith("pe: no clip in 4 archive(s) can be trained on: 4 archive(s): ")
+    assert error.startswith("pe: no clip met in 4 archive(s) can be trained on: 4 archive(s): ")
     assert [told[f"00{i}.tar"][:2] for i in range(4)] == [("archive", 0)] * 4
     assert told["000.tar"][2].endswith("000.tar: holds no files")
     assert "none of its 2 files is a clip ID.mp4 or its record ID.json; the first is 'a.webm'" in told["001.tar"][2]

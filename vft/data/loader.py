@@ -143,7 +143,7 @@ class Streams:
         warnings = [one.warning for one in self.archives if one.name == name and one.warning]
         why = by_kind(item for item in bad if item.source == name) or "; ".join(warnings)
         if why and not given:
-            return UserError(f"{name}: no clip in {shards} archive(s) can be trained on: {why}")
+            return UserError(f"{name}: no clip met in {shards} archive(s) can be trained on: {why}")
         return UserError(
             f"{name}: too few clips with records in {shards} archive(s) for the {self.context.slots} streams of "
             "train.packs_per_step; lower it, or read the source with stream = false" + (f" [{why}]" if why else "")
@@ -225,7 +225,8 @@ class Loader:
         """What `restore` takes to go on after the packs taken so far, for JSON; `streams` are those of this process."""
         streams = {name: list(position) for name, position in self.positions.items()}
         bad = [asdict(item) for item in self.known_bad.values()]
-        return {"cursor": asdict(self.cursor), "streams": streams, "bad": bad, "seen": asdict(self.seen)}
+        seen = {} if self.streams is None else {"seen": asdict(self.seen)}
+        return {"cursor": asdict(self.cursor), "streams": streams, "bad": bad, **seen}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """`seek` to where `state` was taken; its `streams` may be those of all processes."""
