@@ -42,7 +42,7 @@ from vft.data.sources.records import (
 )
 from vft.data.sources.shapes import TURN_KEYS
 from vft.data.sources.unread_keys import others
-from vft.types import MediaRef, Sample, Turn
+from vft.types import MediaRef, Sample, Turn, UserError
 
 KNOWN = messages.FIELDS | {*TURN_KEYS, "data_source"}
 
