@@ -65,7 +65,7 @@ class SourceConfig(Section):
     """How the records are laid out. `messages` also reads ShareGPT and LLaVA records."""
     path: Name
     """A file or folder, relative to `data.root`."""
-    repeats: PositiveFloat | None = None
+    repeats: Annotated[float, Field(ge=0.001)] | None = None
     """How often its records come in an epoch: 2.0 twice, 0.5 every second epoch, half of them in each; none: once."""
     share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Its fraction of the samples that are trained on, as `interleave_probs` elsewhere. All sources have one then, and

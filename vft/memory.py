@@ -93,7 +93,7 @@ def longest_row(documents: Documents, plan: PackPlan) -> Batch | None:
     if not documents.members:
         return None
     work, spec = documents.work, documents.encoder.spec
-    pack = max(plan.packs(0), key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
+    pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
     built = [documents.build(number) for number in pack]
     blank_1D = torch.zeros(1, spec.patch_features, dtype=torch.uint8)
     blank = [

@@ -140,6 +140,8 @@ class Trainer:
         self.folder = config.output_dir
         self.plan = documents.pack_plan(config.seed)
         self.max_steps = self.count_steps(0, Cursor())
+        if not self.max_steps:
+            raise UserError(f"train.epochs = {config.train.epochs}: by repeats no record comes in so few; raise either")
         check_warmup(config, self.max_steps)
         self.loader = Loader(
             documents=documents,

@@ -121,7 +121,7 @@ STREAM = {"format": "pe_video", "stream": True}
         ([{"share": 0.7}, {"share": 0.7}], r"sum to 1\.4"),
         ([{"weight": 2.0}, {"repeats": 3.0}], r"weight = 2 .* repeats = 3 .* contradict"),
         ([{**STREAM, "repeats": 2.0}], "counts in epochs.*share"),
-        ([{"repeats": 0.0}], "greater than 0"),
+        ([{"repeats": 0.0}], "greater than or equal to 0.001"),
         ([{"share": 1.5}], "less than or equal to 1"),
     ],
 )

@@ -268,17 +268,17 @@ def test_facts_and_what_was_left_out(tmp_path: Path) -> None:
 def test_sources_and_how_videos_were_seen(tmp_path: Path) -> None:
     write_run(tmp_path, [step(1)])
     assert "held out" not in read(tmp_path).text
-    sources = '[data]\nsources = [{format = "folders", path = "a&b"}, {format = "ucf101", path = "u", weight = 0.5}]\n'
+    sources = '[data]\nsources = [{format = "folders", path = "a&b"}, {format = "ucf101", path = "u", repeats = 0.5}]\n'
     video = "[data.video]\nframes = 8\nmax_pixels = 50176\n"
     held_out = '[eval]\nsources = [{format = "ucf101", path = "test"}]\n'
     with (tmp_path / "config.toml").open("a") as file:
         file.write(sources + video + held_out)
     page = read(tmp_path)
     assert table(page, "Data") == [
-        ["", "source", "format", "weight"],
-        ["trained on", "a&b", "folders", "1"],
-        ["trained on", "u", "ucf101", "0.5"],
-        ["held out", "test", "ucf101", "1"],
+        ["", "source", "format", "how often"],
+        ["trained on", "a&b", "folders", "once"],
+        ["trained on", "u", "ucf101", "repeats 0.5"],
+        ["held out", "test", "ucf101", "once"],
     ]
     assert "Videos were seen at 8 frames, of at most 50,176 pixels each." in page.text
 

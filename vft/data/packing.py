@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import count
 
 import torch
 
@@ -39,6 +40,11 @@ class PackPlan:
     def packs(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The packs of one epoch, each a tuple of document numbers."""
         return _epoch_packs(self, epoch)
+
+    @property
+    def first_packs(self) -> tuple[tuple[int, ...], ...]:
+        """Those of the first epoch that has any: a few documents of which each comes seldom leave some epochs empty."""
+        return next(packs for epoch in count() if (packs := self.packs(epoch)))
 
     def packs_left(self, cursor: Cursor, epochs: int) -> int:
         """From `cursor` to the end of so many epochs in all."""

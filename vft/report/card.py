@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from vft.files import replace_text
-from vft.report.page import comparison, facts, read_run, sampling
+from vft.report.page import comparison, facts, how_often, read_run, sampling
 from vft.serving import not_served, vllm_serve
 
 LAYOUT = Path(__file__).with_name("card.md")
@@ -35,7 +35,7 @@ def write_card(folder: Path, target: Path, step: int, prompt: str) -> None:
         serve=vllm_serve(base if lora else str(target), video, *served),
         tables=[table for table in comparison(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
-        sources=[f"{one['path']} ({one['format']}, weight {one['weight']:g})" for one in run.config["data"]["sources"]],
+        sources=[f"{one['path']} ({one['format']}, {how_often(one)})" for one in run.config["data"]["sources"]],
         settings=run.settings.strip(),
     )
     replace_text(target / "README.md", card)

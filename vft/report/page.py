@@ -196,11 +196,20 @@ def facts(run: Run, held_out: Documents | None) -> dict[str, str]:
 def sources(config: Row) -> list[Row]:
     """What was trained on, then what was held out of it."""
     named = {"trained on": config.get("data", {}), "held out": config.get("eval", {})}
-    return [
-        {"use": use, "path": one.get("path"), "format": one.get("format"), "weight": f"{one.get('weight', 1):g}"}
+    rows = [
+        {"use": use, "path": one.get("path"), "format": one.get("format"), "how_often": how_often(one)}
         for use, section in named.items()
         for one in section.get("sources") or ()
     ]
+    if split := config.get("eval", {}).get("split"):
+        rows.append({"use": "held out", "path": f"of these, {split:g} of the media", "format": "", "how_often": "once"})
+    return rows
+
+
+def how_often(source: Row) -> str:
+    """What a source's settings say of how much of it is trained on."""
+    given = [f"{name} {source[name]:g}" for name in ("repeats", "share", "weight") if source.get(name) is not None]
+    return given[0] if given else "once"
 
 
 def sampling(video: Row) -> str:

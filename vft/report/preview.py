@@ -55,7 +55,7 @@ def summary(documents: Documents, plan: PackPlan, data: DataConfig) -> Summary |
     if not documents.members:
         return None
     count = len(documents.members)
-    packs = plan.packs(0)
+    packs = plan.first_packs
     tokens = sum(documents.lengths[number] for pack in packs for number in pack)
     chosen = range(0, count, -(-count // LOOKED_AT))
     notes = Counter(
