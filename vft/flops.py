@@ -1,32 +1,16 @@
-"""Floating-point operations of a step, as papers count them and as the machine does them, and what machines can do."""
+"""Floating-point operations of a step, as papers count them and as the machine does them."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from vft.attention import attended_pairs
 from vft.nf4 import true_shapes
 from vft.types import Batch
-
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "MI300X": 1307e12,
-    "MI325X": 1307e12,
-    "MI250X": 191.5e12,
-}
-"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets (MI250X: one of its two dies)."""
 
 RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
 """Share of a layer's forward products that the backward pass computes again; of `mlp` the MLP's, counted apart."""
@@ -101,11 +85,3 @@ def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, in
         counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
     backward = fed or counts[True] > 0
     return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device, None where it isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

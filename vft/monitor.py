@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import nn
 
 from vft.boards import Board, open_boards
+from vft.cards import peak_flops
 from vft.config import Config, LogConfig
 from vft.distributed import World
 from vft.files import append_text, replace_text
-from vft.flops import Flops, peak_flops
+from vft.flops import Flops
 from vft.live import LiveView, loss_of, said, share, speed
 from vft.lora import TrainableRow
 from vft.metrics import Interval

@@ -21,9 +21,10 @@ from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
 from workload import MODELS, AnyShape, build_model, fill
 
+from vft.cards import peak_flops
 from vft.config import LoraConfig, ParallelConfig, TrainConfig
 from vft.console import user_errors
-from vft.flops import FlopCounter, peak_flops
+from vft.flops import FlopCounter
 from vft.lora import choose_trainable, initialise
 from vft.memory import GIB, MODES, resident_bytes, step_bytes
 from vft.optim import build_optimizer, scale_and_clip
