@@ -148,6 +148,7 @@ def test_one_gpu_is_advised_nothing_about_gathering(plan: Plan) -> None:
     assert "│ links" not in done.stdout and "traffic" not in done.stdout
 
 
+@pytest.mark.slow
 def test_4_bits_are_proposed_where_recomputing_is_not_enough(plan: Plan) -> None:
     """13 GB of frozen matrices go to the host or shrink to 3.7 GB; either is said."""
     done = plan(*ONE, "parallel.activation_checkpointing=full", "--gpu-memory-gib", "14")
@@ -156,6 +157,7 @@ def test_4_bits_are_proposed_where_recomputing_is_not_enough(plan: Plan) -> None
     assert "fits too: model.quantize=nf4 (checked)" in done.stdout
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_says_how_many_gpus_it_needs(plan: Plan) -> None:
     """12 bytes a trained weight and the gradients: 7.6 G weights don't fit 2 x 40 GiB, nor does offloading help."""
     full = ("lora=", 'model.train=["language_model"]', "parallel.activation_checkpointing=full")
