@@ -504,10 +504,10 @@ def count_samples(config: Config) -> int | None:
         if source.stream or not (data.root / source.path).exists():
             return None
         samples, _ = sources.read(source, data)
-        found += source.weight * sum(
+        found += source.times * sum(
             len(converse(one, make, data)[0]) for one in take(samples, source.take, config.seed)
         )
-    return math.ceil(found)
+    return math.ceil(found * (1 - (config.eval.split or 0)))
 
 
 if __name__ == "__main__":
