@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from torchcodec.encoders import VideoEncoder
+from transformers import GenerationConfig
 
 from tests.adapters import adapted
 from tests.helpers import Tiny
+from tools.merge_lora import merge, serve_command
 from vft.adapter_files import export_adapter
 from vft.config import LoraConfig
-from vft.serving import MAX_RANKS, not_served, vllm_serve
+from vft.data.budget import limits_of
+from vft.data.video import scan
+from vft.data_config import DataConfig
+from vft.serving import MAX_RANKS, not_served, ranks_of, towers_of, vllm_serve
+from vft.types import MediaRef, UserError
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Last parts of the decoder's layers that take adapters (`packed_modules_mapping` and what is beside it)."""
@@ -78,9 +89,10 @@ def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> 
     assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int | float)
     assert isinstance(config["target_modules"], str | list) and config["target_modules"]
     assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
-    # Of one scale for all layers, alpha / r, nothing may be told by patterns, which aren't read.
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not_served(lora.model_dump()) == ""
-    asked = shlex.split(vllm_serve(str(each_tiny.path), {"frames": 4}, str(tmp_path / "adapter"), config["r"]))
+    told = {"path": str(tmp_path / "adapter"), "rank": ranks_of(lora.model_dump()), "towers": ()}
+    kind_of = json.loads((each_tiny.path / "config.json").read_text())["model_type"]
+    asked = shlex.split(vllm_serve(str(each_tiny.path), kind_of, {"frames": 4}, {}, adapter=told))
     assert config["r"] <= int(asked[asked.index("--max-lora-rank") + 1]) in MAX_RANKS
 
     halves: dict[str, dict[str, list[int]]] = {}
@@ -109,20 +121,47 @@ def test_a_whole_model(each_tiny: Tiny, family: str) -> None:
         assert bare.startswith(TOPS) or bare == "image_newline", (name, bare)
 
 
+FIXED = {"video_backend": "qwen3_vl", "num_frames": 8, "min_frames": 8, "max_frames": 8}
+RATE = {"video_backend": "qwen2_vl", "fps": 2.0, "min_frames": 6, "max_frames": 64}
+
+
 @pytest.mark.parametrize(
-    ("video", "frames"),
+    ("model_type", "video", "frames"),
     [
-        ({"frames": 8, "max_frames": 32}, {"num_frames": 8}),
-        ({"fps": 2.0, "max_frames": 64}, {"fps": 2.0, "num_frames": 64}),
-        ({}, None),
+        ("qwen2_5_vl", {"frames": 8, "max_frames": 32}, FIXED),
+        ("qwen2_5_vl", {"fps": 2.0, "min_frames": 5, "max_frames": 65}, RATE),
+        ("qwen3_vl", {"frames": 8}, FIXED),
+        ("llava_next_video", {"frames": 8}, {"num_frames": 8}),
+        ("llava_next_video", {"fps": 2.0, "max_frames": 64}, {"fps": 2.0, "num_frames": 64}),
+        ("qwen2_5_vl", {}, None),
     ],
 )
-def test_the_frames_of_training(video: dict[str, Any], frames: dict[str, float] | None) -> None:
-    """`--media-io-kwargs` as vllm/multimodal/video.py takes it: a rate, and the most frames."""
-    words = shlex.split(vllm_serve("base", video))
-    assert words[:3] == ["vllm", "serve", "base"]
-    told = json.loads(words[words.index("--media-io-kwargs") + 1]) if "--media-io-kwargs" in words else None
+def test_the_frames_of_training(model_type: str, video: dict[str, Any], frames: dict[str, Any] | None) -> None:
+    """`--media-io-kwargs` as the loaders of vllm/multimodal/video.py take it."""
+    words = shlex.split(vllm_serve("runs/base", model_type, video, {}))
+    assert words[:3] == ["vllm", "serve", "runs/base"] and option(words, "--served-model-name") == "base"
+    told = json.loads(option(words, "--media-io-kwargs")) if "--media-io-kwargs" in words else None
     assert told == (None if frames is None else {"video": frames})
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_one_command_for_sampling_pixels_and_gpus() -> None:
+    video, image = {"frames": 8, "min_pixels": 4000, "max_pixels": 100352}, {"max_pixels": 50176}
+    words = shlex.split(vllm_serve("base", "qwen2_5_vl", video, image, weight_bytes=145 * 10**9))
+    assert option(words, "--tensor-parallel-size") == "4" and option(words, "--generation-config") == "vllm"
+    assert json.loads(option(words, "--override-generation-config")) == {"temperature": 0.0}
+    assert json.loads(option(words, "--mm-processor-kwargs")) == {
+        "images_kwargs": {"size": {"shortest_edge": 3136, "longest_edge": 50176}},
+        "videos_kwargs": {"size": {"shortest_edge": 4000, "longest_edge": 100352}, "do_sample_frames": False},
+    }
+    assert option(shlex.split(vllm_serve("base", "qwen2_5_vl", {}, {}, 17 * 10**9)), "--tensor-parallel-size") == "1"
+    lora = LoraConfig(rank=4, alpha=8, ranks={"language_model.q_proj": 20}, targets=("language_model.*", "merger.*"))
+    adapter = {"path": "a", "rank": ranks_of(lora.model_dump()), "towers": towers_of(lora.model_dump())}
+    words = shlex.split(vllm_serve("base", "qwen2_5_vl", video, image, adapter=adapter))
+    assert option(words, "--max-lora-rank") == "32" and "--enable-tower-connector-lora" in words
 
 
 @pytest.mark.parametrize(
@@ -131,11 +170,110 @@ def test_the_frames_of_training(video: dict[str, Any], frames: dict[str, float] 
         ({}, True),
         ({"rslora": True}, True),
         ({"dora": True}, False),
-        ({"ranks": {"language_model.q_proj": 2}}, False),
-        ({"alphas": {"language_model.q_proj": 2.0}}, False),
-        ({"targets": ("language_model.*", "vision_tower.*")}, False),
+        ({"ranks": {"language_model.q_proj": 2}}, True),
+        ({"alphas": {"language_model.q_proj": 2.0}}, True),
+        ({"targets": ("language_model.*", "vision_tower.*")}, True),
     ],
 )
 def test_what_is_not_served(settings: dict[str, Any], served: bool) -> None:
     lora = LoraConfig(rank=4, alpha=8, **settings)
     assert (not_served(lora.model_dump()) == "") == served
+
+
+# ----------------------------------------------------------------------------------------- the files of a whole model
+
+
+def merged(tiny: Tiny, folder: Path, about: dict[str, Any], generation: str = "greedy") -> Path:
+    lora = LoraConfig(rank=4, alpha=8)
+    skeleton, _ = adapted(tiny, lora)
+    export_adapter(skeleton.model, folder / "adapter", lora, "base", skeleton.peft_prefixes, about, True)
+    merge(str(tiny.path), folder / "adapter", folder / "merged", generation)
+    return folder / "merged"
+
+
+def test_a_merged_model_answers_greedily(tiny: Tiny, tmp_path: Path) -> None:
+    """By transformers' own class, whatever the release has; `base` keeps the release's file."""
+    base = Tiny(shutil.copytree(tiny.path, tmp_path / "base"), tiny.family)
+    release = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05}
+    content = json.dumps({**release, "max_new_tokens": 9, "eos_token_id": [7, 8], "pad_token_id": 3})
+    (base.path / "generation_config.json").write_text(content)
+    folder = merged(base, tmp_path / "greedy", {})
+    found = GenerationConfig.from_pretrained(folder)
+    assert found.get_generation_mode() == "greedy_search" and found.max_new_tokens is None
+    assert found.repetition_penalty == 1.0 and found.pad_token_id == 3
+    assert {7, 8, tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")} <= set(found.eos_token_id)
+    # What vLLM reads of it (vllm/config/model.py): with the one likeliest token left, any temperature is greedy.
+    written = json.loads((folder / "generation_config.json").read_text())
+    read = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "max_new_tokens")
+    assert {key: written[key] for key in read if key in written} == {"top_k": 1}
+    kept = merged(base, tmp_path / "base_kept", {}, "base")
+    assert (kept / "generation_config.json").read_text() == content
+
+
+def test_a_merged_model_has_the_frames_and_pixels_of_training(tiny: Tiny, tmp_path: Path) -> None:
+    """Of both kinds of files in which transformers looks for them; nothing is changed where nothing is known."""
+    base = Tiny(shutil.copytree(tiny.path, tmp_path / "base"), tiny.family)
+    release = {"image_processor": {"do_resize": True}, "video_processor": {"fps": 2.0, "max_frames": 768}}
+    (base.path / "processor_config.json").write_text(json.dumps(release))
+    (base.path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Q", "max_pixels": 9}))
+    (base.path / "video_preprocessor_config.json").write_text(json.dumps({"fps": 2.0, "max_frames": 768}))
+    video = {"frames": 8, "min_pixels": 4000, "max_pixels": 100352}
+    folder = merged(base, tmp_path / "one", {"video": video, "image": {"max_pixels": 50176}})
+    whole = json.loads((folder / "processor_config.json").read_text())
+    for films in (json.loads((folder / "video_preprocessor_config.json").read_text()), whole["video_processor"]):
+        assert films["size"] == {"shortest_edge": 4000, "longest_edge": 100352}
+        assert films["do_sample_frames"] and films["num_frames"] == 8 and films["fps"] is None
+        assert "max_frames" not in films and "image_processor_type" not in films
+    for pictures in (json.loads((folder / "preprocessor_config.json").read_text()), whole["image_processor"]):
+        assert pictures["size"] == {"shortest_edge": 3136, "longest_edge": 50176}
+        assert pictures["max_pixels"] == 50176
+    foreign = merged(base, tmp_path / "foreign", {})
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        assert (foreign / name).read_text() == (base.path / name).read_text()
+    assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == "Q"
+    with pytest.raises(UserError, match=r"vft\.json"):
+        merged(base, tmp_path / "odd", {"video": {"frames": -1}})
+
+
+# --------------------------------------------------------------------------------------------- vLLM's own classes
+
+
+@pytest.mark.parametrize("video", [{"frames": 8, "max_pixels": 100352}, {"fps": 2.0, "max_frames": 16}])
+def test_vllms_classes_see_what_was_trained(tiny: Tiny, tmp_path: Path, video: dict[str, Any]) -> None:
+    """The printed command through the loader and processor of vLLM itself, without an engine: frames, size, tokens and
+    seconds are those of the plan of training, and the default sampling is greedy.
+
+    VFT_VLLM_PYTHON names an interpreter that can import vllm (`tests/vllm_classes.py` says which).
+    """
+    interpreter = os.environ.get("VFT_VLLM_PYTHON")
+    if not interpreter:
+        pytest.skip("VFT_VLLM_PYTHON names no interpreter with vllm")
+    clips = [(600, 1080, 1920), (50, 240, 320), (65, 240, 320)]
+    for frames, height, width in clips:
+        write_film(tmp_path / f"{frames}.mp4", frames, height, width)
+    folder = merged(tiny, tmp_path, {"video": video})
+    command = serve_command(folder)
+    files = [str(tmp_path / f"{frames}.mp4") for frames, _, _ in clips]
+    script = Path(__file__).with_name("vllm_classes.py")
+    done = subprocess.run([interpreter, script, command, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["command"]["temperature"] == 0.0 and found["folder"] == {"repetition_penalty": 1.0, "top_k": 1}
+    config = DataConfig.model_validate({"video": video})
+    for file, seen in zip(files, found["clips"], strict=True):
+        ref = MediaRef("video", Path(file))
+        plan = tiny.encoder.spec.plan(ref, scan(ref), limits_of(ref, config))
+        assert seen["grid"] == list(plan.grid_thw) and seen["tokens"] == plan.num_tokens, file
+        assert len(seen["frames"]) == len(plan.frame_indices)
+        if "frames" in video:
+            assert tuple(seen["frames"]) == plan.frame_indices
+            assert seen["seconds_per_grid"] == pytest.approx(plan.seconds_per_grid, rel=1e-3)
+        else:  # vLLM's frame is the first of its interval, training's are spread to the last frame
+            apart = [ours - theirs for ours, theirs in zip(plan.frame_indices, seen["frames"], strict=True)]
+            assert min(apart) >= 0 and max(apart) <= scan(ref).num_frames / len(apart)
+
+
+def write_film(path: Path, frames: int, height: int, width: int) -> None:
+    """Ten frames a second that grow lighter."""
+    shades = torch.linspace(0, 255, frames).to(torch.uint8)
+    VideoEncoder(shades[:, None, None, None].expand(frames, 3, height, width), frame_rate=10).to_file(path)

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapter_files import ABOUT_FILE, WEIGHTS_FILE, Adapter, attach, merged_into, recorded
+from vft.adapter_files import WEIGHTS_FILE, Adapter, attach, merged_into, recorded
 from vft.console import progress_bar, user_errors
+from vft.export import served_files
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
@@ -29,8 +30,9 @@ from vft.serving import vllm_serve
 from vft.types import UserError
 
 
-def merge(base: str, adapter_folder: Path, output: Path) -> int:
-    """Write the merged model to `output`, which appears only when it is complete. Returns the layers changed."""
+def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:
+    """Write the merged model to `output`, which appears only when it is complete. Returns the layers changed.
+    `generation` as for `vft.export.served_files`."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
     checkpoint = Checkpoint.open(base, recorded(adapter_folder).get("rope_factor"))
@@ -41,10 +43,9 @@ def merge(base: str, adapter_folder: Path, output: Path) -> int:
     adapter.check(skeleton.model, checkpoint)
     with whole_folder(output) as folder:
         changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
-        copy_companions(checkpoint, folder)
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
-        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        copy_companions(checkpoint, folder, served_files(checkpoint, skeleton, about, generation))
         _compare(checkpoint, folder)
     return changed
 
@@ -113,11 +114,20 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder or hub name of the adapter's base model")
     parser.add_argument("--adapter", required=True, type=Path, help="its folder, such as runs/caption/adapter")
     parser.add_argument("--output", required=True, type=Path, help="folder to write, new or empty")
+    what = "generation_config.json: greedy, as evaluation is (default), or as the base has it"
+    parser.add_argument("--generation", choices=["greedy", "base"], default="greedy", help=what)
     arguments = parser.parse_args()
     with user_errors():
-        changed = merge(arguments.base, arguments.adapter, arguments.output)
+        changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
         print(f"merged {changed} layers into {arguments.output}")
-        print(f"with vLLM: {vllm_serve(str(arguments.output), recorded(arguments.adapter).get('video', {}))}")
+        print(f"with vLLM: {serve_command(arguments.output)}")
+
+
+def serve_command(folder: Path) -> str:
+    """How vLLM serves the merged model in `folder`."""
+    checkpoint, about = Checkpoint.open(str(folder)), recorded(folder)
+    media = about.get("video", {}), about.get("image", {})
+    return vllm_serve(str(folder), checkpoint.config.model_type, *media, checkpoint.weight_bytes)
 
 
 if __name__ == "__main__":

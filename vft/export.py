@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from vft.adapter_files import export_adapter, merged_into
+from vft.adapter_files import ABOUT_FILE, export_adapter, merged_into
 from vft.config import Config
+from vft.data.chat import ChatEncoder
 from vft.models import Skeleton
 from vft.models.weights import Checkpoint, export_model
+from vft.serving import greedy, processor_files
 from vft.task import Task
 from vft.watch import work_of_one
+
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 @work_of_one("writing an export")
@@ -17,7 +23,7 @@ def export(
     skeleton: Skeleton, checkpoint: Checkpoint, config: Config, task: Task, step: int, target: Path, write: bool
 ) -> None:
     """Every process calls it (tensors are gathered); the one with `write` writes. Facts of the training lie beside."""
-    about = {
+    about: dict[str, Any] = {
         "base_fingerprint": checkpoint.fingerprint,
         "task": task.name,
         "prompt": task.prompt,
@@ -29,4 +35,21 @@ def export(
     if config.lora is not None:
         export_adapter(skeleton.model, target, config.lora, config.model.path, skeleton.peft_prefixes, about, write)
     else:
-        export_model(skeleton.model, checkpoint, target, {**about, "merged": merged_into(checkpoint)}, write)
+        about |= {"merged": merged_into(checkpoint)}
+        export_model(skeleton.model, checkpoint, target, served_files(checkpoint, skeleton, about), write)
+
+
+def served_files(
+    checkpoint: Checkpoint, skeleton: Skeleton, about: Mapping[str, Any], generation: str = "greedy"
+) -> dict[str, Mapping[str, Any]]:
+    """JSON files, by name, that a whole model has in the place of its release's: `about`, the facts of the training,
+    and what makes others sample text, frames and pixels as training and evaluation did. With `generation` = "base"
+    text is sampled as the release has it."""
+    files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
+    if generation == "greedy":
+        end_ids = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids).end_ids
+        files["generation_config.json"] = greedy(checkpoint.json_file("generation_config.json"), end_ids)
+    if about.get("video"):  # nothing is known of what another program's adapter was trained on
+        release = {name: checkpoint.json_file(name) for name in PROCESSOR_FILES}
+        files |= processor_files(checkpoint.config.model_type, release, about["video"], about.get("image", {}))
+    return files

@@ -435,5 +435,5 @@ class Trainer:
         target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
         export(self.skeleton, self.checkpoint, self.config, self.task, self.step, target, self.world.is_main)
         if self.world.is_main:
-            write_card(self.folder, target, self.step, self.task.prompt)
+            write_card(self.folder, target, self.step, self.task.prompt, self.checkpoint)
         self.monitor.say(f"wrote {target}")

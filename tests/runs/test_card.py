@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.world import World
+from vft.models.weights import Checkpoint
 from vft.report import write_card
 
 
@@ -36,16 +37,16 @@ def test_the_code_in_it_runs(learned: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "why"),
     [
-        ('"language_model.*"', '"language_model.*", "merger.*"', "on merger too"),
         ("dora = false", "dora = true", "DoRA"),
-        ("[lora]", '[lora]\nalphas = { "language_model.q_proj" = 4.0 }', "several ranks or alphas"),
     ],
 )
-def test_one_that_vllm_does_not_serve_says_so(learned: Path, tmp_path: Path, before: str, after: str, why: str) -> None:
+def test_one_that_vllm_does_not_serve_says_so(
+    world: World, learned: Path, tmp_path: Path, before: str, after: str, why: str
+) -> None:
     settings = (learned / "config.toml").read_text()
     assert before in settings
     (tmp_path / "config.toml").write_text(settings.replace("[lora.alphas]\n", "").replace(before, after))
-    write_card(tmp_path, tmp_path, 3, "Say.")
+    write_card(tmp_path, tmp_path, 3, "Say.", Checkpoint.open(str(world.base)))
     card = (tmp_path / "README.md").read_text()
     assert "merge it first" in card and why in card and "--enable-lora" not in card
     assert "Not evaluated" in card and 'to be asked: "Say."' in card

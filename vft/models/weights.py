@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -171,6 +172,11 @@ class Checkpoint:
         """Where the weight files lie on this machine."""
         return next(iter(self.weight_files.values())).parent
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all its weight files."""
+        return sum(file.stat().st_size for file in set(self.weight_files.values()))
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over each weight file's name, size, first and last bytes: tells two bases of equal shape apart."""
@@ -305,11 +311,13 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
 
 
-def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: dict[str, Any], write: bool) -> None:
+def export_model(
+    model: nn.Module, checkpoint: Checkpoint, folder: Path, files: Mapping[str, Mapping[str, Any]], write: bool
+) -> None:
     """The whole model in the layout of its base: same files, names and dtypes, and everything else beside them.
 
     Every process calls it: tensors are gathered one by one, in their final type, and the process with `write` writes
-    each before it asks for the next. `about` goes into vft.json.
+    each before it asks for the next. `files` are JSON files that go beside them, by name.
     """
     parameters = dict(model.named_parameters())
     embedding = next(name for name in parameters if name.endswith(TIED_TO))
@@ -328,16 +336,16 @@ def export_model(model: nn.Module, checkpoint: Checkpoint, folder: Path, about: 
                 for name in file_order(layout):
                     fetch(name)
         if write:
-            copy_companions(checkpoint, unfinished)
-            (unfinished / "vft.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            copy_companions(checkpoint, unfinished, files)
 
 
 def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
     return whole(tensors[name].to(layout[name][0]))
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything that lies beside the weights: configuration, tokenizer, template, index; no code, no pickles."""
+def copy_companions(checkpoint: Checkpoint, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Everything that lies beside the weights: configuration, tokenizer, template, index; no code, no pickles. `files`,
+    JSON by name, take the place of the checkpoint's."""
     for name in HUB_COMPANIONS:
         _file(checkpoint.path, name)  # of a hub name, only what was asked for so far is on this machine
     for path in sorted(checkpoint.folder.iterdir()):
@@ -349,3 +357,5 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
         text["rope_parameters"] = dict(checkpoint.config.get_text_config().rope_parameters)
         text["rope_scaling"] = {"rope_type": "linear", "factor": checkpoint.rope_factor}  # what transformers 4 reads
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, own in files.items():
+        (folder / name).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

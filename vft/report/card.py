@@ -8,19 +8,23 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from vft.files import replace_text
+from vft.models.weights import Checkpoint
 from vft.report.page import comparison, facts, how_often, read_run, sampling
-from vft.serving import not_served, vllm_serve
+from vft.serving import not_served, ranks_of, towers_of, vllm_serve
 
 LAYOUT = Path(__file__).with_name("card.md")
 
 
-def write_card(folder: Path, target: Path, step: int, prompt: str) -> None:
-    """Write `target/README.md` from what the run in `folder` has left so far. UserError where it can't be written."""
+def write_card(folder: Path, target: Path, step: int, prompt: str, checkpoint: Checkpoint) -> None:
+    """Write `target/README.md` from what the run in `folder` has left so far; `checkpoint` is its base.
+
+    UserError where it can't be written.
+    """
     run = read_run(folder)
     lora = run.config.get("lora")
     base, video = run.config["model"]["path"], run.config["data"]["video"]
-    # PiSSA's adapter is written with twice the rank.
-    served = ("", 0) if lora is None else (str(target), lora["rank"] * (1 if lora["init"] == "kaiming" else 2))
+    media = run.config["data"]["video"], run.config["data"].get("image", {})
+    adapter = lora and {"path": str(target), "rank": ranks_of(lora), "towers": towers_of(lora)}
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = environment.from_string(LAYOUT.read_text(encoding="utf-8")).render(
         base=base,
@@ -32,7 +36,9 @@ def write_card(folder: Path, target: Path, step: int, prompt: str) -> None:
         frames=sampling(video),
         lora=lora,
         not_served=not_served(lora) if lora else "",
-        serve=vllm_serve(base if lora else str(target), video, *served),
+        serve=vllm_serve(
+            base if lora else str(target), checkpoint.config.model_type, *media, checkpoint.weight_bytes, adapter
+        ),
         tables=[table for table in comparison(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
         sources=[f"{one['path']} ({one['format']}, {how_often(one)})" for one in run.config["data"]["sources"]],
