@@ -14,14 +14,14 @@ from tests.helpers import Media, Tiny, document, talk
 from tools import predict
 from vft.data import sources, vision
 from vft.data.budget import limits_of, plan_media
-from vft.data.documents import Documents
+from vft.data.documents import Documents, load_documents
 from vft.data.frame_times import FrameTimes
 from vft.data.video import join_pictures, scan
 from vft.data_config import DataConfig, SourceConfig, VideoConfig
 from vft.models.llava_next_video_vision import LlavaVision
 from vft.models.qwen2_5_vl_vision import QwenVision
 from vft.models.qwen3_vl_vision import Qwen3Vision
-from vft.types import MediaInfo, MediaOptions, MediaPlan, MediaRef
+from vft.types import Conversation, MediaInfo, MediaOptions, MediaPlan, MediaRef
 from vft.vision_spec import VisionSpec
 
 QWEN = QwenVision(image_token=1, video_token=2, tokens_per_second=2.0)
@@ -140,6 +140,7 @@ def frames_in(folder: Path, count: int) -> list[str]:
 
 ASKED, SAID = {"role": "user", "content": "<video>When?"}, {"role": "assistant", "content": "Late."}
 LLAVA_TURNS = [{"from": "human", "value": "<image>\nWhen?"}, {"from": "gpt", "value": "Late."}]
+SHORT_TALK = {"messages": [{"role": "user", "content": "When?"}, SAID]}
 TIMES = {"timestamps": [0, 1, 2, 3, 4, 8, 9]}
 FORMATS = {
     "typed part": lambda names: {
@@ -198,3 +199,15 @@ def test_a_row_too_short_for_them_takes_frames_and_says_so(tiny: Tiny) -> None:
     assert short.num_shortened == 1 and len(kept.frame_indices) == 10
     assert (kept.frame_indices[0], kept.frame_indices[-1]) == (0, 15)
     assert kept.seconds_per_grid == pytest.approx(2 / (10 / 16))
+
+
+def test_what_a_row_costs_is_told(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once for all sources, with both numbers; nothing where all fits."""
+    lines = [json.dumps(FORMATS["one video"](frames_in(tmp_path / "frames", 7))), json.dumps(SHORT_TALK)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    for pack_tokens, told in ((1000, ""), (45, "train.jsonl: 1 of 2 samples have fewer frames or pixels than asked")):
+        config = DataConfig(root=tmp_path, workers=0, cache_dir=str(tmp_path / "cache"), pack_tokens=pack_tokens)
+        source = SourceConfig(format="messages", path="train.jsonl")
+        load_documents(config, [source], lambda s: [Conversation(s.id, s.turns, s.origin)], tiny.encoder, 0)
+        said = [line for line in capsys.readouterr().err.splitlines() if "fewer frames" in line]
+        assert len(said) == bool(told) and all(line.startswith(told) and "45" in line for line in said)
