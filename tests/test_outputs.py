@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vft.answer import Said
 from vft.inputs import Failure, Item, read_items
 from vft.outputs import AnswersFile
 from vft.types import UserError
@@ -26,7 +27,7 @@ def written(path: Path, answers: list[tuple[Item, str | Failure]]) -> bytes:
     file = AnswersFile(path, SETTINGS)
     file.begin()
     for item, answer in answers:
-        file.add(item, answer)
+        file.add(item, Said(answer) if isinstance(answer, str) else answer)
         assert path.read_bytes().endswith(b"}\n")  # at once, not when the process ends
     return path.read_bytes()
 
@@ -74,7 +75,7 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     first.begin()
     with pytest.raises(UserError, match="another command writes to it"):
         second.begin()
-    first.add(item, "Yes.")
+    first.add(item, Said("Yes."))
     before = path.read_bytes()
     del first
     with pytest.raises(UserError, match="another command has written to it since"):
@@ -83,7 +84,7 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     third = AnswersFile(path, SETTINGS)
     assert third.has(item) and not third.has(other)
     third.begin()
-    third.add(other, "No.")
+    third.add(other, Said("No."))
     assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == 2
 
 

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +28,8 @@ from typing import Any
 
 import torch
 
-from vft.adapter_files import WEIGHTS_FILE, recorded
-from vft.answer import Answerer, Prompt, load_model, require_folder
+from vft.adapter_files import WEIGHTS_FILE, recorded, trained_rope_factor
+from vft.answer import Answerer, Prompt, Said, check_answer_length, load_model, require_folder
 from vft.console import progress_bar, user_errors
 from vft.data.frame_times import with_frame_times
 from vft.data.index import build
@@ -39,12 +40,21 @@ from vft.data.video import scan
 from vft.data_config import DataConfig
 from vft.distributed import World, all_of, environment, make_mesh, process_group
 from vft.inputs import Failure, Item, read_items, split
+from vft.models import build as build_model
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.outputs import AnswersFile, answer_line
 from vft.types import MediaInfo, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
+OPTIONS = {
+    **{f"data.video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
+    **{f"video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
+    "data.video": "--frames, --max-frames, --max-pixels",
+    "data.root": "--root",
+    "model.path": "--model",
+}
+"""Keys of configurations that messages name, and what they are here."""
 FEW = 8
 """Questions up to which starting worker processes takes longer than they save."""
 WORKERS = 4
@@ -57,7 +67,11 @@ def main() -> None:
     """Command line."""
     arguments = parse()
     with user_errors():
-        failed = predict(arguments)
+        try:
+            failed = predict(arguments)
+        except UserError as error:
+            error.args = (own_words(str(error)),)
+            raise
     sys.exit(1 if failed else 0)
 
 
@@ -106,11 +120,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--top-p = {arguments.top_p}: must be above 0 and at most 1")
     if arguments.segments is not None and not 0 < arguments.segments < math.inf:
         raise UserError(f"--segments = {arguments.segments}: must be seconds above 0")
-    if arguments.batch_size > 1 and arguments.temperature:
-        raise UserError(
-            f"--batch-size = {arguments.batch_size} and --temperature = {arguments.temperature}: what is drawn would "
-            "depend on the other questions; leave one out"
-        )
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UserError(f"--prompt = {arguments.prompt!r}: asks nothing; give a text, or leave it out")
+    for name in ("fps", "frames", "max_frames", "max_pixels"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} = {value}: must be above 0")
     if arguments.json and arguments.output:
         raise UserError("--json prints, --output writes JSON to a file; leave one out")
     if arguments.root and not any(path.suffix.lower() in SUFFIXES for path in arguments.videos):
@@ -125,7 +140,9 @@ def predict(arguments: argparse.Namespace) -> int:
     """Print or write an answer to each question; returns how many have none."""
     check(arguments)
     world = environment()
-    checkpoint = Checkpoint.open(arguments.model)
+    checkpoint = Checkpoint.open(arguments.model, trained_rope_factor(arguments.adapter, None))
+    context = build_model(checkpoint, torch.float32).spec.context_tokens
+    check_answer_length(arguments.max_new_tokens, context, "--max-new-tokens")
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)
     prompt = arguments.prompt or about.get("prompt") or DEFAULT_PROMPT
@@ -203,16 +220,18 @@ def answer_items(
     alone = len(items) == 1 and items[0].segment_s is None
     live = alone and file is None and not arguments.json and sys.stdout.isatty() and world.is_main
     failures: Counter[str] = Counter()
+    cut_off = 0
     size = world.size * arguments.batch_size
     turns = [items[first : first + size] for first in range(0, len(items), size)]
     if file is not None and world.is_main:
         file.begin()
-    loading = begin(answerer, turns[0])
+    most = arguments.max_new_tokens
+    loading = begin(answerer, turns[0], most)
     with progress_bar(len(items), "answering", "question", file is not None and world.is_main) as bar:
         for number, turn in enumerate(turns):
             following = turns[number + 1] if number + 1 < len(turns) else []
             ready = loading()
-            loading = begin(answerer, following)  # decoded while these are answered
+            loading = begin(answerer, following, most)  # decoded while these are answered
             prompts = [one for one in ready if isinstance(one, Prompt)]
             texts = iter(answerer.answer(prompts, sampling, write if live else None))
             told = all_of([next(texts) if isinstance(one, Prompt) else one for one in ready])
@@ -220,8 +239,12 @@ def answer_items(
                 for place, item in enumerate(turn):
                     answer = told[place % world.size][place // world.size]
                     failures.update([answer.reason] if isinstance(answer, Failure) else [])
+                    cut_off += isinstance(answer, Said) and answer.is_cut_off
                     tell(item, answer, arguments, file, live)
             bar.update(len(turn))
+    if cut_off:
+        limit = f"--max-new-tokens = {arguments.max_new_tokens}, or the end of the model's context"
+        print(f"{cut_off} of {len(items)} answers were cut off at {limit}", file=sys.stderr)
     failed = all_of(failures.total())[0]
     if failed and file is not None and world.is_main:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(failures.items()))
@@ -229,17 +252,17 @@ def answer_items(
     return failed
 
 
-def begin(answerer: Answerer, turn: Sequence[Item]) -> Callable[[], list[Prompt | Failure]]:
+def begin(answerer: Answerer, turn: Sequence[Item], new_tokens: int) -> Callable[[], list[Prompt | Failure]]:
     """Begin to decode this process's share of a turn; what is returned waits for it."""
     world, pool = answerer.world, answerer.pool
     share = turn[world.rank :: world.size]
     if not pool.workers:  # nothing goes on beside this process
-        return lambda: [load(answerer, item)() for item in share]
-    waiting = [load(answerer, item) for item in share]
+        return lambda: [load(answerer, item, new_tokens)() for item in share]
+    waiting = [load(answerer, item, new_tokens) for item in share]
     return lambda: [wait() for wait in waiting]
 
 
-def load(answerer: Answerer, item: Item) -> Callable[[], Prompt | Failure]:
+def load(answerer: Answerer, item: Item, new_tokens: int) -> Callable[[], Prompt | Failure]:
     """A question with its frames, when it is waited for, or what is wrong with them."""
     if isinstance(item.asked, Failure):
         failed = item.asked
@@ -250,7 +273,7 @@ def load(answerer: Answerer, item: Item) -> Callable[[], Prompt | Failure]:
         asked = replace(asked, prompt=with_frame_times(asked.prompt))
     failure: Failure | None = None
     try:
-        wait = answerer.load([asked])
+        wait = answerer.load([asked], new_tokens)
     except MediaError as error:  # found by the scan
         failure = Failure(name, error.reason, str(error))
     except UserError as error:  # no frame in the range, too long a text
@@ -289,9 +312,11 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
 
 
 def tell(
-    item: Item, answer: str | Failure, arguments: argparse.Namespace, file: AnswersFile | None, live: bool
+    item: Item, answer: Said | Failure, arguments: argparse.Namespace, file: AnswersFile | None, live: bool
 ) -> None:
     """One answer, or why there is none: to the file, or to the terminal."""
+    if isinstance(answer, Failure):
+        answer = replace(answer, message=own_words(answer.message))
     if file is not None:
         file.add(item, answer)
     elif isinstance(answer, Failure):
@@ -305,7 +330,14 @@ def tell(
         print(json.dumps(line, ensure_ascii=False), flush=True)
     else:
         alone = len(arguments.videos) == 1 and arguments.videos[0].is_file() and not item.is_record
-        print(": ".join([*([] if alone else [item.id]), *clock(item), answer]), flush=True)
+        print(": ".join([*([] if alone else [item.id]), *clock(item), answer.text]), flush=True)
+
+
+def own_words(message: str) -> str:
+    """A message with this command's options in the place of a configuration's keys."""
+    for key, option in OPTIONS.items():
+        message = re.sub(rf"(?<![\w./]){re.escape(key)}\b(?!\.)", option, message)
+    return message
 
 
 def clock(item: Item) -> list[str]:

@@ -31,6 +31,7 @@ from vft.models.generate import Sampling, generate
 from vft.models.score import OptionScore, score_options, trunk_of
 from vft.models.weights import Checkpoint, load_weights
 from vft.parallel import materialise, shard
+from vft.reasoning import CLOSE, OPEN, answer_in, split_reasoning
 from vft.task import Answer, Question
 from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn, UserError
 
@@ -40,14 +41,41 @@ def user_question(id: str, media: Sequence[MediaRef], text: str) -> Question:
     return Question(id, Conversation(id, (Turn("user", (*media, text)),), id), ())
 
 
-def answer_of(question: Question, text: str, scores: Sequence[OptionScore]) -> Answer:
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a model said."""
+
+    text: str
+    """Without its reasoning; empty where that did not end."""
+    reasoning: str = ""
+    is_cut_off: bool = False
+    """Whether it ended at the limit of tokens, or of the model's context."""
+
+
+def check_answer_length(new_tokens: int, context: int | None, name: str) -> None:
+    """UserError where an answer may have as many tokens as the model's context; `name` is that of the setting."""
+    if context is not None and new_tokens >= context:
+        raise UserError(
+            f"{name} = {new_tokens}: the model's context is {context} tokens, question and answer together; take fewer"
+        )
+
+
+def name_of(question: Question) -> str:
+    """The same wherever and beside whatever the question is asked."""
+    turns = [(turn.role, turn.text) for turn in question.prompt.turns]
+    media = [(ref.name.rpartition("/")[2], ref.options) for ref in question.prompt.media]
+    return repr((question.id, turns, media))
+
+
+def answer_of(question: Question, said: Said, scores: Sequence[OptionScore]) -> Answer:
     """What a model said to a question, with the scores of its options in their two forms.
 
     The second is that of lm-eval's `acc_norm` (`lm_eval/api/task.py`): summed log-probability by `len(option)`.
     """
     options = question.prompt.options if scores else ()
     by_length = (score.text / len(option) for score, option in zip(scores, options, strict=True))
-    return Answer(question, text, tuple(score.whole for score in scores), tuple(by_length))
+    whole = tuple(score.whole for score in scores)
+    return Answer(question, said.text, whole, tuple(by_length), said.reasoning, said.is_cut_off)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +87,8 @@ class Prompt:
     patches: list[Patches]
     options: Document | None
     """The question's options as branches; None where it has none."""
+    name: str = ""
+    """What is drawn depends on this (`name_of`)."""
 
 
 class TextStream:
@@ -100,30 +130,37 @@ class Answerer:
         self.info, self.pool, self.world = info, pool, world
         self.frames = FrameCache.of(config)
 
-    def documents(self, question: Question) -> tuple[Document, Document | None]:
-        """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames."""
+    def documents(self, question: Question, new_tokens: int = 1) -> tuple[Document, Document | None]:
+        """The prompt as a document that ends where the answer begins, and its options on a trunk of the same frames.
+
+        The media leave room in the model's context for an answer of `new_tokens`, where they can, and for each option.
+        """
         prompt = question.prompt
-        plans, _ = fit([prompt], self.encoder, self.config, self.info, answer_next=True)
+        longest = max(map(self.encoder.answer_tokens, prompt.options), default=1)
+        try:
+            plans, _ = fit([prompt], self.encoder, self.config, self.info, True, new_tokens=max(longest, new_tokens))
+        except UserError:  # then the answer is cut off where the context ends
+            plans, _ = fit([prompt], self.encoder, self.config, self.info, True, new_tokens=longest)
         encoded = self.encoder.encode(prompt, answer_next=True, media=plans)
         options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
-        document = self.encoder.document([encoded], plans, [question.id])
-        self.encoder.check_length(prompt.origin, document.num_tokens)
-        return document, options
+        return self.encoder.document([encoded], plans, [question.id]), options
 
-    def load(self, asked: Sequence[Question]) -> Callable[[], list[Prompt | MediaError]]:
-        """Begin to decode the media of some questions side by side; what is returned waits for them.
+    def load(self, asked: Sequence[Question], new_tokens: int = 1) -> Callable[[], list[Prompt | MediaError]]:
+        """Begin to decode the media of some questions side by side; what is returned waits for them. Their answers may
+        have `new_tokens`.
 
         An error stands where a question's media can't be decoded.
         """
-        documents = [self.documents(question) for question in asked]
+        documents = [self.documents(question, new_tokens) for question in asked]
         spec = self.encoder.spec
         futures = [[self.frames.submit(self.pool, plan, spec) for plan in one.media] for one, _ in documents]
 
         def wait() -> list[Prompt | MediaError]:
             loaded: list[Prompt | MediaError] = []
-            for (document, options), waiting in zip(documents, futures, strict=True):
+            for question, (document, options), waiting in zip(asked, documents, futures, strict=True):
                 try:
-                    loaded.append(Prompt(document, [future.result() for future in waiting], options))
+                    patches = [future.result() for future in waiting]
+                    loaded.append(Prompt(document, patches, options, name_of(question)))
                 except MediaError as error:
                     loaded.append(error)
             return loaded
@@ -132,19 +169,31 @@ class Answerer:
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, show: Callable[[str], None] | None = None
-    ) -> list[str]:
+    ) -> list[Said]:
         """Answers to a handful of prompts at once. Every process must call it; it may bring none.
 
-        `show` gets the text of the first one piece by piece, as it comes.
+        `show` gets the text of the first one piece by piece, as it comes, its reasoning too.
         """
         batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.spec)
         stream = None if show is None or not prompts else TextStream(self.decode, show)
         on_tokens = None if stream is None else stream.add
-        answers = generate(self.model, batch.to(self.world.device), self.encoder.end_ids, sampling, on_tokens)
-        texts = [self.decode(ids) for ids in answers]
+        encoder, names = self.encoder, [prompt.name for prompt in prompts]
+        answers = generate(
+            *(self.model, batch.to(self.world.device), encoder.end_ids, sampling, on_tokens, names),
+            context=encoder.spec.context_tokens,
+        )
+        texts = [self.decode(answer.ids) for answer in answers]
         if stream is not None:
             stream.finish(texts[0])
-        return texts
+        return [self.said(text, not answer.ended) for text, answer in zip(texts, answers, strict=True)]
+
+    def said(self, text: str, is_cut_off: bool) -> Said:
+        """What was generated, its reasoning told from the answer."""
+        thinking = self.encoder.template.thinking
+        opened = thinking is not None and thinking.opened
+        answer = answer_in(text, opened)
+        reasoning = split_reasoning(text, opened)[0] if answer or CLOSE in text else text.removeprefix(OPEN)
+        return Said(answer, (reasoning or "").strip(), is_cut_off)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -174,11 +223,12 @@ class Answerer:
         self.model.eval()
         bar = progress_bar(len(mine), "answering", "question", self.world.is_main)
         chunks = [mine[number * batch_size : (number + 1) * batch_size] for number in range(passes)]
-        loading = self.load([asked[i] for i in mine[:batch_size]])
+        most = sampling.max_new_tokens
+        loading = self.load([asked[i] for i in mine[:batch_size]], most)
         try:
             for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
                 ready = zip(chunk, loading(), strict=True)
-                loading = self.load([asked[i] for i in following])  # decoded while these are answered
+                loading = self.load([asked[i] for i in following], most)  # decoded while these are answered
                 good = {index: prompt for index, prompt in ready if isinstance(prompt, Prompt)}
                 texts = self.answer(list(good.values()), sampling)
                 scores = self.score(list(good.values())) if has_options else [()] * len(good)
@@ -188,7 +238,9 @@ class Answerer:
         finally:
             self.model.train(training)
             bar.close()
-        told = [(i, (a.text, a.option_scores, a.option_scores_norm)) for i, a in answers.items()]
+        told = [
+            (i, (a.text, a.option_scores, a.option_scores_norm, a.reasoning, a.is_cut_off)) for i, a in answers.items()
+        ]
         return {i: Answer(asked[i], *said) for i, said in sorted(one for part in all_of(told) for one in part)}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vft import stopping
-from vft.answer import Answerer
+from vft.answer import Answerer, check_answer_length
 from vft.config import Config
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, load_documents
@@ -71,6 +71,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
+    check_answer_length(config.eval.max_new_tokens, encoder.spec.context_tokens, "eval.max_new_tokens")
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # sources of their own are the same in every run
     held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed, split)
@@ -107,7 +108,8 @@ def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
 def evaluate(
     task: Task, answerer: Answerer, held_out: Documents, sampling: Sampling, batch_size: int, limit: int, file: Path
 ) -> dict[str, Interval]:
-    """Scores of the task on held-out documents, the loss on them, and how many questions could be asked.
+    """Scores of the task on held-out documents, the loss on them, how many questions could be asked, and how many
+    answers were cut off at `max_new_tokens` or the end of the model's context.
 
     The answers go to `file`, a line each. Every process must call it; all get the same scores.
     """
@@ -128,7 +130,8 @@ def evaluate(
     if loss is not None:
         scores["loss"] = loss
     left_out = len(held_out.bad) + len(asked) - len(answers)
-    counts = {"answered": len(answers), "unreadable": left_out}
+    cut_off = sum(answer.is_cut_off for answer in answers.values())
+    counts = {"answered": len(answers), "unreadable": left_out, "cut_off": cut_off}
     return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
 
 
@@ -230,6 +233,8 @@ def prediction_line(answer: Answer) -> str:
     }
     if len(question.references) > 1:
         line["references"] = question.references
+    line |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+    line |= {"cut_off": True} if answer.is_cut_off else {}
     if answer.choice is not None:
         options, scores = question.prompt.options, answer.option_scores
         kept = sorted(range(len(options)), key=lambda i: -scores[i])[:MOST_OPTIONS]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from vft.answer import Said
 from vft.files import cannot_write, replace_text
 from vft.inputs import Failure, Item
 from vft.types import UserError
@@ -39,12 +40,15 @@ def question_line(item: Item) -> Line:
     return line
 
 
-def answer_line(item: Item, answer: str | Failure) -> Line:
-    """`question_line` with the `prediction`, and the `reference` where there is one; or with the `error`."""
+def answer_line(item: Item, answer: Said | Failure) -> Line:
+    """`question_line` with the `prediction`, its `reasoning`, whether it was `cut_off` at the limit of tokens, and the
+    `reference`, where there is one; or with the `error`."""
     line = question_line(item)
     if isinstance(answer, Failure):
         return {**line, "error": {"file": answer.file, "reason": answer.reason, "message": answer.message}}
-    line["prediction"] = answer
+    line["prediction"] = answer.text
+    line |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+    line |= {"cut_off": True} if answer.is_cut_off else {}
     if not isinstance(item.asked, Failure) and item.asked.references:
         line["reference"] = item.asked.references[0]
     return line
@@ -111,7 +115,7 @@ class AnswersFile:
             pass  # a file system without locks
         return stream
 
-    def add(self, item: Item, answer: str | Failure) -> None:
+    def add(self, item: Item, answer: Said | Failure) -> None:
         """One more line, on its way to the disk when this returns."""
         assert self._stream is not None
         line = {**answer_line(item, answer), "settings": self.settings}

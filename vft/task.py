@@ -30,11 +30,15 @@ class Answer:
 
     question: Question
     text: str
-    """Generated."""
+    """Generated, without its reasoning: this is scored."""
     option_scores: tuple[float, ...] = ()
     """Log-probability of each of the question's options as the whole answer, the token that closes it included."""
     option_scores_norm: tuple[float, ...] = ()
     """Log-probability of each option without that token, a character on average."""
+    reasoning: str = ""
+    """What was generated before the text, between the tags of reasoning."""
+    is_cut_off: bool = False
+    """Whether it ended at the limit of tokens."""
 
     @property
     def choice(self) -> int | None:

@@ -33,7 +33,7 @@ class VisionSpec:
     """Text that closes a message; supervised with the answer before it. Empty: the tokenizer's end of sequence, which
     the template may leave out."""
     context_tokens: int | None = None
-    """Positions that the language model was trained for, if that is fewer than a row may have."""
+    """Positions that the language model was trained for: tokens of one conversation, at most. None: unknown."""
 
     @classmethod
     def read(cls, config: Any, preprocessor: dict[str, Any], **own: Any) -> Self:

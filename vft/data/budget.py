@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vft.data.chat import ChatEncoder
 from vft.data.spans import check_spans
 from vft.data_config import DataConfig
 from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits
 from vft.vision_spec import VisionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Tokens that something may take, and what says so."""
+
+    tokens: int
+    name: str
+    fix: str
+
+    @staticmethod
+    def of_row(config: DataConfig) -> Bound:
+        """A row of training."""
+        return Bound(config.pack_tokens, f"data.pack_tokens = {config.pack_tokens}", "raise it or shorten the text")
+
+    @staticmethod
+    def of_context(spec: VisionSpec, new_tokens: int) -> Bound:
+        """The model's context, of which `new_tokens` are kept for an answer that is yet to come."""
+        if spec.context_tokens is None:
+            return Bound(sys.maxsize, "", "")
+        kept = f" less {new_tokens} for the answer" if new_tokens else ""
+        longer = "or a shorter answer" if new_tokens else "or set model.rope_factor"
+        name = f"the model's context of {spec.context_tokens}{kept}"
+        return Bound(spec.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
+
+
+ROW = Bound(sys.maxsize, "data.pack_tokens", "raise it or shorten the text")
 
 
 def fit(
@@ -20,28 +47,35 @@ def fit(
     info: Callable[[MediaRef], MediaInfo],
     answer_next: bool = False,
     together: int = 1,
+    new_tokens: int = 0,
 ) -> tuple[tuple[MediaPlan, ...], int]:
-    """Plans of the media that some conversations have in common, such that any `together` of them fit `pack_tokens`.
+    """Plans of the media that some conversations have in common, such that any `together` of them fit `pack_tokens`,
+    and each fits the model's context with `new_tokens` more.
 
     Several share one copy of the media and of the text up to it. Also the tokens that the media were planned to fit
     into: with them `plan_within` gives the same plans. Text that depends on the plans (times of frames, subtitles) is
     counted as it will be. UserError where nothing fits.
     """
+    row, context = Bound.of_row(config), Bound.of_context(encoder.spec, new_tokens)
 
-    def planned(room: int) -> tuple[tuple[MediaPlan, ...], int]:
-        """Plans for this room, and by how many tokens they and their text are too long."""
-        plans = plan_within(room, conversations[0], encoder.spec, config, info)
+    def planned(room: int) -> tuple[tuple[MediaPlan, ...], int, Bound]:
+        """Plans for this room, and by how many tokens they and their text are too long for which bound."""
+        plans = plan_within(room, conversations[0], encoder.spec, config, info, tightest()[1])
         vision = sum(len(encoder.media_tokens(plan)[0]) for plan in plans)
-        return plans, text_tokens(plans) + vision - config.pack_tokens
+        room_left, bound = tightest(plans)
+        return plans, vision - room_left, bound
 
-    def text_tokens(plans: Sequence[MediaPlan] | None) -> int:
-        """Of the longest `together`."""
+    def tightest(plans: Sequence[MediaPlan] | None = None) -> tuple[int, Bound]:
+        """Room that the texts leave: that of the longest `together` in a row, or of the longest in the context."""
         encoded = [encoder.encode(one, answer_next, plans) for one in conversations]
         shared = encoded[0].trunk_tokens if together > 1 else 0
-        return shared + sum(sorted(one.text_tokens - shared for one in encoded)[-together:])
+        texts = sorted(one.text_tokens for one in encoded)
+        in_row = row.tokens - shared - sum(text - shared for text in texts[-together:])
+        in_context = context.tokens - texts[-1]
+        return (in_row, row) if in_row <= in_context else (in_context, context)
 
-    high = config.pack_tokens - text_tokens(None)
-    plans, over = planned(high)
+    high, _ = tightest()
+    plans, over, bound = planned(high)
     if over <= 0:
         return plans, high
     # Fewer frames have less text of their own, by how much nobody knows: search for the most room that fits.
@@ -49,7 +83,7 @@ def fit(
     while low < high:
         room = (low + high) // 2
         try:
-            plans, over_now = planned(room)
+            plans, over_now, bound = planned(room)
         except UserError:  # less than the smallest size of these media
             low = room + 1
             continue
@@ -59,8 +93,8 @@ def fit(
             low, found = room + 1, (plans, room)
     if found is None:
         raise UserError(
-            f"{conversations[0].origin}: {config.pack_tokens + over} tokens with the fewest and smallest frames, more "
-            f"than data.pack_tokens = {config.pack_tokens}; raise it or shorten the text"
+            f"{conversations[0].origin}: {bound.tokens + over} tokens with the fewest and smallest frames, more than "
+            f"{bound.name}; {bound.fix}"
         )
     return found
 
@@ -71,17 +105,18 @@ def plan_within(
     spec: VisionSpec,
     config: DataConfig,
     info: Callable[[MediaRef], MediaInfo],
+    bound: Bound | None = None,
 ) -> tuple[MediaPlan, ...]:
-    """Plans of a conversation's media that together take at most `room` tokens; UserError where they can't, and where
-    the conversation tells of parts that its video doesn't have."""
+    """Plans of a conversation's media that together take at most `room` tokens, what `bound` leaves of its own (by
+    default that of a row); UserError where they can't, and where the conversation tells of parts that its video doesn't
+    have."""
+    bound = bound or Bound.of_row(config)
     if room < 0:
-        raise UserError(
-            f"{conversation.origin}: {config.pack_tokens - room} tokens of text, more than "
-            f"data.pack_tokens = {config.pack_tokens}; raise it or shorten the text"
-        )
+        text = bound.tokens - room
+        raise UserError(f"{conversation.origin}: {text} tokens of text, more than {bound.name}; {bound.fix}")
     check_spans(conversation, info)
     media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
-    return plan_media(media, spec, room, conversation.origin)
+    return plan_media(media, spec, room, conversation.origin, bound)
 
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
@@ -118,7 +153,11 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
 
 
 def plan_media(
-    media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]], spec: VisionSpec, room_tokens: int, origin: str
+    media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]],
+    spec: VisionSpec,
+    room_tokens: int,
+    origin: str,
+    bound: Bound = ROW,
 ) -> tuple[MediaPlan, ...]:
     """Plans of a sample's media that together take at most `room_tokens`.
 
@@ -140,8 +179,8 @@ def plan_media(
         smaller = [spec.plan(plan.ref, plan.info, limit) for plan, limit in zip(plans, shorter, strict=True)]
         if shorter == limits or sum(plan.num_tokens for plan in smaller) >= total:
             raise UserError(
-                f"{origin}: {total} tokens of video and pictures at the smallest size, but data.pack_tokens leaves "
-                f"room for {max(room_tokens, 0)}; raise data.pack_tokens or shorten the text"
+                f"{origin}: {total} tokens of video and pictures at the smallest size, but {bound.name} leaves room "
+                f"for {max(room_tokens, 0)}; {bound.fix}"
             )
         plans, limits = smaller, shorter
     return tuple(plans)

@@ -188,14 +188,11 @@ class ChatEncoder:
         in_order = [plan for _, plan in encoded[0].in_row_order(media)]
         return _lay_out(tuple(x[..., :trunk] for x in wholes[0]), branches, in_order, sample_ids)
 
-    def check_length(self, origin: str, tokens: int) -> None:
-        """UserError where one conversation has more tokens than the model has positions."""
-        context = self.spec.context_tokens
-        if context is not None and tokens > context:
-            raise UserError(
-                f"{origin}: {tokens} tokens, but the model was trained for {context}; take fewer frames (data.video), "
-                f"or set model.rope_factor to {-(-tokens // context)} times what it is"
-            )
+    def answer_tokens(self, answer: str) -> int:
+        """Most tokens that the model needs to give this answer: with what it says before it, and what closes it."""
+        thinking = self.template.thinking
+        before = self.template.gap if thinking is None else thinking.lead + thinking.close
+        return sum(len(self._ids_of(text)) for text in (before, answer, self.turn_end))
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
         """A prompt with each of `options` as a branch that answers it, labelled as training supervises that answer: the

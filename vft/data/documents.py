@@ -177,11 +177,6 @@ class Documents:
         members: list[Conversation] = []
         texts: list[int] = []
         for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
-            try:
-                self.encoder.check_length(one.origin, trunk + text)
-            except UserError as error:
-                self.reject(one, "unfit", str(error))
-                continue
             full = 0 < self.config.max_samples_per_pack <= len(members)
             if members and (full or trunk + sum(texts) + text > self.config.pack_tokens):
                 self._close(members, (trunk, texts, patches), room, weight)

@@ -12,6 +12,9 @@ from torch import Tensor
 from vft.attention import attend
 from vft.types import AttentionPlan
 
+ROWS_AHEAD = 512
+"""Tokens of an answer for which there is room at a time: few answers are as long as they may be."""
+
 
 class Cache(Protocol):
     """What an attention layer asks of a cache."""
@@ -51,7 +54,8 @@ class KeyValueCache:
         lengths_S = torch.tensor(prompt_lengths, device=device)
         self.lengths_S = lengths_S
         """Tokens kept of each sequence."""
-        self.capacity = max(prompt_lengths) + max_new_tokens
+        self.longest = max(prompt_lengths)
+        self.capacity = self.longest + min(max_new_tokens, ROWS_AHEAD)
         self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.prefilled = False
         self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), lengths_S)
@@ -85,6 +89,13 @@ class KeyValueCache:
         """The pass is over in every layer: the next one brings one token for each sequence."""
         if self.prefilled:
             self.lengths_S = self.lengths_S + 1
+            self.longest += 1
         self.prefilled = True
+        if self.longest == self.capacity:
+            self.capacity += ROWS_AHEAD
+            for layer, kept in enumerate(self.kept):
+                if kept is not None:
+                    keys, values = (F.pad(one, (0, 0, 0, 0, 0, ROWS_AHEAD)) for one in kept)
+                    self.kept[layer] = keys, values
         self.sequence_T = torch.arange(len(self.lengths_S), device=self.lengths_S.device)
         self.place_T = self.lengths_S

@@ -77,6 +77,12 @@ def linear_factor(rope: Mapping[str, Any]) -> float:
     return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
 
 
+def context_of(text: Any) -> int:
+    """Positions that a model was trained for, by the configuration of its language model, as many more as linear
+    scaling makes of them."""
+    return int(text.max_position_embeddings * linear_factor(text.rope_parameters))
+
+
 def require(config: Any, name: str, *allowed: Any) -> None:
     """UserError where the field of `config` with this dotted name, None where there is none, is not `allowed`."""
     value = reduce(lambda part, key: getattr(part, key, None), name.split("."), config)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vft.models import media as rules
-from vft.models.decoder import linear_factor
+from vft.models.decoder import context_of
 from vft.types import MediaInfo, MediaPlan, MediaRef, UserError, View, VisionLayout, VisionLimits
 from vft.vision_spec import VisionSpec
 
@@ -63,7 +63,7 @@ class LlavaVision(VisionSpec):
             side=side,
             stride=config.spatial_pool_stride,
             resolutions=resolutions,
-            context_tokens=int(text.max_position_embeddings * linear_factor(text.rope_parameters)),
+            context_tokens=context_of(text),
         )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vft.models.decoder import Decoder, DecoderConfig, require
+from vft.models.decoder import Decoder, DecoderConfig, context_of, require
 from vft.models.family import VideoLanguageModel, VisionParts
 from vft.models.layers import GatedMLP, Linear, PatchEmbed, RMSNorm, VisionBlock, graph_of, rotary_2d, two_linears
 from vft.models.qwen2_5_vl_vision import QwenLayout, QwenVision
@@ -117,6 +117,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
         preprocessor,
         merge=vision.spatial_merge_size,
         temporal=vision.temporal_patch_size,
+        context_tokens=context_of(config.text_config),
         tokens_per_second=vision.tokens_per_second,
         window=vision.window_size,
     )

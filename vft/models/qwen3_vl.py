@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vft.models.decoder import Decoder, DecoderConfig
+from vft.models.decoder import Decoder, DecoderConfig, context_of
 from vft.models.family import VideoLanguageModel, VisionParts
 from vft.models.layers import LayerNorm, Linear, PatchEmbed, VisionBlock, graph_of, rotary_2d, two_linears
 from vft.models.qwen3_vl_vision import Qwen3Vision, TableLayout
@@ -132,6 +132,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
         preprocessor,
         merge=vision.spatial_merge_size,
         temporal=vision.temporal_patch_size,
+        context_tokens=context_of(config.text_config),
         table_side=round(vision.num_position_embeddings**0.5),
     )
     axes = _interleaved(text.rope_parameters["mrope_section"])
