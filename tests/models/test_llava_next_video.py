@@ -260,7 +260,9 @@ def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     documents.add([*short, long], 1.0)
     assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
     (bad,) = documents.bad
-    assert bad.reason == "unfit" and re.search(rf"\d+ tokens of text, more than the model's context of {context}", bad.message)
+    assert bad.reason == "unfit" and re.search(
+        rf"\d+ tokens of text, more than the model's context of {context}", bad.message
+    )
 
 
 def test_context_of_the_released_model() -> None:

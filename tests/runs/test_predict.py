@@ -54,8 +54,8 @@ def test_the_prompt_of_records_that_ask_nothing_is_said(world: World, ask: Ask, 
     result = ask(*asked).ok()
     first, second = (json.loads(line)["prompt"] for line in result.stdout.splitlines())
     assert second == "Who?"
-    assert result.stderr == f"1 of 2 records ask nothing themselves: {first!r} is asked; --prompt asks another\n"
-    assert ask(*asked, "--prompt", "What?").ok().stderr == ""
+    assert f"1 of 2 records ask nothing themselves: {first!r} is asked; --prompt asks another\n" in result.stderr
+    assert "ask nothing" not in ask(*asked, "--prompt", "What?").ok().stderr
 
 
 @pytest.fixture
@@ -97,6 +97,20 @@ def test_a_file_of_answers_goes_on_where_it_was(ask: Ask, batch: Path) -> None:
     kept = output.stat()
     assert ask("--output", output, batch).ok().stderr == f"{output}: 4 of 4 answered before\n"
     assert (output.stat().st_mtime_ns, output.stat().st_ino) == (kept.st_mtime_ns, kept.st_ino)
+
+
+def test_extremes_of_sampling(world: World, ask: Ask) -> None:
+    """Next to no temperature or mass is the likeliest answer, learnt by heart; a batch of any size draws as one does."""
+    clips = [world.root / f"{colour}.mp4" for colour in ANSWERS]
+    learnt = [f"{clip}: {ANSWERS[clip.stem]}" for clip in clips]
+    asked = ("--prompt", PROMPT, *clips)
+    for options in (("1e-10", "1"), ("1e-320", "1"), ("1e10", "1e-46")):
+        found = ask(*asked, "--batch-size", 10**18, "--temperature", options[0], "--top-p", options[1]).ok()
+        assert found.stdout.splitlines() == learnt
+    drawn = [ask(*asked, "--temperature", 2, "--max-new-tokens", 9, "--batch-size", n).ok() for n in (1, 3)]
+    assert drawn[0].stdout == drawn[1].stdout and drawn[0].stdout.splitlines() != learnt
+    assert "answers were cut off at --max-new-tokens = 9" in drawn[0].stderr
+    ask(*asked, "--temperature", "1e300", "--max-new-tokens", 9).ok()
 
 
 def test_another_prompt_is_another_question(world: World, ask: Ask, tmp_path: Path) -> None:
@@ -184,7 +198,17 @@ def read(terminal: int) -> bytes:
     [
         (("--segments", "0"), ["--segments", "0"]),
         (("--batch-size", "0"), ["--batch-size", "0"]),
-        (("--batch-size", "2", "--temperature", "1"), ["--batch-size", "--temperature"]),
+        (("--prompt", ""), ["--prompt = ''", "asks nothing"]),
+        (("--prompt", " \n"), ["--prompt", "asks nothing"]),
+        (("--temperature", "nan"), ["--temperature = nan"]),
+        (("--temperature", "inf"), ["--temperature = inf"]),
+        (("--temperature", "-1"), ["--temperature = -1"]),
+        (("--top-p", "nan"), ["--top-p = nan"]),
+        (("--max-new-tokens", "2000000000"), ["--max-new-tokens = 2000000000", "context is 4096"]),
+        (("--max-frames", "0"), ["--max-frames = 0"]),
+        (("--fps", "nan"), ["--fps = nan"]),
+        (("--max-pixels", "-1"), ["--max-pixels = -1"]),
+        (("--model", "nowhere"), ["--model = 'nowhere'"]),
         (("--workers", "-1"), ["--workers", "-1"]),
         (("--json", "--output", "x.jsonl"), ["--json", "--output"]),
         (("--root", "."), ["--root", "JSONL"]),
