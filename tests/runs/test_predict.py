@@ -100,7 +100,7 @@ def test_a_file_of_answers_goes_on_where_it_was(ask: Ask, batch: Path) -> None:
 
 
 def test_extremes_of_sampling(world: World, ask: Ask) -> None:
-    """Next to no temperature or mass is the likeliest answer, learnt by heart; a batch of any size draws as one does."""
+    """Next to no temperature or mass is the likeliest answer; a batch of any size draws as one does."""
     clips = [world.root / f"{colour}.mp4" for colour in ANSWERS]
     learnt = [f"{clip}: {ANSWERS[clip.stem]}" for clip in clips]
     asked = ("--prompt", PROMPT, *clips)
