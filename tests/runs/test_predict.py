@@ -104,13 +104,12 @@ def test_extremes_of_sampling(world: World, ask: Ask) -> None:
     clips = [world.root / f"{colour}.mp4" for colour in ANSWERS]
     learnt = [f"{clip}: {ANSWERS[clip.stem]}" for clip in clips]
     asked = ("--prompt", PROMPT, *clips)
-    for options in (("1e-10", "1"), ("1e-320", "1"), ("1e10", "1e-46")):
+    for options in (("1e-320", "1"), ("1e10", "1e-46")):
         found = ask(*asked, "--batch-size", 10**18, "--temperature", options[0], "--top-p", options[1]).ok()
         assert found.stdout.splitlines() == learnt
-    drawn = [ask(*asked, "--temperature", 2, "--max-new-tokens", 9, "--batch-size", n).ok() for n in (1, 3)]
+    drawn = [ask(*asked, "--temperature", 1e300, "--max-new-tokens", 9, "--batch-size", n).ok() for n in (1, 3)]
     assert drawn[0].stdout == drawn[1].stdout and drawn[0].stdout.splitlines() != learnt
     assert "answers were cut off at --max-new-tokens = 9" in drawn[0].stderr
-    ask(*asked, "--temperature", "1e300", "--max-new-tokens", 9).ok()
 
 
 def test_another_prompt_is_another_question(world: World, ask: Ask, tmp_path: Path) -> None:
@@ -132,8 +131,8 @@ def test_other_settings_are_refused(world: World, ask: Ask, learned: Path, tmp_p
     before = output.read_bytes()
     assert ask(*asked, "--adapter", same).ok().stderr == f"{output}: 1 of 1 answered before\n"
     changes: list[tuple[str, object, str]] = [
-        ("--max-pixels", 6272, "video.max_pixels = 3136"),
-        ("--frames", 2, "video.frames = 4"),
+        ("--max-pixels", 6272, "--max-pixels = 3136"),
+        ("--frames", 2, "--frames = 4"),
         ("--temperature", 0.5, "temperature = 0.0"),
         ("--adapter", other, "weights = "),
     ]
@@ -211,7 +210,7 @@ def read(terminal: int) -> bytes:
         (("--model", "nowhere"), ["--model = 'nowhere'"]),
         (("--workers", "-1"), ["--workers", "-1"]),
         (("--json", "--output", "x.jsonl"), ["--json", "--output"]),
-        (("--root", "."), ["--root", "JSONL"]),
+        (("--root", "."), ["--root", "no file of records"]),
         (("--output", "."), ["--output", "folder"]),
     ],
 )
