@@ -18,15 +18,19 @@ from tests.helpers import (
     Media,
     Tiny,
     assert_same_gradients,
+    batch_of,
     every_logit,
     loss_and_gradients,
+    medium,
+    talk,
 )
 from tests.models.families import QWEN2_5_VL, QWEN3_VL
 from tests.models.rows import ROWS, prompt, row
 from vft.answer import load_model
 from vft.data.packing import collate
 from vft.models.generate import Sampling, generate
-from vft.types import Batch, Conversation, UserError
+from vft.models.score import score_options, trunk_of
+from vft.types import IGNORE_INDEX, Batch, Conversation, MediaRef, Role, UserError
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +282,34 @@ def test_generation_of_several_prompts(tiny_untied: Tiny, answers: dict[str, lis
 def test_generation_of_nothing(tiny_untied: Tiny) -> None:
     """A process without a prompt takes part, and has no answers."""
     assert said(tiny_untied.ours(), collate([], tiny_untied.encoder.spec), (), Sampling(2)) == []
+
+
+@torch.no_grad()
+def test_options_are_scored_as_each_in_a_pass_of_its_own(tiny: Tiny) -> None:
+    """On the shared prefix: the sum over the tokens that training supervises of that answer, the closing one included,
+    and the sum without it."""
+    spec = tiny.encoder.spec
+    media = Media.make(spec, [medium("image", 1, 90, 130, name="picture")], seed=3)
+    asked = talk(("user", [media.plans[0].ref, "Which?"]))
+    options = ("1", "10", "No", "No, it does not", "basketball", "basketball dunk")
+    made = tiny.encoder.options(asked, options, media.plans)
+    trunk = collate([(trunk_of(made), media.patches)], spec)
+    (found,) = score_options(tiny.ours(), trunk, [made], tiny.encoder.around_answer)
+    for option, score in zip(options, found, strict=True):
+        batch = batch_of(tiny.encoder, ([talk(*turns_of(asked), ("assistant", option))], media))
+        likelihoods_TV = tiny.theirs(**tiny.inputs(batch)).logits[0].double().log_softmax(-1)
+        rows = (batch.labels_T != IGNORE_INDEX).nonzero().flatten()
+        likelihoods_N = likelihoods_TV[rows - 1, batch.input_ids_T[rows]]
+        assert tiny.encoder.tokenizer.decode(batch.input_ids_T[rows[-1:]]) == tiny.encoder.turn_end
+        assert score.whole == pytest.approx(float(likelihoods_N.sum()), rel=1e-5)
+        assert score.text == pytest.approx(float(likelihoods_N[:-1].sum()), rel=1e-5)
+
+
+def turns_of(conversation: Conversation) -> list[tuple[Role, Sequence[str | MediaRef]]]:
+    """As `talk` takes them."""
+    return [
+        (turn.role, [part for part in turn.parts if isinstance(part, str | MediaRef)]) for turn in conversation.turns
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
