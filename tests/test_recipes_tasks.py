@@ -21,8 +21,8 @@ from vft.recipes.classify import Classify
 from vft.recipes.qa import QuestionAnswering, written_options
 from vft.recipes.story import Story
 from vft.recipes.summarize import Summarize
-from vft.task import Answer, Question, Task, main_conversation, with_prompt
-from vft.types import Conversation, MediaRef, Role, Sample, Turn, UserError
+from vft.task import Answer, Question, Task, main_conversation, samples_of, with_prompt
+from vft.types import Conversation, MediaOptions, MediaRef, Role, Sample, Turn, UserError
 
 VIDEO = MediaRef("video", Path("a.mp4"))
 PICTURES = (MediaRef("image", Path("1.png")), MediaRef("image", Path("2.png")))
@@ -602,3 +602,46 @@ def test_scores_of_captions() -> None:
     assert values(Caption(), *right) == pytest.approx({"cider_d": 10.0, "bleu4": 100.0, "rouge_l": 1.0})
     assert set(values(Caption(), right[0])) == {"bleu4", "rouge_l"}
     assert values(Caption(), right[0], said("zzz", "two men play"))["rouge_l"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_questions_about_one_video_are_one_cluster() -> None:
+    """Whatever part of it they ask about, and pictures that several share; in every score with an interval."""
+
+    def about(*media: MediaRef, text: str = "?") -> Answer:
+        return Answer(Question("q", Conversation("q", (Turn("user", (*media, text)),), "q"), ("x",)), "x")
+
+    segment = replace(VIDEO, options=MediaOptions(video_start=3.0, video_end=5.0))
+    frames = [MediaRef("video", tuple(Path(f"{name}.jpg") for name in names)) for names in ("abc", "cd", "ef")]
+    other = MediaRef("video", Path("b.mp4"))
+    answers = [about(VIDEO), about(segment), about(other), about(VIDEO, text="Why?"), about(), about(text="Why?")]
+    found = samples_of([*answers, *map(about, frames)])
+    assert found.clusters[0] == found.clusters[1] == found.clusters[3] and found.clusters[6] == found.clusters[7]
+    assert len(set(found.clusters)) == 6 and len(set(found.names)) == 9
+    again = samples_of(answers[::-1])
+    assert dict(zip(again.names, answers[::-1], strict=True)) == dict(zip(found.names, answers, strict=False))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_interval_is_over_videos(task: Task) -> None:
+    """Eight questions about each of six videos give the interval of six, not of forty-eight."""
+    options: dict[str, Any] = {"options": LETTERS, "segments": ("a b c",)}
+    scores = {"A": (-1.0, -2.0, -3.0), "B": (-2.0, -1.0, -3.0)}
+    answers = []
+    for video in range(6):
+        text = "A" if video % 2 else "B"
+        answer = said(text, "A", scores=scores[text], **options)
+        if not isinstance(task, Classify | QuestionAnswering):
+            answer = said(f"a dog runs to the {'park' if video % 3 else 'mill'}", "a dog runs to the mill", **options)
+        prompt = replace(answer.question.prompt, turns=(Turn("user", (MediaRef("video", Path(f"{video}.mp4")), "?")),))
+        for number in range(8):
+            asked = replace(prompt, turns=(replace(prompt.turns[0], parts=(*prompt.turns[0].parts, str(number))),))
+            one = replace(answer, question=replace(answer.question, prompt=asked))
+            answers.append(one)
+    found, alone = task.score(answers), task.score(answers[::8])
+    widths = {name: (one.high - one.low, alone[name].high - alone[name].low) for name, one in found.items()}
+    assert any(one > 0 for one, _ in widths.values())
+    for name, (all_of_them, one_each) in widths.items():
+        assert all_of_them == pytest.approx(one_each, abs=1e-9) or name == "cider_d", name
