@@ -174,10 +174,15 @@ def test_two_processes_evaluate_as_one(
         assert line.keys() == other.keys()
         assert (line["eval_answered"], line["eval_unreadable"]) == (8, 1)
         assert {"eval_accuracy/warmth/warm", "eval_choice_accuracy", "eval_open_token_f1"} < line.keys()
-        for key in line.keys() - {"eval_intervals"}:
+        for key in line.keys() - {"eval_intervals", "eval_tokenization"}:
             assert line[key] == pytest.approx(other[key], rel=1e-5), key
+        assert line["eval_tokenization"] == other["eval_tokenization"]
+        assert line["eval_intervals"].keys() == other["eval_intervals"].keys()
+        for key, ends in line["eval_intervals"].items():  # of the same questions and documents, in the same order
+            assert ends == pytest.approx(other["eval_intervals"][key], rel=1e-5), key
     for step, rows in predictions(one).items():
         assert len(rows) == 8 and sum("choice" in row for row in rows) == 6
         for row, other in zip(rows, predictions(two)[step], strict=True):
-            assert row.pop("option_scores", {}) == pytest.approx(other.pop("option_scores", {}), abs=2e-4)  # rounded
+            for key in ("option_scores", "option_scores_norm"):
+                assert row.pop(key, {}) == pytest.approx(other.pop(key, {}), abs=2e-4)  # rounded
             assert row == other
