@@ -32,7 +32,7 @@ def question_line(item: Item) -> Line:
         if len(prompt.turns) > 1:
             line["history"] = [{"role": turn.role, "content": turn.text} for turn in prompt.turns[:-1]]
         videos = [ref.options for ref in prompt.media if ref.kind == "video"]
-        if len(videos) == 1:  # what the record shows of it
+        if len(videos) == 1 and item.segment_s is None:  # what the record shows of it
             times_s = {"start_s": videos[0].video_start, "end_s": videos[0].video_end}
             line |= {name: time_s for name, time_s in times_s.items() if time_s is not None}
     if item.segment_s is not None:
