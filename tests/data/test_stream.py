@@ -278,6 +278,55 @@ def test_a_mixture_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Pa
             assert run.steps(8 - done) == undisturbed[done:], done
 
 
+def shared_out(root: Path, *shares: float) -> DataConfig:
+    """The same by shares of the samples, with rows of many texts and of few clips."""
+    config = mixture(root, 1.0, 1.0, 1.0).model_dump()
+    for source, share in zip(config["sources"], shares, strict=True):
+        source |= {"weight": None, "share": share}
+    return DataConfig.model_validate({**config, "max_samples_per_pack": 0, "pack_tokens": 250})
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.1, 0.1, 0.8)])
+def test_shares_are_of_the_samples_beside_an_index(tiny: Tiny, tmp_path: Path, shares: tuple[float, ...]) -> None:
+    """Whatever the rows hold, no slot is off by more than two rows; slots differ in when they take what."""
+    config = shared_out(tmp_path / "data", *shares)
+    kinds = {"t": 0, "0": 1, "q": 2}
+    counts, most, order = [Counter[int]() for _ in range(3)], Counter[int](), []
+    with running(config, tiny.encoder, slots=3) as run:
+        for step in run.steps(40):
+            for slot, (ids, _, _) in step.items():
+                (kind,) = {kinds[name[0]] for name in ids}
+                counts[slot][kind] += len(ids)
+                most[kind] = max(most[kind], len(ids))
+            order.append(tuple(kinds[step[slot][0][0][0]] for slot in range(3)))
+    assert most[0] > 2 * most[1]  # shares of the rows would be far off
+    for count in counts:
+        for kind, share in enumerate(shares):
+            assert abs(count[kind] - share * count.total()) <= 2 * max(most.values()), (kind, count)
+    assert len(set(order)) > 3 and any(len(set(kinds)) > 1 for kinds in order)
+
+
+def test_shares_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    config = shared_out(tmp_path / "data", 0.5, 0.3, 0.2)
+    states, slots = [], 4
+    with running(config, tiny.encoder, 1, slots) as run:
+        undisturbed = []
+        for _ in range(6):
+            undisturbed.append(run.step())
+            states.append(run.state())
+        members = run.documents.members
+        plan = run.documents.pack_plan(0)
+    # The first slot's rows of the index are every fourth of the sequence that they have without streams.
+    packs = [tuple(one.id for n in pack for one in members[n]) for epoch in range(20) for pack in plan.packs(epoch)]
+    texts = [step[0][0] for step in undisturbed if step[0][0][0].startswith("t")]
+    assert len(texts) > 1 and texts == packs[::slots][: len(texts)]
+    with running(config, tiny.encoder, 2, slots, prefetch=1) as run:
+        assert run.steps(6) == undisturbed
+    for done in (1, 4):
+        with running(config, tiny.encoder, 1 + done % 2, slots, state=states[done - 1]) as run:
+            assert run.steps(6 - done) == undisturbed[done:], done
+
+
 # ---------------------------------------------------------------------------------------------------- passing copies
 
 

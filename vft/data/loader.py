@@ -1,7 +1,9 @@
 """Packs of a run, step by step: decoded ahead in worker processes, bad clips replaced, the cursor carried along.
 
 Packs come from the index, from streams, or from both: which feed fills a slot of a step is drawn by weight, as a pure
-function of (seed, step, slot).
+function of (seed, step, slot). With shares of the samples it also depends on what the slot's rows held so far, because
+nobody knows the samples of a row before it is made: each slot then takes its own rows of the index and keeps its own
+count.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ class _Place:
     last_of_step: bool
     cursor_after: Cursor
     epoch: int
+    at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """With shares: where the slot stands after it, by the names in `Loader.positions`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,19 @@ class Streams:
     archives: Sequence[Archives]
     context: StreamContext
     index_weight: float
+    by_share: bool = False
+    """Weights are shares of the samples rather than of the rows."""
+
+    def feed_to_fill(self, step: int, slot: int, tally: Sequence[int]) -> int:
+        """As `feed_of`, given the slot's rows so far and the samples in them of each feed, the index first: drawn by
+        how many samples each would lack after one more row."""
+        rows, *samples = tally
+        total = sum(samples)
+        after = total + (total / rows if total else 1.0)
+        shares = [self.index_weight, *(one.weight for one in self.archives)]
+        lacking = [max(0.0, share * after - count) for share, count in zip(shares, samples, strict=True)]
+        draw = random.Random(f"feed:{self.context.seed}:{step}:{slot}")
+        return draw.choices(range(-1, len(self.archives)), lacking)[0]
 
     def feed_of(self, step: int, slot: int) -> int:
         """Which stream fills a slot of a step; -1: the index."""
@@ -167,7 +184,8 @@ def open_streams(
     archives = [open_archives(source, config) for source in streaming]
     context = StreamContext(config, encoder, make_conversations, pool, slots, seed)
     try:
-        yield Streams(archives, context, sum(source.of_rows for source in config.sources if not source.stream))
+        index_weight = sum(source.of_rows for source in config.sources if not source.stream)
+        yield Streams(archives, context, index_weight, by_share=streaming[0].share is not None)
     finally:
         context.close()
 
@@ -212,12 +230,14 @@ class Loader:
         self._pending: deque[_Pending] = deque()
         self.epoch = cursor.epoch
         """Epoch that the newest step ends in."""
-        self.positions = {
-            name: Position(*values)
+        self.positions: dict[str, tuple[int, ...]] = {
+            name: tuple(values)
             for name, values in (positions or {}).items()
             if int(name.partition(":")[2]) % self.ranks == self.rank
         }
-        """Of this process's streams: where each goes on once the packs taken so far are trained."""
+        """Of this process's streams (`FEED:SLOT`): where each goes on once the packs taken so far are trained. With
+        shares also each slot's next row of the index, an epoch and a pack (`-1:SLOT`), and its tally (`share:SLOT`)."""
+        self._slots = dict(self.positions)
         self._open: dict[str, SlotStream] = {}
         self._before = dict(self.positions)
 
@@ -272,6 +292,7 @@ class Loader:
                     return
                 continue
             pending = self._pending.popleft()
+            self.positions |= pending.place.at
             if pending.streamed is not None:
                 self.positions[_stream_name(pending.place)] = pending.streamed.after
                 self._look_at(pending.place, pending.streamed)
@@ -305,6 +326,13 @@ class Loader:
         """This process's packs of one more step."""
         slots = range(self.packs_per_step)
         step = self._planned.step
+        if self.streams is not None and self.streams.by_share:
+            # Filled when their turn comes.
+            own = [PackRef(0, slot, ()) for slot in slots[self.rank :: self.ranks]]
+            after = replace(self._planned, step=step + 1)
+            self._ahead.extend(_Place(pack, -1, pack is own[-1], after, 0) for pack in own)
+            self._planned = after
+            return
         feeds = [-1 if self.streams is None else self.streams.feed_of(step, slot) for slot in slots]
         indexed = [slot for slot in slots if feeds[slot] < 0]
         taken, after = take_step(self.plan, self._planned, len(indexed), self.last_epoch)
@@ -324,12 +352,44 @@ class Loader:
 
     def _order_pack(self, place: _Place) -> _Pending:
         """Hand out the work of one pack."""
-        if place.feed < 0:
-            return _Pending(place, [self._order(number) for number in place.pack.documents])
+        by_share = self.streams is not None and self.streams.by_share
+        if by_share:
+            place = self._choose_feed(place)
+        pending = self._order_indexed(place) if place.feed < 0 else self._order_streamed(place)
+        if by_share:
+            tally = list(self._tally(place.pack.slot))
+            tally[0] += 1
+            tally[place.feed + 2] += sum(len(one.document.sample_ids) for one in pending.documents)
+            at = {**place.at, f"share:{place.pack.slot}": tuple(tally)}
+            self._slots |= at
+            pending.place = replace(place, at=at)
+        return pending
+
+    def _tally(self, slot: int) -> tuple[int, ...]:
+        assert self.streams is not None
+        return self._slots.get(f"share:{slot}", (0,) * (len(self.streams.archives) + 2))
+
+    def _choose_feed(self, place: _Place) -> _Place:
+        """The place with the feed that fills it, and if that is the index its documents: the slot's own rows of it, one
+        in every `packs_per_step`."""
+        assert self.streams is not None
+        slot = place.pack.slot
+        feed = self.streams.feed_to_fill(place.cursor_after.step - 1, slot, self._tally(slot))
+        if feed >= 0:
+            return replace(place, feed=feed)
+        epoch, pack = self.plan.place(*self._slots.get(f"-1:{slot}", (0, slot)))
+        after = self.plan.place(epoch, pack + self.packs_per_step)
+        documents = PackRef(epoch, slot, self.plan.packs(epoch)[pack])
+        return replace(place, feed=feed, pack=documents, at={f"-1:{slot}": after})
+
+    def _order_indexed(self, place: _Place) -> _Pending:
+        return _Pending(place, [self._order(number) for number in place.pack.documents])
+
+    def _order_streamed(self, place: _Place) -> _Pending:
         assert self.streams is not None
         name = _stream_name(place)
         if name not in self._open:
-            archives, start = self.streams.archives[place.feed], self.positions.get(name, Position())
+            archives, start = self.streams.archives[place.feed], Position(*self.positions.get(name, ()))
             self._open[name] = SlotStream(archives, place.pack.slot, self.streams.context, start)
         try:
             pack = self._open[name].next_pack()

@@ -46,6 +46,12 @@ class PackPlan:
         """Those of the first epoch that has any: a few documents of which each comes seldom leave some epochs empty."""
         return next(packs for epoch in count() if (packs := self.packs(epoch)))
 
+    def place(self, epoch: int, pack: int) -> tuple[int, int]:
+        """The epoch and pack that come where those of `epoch` are counted on beyond its end."""
+        while pack >= len(self.packs(epoch)):
+            epoch, pack = epoch + 1, pack - len(self.packs(epoch))
+        return epoch, pack
+
     def packs_left(self, cursor: Cursor, epochs: int) -> int:
         """From `cursor` to the end of so many epochs in all."""
         return max(0, sum(_number_of_packs(self, epoch) for epoch in range(cursor.epoch, epochs)) - cursor.pack)
