@@ -241,3 +241,13 @@ def byte_token(byte: int) -> str:
     """GPT-2's letter for a byte (Radford et al. 2019, encoder.py): printable ones are themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
+
+
+def test_keys_have_the_names_that_columns_say(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("n,p,q\nfirst,a.mp4,What?\n")
+    (item,) = read_items([path], "?", None, {"video": "p", "question": "q", "id": "n"})
+    assert not isinstance(item.asked, Failure) and item.id == "first"
+    assert item.asked.prompt.turns[-1].text == "What?" and item.asked.prompt.media[0].path == tmp_path / "a.mp4"
+    with pytest.raises(UserError, match=r"columns\.video = 'x': no record has it"):
+        read_items([path], "?", None, {"video": "x"})

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from vft.adapter_files import WEIGHTS_FILE, recorded, trained_rope_factor
 from vft.answer import Answerer, Prompt, Said, check_answer_length, load_model, require_folder
@@ -37,7 +38,7 @@ from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
 from vft.data.sources.rows import SUFFIXES
 from vft.data.video import scan
-from vft.data_config import DataConfig
+from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import World, all_of, environment, make_mesh, process_group
 from vft.inputs import Failure, Item, read_items, split
 from vft.models import build as build_model
@@ -52,6 +53,8 @@ OPTIONS = {
     **{f"video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
     "data.video": "--frames, --max-frames, --max-pixels",
     "data.root": "--root",
+    "on the source: columns = {": "by --columns NAME=KEY, {",
+    "on the source, columns = {": "by --columns NAME=KEY, {",
     "model.path": "--model",
 }
 """Keys of configurations that messages name, and what they are here."""
@@ -84,6 +87,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object a video: video, prompt, prediction")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL of answers, which a second run goes on with")
     parser.add_argument("--root", type=Path, help="where the media of records lie (default: the folder of their file)")
+    parser.add_argument(
+        "--columns", metavar="NAME=KEY,...", help="what keys of records are called, such as video=path,question=q"
+    )
     parser.add_argument("--segments", type=float, metavar="SECONDS", help="ask about every so many seconds of a video")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="TOKENS", help="length limit (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default); higher: sampled")
@@ -105,6 +111,16 @@ def parse() -> argparse.Namespace:
     what = "videos or pictures, folders of them, or files of records (JSON, JSONL, CSV, TSV, Parquet)"
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help=what)
     return parser.parse_intermixed_args()  # options may stand between videos
+
+
+def columns_of(text: str | None) -> dict[str, str]:
+    """`--columns` as a table. UserError where it is none."""
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair]
+    try:
+        columns = {name.strip(): key.strip() for name, _, key in pairs}
+        return SourceConfig(format="messages", path="records", columns=columns).columns
+    except ValidationError as error:
+        raise UserError(f"--columns = {text!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -146,7 +162,7 @@ def predict(arguments: argparse.Namespace) -> int:
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)
     prompt = arguments.prompt or about.get("prompt") or DEFAULT_PROMPT
-    items = read_items(arguments.videos, prompt, arguments.root)
+    items = read_items(arguments.videos, prompt, arguments.root, columns_of(arguments.columns))
     silent = sum(not item.asks for item in items)
     if silent and arguments.prompt is None and world.is_main:
         told = f"{silent} of {len(items)} records ask nothing themselves: {prompt!r} is asked; --prompt asks another"

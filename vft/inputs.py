@@ -56,11 +56,14 @@ class Item:
     """Where the part of the video that is asked about begins and ends."""
 
 
-def read_items(paths: Sequence[Path], prompt: str, root: Path | None) -> list[Item]:
+def read_items(
+    paths: Sequence[Path], prompt: str, root: Path | None, columns: Mapping[str, str] | None = None
+) -> list[Item]:
     """The questions of files, of all videos and pictures below folders, and of files of records, in this order.
 
     `prompt` is asked where a record asks nothing itself; `root` is where the media of records lie, by default the
-    folder of their file. Ids differ: of what comes twice the second gets a number.
+    folder of their file; `columns` is what their keys are called, as on a source. Ids differ: of what comes twice the
+    second gets a number.
 
     Raises:
         UserError: a file of records can't be read; there is nothing in a folder.
@@ -69,7 +72,7 @@ def read_items(paths: Sequence[Path], prompt: str, root: Path | None) -> list[It
     items: list[Item] = []
     for path in paths:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            found = list(_records(path, prompt, root or path.parent, seen))
+            found = list(_records(path, prompt, Shapes(root or path.parent, columns or {}, answered=False), seen))
         elif path.is_dir():
             found = [_clip(file, path, prompt, seen) for file in clips_below(path)]
         else:
@@ -95,21 +98,21 @@ def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) ->
     return Item(name, user_question(name, [ref], prompt))
 
 
-def _records(path: Path, prompt: str, root: Path, seen: dict[str, int]) -> Iterator[Item]:
+def _records(path: Path, prompt: str, shapes: Shapes, seen: dict[str, int]) -> Iterator[Item]:
     unread: list[tuple[str, ...]] = []
-    shapes = Shapes(root, answered=False)
     for number, (line, record) in enumerate(read_rows(path), 1):
         name, origin, asks = f"{path.stem}-{number}", f"{path}:{line}", True
         asked: Question | Failure
         try:
             record = as_object(record)
-            name = sample_id_of(record, name)
+            name = sample_id_of(shapes.renamed(record), name)
             asked, passed_over, asks = _question(record, shapes, name, origin, prompt)
             unread.append(passed_over)
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
             asked = Failure(origin, "record", f"{origin}: {field}{error.message}")
         yield Item(unique(name, seen), asked, is_record=True, asks=asks)
+    shapes.check_columns(path)
     if environment().is_main:
         tell(str(path), unread)
 

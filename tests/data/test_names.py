@@ -156,6 +156,17 @@ def test_strays_are_no_class_and_no_clip(tmp_path: Path) -> None:
     ]
 
 
+def test_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for name in (f"set/train/{nfd}/a.mp4", f"set/test/{nfc}/b.mp4", "set/test/bar/c.mp4", "set/train/bar/d.mp4"):
+        touch(tmp_path / name)
+    for split in ("train", "test"):
+        samples, _ = folders.read(tmp_path / "set" / split, tmp_path)
+        assert {sample.fields["labels"] for sample in samples} == {("bar", nfc)}
+    write(tmp_path / "set/classes.txt", f"{nfd}\nbar\n")
+    assert folders.read(tmp_path / "set/test", tmp_path)[0][0].fields["labels"] == (nfc, "bar")
+
+
 def test_strays_are_no_records_no_frames_and_no_archives(tmp_path: Path) -> None:
     part = tmp_path / "part"
     for name in ("v/2.jpg", "v/10.jpg", "v/._2.jpg"):

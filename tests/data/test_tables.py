@@ -98,6 +98,15 @@ def test_excels_own_first_line_and_spaces(tmp_path: Path) -> None:
     assert records[0][0].origin == "r.csv:3"
 
 
+def test_cells_that_say_that_there_is_nothing(tmp_path: Path) -> None:
+    rows = [
+        "video,question,answer",
+        *(f"a.mp4,q,{cell}" for cell in ("nan", "NaN", "null", "NULL", "#N/A", "None", "no")),
+    ]
+    samples, bad = read(write(tmp_path / "r.csv", "\n".join(rows)), tmp_path)
+    assert [sample.turns[1].text for sample in samples] == ["None", "no"] and len(bad) == 5
+
+
 def test_cells_hold_lists_and_numbers(tmp_path: Path) -> None:
     table = """images,question,answer,options,fps,video_start
 "[""a.jpg"", ""b.jpg""]",[1] or [2]?,[1],"['[1]', '[2]']",,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import av
 
 from vft.console import progress_bar, user_errors
+from vft.data.names import is_stray
 from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_json
 from vft.data.spans import SLACK_S, fault
 from vft.files import replace_text
@@ -38,7 +39,7 @@ class Media:
             raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
         found: dict[str, list[str]] = {}
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix.lower() in suffixes:
+            if path.suffix.lower() in suffixes and not is_stray(path.relative_to(root / folder).as_posix()):
                 found.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
         if not found:
             kinds = ", ".join(sorted(suffixes))

@@ -8,6 +8,7 @@ splits beside this one where its own name is that of a split.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -70,15 +71,16 @@ def _labels(path: Path, label_of: dict[str, str]) -> tuple[str, ...]:
             if label not in labels:
                 raise UserError(f"{file}: the class folder {shown(name)} of {path} is not listed; add it")
         return labels
-    classes = set(label_of)
+    classes = {unicodedata.normalize("NFC", name) for name in label_of}
     if path.name.lower() in SPLITS:
         beside = [entry for entry in path.parent.iterdir() if entry.name.lower() in SPLITS and entry.is_dir()]
-        classes.update(name for split in beside if split != path for name in _class_folders(split))
+        others = (name for split in beside if split != path for name in _class_folders(split))
+        classes.update(unicodedata.normalize("NFC", name) for name in others)
     return tuple(sorted(label_classes(sorted(classes), _label, path.parent).values()))
 
 
 def _label(name: str) -> str:
-    return " ".join(name.replace("_", " ").split())
+    return unicodedata.normalize("NFC", " ".join(name.replace("_", " ").split()))  # macOS's own names are in NFD
 
 
 def clips_below(folder: Path) -> Iterator[Path]:

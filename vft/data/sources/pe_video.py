@@ -157,7 +157,7 @@ def _group(run: Run) -> Group:
 
 def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title: str) -> Sample:
     for name in CAPTIONS:
-        if record.get(name) not in (None, ""):
+        if record.get(name) is not None and str(record[name]).strip():
             caption = check_text(record[name], name)
             ref = MediaRef("video", video, field="mp4", member=title)
             turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))

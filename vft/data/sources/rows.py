@@ -31,6 +31,8 @@ TABLES = frozenset({".csv", ".tsv", ".tab"})
 COLUMNAR = frozenset({".parquet", ".arrow"})
 SUFFIXES = frozenset({".json", ".jsonl"}) | TABLES | COLUMNAR
 """Of files of records."""
+EMPTY = frozenset({"", "nan", "NaN", "null", "NULL", "#N/A"})
+"""Cells without a value, as pandas, SQL and Excel write them."""
 DELIMITERS = ",;\t|"
 MAX_ROWS = 10_000_000
 """A file of a few kilobytes may announce any number, and records are held in memory."""
@@ -111,7 +113,8 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
             what = f"{len(cells)} values under {len(names)} columns"
             yield line, Malformed(f"{what}; put quotes around a value that holds {delimiter!r}")
         elif any(cells):
-            yield line, {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+            cells_or_none = (None if cell in EMPTY else cell for cell in cells)
+            yield line, {name: cell for name, cell in zip(names, cells_or_none, strict=True) if name}
 
 
 def split_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[tuple[int, list[str]]]:
