@@ -330,6 +330,14 @@ def test_a_tie_is_wrong(scores: tuple[float, ...], right: bool, order: tuple[int
     assert values(Classify(), answer)["top1"] == float(right)
 
 
+def test_white_space_around_an_answer_is_none_of_its_own() -> None:
+    """A record's " E. training.\\n" is its question's option `E. training.`, by likelihood too."""
+    (made,) = QuestionAnswering().conversations(sample(("user", [VIDEO, LLAVA]), ("assistant", " E. training.\n")))
+    (asked,) = questions([made])
+    found = values(QuestionAnswering(), Answer(asked, "E. training.", (-5.0, -4.0, -3.0, -2.0, -1.0)))
+    assert (found["choice_accuracy"], found["choice_accuracy_generated"]) == (1.0, 1.0)
+
+
 def test_any_of_several_references_is_right() -> None:
     """Equal prompts with several answers; options that are all right are no tie."""
     answer = said("B", "A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0))

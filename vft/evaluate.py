@@ -51,7 +51,10 @@ def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Que
         before = found.get(key)
         listed = one.facts.get("answers", ())[1:]
         answer = split_reasoning(one.turns[last].text)[1]
-        references = (*(before.references if before else ()), answer, *listed)
+        # Of an option's text, without the white space that a record may have around it.
+        options = {option.strip(): option for option in one.options}
+        right = (options.get(text.strip(), text) for text in (answer, *listed))
+        references = (*(before.references if before else ()), *right)
         found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
     everything = list(found.values())
     return [everything[i] for i in some(len(everything), limit)]

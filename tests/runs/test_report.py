@@ -343,6 +343,11 @@ def test_confusion_of_few_classes_and_of_many(tmp_path: Path) -> None:
     assert table(page, "Confusion at step 1") == [["", "cat", "dog"], ["cat", "3", "1"], ["dog", "2", ""]]
     right = page.all("td", class_="right")
     assert [cell.text for cell in right] == ["3", ""] and right[0].attributes["style"] == "--share: 60%"
+    both = {"references": ["cat", "dog"]}  # a clip with two right labels is in both rows, and right in both or neither
+    rows = [{**row, **both} for row in chosen([("cat", "dog"), ("cat", "cow")])]
+    page = read(write_run(tmp_path / "both", [evaluation(1)], "classify", step_000001=rows))
+    wanted = [["", "cat", "cow", "dog"], ["cat", "1", "1", ""], ["cow", "", "", ""], ["dog", "", "1", "1"]]
+    assert table(page, "Confusion at step 1") == wanted
     many = chosen([(f"class {i:02}", f"class {i:02}") for i in range(40)] + [("class 07", "class 08")] * 4)
     page = read(write_run(tmp_path / "many", [evaluation(1)], "classify", step_000001=many))
     assert table(page, "Confusion at step 1")[1:] == [["class 07", "class 08", "4", "5"]]

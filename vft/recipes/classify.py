@@ -48,7 +48,7 @@ class Classify:
                 for k in (1, 5):
                     right = [float(top_k(answer.option_scores_norm, answer.right_options, k)) for answer in ranked]
                     scores[f"top{k}_norm"] = mean_interval(right, samples=samples)
-            labels = [(answer, label) for answer in ranked for label in dict.fromkeys(answer.question.references)]
+            labels = [(one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)]
             first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer, _ in labels]
             by_class = accuracy_by_class(first, [label for _, label in labels])
             of_labels = samples_of([answer for answer, _ in labels])
