@@ -25,6 +25,7 @@ from vft.data.sources.rows import SUFFIXES, read_rows
 from vft.data.sources.shapes import ANSWERS, QUESTIONS, TURN_KEYS, Shapes
 from vft.data.sources.unread_keys import tell
 from vft.distributed import environment
+from vft.reasoning import split_reasoning
 from vft.task import Question, narrate, with_prompt
 from vft.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample, UserError
 
@@ -128,7 +129,7 @@ def _question(
         parsed = story.parse(record, shapes.root)
         told = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
         asked = replace(told, turns=told.turns[:-1])
-        return Question(name, asked, (parsed.turns[-1].text,)), parsed.unread, False
+        return Question(name, asked, (split_reasoning(parsed.turns[-1].text)[1],)), parsed.unread, False
     references: list[str] = []
     for one in shapes(record):  # they differ in their answers alone, each of which is right
         parsed = messages.parse(one, shapes.root, answered=False)
@@ -137,7 +138,7 @@ def _question(
         before = turns[:-1] if answered else turns
         if not before or before[-1].role != "user":
             raise RecordError("messages", "the last turn but an answer must be the user's, who asks")
-        references += [turns[-1].text] if answered else []
+        references += [split_reasoning(turns[-1].text)[1]] if answered else []
     asked = Conversation(name, with_prompt(before, prompt), origin)
     return Question(name, asked, tuple(references)), parsed.unread, asked.turns == before
 

@@ -64,8 +64,13 @@ class ChatEncoder:
         self.turn_end = self.template.turn_end
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
         self._ids_of = lru_cache(MAX_KEPT)(self._tokenise)
+        if len(closing := self._ids_of(self.turn_end)) != 1:
+            raise UserError(
+                f"{tokenizer.name_or_path}: {self.turn_end!r}, which ends an answer, is {len(closing)} tokens in this "
+                "tokenizer, and must be one; take the tokenizer of the release"
+            )
         own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.end_ids = frozenset([*self._ids_of(self.turn_end), *own_end, *end_ids])
+        self.end_ids = frozenset([*closing, *own_end, *end_ids])
 
     def render(self, conversation: Conversation, answer_next: bool) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the character spans that are supervised.
