@@ -85,6 +85,10 @@ def main() -> None:
         }
         for title, rows in tables.items():
             show(title, list(runs), rows)
+        rules = {name: run.about.get("rules", 1) for name, run in runs.items()}
+        if len(set(rules.values())) > 1:
+            told = ", ".join(f"{name} {version}" for name, version in rules.items())
+            print(f"warning: samples were made and scored by different rules ({told}): scores don't compare")
         if arguments.html is not None:
             page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
             charts = {title: chart for title, chart in curves(runs).items() if chart["names"]}

@@ -45,6 +45,7 @@ from vft.models import build as build_model
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.outputs import AnswersFile, answer_line
+from vft.rules import VERSION
 from vft.types import MediaInfo, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
@@ -217,6 +218,7 @@ def settings_of(
         "model": arguments.model,
         "adapter": None if arguments.adapter is None else str(arguments.adapter),
         "weights": weights.hexdigest()[:16],
+        "rules": VERSION,
         "precision": precision,
         "quantize": arguments.quantize,
         "max_new_tokens": arguments.max_new_tokens,

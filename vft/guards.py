@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 from vft import config as configs
 from vft.config import Config
 from vft.distributed import all_of, local_part, sum_over_ranks
-from vft.files import cannot_write, remove_partials, replace_text
+from vft.files import cannot_write, read_object, remove_partials, replace_text
 from vft.lora import Towers, tower_of
+from vft.rules import VERSION, changed_since
 from vft.types import UserError
 
 IDENTITY = {"data": "the samples or their lengths", "base": "the weights of model.path"}
@@ -42,7 +43,8 @@ def check_warmup(config: Config, steps: int) -> None:
 
 
 def check_output_dir(config: Config) -> None:
-    """UserError where the folder can't be written, or holds a run of another configuration: two runs would mix."""
+    """UserError where the folder can't be written, or holds a run of another configuration or by other rules: two runs
+    would mix."""
     folder = config.output_dir.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -52,6 +54,10 @@ def check_output_dir(config: Config) -> None:
     file = config.output_dir / "config.toml"
     if not file.is_file():
         return
+    # First: what is asked for now may look different only because settings have got other names since.
+    states = sorted(config.output_dir.glob("checkpoints/step-*/state.json"))
+    for said in [one for one in (config.output_dir / "run.json", *states[-1:]) if one.is_file()][:1]:
+        check_rules(config.output_dir, read_object(said))
     before = configs.load(file)
     for key, old, new in configs.differences(before, config):
         raise UserError(
@@ -75,14 +81,25 @@ def take_folder(config: Config, about: Mapping[str, Any]) -> FileLock:
     except OSError as error:
         raise cannot_write(folder, error) from error
     remove_partials(folder)
-    replace_text(folder / "config.toml", configs.dump(config))
     if not (folder / "run.json").exists():
-        replace_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+        replace_text(folder / "run.json", json.dumps({**about, "rules": VERSION}, indent=1) + "\n")
+    replace_text(folder / "config.toml", configs.dump(config))
     return lock
 
 
+def check_rules(place: Path, state: Mapping[str, Any]) -> None:
+    """UserError where a run was begun under other rules: its second half would be trained on other samples."""
+    if changed := changed_since(state):
+        raise UserError(
+            f"{place}: the run there was begun under {changed}. Name another output_dir to begin anew, or finish it "
+            "with the vft that began it"
+        )
+
+
 def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """UserError where the data or the base are not those that the checkpoint was made with: its cursor would lie."""
+    """UserError where the rules, the data or the base are not those that the checkpoint was made with: its cursor would
+    lie."""
+    check_rules(checkpoint, then)
     for what, digest in now.items():
         if then[what] != digest:
             raise UserError(

@@ -56,6 +56,7 @@ from vft.monitor import Monitor, Profiler, StepResult, Stopwatch, Tally, describ
 from vft.optim import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
 from vft.parallel import materialise, parallelize, sync_gradients
 from vft.report import write_card, write_report
+from vft.rules import VERSION
 from vft.saving import Saver
 from vft.stopping import Stopped, asked, deferred, signals_stop, stop_if, stopped_by
 from vft.task import Task, configured, main_conversation
@@ -230,6 +231,8 @@ class Trainer:
             self.max_steps = self.monitor.max_steps = self.count_steps(self.step, self.loader.cursor)
             self.write_bad()
             self.monitor.say(f"going on from {found}")
+        elif self.world.is_main:
+            (self.folder / "best.json").unlink(missing_ok=True)  # of a run that left nothing to go on from
         self.saver = Saver(root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say)
         self.saver.expect(self.max_steps - self.step)
         self.monitor.resume_at(self.step)
@@ -426,7 +429,8 @@ class Trainer:
         """A checkpoint to resume from."""
         loader = self.loader.state()
         loader["streams"] = {name: at for part in all_of(loader["streams"]) for name, at in part.items()}
-        self.saver.save(self.step, {**self.identity(), **loader, "samples": self.samples})
+        state = {"rules": VERSION, **self.identity(), **loader, "samples": self.samples}
+        self.saver.save(self.step, state)
         self.saved = self.step
         self.monitor.view.checkpoint = (self.step, time.monotonic())
 

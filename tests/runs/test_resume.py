@@ -301,7 +301,8 @@ def test_the_state_is_json_and_safetensors_alone(undisturbed: Path) -> None:
     assert len(digests) == 2 and all(re.fullmatch(r"[0-9a-f]{16,64}", digest) for digest in digests)
     samples = sum(line["samples"] for line in metrics(undisturbed))
     cursor = {"epoch": 8, "pack": 4, "step": STEPS}
-    assert state == {"cursor": cursor, "streams": {}, "samples": samples, "bad": [], "step": STEPS}
+    rules = {"rules": VERSION, "step": STEPS}
+    assert state == {"cursor": cursor, "streams": {}, "samples": samples, "bad": [], **rules}
 
 
 def test_more_epochs_train_on_every_sample_of_them(world: World, commands: Commands, tmp_path: Path) -> None:

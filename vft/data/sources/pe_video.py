@@ -27,6 +27,8 @@ from vft.files import whole_folder
 from vft.types import MediaRef, Sample, Turn, UserError
 
 MAX_RECORD_BYTES = 16 << 20
+UNPACKED_VERSION = 2
+"""Raise it when other clips of the same archives are unpacked than before, or their records kept in another form."""
 CAPTIONS = ("human_caption", "model_caption", "description")
 CARD = frozenset(
     {*CAPTIONS, "category", "category_name", "video_duration_in_s", "fps", "num_frames", "height", "width", "keywords"}
@@ -61,7 +63,7 @@ def unpack(location: str, take: str, cache: Path) -> tuple[list[Sample], list[Ba
     """The first clips, `take` = `first:N`, unpacked into `cache` once and kept there: what evaluation reads."""
     count = int(take.partition(":")[2])
     where = location if "://" in location else os.path.abspath(location)
-    folder = cache / "unpacked" / hashlib.sha256(f"{where}:{count}".encode()).hexdigest()[:16]
+    folder = cache / "unpacked" / hashlib.sha256(f"{UNPACKED_VERSION}:{where}:{count}".encode()).hexdigest()[:16]
     with _locked(folder.with_suffix(".lock")):
         if not folder.is_dir():
             with whole_folder(folder) as partial:

@@ -1,0 +1,40 @@
+"""The rules by which samples are made and scored, by version: state written under others is not gone on with.
+
+Raise the version, with a line on what changed, whenever the same data and settings give other samples, frames, ids,
+labels or scores than before. Index and frame cache have versions of their own (`data.index.SCAN_VERSION`,
+`data.frame_files.CACHE_VERSION`), and so has scoring (`best.json`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CHANGES: dict[int, tuple[str, ...]] = {
+    2: (
+        "keys of records beside their media (trims, rates, limits) and their system texts are used",
+        "times outside a video, and media under unknown keys, are bad records",
+        "more files, formats and spellings of paths are read",
+        "pictures are upright by EXIF and on white, all of a list are shown at their own times",
+        "total_pixels keeps to max_pixels",
+        "questions that share a video see the frames that they would see alone",
+        "answers are tokenised by themselves, and control tokens in texts are text",
+        "fractional repeats come at even intervals",
+        "a stream ends a row after 16 clips in vain, and counts bad samples",
+        "options are ranked by the whole answer's summed log-probability, and any right label counts",
+    ),
+}
+"""What changed in each version. Version 1 wrote no number."""
+VERSION = max(CHANGES)
+
+
+def changed_since(state: Mapping[str, Any]) -> str:
+    """What is different from the rules that `state` (of a checkpoint, of `run.json`) was written under, in words; empty
+    where they are today's."""
+    then = state.get("rules", 1)
+    if then == VERSION:
+        return ""
+    if not isinstance(then, int) or then > VERSION:
+        return f"rules {then!r}, which this vft does not know (it has {VERSION})"
+    changes = [one for version in range(then + 1, VERSION + 1) for one in CHANGES[version]]
+    return f"rules {then}; those of today, {VERSION}, differ: {'; '.join(changes)}"
