@@ -19,9 +19,11 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "total_pixels keeps to max_pixels",
         "questions that share a video see the frames that they would see alone",
         "answers are tokenised by themselves, and control tokens in texts are text",
+        "media are fitted to the model's context",
         "fractional repeats come at even intervals",
         "a stream ends a row after 16 clips in vain, and counts bad samples",
-        "options are ranked by the whole answer's summed log-probability, and any right label counts",
+        "options are ranked by the whole answer's summed log-probability, any right label counts, words of all scripts",
+        "every question samples from a stream of its own, and thoughts are no part of an answer",
     ),
 }
 """What changed in each version. Version 1 wrote no number."""
