@@ -53,6 +53,7 @@ OPTIONS = {
     **{f"data.video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
     **{f"video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
     "data.video": "--frames, --max-frames, --max-pixels",
+    "data.pack_tokens": "--pack-tokens",
     "data.root": "--root",
     "on the source: columns = {": "by --columns NAME=KEY, {",
     "on the source, columns = {": "by --columns NAME=KEY, {",
@@ -101,6 +102,8 @@ def parse() -> argparse.Namespace:
     rate.add_argument("--frames", type=int, help="a fixed number of frames")
     parser.add_argument("--max-frames", type=int, help="most frames of a video")
     parser.add_argument("--max-pixels", type=int, metavar="PIXELS", help="height x width of a frame, at most")
+    what = "a question with its media, which lose frames and size to fit (default: those of training)"
+    parser.add_argument("--pack-tokens", type=int, metavar="TOKENS", help=f"most tokens of {what}")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: the layers in 4 bits")
     parser.add_argument(
@@ -163,7 +166,9 @@ def predict(arguments: argparse.Namespace) -> int:
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)
     prompt = arguments.prompt or about.get("prompt") or DEFAULT_PROMPT
-    items = read_items(arguments.videos, prompt, arguments.root, columns_of(arguments.columns))
+    before = "" if arguments.prompt else about.get("prompt_before_media", "")
+    columns = columns_of(arguments.columns)
+    items = read_items(arguments.videos, prompt, arguments.root, columns, before, about.get("system"))
     silent = sum(not item.asks for item in items)
     if silent and arguments.prompt is None and world.is_main:
         told = f"{silent} of {len(items)} records ask nothing themselves: {prompt!r} is asked; --prompt asks another"
@@ -224,6 +229,7 @@ def settings_of(
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
         **sampled,
+        "pack_tokens": config.pack_tokens,
         "video": config.video.model_dump(mode="json", exclude_none=True),
         "image": config.image.model_dump(mode="json", exclude_none=True),
     }
@@ -317,11 +323,13 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
     if any(asked[key] is not None for key in ("fps", "frames", "max_frames")):
         video["sample_lists"] = True  # else they would say nothing of videos that are lists of pictures
     if most is not None:
-        video["min_frames"] = min(video.get("min_frames", most), most, DataConfig().video.min_frames)
+        video["min_frames"] = min(video.get("min_frames", DataConfig().video.min_frames), most)
         if arguments.frames is None and "frames" in video:
             video["frames"] = min(video["frames"], most)
     try:
-        return DataConfig.model_validate({"video": video, "image": about.get("image", {}), "pack_tokens": 1 << 20})
+        # Media are fitted into a row as in training; what another program trained on is unknown.
+        room = arguments.pack_tokens or about.get("pack_tokens", 1 << 20)
+        return DataConfig.model_validate({"video": video, "image": about.get("image", {}), "pack_tokens": room})
     except ValueError as error:
         detail = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in detail["loc"])

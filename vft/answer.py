@@ -36,9 +36,13 @@ from vft.task import Answer, Question
 from vft.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn, UserError
 
 
-def user_question(id: str, media: Sequence[MediaRef], text: str) -> Question:
-    """A question without known answers."""
-    return Question(id, Conversation(id, (Turn("user", (*media, text)),), id), ())
+def user_question(
+    id: str, media: Sequence[MediaRef], text: str, before: str = "", system: str | None = None
+) -> Question:
+    """A question without known answers; `before` stands before the media, `system` in a turn of its own."""
+    own = [] if system is None else [Turn("system", (system,))]
+    parts: tuple[str | MediaRef, ...] = (before, *media, text) if before else (*media, text)
+    return Question(id, Conversation(id, (*own, Turn("user", parts)), id), ())
 
 
 @dataclass(frozen=True, slots=True)

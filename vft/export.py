@@ -20,15 +20,25 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 
 @work_of_one("writing an export")
 def export(
-    skeleton: Skeleton, checkpoint: Checkpoint, config: Config, task: Task, step: int, target: Path, write: bool
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    config: Config,
+    task: Task,
+    asked: Mapping[str, Any],
+    step: int,
+    target: Path,
+    write: bool,
 ) -> None:
-    """Every process calls it (tensors are gathered); the one with `write` writes. Facts of the training lie beside."""
+    """Every process calls it (tensors are gathered); the one with `write` writes. Facts of the training lie beside:
+    `asked` is what the records ask (`vft.data.asked`)."""
     about: dict[str, Any] = {
         "base_fingerprint": checkpoint.fingerprint,
         "task": task.name,
         "prompt": task.prompt,
+        **asked,
         "step": step,
         "rope_factor": checkpoint.rope_factor,
+        "pack_tokens": config.data.pack_tokens,
         "video": config.data.video.model_dump(mode="json", exclude_none=True),
         "image": config.data.image.model_dump(mode="json", exclude_none=True),
     }

@@ -58,26 +58,36 @@ class Item:
 
 
 def read_items(
-    paths: Sequence[Path], prompt: str, root: Path | None, columns: Mapping[str, str] | None = None
+    paths: Sequence[Path],
+    prompt: str,
+    root: Path | None,
+    columns: Mapping[str, str] | None = None,
+    before: str = "",
+    system: str | None = None,
 ) -> list[Item]:
     """The questions of files, of all videos and pictures below folders, and of files of records, in this order.
 
-    `prompt` is asked where a record asks nothing itself; `root` is where the media of records lie, by default the
-    folder of their file; `columns` is what their keys are called, as on a source. Ids differ: of what comes twice the
-    second gets a number.
+    `prompt` is asked where a record asks nothing itself; of a file, `before` stands before it and `system` is the
+    system's text, as in the records of training. `root` is where the media of records lie, by default the folder of
+    their file; `columns` is what their keys are called, as on a source. Ids differ: of what comes twice the second
+    gets a number.
 
     Raises:
         UserError: a file of records can't be read; there is nothing in a folder.
     """
     seen: dict[str, int] = {}
     items: list[Item] = []
+
+    def ask(name: str, media: list[MediaRef]) -> Question:
+        return user_question(name, media, prompt, before, system)
+
     for path in paths:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
             found = list(_records(path, prompt, Shapes(root or path.parent, columns or {}, answered=False), seen))
         elif path.is_dir():
-            found = [_clip(file, path, prompt, seen) for file in clips_below(path)]
+            found = [_clip(file, path, seen, ask) for file in clips_below(path)]
         else:
-            found = [_clip(path, None, prompt, seen)]
+            found = [_clip(path, None, seen, ask)]
         if not found:
             what = "videos or pictures" if path.is_dir() else "records"
             raise UserError(f"{path}: holds no {what}; name files, or folders that hold some")
@@ -85,7 +95,9 @@ def read_items(
     return items
 
 
-def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) -> Item:
+def _clip(
+    file: Path, folder: Path | None, seen: dict[str, int], ask: Callable[[str, list[MediaRef]], Question]
+) -> Item:
     """A file, which may not lead out of the `folder` in which it was found."""
     name = unique(str(file) if str(file).isprintable() else shown(str(file)), seen)
     if folder is not None:
@@ -96,7 +108,7 @@ def _clip(file: Path, folder: Path | None, prompt: str, seen: dict[str, int]) ->
     # FFmpeg might take a relative name for a protocol's; shown is the one given.
     kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
     ref = MediaRef(kind, file.resolve(), member=str(file))
-    return Item(name, user_question(name, [ref], prompt))
+    return Item(name, ask(name, [ref]))
 
 
 def _records(path: Path, prompt: str, shapes: Shapes, seen: dict[str, int]) -> Iterator[Item]:

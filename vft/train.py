@@ -16,6 +16,7 @@ from vft.answer import Answerer
 from vft.boards import require_boards
 from vft.config import Config
 from vft.console import user_errors
+from vft.data.asked import Asked
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, load_documents
 from vft.data.loader import Loader, Streams, open_streams
@@ -434,10 +435,20 @@ class Trainer:
         self.saved = self.step
         self.monitor.view.checkpoint = (self.step, time.monotonic())
 
+    def asked(self) -> Asked:
+        """What the records ask; of streams those that came since the start. Every process calls it."""
+        asked = Asked()
+        asked.add(one for members in self.documents.members for one in members)
+        if self.streams is not None:
+            for part in all_of(self.streams.context.asked):
+                asked.update(part)
+        return asked
+
     def export(self, folder: Path | None = None) -> None:
         """What others read, in `folder` or in the run's own."""
         target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
-        export(self.skeleton, self.checkpoint, self.config, self.task, self.step, target, self.world.is_main)
+        asked = self.asked().facts()
+        export(self.skeleton, self.checkpoint, self.config, self.task, asked, self.step, target, self.world.is_main)
         if self.world.is_main:
-            write_card(self.folder, target, self.step, self.task.prompt, self.checkpoint)
+            write_card(self.folder, target, self.step, self.checkpoint)
         self.monitor.say(f"wrote {target}")

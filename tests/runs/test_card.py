@@ -46,7 +46,10 @@ def test_one_that_vllm_does_not_serve_says_so(
     settings = (learned / "config.toml").read_text()
     assert before in settings
     (tmp_path / "config.toml").write_text(settings.replace("[lora.alphas]\n", "").replace(before, after))
-    write_card(tmp_path, tmp_path, 3, "Say.", Checkpoint.open(str(world.base)))
+    asked = {"prompt": "Say.", "other_prompts": 2, "system": "Be brief.", "other_systems": 0, "pack_tokens": 256}
+    (tmp_path / "vft.json").write_text(json.dumps(asked))
+    write_card(tmp_path, tmp_path, 3, Checkpoint.open(str(world.base)))
     card = (tmp_path / "README.md").read_text()
     assert "merge it first" in card and why in card and "--enable-lora" not in card
-    assert "Not evaluated" in card and 'to be asked: "Say."' in card
+    assert "Not evaluated" in card and 'To be asked: "Say." (the most frequent of 3' in card
+    assert 'system text of training: "Be brief."' in card and "at most 256 tokens" in card

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from vft.data.archives import BarrenArchive, DamagedArchive
+from vft.data.asked import Asked
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents, MakeConversations, converse
 from vft.data.media_error import MediaError
@@ -199,6 +200,7 @@ class StreamContext:
     def __post_init__(self) -> None:
         self.readers: list[ThreadPoolExecutor] = []
         self.closing = Event()
+        self.asked = Asked()
         self.spool, self._lock = _make_spool(self.config.cache_path / "stream")
 
     def reader(self) -> ThreadPoolExecutor:
@@ -343,6 +345,7 @@ class SlotStream:
         for number in range(len(documents.members)):
             if number >= read.position.document:
                 after = read.position._replace(document=number + 1)
+                context.asked.add(documents.members[number])
                 one = StreamedDocument(documents.build(number), clip, after, bad if number == 0 else ())
                 self._ready.append(one)
             else:

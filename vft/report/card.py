@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from vft.adapter_files import recorded
 from vft.files import replace_text
 from vft.models.weights import Checkpoint
 from vft.report.page import comparison, facts, how_often, read_run, sampling
@@ -15,7 +16,7 @@ from vft.serving import not_served, ranks_of, towers_of, vllm_serve
 LAYOUT = Path(__file__).with_name("card.md")
 
 
-def write_card(folder: Path, target: Path, step: int, prompt: str, checkpoint: Checkpoint) -> None:
+def write_card(folder: Path, target: Path, step: int, checkpoint: Checkpoint) -> None:
     """Write `target/README.md` from what the run in `folder` has left so far; `checkpoint` is its base.
 
     UserError where it can't be written.
@@ -31,7 +32,7 @@ def write_card(folder: Path, target: Path, step: int, prompt: str, checkpoint: C
         target=str(target),
         task=run.config["task"],
         step=step,
-        prompt=prompt,
+        asked=recorded(target),
         version=version("vft"),
         frames=sampling(video),
         lora=lora,
