@@ -98,7 +98,9 @@ def test_clips_and_records_are_seen_as_in_training(tiny: Tiny, root: Path, setti
 def test_a_clip_is_fitted_into_the_row_of_training(tiny: Tiny, root: Path) -> None:
     """One that takes more than `data.pack_tokens`: the room of the answer, which is not known yet, goes to frames."""
     documents, about = trained(tiny, root, video={"fps": 4.0, "max_frames": 80}, pack_tokens=400, share_videos=False)
-    (item,) = read_items([root / "long.mp4"], about["prompt"], None, None, about["prompt_before_media"], about["system"])
+    (item,) = read_items(
+        [root / "long.mp4"], about["prompt"], None, None, about["prompt_before_media"], about["system"]
+    )
     assert isinstance(item.asked, Question)
     with WorkerPool(0, 60.0) as pool:
         answerer = Answerer(None, tiny.encoder, data_config(NOTHING, about), scan, pool, World(0, 1, 0, CPU))

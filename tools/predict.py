@@ -142,7 +142,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--segments = {arguments.segments}: must be seconds above 0")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError(f"--prompt = {arguments.prompt!r}: asks nothing; give a text, or leave it out")
-    for name in ("fps", "frames", "max_frames", "max_pixels"):
+    for name in ("fps", "frames", "max_frames", "max_pixels", "pack_tokens"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} = {value}: must be above 0")
