@@ -12,6 +12,7 @@ import pytest
 
 from vft.config import Config, ModelConfig
 from vft.data.frame_times import FrameTimes
+from vft.data.sources import folders
 from vft.data.subtitles import Subtitles
 from vft.data_config import DataConfig
 from vft.evaluate import questions
@@ -653,3 +654,17 @@ def test_every_interval_is_over_videos(task: Task) -> None:
     assert any(one > 0 for one, _ in widths.values())
     for name, (all_of_them, one_each) in widths.items():
         assert all_of_them == pytest.approx(one_each, abs=1e-9) or name == "cider_d", name
+
+
+def test_a_clip_that_two_class_folders_link_to_has_both_labels(tmp_path: Path) -> None:
+    for name in ("eating", "sitting_on_a_sofa", "reading"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / f"{name}.mp4").write_bytes(b"x")
+    (tmp_path / "test" / "reading" / "again.mp4").symlink_to(tmp_path / "test" / "eating" / "eating.mp4")
+    samples, bad = folders.read(tmp_path / "test", tmp_path)
+    found = questions([one for each in samples for one in Classify().conversations(each)])
+    assert not bad and sorted(question.references for question in found) == [
+        ("eating", "reading"),
+        ("reading",),
+        ("sitting on a sofa",),
+    ]
