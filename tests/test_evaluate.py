@@ -263,10 +263,13 @@ def test_an_evaluation(tiny: Tiny, root: Path, tmp_path: Path) -> None:
     scores, lines = evaluated(tiny, root, Caption(), [RECORDS[0], RECORDS[1], broken, RECORDS[4], again], tmp_path)
     assert (scores["answered"], scores["unreadable"]) == (3, 1)
     assert {"cider_d", "bleu4", "rouge_l", "loss"} < scores.keys()
+    assert scores["cut_off"] == sum(line.get("cut_off", False) for line in lines)
     assert [line["reference"] for line in lines] == ["A grey picture.", "Grey", "Four."]
     assert [line.get("references") for line in lines] == [None, ["Grey", "Another grey."], None]
     assert [line["prompt"] for line in lines] == ["What is seen?"] * 2 + ["What is two and two?"]
     assert all(isinstance(line["prediction"], str) and "choice" not in line for line in lines)
+    assert [[Path(name).name for name in line["media"]] for line in lines] == [["30.png"], ["90.png"], []]
+    assert [line["source"].rpartition(":")[0] for line in lines] == ["held_out.json"] * 3
     assert len({line["id"] for line in lines}) == 3
 
 

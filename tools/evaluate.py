@@ -33,13 +33,14 @@ from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.pool import WorkerPool
 from vft.distributed import World, environment, make_mesh, process_group
-from vft.evaluate import evaluate, load_held_out
+from vft.evaluate import cut_off_warning, evaluate, load_held_out, overlap_with_training
 from vft.files import replace_text
 from vft.metrics import Interval, paired_difference
 from vft.models import build
 from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
+from vft.report.examples import key_of
 from vft.report.page import COUNTS, DIFFERENCE, changed, shown
 from vft.types import UserError
 
@@ -98,6 +99,9 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
     spec, learn_reasoning = build(checkpoint, torch.float32).spec, config.data.learn_reasoning
     encoder = ChatEncoder(checkpoint.tokenizer, spec, checkpoint.end_ids, learn_reasoning)
     held_out = load_held_out(task_of(config), config, encoder)
+    overlap = overlap_with_training(task_of(config), config, held_out) if world.is_main else ""
+    if overlap:
+        print(overlap, file=sys.stderr, flush=True)
     scores = {}
     with (
         process_group(world, alone=config.parallel.offload != "none"),
@@ -105,6 +109,9 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
     ):
         for file, adapter in runs.items():
             scores[file.stem] = score(config, adapter, file, held_out, pool, world)
+            line = cut_off_warning(scores[file.stem], config.eval.max_new_tokens)
+            if line and world.is_main:
+                print(f"{file.stem}: {line}", file=sys.stderr, flush=True)
             gc.collect()  # a sharded model holds itself through its hooks; there is no room for two
     return scores
 
@@ -133,17 +140,18 @@ def described_score(score: Interval) -> dict[str, Any]:
 def show_answers(files: dict[str, Path], count: int) -> None:
     """Some answers of every model under their references."""
     read = {name: [json.loads(line) for line in file.open(encoding="utf-8")] for name, file in files.items()}
-    by_id = {name: {row["id"]: row for row in rows} for name, rows in read.items()}
+    by_key = {name: {key_of(row): row for row in rows} for name, rows in read.items()}
     first = next(iter(read.values()))
     for row in first[:: max(1, len(first) // max(1, count))][:count]:
         print(f"\n{row['id']}: {row['prompt']}\n  reference  {row['reference']}")
-        for name, answers in by_id.items():
-            print(f"  {name:9}  {described(answers[row['id']]) if row['id'] in answers else '(not read)'}")
+        for name, answers in by_key.items():
+            print(f"  {name:9}  {described(answers[key_of(row)]) if key_of(row) in answers else '(not read)'}")
 
 
 def described(row: dict[str, str]) -> str:
-    """What a model said, and which option it found likeliest."""
-    return f"{row['prediction']}   [likeliest: {row['choice']}]" if "choice" in row else row["prediction"]
+    """What a model said, whether it was cut off, and which option it found likeliest."""
+    said = row["prediction"] + ("   [cut off]" if "cut_off" in row else "")
+    return f"{said}   [likeliest: {row['choice']}]" if "choice" in row else said
 
 
 def differences(scores: dict[str, Scores]) -> dict[str, Scores]:

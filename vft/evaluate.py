@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from vft import stopping
 from vft.answer import Answerer, check_answer_length
 from vft.config import Config
+from vft.data import sources
 from vft.data.chat import ChatEncoder
-from vft.data.documents import Documents, load_documents
+from vft.data.documents import Documents, converse, load_documents, take
 from vft.data.loader import Loader
+from vft.data.overlap import overlap_warning
 from vft.data.packing import PackPlan
 from vft.data.pool import WorkerPool
 from vft.data.split import Split
 from vft.distributed import World, all_of, sum_over_ranks
-from vft.files import replace_text
+from vft.files import digest, replace_text
 from vft.metrics import Interval, Samples, clusters_of, parts_to_json, ratio_interval
 from vft.models.generate import Sampling
 from vft.reasoning import split_reasoning
@@ -143,12 +146,63 @@ def keep_parts(file: Path, scores: Mapping[str, Interval]) -> None:
     replace_text(file, json.dumps(parts_to_json(scores)) + "\n")
 
 
+def cut_off_warning(scores: Mapping[str, Interval], limit: int) -> str:
+    """A line that says how many answers the limit of tokens cut off, to be scored as they are; empty for none."""
+    cut_off, answered = (int(scores[name].value) for name in ("cut_off", "answered"))
+    if not cut_off:
+        return ""
+    return f"warning: {cut_off} of {answered} answers were cut off at eval.max_new_tokens = {limit}: raise it"
+
+
+def questions_digest(held_out: Documents, limit: int = 0) -> str:
+    """Tells evaluations of other questions apart: prompts, media, options, and what would be right."""
+    asked = questions([one for members in held_out.members for one in members], limit)
+    content = [
+        (q.prompt.content, sorted(q.prompt.options), sorted(q.references), q.prompt.facts.get("segments"))
+        for q in asked
+    ]
+    return digest(repr(sorted(map(repr, content))))
+
+
+def overlap_with_training(task: Task, config: Config, held_out: Documents, training: Documents | None = None) -> str:
+    """A line that names the held-out samples that are trained on too; empty where there are none, or where it is the
+    training samples themselves that are scored. Without `training` its records are read anew; streams can't be.
+
+    A line that says so where they can't be read.
+    """
+    if not config.eval.sources and config.eval.split is None:
+        return ""
+    if training is not None:
+        trained = [one for members in training.members for one in members]
+    else:
+        try:
+            trained = list(_training_records(task, config))
+        except UserError as error:
+            return f"warning: held-out samples can't be looked for among those of training: {error}"
+    return overlap_warning([one for members in held_out.members for one in members if not one.is_part], trained)
+
+
+def _training_records(task: Task, config: Config) -> Iterator[Conversation]:
+    indexed = [source for source in config.data.sources if not source.stream]
+    samples = [
+        one for source in indexed for one in take(sources.read(source, config.data)[0], source.take, config.seed)
+    ]
+    split = held_out_split(config, held_out=False)
+    sides = [True] * len(samples) if split is None else split.select(samples, config.data.root)[0]
+    for sample in itertools.compress(samples, sides):
+        yield from converse(sample, main_conversation(task), config.data)[0]
+
+
 class _NothingInstead(PackPlan):
     """Leaves the place of what can't be decoded empty: another document in it would count twice."""
 
     def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
         """There is none."""
         return None
+
+
+SCORING_VERSION = 2
+"""Of the rules by which answers are scored; raised where one changes, so that nothing is compared with older scores."""
 
 
 @dataclass(frozen=True)
@@ -158,21 +212,51 @@ class Best:
     file: Path
     metric: str
     world: World
+    questions: str = ""
+    """Digest of what is asked and how it is scored: a value of another one is not compared with."""
+    say: Callable[[str], None] = print
+
+    @staticmethod
+    def of(config: Config, held_out: Documents, world: World, say: Callable[[str], None]) -> Best:
+        """The one of a run."""
+        asked, limits = questions_digest(held_out, config.eval.max_samples), config.eval
+        rules = f"{SCORING_VERSION}:{asked}:{limits.max_new_tokens}:{limits.max_samples}:{limits.japanese}"
+        return Best(config.output_dir / "best.json", config.eval.best_metric, world, digest(rules), say)
 
     def is_beaten(self, scores: Mapping[str, Interval]) -> bool:
-        """Whether these scores are the best so far: of `loss` the lowest, else the highest. Every process must ask."""
+        """Whether these scores are the best so far: of `loss` the lowest, else the highest. Every process must ask.
+
+        Where other samples could be read than before, those of more samples are the best.
+        """
         if self.metric not in scores:
             raise UserError(f"eval.best_metric = {self.metric!r}: not among the scores, {', '.join(scores)}")
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.world.is_main and self.file.exists() else {}
-        best = all_of(known.get("value") if known.get("metric") == self.metric else None)[0]
-        value = scores[self.metric].value
-        return best is None or (value < best if self.metric == "loss" else value > best)
+        best = all_of(known)[0]
+        if not best:
+            return True
+        told = f"{self.file}: {best.get('metric')} {best.get('value')} of step {best.get('step')} was taken on other"
+        if best.get("metric") != self.metric or best.get("questions") != self.questions:
+            if best.get("metric") == self.metric:
+                self.say(f"{told} questions, or by other rules: the best begins anew")
+            return True
+        value, samples = scores[self.metric].value, self._samples(scores)
+        if samples != best["samples"]:
+            kept = "this one, of more, is the best" if samples > best["samples"] else "it stays the best"
+            self.say(f"{told} samples ({best['samples']} could be read then, {samples} now): {kept}")
+            return samples > int(best["samples"])
+        return value < best["value"] if self.metric == "loss" else value > best["value"]
 
     def record(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Note them as the best."""
         if self.world.is_main:
             line = {"step": step, "metric": self.metric, "value": scores[self.metric].value}
+            line |= {"samples": self._samples(scores), "questions": self.questions}
             replace_text(self.file, json.dumps(line) + "\n")
+
+    def _samples(self, scores: Mapping[str, Interval]) -> int:
+        """How many the score was taken on; 0 for one of a group."""
+        parts = scores[self.metric].parts
+        return 0 if parts is None else len(parts.samples.names)
 
 
 @torch.no_grad()
@@ -223,7 +307,8 @@ def _documents_losses(
 
 
 def prediction_line(answer: Answer) -> str:
-    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores.
+    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores;
+    `source` and `media` tell questions with equal ids apart. `cut_off` stands where the limit of tokens ended it.
 
     `scored_by` says which scores `option_scores` are and `choice` is chosen by; `..._norm` are those a character.
     """
@@ -233,6 +318,8 @@ def prediction_line(answer: Answer) -> str:
         "prompt": question.prompt.turns[-1].text,
         "prediction": answer.text,
         "reference": question.references[0] if question.references else None,
+        "source": question.prompt.origin,
+        "media": [ref.name for ref in question.prompt.media],
     }
     if len(question.references) > 1:
         line["references"] = question.references

@@ -20,7 +20,11 @@ from vft.lora import Towers, tower_of
 from vft.rules import VERSION, changed_since
 from vft.types import UserError
 
-IDENTITY = {"data": "the samples or their lengths", "base": "the weights of model.path"}
+IDENTITY = {
+    "data": "the samples, their texts or lengths",
+    "base": "the weights of model.path",
+    "held_out": "the held-out samples or their answers",
+}
 """What the digests in a checkpoint stand for."""
 
 
@@ -98,13 +102,20 @@ def check_rules(place: Path, state: Mapping[str, Any]) -> None:
 
 def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """UserError where the rules, the data or the base are not those that the checkpoint was made with: its cursor would
-    lie."""
+    lie.
+
+    Nor may the held-out samples be edited, whose scores would be laid beside those of before, but for other settings
+    of them (`held_out_settings`).
+    """
     check_rules(checkpoint, then)
-    for what, digest in now.items():
-        if then[what] != digest:
+    for what, meaning in IDENTITY.items():
+        digest = now.get(what)
+        if what == "held_out" and then.get("held_out_settings") != now.get("held_out_settings"):
+            continue
+        if then.get(what) != digest:
             raise UserError(
-                f"{checkpoint}: {what} = {then[what][:16]} then, {digest[:16]} now: {IDENTITY[what]} changed since; "
-                "put it back, or name another output_dir"
+                f"{checkpoint}: {what} = {str(then.get(what))[:16]} then, {str(digest)[:16]} now: {meaning} changed "
+                "since; put it back, or name another output_dir"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -33,7 +34,16 @@ from vft.distributed import (
     sum_over_ranks,
     together,
 )
-from vft.evaluate import Best, evaluate, held_out_split, keep_parts, load_held_out
+from vft.evaluate import (
+    Best,
+    cut_off_warning,
+    evaluate,
+    held_out_split,
+    keep_parts,
+    load_held_out,
+    overlap_with_training,
+    questions_digest,
+)
 from vft.export import export
 from vft.files import digest
 from vft.flops import FlopCounter
@@ -100,6 +110,9 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     make = task.conversations if config.data.segment_questions else main_conversation(task)
     documents = load_documents(config.data, indexed, make, encoder, config.seed, held_out_split(config, held_out=False))
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
+    overlap = overlap_with_training(task, config, held_out, documents) if held_out and world.is_main else ""
+    if overlap:
+        print(overlap, file=sys.stderr, flush=True)
     data, slots = config.data, config.train.packs_per_step
     with (
         process_group(world, alone=config.parallel.offload != "none"),
@@ -412,8 +425,10 @@ class Trainer:
         )
         if self.world.is_main:
             keep_parts(self.folder / "scores" / f"step-{self.step:06d}.json", scores)
+        if line := cut_off_warning(scores, settings.max_new_tokens):
+            self.monitor.say(line)
         if settings.best_metric and self.step:
-            best = Best(self.folder / "best.json", settings.best_metric, self.world)
+            best = Best.of(self.config, self.held_out, self.world, self.monitor.say)
             if best.is_beaten(scores):
                 self.export(self.folder / "best")
                 best.record(self.step, scores)
@@ -424,7 +439,11 @@ class Trainer:
         data = self.documents.digest
         if self.streams is not None:
             data = digest(f"{data}{[one.digest for one in self.streams.archives]}")
-        return {"data": data, "base": self.checkpoint.fingerprint}
+        found = {"data": data, "base": self.checkpoint.fingerprint}
+        if self.held_out is not None:
+            settings = self.config.eval.model_dump_json(include={"sources", "split"})
+            found |= {"held_out": questions_digest(self.held_out), "held_out_settings": digest(settings)}
+        return found
 
     def save(self) -> None:
         """A checkpoint to resume from."""

@@ -147,6 +147,13 @@ class Conversation:
         """Equal for conversations about the same media, decoded alike."""
         return tuple((ref.kind, ref.path, ref.options, ref.is_folder) for ref in self.media)
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What is said and shown: roles and texts, names of the media's files and what is taken of each."""
+        paths = [ref.path if isinstance(ref.path, tuple) else (ref.path,) for ref in self.media]
+        media = [([path.name for path in own], ref.options) for own, ref in zip(paths, self.media, strict=True)]
+        return [(turn.role, turn.text) for turn in self.turns], media
+
     def settled(self, plans: Sequence[MediaPlan]) -> Conversation:
         """The same with every `PlannedText` settled."""
         if all(isinstance(part, str | MediaRef) for turn in self.turns for part in turn.parts):

@@ -167,8 +167,8 @@ def test_parquet_and_the_hubs_folders(tmp_path: Path) -> None:
     expected = [["video:a.mp4", "jump"], ["video:b.mp4", "run"]]
     for name, origin in (
         ("one.parquet", "one.parquet:1"),
-        ("hub", "data/train-00000-of-00001.parquet:1"),
-        ("saved", "data-00000-of-00001.arrow:1"),
+        ("hub", "hub/data/train-00000-of-00001.parquet:1"),
+        ("saved", "saved/data-00000-of-00001.arrow:1"),
     ):
         records = read(tmp_path / name, tmp_path)
         assert said(records) == expected

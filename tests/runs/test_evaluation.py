@@ -15,7 +15,7 @@ from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, TOWER_LORA, World, damage, record
 from vft import distributed
 from vft.evaluate import Best
-from vft.metrics import Interval
+from vft.metrics import Interval, mean_interval
 from vft.types import UserError
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"))
@@ -53,7 +53,8 @@ def test_the_best_export_is_kept(world: World, commands: Commands, wavering: Pat
     losses = {step: line["eval_loss"] for step, line in evaluations(wavering).items() if step}
     step = min(losses, key=losses.__getitem__)
     assert 1 < step < 7 and losses[step - 1] != losses[step + 1], f"the run is to get better, then worse: {losses}"
-    assert json.loads((wavering / "best.json").read_text()) == {"step": step, "metric": "loss", "value": losses[step]}
+    noted = json.loads((wavering / "best.json").read_text())
+    assert {"step": step, "metric": "loss", "value": losses[step], "samples": 4}.items() <= noted.items()
     assert json.loads((wavering / "best" / "vft.json").read_text())["step"] == step
     arguments = (wavering.with_suffix(".toml"), "--adapter", wavering / "best", "--output", tmp_path)
     commands.run("tools/evaluate.py", *arguments).ok()
@@ -100,10 +101,34 @@ def test_which_export_is_the_best(tmp_path: Path) -> None:
     for value in (3.0, 3.5, 2.0, 2.0, 2.5):
         keep("loss", value, "down")
     assert exported == [("best", 3.0), ("best", 2.0)]
-    assert json.loads((tmp_path / "down" / "best.json").read_text()) == {"step": 3, "metric": "loss", "value": 2.0}
+    noted = json.loads((tmp_path / "down" / "best.json").read_text())
+    assert {"step": 3, "metric": "loss", "value": 2.0}.items() <= noted.items()
     best = Best(tmp_path / "best.json", "cider", ALONE)
     with pytest.raises(UserError, match=r"^eval\.best_metric = 'cider': not among the scores, bleu4, loss$"):
         best.is_beaten({name: Interval(0, 0, 0) for name in ("bleu4", "loss")})
+
+
+def test_only_scores_on_the_same_questions_are_compared(tmp_path: Path) -> None:
+    """By the same rules, and of as many samples; of more that could be read is better, of fewer never."""
+    said: list[str] = []
+
+    def is_kept(value: float, questions: str, count: int = 4, metric: str = "accuracy") -> bool:
+        best = Best(tmp_path / "best.json", metric, ALONE, questions, said.append)
+        scores = {metric: mean_interval([value] * count, resamples=2)}
+        kept = best.is_beaten(scores)
+        if kept:
+            best.record(1, scores)
+        return kept
+
+    assert is_kept(0.9, "a") and not is_kept(0.8, "a") and said == []
+    assert is_kept(0.2, "b") and "accuracy 0.9 of step 1 was taken on other questions" in said.pop()
+    assert not is_kept(0.9, "b", count=3) and "4 could be read then, 3 now): it stays" in said.pop()
+    assert is_kept(0.1, "b", count=5) and "4 could be read then, 5 now): this one" in said.pop()
+    assert is_kept(0.05, "b", 5, metric="top1") and said == []
+    line = json.loads((tmp_path / "best.json").read_text())
+    assert line == {"step": 1, "metric": "top1", "value": 0.05, "samples": 5, "questions": "b"}
+    (tmp_path / "best.json").write_text('{"step": 7, "metric": "top1", "value": 0.99}\n')  # by older rules
+    assert is_kept(0.5, "b", metric="top1") and "by other rules" in said.pop()
 
 
 # -------------------------------------------------------------------------------------------------- several processes

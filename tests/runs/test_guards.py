@@ -36,6 +36,33 @@ def test_resuming_with_other_samples_is_refused(own: World, commands: Commands, 
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_resuming_with_edited_answers_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:
+    """Of as many tokens, so that every length is the same; trained or held out. Other held-out sources are not."""
+    shutil.copyfile(own.root / "videos.json", own.root / "held.json")
+    held = {"eval": {"every_steps": 2, "max_new_tokens": 2, "at_start": False}}
+    held["eval"]["sources"] = [{"format": "messages", "path": "held.json"}]
+    config = own.config(tmp_path / "run.toml", {"checkpoint": {"every_steps": 2}}, held)
+    first = commands.run(CAPTION, config, "train.max_steps=2").ok()
+    for colour in ("red", "green", "blue", "yellow"):  # the same clips
+        assert f"{colour} ({colour}.mp4)" in first.stderr
+    assert "4 of 4 held-out samples are also in training" in first.stderr
+    commands.run(CAPTION, config, "train.max_steps=2").ok()
+    for file, key in (("videos.json", "data"), ("held.json", "held_out")):
+        before = (own.root / file).read_text()
+        edit(own.root / file, "walks to the right", "walks to the left")
+        error = commands.run(CAPTION, config, "train.max_steps=4").stderr.splitlines()[-1]
+        assert error.startswith("error: ") and f"{key} = " in error and "changed since" in error, error
+        (own.root / file).write_text(before)
+    other = 'eval.sources=[{format="messages", path="held.json", take="first:2"}]'
+    commands.run(CAPTION, config, "train.max_steps=4", other).ok()
+
+
 def test_resuming_on_other_weights_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:
     config = own.config(tmp_path / "run.toml", {"checkpoint": {"every_steps": 2}})
     commands.train(config, "train.max_steps=2")

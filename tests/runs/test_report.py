@@ -11,7 +11,8 @@ import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from vft.metrics import Samples, mean_interval
 from vft.models import build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
-from vft.report import write_report
+from vft.report import examples, write_report
+from vft.types import Conversation, MediaRef, Turn
 from vft.vision_spec import VisionSpec
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -351,6 +353,44 @@ def test_confusion_of_few_classes_and_of_many(tmp_path: Path) -> None:
     many = chosen([(f"class {i:02}", f"class {i:02}") for i in range(40)] + [("class 07", "class 08")] * 4)
     page = read(write_run(tmp_path / "many", [evaluation(1)], "classify", step_000001=many))
     assert table(page, "Confusion at step 1")[1:] == [["class 07", "class 08", "4", "5"]]
+
+
+def test_equal_ids_of_two_sources_are_two_questions() -> None:
+    """Each with its own answers, grade and pictures; of files that name no source rather no pictures than another's."""
+    talks = [
+        Conversation("1", (Turn("user", (MediaRef("video", Path("clip.mp4")), "What?")),), f"{source}.json:1")
+        for source in "ab"
+    ]
+    rows = {
+        said: [
+            {**answer(0, f"{said} {one.origin}", one.origin), "source": one.origin, "media": ["clip.mp4"], "id": "1"}
+            for one in talks
+        ]
+        for said in ("first", "last")
+    }
+    built: list[int] = []
+
+    def build(number: int) -> SimpleNamespace:
+        built.append(number)
+        return SimpleNamespace(media=())
+
+    held_out: Any = SimpleNamespace(members=[(one,) for one in talks], build=build)
+    shown = examples.examples(rows, held_out, cast(VisionSpec, object()))
+    assert sorted(built) == [0, 1] and len(shown) == 2
+    for one in shown:
+        (source,) = one["references"]
+        assert [row["prediction"] for _, row, _ in one["answers"]] == [f"first {source}", f"last {source}"]
+    old = {key: value for key, value in rows["last"][0].items() if key not in ("source", "media")}
+    built.clear()
+    assert examples.strips(old, held_out, cast(VisionSpec, object())) == [] and built == []
+
+
+def test_answers_that_were_cut_off_are_marked(tmp_path: Path) -> None:
+    rows = [{**answer(0, "A dog ru", "A dog runs."), "cut_off": True}, answer(1, "A cat.", "A cat.")]
+    page = read(write_run(tmp_path, [evaluation(1, rouge_l=(1, 1, 1), cut_off=(1, 1, 1))], step_000001=rows))
+    assert table(page, "Scores")[1:] == [["rouge_l", "1"], ["cut_off", "1"]]
+    marked = [one.all("dd")[-1].text for one in page.all("article") if one.all("dt")[-1].text == "step 1, cut off"]
+    assert marked == ["A dog ru"]
 
 
 def test_scores_by_the_evaluating_tool(tmp_path: Path) -> None:

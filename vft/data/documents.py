@@ -98,10 +98,12 @@ class Documents:
 
     @property
     def digest(self) -> str:
-        """Tells two data indexes apart: ids and lengths of all documents."""
+        """Tells two data indexes apart: ids, texts, media (by name and what is taken of them) and lengths of all
+        documents, wherever the files lie."""
         content = hashlib.sha256()
         for conversations, length in zip(self.members, self.lengths, strict=True):
-            content.update(f"{[one.id for one in conversations]}:{length};".encode())
+            said = [(one.id, one.content, one.options) for one in conversations]
+            content.update(f"{said}:{length};".encode(errors="replace"))
         return content.hexdigest()[:16]
 
     def add_all(self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool) -> None:

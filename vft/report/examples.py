@@ -61,8 +61,8 @@ def examples(predictions: Mapping[str, list[Row]], held_out: Documents | None, s
 
 
 def key_of(row: Row) -> tuple[object, ...]:
-    """What tells a question from others: ids may repeat between sources."""
-    return row.get("id"), row.get("prompt"), tuple(row.get("media", ()))
+    """What tells a question from others: ids may repeat between sources. Older files name no source."""
+    return row.get("id"), row.get("prompt"), row.get("source"), tuple(row.get("media") or ())
 
 
 def references_of(row: Row) -> list[str]:
@@ -115,9 +115,10 @@ def strips(row: Row, documents: Documents, spec: VisionSpec) -> list[Row]:
     for number, members in enumerate(documents.members):
         for one in members:
             names = [ref.name for ref in one.media]
-            if one.id == row.get("id") and row.get("media", names) == names:
-                found[tuple(names)] = number
-    if len(found) != 1:  # two sources may use one id: rather no video than another's
+            told = row.get("source", one.origin) == one.origin and row.get("media", names) == names
+            if one.id == row.get("id") and told:
+                found[one.origin, *names] = number
+    if len(found) != 1:  # older files name no source, and two may use one id: rather no video than another's
         return []
     try:
         return [strip(plan, spec) for plan in documents.build(*found.values()).media]

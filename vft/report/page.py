@@ -36,7 +36,7 @@ MAX_CLASSES = 30
 MAX_LINES = 6
 """Groups whose curves share a chart; more would be a tangle."""
 DIFFERENCE = "difference"
-COUNTS = ("answered", "unreadable")
+COUNTS = ("answered", "unreadable", "cut_off")
 """Among the scores, but of the data: they need no curves."""
 
 

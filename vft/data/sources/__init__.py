@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vft.data.sources import (
@@ -44,12 +45,21 @@ __all__ = ["FORMATS", "BadRecord", "Records", "locate", "read"]
 
 
 def read(source: SourceConfig, data: DataConfig) -> Records:
-    """The samples of a source, and the records there that can't be used. Media are looked for under `data.root` alone.
+    """The samples of a source, and the records there that can't be used, both with their place below `data.root`. Media
+    are looked for there alone.
 
     Raises:
         UserError: a file that can't be read or is not in the source's format; names file and line.
     """
-    return FORMATS[source.format](source, data)
+    samples, bad = FORMATS[source.format](source, data)
+    samples = [replace(one, origin=_placed(source.path, one.origin)) for one in samples]
+    return samples, [replace(one, origin=_placed(source.path, one.origin)) for one in bad]
+
+
+def _placed(path: str, origin: str) -> str:
+    """`train.json:12` of a source `a/train.json` as `a/train.json:12`: files of one name in two folders are two."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return (f"{folder}/{origin}" if folder else origin) if origin.startswith(name) else f"{path.rstrip('/')}/{origin}"
 
 
 def locate(path: str, root: Path) -> str:

@@ -1,0 +1,124 @@
+"""Held-out samples that are also trained on: the same file under any name, or a copy of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from vft.types import Conversation, MediaRef
+
+BLOCK_BYTES = 1 << 18
+"""Of a file's start, middle and end that are compared; a file of three or fewer is compared whole."""
+THREADS = 32
+NAMED = 10
+"""Samples whose names a message gives."""
+
+Inode = tuple[int, int]
+
+
+class Files:
+    """What tells files apart; each is looked at once, and read only where another has its size."""
+
+    def __init__(self) -> None:
+        self._status: dict[Path, os.stat_result | None] = {}
+        self._digests: dict[Inode, bytes | None] = {}
+
+    def look(self, paths: Iterable[Path]) -> None:
+        """Ask the file system about many files side by side."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._status]
+        with ThreadPoolExecutor(THREADS) as threads:
+            self._status.update(zip(new, threads.map(_status, new), strict=True))
+
+    def inode(self, path: Path) -> Inode | None:
+        """Equal for hard links and links to one file; None where there is none."""
+        status = self._status[path]
+        return None if status is None else (status.st_dev, status.st_ino)
+
+    def size(self, path: Path) -> int | None:
+        """Bytes; None where there is no file, or nothing in it."""
+        status = self._status[path]
+        return status.st_size or None if status is not None else None
+
+    def digest(self, path: Path) -> bytes | None:
+        """Of the size and the blocks at its start, middle and end; None where it can't be read."""
+        inode, size = self.inode(path), self.size(path)
+        if inode is None or size is None:
+            return None
+        if inode not in self._digests:
+            self._digests[inode] = _digest(path, size)
+        return self._digests[inode]
+
+
+def _status(path: Path) -> os.stat_result | None:
+    with suppress(OSError, ValueError):
+        return path.stat()
+    return None
+
+
+def _digest(path: Path, size: int) -> bytes | None:
+    content = hashlib.sha256(str(size).encode())
+    starts = (
+        (0, size // 2 - BLOCK_BYTES // 2, size - BLOCK_BYTES) if size > 3 * BLOCK_BYTES else range(0, size, BLOCK_BYTES)
+    )
+    with suppress(OSError), path.open("rb") as stream:
+        for start in starts:
+            stream.seek(start)
+            content.update(stream.read(BLOCK_BYTES))
+        return content.digest()
+    return None
+
+
+def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
+    """Those of `held_out` one of whose media is seen in training, as the same file or as a copy of it, whatever part is
+    shown; of a conversation without media, those that are trained on word for word."""
+    files = Files()
+    trained = {_files(ref) for one in training for ref in one.media}
+    asked = {_files(ref) for one in held_out for ref in one.media}
+    files.look(path for paths in (*trained, *asked) for path in paths)
+    sizes = {tuple(map(files.size, paths)) for paths in asked}
+    inodes = {tuple(map(files.inode, paths)) for paths in trained}
+    # Of a size that a held-out one has too: all others differ.
+    copies = {tuple(map(files.digest, paths)) for paths in trained if tuple(map(files.size, paths)) in sizes}
+    texts = {_text(one) for one in training if not one.media}
+
+    def is_trained(paths: tuple[Path, ...]) -> bool:
+        inode = tuple(map(files.inode, paths))
+        if paths in trained or (None not in inode and inode in inodes):
+            return True
+        content = tuple(map(files.digest, paths)) if copies else (None,)
+        return None not in content and content in copies
+
+    shared = {paths for paths in asked if is_trained(paths)}
+    return [
+        one
+        for one in held_out
+        if (any(_files(ref) in shared for ref in one.media) if one.media else _text(one) in texts)
+    ]
+
+
+def overlap_warning(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> str:
+    """A line that names what is held out and trained on; empty where nothing is."""
+    found = also_trained_on(held_out, training)
+    if not found:
+        return ""
+    named = ", ".join(
+        f"{one.id} ({', '.join(dict.fromkeys(Path(ref.name).name for ref in one.media)) or 'a text'})"
+        for one in found[:NAMED]
+    )
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return (
+        f"warning: {len(found)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
+        f"of it: {named}{more}; scores on them show what was memorised"
+    )
+
+
+def _files(ref: MediaRef) -> tuple[Path, ...]:
+    return ref.path if isinstance(ref.path, tuple) else (ref.path,)
+
+
+def _text(one: Conversation) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.text.strip()) for turn in one.turns)
