@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.data.clips import make_clip
 from vft.data import sources
-from vft.data.sources.records import BadRecord
+from vft.data.sources.records import BadRecord, RecordError
+from vft.data.sources.shapes import ANSWERS, FILES, QUESTIONS, VIDEOS, Shapes
 from vft.data_config import DataConfig, SourceConfig
 from vft.inputs import Failure, read_items
 from vft.types import MediaOptions, MediaRef, Sample, UserError
@@ -418,3 +421,53 @@ def test_predict_asks_the_same_of_tables(tmp_path: Path) -> None:
     Dataset.from_list([{"video": "a.mp4", "query": "What?", "response": "x"}]).to_parquet(tmp_path / "r.parquet")
     (item,) = read_items([tmp_path / "r.parquet"], "p", None)
     assert not isinstance(item.asked, Failure) and item.asked.prompt.turns[-1].text == "What?"
+
+
+# ----------------------------------------------------------------------------------------------------------- anything
+
+NAMES = [
+    *QUESTIONS,
+    *(name for tier in ANSWERS for name in tier),
+    *VIDEOS,
+    *FILES,
+    "video",
+    "images",
+    "history",
+    "input",
+]
+NAMES += ["system", "annotations", "data", "annotator", "annotation_id", "id", "messages", "fps", "Video", "x"]
+SCALARS = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5)
+SCALARS |= st.sampled_from(
+    ["a.mp4", "[1", "{[]: 1}", "['a']", "/data/upload/1/a.mp4", "/data/local-files/?d=%00", "D:\\a"]
+)
+RESULTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["choices", "textarea", "timelinelabels", "labels", "x"]), "from_name": SCALARS},
+    optional={
+        "value": st.dictionaries(st.sampled_from(["choices", "text", "timelinelabels", "ranges", "start"]), SCALARS)
+    },
+)
+VALUES = st.recursive(
+    SCALARS
+    | st.just({"result": [None]})
+    | st.builds(lambda one: [{"result": one}], st.lists(RESULTS | SCALARS, max_size=3)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["text", "answer", "role", "content", "bytes", "path", "result"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), max_size=3), st.booleans())
+def test_whatever_records_hold_is_a_sample_or_a_bad_record(
+    tmp_path_factory: pytest.TempPathFactory, records: list[Any], answered: bool
+) -> None:
+    shapes = Shapes(tmp_path_factory.getbasetemp(), answered=answered)
+    for record in records:
+        try:
+            made = shapes(record)
+        except RecordError as error:
+            assert "\n" not in error.message
+            continue
+        assert made and all(isinstance(one, dict) for one in made)

@@ -70,7 +70,7 @@ def _annotated(base: Row, annotation: Mapping[str, Any], root: Path) -> Iterator
     types: dict[str, None] = {}
     results = annotation.get("result")
     for one in results if isinstance(results, list) else ():
-        kind, value = one.get("type"), one.get("value")
+        kind, value = (one.get("type"), one.get("value")) if isinstance(one, dict) else (None, None)
         if isinstance(value, dict) and kind in (*VALUES, *SPANS):
             name, found = str(one.get("from_name")), value if kind in SPANS else value.get(VALUES[kind])
             said.setdefault(name, []).extend(found if isinstance(found, list) else [found])
@@ -96,7 +96,11 @@ def _minimal(value: Any) -> Any:
 
 def _rows(base: Row, said: Mapping[str, Any], chosen: Collection[str], root: Path) -> Iterator[Said]:
     """One row for what holds of the whole medium, or one for each labelled part of it."""
-    spans = {name: one for name, one in said.items() if isinstance(one, list) and one and isinstance(one[0], dict)}
+    spans = {
+        name: one
+        for name, one in said.items()
+        if isinstance(one, list) and one and all(isinstance(span, dict) for span in one)
+    }
     whole = {name: one for name, one in said.items() if name not in spans}
     if not spans:
         yield Said({**base, **whole}, tuple(whole), bool(whole) and set(whole) <= set(chosen))

@@ -155,7 +155,9 @@ def _read_columnar(path: Path) -> Iterator[dict[str, Any]]:
             for batch in batches:
                 for row in batch.to_pylist():
                     yield {name: _plain(value, classes.get(name)) for name, value in row.items()}
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two of odd times and texts
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: can't be read ({reason}); download or write it again") from None
 
@@ -181,9 +183,13 @@ def _arrow(file: Any) -> Table:
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
     """The names behind the numbers of each `ClassLabel` column, as datasets keeps them in a schema."""
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"].items()
+    except (ValueError, LookupError, TypeError, AttributeError):  # no such note, or not of datasets
+        return {}
+    return {
+        name: one["names"] for name, one in features if isinstance(one, dict) and isinstance(one.get("names"), list)
+    }
 
 
 def _plain(value: Any, names: list[str] | None) -> Any:

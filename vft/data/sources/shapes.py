@@ -203,7 +203,7 @@ def _cell(key: str, value: Any) -> Any:
         for read in (json.loads, ast.literal_eval):
             try:
                 return read(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
     if meaning is not None and not is_list:
         try:
