@@ -25,6 +25,7 @@ from vft.export import served_files
 from vft.files import whole_folder
 from vft.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.models import build
+from vft.models.quantised import require_whole
 from vft.models.weights import Checkpoint, copy_companions, open_tensors, stored_names
 from vft.serving import vllm_serve
 from vft.types import UserError
@@ -55,8 +56,8 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, ours: Mapping[str, st
     scales = adapter.scales
     waiting = set(scales)
     files = sorted(set(checkpoint.weight_files.values()))
-    for file in files:
-        _header(file)  # of a base in several files, nothing has looked into them so far
+    # Of a base in several files, nothing has looked into them so far.
+    layouts = {file: _header(file) for file in files}
     with (
         safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
         progress_bar(len(files), "merging", "file") as bar,
@@ -67,6 +68,7 @@ def _merge_files(checkpoint: Checkpoint, adapter: Adapter, ours: Mapping[str, st
                 for name, start in _starts(stream).items():
                     module = ours[name].removesuffix(".weight")
                     if module in waiting:
+                        require_whole(layouts[file][name][1], checkpoint.path, name)
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)
                         magnitude = None if lengths is None else low_rank.get_tensor(lengths)

@@ -190,6 +190,27 @@ def test_quantised_checkpoints_by_their_tensors(tiny: Tiny, tmp_path: Path, end:
         Checkpoint.open(str(base))
 
 
+def test_quantised_checkpoints_by_their_own_files_and_types(tiny: Tiny, tmp_path: Path) -> None:
+    """Where neither config.json nor a name says it: loading and merging look at the types."""
+    base = shutil.copytree(tiny.path, tmp_path / "base")
+    (base / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(UserError, match=r"quantised checkpoint \(NVFP4"):
+        Checkpoint.open(str(base))
+    (base / "hf_quant_config.json").unlink()
+    (file,) = base.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    for use in (
+        lambda: load_model(str(base), None, torch.float32, CPU),
+        lambda: merge(str(base), adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(UserError, match=rf"quantised checkpoint \(FP8; tensor {name}"):
+            use()
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_chat_template_is_the_processors(tiny: Tiny, tmp_path: Path) -> None:
     """In the order of transformers' `ProcessorMixin.get_processor_dict`, the tokenizer's own last."""
     base = shutil.copytree(tiny.path, tmp_path / "base")

@@ -25,6 +25,10 @@ BY_TENSOR = {
     "._data": "quanto",
 }
 """Ends of names of tensors that only quantised layers have, and who writes them."""
+OWN_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where AutoGPTQ, AutoAWQ and ModelOpt say it beside a config.json that doesn't."""
+WHOLE_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""By safetensors' names."""
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM"}
 """By `quant_method`; others are named as they name themselves."""
 
@@ -42,9 +46,16 @@ def refuse_quantised(path: str, config: Mapping[str, Any], tensors: Iterable[str
             raise _refused(path, method, f"tensor {name}")
 
 
+def require_whole(dtype: str, path: str, tensor: str) -> None:
+    """UserError where a weight is stored in a type of few bits, by safetensors' name of it."""
+    if dtype not in WHOLE_TYPES:
+        raise _refused(path, "FP8" if dtype.startswith("F8") else dtype, f"tensor {tensor}")
+
+
 def _method(found: Any) -> str:
     if not isinstance(found, Mapping):
         return repr(found)
+    found = {**found, **(found["quantization"] if isinstance(found.get("quantization"), Mapping) else {})}
     method = str(found.get("quant_method") or found.get("quant_algo") or found.get("quantization_status") or "unnamed")
     bits = found.get("bits") or found.get("w_bit")
     if method == "bitsandbytes" or "load_in_4bit" in found or "load_in_8bit" in found:

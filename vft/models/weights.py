@@ -26,7 +26,7 @@ from vft.console import progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import read_object, whole_folder
 from vft.models.names import our_names
-from vft.models.quantised import refuse_quantised
+from vft.models.quantised import OWN_FILES, refuse_quantised, require_whole
 from vft.nf4 import is_packed, pack, true_shapes
 from vft.tensor_files import DTYPES, Layout, file_order, write_tensors
 from vft.types import UserError
@@ -91,6 +91,8 @@ class Checkpoint:
         if file is None:
             raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
         refuse_quantised(path, read_object(file), ())
+        for own in (Path(path, name) for name in OWN_FILES):
+            refuse_quantised(path, {"quantization_config": read_object(own) if own.is_file() else {}}, ())
         config = _configuration(path, file)
         stretch_positions(config, rope_factor)
         index_file = _file(path, INDEX_FILE)
@@ -246,6 +248,7 @@ def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkp
 
 def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str) -> None:
     shape = tuple(source.get_shape())
+    require_whole(source.get_dtype(), *where.split(": ", 1))
     if shape != expected:
         raise UserError(f"{where}: shape {list(shape)} in the file, {list(expected)} by config.json")
     rows, local = local_rows(parameter), local_part(parameter)
