@@ -90,7 +90,7 @@ def test_a_setting_samples_lists_too(spec: VisionSpec) -> None:
 
 def test_frames_asked_of_predict_hold_for_lists_too() -> None:
     for option, value, count in (("max_frames", 4, 4), ("frames", 6, 6), ("fps", 1.0, 8), ("max_pixels", 7_000, 16)):
-        asked = dict.fromkeys(("fps", "frames", "max_frames", "max_pixels")) | {option: value}
+        asked = dict.fromkeys(("fps", "frames", "max_frames", "max_pixels", "pack_tokens")) | {option: value}
         video = predict.data_config(argparse.Namespace(**asked), {}).video.model_dump(exclude_none=True)
         assert len(plan(QWEN, 16, video=video).frame_indices) == count, option
 
