@@ -178,6 +178,8 @@ def said(scores: Mapping[str, Interval]) -> str:
 
 def loss_of(line: Mapping[str, Any]) -> str:
     """A step's loss, or that there is none."""
+    if line.get("num_targets") == 0:
+        return "none, no samples"
     return "not finite, skipped" if line["loss"] is None or line["grad_norm"] is None else f"{line['loss']:.4f}"
 
 

@@ -243,7 +243,7 @@ def describe_step(
     """What a step's line of metrics.jsonl says of it."""
     counts, seconds, peak = result.counts, watch.elapsed_s, peak_flops(device)
     return {
-        "loss": finite(result.loss),
+        "loss": finite(result.loss) if counts["num_targets"] else None,
         "num_targets": counts["num_targets"],
         "tokens": counts["tokens"],
         "samples": counts["samples"],

@@ -88,6 +88,7 @@ def test_a_long_bad_stretch_is_told(world: World, commands: Commands, tmp_path: 
     folder = config.with_suffix("")
     samples = column(folder, "samples")
     assert set(samples) == {0, 1} and len(samples) == 8
+    assert [loss is None for loss in column(folder, "loss")] == [count == 0 for count in samples]  # 0 would look good
     again = world.config(tmp_path / "again.toml", settings(tmp_path / "data", stretch(tmp_path / "data"), max_steps=8))
     for steps in (3, 8):
         commands.run(CAPTION, again, "train.packs_per_step=1", f"train.max_steps={steps}").ok()
