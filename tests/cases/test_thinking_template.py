@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,8 @@ def test_thinking_and_instruct(case: Callable[[str], Case], monkeypatch: pytest.
             assert sorted(filter(None, look.supervised())) == sorted(runs), (model, name)  # a trunk has none
             if name == "trim":
                 assert look.frame_times()[0] >= 6.0
+    # What the model says goes on behind the tag: without its end, it is a thought and no answer.
+    asked = ("--prompt", "First?", "--json", "--max-new-tokens", 4, "data/c10.mp4")
+    result = there.run("tools/predict.py", "--model", there.folder / "out" / "q3_think", *asked).ok()
+    answer = json.loads(result.stdout)
+    assert answer["prediction"] == "" and answer["cut_off"] and "1 of 1 answers were cut off" in result.stderr
