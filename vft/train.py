@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -217,7 +218,7 @@ class Trainer:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
-        same_on_all_ranks("the index of the data", self.identity()["data"])
+        same_on_all_ranks("the index of the data", self.identity["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
 
     def start_folder(self) -> None:
@@ -237,7 +238,7 @@ class Trainer:
         found = checkpoints.newest_good(root, self.world, self.monitor.say)
         if found is not None:
             state = checkpoints.load(found, self.model, self.optimizer)
-            check_identity(found, state, self.identity())
+            check_identity(found, state, self.identity)
             self.step, self.samples = state["step"], state["samples"]
             self.saved = self.step
             self.has_updated = True
@@ -434,6 +435,7 @@ class Trainer:
                 best.record(self.step, scores)
         self.monitor.evaluation(self.step, scores)  # last: a run that goes on takes the line for the whole of it
 
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
         data = self.documents.digest
@@ -449,7 +451,7 @@ class Trainer:
         """A checkpoint to resume from."""
         loader = self.loader.state()
         loader["streams"] = {name: at for part in all_of(loader["streams"]) for name, at in part.items()}
-        state = {"rules": VERSION, **self.identity(), **loader, "samples": self.samples}
+        state = {"rules": VERSION, **self.identity, **loader, "samples": self.samples}
         self.saver.save(self.step, state)
         self.saved = self.step
         self.monitor.view.checkpoint = (self.step, time.monotonic())
