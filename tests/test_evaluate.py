@@ -28,7 +28,14 @@ from vft.data.packing import collate
 from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig, ImageConfig, SourceConfig
 from vft.distributed import World
-from vft.evaluate import evaluate, held_out_loss, load_held_out, prediction_line, questions
+from vft.evaluate import (
+    evaluate,
+    held_out_loss,
+    load_held_out,
+    overlap_with_training,
+    prediction_line,
+    questions,
+)
 from vft.models.generate import Sampling
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -385,3 +392,21 @@ def test_a_line_of_the_file() -> None:
     assert list(line["option_scores"]) == ["a", "b", "c", "d", "e", "g"] and line["option_scores"]["b"] == -1.3333
     unknown = json.loads(prediction_line(Answer(Question("q", replace(prompt, options=()), ()), "x")))
     assert unknown["reference"] is None and "choice" not in unknown
+
+
+def test_held_out_samples_that_are_trained_on_are_named(tiny: Tiny, root: Path) -> None:
+    """By the records of training, read anew; where these can't be read a line says so; not where they are scored."""
+    config, held_out = held_out_of(tiny, root, RECORDS[:2])
+    (root / "train.json").write_text(json.dumps([record("Dark.", "30.png", "How bright?"), record("x", "150.png")]))
+
+    def told(path: str, *eval_sources: SourceConfig) -> str:
+        data = config.data.model_copy(update={"sources": (SourceConfig(format="messages", path=path),)})
+        changed = {"data": data, "eval": EvalConfig(sources=eval_sources)}
+        return overlap_with_training(Caption(), config.model_copy(update=changed), held_out)
+
+    own = SourceConfig(format="messages", path="held_out.json")
+    assert "1 of 2 held-out samples are also in training" in told("train.json", own)
+    assert "held_out-1 (30.png)" in told("train.json", own) and "90.png" not in told("train.json", own)
+    assert (
+        told("gone.json", own).startswith("warning: held-out samples can't be looked for") and told("train.json") == ""
+    )
