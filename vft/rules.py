@@ -22,7 +22,8 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "media are fitted to the model's context",
         "fractional repeats come at even intervals",
         "a stream ends a row after 16 clips in vain, and counts bad samples",
-        "options are ranked by the whole answer's summed log-probability, any right label counts, words of all scripts",
+        "options are ranked by the whole answer's summed log-probability, any right label counts",
+        "texts are compared and cut by script",
         "every question samples from a stream of its own, and thoughts are no part of an answer",
     ),
 }
