@@ -180,6 +180,13 @@ FULL_STOPS = [
             ["A. In St. Ives, U.S.", "B. At 10:30 (a.m.)"],
         ),
         ("Is it?\nA. yes\nB. yes", "B", ["A", "B"]),  # told apart by their letters
+        ("是吗？\nA、是\nB、不是", "B", ["A", "B"]),
+        ("是吗？\nA、是\nB、不是", "B、不是", ["A、是", "B、不是"]),
+        ("是吗？\n（A）是\n（B）不是", "（A）是", ["（A）是", "（B）不是"]),
+        ("是吗？\nＡ．是\nＢ．不是", "Ａ", ["Ａ", "Ｂ"]),
+        ("Is it?\na) yes\nb) no", "b", ["a", "b"]),
+        ("Is it?\n  (a) yes\n  (b) no", "(b) no", ["(a) yes", "(b) no"]),
+        ("Is it?\nA. yes\nb. no", "A", []),
         # None of these is a choice.
         ("Is it?\nA. yes\nB. yes", "yes", []),
         ("Is it?\nA. yes\nB. no", "maybe", []),

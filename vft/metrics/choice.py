@@ -8,21 +8,30 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 
 _IN_WORD = r"A-Za-z\u00c0-\u024f\d_'’"
-_WORD_AFTER = r"\s+(?!is\b)[a-z]"
-"""Behind `A` or `I`: then they are an article and a pronoun."""
+_BEFORE = rf"(?<![{_IN_WORD}.°])(?<![{_IN_WORD}]-)"
+_BEHIND = rf"(?![{_IN_WORD}+#]|[.-]\w)"
+"""Not within a word: `X-ray`, `U.S.`, `C++`, 5 °C."""
+_WORD_BEHIND = (
+    r"\s+(?!(?:is|and|or|but|not|as|because|since|for|which|that|with|in|on|from|by|than|if|so|given|based|due)\b)[a-z]"
+)
+"""Behind `I`, and behind `A` where a sentence begins: then they are a pronoun and an article."""
+_CAPITAL = rf"([B-HJ-Z]{_BEHIND}|(?:(?<=[a-z,;] )A|[AI](?!{_WORD_BEHIND})){_BEHIND})"
 _AT_START = re.compile(r"\W*(?:([A-Z])\s*(?:[.):\]](?![A-Z])|$)|([a-z])\s*(?:[.):\]](?![A-Za-z])|$))", re.MULTILINE)
 _ANNOUNCED = re.compile(
     r"(?i:\b(?:answer|(?:correct|best|right) (?:option|choice)|(?:option|choice)(?= is\b|:))\W*"
     r"(?:(?:is|was|would be|must be|should be)\b\W*)?(?:(?:option|choice|letter)\b\W*)?)"
-    rf"(?:([B-HJ-Z])(?![{_IN_WORD}])|([AI])(?![{_IN_WORD}]|{_WORD_AFTER})"
-    r"|([a-z])(?=\s*(?:[.):\]](?![A-Za-z])|$)))",
+    rf"(?:{_CAPITAL}|([a-z])(?=\s*(?:[.):\]](?![A-Za-z])|$)))",
     re.MULTILINE,
 )
-_ALONE = re.compile(
-    rf"(?<![{_IN_WORD}.])(?:([B-HJ-Z])(?![{_IN_WORD}]|\.\w)|([AI])(?![{_IN_WORD}]|\.\w|{_WORD_AFTER})"
-    r"|([a-z])(?=\s*(?:[):\]]|[.!]?\s*$)))",
-    re.MULTILINE,
+_ALONE = re.compile(rf"{_BEFORE}(?:{_CAPITAL}|([a-z])(?=\s*(?:[):\]]|[.!]?\s*$)))", re.MULTILINE)
+_LETTER = rf"\(?[A-Z]{_BEHIND}\)?"
+_LETTERS = rf"{_LETTER}(?:(?:, {_LETTER})*,? (?:and|or|nor) {_LETTER})?"
+_DENIED = re.compile(
+    rf"(?:\b(?i:not|neither)|n['’]t)\s+(?:(?i:options?|choices?)\s+)?{_LETTERS}"
+    rf"|{_BEFORE}{_LETTERS}\s+(?:(?:is|are|was|were)\s+(?:not|wrong|incorrect|false)|(?:is|are|was|were)n['’]t)\b"
 )
+_QUOTED = re.compile(r"(?<!\w)['‘’]([A-Za-z])['’](?!\w)")
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
 _ARTICLE = re.compile(r"\W*(A)\s")
 
 _OFFICIAL_PREFIXES = (
@@ -45,11 +54,13 @@ def extract_letter(text: str, letters: str = "ABCD") -> str | None:
 
     In this order: a letter that opens the text (`C`, `(c)`, `C. red`, `A: red`), the last one that is announced (`The
     answer is I`), the first that stands alone (`It is C`). `A` and `I` before a word are an article and a pronoun,
-    unless there is nothing but `A` at the start (`A red car`). A letter of lower case counts where it ends the text or
-    is in brackets or the like. Reasoning (`<think>`) and Markdown's marks are left out.
+    unless there is nothing but `A` at the start (`A red car`); within a sentence `A` is a letter. One of lower case
+    counts where it ends the text or is in brackets or the like. Letters that are denied (`not A`, `A is wrong`),
+    reasoning (`<think>`) and Markdown's marks are left out.
     """
     assert letters.isupper(), letters
-    text = re.sub(r"[*_`$]|\\(?:boxed|text)\b", "", text.rpartition("</think>")[2]).strip()
+    text = re.sub(r"[*_`$]|\\(?:boxed|text)\b", "", text.rpartition("</think>")[2].translate(_FULL_WIDTH))
+    text = _DENIED.sub(" ", _QUOTED.sub(r"\1", text)).strip()
     opening, article = _AT_START.match(text), _ARTICLE.match(text)
     found = [opening[1] or opening[2]] if opening else []
     for pattern, order in ((_ANNOUNCED, -1), (_ALONE, 1)):

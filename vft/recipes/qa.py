@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,10 @@ from vft.reasoning import split_reasoning
 from vft.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
 from vft.types import Conversation, Sample
 
-OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
-"""An option in the text of a question: `A. red`, `(B) green`."""
+OPTION_LINE = re.compile(r"^[ \t]*([(（]?([A-Za-zＡ-Ｚ])[.):、．：）]\s*(\S.*?))\s*$", re.MULTILINE)
+"""An option in the text of a question: `A. red`, `(B) green`, `C、蓝`, `d) white`."""
 
-LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+LETTER = re.compile(r"[(（]?([A-Za-zＡ-Ｚ])(?:[.):、．：）]|$)")
 """The letter of an option: alone, or before its text."""
 
 
@@ -122,12 +123,13 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
     lists fewer than two, or the answer is none of them.
     """
     lines = OPTION_LINE.findall(question)
-    letters = [letter for letter, _ in lines]
-    if len(lines) < 2 or letters != [chr(ord("A") + i) for i in range(len(lines))]:
+    letters = [letter for _, letter, _ in lines]
+    if len(lines) < 2 or letters[0] not in "AaＡ" or letters != [chr(ord(letters[0]) + i) for i in range(len(lines))]:
         return ()
     said = answer.strip()
-    for form in ("{0}", "{0}.", "({0})", "{0}. {1}", "{0}. {1}.", "({0}) {1}", "{0}) {1}", "{0}: {1}", "{1}", "{1}."):
-        options = tuple(form.format(letter, text) for letter, text in lines)
+    forms = ("{1}", "{1}.", "({1})", "{0}", "{1}. {2}", "{1}. {2}.", "({1}) {2}", "{1}) {2}", "{1}: {2}", "{2}", "{2}.")
+    for form in forms:
+        options = tuple(form.format(*line) for line in lines)
         if said in options and len(set(options)) == len(options):
             return options
     return ()
@@ -153,9 +155,9 @@ def _letters_of(answer: Answer) -> str:
 
 
 def _letter_of(option: str) -> str:
-    """`B` of `B`, `(B) green` and `B. green`; of a text that only begins with a capital letter nothing."""
+    """`B` of `B`, `(b) green` and `B. green`; of a text that only begins with a letter nothing."""
     found = LETTER.match(option)
-    return found[1] if found else ""
+    return unicodedata.normalize("NFKC", found[1]).upper() if found else ""
 
 
 if __name__ == "__main__":
