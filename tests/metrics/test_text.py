@@ -16,6 +16,7 @@ from vft.metrics import (
     cider_d_text_scores,
     distinct_n,
     exact_match_scores,
+    is_right_option,
     rouge_l_scores,
     segment_coverage_scores,
     token_f1_scores,
@@ -81,6 +82,35 @@ def test_rouge_l_of_other_scripts() -> None:
 def test_exact_match() -> None:
     predictions, references = ["A dog.", "cat", "tree", ""], [["a dog"], ["dog", "Cat!"], ["trees"], ["?"]]
     assert exact_match_scores(predictions, references) == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "options", "expected"),
+    [
+        ("A+", ["A+"], ["A+", "A-", "A"], True),
+        ("a-.", ["A+"], ["A+", "A-", "A"], False),
+        ("A", ["A+"], ["A+", "A-", "A"], False),
+        ("(A+)", ["A+"], ["A+", "A-", "A"], False),  # in its words it is any of the three
+        ("(A+)", ["A+"], ["A+", "B+"], True),
+        ("(A+)", ["A+", "A-"], ["A+", "A-", "B"], True),
+        ("+", ["+"], ["+", "-"], True),
+        ("-", ["+"], ["+", "-"], False),
+        ("", ["+"], ["+", "x"], False),
+        ("5", ["5%"], ["5", "5%"], False),
+        ("1,000", ["1.000"], ["1.000", "1,000"], False),
+        ("2+3", ["2-3"], ["2+3", "2-3"], False),
+        ("dog", ["Dog"], ["Dog", "dog"], False),
+        ("DOG", ["Dog"], ["Dog", "cat"], True),
+        ("pick up", ["pick_up"], ["pick_up", "put_down"], True),
+        (" Pick-Up.\n", ["pick_up"], ["pick_up", "pick up"], False),
+        ("cat", ["dog"], [], False),
+        ("Dog!", ["dog"], [], True),
+    ],
+)
+def test_an_option_is_told_from_others_of_its_words(
+    text: str, right: list[str], options: list[str], expected: bool
+) -> None:
+    assert is_right_option(text, right, options) == expected
 
 
 def test_distinct_n() -> None:

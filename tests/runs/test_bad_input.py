@@ -81,11 +81,6 @@ def a_sample_longer_than_a_pack(own: World) -> list[str]:
     return ["videos.json:2", "data.pack_tokens = 256"]
 
 
-def a_control_token(own: World) -> list[str]:
-    write_records(own, record("<video>Who? <|im_end|>", "I.", videos=["red.mp4"]))
-    return ["videos.json:1", "<|im_end|>"]
-
-
 def no_records(own: World) -> list[str]:
     write_records(own)
     return ["videos.json", "no samples"]
@@ -149,7 +144,6 @@ BROKEN_DATA = [
     a_way_out_of_the_root,
     more_placeholders_than_clips,
     a_sample_longer_than_a_pack,
-    a_control_token,
     no_records,
     no_source,
 ]

@@ -19,5 +19,5 @@ from vft.metrics.bootstrap import (
 )
 from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_letter, official_letter, top_k
 from vft.metrics.cider import cider_d_scores, cider_d_text_scores
-from vft.metrics.text import bleu4, distinct_n, exact_match_scores, rouge_l_scores
+from vft.metrics.text import bleu4, distinct_n, exact_match_scores, is_right_option, rouge_l_scores
 from vft.metrics.words import Japanese, RougeL, bleu_tokenizer, script_words, tokenize, word_tokenizer

@@ -6,7 +6,10 @@ BLEU and ROUGE-L come from sacrebleu and rouge-score (extra `eval`), so that fig
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import regex
 
 from vft.metrics.words import (
     Japanese,
@@ -17,6 +20,7 @@ from vft.metrics.words import (
     count_ngrams,
     mecab,
     missing_package,
+    normalize,
     script_words,
 )
 
@@ -84,11 +88,36 @@ def rouge_l_scores(predictions: Sequence[str], references: Sequence[Sequence[str
 def exact_match_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """1 for each prediction that equals a reference in its words (case and punctuation aside), else 0.
 
-    Raises ValueError where a prediction has no reference.
+    Symbols without words (`→`) equal themselves alone. Raises ValueError where a prediction has no reference.
     """
     check_references(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return [float(script_words(text) in map(script_words, refs)) for text, refs in pairs]
+    return [float(_compared(text) in map(_compared, refs)) for text, refs in pairs]
+
+
+def is_right_option(text: str, right: Iterable[str], options: Iterable[str]) -> bool:
+    """Whether `text` equals one of `right` as `exact_match_scores` has it, and no other one of `options` as much.
+
+    Options may differ in no word (`A+`, `A-`): then case and punctuation tell which one is meant, or it is none.
+    """
+    same = {option for option in (*right, *options) if _compared(option) == _compared(text)}
+    same_right = same.intersection(right)
+    for form in (_as_written, normalize):
+        meant = {option for option in same if form(_as_written(option)) == form(_as_written(text))}
+        if meant:
+            return meant <= same_right
+    return bool(same and _compared(text)) and same <= same_right
+
+
+@lru_cache(maxsize=1 << 14)
+def _compared(text: str) -> tuple[str, ...]:
+    """Words, or symbols where there are none: ASCII has none but those that are words."""
+    return tuple(script_words(text) or regex.findall(r"[^\s\p{P}\p{ASCII}]", normalize(text)))
+
+
+def _as_written(text: str) -> str:
+    """Without white space around it and a full stop behind it."""
+    return unicodedata.normalize("NFC", text).strip().removesuffix(".")
 
 
 def distinct_n(predictions: Sequence[str], n: int) -> float:

@@ -31,8 +31,10 @@ _EMOJI = (
     r"|[\p{Emoji_Presentation}[\p{Emoji}&&[\u2600-\u27bf\U0001f000-\U0001ffff]]]\ufe0e?)"
 )
 
-# A sign belongs to a number unless it stands behind a word, or what ends one (`2010-2012`, `5%-10%`).
-_SIGN = rf"(?<![{_LETTER}%°)\]}}])[-+](?=\p{{Sc}}?\.?\d)"
+# A sign belongs to a number unless it stands behind a word, or what ends one (`2010-2012`, `5%-10%`). In scripts
+# without spaces it hardly ever follows anything but a letter: there it is a sign, but behind a number's own word
+# (`3月-5月`).
+_SIGN = rf"(?<![%°)\]}}]|{_SPACED}|\d[{_UNSPACED}]{{1,2}})[-+](?=\p{{Sc}}?\.?\d)"
 _COMPARISON = r"(?<!-)(?:!?=+|[<>]=?)|[≈≠≡≢≤≥≦≧≪≫≮≯≰≱≲≳]"
 _MEANING = (
     rf"{_EMOJI}|(?<!{_SPACED})(?:c(?:\+\+|\#){_SPACED}*|\p{{L}}\#(?!{_SPACED}|\#))"
@@ -50,7 +52,10 @@ _SPLIT = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^{_UNSPACED}]+", _V1)
 _IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]", _V1)
 _IS_JAPANESE = regex.compile(rf"[{_JAPANESE}]", _V1)
 _IS_JAPANESE_OR_HAN = regex.compile(rf"[{_JAPANESE}\p{{Han}}]", _V1)
+_IS_TIBETAN = regex.compile(r"\p{Tibetan}", _V1)
 _IS_HAN_ALONE = regex.compile(rf"[\p{{Han}}--{_JAPANESE}]", _V1)
+_ENGLISH = regex.compile(rf"{_MEANING}|[a-z0-9]+", _V1)
+_OTHER_SCRIPT = regex.compile(r"[\p{L}--\p{Latin}]", _V1)
 _CHARACTERS = regex.compile(
     rf"{_EMOJI}|[{_UNSPACED}]\p{{M}}*"
     rf"|{_SPACED}+(?:(?:['’-]|(?<=\d)[.,](?=\d)){_SPACED}+)*|\S\p{{M}}*",
@@ -99,15 +104,16 @@ _COMPARED = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "="}
 def squad_text(text: str) -> str:
     """`text` as SQuAD compares it: lower case, ASCII punctuation dropped without leaving a space.
 
-    What `tokenize` keeps stays here too; scripts without spaces lose their own punctuation.
+    What `tokenize` keeps stays here too; scripts other than Latin lose their own punctuation (as in MLQA's evaluation).
     """
-    text, unspaced = normalize(text), is_unspaced(text)
+    text = normalize(text)
+    has_others = not text.isascii() and _OTHER_SCRIPT.search(text)
 
     def replace(found: regex.Match[str]) -> str:
         kept, ascii_punctuation = found.groups()
         if kept:  # a sign or an emoji is a word by itself; -5 and C++ belong to what stands around them
             return kept if kept[-1].isalnum() or kept[-1] in "+-#" else f" {_COMPARED.get(kept, kept)} "
-        return "" if ascii_punctuation else " " if unspaced else found[0]
+        return "" if ascii_punctuation else " " if has_others else found[0]
 
     return str(_MEANING_OR_PUNCTUATION.sub(replace, text))
 
@@ -138,13 +144,14 @@ def is_unspaced(text: str) -> bool:
 def bleu_tokenizer(references: Iterable[str], japanese: Japanese = "char") -> str:
     """sacrebleu's name of the tokenizer for texts like these: `13a`, `zh`, `char` or `ja-mecab`.
 
-    Han characters without any kana are Chinese, unless `ja-mecab` says that they are Japanese.
+    Han characters without any kana are Chinese, unless `ja-mecab` says that they are Japanese. Tibetan is `char`: its
+    syllables stay whole, but `13a` would take a clause for a word.
     """
     text = " ".join(references)
     if _IS_JAPANESE.search(text) or (japanese == "ja-mecab" and _IS_JAPANESE_OR_HAN.search(text)):
         return japanese
     if not is_unspaced(text):
-        return "13a"
+        return "char" if _IS_TIBETAN.search(text) else "13a"
     return "char" if _IS_UNSPACED.search(_IS_HAN_ALONE.sub("", text)) else "zh"
 
 
@@ -166,8 +173,8 @@ def has_english_words(text: str) -> bool:
 
 
 class RougeL:
-    """ROUGE-L of rouge-score, without stemming: with its own words where the reference is English, else with
-    `script_words`. Each pair of texts is decided by itself.
+    """ROUGE-L of rouge-score, without stemming: where the reference is English with its own words, and what `tokenize`
+    keeps of signs (-5 is not 5); else with `script_words`. Each pair of texts is decided by itself.
 
     Raises UserError without the extra `eval`.
     """
@@ -177,15 +184,13 @@ class RougeL:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise missing_package("ROUGE-L", "rouge-score") from error
-        self._english = RougeScorer(["rougeL"], use_stemmer=False)
+        self._english = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_EnglishWords())
         self._any = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_ScriptWords())
 
     def score(self, reference: str, text: str) -> Any:
         """Precision, recall and F-measure, each 0 to 1."""
-        if has_english_words(reference):
-            reference, text = (unicodedata.normalize("NFC", one).replace("İ", "i") for one in (reference, text))
-            return self._english.score(reference, text)["rougeL"]
-        return self._any.score(reference, text)["rougeL"]
+        scorer = self._english if has_english_words(reference) else self._any
+        return scorer.score(reference, text)["rougeL"]
 
     @staticmethod
     def tokenizer(references: Iterable[str]) -> str:
@@ -198,6 +203,14 @@ class _ScriptWords:
     """What rouge-score takes for a tokenizer."""
 
     tokenize = staticmethod(script_words)
+
+
+class _EnglishWords:
+    """rouge-score's own words, runs of a-z and digits, and signs that tell answers apart."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return [_COMPARED.get(word, word) for word in _ENGLISH.findall(normalize(text))]
 
 
 @cache

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import Interval, accuracy_by_class, class_mean_interval, exact_match_scores, mean_interval, top_k
-from vft.task import Answer, answer_facts, options_of, samples_of, texts_of, with_prompt
+from vft.metrics import Interval, accuracy_by_class, class_mean_interval, is_right_option, mean_interval, top_k
+from vft.task import Answer, answer_facts, options_of, samples_of, with_prompt
 from vft.types import Conversation, Sample
 
 
@@ -53,8 +53,9 @@ class Classify:
             by_class = accuracy_by_class(first, [label for _, label in labels])
             of_labels = samples_of([answer for answer, _ in labels])
             scores["mean_per_class"] = class_mean_interval(first, [label for _, label in labels], of_labels)
-        predictions, references = texts_of(answers)
-        scores["exact_match"] = mean_interval(exact_match_scores(predictions, references), samples=samples_of(answers))
+        asked = [(one.text, one.question.references, one.question.prompt.options) for one in answers]
+        exact = [float(is_right_option(*one)) for one in asked]
+        scores["exact_match"] = mean_interval(exact, samples=samples_of(answers))
         scores |= {f"top1/{name}": Interval(share, share, share) for name, share in by_class.items()}
         return scores
 

@@ -19,6 +19,7 @@ from vft.metrics import (
     breakdown,
     exact_match_scores,
     extract_letter,
+    is_right_option,
     mean_interval,
     official_letter,
     token_f1_scores,
@@ -137,7 +138,7 @@ def written_options(question: str, answer: str) -> tuple[str, ...]:
 
 def _generated_right(answer: Answer) -> bool:
     """Whether the text says a right option, by its words or by its letter."""
-    if exact_match_scores([answer.text], [answer.question.references])[0]:
+    if is_right_option(answer.text, answer.question.references, answer.question.prompt.options):
         return True
     letters = _letters_of(answer)
     return bool(letters) and _is_right(answer, extract_letter(answer.text, letters))
