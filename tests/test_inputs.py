@@ -6,14 +6,19 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.helpers import LIMITS, Tiny
-from vft.answer import TextStream
+from tools.predict import load
+from vft.answer import Answerer, TextStream
 from vft.data.media_error import MediaError
+from vft.data.sources import story
+from vft.data_config import DataConfig
 from vft.inputs import Failure, Item, read_items, split
+from vft.recipes.story import Story
 from vft.task import Question
 from vft.types import MediaInfo, MediaOptions, MediaRef, UserError
 
@@ -97,6 +102,23 @@ def test_a_record_is_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert found[3].prompt.media[0].options == MediaOptions(video_end=2)
     assert capsys.readouterr().err == f"{path}: keys that are not read, of 5 records: year (2)\n"
+
+
+def test_a_storys_own_question_is_asked_as_trained(tmp_path: Path) -> None:
+    """With what is said in the video, where the record has that, as the story and summary tasks train it."""
+    told = {**CLIP, "text": "A dog runs."}
+    records_ = [
+        {**told, "question": "Who runs?"},
+        {**told, "prompt": "Who runs?", "speech": "Run!"},
+        {**told, "query": "Who?", "segments": [{"start_s": 0, "end_s": 1, "text": "It runs."}]},
+    ]
+    path = records(tmp_path, *records_)
+    samples, bad = story.read(path, tmp_path)
+    trained = [Story().conversations(sample)[0] for sample in samples]
+    items = read_items([path], "Describe it.", None)
+    assert [one.turns[0].text for one in trained] == ["Who runs?", "Who runs?\nWhat is said: Run!", "Who?"]
+    assert [question(item).prompt.turns for item in items] == [one.turns[:1] for one in trained]
+    assert not bad and all(item.asks for item in items) and not any(sample.unread for sample in samples)
 
 
 def test_turns_before_the_question_stay(tmp_path: Path) -> None:
@@ -217,6 +239,17 @@ def test_what_has_no_segments() -> None:
     assert still.segment_s is None and question(still).prompt.media == (picture,)
     assert isinstance(two.asked, Failure) and "2 videos" in two.asked.message
     assert question(bad).prompt.media == (video,)
+
+
+def test_times_outside_the_video_are_the_records_fault() -> None:
+    """As in training, and not that the question does not fit; parts of what is not there are not asked about."""
+    ref = MediaRef("video", Path("long.mp4"), MediaOptions(video_start=5.0, video_end=90.0))
+    info = MediaInfo("video", 56, 56, 300, 10.0, duration_s=30.0)
+    (item,) = split([item_about(ref)], 4.0, lambda _: info)
+    assert item.segment_s is None
+    failure = load(cast(Answerer, SimpleNamespace(config=DataConfig(), info=lambda _: info)), item, 8)()
+    assert isinstance(failure, Failure) and failure.reason == "record"
+    assert "5 to 90 s is outside the video, which has 300 frames in 30.00 s" in failure.message
 
 
 # -------------------------------------------------------------------------------------------------- text as it comes

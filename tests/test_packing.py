@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -39,7 +40,7 @@ from vft.data.loader import Loader
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
 from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig, VideoConfig
-from vft.types import Batch, Conversation, Patches, UserError
+from vft.types import Batch, Conversation, MediaOptions, Patches, UserError
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -254,6 +255,33 @@ def test_too_long_a_sample_loses_frames_then_pixels_never_text(tiny: Tiny) -> No
     none.add([conversation], 1.0)
     assert not none.members and [item.reason for item in none.bad] == ["unfit"]
     assert "sample.json:1" in none.bad[0].message and "data.pack_tokens" in none.bad[0].message
+
+
+def test_the_digest_tells_edits_of_equal_length(tiny: Tiny, tmp_path: Path) -> None:
+    """Another folder or kind of a medium, its trim, its place in the text; not where `data.root` lies."""
+
+    def digest(
+        path: str, text: Sequence[str] = ("What?",), root: Path = tmp_path, first: bool = True, **changes: Any
+    ) -> str:
+        ref = replace(LONG, path=root / path, **changes)
+        documents = Documents(tiny.encoder, DataConfig(root=root), lambda _: LONG_INFO)
+        parts = [ref, *text] if first else [*text, ref]
+        documents.add([talk(("user", parts), ("assistant", "A dog."))], 1.0)
+        assert not documents.bad
+        return documents.digest
+
+    trim = MediaOptions(video_start=1.0, video_end=3.0)
+    different = [
+        digest("a/clip.mp4"),
+        digest("b/clip.mp4"),
+        digest("a/clip.mp4", options=trim),
+        digest("a/clip.mp4", options=replace(trim, video_start=1.5, video_end=3.5)),
+        digest("a/clip.mp4", first=False),
+        digest("a/clip.mp4", ("When?",)),
+    ]
+    assert len(set(different)) == len(different)
+    (tmp_path / "moved").mkdir()
+    assert digest("a/clip.mp4", root=tmp_path / "moved") == digest("a/clip.mp4", ("Wh", "at?")) == different[0]
 
 
 def test_too_long_a_text_is_refused(tiny: Tiny) -> None:

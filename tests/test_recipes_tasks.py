@@ -588,6 +588,15 @@ def test_speech_stands_beside_the_question(task: Task) -> None:
     assert plain.turns[0].text == task.prompt and plain.facts == {"segments": ()}
 
 
+@pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
+def test_speech_stands_beside_a_records_own_question(task: Task) -> None:
+    """Before its media too."""
+    sample = labelled("x", speech="Good evening.")
+    own = (Turn("user", ("Who speaks?", VIDEO)), sample.turns[-1])
+    (made,) = task.conversations(replace(sample, turns=own))
+    assert made.turns[0].parts == ("Who speaks?", VIDEO, "What is said: Good evening.")
+
+
 def test_scores_of_summaries() -> None:
     """ROUGE-L: 3 words in common of 3 and 6 give F = 2 * 1 * 0.5 / 1.5; coverage over records with segments alone."""
     segments = ("A man enters.", "He sits down.", "Rain falls on the old roof.")

@@ -37,6 +37,7 @@ from vft.data.index import build
 from vft.data.media_error import MediaError
 from vft.data.pool import WorkerPool
 from vft.data.sources.rows import SUFFIXES
+from vft.data.spans import check_spans
 from vft.data.video import scan
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import World, all_of, environment, make_mesh, process_group
@@ -296,12 +297,15 @@ def load(answerer: Answerer, item: Item, new_tokens: int) -> Callable[[], Prompt
     if answerer.config.video.timestamps:
         asked = replace(asked, prompt=with_frame_times(asked.prompt))
     failure: Failure | None = None
+    reason = "record"
     try:
+        check_spans(asked.prompt, answerer.info)
+        reason = "unfit"
         wait = answerer.load([asked], new_tokens)
     except MediaError as error:  # found by the scan
         failure = Failure(name, error.reason, str(error))
-    except UserError as error:  # no frame in the range, too long a text
-        failure = Failure(name, "unfit", str(error))
+    except UserError as error:  # times outside the video; no frame in the range, too long a text
+        failure = Failure(name, reason, str(error))
 
     def waited() -> Prompt | Failure:
         if failure is not None:

@@ -48,7 +48,7 @@ COLUMNS = frozenset(
     | {"min_frames", "max_frames", "min_pixels", "max_pixels", "sample_fps", "timestamps"}
 )
 """What `columns` maps in `messages`."""
-STORY_COLUMNS = frozenset({"video", "images", "text", "segments", "speech", "system", "id"})
+STORY_COLUMNS = frozenset({"video", "images", "question", "text", "segments", "speech", "system", "id"})
 """The same in `story`."""
 
 

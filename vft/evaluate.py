@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,8 +158,9 @@ def cut_off_warning(scores: Mapping[str, Interval], limit: int) -> str:
 def questions_digest(held_out: Documents, limit: int = 0) -> str:
     """Tells evaluations of other questions apart: prompts, media, options, and what would be right."""
     asked = questions([one for members in held_out.members for one in members], limit)
+    root = os.path.realpath(held_out.config.root)
     content = [
-        (q.prompt.content, sorted(q.prompt.options), sorted(q.references), q.prompt.facts.get("segments"))
+        (q.prompt.content(root), sorted(q.prompt.options), sorted(q.references), q.prompt.facts.get("segments"))
         for q in asked
     ]
     return digest(repr(sorted(map(repr, content))))

@@ -24,6 +24,7 @@ from vft.data.sources.records import (
 from vft.data.sources.rows import SUFFIXES, read_rows
 from vft.data.sources.shapes import ANSWERS, QUESTIONS, TURN_KEYS, Shapes
 from vft.data.sources.unread_keys import tell
+from vft.data.spans import check_spans
 from vft.distributed import environment
 from vft.reasoning import split_reasoning
 from vft.task import Question, narrate, with_prompt
@@ -119,7 +120,7 @@ def _records(path: Path, prompt: str, shapes: Shapes, seen: dict[str, int]) -> I
         try:
             record = as_object(record)
             name = sample_id_of(shapes.renamed(record), name)
-            asked, passed_over, asks = _question(record, shapes, name, origin, prompt)
+            asked, passed_over, asks = _question(record, path, shapes, name, origin, prompt)
             unread.append(passed_over)
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
@@ -131,19 +132,19 @@ def _records(path: Path, prompt: str, shapes: Shapes, seen: dict[str, int]) -> I
 
 
 def _question(
-    record: dict[str, Any], shapes: Shapes, name: str, origin: str, prompt: str
+    record: dict[str, Any], path: Path, shapes: Shapes, name: str, origin: str, prompt: str
 ) -> tuple[Question, tuple[str, ...], bool]:
     """What a record asks, read as in training: all before its last answer, which is the reference; `prompt` where it
-    asks nothing. A record with a `text` and nothing asked is a story's or a summary's. Also its keys that are not read,
-    and whether it asks something itself."""
+    asks nothing. Also its keys that are not read, and whether it asks something itself."""
     if is_story(record):
-        record = shapes.as_named(record)[0]
+        record = shapes.as_named(record, path)[0]
         parsed = story.parse(record, shapes.root)
         told = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
         asked = replace(told, turns=told.turns[:-1])
-        return Question(name, asked, (split_reasoning(parsed.turns[-1].text)[1],)), parsed.unread, False
+        asks = any(turn.role == "user" and turn.text.strip() for turn in parsed.turns)
+        return Question(name, asked, (split_reasoning(parsed.turns[-1].text)[1],)), parsed.unread, asks
     references: list[str] = []
-    for one in shapes(record):  # they differ in their answers alone, each of which is right
+    for one in shapes(record, path):  # they differ in their answers alone, each of which is right
         parsed = messages.parse(one, shapes.root, answered=False)
         turns = parsed.turns
         answered = turns[-1].role == "assistant"
@@ -156,10 +157,11 @@ def _question(
 
 
 def is_story(record: Mapping[str, Any]) -> bool:
-    """Whether a record is `vft.data.sources.story`'s."""
-    asks = (*TURN_KEYS, *QUESTIONS, *ANSWERS[0])
+    """Whether a record is `vft.data.sources.story`'s: it has a `text`, and nothing asked, or what only a story has."""
     has_media = record.get("video") is not None or record.get("images") is not None
-    return has_media and record.get("text") is not None and all(record.get(key) is None for key in asks)
+    is_told = record.get("segments") is not None or record.get("speech") is not None
+    others = (*TURN_KEYS, *ANSWERS[0], *(() if is_told else QUESTIONS))
+    return has_media and record.get("text") is not None and all(record.get(key) is None for key in others)
 
 
 def split(items: Sequence[Item], length_s: float, info: Callable[[MediaRef], MediaInfo]) -> list[Item]:
@@ -178,7 +180,8 @@ def _segments(item: Item, length_s: float, info: Callable[[MediaRef], MediaInfo]
         return
     try:
         found = info(videos[0])
-    except MediaError:  # told when its turn comes
+        check_spans(item.asked.prompt, info)
+    except (MediaError, UserError):  # told when its turn comes
         yield item
         return
     options = videos[0].options

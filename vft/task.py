@@ -119,7 +119,9 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
         segments = ()
     speech = sample.fields.get("speech")
     facts = {"segments": tuple(text for _, _, text in segments), **answer_facts(sample)}
-    turns = with_prompt(sample.turns, f"{prompt}\nWhat is said: {speech}" if speech else prompt)
+    turns = with_prompt(sample.turns, prompt)
+    if isinstance(speech, str) and speech:
+        turns = _with_speech(turns, speech)
     spans_s = tuple((start_s, end_s) for start_s, end_s, _ in segments)
     made = [Conversation(sample.id, turns, sample.origin, facts=facts, spans_s=spans_s)]
     system = tuple(turn for turn in sample.turns if turn.role == "system")
@@ -129,6 +131,17 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
         told = (*system, asked, Turn("assistant", (text,)))
         made.append(Conversation(f"{sample.id}/{number}", told, sample.origin, spans_s=spans_s))
     return made
+
+
+def _with_speech(turns: Sequence[Turn], speech: str) -> tuple[Turn, ...]:
+    """The turns with what is said in the video behind the first question."""
+    told = f"What is said: {speech}"
+    for i, turn in enumerate(turns):
+        if turn.role == "user":
+            *before, last = turn.parts
+            parts = (*before, f"{last}\n{told}") if isinstance(last, str) else (*turn.parts, told)
+            return (*turns[:i], replace(turn, parts=parts), *turns[i + 1 :])
+    return tuple(turns)
 
 
 def texts_of(answers: Sequence[Answer]) -> tuple[list[str], list[tuple[str, ...]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -87,6 +87,12 @@ class MediaRef:
         """What stands for the medium in records: its file, of a list of pictures the first."""
         return self.member or str(self.path[0] if isinstance(self.path, tuple) else self.path)
 
+    def content(self, root: str) -> tuple[object, ...]:
+        """What is shown, wherever `root` lies: names below it, and what is taken."""
+        paths = self.path if isinstance(self.path, tuple) else (self.path,)
+        names = [self.member] if self.member else [str(path).removeprefix(f"{root}/") for path in paths]
+        return self.kind, names, self.options, self.is_folder
+
 
 class PlannedText(Protocol):
     """Text that depends on which frames of the media are seen, such as their times: settled once these are planned."""
@@ -147,12 +153,18 @@ class Conversation:
         """Equal for conversations about the same media, decoded alike."""
         return tuple((ref.kind, ref.path, ref.options, ref.is_folder) for ref in self.media)
 
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What is said and shown: roles and texts, names of the media's files and what is taken of each."""
-        paths = [ref.path if isinstance(ref.path, tuple) else (ref.path,) for ref in self.media]
-        media = [([path.name for path in own], ref.options) for own, ref in zip(paths, self.media, strict=True)]
-        return [(turn.role, turn.text) for turn in self.turns], media
+    def content(self, root: str) -> list[object]:
+        """What is said and shown, in reading order: roles and texts, and of media the name of the file below `root` (a
+        real path) and what is taken of it."""
+        said: list[object] = []
+        for turn in self.turns:
+            said.append(turn.role)
+            for is_text, parts in groupby(turn.parts, lambda part: isinstance(part, str)):
+                if is_text:
+                    said.append("".join(map(str, parts)))
+                else:
+                    said += [part.content(root) if isinstance(part, MediaRef) else part for part in parts]
+        return said
 
     def settled(self, plans: Sequence[MediaPlan]) -> Conversation:
         """The same with every `PlannedText` settled."""

@@ -289,6 +289,13 @@ def test_kinetics(tmp_path: Path) -> None:
     assert records[0][0].fields["labels"] == ('a "b",\nc', "abseiling", petting)
 
 
+def test_unread_columns_of_kinetics(tmp_path: Path) -> None:
+    """Those that the releases have are no surprise; a cell without a value says nothing."""
+    text = f",{HEADER},is_cc,start,weight\n0,yoga,b,1,11,val,1,2.5,\n1,yoga,c,1,11,val,1,2.5,3\n"
+    samples, bad = kinetics.read(write(tmp_path / "val.csv", text), tmp_path)
+    assert not bad and [sample.unread for sample in samples] == [("start",), ("start", "weight")]
+
+
 def test_labels_and_folder_of_kinetics(tmp_path: Path) -> None:
     path = write(tmp_path / "annotations/val.csv", f"{HEADER}\nskiing,a,1,11,val\nyoga,b,1,11,val\n")
     classes = write(tmp_path / "annotations/classes.txt", "yoga\nzumba\nskiing\n")
@@ -370,6 +377,8 @@ def test_ssv2(tmp_path: Path) -> None:
     ]
     assert records[0][0].fields["labels"] == tuple(sorted(CLASSES, key=lambda name: CLASSES[name]))
     assert records[0][0].fields["caption"] == POTATO["label"]
+    samples, _ = ssv2.read(lay_out_ssv2(tmp_path, {**POTATO, "video_start": 1, "end": None}, POTATO), tmp_path)
+    assert [sample.unread for sample in samples] == [("video_start",), ()]
 
 
 @pytest.mark.parametrize(

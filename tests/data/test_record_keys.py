@@ -252,12 +252,12 @@ def test_segments_beside_a_later_start(tmp_path: Path) -> None:
         (asked([{"type": "input_video", "video": "c.mp4"}]), "messages[0].content[0].type", "did you mean 'video'?"),
         (asked([{"type": "file", "file": {"path": "c.mp4"}}]), "messages[0].content[0].type", "unknown type 'file'"),
         (asked([{"type": "video", "vidoe": "c.mp4"}]), "messages[0].content[0]", "needs exactly one of 'video'"),
-        (llava(video_path="c.mp4"), "image", "placeholder"),
+        (llava(video_path="c.mp4"), "video_path", "one is 'video'"),
     ],
 )
 def test_media_under_unknown_keys(tmp_path: Path, record: Any, field: str, message: str) -> None:
     bad = fail(tmp_path, record)
-    assert bad.field == field or field == "image", bad
+    assert bad.field == field, bad
     assert message in bad.message, bad
 
 
@@ -277,7 +277,7 @@ def test_options_in_two_places_of_one_part(tmp_path: Path) -> None:
     assert not bad and samples[0].unread == ("content[].image_url.detail",)
 
 
-def test_what_names_no_other_medium(tmp_path: Path) -> None:
+def test_what_names_no_other_medium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file that is read already, ids, pages, and texts that only speak of one."""
     record = asked(
         videos=["clips/a.mp4"],
@@ -289,6 +289,24 @@ def test_what_names_no_other_medium(tmp_path: Path) -> None:
     )
     samples, bad = read(tmp_path, "messages", record)
     assert not bad and samples[0].unread == ("original", "video_id", "url", "note")
+    unread_keys.tell(str(tmp_path), [samples[0].unread])
+    assert "video_id (1)" in capsys.readouterr().err  # no misspelt `video_end`
+
+
+@pytest.mark.parametrize("format", ["messages", "llava_instruct"])
+@pytest.mark.parametrize(
+    ("text", "key", "file", "near"),
+    [("<video>\n?", "video_path", "a.mp4", "video"), ("<image>\n?", "picture", "p.png", "image")],
+)
+def test_the_key_is_at_fault_where_a_placeholder_lacks_its_medium(
+    tmp_path: Path, format: str, text: str, key: str, file: str, near: str
+) -> None:
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]
+    samples, (bad,) = read(tmp_path, format, {"conversations": turns, key: file})
+    assert not samples and bad.field == key
+    assert f"names {file!r} under a key that is not read" in bad.message and repr(near) in bad.message
+    samples, (bad,) = read(tmp_path, format, {"conversations": turns})
+    assert not samples and "placeholder(s) in the text but 0" in bad.message
 
 
 # --------------------------------------------------------------------------------------------------------- all others

@@ -75,6 +75,8 @@ VIDEO = {"video": "a.mp4", "text": "x"}
         ({"video": "a.mp4", "text": 3}, "text", "3 is of type int"),
         ({**VIDEO, "segment": []}, "segment", "did you mean 'segments'?"),
         ({**VIDEO, "speech": 5}, "speech", "of type int"),
+        ({**VIDEO, "question": 5}, "question", "of type int"),
+        ({**VIDEO, "question": "Who?", "prompt": "Where?"}, "prompt", "is another question than 'question'"),
         ({**VIDEO, "segments": {}}, "segments", "must be a list"),
         ({**VIDEO, "segments": ["x"]}, "segments[0]", "must be an object"),
         ({**VIDEO, "segments": [segment(0, 1), segment(2, 2)]}, "segments[1].start_s", "2 is not below end_s = 2"),

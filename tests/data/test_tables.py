@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from tests.data.clips import make_clip
 from vft.data import sources
+from vft.data.sources import messages
 from vft.data.sources.records import BadRecord, RecordError
 from vft.data.sources.shapes import ANSWERS, FILES, QUESTIONS, VIDEOS, Shapes
 from vft.data_config import DataConfig, SourceConfig
 from vft.inputs import Failure, read_items
+from vft.task import Question
 from vft.types import MediaOptions, MediaRef, Sample, UserError
 
 Records = tuple[list[Sample], list[BadRecord]]
@@ -458,6 +460,29 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.parametrize("column", ["file_name", "video_file_name", "clip_file_name"])
+def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
+    """The layout of videofolder (datasets' docs): names count from the folder of `metadata.csv` on, in predict too;
+    those of other tables from data.root on, as does one that is there alone."""
+    columns = {"video": column} if column[:4] == "clip" else {}
+    for name in ("clips/train/1.mp4", "1.mp4", "clips/train/a/2.mp4", "clips/3.mp4", "4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    rows = f"{column},text\n1.mp4,One.\na/2.mp4,Two.\n../3.mp4,Three.\n4.mp4,Four.\n5.mp4,Five.\n"
+    for table, wanted in (
+        ("metadata", ["clips/train/1.mp4", "clips/train/a/2.mp4", "clips/3.mp4", "4.mp4", "clips/train/5.mp4"]),
+        ("clips", ["1.mp4", "a/2.mp4", "", "4.mp4", "5.mp4"]),
+    ):
+        path = tmp_path / "clips" / "train" / f"{table}.csv"
+        path.write_text(rows)
+        samples, bad = messages.read(path, tmp_path, columns)
+        media = [sample.turns[0].parts[0] for sample in samples]
+        assert [ref.name for ref in media if isinstance(ref, MediaRef)] == [str(tmp_path / n) for n in wanted if n]
+        assert len(bad) == wanted.count("")
+        asked = [item.asked for item in read_items([path], "?", tmp_path, columns) if isinstance(item.asked, Question)]
+        assert [one.prompt.media for one in asked] == [(ref,) for ref in media]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), max_size=3), st.booleans())
 def test_whatever_records_hold_is_a_sample_or_a_bad_record(
@@ -466,7 +491,7 @@ def test_whatever_records_hold_is_a_sample_or_a_bad_record(
     shapes = Shapes(tmp_path_factory.getbasetemp(), answered=answered)
     for record in records:
         try:
-            made = shapes(record)
+            made = shapes(record, Path("records.jsonl"))
         except RecordError as error:
             assert "\n" not in error.message
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -98,11 +99,11 @@ class Documents:
 
     @property
     def digest(self) -> str:
-        """Tells two data indexes apart: ids, texts, media (by name and what is taken of them) and lengths of all
-        documents, wherever the files lie."""
-        content = hashlib.sha256()
+        """Tells two data indexes apart: ids, texts, media (by name below `data.root` and what is taken of them)
+        and lengths of all documents, wherever `data.root` lies."""
+        content, root = hashlib.sha256(), os.path.realpath(self.config.root)
         for conversations, length in zip(self.members, self.lengths, strict=True):
-            said = [(one.id, one.content, one.options) for one in conversations]
+            said = [(one.id, one.content(root), one.options) for one in conversations]
             content.update(f"{said}:{length};".encode(errors="replace"))
         return content.hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from vft.data.pool import WorkerPool
 from vft.data.quarantine import ArchivePass, BadItem, check_bad
 from vft.data.sources import llava_video, locate, pe_video
 from vft.data.sources.records import Group
-from vft.data.sources.unread_keys import tell
+from vft.data.sources.unread_keys import tell, tell_new
 from vft.data.video import join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
@@ -85,6 +86,8 @@ class Archives:
     """Records that no clip can have."""
     warning: str = ""
     """What is odd about the names in the archives."""
+    told: set[str] = field(default_factory=set)
+    """Keys of records that nothing reads, of which the person in front knows."""
 
 
 def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
@@ -99,7 +102,8 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
     digest = _digest(opened.shards, opened.digest)
-    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad, opened.misnamed())
+    told = set(chain.from_iterable(opened.unread))
+    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad, opened.misnamed(), told)
 
 
 def _digest(shards: Sequence[str], records: str) -> str:
@@ -332,6 +336,8 @@ class SlotStream:
         documents.bad += [BadItem(error.origin, error.origin, "record", str(error)) for error in group.bad]
         conversations = []
         for sample in group.samples:
+            if environment().is_main:
+                tell_new(self.archives.name, sample.origin, sample.unread, self.archives.told)
             made, wrong = converse(sample, context.make_conversations, context.config)
             conversations += made
             documents.bad += wrong

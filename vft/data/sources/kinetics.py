@@ -17,6 +17,8 @@ from vft.data.sources.rows import split_rows
 from vft.types import MediaRef, Sample, UserError
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+MORE_COLUMNS = frozenset({"split", "is_cc", ""})
+"""Others that releases have; a table that pandas wrote has row numbers under no name."""
 REPLACEMENTS = ("replacement/replacement_for_corrupted_k400", "replacement")
 """Where cvdfoundation's scripts unpack the clips of Kinetics-400 that were published anew, because the first were
 damaged (kinetics-dataset, k400_extractor.sh)."""
@@ -37,6 +39,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     """
     (_, header), *rows = _read_rows(path)
     column = header.index("label")
+    unread = [name for name in header if name not in COLUMNS and name not in MORE_COLUMNS]
     occurring = {row[column] for _, row in rows if len(row) == len(header)} - {""}
     file, names = tables.read_classes(path.parent) or (path, sorted(occurring))
     labels = tuple(names)
@@ -62,7 +65,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
         inner = ((folder, name) for folder in folders for name in names if "/" in name or name in classes[folder])
         places = [f"{folder}/{clip}.mp4" for folder in folders] + [f"{f}/{name}/{clip}.mp4" for f, name in inner]
         ref = MediaRef("video", tables.first_present(root, places, "youtube_id"), field="youtube_id")
-        return tables.labelled(clip, ref, label, labels, origin)
+        return tables.labelled(clip, ref, label, labels, origin, (name for name in unread if values[name]))
 
     return tables.gather(rows, parse)
 

@@ -110,7 +110,14 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
     listed = {kind: _list_media(record, kind, root) for kind in KINDS}
     is_llava = key == "conversations" and not any(one.key.endswith("s") for one in listed.values())
     reader = _Reader(root, any(one.refs for one in listed.values()), LINE_PLACEHOLDER if is_llava else PLACEHOLDER)
-    filled = _fill([reader.turn(entry, f"{key}[{i}]") for i, entry in enumerate(entries)], listed, key)
+    read_turns = [reader.turn(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    known = FIELDS | {key} | answer_lists(record)
+    try:
+        filled = _fill(read_turns, listed, key)
+    except RecordError:
+        # Mostly the medium that a placeholder lacks stands under another key: then that is at fault.
+        unread(record, known, [ref for one in listed.values() for ref in one.refs])
+        raise
     rest: list[str] = []
     for i, entry in enumerate(entries):
         filled[i : i + 1], used = lay_under(filled[i : i + 1], entry, f"{key}[{i}]")
@@ -119,7 +126,7 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
         rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
     filled, used = lay_under(filled, record, "")
     refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
-    rest += [*reader.unread, *unread(record, FIELDS | {key} | used | answer_lists(record), refs)]
+    rest += [*reader.unread, *unread(record, known | used, refs)]
     return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
 
 

@@ -185,12 +185,12 @@ def collect(
     files: Iterable[tuple[Path, str]],
     parse: Callable[[Mapping[str, Any], Path], Parsed],
     read: Callable[[Path], Iterable[tuple[int, Any]]] = read_json,
-    expand: Callable[[dict[str, Any]], list[dict[str, Any]]] = lambda record: [record],
+    expand: Callable[[dict[str, Any], Path], list[dict[str, Any]]] = lambda record, _: [record],
 ) -> tuple[list[Sample], list[BadRecord]]:
     """Read files, given with their name for messages, and turn each record into a sample or a BadRecord.
 
-    `parse` gets a record and its file, and raises RecordError. `expand` makes of a record those that it stands for. An
-    id that came before gets a number: `x`, `x#2`, ...
+    `parse` gets a record and its file, and raises RecordError. `expand` makes of a record, with its file, those that it
+    stands for. An id that came before gets a number: `x`, `x#2`, ...
     """
     samples: list[Sample] = []
     bad: list[BadRecord] = []
@@ -200,7 +200,7 @@ def collect(
             origin = f"{name}:{line}"
             try:
                 made = []
-                for one in expand(as_object(record)):
+                for one in expand(as_object(record), path):
                     fields = {key: value for key, value in one.items() if key not in ("messages", "conversations")}
                     made.append((sample_id_of(one, f"{path.stem}-{number}"), parse(one, path), fields))
                 samples += [

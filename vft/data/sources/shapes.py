@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from vft.data.sources import label_studio
 from vft.data.sources.media_options import LIST_OPTIONS, REAL_OPTIONS, meaning_of
-from vft.data.sources.records import PICTURE_SUFFIXES, RecordError, check_text, shown
+from vft.data.sources.records import PICTURE_SUFFIXES, RecordError, check_text, shown, spelt
 from vft.data.sources.unread_keys import MEDIA_KEYS
 from vft.types import UserError
 
@@ -34,12 +35,24 @@ ANSWERS = (
 )
 """Names of the answer. Those of a later row count where a record has none of the rows before; the last are labels."""
 LABELS = ANSWERS[-1]
-VIDEOS = ("video_path", "video_file", "video_name", "video_url", "videopath", "clip", "clip_path")
-IMAGES = ("image_path", "image_file", "image_name", "image_url", "img", "img_path", "picture", "photo")
+VIDEOS = ("video_path", "video_file", "video_file_name", "video_name", "video_url", "videopath", "clip", "clip_path")
+IMAGES = (
+    "image_path",
+    "image_file",
+    "image_file_name",
+    "image_name",
+    "image_url",
+    "img",
+    "img_path",
+    "picture",
+    "photo",
+)
 FILES = ("path", "file", "file_name", "filename", "file_path", "filepath", "media", "media_path")
 """A picture where the suffix is one's, else a video."""
 LISTS = frozenset({*TURN_KEYS, *MEDIA_KEYS, "answers", "captions", "options", "history", "segments"})
 """Keys whose text in a cell of a table may be a list, in JSON or as Python writes it."""
+METADATA = "metadata"
+"""Name of the table that lies among the files that it is about."""
 READ = "a record has 'messages' or 'conversations', or an answer, and a medium or a question"
 
 
@@ -61,8 +74,10 @@ class Shapes:
     addresses: dict[str, str] = field(default_factory=dict)
     """Of files whose address is not their path: the address, by the path."""
 
-    def __call__(self, record: Record) -> list[Record]:
-        """One record, or several where it holds several answers or parts. RecordError names the field at fault."""
+    def __call__(self, record: Record, file: Path) -> list[Record]:
+        """One record of `file`, or several where it holds several answers or parts. RecordError names the field at
+        fault."""
+        record = self._located(record, file)
         rows = label_studio.rows(record, self.root)
         found: list[Record] = []
         for said in [label_studio.Said(record)] if rows is None else rows:
@@ -71,10 +86,26 @@ class Shapes:
             found += self._turned(row, said.controls, said.is_label)
         return found
 
-    def as_named(self, record: Record) -> list[Record]:
-        """The record with mapped columns and the values of cells alone."""
+    def as_named(self, record: Record, file: Path) -> list[Record]:
+        """The record with mapped columns, its media's place and the values of cells alone."""
+        record = self._located(record, file)
         self.keys.update(dict.fromkeys(record))
         return [{key: _cell(key, value) for key, value in self.renamed(record).items()}]
+
+    def _located(self, record: Record, file: Path) -> Record:
+        """The record with its files named from `root` on. A table called `metadata` names them from its own folder on:
+        the layout of videofolder and imagefolder (https://huggingface.co/docs/datasets/video_dataset)."""
+        if file.stem.lower() != METADATA:
+            return record
+        folder = os.path.relpath(os.path.realpath(file.parent), os.path.realpath(self.root))
+
+        def below_root(name: Any) -> Any:
+            beside = os.path.normpath(f"{folder}/{name}")
+            is_text = isinstance(name, str) and name and "\0" not in name
+            is_there = is_text and (spelt(self.root, beside).exists() or not spelt(self.root, name).exists())
+            return beside if is_there and not beside.startswith("..") else name
+
+        return {key: below_root(value) if key.endswith("file_name") else value for key, value in record.items()}
 
     def check_columns(self, path: Path) -> None:
         """UserError where a mapped column is in no record."""

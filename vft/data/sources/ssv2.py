@@ -15,6 +15,8 @@ from vft.types import MediaRef, Sample, UserError
 
 LABELS = ("labels.json", "something-something-v2-labels.json")
 """Names of the file of classes in the releases of this set."""
+KEYS = frozenset({"id", "label", "template", "placeholders"})
+"""Of a record in the releases of this set."""
 _NO_BRACKETS = str.maketrans("", "", "[]")
 
 
@@ -44,7 +46,9 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
         if not video:
             raise RecordError("id", "is missing or empty; give the name of the video's file")
         file = tables.first_present(root, [f"{folder}/{video}.webm" for folder in folders], "id")
-        return tables.labelled(video, MediaRef("video", file, field="id"), label, labels, origin, caption=caption)
+        ref = MediaRef("video", file, field="id")
+        unread = (key for key, value in record.items() if key not in KEYS and value is not None)
+        return tables.labelled(video, ref, label, labels, origin, unread, caption=caption)
 
     return tables.gather(rows, parse)
 

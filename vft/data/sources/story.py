@@ -2,8 +2,9 @@
 
 `{"id"?, "video": path | "images": [paths], "segments"?: [{"start_s", "end_s", "text"}], "text", "speech"?}`: `text` is
 what is to be said about the video or the run of pictures, `segments` tell parts of it, `speech` is what is heard in it.
-`system` and the keys of `vft.data.sources.media_options` are read as in messages. Segments count from the beginning of
-the file. Other keys stay in the sample's fields.
+A `question` (`prompt`, `query`, ...) is asked in the place of the task's. `system` and the keys of
+`vft.data.sources.media_options` are read as in messages. Segments count from the beginning of the file. Other keys stay
+in the sample's fields.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vft.data.sources.media_options import lay_under
 from vft.data.sources.messages import with_system
 from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, resolve_media, shown
 from vft.data.sources.rows import files_of, read_rows
-from vft.data.sources.shapes import Shapes
+from vft.data.sources.shapes import QUESTIONS, Shapes
 from vft.data.sources.unread_keys import answer_lists, unread
 from vft.types import MediaRef, Sample, Turn
 
@@ -33,8 +34,8 @@ def read(path: Path, root: Path, columns: Mapping[str, str] | None = None) -> tu
 
     Media are relative to `root`; `columns` says how keys are called, by their name here.
 
-    The user's turn holds the media alone; the task asks. Fields: `segments` is a tuple of (start_s, end_s, text) by
-    start, empty where there are none; `speech` a text, empty where there is none.
+    The user's turn holds the media and the record's own question; without one the task asks. Fields: `segments` is a
+    tuple of (start_s, end_s, text) by start, empty where there are none; `speech` a text, empty where there is none.
 
     Raises:
         UserError: the file as a whole can't be read.
@@ -55,16 +56,26 @@ def parse(record: Mapping[str, Any], root: Path) -> Parsed:
     has = ", ".join(map(shown, record)) or "no fields"
     text = _text(record.get("text"), "text", f"the record has {has}; call what is to be said 'text'")
     segments = facts(record)["segments"]
-    asked, used = lay_under([("user", [*_media(record, root)])], record, "")
+    question, asking = _question(record)
+    asked, used = lay_under([("user", [*_media(record, root), *question])], record, "")
     refs = [part for part in asked[0][1] if isinstance(part, MediaRef)]
     if segments and (start_s := refs[0].options.video_start):
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
-    rest = unread(record, {*KEYS, "id", "system", *used, *answer_lists(record)}, refs)
+    rest = unread(record, {*KEYS, "id", "system", *asking, *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(record.get("segments") or ()):
         unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
         rest += [f"segments[].{key.rpartition('.')[2]}" for key in unknown]
     turns = (*(Turn(role, tuple(parts)) for role, parts in with_system(record, asked)), Turn("assistant", (text,)))
     return Parsed(turns, tuple(dict.fromkeys(rest)))
+
+
+def _question(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The record's own question, if it has one, and the keys that hold it. RecordError where two differ."""
+    asking = [key for key in QUESTIONS if record.get(key) not in (None, "")]
+    said = {check_text(record[key], key) for key in asking}
+    if len(said) > 1:
+        raise RecordError(asking[1], f"is another question than {asking[0]!r}; keep one of the two")
+    return [text for text in said if text.strip()], asking
 
 
 def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:

@@ -97,10 +97,19 @@ def first_present(root: Path, names: Iterable[str], field: str) -> Path:
 # ----------------------------------------------------------------------------------------------------------- labels
 
 
-def labelled(sample_id: str, ref: MediaRef, label: str, labels: tuple[str, ...], origin: str, **fields: str) -> Sample:
-    """A clip and its class: no question, which is the task's to ask. `labels` are all classes of the set."""
+def labelled(
+    sample_id: str,
+    ref: MediaRef,
+    label: str,
+    labels: tuple[str, ...],
+    origin: str,
+    unread: Iterable[str] = (),
+    **fields: str,
+) -> Sample:
+    """A clip and its class: no question, which is the task's to ask. `labels` are all classes of the set, `unread` the
+    record's keys that nothing reads."""
     turns = (Turn("user", (ref,)), Turn("assistant", (label,)))
-    return Sample(sample_id, turns, origin, {"label": label, "labels": labels, **fields})
+    return Sample(sample_id, turns, origin, {"label": label, "labels": labels, **fields}, tuple(unread))
 
 
 def label_classes(names: Iterable[str], to_label: Callable[[str], str], path: Path) -> dict[str, str]:

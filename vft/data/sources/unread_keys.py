@@ -108,9 +108,18 @@ def tell(source: str, records: Sequence[tuple[str, ...]]) -> None:
     and how many records have them."""
     counts = Counter(key for keys in records for key in keys)
     if counts:
-        named = [f"{_printable(key)}{_meant(key)} ({count:,})" for key, count in counts.most_common(MOST_NAMED)]
+        named = [f"{_named(key)} ({count:,})" for key, count in counts.most_common(MOST_NAMED)]
         more = f" and {len(counts) - MOST_NAMED} more" if len(counts) > MOST_NAMED else ""
         _say(f"{source}: keys that are not read, of {len(records):,} records: {', '.join(named)}{more}")
+
+
+def tell_new(source: str, origin: str, keys: Iterable[str], told: set[str]) -> None:
+    """As `tell`, for records that come one by one: say which of these keys are not yet among the `told`, and add them;
+    up to `MOST_NAMED` in all."""
+    new = [key for key in keys if key not in told][: max(0, MOST_NAMED - len(told))]
+    if new:
+        told.update(new)
+        _say(f"{source}: keys that are not read, from {origin} on: {', '.join(map(_named, new))}")
 
 
 @cache
@@ -119,13 +128,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _printable(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 60 else shown(key)
-
-
-def _meant(key: str) -> str:
+def _named(key: str) -> str:
+    """A key, with what it may be meant to be."""
+    text = key if key.isprintable() and len(key) <= 60 else shown(key)
     own = key.rpartition(".")[2]
     if meaning_of(own) is not None:
-        return " [no medium there takes it]"
+        return f"{text} [no medium there takes it]"
     near = difflib.get_close_matches(own, sorted(OPTIONS["video"]), n=1, cutoff=0.8)
-    return f" [did you mean {near[0]}?]" if near else ""
+    return f"{text} [did you mean {near[0]}?]" if near and not own.lower().endswith("id") else text
