@@ -244,6 +244,9 @@ def test_a_sample_of_video_mme() -> None:
         ("options", ["blue.", "red"]),
         ("options", ["blue", "red", "blue"]),
         ("options", ["blue", ""]),
+        ("options", ["blue", " \n"]),
+        ("options", ["blue", "blue "]),
+        ("options", ["blue", "é", "e\u0301"]),
         ("options", ["blue", 3]),
         ("options", "blue"),
         ("labels", ("red", "green")),
@@ -276,6 +279,18 @@ def test_right_answers_that_a_record_lists(task: Task, field: str) -> None:
     for alone in ("run", ["run"], None, 3, {"run": 1}):
         (made,) = task.conversations(labelled("run", **{field: alone}))[:1]
         assert questions([made])[0].references == ("run",)
+
+
+def test_numbers_among_right_answers_are_texts() -> None:
+    (made,) = QuestionAnswering().conversations(labelled("10", answers=[10, 12, 2.5, "ten", None, True]))
+    assert questions([made])[0].references == ("10", "12", "2.5", "ten")
+
+
+@pytest.mark.parametrize(("said", "option"), [("e\u0301te\u0301", "été"), ("blue", " blue")])
+def test_options_that_only_look_like_the_answer(said: str, option: str) -> None:
+    """Trained is one form and scored would be the other: the line says what can't be seen."""
+    with pytest.raises(UserError, match=r"form of Unicode, NFC or NFD, or in space around it: write both alike"):
+        Classify().conversations(labelled(said, options=[option, "red"]))
 
 
 def test_labels_beside_options_are_the_right_ones() -> None:

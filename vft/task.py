@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -186,7 +187,8 @@ def answer_facts(sample: Sample) -> dict[str, tuple[str, ...]]:
 
 def right_answers(sample: Sample) -> tuple[str, ...]:
     """Every right answer that a record gives for its last question: what is said there, then those that it lists
-    (`answers`, `references`, or several under `answer` or `label`; `labels` beside `options`), each once."""
+    (`answers`, `references`, or several under `answer` or `label`; `labels` beside `options`), each once; a number is
+    its text."""
     said = [split_reasoning(turn.text)[1] for turn in sample.turns if turn.role == "assistant"][-1:]
     if not said:
         return ()
@@ -198,7 +200,7 @@ def right_answers(sample: Sample) -> tuple[str, ...]:
         for key, some in lists.items()
         # Of a user's own record `labels` may mean something else.
         if isinstance(some, list) and (key in ("answers", "references") or said[0] in some)
-        for one in some
+        for one in (str(one) if type(one) in (int, float) else one for one in some)
         if isinstance(one, str) and one
     ]
     return tuple(dict.fromkeys([*said, *listed]))
@@ -216,19 +218,26 @@ def options_of(sample: Sample) -> tuple[str, ...]:
         options = labels
     if not options:
         return ()
-    if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one for one in options):
+    if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one.strip() for one in options):
         raise UserError(f"{sample.origin}: options: {options!r:.60} must be a list of texts")
     missing = next((right for right in (said, *more) if right not in options), None)
-    if missing is not None or len(set(options)) < len(options):
+    seen = {_as_read(option) for option in options}
+    if missing is not None or len(seen) < len(options):
+        alike = " (one differs from it in its form of Unicode, NFC or NFD, or in space around it: write both alike)"
         raise UserError(
             f"{sample.origin}: options: the answer {missing or said!r:.60} must be among {len(options)} different "
-            f"options, word for word; they are {', '.join(options):.80}"
+            f"options, word for word; they are {', '.join(options):.80}" + alike * (_as_read(missing or "") in seen)
         )
     if more and len(more) + 1 == len(options):
         raise UserError(
             f"{sample.origin}: all {len(options)} options are listed as right answers too; list the right ones alone"
         )
     return tuple(options)
+
+
+def _as_read(text: str) -> str:
+    """The same for texts between which a reader sees no difference."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def groups_of(sample: Sample) -> dict[str, str]:
