@@ -14,6 +14,7 @@ from vft.data.sources import messages, story
 from vft.data.sources.folders import clips_below
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
+    TURN_KEYS,
     RecordError,
     as_object,
     resolve_media,
@@ -22,7 +23,7 @@ from vft.data.sources.records import (
     unique,
 )
 from vft.data.sources.rows import SUFFIXES, read_rows
-from vft.data.sources.shapes import ANSWERS, QUESTIONS, TURN_KEYS, Shapes
+from vft.data.sources.shapes import ANSWERS, QUESTIONS, Shapes
 from vft.data.sources.unread_keys import tell
 from vft.data.spans import check_spans
 from vft.distributed import environment

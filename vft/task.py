@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 from vft.config import Config
+from vft.files import digest
 from vft.metrics import Interval, Samples, clusters_of
 from vft.reasoning import split_reasoning
 from vft.types import ANSWER_KEYS, Conversation, MediaRef, Sample, Turn, UserError
@@ -162,13 +162,12 @@ def _name_of(question: Question) -> str:
     prompt = question.prompt
     turns = tuple((turn.role, turn.text) for turn in prompt.turns)
     content = prompt.media_key, turns, sorted(prompt.options), sorted(set(question.references))
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return digest(repr(content))
 
 
 def files_of(media: Iterable[MediaRef]) -> tuple[str, ...]:
     """Their files, whatever is taken of each."""
-    paths = (ref.path for ref in media)
-    return tuple(str(file) for path in paths for file in (path if isinstance(path, tuple) else (path,)))
+    return tuple(str(file) for ref in media for file in ref.files)
 
 
 def distinct(names: Iterable[str]) -> Iterator[str]:

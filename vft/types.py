@@ -83,14 +83,18 @@ class MediaRef:
         return isinstance(self.path, tuple)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Its file, or its pictures in order."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
+
+    @property
     def name(self) -> str:
         """What stands for the medium in records: its file, of a list of pictures the first."""
-        return self.member or str(self.path[0] if isinstance(self.path, tuple) else self.path)
+        return self.member or str(self.files[0])
 
     def content(self, root: str) -> tuple[object, ...]:
         """What is shown, wherever `root` lies: names below it, and what is taken."""
-        paths = self.path if isinstance(self.path, tuple) else (self.path,)
-        names = [self.member] if self.member else [str(path).removeprefix(f"{root}/") for path in paths]
+        names = [self.member] if self.member else [str(file).removeprefix(f"{root}/") for file in self.files]
         return self.kind, names, self.options, self.is_folder
 
 

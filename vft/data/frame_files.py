@@ -44,9 +44,8 @@ def digest_of(plan: MediaPlan) -> bytes | None:
 
     Files are told apart as the index does it: by path, size and modification time.
     """
-    paths = plan.ref.path if isinstance(plan.ref.path, tuple) else (plan.ref.path,)
     try:
-        files = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in paths for s in (path.stat(),)]
+        files = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in plan.ref.files for s in (path.stat(),)]
     except (OSError, ValueError):
         return None
     info = plan.info

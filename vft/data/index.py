@@ -80,9 +80,8 @@ class Index:
             MediaError: the file can't be used.
             KeyError: `ref` was not among those that the index was built for.
         """
-        if isinstance(ref.path, tuple):
-            return join_pictures(ref, [self._info(("image", str(path))) for path in ref.path])
-        return self._info((ref.kind, str(ref.path)))
+        found = [self._info(key) for key in _keys_of(ref)]
+        return join_pictures(ref, found) if ref.is_list else found[0]
 
     def _info(self, key: Key) -> MediaInfo:
         if key in self._passing:
@@ -108,7 +107,7 @@ def build(
     `deadline_s` seconds a file. `headers`: count frames from containers' headers where these are complete. Another
     process that builds in the same `cache_dir` is waited for.
     """
-    wanted = _distinct(refs)
+    wanted = list(dict.fromkeys(key for ref in refs for key in _keys_of(ref)))
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -134,14 +133,8 @@ def build(
     return Index(table, passing)
 
 
-def _distinct(refs: Iterable[MediaRef]) -> list[Key]:
-    keys: dict[Key, None] = {}
-    for ref in refs:
-        if isinstance(ref.path, tuple):
-            keys.update(dict.fromkeys(("image", str(path)) for path in ref.path))
-        else:
-            keys[ref.kind, str(ref.path)] = None
-    return list(keys)
+def _keys_of(ref: MediaRef) -> list[Key]:
+    return [("image" if ref.is_list else ref.kind, str(file)) for file in ref.files]
 
 
 def _find_stale(

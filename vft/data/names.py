@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 
 _ON_A_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out")
+"""What folders and files of the splits of a data set are called."""
 STRAY = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "@eadir", "$recycle.bin", "system volume information"}
     | {"lost+found"}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from vft.types import Conversation, MediaRef
+from vft.types import Conversation
 
 BLOCK_BYTES = 1 << 18
 """Of a file's start, middle and end that are compared; a file of three or fewer is compared whole."""
@@ -76,8 +76,8 @@ def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Convers
     """Those of `held_out` one of whose media is seen in training, as the same file or as a copy of it, whatever part is
     shown; of a conversation without media, those that are trained on word for word."""
     files = Files()
-    trained = {_files(ref) for one in training for ref in one.media}
-    asked = {_files(ref) for one in held_out for ref in one.media}
+    trained = {ref.files for one in training for ref in one.media}
+    asked = {ref.files for one in held_out for ref in one.media}
     files.look(path for paths in (*trained, *asked) for path in paths)
     sizes = {tuple(map(files.size, paths)) for paths in asked}
     inodes = {tuple(map(files.inode, paths)) for paths in trained}
@@ -94,9 +94,7 @@ def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Convers
 
     shared = {paths for paths in asked if is_trained(paths)}
     return [
-        one
-        for one in held_out
-        if (any(_files(ref) in shared for ref in one.media) if one.media else _text(one) in texts)
+        one for one in held_out if (any(ref.files in shared for ref in one.media) if one.media else _text(one) in texts)
     ]
 
 
@@ -114,10 +112,6 @@ def overlap_warning(held_out: Sequence[Conversation], training: Sequence[Convers
         f"warning: {len(found)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
         f"of it: {named}{more}; scores on them show what was memorised"
     )
-
-
-def _files(ref: MediaRef) -> tuple[Path, ...]:
-    return ref.path if isinstance(ref.path, tuple) else (ref.path,)
 
 
 def _text(one: Conversation) -> tuple[tuple[str, str], ...]:

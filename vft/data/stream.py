@@ -7,7 +7,6 @@ folder, scanned there in a worker process, planned and packed like any other, an
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import sys
@@ -37,6 +36,7 @@ from vft.data.sources.unread_keys import tell, tell_new
 from vft.data.video import join_pictures, scan_file
 from vft.data_config import DataConfig, SourceConfig
 from vft.distributed import environment
+from vft.files import digest
 from vft.stopping import asked
 from vft.types import Document, MediaInfo, MediaRef, UserError
 from vft.watch import busy_with
@@ -101,14 +101,12 @@ def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
         tell(source.path, opened.unread)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
     check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
-    digest = _digest(opened.shards, opened.digest)
-    told = set(chain.from_iterable(opened.unread))
-    return Archives(source.path, source.of_rows, opened.shards, opened.groups, digest, bad, opened.misnamed(), told)
+    told, known = _digest(opened.shards, opened.digest), set(chain.from_iterable(opened.unread))
+    return Archives(source.path, source.of_rows, opened.shards, opened.groups, told, bad, opened.misnamed(), known)
 
 
 def _digest(shards: Sequence[str], records: str) -> str:
-    names = [shard.rpartition("/")[2] for shard in shards]
-    return hashlib.sha256(f"{names}{records}".encode()).hexdigest()[:16]
+    return digest(f"{[shard.rpartition('/')[2] for shard in shards]}{records}")
 
 
 @dataclass(eq=False)
@@ -326,9 +324,8 @@ class SlotStream:
 
         def info(ref: MediaRef) -> MediaInfo:
             try:
-                if isinstance(ref.path, tuple):
-                    return join_pictures(ref, [read.scans[path].result() for path in ref.path])
-                return read.scans[ref.path].result()
+                found = [read.scans[path].result() for path in ref.files]
+                return join_pictures(ref, found) if ref.is_list else found[0]
             except MediaError as error:
                 raise MediaError(error.reason, name_members(str(error), ref)) from None
 
@@ -422,17 +419,15 @@ class SlotStream:
         refs = [ref for s in group.samples for turn in s.turns for ref in turn.parts if isinstance(ref, MediaRef)]
         scans: dict[Path, Future[MediaInfo]] = {}
         for ref in refs:
-            many = isinstance(ref.path, tuple)
-            for path in ref.path if isinstance(ref.path, tuple) else (ref.path,):
+            for path in ref.files:
                 if path not in scans:
-                    scans[path] = self.context.pool.submit(scan_file, "image" if many else ref.kind, path)
+                    scans[path] = self.context.pool.submit(scan_file, "image" if ref.is_list else ref.kind, path)
         return scans
 
 
 def name_members(message: str, ref: MediaRef) -> str:
     """A message about a medium with its name in the archive in the place of the passing copy's."""
-    paths = ref.path if isinstance(ref.path, tuple) else (ref.path,)
-    for path in paths if ref.member else ():
+    for path in ref.files if ref.member else ():
         message = message.replace(str(path), ref.name)
     return message
 

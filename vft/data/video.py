@@ -68,9 +68,8 @@ def scan(ref: MediaRef) -> MediaInfo:
     Raises:
         MediaError: the medium can't be used.
     """
-    if isinstance(ref.path, tuple):
-        return join_pictures(ref, [scan_file("image", path) for path in ref.path])
-    return scan_file(ref.kind, ref.path)
+    found = [scan_file("image" if ref.is_list else ref.kind, file) for file in ref.files]
+    return join_pictures(ref, found) if ref.is_list else found[0]
 
 
 def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:

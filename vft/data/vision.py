@@ -37,8 +37,7 @@ def load(plan: MediaPlan, spec: VisionSpec, read_frames: Callable[[MediaPlan], T
     Raises:
         MediaError: the file can't be decoded as planned.
     """
-    path = plan.ref.path
-    with as_media_error(path[0] if isinstance(path, tuple) else path):
+    with as_media_error(plan.ref.files[0]):
         return _cut(_resized_pieces(plan) if read_frames is None else [read_frames(plan)], plan, spec)
 
 

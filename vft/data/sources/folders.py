@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from vft.data.names import is_stray
+from vft.data.names import SPLITS, is_stray
 from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, BadRecord, resolve_media, shown
 from vft.data.sources.tables import gather, label_classes, labelled, read_classes
 from vft.types import MediaKind, MediaRef, Sample, UserError
-
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out"})
 
 
 def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:

@@ -6,7 +6,6 @@ JSON-MIN these stand beside the data. See https://labelstud.io/guide/export and 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from vft.data.media_error import MediaError
-from vft.data.names import spellings
-from vft.data.sources.records import RecordError, resolve_media, shown
+from vft.data.sources.records import RecordError, resolve_media, shown, spelt
 
 Row = dict[str, Any]
 
@@ -40,8 +38,8 @@ _UPLOADED = re.compile(r"/data/upload/((?:\d+/)?([0-9a-f]{8}-)?(.+))")
 _LOCAL = "/data/local-files/?d="
 
 
-def rows(record: Row, root: Path) -> list[Said] | None:
-    """The rows of a task; None of a record that is no task.
+def rows(record: Row, root: Path) -> list[Said]:
+    """The rows of a task; a record that is no task is one as it is.
 
     A label of a part of a video is a row of its own, with `video_start` and `video_end`.
 
@@ -61,7 +59,7 @@ def rows(record: Row, root: Path) -> list[Said] | None:
         said = {key: base.pop(key) for key in controls}
         chosen = {key for key, value in said.items() if isinstance(value, dict) and "choices" in value}
         return list(_rows(base, {key: _minimal(value) for key, value in said.items()}, chosen, root))
-    return None
+    return [Said(record)]
 
 
 def _annotated(base: Row, annotation: Mapping[str, Any], root: Path) -> Iterator[Said]:
@@ -105,8 +103,7 @@ def _rows(base: Row, said: Mapping[str, Any], chosen: Collection[str], root: Pat
     if not spans:
         yield Said({**base, **whole}, tuple(whole), bool(whole) and set(whole) <= set(chosen))
         return
-    rate = _Rate(base, root)
-    base = {key: value for key, value in base.items() if key not in RATES}
+    kept = {key: value for key, value in base.items() if key not in RATES}
     for name, found in spans.items():
         for span in found:
             labels = next((span[key] for key in SPANS if isinstance(span.get(key), list)), None)
@@ -114,44 +111,36 @@ def _rows(base: Row, said: Mapping[str, Any], chosen: Collection[str], root: Pat
                 raise RecordError(
                     name, f"{shown(span)} has none of {', '.join(SPANS)}; take it out, or map another control"
                 )
-            for start_s, end_s in _seconds(span, rate, name):
+            for start_s, end_s in _seconds(span, base, root, name):
                 times = {"video_start": start_s, "video_end": end_s}
-                yield Said({**base, **whole, **times, name: labels}, (name,), is_label=True)
+                yield Said({**kept, **whole, **times, name: labels}, (name,), is_label=True)
 
 
-class _Rate:
-    """Frames per second by which a task counts frames."""
+def _rate(base: Row, root: Path) -> float:
+    """Frames per second by which a task counts frames: of its data where that says it, else of the file."""
+    for key in RATES:
+        if base.get(key) is not None:
+            try:
+                return float(base[key])
+            except (TypeError, ValueError):
+                raise RecordError(key, f"{shown(base[key])} must be a number of frames per second") from None
+    key = next((key for key in MEDIA if isinstance(base.get(key), str)), "")
+    if not key:
+        raise RecordError("data", f"has no video under {', '.join(MEDIA)}, whose frames are counted; rename its key")
+    path = resolve_media(root, local_path(root, base[key]), key)
+    from vft.data.video import scan_file  # with torchcodec, which few who read records need
 
-    def __init__(self, base: Row, root: Path) -> None:
-        self.base, self.root = base, root
-
-    def read(self) -> float:
-        """Of the task's data where that says it, else of the file. RecordError where there is none."""
-        for key in RATES:
-            if self.base.get(key) is not None:
-                try:
-                    return float(self.base[key])
-                except (TypeError, ValueError):
-                    raise RecordError(key, f"{shown(self.base[key])} must be a number of frames per second") from None
-        key = next((key for key in MEDIA if isinstance(self.base.get(key), str)), "")
-        if not key:
-            raise RecordError(
-                "data", f"has no video under {', '.join(MEDIA)}, whose frames are counted; rename its key"
-            )
-        path = resolve_media(self.root, local_path(self.root, self.base[key]), key)
-        from vft.data.video import scan_file  # with torchcodec, which few who read records need
-
-        try:
-            return scan_file("video", path, headers=True).fps
-        except MediaError as error:
-            raise RecordError(key, str(error)) from None
+    try:
+        return scan_file("video", path, headers=True).fps
+    except MediaError as error:
+        raise RecordError(key, str(error)) from None
 
 
-def _seconds(span: Mapping[str, Any], rate: _Rate, name: str) -> list[tuple[float, float]]:
+def _seconds(span: Mapping[str, Any], base: Row, root: Path, name: str) -> list[tuple[float, float]]:
     """Starts and ends of a span: `ranges` count frames from 1, `start` and `end` seconds."""
     try:
         if isinstance(span.get("ranges"), list):
-            fps = rate.read()
+            fps = _rate(base, root)
             frames = [(float(one["start"]), float(one["end"])) for one in span["ranges"]]
             return [((start - 1) / fps, (end - 1) / fps) for start, end in frames]
         return [(float(span["start"]), float(span["end"]))]
@@ -172,5 +161,4 @@ def local_path(root: Path, value: str) -> str:
         return value
     inner, mark, name = unquote(match[1]), match[2] or "", unquote(match[3])
     places = (f"upload/{inner}", inner, f"{mark}{name}", name)
-    there = (place for place in places if any(os.path.exists(root / form) for form in spellings(place)))
-    return next(there, name)
+    return next((place for place in places if spelt(root, place).exists()), name)

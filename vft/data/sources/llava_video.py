@@ -25,6 +25,7 @@ from vft.data.names import is_stray
 from vft.data.sources import messages
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
+    TURN_KEYS,
     BadRecord,
     Group,
     Parsed,
@@ -33,6 +34,7 @@ from vft.data.sources.records import (
     check_text,
     collect,
     files_below,
+    names_in,
     natural_order,
     parse_json,
     resolve_frames,
@@ -40,7 +42,6 @@ from vft.data.sources.records import (
     sample_id_of,
     unique,
 )
-from vft.data.sources.shapes import TURN_KEYS
 from vft.data.sources.unread_keys import others
 from vft.types import MediaRef, Sample, Turn, UserError
 
@@ -53,15 +54,13 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     Raises:
         UserError: a file as a whole can't be read, or there is none.
     """
-    if not path.is_dir():
-        return collect([(path, path.name)], lambda record, file: _parse(record, file, root))
-    return collect(files_below(path, ".json"), lambda record, file: _parse(record, file, root))
+    files = files_below(path, ".json") if path.is_dir() else [(path, path.name)]
+    return collect(files, lambda record, file: _parse(record, file, root))
 
 
 def _parse(record: Mapping[str, Any], file: Path, root: Path) -> Parsed:
     if "video" not in record:
-        found = ", ".join(repr(key) for key in record) or "no fields"
-        raise RecordError("video", f"is missing; the record has {found}")
+        raise RecordError("video", f"is missing; the record has {names_in(record)}")
     video = check_text(record["video"], "video")
     located, mode = resolve_path(root, video, "video")
     for folder in filter(None, (_config(file, root), record.get("data_source"))):

@@ -18,19 +18,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vft.data.sources.media_options import lay_under, options_of_part
+from vft.data.sources.media_options import Turns, lay_under, options_of_part
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
+    TURN_KEYS,
     BadRecord,
     Parsed,
     RecordError,
     check_text,
     collect,
+    names_in,
     resolve_media,
     shown,
 )
 from vft.data.sources.rows import files_of, read_rows
-from vft.data.sources.shapes import TURN_KEYS, Shapes
+from vft.data.sources.shapes import Shapes
 from vft.data.sources.tables import read_classes
 from vft.data.sources.unread_keys import MEDIA_KEYS, answer_lists, unread
 from vft.reasoning import CLOSE, OPEN
@@ -101,8 +103,8 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
     """
     present = [key for key in TURN_KEYS if record.get(key) is not None]
     if len(present) != 1:
-        found = ", ".join(map(shown, record)) or "no fields"
-        raise RecordError("messages", f"the record needs either 'messages' or 'conversations'; it has {found}")
+        either = "the record needs either 'messages' or 'conversations'"
+        raise RecordError("messages", f"{either}; it has {names_in(record)}")
     key = present[0]
     entries = record[key]
     if not isinstance(entries, list) or not entries:
@@ -130,9 +132,7 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
     return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
 
 
-def with_system(
-    record: Mapping[str, Any], turns: list[tuple[Role, list[str | MediaRef]]]
-) -> list[tuple[Role, list[str | MediaRef]]]:
+def with_system(record: Mapping[str, Any], turns: Turns) -> Turns:
     """The turns behind the record's own `system`. RecordError where they have another one themselves."""
     system = check_text(record.get("system") or "", "system")
     if not system:
@@ -146,7 +146,7 @@ def with_system(
     return turns if turns[0][0] == "system" else [("system", [system]), *turns]
 
 
-def _finish(turns: list[tuple[Role, list[str | MediaRef]]], key: str, answered: bool) -> tuple[Turn, ...]:
+def _finish(turns: Turns, key: str, answered: bool) -> tuple[Turn, ...]:
     """The turns, checked: each says something, and there is an answer to learn."""
     for i, (role, parts) in enumerate(turns):
         if not any(not isinstance(part, str) or part.strip() for part in parts):
@@ -176,8 +176,7 @@ class _Reader:
         role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
         for key in (role_key, content_key):
             if key not in entry:
-                found = ", ".join(map(shown, entry)) or "no fields"
-                raise RecordError(f"{name}.{key}", f"is missing; the message has {found}")
+                raise RecordError(f"{name}.{key}", f"is missing; the message has {names_in(entry)}")
         for key in ("weight", "loss"):  # others' masks of answers
             if entry.get(key) not in (None, 1, True):
                 raise RecordError(f"{name}.{key}", f"{shown(entry[key])}: every answer is learnt; split the record")
@@ -289,23 +288,17 @@ def _list_media(record: Mapping[str, Any], kind: MediaKind, root: Path) -> _List
     if len(keys) == 2:
         raise RecordError(kind, f"stands beside {keys[0]!r}; keep one of the two")
     key, value = keys[0], record[keys[0]]
-    if key == "video" and _is_frames(value):
-        return _Listed(key, [_reference(root, kind, value, key)])
-    if not isinstance(value, list):
+    if not isinstance(value, list) or (key == "video" and _is_frames(value)):
         return _Listed(key, [_reference(root, kind, value, key)])
     return _Listed(key, [_reference(root, kind, one, f"{key}[{i}]") for i, one in enumerate(value)])
 
 
-def _is_frames(value: object) -> bool:
+def _is_frames(value: list[Any]) -> bool:
     """Whether a `video` that is a list is one video of pictures rather than several videos."""
-    return isinstance(value, list) and all(
-        isinstance(one, str) and Path(one).suffix.lower() in PICTURE_SUFFIXES for one in value
-    )
+    return all(isinstance(one, str) and Path(one).suffix.lower() in PICTURE_SUFFIXES for one in value)
 
 
-def _fill(
-    turns: list[tuple[Role, list[Part]]], listed: Mapping[MediaKind, _Listed], key: str
-) -> list[tuple[Role, list[str | MediaRef]]]:
+def _fill(turns: list[tuple[Role, list[Part]]], listed: Mapping[MediaKind, _Listed], key: str) -> Turns:
     """Put the listed media in their places."""
     slots = Counter(part.kind for _, parts in turns for part in parts if isinstance(part, _Slot))
     video_only = bool(listed["video"].refs) and not listed["image"].refs and not slots["video"]
@@ -332,9 +325,7 @@ def _fill(
     ]
 
 
-def _place_first(
-    turns: list[tuple[Role, list[Part]]], refs: list[MediaRef], key: str
-) -> list[tuple[Role, list[str | MediaRef]]]:
+def _place_first(turns: list[tuple[Role, list[Part]]], refs: list[MediaRef], key: str) -> Turns:
     """Media without any placeholder come at the start of the first user's turn, as users of other trainers expect."""
     filled = [(role, [part for part in parts if not isinstance(part, _Slot)]) for role, parts in turns]
     if not refs:

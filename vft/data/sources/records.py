@@ -75,6 +75,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def names_in(record: Mapping[str, Any]) -> str:
+    """The keys of a record in a message."""
+    return f"{', '.join(map(shown, record)):.300}" or "no fields"
+
+
+TURN_KEYS = ("messages", "conversations")
+"""Keys of a record's turns."""
 CHECKED = 4096
 """Characters in which text of another encoding shows."""
 TOO_DEEP = "is nested too deeply; each record must be a JSON object of a few levels"
@@ -105,11 +112,6 @@ def read_file(path: Path, what: str) -> bytes:
         raise UserError(f"{path}: {error.strerror}; give the path of {what}") from None
 
 
-def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
-    """As `read_json`, of a file called `name` with this content."""
-    yield from _records(name, decode_text(content, name))
-
-
 def decode_text(content: bytes, name: str) -> str:
     """The text of a file, without a byte-order mark: UTF-8, or UTF-16 that begins with its mark, as Excel writes it.
 
@@ -128,7 +130,9 @@ def decode_text(content: bytes, name: str) -> str:
         raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; {mend}") from None
 
 
-def _records(path: str, text: str) -> Iterator[tuple[int, Any]]:
+def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
+    """As `read_json`, of a file called `name` with this content."""
+    text = decode_text(content, name)
     line, counted = 1, 0
 
     def skip_space(position: int) -> int:
@@ -138,7 +142,7 @@ def _records(path: str, text: str) -> Iterator[tuple[int, Any]]:
 
     def fail(position: int, what: str) -> NoReturn:
         at = line + text.count("\n", counted, position)
-        raise UserError(f"{path}:{at}: {what}; each record must be a JSON object, in a list or on a line of its own")
+        raise UserError(f"{name}:{at}: {what}; each record must be a JSON object, in a list or on a line of its own")
 
     position = skip_space(0)
     in_list = text[position : position + 1] == "["
@@ -201,7 +205,7 @@ def collect(
             try:
                 made = []
                 for one in expand(as_object(record), path):
-                    fields = {key: value for key, value in one.items() if key not in ("messages", "conversations")}
+                    fields = {key: value for key, value in one.items() if key not in TURN_KEYS}
                     made.append((sample_id_of(one, f"{path.stem}-{number}"), parse(one, path), fields))
                 samples += [
                     Sample(unique(name, seen), parsed.turns, origin, fields, parsed.unread)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vft.data.names import is_stray
+from vft.data.names import SPLITS, is_stray
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -36,7 +36,7 @@ EMPTY = frozenset({"", "nan", "NaN", "null", "NULL", "#N/A"})
 DELIMITERS = ",;\t|"
 MAX_ROWS = 10_000_000
 """A file of a few kilobytes may announce any number, and records are held in memory."""
-_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(f"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
 def files_of(path: Path) -> list[tuple[Path, str]]:
@@ -47,8 +47,10 @@ def files_of(path: Path) -> list[tuple[Path, str]]:
         UserError: there are none, or a folder holds several splits.
     """
     if not path.is_dir():
-        found = [Path(name) for name in sorted(glob.glob(str(path)))] if not path.exists() and "*" in path.name else []
-        if not found and "*" in path.name and not path.exists():
+        if path.exists() or "*" not in path.name:
+            return [(path, path.name)]
+        found = [Path(name) for name in sorted(glob.glob(str(path)))]
+        if not found:
             raise UserError(f"{path}: no file has such a name; check data.root and the source's path")
         return [(file, file.name) for file in found if not is_stray(file.name)] or [(path, path.name)]
     inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in COLUMNAR)

@@ -19,13 +19,12 @@ from typing import Any
 
 from vft.data.sources import label_studio
 from vft.data.sources.media_options import LIST_OPTIONS, REAL_OPTIONS, meaning_of
-from vft.data.sources.records import PICTURE_SUFFIXES, RecordError, check_text, shown, spelt
+from vft.data.sources.records import PICTURE_SUFFIXES, TURN_KEYS, RecordError, check_text, names_in, shown, spelt
 from vft.data.sources.unread_keys import MEDIA_KEYS
 from vft.types import UserError
 
 Record = dict[str, Any]
 
-TURN_KEYS = ("messages", "conversations")
 QUESTIONS = ("question", "query", "prompt", "instruction", "problem")
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = (
@@ -78,9 +77,8 @@ class Shapes:
         """One record of `file`, or several where it holds several answers or parts. RecordError names the field at
         fault."""
         record = self._located(record, file)
-        rows = label_studio.rows(record, self.root)
         found: list[Record] = []
-        for said in [label_studio.Said(record)] if rows is None else rows:
+        for said in label_studio.rows(record, self.root):
             self.keys.update(dict.fromkeys(said.row))
             row = {key: _cell(key, value) for key, value in self.renamed(said.row).items()}
             found += self._turned(row, said.controls, said.is_label)
@@ -127,17 +125,17 @@ class Shapes:
         row = {key: self._file(value, key) if key in MEDIA_KEYS else value for key, value in row.items()}
         if has_turns:
             return [row]
-        names = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
-        asks = self._one(row, [key for name in QUESTIONS if (key := names.get(name))], "question")
+        names = _plain_names(row)
+        asks = self._one(row, _known_in(names, QUESTIONS), "question")
         extra = names.get("input")
         answer = self._answer(row, names, controls)
         is_input = "input" in self.columns or asks in (None, names.get("instruction"))
         used = {asks, answer, names.get("history"), extra if is_input else None}
         rest = {key: value for key, value in row.items() if key not in used}
-        if (system := self._one(row, [key for name in SYSTEMS if (key := names.get(name))], "system")) is not None:
+        if (system := self._one(row, _known_in(names, SYSTEMS), "system")) is not None:
             rest["system"] = rest.pop(system)
         if not any(rest.get(key) is not None for key in MEDIA_KEYS) and asks is None and used & set(row) <= {answer}:
-            raise RecordError("messages", f"is missing; {READ}; it has {_names(row)}")
+            raise RecordError("messages", f"is missing; {READ}; it has {names_in(row)}")
         before = [*_history(row.get(names.get("history", ""))), *_asked(row, asks, extra if extra in used else None)]
         if answer is None:
             return [{**rest, "messages": before}]
@@ -160,13 +158,11 @@ class Shapes:
 
     def _answer(self, row: Record, names: Mapping[str, str], controls: Sequence[str]) -> str | None:
         """The key of the answer."""
-        for role in ("answer", "answers", "label"):
-            if role in self.columns:
-                tiers: Iterable[Sequence[str]] = [[role] if role in row else []]
-                break
+        if role := next((role for role in ("answer", "label") if role in self.columns), None):
+            tiers = [[role] if role in row else []]
         else:
-            own = [key for key in controls if key in row and key not in (names.get(n) for n in (*QUESTIONS, *SYSTEMS))]
-            tiers = [own if len(own) == 1 else [], *([k for n in tier if (k := names.get(n))] for tier in ANSWERS)]
+            own = [key for key in controls if key in row and key not in _known_in(names, (*QUESTIONS, *SYSTEMS))]
+            tiers = [own if len(own) == 1 else [], *(_known_in(names, tier) for tier in ANSWERS)]
         for keys in tiers:
             if keys:
                 key = self._one(row, keys, "answer")
@@ -176,24 +172,23 @@ class Shapes:
                 return key
         if not self.answered:
             return None
-        mend = f'{READ}; it has {_names(row)}: say which it is on the source, columns = {{ answer = "..." }}'
+        mend = f'{READ}; it has {names_in(row)}: say which it is on the source, columns = {{ answer = "..." }}'
         raise RecordError("answer", f"is missing; {mend}")
 
     def _with_media(self, row: Record) -> Record:
         """The row with its medium under `video` or `image`, found under other names too."""
-        given = [key for key in MEDIA_KEYS if row.get(key) is not None]
-        names = {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
-        if not given:
-            for kind, known in (("video", ("video", "videos", *VIDEOS)), ("image", ("image", "images", *IMAGES))):
-                found = [key for name in known if (key := names.get(name)) and isinstance(row[key], str | dict)]
-                if key := self._one(row, found, kind):
-                    row = {k: value for k, value in row.items() if k != key} | {kind: row[key]}
-            files = [key for name in FILES if (key := names.get(name)) and isinstance(row[key], str | dict)]
-            if all(row.get(kind) is None for kind in ("video", "image")) and (key := self._one(row, files, "video")):
-                is_picture = isinstance(row[key], str) and Path(row[key]).suffix.lower() in PICTURE_SUFFIXES
-                kind = "image" if is_picture else "video"
-                row = {k: value for k, value in row.items() if k != key} | {kind: row[key]}
-        return row
+        if any(row.get(key) is not None for key in MEDIA_KEYS):
+            return row
+        names = {name: key for name, key in _plain_names(row).items() if isinstance(row[key], str | dict)}
+        found = {
+            kind: self._one(row, _known_in(names, known), kind)
+            for kind, known in (("video", ("video", "videos", *VIDEOS)), ("image", ("image", "images", *IMAGES)))
+        }
+        if not any(found.values()) and (key := self._one(row, _known_in(names, FILES), "video")):
+            is_picture = isinstance(row[key], str) and Path(row[key]).suffix.lower() in PICTURE_SUFFIXES
+            found = {"image" if is_picture else "video": key}
+        rest = {key: value for key, value in row.items() if key not in found.values()}
+        return rest | {kind: row[key] for kind, key in found.items() if key}
 
     def _file(self, value: Any, key: str) -> Any:
         """A medium's path: the hub's tables have it beside the file's content, Label Studio has addresses instead."""
@@ -221,6 +216,16 @@ class Shapes:
         return self.labels
 
 
+def _plain_names(row: Record) -> dict[str, str]:
+    """The keys of a row by their names in lower case with `_` for spaces and hyphens; of two equal ones the first."""
+    return {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
+
+
+def _known_in(names: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """The keys, in the order of the `known` names, that a row has."""
+    return [names[name] for name in known if name in names]
+
+
 # ------------------------------------------------------------------------------------------------------------ values
 
 
@@ -242,10 +247,6 @@ def _cell(key: str, value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _names(row: Record) -> str:
-    return f"{', '.join(map(shown, row)):.300}" or "no fields"
 
 
 def _text_of(turn: Record) -> bool:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vft.data.sources.media_options import lay_under
+from vft.data.sources.media_options import MAX_S, lay_under
 from vft.data.sources.messages import with_system
-from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, resolve_media, shown
+from vft.data.sources.records import BadRecord, Parsed, RecordError, check_text, collect, names_in, resolve_media, shown
 from vft.data.sources.rows import files_of, read_rows
 from vft.data.sources.shapes import QUESTIONS, Shapes
 from vft.data.sources.unread_keys import answer_lists, unread
@@ -25,8 +25,6 @@ from vft.types import MediaRef, Sample, Turn
 
 KEYS = ("video", "images", "segments", "text", "speech")
 SEGMENT_KEYS = ("start_s", "end_s", "text")
-MAX_S = 1e9
-"""Times from here on are no seconds."""
 
 
 def read(path: Path, root: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Sample], list[BadRecord]]:
@@ -53,8 +51,7 @@ def parse(record: Mapping[str, Any], root: Path) -> Parsed:
         meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if key not in KEYS and meant and record.get(meant[0]) is None:
             raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
-    has = ", ".join(map(shown, record)) or "no fields"
-    text = _text(record.get("text"), "text", f"the record has {has}; call what is to be said 'text'")
+    text = _text(record.get("text"), "text", f"the record has {names_in(record)}; call what is to be said 'text'")
     segments = facts(record)["segments"]
     question, asking = _question(record)
     asked, used = lay_under([("user", [*_media(record, root), *question])], record, "")
@@ -81,7 +78,7 @@ def _question(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
     video, images = record.get("video"), record.get("images")
     if (video is None) == (images is None):
-        found = ", ".join(map(shown, record)) if video is None else "both"
+        found = names_in(record) if video is None else "both"
         raise RecordError("video", f"the record needs either 'video' or 'images'; it has {found}")
     if video is not None:
         if isinstance(video, list):
@@ -91,11 +88,8 @@ def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
         raise RecordError("segments", "stand beside 'images', and a run of pictures has no seconds; take them out")
     if not isinstance(images, list) or not images:
         raise RecordError("images", f"{shown(images)} must be a list with at least one picture")
-    fields = [f"images[{i}]" for i in range(len(images))]
-    return tuple(
-        MediaRef("image", resolve_media(root, image, field), field=field)
-        for image, field in zip(images, fields, strict=True)
-    )
+    named = [(f"images[{i}]", image) for i, image in enumerate(images)]
+    return tuple(MediaRef("image", resolve_media(root, image, field), field=field) for field, image in named)
 
 
 def facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +116,7 @@ def _segment(value: object, field: str) -> tuple[float, float, str]:
 def _seconds(segment: Mapping[str, Any], name: str, field: str) -> float:
     value = segment.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_S:
-        has = f"; the segment has {', '.join(map(shown, segment)) or 'no fields'}" if name not in segment else ""
+        has = f"; the segment has {names_in(segment)}" if name not in segment else ""
         raise RecordError(field, f"{shown(value)} must be a number of seconds, from 0{has}")
     return float(value)
 

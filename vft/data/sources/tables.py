@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from vft.data.names import spellings
 from vft.data.sources.records import (
     TOO_DEEP,
     BadRecord,
@@ -17,6 +16,7 @@ from vft.data.sources.records import (
     read_file,
     resolve_media,
     shown,
+    spelt,
     unique,
 )
 from vft.types import MediaRef, Sample, Turn, UserError
@@ -90,8 +90,8 @@ def first_present(root: Path, names: Iterable[str], field: str) -> Path:
     names = list(names)
     # Quicker than to resolve each: a list may name a hundred thousand files of which many are not there.
     there = (name for name in names if os.path.exists(os.path.join(root, name)))
-    spelt = (name for name in names if any(os.path.exists(os.path.join(root, form)) for form in spellings(name)))
-    return resolve_media(root, next(there, None) or next(spelt, names[0]), field)
+    found = next(there, None) or next((name for name in names if spelt(root, name).exists()), names[0])
+    return resolve_media(root, found, field)
 
 
 # ----------------------------------------------------------------------------------------------------------- labels

@@ -41,7 +41,7 @@ def unread(
         RecordError: such a key names another video, picture or sound, or is a misspelt one of `MEDIA_KEYS`.
     """
     refs = tuple(refs)
-    files = {path.name for ref in refs for path in (ref.path if isinstance(ref.path, tuple) else (ref.path,))}
+    files = {path.name for ref in refs for path in ref.files}
     kinds = {ref.kind for ref in refs}
     where = f" in a {place}" if place else ""
     beside = f", beside the {'segments' if place == 'segment' else 'messages'}" if place else ""
