@@ -19,18 +19,17 @@ from vft.answer import load_model
 from vft.config import Config
 from vft.console import user_errors
 from vft.data.chat import ChatEncoder
-from vft.data.documents import load_documents
 from vft.data.loader import Loader, open_streams
 from vft.data.packing import owners
 from vft.data.pool import WorkerPool
-from vft.evaluate import held_out_split
+from vft.evaluate import load_training
 from vft.files import whole_folder
 from vft.guards import tell_of_weights
 from vft.models import Skeleton, build
 from vft.models.weights import Checkpoint
 from vft.recipes import task_of
 from vft.report.preview import preview, summary
-from vft.task import main_conversation
+from vft.task import trained_conversations
 from vft.types import Batch, UserError
 
 
@@ -58,9 +57,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
-    make = task.conversations if data.segment_questions else main_conversation(task)
-    indexed = [source for source in data.sources if not source.stream]
-    documents = load_documents(data, indexed, make, encoder, config.seed, held_out_split(config, held_out=False))
+    documents, make = load_training(task, config, encoder), trained_conversations(task, config)
     with (
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
         open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,

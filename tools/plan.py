@@ -46,7 +46,7 @@ from vft.nf4 import is_packed, true_shapes
 from vft.parallel import checkpoint_activations
 from vft.recipes import task_of
 from vft.step_time import LINK_SHARE, Cluster, StepTime, step_time, traffic_of
-from vft.task import main_conversation
+from vft.task import trained_conversations
 from vft.types import Batch, MediaInfo, MediaRef, UserError
 
 FILMED = (1080, 1920)
@@ -498,15 +498,13 @@ def run_hours(config: Config, step_s: float, samples_a_row: int, samples: int | 
 
 def count_samples(config: Config) -> int | None:
     """Samples of an epoch, from the records of `data.sources`; None where one of them is not on this machine."""
-    data, task, found = config.data, task_of(config), 0.0
-    make = task.conversations if data.segment_questions else main_conversation(task)
+    data, make, found = config.data, trained_conversations(task_of(config), config), 0.0
     for source in data.sources:
         if source.stream or not (data.root / source.path).exists():
             return None
         samples, _ = sources.read(source, data)
-        found += source.times * sum(
-            len(converse(one, make, data)[0]) for one in take(samples, source.take, config.seed)
-        )
+        made = (converse(one, make, data)[0] for one in take(samples, source.take, config.seed))
+        found += source.times * sum(map(len, made))
     return math.ceil(found * (1 - (config.eval.split or 0)))
 
 

@@ -332,14 +332,15 @@ class Config(Section):
             raise ValueError(
                 f"model.quantize = {show(self.model.quantize)} needs a [lora] table: weights of 4 bits can't be trained"
             )
-        if any(source.stream for source in self.data.sources) and self.train.max_steps is None:
+        streamed = self.data.streamed
+        if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
         if self.train.max_steps is None and any(source.share is not None for source in self.data.sources):
             raise ValueError("train.max_steps is needed: sources with a share are drawn from without end")
-        if self.eval.split is not None and (streamed := [one.path for one in self.data.sources if one.stream]):
+        if self.eval.split is not None and streamed:
             raise ValueError(
-                f"eval.split = {self.eval.split:g} is of records known before training, and {show(streamed[0])} is "
-                'read as a stream; name held-out records in eval.sources instead, such as take = "first:500" of them'
+                f"eval.split = {self.eval.split:g} is of records known before training, and {show(streamed[0].path)} "
+                'is read as a stream; name held-out records in eval.sources instead, such as take = "first:500" of them'
             )
         read = (*self.data.sources, *self.eval.sources)
         if self.data.cache == "frames" and read and all(source.stream for source in read):

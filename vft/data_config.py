@@ -260,6 +260,16 @@ class DataConfig(Section):
         return self
 
     @property
+    def indexed(self) -> tuple[SourceConfig, ...]:
+        """The sources that are read before training, all but streams."""
+        return tuple(source for source in self.sources if not source.stream)
+
+    @property
+    def streamed(self) -> tuple[SourceConfig, ...]:
+        """The sources with `stream = true`."""
+        return tuple(source for source in self.sources if source.stream)
+
+    @property
     def cache_path(self) -> Path:
         """Folder of the caches: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
         chosen = self.cache_dir or os.environ.get("VFT_CACHE", "")

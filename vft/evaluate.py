@@ -32,7 +32,7 @@ from vft.files import digest, replace_text
 from vft.metrics import Interval, Samples, clusters_of, parts_to_json, ratio_interval
 from vft.models.generate import Sampling
 from vft.reasoning import split_reasoning
-from vft.task import Answer, Question, Task, distinct, files_of, likeliest, main_conversation
+from vft.task import Answer, Question, Task, distinct, files_of, likeliest, main_conversation, trained_conversations
 from vft.types import IGNORE_INDEX, Conversation, Document, Sample, UserError
 
 SCORED_BY = "sum of log-probabilities, closing token included"
@@ -72,9 +72,15 @@ def some(count: int, limit: int) -> list[int]:
     return sorted(random.Random(f"some:{count}").sample(range(count), limit))
 
 
+def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
+    """What is trained on, but for streams."""
+    make, split = trained_conversations(task, config), held_out_split(config, held_out=False)
+    return load_documents(config.data, config.data.indexed, make, encoder, config.seed, split)
+
+
 def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
     """What is evaluated: of each record its main conversation."""
-    wanted = config.eval.sources or [source for source in config.data.sources if not source.stream]
+    wanted = config.eval.sources or config.data.indexed
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
@@ -185,9 +191,10 @@ def overlap_with_training(task: Task, config: Config, held_out: Documents, train
 
 
 def _training_records(task: Task, config: Config) -> Iterator[Conversation]:
-    indexed = [source for source in config.data.sources if not source.stream]
     samples = [
-        one for source in indexed for one in take(sources.read(source, config.data)[0], source.take, config.seed)
+        one
+        for source in config.data.indexed
+        for one in take(sources.read(source, config.data)[0], source.take, config.seed)
     ]
     split = held_out_split(config, held_out=False)
     sides = [True] * len(samples) if split is None else split.select(samples, config.data.root)[0]

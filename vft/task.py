@@ -97,6 +97,11 @@ def main_conversation(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
     return lambda sample: task.conversations(sample)[:1]
 
 
+def trained_conversations(task: Task, config: Config) -> Callable[[Sample], Sequence[Conversation]]:
+    """What `task` trains on: with `data.segment_questions` the further supervision too."""
+    return task.conversations if config.data.segment_questions else main_conversation(task)
+
+
 def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
     """The turns with `prompt` as the text of the first user's turn, where that holds media alone."""
     for i, turn in enumerate(turns):

@@ -20,7 +20,7 @@ from vft.config import Config
 from vft.console import user_errors
 from vft.data.asked import Asked
 from vft.data.chat import ChatEncoder
-from vft.data.documents import Documents, load_documents
+from vft.data.documents import Documents
 from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.pool import WorkerPool
@@ -39,9 +39,9 @@ from vft.evaluate import (
     Best,
     cut_off_warning,
     evaluate,
-    held_out_split,
     keep_parts,
     load_held_out,
+    load_training,
     overlap_with_training,
     questions_digest,
 )
@@ -71,7 +71,7 @@ from vft.report import write_card, write_report
 from vft.rules import VERSION
 from vft.saving import Saver
 from vft.stopping import Stopped, asked, deferred, signals_stop, stop_if, stopped_by
-from vft.task import Task, configured, main_conversation
+from vft.task import Task, configured, trained_conversations
 from vft.types import UserError
 from vft.watch import note
 
@@ -107,9 +107,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
-    indexed = [source for source in config.data.sources if not source.stream]
-    make = task.conversations if config.data.segment_questions else main_conversation(task)
-    documents = load_documents(config.data, indexed, make, encoder, config.seed, held_out_split(config, held_out=False))
+    documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
     overlap = overlap_with_training(task, config, held_out, documents) if held_out and world.is_main else ""
     if overlap:
@@ -118,7 +116,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     with (
         process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(data.workers, data.clip_deadline_s) as pool,
-        open_streams(data, make, encoder, pool, slots, config.seed) as streams,
+        open_streams(data, trained_conversations(task, config), encoder, pool, slots, config.seed) as streams,
     ):
         trainer = Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool)
         if dry:

@@ -177,15 +177,14 @@ def open_streams(
     seed: int,
 ) -> Iterator[Streams | None]:
     """The sources with `stream = true`, for `slots` rows a step; None where there are none."""
-    streaming = [source for source in config.sources if source.stream]
-    if not streaming:
+    if not config.streamed:
         yield None
         return
-    archives = [open_archives(source, config) for source in streaming]
+    archives = [open_archives(source, config) for source in config.streamed]
     context = StreamContext(config, encoder, make_conversations, pool, slots, seed)
     try:
-        index_weight = sum(source.of_rows for source in config.sources if not source.stream)
-        yield Streams(archives, context, index_weight, by_share=streaming[0].share is not None)
+        index_weight = sum(source.of_rows for source in config.indexed)
+        yield Streams(archives, context, index_weight, by_share=config.streamed[0].share is not None)
     finally:
         context.close()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from vft.data.names import SPLITS, is_stray
-from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, BadRecord, resolve_media, shown
-from vft.data.sources.tables import gather, label_classes, labelled, read_classes
+from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, BadRecord, gather, resolve_media, shown
+from vft.data.sources.tables import label_classes, labelled, read_classes
 from vft.types import MediaKind, MediaRef, Sample, UserError
 
 
@@ -33,11 +33,11 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
     label_of = label_classes(classes, _label, path)
     labels = _labels(path, label_of)
 
-    def parse(file: Path, origin: str) -> Sample:
+    def parse(file: Path, origin: str) -> list[Sample]:
         kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
         ref = MediaRef(kind, resolve_media(root, str(file), "file"), field="file")
         name = file.relative_to(path)
-        return labelled(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)
+        return [labelled(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)]
 
     files = [file for name in classes for file in clips_below(path / name)]
     if not files:

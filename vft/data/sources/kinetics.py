@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vft.data.sources import tables
-from vft.data.sources.records import BadRecord, RecordError, shown
+from vft.data.sources.records import BadRecord, RecordError, gather, shown
 from vft.data.sources.rows import split_rows
 from vft.types import MediaRef, Sample, UserError
 
@@ -48,7 +48,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     folders = [*_replacements(folders, root), *folders]
     classes = {folder: _folders_in(folder) for folder in folders}
 
-    def parse(row: list[str], origin: str) -> Sample:
+    def parse(row: list[str], origin: str) -> list[Sample]:
         if len(row) != len(header):
             raise RecordError("", f"{len(row)} values under {len(header)} columns; put quotes around commas in a value")
         values = dict(zip(header, row, strict=True))
@@ -65,9 +65,10 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
         inner = ((folder, name) for folder in folders for name in names if "/" in name or name in classes[folder])
         places = [f"{folder}/{clip}.mp4" for folder in folders] + [f"{f}/{name}/{clip}.mp4" for f, name in inner]
         ref = MediaRef("video", tables.first_present(root, places, "youtube_id"), field="youtube_id")
-        return tables.labelled(clip, ref, label, labels, origin, (name for name in unread if values[name]))
+        unknown = (name for name in unread if values[name])
+        return [tables.labelled(clip, ref, label, labels, origin, unknown)]
 
-    return tables.gather(rows, parse)
+    return gather(rows, parse)
 
 
 def _replacements(folders: list[str], root: Path) -> list[str]:

@@ -9,13 +9,15 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from vft.data.names import is_stray, spellings, without_drive
 from vft.types import Sample, Turn, UserError
+
+Row = TypeVar("Row")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DIGITS = re.compile(r"([0-9]+)")
@@ -194,27 +196,44 @@ def collect(
     """Read files, given with their name for messages, and turn each record into a sample or a BadRecord.
 
     `parse` gets a record and its file, and raises RecordError. `expand` makes of a record, with its file, those that it
-    stands for. An id that came before gets a number: `x`, `x#2`, ...
+    stands for. Ids as in `gather`.
+    """
+
+    def samples_of(row: tuple[Path, int, Any], origin: str) -> Iterator[Sample]:
+        path, number, record = row
+        for one in expand(as_object(record), path):
+            name = sample_id_of(one, f"{path.stem}-{number}")
+            fields = {key: value for key, value in one.items() if key not in TURN_KEYS}
+            parsed = parse(one, path)
+            yield Sample(name, parsed.turns, origin, fields, parsed.unread)
+
+    rows = (
+        (f"{name}:{line}", (path, number, record))
+        for path, name in files
+        for number, (line, record) in enumerate(read(path), 1)
+    )
+    return gather(rows, samples_of)
+
+
+def gather(
+    rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Iterable[Sample]]
+) -> tuple[list[Sample], list[BadRecord]]:
+    """Turn rows, given with their origin, into samples, or a BadRecord where `parse(row, origin)` raises RecordError.
+
+    An id that came before gets a number: `x`, `x#2`, ...
     """
     samples: list[Sample] = []
     bad: list[BadRecord] = []
     seen: dict[str, int] = {}
-    for path, name in files:
-        for number, (line, record) in enumerate(read(path), 1):
-            origin = f"{name}:{line}"
-            try:
-                made = []
-                for one in expand(as_object(record), path):
-                    fields = {key: value for key, value in one.items() if key not in TURN_KEYS}
-                    made.append((sample_id_of(one, f"{path.stem}-{number}"), parse(one, path), fields))
-                samples += [
-                    Sample(unique(name, seen), parsed.turns, origin, fields, parsed.unread)
-                    for name, parsed, fields in made
-                ]
-            except RecordError as error:
-                bad.append(BadRecord(origin, error.field, error.message))
-            except RecursionError:
-                bad.append(BadRecord(origin, "", TOO_DEEP))
+    for origin, row in rows:
+        try:
+            made = list(parse(row, origin))
+        except RecordError as error:
+            bad.append(BadRecord(origin, error.field, error.message))
+        except RecursionError:
+            bad.append(BadRecord(origin, "", TOO_DEEP))
+        else:
+            samples += [replace(sample, id=unique(sample.id, seen)) for sample in made]
     return samples, bad
 
 

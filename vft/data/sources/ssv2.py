@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vft.data.sources import tables
-from vft.data.sources.records import BadRecord, RecordError, check_text, read_json, sample_id_of, shown
+from vft.data.sources.records import (
+    BadRecord,
+    RecordError,
+    as_object,
+    check_text,
+    gather,
+    read_json,
+    sample_id_of,
+    shown,
+)
 from vft.types import MediaRef, Sample, UserError
 
 LABELS = ("labels.json", "something-something-v2-labels.json")
@@ -35,9 +44,8 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     known = frozenset(labels)
     folders = tables.media_folders(path, root, media, "20bn-something-something-v2", "")
 
-    def parse(record: Any, origin: str) -> Sample:
-        if not isinstance(record, dict):
-            raise RecordError("", f"{shown(record)} is no JSON object; each record must be one")
+    def parse(record: Any, origin: str) -> list[Sample]:
+        record = as_object(record)
         video = sample_id_of(record, "")
         template, caption = (check_text(record.get(key), key) for key in ("template", "label"))
         label = template.translate(_NO_BRACKETS).strip()
@@ -48,9 +56,9 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
         file = tables.first_present(root, [f"{folder}/{video}.webm" for folder in folders], "id")
         ref = MediaRef("video", file, field="id")
         unread = (key for key, value in record.items() if key not in KEYS and value is not None)
-        return tables.labelled(video, ref, label, labels, origin, unread, caption=caption)
+        return [tables.labelled(video, ref, label, labels, origin, unread, caption=caption)]
 
-    return tables.gather(rows, parse)
+    return gather(rows, parse)
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:

@@ -4,46 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from vft.data.sources.records import (
-    TOO_DEEP,
-    BadRecord,
-    RecordError,
-    decode_text,
-    read_file,
-    resolve_media,
-    shown,
-    spelt,
-    unique,
-)
+from vft.data.sources.records import decode_text, read_file, resolve_media, shown, spelt
 from vft.types import MediaRef, Sample, Turn, UserError
-
-Row = TypeVar("Row")
-
-
-def gather(
-    rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Sample]
-) -> tuple[list[Sample], list[BadRecord]]:
-    """Turn rows, given with their origin, into samples, or BadRecords where `parse(row, origin)` raises RecordError.
-
-    An id that came before gets a number: `x`, `x#2`, ...
-    """
-    samples: list[Sample] = []
-    bad: list[BadRecord] = []
-    seen: dict[str, int] = {}
-    for origin, row in rows:
-        try:
-            sample = parse(row, origin)
-            samples.append(replace(sample, id=unique(sample.id, seen)))
-        except RecordError as error:
-            bad.append(BadRecord(origin, error.field, error.message))
-        except RecursionError:
-            bad.append(BadRecord(origin, "", TOO_DEEP))
-    return samples, bad
-
 
 # ------------------------------------------------------------------------------------------------------------- text
 

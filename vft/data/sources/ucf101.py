@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vft.data.sources.records import BadRecord, RecordError, shown
-from vft.data.sources.tables import first_present, gather, label_classes, labelled, media_folders, read_lines
+from vft.data.sources.records import BadRecord, RecordError, gather, shown
+from vft.data.sources.tables import first_present, label_classes, labelled, media_folders, read_lines
 from vft.types import MediaRef, Sample, UserError
 
 _CLASS = re.compile(r"([0-9]{1,9})\s+(\S+)")
@@ -31,7 +31,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
     labels = tuple(label_of.values())
     folders = media_folders(path, root, media, "UCF-101", "")
 
-    def parse(line: str, origin: str) -> Sample:
+    def parse(line: str, origin: str) -> list[Sample]:
         match = _CLIP.fullmatch(line)
         name, number = match.groups() if match else (line, None)
         folder, _, clip = name.partition("/")
@@ -43,7 +43,7 @@ def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[Ba
             wanted = f"the folder {shown(folder)} is class {numbers[folder]} in classInd.txt"
             raise RecordError("label", f"{number} disagrees: {wanted}; mend either")
         file = first_present(root, [f"{place}/{name}" for place in folders], "video")
-        return labelled(Path(clip).stem, MediaRef("video", file, field="video"), label_of[folder], labels, origin)
+        return [labelled(Path(clip).stem, MediaRef("video", file, field="video"), label_of[folder], labels, origin)]
 
     return gather(((f"{path.name}:{line}", text) for line, text in read_lines(path)), parse)
 

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from vft.data.archives import list_files, opened_file
-from vft.data.sources.records import BadRecord, RecordError, check_text, shown
-from vft.data.sources.tables import first_present, gather, media_folders, read_text
+from vft.data.sources.records import BadRecord, RecordError, check_text, gather, shown
+from vft.data.sources.tables import first_present, media_folders, read_text
 from vft.data.subtitles import Line, Subtitles, parse_srt
 from vft.types import MediaRef, Sample, Turn, UserError
 
@@ -55,7 +55,7 @@ def read(
         for file in list_files(str(path), (".parquet",))
         for number, row in enumerate(_load(file), 1)
     )
-    return gather(rows, _Reader(root, folders, subtitles).sample)
+    return gather(rows, _Reader(root, folders, subtitles).samples)
 
 
 def _load(file: str) -> list[dict[str, Any]]:
@@ -88,8 +88,8 @@ class _Reader:
     subtitles: bool
     kept: dict[str, tuple[Line, ...]] = field(default_factory=dict)
 
-    def sample(self, row: Mapping[str, Any], origin: str) -> Sample:
-        """The sample of one row. RecordError names the column."""
+    def samples(self, row: Mapping[str, Any], origin: str) -> list[Sample]:
+        """The one sample of a row. RecordError names the column."""
         texts = {key: check_text(row[key], key) for key in TEXTS}
         for key in ("videoID", "question_id", "question"):
             if not texts[key].strip():
@@ -117,7 +117,7 @@ class _Reader:
         }
         turns = (Turn("user", user), Turn("assistant", (texts["answer"],)))
         unread = tuple(key for key in row if key not in CARD)
-        return Sample(texts["question_id"], turns, origin, fields, unread)
+        return [Sample(texts["question_id"], turns, origin, fields, unread)]
 
     def lines(self, video: str) -> tuple[Line, ...]:
         """The subtitles of a video; none where it has no file."""
