@@ -78,6 +78,7 @@ def epochs(config: DataConfig, tiny: Tiny, epochs: int) -> tuple[list[Any], list
                 batch = pack.batch
                 ids = batch.input_ids_T.tolist()
                 found.append((pack.digest, batch.sample_ids, batch.grids, ids, batch.pixels_PD))
+            loader.learn([loader.found])
     return found, [f"{item.reason} {item.message}" for item in loader.known_bad.values()]
 
 
