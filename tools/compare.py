@@ -24,10 +24,9 @@ from vft.console import user_errors
 from vft.files import replace_text
 from vft.metrics import Interval
 from vft.report.chart import Curve, line_chart
-from vft.report.page import Run, changed, is_number, point, read_run, shown
+from vft.report.page import CURVES, Run, changed, is_number, point, read_run, shown
 from vft.types import UserError
 
-CURVES = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens per second"}
 MAX_RUNS = 6
 """Colours that a chart has."""
 PAGE = """<!doctype html>

@@ -50,9 +50,9 @@ from vft.rules import VERSION
 from vft.types import MediaInfo, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
+LIMITS = ("fps", "frames", "max_frames", "max_pixels")
 OPTIONS = {
-    **{f"data.video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
-    **{f"video.{key}": f"--{key.replace('_', '-')}" for key in ("fps", "frames", "max_frames", "max_pixels")},
+    **{f"{table}.{key}": f"--{key.replace('_', '-')}" for table in ("data.video", "video") for key in LIMITS},
     "data.video": "--frames, --max-frames, --max-pixels",
     "data.pack_tokens": "--pack-tokens",
     "data.root": "--root",
@@ -143,7 +143,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--segments = {arguments.segments}: must be seconds above 0")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError(f"--prompt = {arguments.prompt!r}: asks nothing; give a text, or leave it out")
-    for name in ("fps", "frames", "max_frames", "max_pixels", "pack_tokens"):
+    for name in (*LIMITS, "pack_tokens"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} = {value}: must be above 0")
@@ -321,7 +321,7 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
     video = dict(about.get("video", {}))
     if arguments.fps is not None or arguments.frames is not None:
         video = {key: value for key, value in video.items() if key not in ("fps", "frames")}
-    asked = {key: getattr(arguments, key) for key in ("fps", "frames", "max_frames", "max_pixels")}
+    asked = {key: getattr(arguments, key) for key in LIMITS}
     video |= {key: value for key, value in asked.items() if value is not None}
     most = arguments.max_frames
     if any(asked[key] is not None for key in ("fps", "frames", "max_frames")):

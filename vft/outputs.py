@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vft.answer import Said
+from vft.config import flatten
 from vft.files import cannot_write, replace_text
 from vft.inputs import Failure, Item
 from vft.types import UserError
@@ -145,7 +146,8 @@ class AnswersFile:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("settings"), dict) or "id" not in line:
             raise UserError(f"{self.path}:{number}: isn't an answer of this command; name another --output")
-        before, now = _flat(line["settings"]), _flat(self.settings)
+        # As JSON has them: what was read compares with what is about to be written.
+        before, now = (flatten(json.loads(json.dumps(one))) for one in (line["settings"], self.settings))
         for name in {**now, **before}:
             if name not in NAMES and before.get(name) != now.get(name):
                 was, new = (f"{name} = {one.get(name)!r} ({_names(one)})" for one in (before, now))
@@ -159,11 +161,3 @@ def _key(line: Mapping[str, Any]) -> str:
 
 def _names(settings: Mapping[str, Any]) -> str:
     return " with ".join(str(settings[name]) for name in sorted(NAMES, reverse=True) if settings.get(name))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Line:
-    """Nested tables with dotted names, as JSON has them: what was read compares with what is about to be written."""
-    flat: Line = {}
-    for name, value in json.loads(json.dumps(settings)).items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

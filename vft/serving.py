@@ -27,6 +27,8 @@ VIDEO_PROCESSORS = {
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
 }
+FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
+"""Of which a rate goes with some and a number of frames with others."""
 IMAGE_KEYS = frozenset({"image_processor_type", "min_pixels", "max_pixels", "size", "image_grid_pinpoints"})
 """Of preprocessor_config.json, that say nothing about videos."""
 
@@ -54,7 +56,7 @@ def processor_files(
     films = dict(files.get("video_preprocessor_config.json", {}))
     if not films:
         films = {key: value for key, value in pictures.items() if key not in IMAGE_KEYS}
-    for key in ("fps", "num_frames", "min_frames", "max_frames"):
+    for key in FRAME_KEYS:
         films.pop(key, None)
     films |= {"video_processor_type": VIDEO_PROCESSORS[model_type], "do_sample_frames": True}
     if frames.frames is not None:
@@ -76,9 +78,8 @@ def processor_files(
         made["video_preprocessor_config.json"] = films
     if nested:
         own = {"image_processor": pictures, "video_processor": films}
-        clash = ("fps", "num_frames", "min_frames", "max_frames")
         for key, content in nested.items():
-            whole[key] = {**{name: value for name, value in content.items() if name not in clash}, **own[key]}
+            whole[key] = {**{name: value for name, value in content.items() if name not in FRAME_KEYS}, **own[key]}
         made["processor_config.json"] = whole
     return made
 

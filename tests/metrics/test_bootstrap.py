@@ -152,7 +152,8 @@ def test_bleu_equals_the_interval_of_sacrebleu() -> None:
 )
 def test_bleu_of_one(text: str, references: list[str]) -> None:
     score = bleu4([text], [references])
-    assert bleu4_interval([text], [references]) == Interval(score, score, score)
+    found = bleu4_interval([text], [references])
+    assert (found.value, found.low, found.high) == (score, score, score)
     assert mean_interval([score]) == Interval(score, score, score)
 
 

@@ -88,13 +88,14 @@ class Documents:
     def weights_of(self, wanted: Sequence[SourceConfig]) -> list[float]:
         """How often each document comes in an epoch so that every source has its share of the samples, and the epoch
         as many of them as there are. UserError where a source has none."""
-        counts, shares, weights = [], [source.share or 0.0 for source in wanted], []
-        for start, end in pairwise((0, *self.ends)):
-            counts.append(sum(len(conversations) for conversations in self.members[start:end]))
-        for source, share, count, (start, end) in zip(wanted, shares, counts, pairwise((0, *self.ends)), strict=True):
+        own = [self.members[start:end] for start, end in pairwise((0, *self.ends))]
+        counts = [sum(map(len, members)) for members in own]
+        shares = [source.share or 0.0 for source in wanted]
+        weights: list[float] = []
+        for source, share, count, members in zip(wanted, shares, counts, own, strict=True):
             if not count:
                 raise UserError(f"{source.path}: share = {share:g}, but it has no samples; take the source out")
-            weights += [share / sum(shares) * sum(counts) / count] * (end - start)
+            weights += [share / sum(shares) * sum(counts) / count] * len(members)
         return weights
 
     @property

@@ -131,20 +131,18 @@ class Streams:
     by_share: bool = False
     """Weights are shares of the samples rather than of the rows."""
 
-    def feed_to_fill(self, step: int, slot: int, tally: Sequence[int]) -> int:
-        """As `feed_of`, given the slot's rows so far and the samples in them of each feed, the index first: drawn by
-        how many samples each would lack after one more row."""
-        rows, *samples = tally
-        total = sum(samples)
-        after = total + (total / rows if total else 1.0)
-        shares = [self.index_weight, *(one.weight for one in self.archives)]
-        lacking = [max(0.0, share * after - count) for share, count in zip(shares, samples, strict=True)]
-        draw = random.Random(f"feed:{self.context.seed}:{step}:{slot}")
-        return draw.choices(range(-1, len(self.archives)), lacking)[0]
+    def feed_of(self, step: int, slot: int, tally: Sequence[int] = ()) -> int:
+        """Which stream fills a slot of a step; -1: the index.
 
-    def feed_of(self, step: int, slot: int) -> int:
-        """Which stream fills a slot of a step; -1: the index."""
+        It is drawn by the weights, or where these are shares by how many samples each feed would lack after one more
+        row: `tally` is the slot's rows so far and the samples in them of each feed, the index first.
+        """
         weights = [self.index_weight, *(one.weight for one in self.archives)]
+        if tally:
+            rows, *samples = tally
+            total = sum(samples)
+            after = total + (total / rows if total else 1.0)
+            weights = [max(0.0, share * after - count) for share, count in zip(weights, samples, strict=True)]
         draw = random.Random(f"feed:{self.context.seed}:{step}:{slot}")
         return draw.choices(range(-1, len(self.archives)), weights)[0]
 
@@ -354,7 +352,10 @@ class Loader:
         by_share = self.streams is not None and self.streams.by_share
         if by_share:
             place = self._choose_feed(place)
-        pending = self._order_indexed(place) if place.feed < 0 else self._order_streamed(place)
+        if place.feed < 0:
+            pending = _Pending(place, [self._order(number) for number in place.pack.documents])
+        else:
+            pending = self._order_streamed(place)
         if by_share:
             tally = list(self._tally(place.pack.slot))
             tally[0] += 1
@@ -373,16 +374,13 @@ class Loader:
         in every `packs_per_step`."""
         assert self.streams is not None
         slot = place.pack.slot
-        feed = self.streams.feed_to_fill(place.cursor_after.step - 1, slot, self._tally(slot))
+        feed = self.streams.feed_of(place.cursor_after.step - 1, slot, self._tally(slot))
         if feed >= 0:
             return replace(place, feed=feed)
         epoch, pack = self.plan.place(*self._slots.get(f"-1:{slot}", (0, slot)))
         after = self.plan.place(epoch, pack + self.packs_per_step)
         documents = PackRef(epoch, slot, self.plan.packs(epoch)[pack])
         return replace(place, feed=feed, pack=documents, at={f"-1:{slot}": after})
-
-    def _order_indexed(self, place: _Place) -> _Pending:
-        return _Pending(place, [self._order(number) for number in place.pack.documents])
 
     def _order_streamed(self, place: _Place) -> _Pending:
         assert self.streams is not None

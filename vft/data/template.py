@@ -184,8 +184,8 @@ class ChatTemplate:
         shown = self.apply((*asked, ("assistant", (said,))), False, given=True)
         lead, close = f"{OPEN}\n", f"\n{CLOSE}\n\n"  # where the template leaves reasoning out, of the last answer too
         if shown.startswith(stem) and thought in shown and answer in shown:
-            lead, close = (part.split(thought)[i] for i, part in enumerate([shown.removeprefix(stem)] * 2))
-            close = close.split(answer)[0]
+            lead, _, rest = shown.removeprefix(stem).partition(thought)
+            close = rest.partition(answer)[0]
         given = prompt.removeprefix(stem)
         return Thinking(opened, lead.removeprefix(given) if lead.startswith(given) else "", close)
 

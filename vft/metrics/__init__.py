@@ -16,6 +16,7 @@ from vft.metrics.bootstrap import (
     parts_from_json,
     parts_to_json,
     ratio_interval,
+    rouge_l_interval,
 )
 from vft.metrics.choice import accuracy_by_class, breakdown, confusion, extract_letter, official_letter, top_k
 from vft.metrics.cider import cider_d_scores, cider_d_text_scores

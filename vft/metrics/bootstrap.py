@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vft.metrics.text import bleu4, bleu_words
-from vft.metrics.words import Japanese
+from vft.metrics.text import bleu4, bleu_words, rouge_l_scores
+from vft.metrics.words import Japanese, RougeL, bleu_tokenizer
 
 Floats = NDArray[np.float64]
 
@@ -145,7 +145,7 @@ def bleu4_interval(
     samples: Samples | None = None,
     japanese: Japanese = "char",
 ) -> Interval:
-    """`bleu4` of the whole set, 0 to 100, and its percentile bootstrap interval.
+    """`bleu4` of the whole set, 0 to 100, its percentile bootstrap interval, and how the texts were cut.
 
     BLEU is no mean over predictions: their n-gram counts and lengths are resampled, and it is computed from the sums.
     Raises UserError without the extra `eval`, ValueError as `bleu4` does.
@@ -158,7 +158,16 @@ def bleu4_interval(
     for text, refs in zip(*bleu_words(predictions, references, japanese), strict=True):
         parts = metric.corpus_score([text], [[ref] for ref in refs])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
-    return _interval("bleu", rows, samples, value, confidence, resamples, seed)
+    score = _interval("bleu", rows, samples, value, confidence, resamples, seed)
+    return score.cut_by(bleu_tokenizer(refs, japanese) for refs in references)
+
+
+def rouge_l_interval(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], samples: Samples | None = None
+) -> Interval:
+    """The mean of `rouge_l_scores`, 0 to 1, its interval, and how the texts were cut. Raises as `rouge_l_scores`."""
+    score = mean_interval(rouge_l_scores(predictions, references), samples=samples)
+    return score.cut_by(map(RougeL.tokenizer, references))
 
 
 def parts_to_json(scores: Mapping[str, Interval]) -> dict[str, Any]:

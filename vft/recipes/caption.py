@@ -12,12 +12,10 @@ from vft import train
 from vft.metrics import (
     Interval,
     Japanese,
-    RougeL,
     bleu4_interval,
-    bleu_tokenizer,
     cider_d_text_scores,
     mean_interval,
-    rouge_l_scores,
+    rouge_l_interval,
     word_tokenizer,
 )
 from vft.task import Answer, answer_facts, samples_of, texts_of, with_prompt
@@ -51,10 +49,8 @@ class Caption:
         if len(predictions) > 1:
             cider_d = mean_interval(cider_d_text_scores(predictions, references, self.japanese), samples=samples)
             scores["cider_d"] = cider_d.cut_by(word_tokenizer(refs, self.japanese) for refs in references)
-        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
-        scores["bleu4"] = bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references)
-        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
-        scores["rouge_l"] = rouge_l.cut_by(map(RougeL.tokenizer, references))
+        scores["bleu4"] = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
+        scores["rouge_l"] = rouge_l_interval(predictions, references, samples)
         return scores
 
 

@@ -41,13 +41,11 @@ class Classify:
         by_class: dict[str, float] = {}
         if ranked:
             samples = samples_of(ranked)
-            for k in (1, 5):
-                right = [float(top_k(answer.option_scores, answer.right_options, k)) for answer in ranked]
-                scores[f"top{k}"] = mean_interval(right, samples=samples)
-            if all(answer.option_scores_norm for answer in ranked):
-                for k in (1, 5):
-                    right = [float(top_k(answer.option_scores_norm, answer.right_options, k)) for answer in ranked]
-                    scores[f"top{k}_norm"] = mean_interval(right, samples=samples)
+            kinds = {"": [one.option_scores for one in ranked], "_norm": [one.option_scores_norm for one in ranked]}
+            for kind, each in kinds.items():
+                for k in (1, 5) if all(each) else ():
+                    right = [float(top_k(own, one.right_options, k)) for own, one in zip(each, ranked, strict=True)]
+                    scores[f"top{k}{kind}"] = mean_interval(right, samples=samples)
             labels = [(one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)]
             first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer, _ in labels]
             by_class = accuracy_by_class(first, [label for _, label in labels])

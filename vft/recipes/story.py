@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vft import train
-from vft.metrics import (
-    Interval,
-    Japanese,
-    RougeL,
-    bleu4_interval,
-    bleu_tokenizer,
-    distinct_n,
-    mean_interval,
-    rouge_l_scores,
-    word_tokenizer,
-)
+from vft.metrics import Interval, Japanese, bleu4_interval, distinct_n, rouge_l_interval, word_tokenizer
 from vft.task import Answer, narrate, samples_of, texts_of
 from vft.types import Conversation, Sample
 
@@ -46,11 +36,9 @@ class Story:
         samples = samples_of(answers)
         # A sample that is drawn twice repeats its own pairs: resamples say nothing about how alike the stories are.
         distinct = distinct_n(predictions, 2)
-        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
-        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
         return {
-            "rouge_l": rouge_l.cut_by(map(RougeL.tokenizer, references)),
-            "bleu4": bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references),
+            "rouge_l": rouge_l_interval(predictions, references, samples),
+            "bleu4": bleu4_interval(predictions, references, samples=samples, japanese=self.japanese),
             "distinct_2": Interval(distinct, distinct, distinct).cut_by(map(word_tokenizer, references)),
         }
 

@@ -14,9 +14,8 @@ from vft.metrics import (
     Japanese,
     RougeL,
     bleu4_interval,
-    bleu_tokenizer,
     mean_interval,
-    rouge_l_scores,
+    rouge_l_interval,
     segment_coverage_scores,
 )
 from vft.task import Answer, narrate, samples_of, texts_of
@@ -43,10 +42,10 @@ class Summarize:
             return {}
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
-        rouge_l = mean_interval(rouge_l_scores(predictions, references), samples=samples)
-        bleu4 = bleu4_interval(predictions, references, samples=samples, japanese=self.japanese)
-        scores = {"rouge_l": rouge_l.cut_by(map(RougeL.tokenizer, references))}
-        scores["bleu4"] = bleu4.cut_by(bleu_tokenizer(refs, self.japanese) for refs in references)
+        scores = {
+            "rouge_l": rouge_l_interval(predictions, references, samples),
+            "bleu4": bleu4_interval(predictions, references, samples=samples, japanese=self.japanese),
+        }
         having = [answer for answer in answers if answer.question.prompt.facts.get("segments")]
         if having:
             segments = [answer.question.prompt.facts["segments"] for answer in having]

@@ -36,6 +36,8 @@ MAX_CLASSES = 30
 MAX_LINES = 6
 """Groups whose curves share a chart; more would be a tangle."""
 DIFFERENCE = "difference"
+CURVES = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
+"""Figures of a training step that are drawn, with their titles."""
 COUNTS = ("answered", "unreadable", "cut_off")
 """Among the scores, but of the data: they need no curves."""
 
@@ -271,10 +273,9 @@ def changed(before: Interval | None, after: Interval | None) -> tuple[str, str]:
 
 def charts(run: Run) -> list[Row]:
     """Curves over steps: of training, then of each score, groups of one kind together."""
-    steps = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
     drawn: dict[str, dict[str, Curve]] = {
         title: {"training": [(row["step"], point(row[key])) for row in run.steps if is_number(row.get(key))]}
-        for key, title in steps.items()
+        for key, title in CURVES.items()
     }
     scores: dict[str, list[tuple[int, Interval]]] = {}
     for name, evaluation in run.evaluations.items():
