@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vft.console import user_errors
+from vft.console import first_line, user_errors
 from vft.types import UserError
 
 
@@ -275,7 +275,7 @@ def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> 
         )
     except Exception as error:  # of the hub's client, its network library or the disk: no class in common
         cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = first_line(cause)
         raise UserError(
             f"{part.repository}: {name} can't be fetched ({reason}); check the network and whether {page} asks you to "
             "log in (`hf auth login`), then run the same command again: it goes on where it stopped"

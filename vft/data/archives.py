@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from vft.console import first_line
 from vft.data.names import is_stray
 from vft.types import UserError
 
@@ -175,7 +176,7 @@ def list_files(location: str, suffixes: tuple[str, ...]) -> list[str]:
         meant = [name for name in named if name == root or not is_stray(os.path.relpath(name, root))]
         chosen = sorted(files.unstrip_protocol(name) for name in meant)
     except Exception as error:  # the hub's client has a dozen kinds, of being offline and of unknown names
-        raise UserError(f"{location}: can't be listed ({_first_line(error)}); check name and network") from error
+        raise UserError(f"{location}: can't be listed ({first_line(error)}); check name and network") from error
     if not chosen:
         raise UserError(f"{location}: no {' or '.join(suffixes)} files there; check data.root and the source's path")
     return [name.removeprefix("file://") for name in chosen]
@@ -187,7 +188,7 @@ def read_bytes(url: str) -> bytes:
         try:
             return bytes(file.read())
         except Exception as error:
-            raise UserError(f"{url}: can't be read ({_first_line(error)}); check the disk or network") from error
+            raise UserError(f"{url}: can't be read ({first_line(error)}); check the disk or network") from error
 
 
 def members(archive: str, place: int = 0) -> Iterator[Member]:
@@ -262,7 +263,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed leaves it out
             raise
         except (tarfile.HeaderError, ValueError, IndexError) as error:
-            raise tarfile.ReadError(f"cut off or garbled ({_first_line(error)})") from error
+            raise tarfile.ReadError(f"cut off or garbled ({first_line(error)})") from error
 
 
 @contextmanager
@@ -270,9 +271,9 @@ def _reading(archive: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise DamagedArchive(f"{archive}: {_first_line(error)}; download it again") from error
+        raise DamagedArchive(f"{archive}: {first_line(error)}; download it again") from error
     except Exception as error:  # of the disk, of the hub's client, of its network library: no class in common
-        raise UserError(f"{archive}: can't be read ({_first_line(error)}); check the disk or network") from error
+        raise UserError(f"{archive}: can't be read ({first_line(error)}); check the disk or network") from error
 
 
 @contextmanager
@@ -282,7 +283,7 @@ def opened_file(url: str) -> Iterator[Any]:
         files, path = _files(url)
         opened = files.open(path, "rb")  # remote: blocks of 5 MB read ahead, which suits reading from front to back
     except Exception as error:
-        raise UserError(f"{url}: can't be opened ({_first_line(error)}); check the name and the network") from error
+        raise UserError(f"{url}: can't be opened ({first_line(error)}); check the name and the network") from error
     with opened as file:
         yield file
 
@@ -294,7 +295,3 @@ def _files(location: str) -> tuple[Any, str]:
     if os.path.exists(location) and not os.path.isfile(location) and not os.path.isdir(location):
         raise OSError("is no regular file")  # a FIFO would block whoever opens it
     return LocalFileSystem(), os.path.abspath(location)  # not by fsspec's rules: it splits names at "::"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

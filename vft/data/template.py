@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any
 
+from vft.console import first_line
 from vft.data.trial import exceeds
 from vft.reasoning import CLOSE, OPEN, split_reasoning
 from vft.types import MediaKind, Role, UserError
@@ -233,8 +234,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
         except Exception as error:  # it is a program: of Jinja, of its sandbox, of whatever the template calls
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"the chat template fails ({type(error).__name__}: {reason})") from error
+            raise UserError(f"the chat template fails ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _answers(turns: Text) -> list[tuple[int, tuple[str | tuple[MediaKind], ...]]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from vft.console import progress_bar
+from vft.console import first_line, progress_bar
 from vft.distributed import local_part, local_rows, whole
 from vft.files import read_object, whole_folder
 from vft.models.names import our_names
@@ -84,7 +84,7 @@ class Checkpoint:
         try:
             file = _file(path, "config.json")
         except (OSError, ValueError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise UserError(
                 f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
             ) from error
@@ -117,7 +117,7 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # of transformers, tokenizers, json: whatever a damaged file leads to
             raise UserError(
-                f"{self.path}: the tokenizer can't be read ({_first_line(error)}); fetch it again"
+                f"{self.path}: the tokenizer can't be read ({first_line(error)}); fetch it again"
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{self.path}: {type(tokenizer).__name__} is no fast tokenizer, and gives no offsets")
@@ -270,7 +270,7 @@ def _configuration(path: str, file: Path) -> Any:
         kind = f"model_type = {content.get('model_type')!r}"
         if "auto_map" in content:
             raise UserError(f"{file}: {kind} comes with code of its own (auto_map), which is never run") from error
-        raise UserError(f"{file}: {kind}: can't be read as a configuration ({_first_line(error)})") from error
+        raise UserError(f"{file}: {kind}: can't be read as a configuration ({first_line(error)})") from error
 
 
 def _weight_map(file: Path) -> dict[str, str]:
@@ -282,10 +282,6 @@ def _weight_map(file: Path) -> dict[str, str]:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
             raise UserError(f"{file}: weight_map.{tensor} = {name!r:.60}: must name a safetensors file in this folder")
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _file(path: str, name: str) -> Path | None:
