@@ -66,7 +66,9 @@ def check_answer_length(new_tokens: int, context: int | None, name: str) -> None
 
 def name_of(question: Question) -> str:
     """The same wherever and beside whatever the question is asked."""
-    return repr((question.id, question.prompt.content))
+    turns = [(turn.role, turn.text) for turn in question.prompt.turns]
+    media = [(ref.name.rpartition("/")[2], ref.options) for ref in question.prompt.media]
+    return repr((question.id, turns, media))
 
 
 def answer_of(question: Question, said: Said, scores: Sequence[OptionScore]) -> Answer:
