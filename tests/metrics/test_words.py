@@ -107,6 +107,8 @@ SAME = [
     ("1️⃣", "1⃣"),
     ("می‌روم", "میروم"),  # a joiner that nobody sees
     ("hy\u00adphen", "hyphen"),
+    ("\u05e9\u05c1\u034f\u05b8", "\u05e9\u05b8\u05c1"),  # a joiner that keeps two points of Hebrew in their order
+    ("cafe\u00ad\u0301", "café"),
     ("well-known", "well known"),
     ("2010-2012", "2010 2012"),
     ("5%-10%", "5 10"),

@@ -74,7 +74,8 @@ def normalize(text: str) -> str:
     # The Turkish capital would be lowered to two characters. A dash before a digit is a minus where a sign may stand.
     text = unicodedata.normalize("NFC", text.replace("İ", "i").lower())
     text = regex.sub(r"[−﹣–](?=\p{Sc}?\.?\d)", "-", text)
-    return str(_EMOJI_OR_IGNORED.sub(lambda found: _qualified(found[1]) if found[1] else " " * bool(found[2]), text))
+    text = _EMOJI_OR_IGNORED.sub(lambda found: _qualified(found[1]) if found[1] else " " * bool(found[2]), text)
+    return unicodedata.normalize("NFC", text)  # marks may have had a joiner between them
 
 
 def _qualified(emoji: str) -> str:
