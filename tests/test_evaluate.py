@@ -20,6 +20,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from tests.helpers import CPU, Tiny, talk
+from tools.evaluate import as_trained
 from vft.answer import Answerer
 from vft.config import Config, EvalConfig, ModelConfig
 from vft.data import vision
@@ -52,6 +53,18 @@ GREYS = (30, 90, 150, 210)
 
 def ask(text: Any, answer: str, id: str, **more: Any) -> Conversation:
     return replace(talk(("user", text), ("assistant", answer), id=id), **more)
+
+
+def test_a_merged_model_is_asked_by_its_own_task(tmp_path: Path) -> None:
+    """As the adapter in it would be, unless the configuration names another."""
+    (tmp_path / "vft.json").write_text(json.dumps({"task": "qa"}))
+    for path, task, wanted in (
+        (tmp_path, None, "qa"),
+        (tmp_path, "caption", "caption"),
+        (tmp_path / "none", None, None),
+    ):
+        config = Config.model_validate({"task": task, "output_dir": "run", "model": {"path": str(path)}})
+        assert as_trained(config, None).task == wanted
 
 
 def test_equal_prompts_are_one_question() -> None:

@@ -25,6 +25,7 @@ from vft.config import LoraConfig
 from vft.data.budget import limits_of
 from vft.data.video import scan
 from vft.data_config import DataConfig
+from vft.models.generate import Sampling, choose
 from vft.serving import MAX_RANKS, not_served, ranks_of, towers_of, vllm_serve
 from vft.types import MediaRef, UserError
 
@@ -202,12 +203,26 @@ def test_a_merged_model_answers_greedily(tiny: Tiny, tmp_path: Path) -> None:
     assert found.get_generation_mode() == "greedy_search" and found.max_new_tokens is None
     assert found.repetition_penalty == 1.0 and found.pad_token_id == 3
     assert {7, 8, tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")} <= set(found.eos_token_id)
-    # What vLLM reads of it (vllm/config/model.py): with the one likeliest token left, any temperature is greedy.
+    # What vLLM reads of it (vllm/config/model.py).
     written = json.loads((folder / "generation_config.json").read_text())
     read = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "max_new_tokens")
-    assert {key: written[key] for key in read if key in written} == {"top_k": 1}
+    assert {key: written[key] for key in read if key in written} == {"temperature": 0.0, "top_k": 1}
     kept = merged(base, tmp_path / "base_kept", {}, "base")
     assert (kept / "generation_config.json").read_text() == content
+
+
+def test_of_equal_logits_the_first_is_taken(tiny: Tiny, tmp_path: Path) -> None:
+    """As evaluation does, by transformers' `generate` without arguments; `top_k` = 1 alone draws among them."""
+    folder = merged(tiny, tmp_path, {})
+    model = tiny.load(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "embed_tokens.weight", "lm_head.weight")):
+                parameter.fill_(0.0)  # all logits are zero
+    asked = torch.ones(1, 3, dtype=torch.long)
+    assert model.generate(asked, max_new_tokens=8)[0, 3:].tolist() == [0] * 8
+    assert len(set(model.generate(asked, max_new_tokens=8, do_sample=True, temperature=1.0)[0, 3:].tolist())) > 1
+    assert choose(torch.zeros(1, 9), Sampling(), torch.zeros(1, dtype=torch.float64)).item() == 0
 
 
 def test_a_merged_model_has_the_frames_and_pixels_of_training(tiny: Tiny, tmp_path: Path) -> None:
@@ -258,7 +273,11 @@ def test_vllms_classes_see_what_was_trained(tiny: Tiny, tmp_path: Path, video: d
     done = subprocess.run([interpreter, script, command, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["command"]["temperature"] == 0.0 and found["folder"] == {"repetition_penalty": 1.0, "top_k": 1}
+    assert found["command"]["temperature"] == 0.0 and found["folder"] == {
+        "repetition_penalty": 1.0,
+        "temperature": 0.0,
+        "top_k": 1,
+    }
     config = DataConfig.model_validate({"video": video})
     for file, seen in zip(files, found["clips"], strict=True):
         ref = MediaRef("video", Path(file))

@@ -82,11 +82,12 @@ def main() -> None:
 
 
 def as_trained(config: Config, adapter: Path | None) -> Config:
-    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself.
+    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself; the
+    task of a merged model's.
 
     The base is asked the same questions beside it, so it has the same length of context.
     """
-    about = recorded(adapter)
+    about = recorded(adapter or Path(config.model.path))
     model = config.model.model_copy(update={"rope_factor": trained_rope_factor(adapter, config.model.rope_factor)})
     task = config.task or about.get("task")
     return Config.model_validate({**config.model_dump(), "task": task, "model": model.model_dump()})

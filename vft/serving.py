@@ -37,10 +37,13 @@ def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, An
     """`generation_config.json` that gives what evaluation gave, in place of the `release`'s.
 
     transformers goes by `do_sample`; vLLM ignores it and reads temperature, top_k, top_p, min_p, penalties and
-    max_new_tokens (vllm/config/model.py, `get_diff_sampling_param`): of these `top_k` = 1 alone makes both greedy.
+    max_new_tokens (vllm/config/model.py, `get_diff_sampling_param`). `top_k` = 1 alone is not enough: both draw among
+    tokens of equal logits, which are frequent in bfloat16 (`TopKLogitsWarper`, `apply_top_k_only`), where `do_sample`
+    = false and `temperature` = 0 take the first. `top_k` is for requests with a temperature of their own.
     """
     kept = {key: release[key] for key in KEPT_OF_GENERATION if key in release}
-    return {**kept, "do_sample": False, "top_k": 1, "repetition_penalty": 1.0, "eos_token_id": sorted(end_ids)}
+    sampling = {"do_sample": False, "temperature": 0.0, "top_k": 1, "repetition_penalty": 1.0}
+    return {**kept, **sampling, "eos_token_id": sorted(end_ids)}
 
 
 def processor_files(

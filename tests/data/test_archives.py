@@ -6,14 +6,17 @@ everywhere.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import random
 import subprocess
 import sys
 import tarfile
 import tracemalloc
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,6 +268,31 @@ def test_no_archive_at_all(tmp_path: Path, name: str, content: bytes) -> None:
     archive.write_bytes(content)
     found, error = until_damage(archive)
     assert found == [] and error is not None and "download it again" in str(error)
+
+
+@pytest.mark.parametrize(("name", "packed"), [("a.tar", True), ("a.tar.gz", False), ("a.tgz", False)])
+def test_its_first_bytes_say_whether_it_is_packed(tmp_path: Path, name: str, packed: bool) -> None:
+    """Not the name that someone gave it; from its second member on, too."""
+    write_tar(tmp_path / "x.tar", {"BZh.mp4": b"one", "PK.mp4": b"two"})
+    content = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    found = [(one.name, one.place, one.read()) for one in members(str(tmp_path / name))]
+    assert [(one, text) for one, _, text in found] == [("BZh.mp4", b"one"), ("PK.mp4", b"two")]
+    assert [one.read() for one in members(str(tmp_path / name), found[1][1])] == [b"two"]
+
+
+@pytest.mark.parametrize("kind", ["bzip2", "xz", "zip"])
+def test_what_is_packed_otherwise_is_named(tmp_path: Path, kind: str) -> None:
+    """Fetching it again would not help."""
+    write_tar(tmp_path / "x.tar", {"a.mp4": b"one"})
+    content = (tmp_path / "x.tar").read_bytes()
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a.tar", "w") as file:
+            file.writestr("a.mp4", b"one")
+    else:
+        (tmp_path / "a.tar").write_bytes(bz2.compress(content) if kind == "bzip2" else lzma.compress(content))
+    with pytest.raises(DamagedArchive, match=f"is packed by {kind}, which is not read; pack it as .tar or .tar.gz"):
+        next(members(str(tmp_path / "a.tar")))
 
 
 # --------------------------------------------------------------------------------------------- copying members out

@@ -18,6 +18,7 @@ from vft.data import sources
 from vft.data.archives import DamagedArchive
 from vft.data.documents import load_documents
 from vft.data.sources import pe_video
+from vft.data.sources.pe_video import TOGETHER
 from vft.data.sources.records import Group
 from vft.recipes.caption import Caption
 from vft.types import MediaRef, Sample, UserError
@@ -78,6 +79,7 @@ def test_the_best_caption_there_is(tmp_path: Path, fields: dict[str, Any], capti
         (b"null", "", "is no JSON object"),
         (b"{}", "", "no caption; the record has no keys, read are human_caption, model_caption, description"),
         (b'{"caption": "x"}', "", "no caption; the record has the keys 'caption', read are human_caption"),
+        (b'{"description": " "}', "", "read are human_caption, model_caption, description (empty here)"),
         (b'{"human_caption": 3}', "human_caption", "of type int"),
         (b'{"human_caption": "\\ud800"}', "human_caption", "surrogate"),
     ],
@@ -97,9 +99,22 @@ def test_halves_of_pairs(tmp_path: Path) -> None:
     groups = groups_of(archive, tmp_path / "spool")
     assert [[sample.id for sample in group.samples] for group in groups] == [["a"], [], [], ["d"]]
     assert [[str(bad) for bad in group.bad] for group in groups[1:3]] == [
-        ["s.tar/b.json: mp4: the clip has no .mp4 beside its .json; download the archive again"],
-        ["s.tar/c.mp4: json: the clip has no .json beside its .mp4; download the archive again"],
+        [f"s.tar/b.json: mp4: the clip has no video beside its .json; {TOGETHER}"],
+        [f"s.tar/c.mp4: json: the clip has no .json beside its video; {TOGETHER}"],
     ]
+
+
+@pytest.mark.parametrize("ending", [".webm", ".MOV", ".mkv", ".m4v"])
+def test_videos_of_other_endings(tmp_path: Path, ending: str) -> None:
+    """As people pack their own, streamed and unpacked."""
+    (_, video), about = pe_pair("a")
+    archive = write_tar(tmp_path / "pe" / "s.tar", [(f"a{ending}", video), about])
+    (group,) = groups_of(archive, tmp_path / "spool")
+    assert not group.bad and medium(group.samples[0]).name == f"s.tar/a{ending}"
+    samples, bad = pe_video.unpack(str(tmp_path / "pe"), "first:1", tmp_path / "cache")
+    assert not bad and medium(samples[0]).name == f"s.tar/a{ending}"
+    path = medium(samples[0]).path
+    assert isinstance(path, Path) and path.read_bytes() == video
 
 
 def test_any_order_and_other_members(tmp_path: Path) -> None:

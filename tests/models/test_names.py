@@ -19,7 +19,7 @@ from tools.merge_lora import merge
 from vft.adapter_files import export_adapter
 from vft.answer import load_model
 from vft.config import LoraConfig
-from vft.models.weights import Checkpoint
+from vft.models.weights import SINGLE_FILE, Checkpoint
 from vft.types import UserError
 
 IN_MEMORY_4_52 = {
@@ -111,6 +111,37 @@ def test_every_spelling_of_a_checkpoint(each_untied: Tiny, family: str, tmp_path
     for name, tensor in plain.items():
         assert torch.equal(tensor, merged[respelled(name, prefixes)]), name
     assert any(not torch.equal(merged[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq"])
+def test_tables_of_angles_are_passed_over(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    """Of older transformers; they follow from the configuration."""
+    base = shutil.copytree(tiny.path, tmp_path / "base")
+    save_file({**load_file(base / SINGLE_FILE), name: torch.ones(4)}, base / SINGLE_FILE, metadata={"format": "pt"})
+    model = load_model(str(base), None, torch.float32, CPU).skeleton.model
+    assert all(map(torch.equal, model.parameters(), tiny.ours().parameters()))
+
+
+def test_a_tied_head_of_its_own_weights_is_refused(each_tiny: Tiny, family: str, tmp_path: Path) -> None:
+    """transformers takes the head that was saved; a copy of the embedding is none, and what the line says helps."""
+    base = shutil.copytree(each_tiny.path, tmp_path / "base")
+    tensors = load_file(base / SINGLE_FILE)
+    embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    head = "language_model.lm_head.weight" if family.startswith("llava") else "lm_head.weight"
+    save_file({**tensors, head: embedding.clone()}, base / SINGLE_FILE, metadata={"format": "pt"})
+    load_model(str(base), None, torch.float32, CPU)
+    other = embedding.clone()
+    other[-1, -1] += 1
+    save_file({**tensors, head: other}, base / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head\.weight and .*embed_tokens\.weight differ.*tie_word_embeddings"):
+        load_model(str(base), None, torch.float32, CPU)
+    assert torch.equal(Tiny(base, each_tiny.family).theirs.get_output_embeddings().weight, other)
+    config = json.loads((base / "config.json").read_text())
+    for table in (config, config["text_config"]):
+        table["tie_word_embeddings"] = False
+    (base / "config.json").write_text(json.dumps(config))
+    found = dict(load_model(str(base), None, torch.float32, CPU).skeleton.model.named_parameters())
+    assert torch.equal(next(tensor for name, tensor in found.items() if name.endswith("lm_head.weight")), other)
 
 
 def test_two_spellings_of_one_part_are_refused(tiny: Tiny, tmp_path: Path) -> None:

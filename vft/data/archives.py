@@ -36,6 +36,14 @@ MAX_FILES = 100_000
 MAX_RATIO, SUSPECT_BYTES = 200, 1 << 30
 """An archive that has unpacked to so many bytes, and to so many times its own, is a bomb: gzip packs zeros 1,000-fold,
 text tenfold, video not at all."""
+OTHER_KINDS = {
+    rb"BZh[1-9]1AY&SY": "bzip2",
+    rb"\xfd7zXZ": "xz",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"PK\x03\x04": "zip",
+    rb"7z\xbc\xaf": "7-zip",
+}
+"""What packs otherwise, by a file's first bytes."""
 _NUMBERS = itertools.count()
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}\Z")
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OverflowError, RecursionError)
@@ -198,8 +206,13 @@ def members(archive: str, place: int = 0) -> Iterator[Member]:
         DamagedArchive: after all that can be read.
         UserError: the archive can't be opened, or its disk or network fails.
     """
-    is_plain = archive.lower().endswith(".tar")
     with opened_file(archive) as opened:
+        with _reading(archive):
+            begin = opened.read(10)  # what it is, whatever it is called
+            opened.seek(0)
+        if kind := next((kind for magic, kind in OTHER_KINDS.items() if re.match(magic, begin)), ""):
+            raise DamagedArchive(f"{archive}: is packed by {kind}, which is not read; pack it as .tar or .tar.gz")
+        is_plain = not begin.startswith(b"\x1f\x8b")
         file = opened if is_plain else _Unpacked(opened)
         with _reading(archive):
             file.seek(place)

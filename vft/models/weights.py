@@ -37,7 +37,7 @@ FINGERPRINT_BYTES = 1 << 16
 PACKED_AT_ONCE = 1 << 22
 """Weights that are read and packed at a time: what this takes besides is 64 MB."""
 TIED_TO = "embed_tokens.weight"
-BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+BUFFERS = (".inv_freq", "embeddings.position_ids")
 """Ends of names of tensors that older transformers saved, and that follow from the configuration."""
 HUB_COMPANIONS = (
     "generation_config.json",
@@ -210,6 +210,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
     shapes = true_shapes(model)
     stored = stored_names(model, checkpoint)
     _check_names(wanted, stored, checkpoint)
+    _check_tied_head(wanted, stored, checkpoint)
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
         by_file.setdefault(checkpoint.weight_files[stored[name]], []).append(name)
@@ -235,7 +236,7 @@ def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkp
     missing = sorted(set(wanted) - set(stored))
     unexpected = {name for name in set(stored) - set(wanted) if not name.endswith(BUFFERS)}
     if not any(name.endswith("lm_head.weight") for name in wanted):
-        # A tied head that was saved all the same: the embedding rules.
+        # A tied head that was saved all the same: see `_check_tied_head`.
         unexpected = {name for name in unexpected if not name.endswith("lm_head.weight")}
     if missing or unexpected:
         raise UserError(
@@ -243,6 +244,28 @@ def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkp
             f"{missing[:3]}, {len(unexpected)} of the checkpoint are unknown to the model "
             f"{sorted(stored[name] for name in unexpected)[:3]}; the checkpoint is in no known layout of "
             f"{checkpoint.config.model_type}"
+        )
+
+
+def _check_tied_head(wanted: Mapping[str, nn.Parameter], stored: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """UserError where a head that config.json ties to the embedding was saved with weights of its own: transformers 5
+    then does not tie them (`PreTrainedModel.tie_weights`)."""
+    head = next((name for name in stored if name.endswith("lm_head.weight") and name not in wanted), None)
+    if head is None:
+        return
+    names = stored[head], stored[next(name for name in wanted if name.endswith(TIED_TO))]
+    with open_tensors(checkpoint.weight_files[names[0]]) as one, open_tensors(checkpoint.weight_files[names[1]]) as two:
+        parts = one.get_slice(names[0]), two.get_slice(names[1])
+        shape = parts[0].get_shape()
+        rows = max(1, PACKED_AT_ONCE // shape[-1])
+        is_copy = shape == parts[1].get_shape() and all(
+            torch.equal(parts[0][start : start + rows], parts[1][start : start + rows])
+            for start in range(0, shape[0], rows)
+        )
+    if not is_copy:
+        raise UserError(
+            f"{checkpoint.path}: {names[0]} and {names[1]} differ, but config.json has tie_word_embeddings = true; set "
+            "it to false (in text_config too, where it stands there), or remove the head's tensor"
         )
 
 

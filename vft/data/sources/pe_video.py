@@ -1,4 +1,5 @@
-"""PE-Video: WebDataset tars, in each of which a clip is a pair `ID.mp4`, `ID.json` one behind the other.
+"""PE-Video: WebDataset tars, in each of which a clip is a pair `ID.mp4`, `ID.json` one behind the other; videos may
+also have another ending.
 
 The caption is `human_caption`, where people wrote one, else `model_caption`, else `description` (the split `extended`
 has none by people). The dataset's card is the source of the layout and of the keys.
@@ -22,7 +23,7 @@ from filelock import FileLock
 
 from vft.data.archives import SUFFIXES, BarrenArchive, DamagedArchive, Run, copied, list_files
 from vft.data.names import is_stray
-from vft.data.sources.records import BadRecord, Group, RecordError, check_text, shown
+from vft.data.sources.records import VIDEO_SUFFIXES, BadRecord, Group, RecordError, check_text, shown
 from vft.files import whole_folder
 from vft.types import MediaRef, Sample, Turn, UserError
 
@@ -35,7 +36,10 @@ CARD = frozenset(
     | {"has_face"}
 )
 """Keys that the dataset's card names: of the file and its subject, none of them asks for anything."""
-_MEMBER = re.compile(r"((?:.*/)?[^/]+)\.(?:mp4|json)", re.DOTALL | re.IGNORECASE)
+_MEMBER = re.compile(
+    rf"((?:.*/)?[^/]+)(?:\.json|{'|'.join(map(re.escape, sorted(VIDEO_SUFFIXES)))})", re.DOTALL | re.IGNORECASE
+)
+TOGETHER = "the two must stand one behind the other in the archive, under one name; pack them so, or download it again"
 
 
 def shards(location: str) -> list[str]:
@@ -50,7 +54,7 @@ def groups(shard: str, place: int, spool: Path, wanted: Callable[[int], bool] = 
         DamagedArchive: after the last clip that can be read.
         BarrenArchive: at the end of a shard that holds none.
     """
-    for run in copied(shard, place, spool, _key, wanted, "a clip ID.mp4 or its record ID.json"):
+    for run in copied(shard, place, spool, _key, wanted, "a video ID.mp4 (or .webm, ...) or its record ID.json"):
         if run.passed_over:
             yield Group(run.place, [], [], ())
         elif run.cut_off and len(run.files) < 2:
@@ -69,10 +73,10 @@ def unpack(location: str, take: str, cache: Path) -> tuple[list[Sample], list[Ba
             with whole_folder(folder) as partial:
                 for number, group in enumerate(islice(_all_groups(location, partial), count)):
                     for file in group.files:
-                        if file.suffix == ".mp4":
-                            file.rename(partial / f"{number:06d}.mp4")
-                        else:
+                        if file.suffix == ".json":
                             file.unlink()
+                        else:  # FFmpeg goes by the content
+                            file.rename(partial / f"{number:06d}.mp4")
                     (partial / f"{number:06d}.json").write_text(json.dumps(_kept(group)), encoding="utf-8")
     samples: list[Sample] = []
     bad: list[BadRecord] = []
@@ -135,14 +139,14 @@ def _key(name: str) -> str | None:
 
 
 def _group(run: Run) -> Group:
-    by_suffix = {os.path.splitext(name)[1].lower(): name for name in run.files}
-    video, about = by_suffix.get(".mp4", f"{run.key}.mp4"), by_suffix.get(".json", f"{run.key}.json")
+    by_kind = {os.path.splitext(name)[1].lower() == ".json": name for name in run.files}
+    video, about = by_kind.get(False, f"{run.key}.mp4"), by_kind.get(True, f"{run.key}.json")
     files, origin = tuple(run.files.values()), run.title(about if about in run.files else video)
     try:
         if video not in run.files:
-            raise RecordError("mp4", "the clip has no .mp4 beside its .json; download the archive again")
+            raise RecordError("mp4", f"the clip has no video beside its .json; {TOGETHER}")
         if about not in run.files:
-            raise RecordError("json", "the clip has no .json beside its .mp4; download the archive again")
+            raise RecordError("json", f"the clip has no .json beside its video; {TOGETHER}")
         if (size := run.files[about].stat().st_size) > MAX_RECORD_BYTES:
             raise RecordError("", f"has {size} bytes, more than {MAX_RECORD_BYTES}; download the archive again")
         try:
@@ -150,7 +154,7 @@ def _group(run: Run) -> Group:
         except (ValueError, RecursionError) as error:
             raise RecordError("", f"is not JSON ({str(error)[:60]}); download the archive again") from None
         if not isinstance(record, dict):
-            raise RecordError("", f"{shown(record)} is no JSON object; download the archive again")
+            raise RecordError("", f"{shown(record)} is no JSON object; it must be one with a caption")
         sample = _sample(run.key.rpartition("/")[2], record, run.files[video], origin, run.title(video))
         return Group(run.place, [sample], [], files)
     except RecordError as error:
@@ -165,4 +169,5 @@ def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title
             turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
             return Sample(key, turns, origin, record, tuple(one for one in record if one not in CARD))
     found = f"the keys {', '.join(map(shown, record))}" if record else "no keys"
-    raise RecordError("", f"no caption; the record has {found}, read are {', '.join(CAPTIONS)}")
+    empty = " (empty here)" if any(name in record for name in CAPTIONS) else ""
+    raise RecordError("", f"no caption; the record has {found}, read are {', '.join(CAPTIONS)}{empty}")
