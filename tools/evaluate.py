@@ -82,10 +82,10 @@ def main() -> None:
 
 
 def as_trained(config: Config, adapter: Path | None) -> Config:
-    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself; the
-    task of a merged model's.
+    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself.
 
-    The base is asked the same questions beside it, so it has the same length of context.
+    A merged model has the task of the adapter in it. The base is asked the same questions beside it, so it has the same
+    length of context.
     """
     about = recorded(adapter or Path(config.model.path))
     model = config.model.model_copy(update={"rope_factor": trained_rope_factor(adapter, config.model.rope_factor)})
