@@ -25,9 +25,9 @@ _ANNOUNCED = re.compile(
 )
 _ALONE = re.compile(rf"{_BEFORE}(?:{_CAPITAL}|([a-z])(?=\s*(?:[):\]]|[.!]?\s*$)))", re.MULTILINE)
 _LETTER = rf"\(?[A-Z]{_BEHIND}\)?"
-_LETTERS = rf"{_LETTER}(?:(?:, {_LETTER})*,? (?:and|or|nor) {_LETTER})?"
+_LETTERS = rf"{_LETTER}(?:(?:, {_LETTER}){{0,25}},? (?:and|or|nor) {_LETTER})?"
 _DENIED = re.compile(
-    rf"(?:\b(?i:not|neither)|n['’]t)\s+(?:(?i:options?|choices?)\s+)?{_LETTERS}"
+    rf"(?:\b(?i:not|cannot|neither)|n['’]t)\s+(?:be\s+)?(?:(?i:options?|choices?)\s+)?{_LETTERS}"
     rf"|{_BEFORE}{_LETTERS}\s+(?:(?:is|are|was|were)\s+(?:not|wrong|incorrect|false)|(?:is|are|was|were)n['’]t)\b"
 )
 _QUOTED = re.compile(r"(?<!\w)['‘’]([A-Za-z])['’](?!\w)")
