@@ -297,21 +297,22 @@ def load(answerer: Answerer, item: Item, new_tokens: int) -> Callable[[], Prompt
     if answerer.config.video.timestamps:
         asked = replace(asked, prompt=with_frame_times(asked.prompt))
     failure: Failure | None = None
-    reason = "record"
     try:
         check_spans(asked.prompt, answerer.info)
-        reason = "unfit"
-        wait = answerer.load([asked], new_tokens)
     except MediaError as error:  # found by the scan
         failure = Failure(name, error.reason, str(error))
-    except UserError as error:  # times outside the video; no frame in the range, too long a text
-        failure = Failure(name, reason, str(error))
+    except UserError as error:  # times outside the video
+        failure = Failure(name, "record", str(error))
+    wait = answerer.load([] if failure else [asked], new_tokens)
 
     def waited() -> Prompt | Failure:
         if failure is not None:
             return failure
         (found,) = wait()
-        return Failure(name, found.reason, str(found)) if isinstance(found, MediaError) else found
+        if isinstance(found, Prompt):
+            return found
+        # Of the others: no frame in the range, too long a text.
+        return Failure(name, found.reason if isinstance(found, MediaError) else "unfit", str(found))
 
     return waited
 

@@ -6,6 +6,7 @@ Used by evaluation, in training and after it, and by tools/predict.py.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,25 +150,30 @@ class Answerer:
         options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
         return self.encoder.document([encoded], plans, [question.id]), options
 
-    def load(self, asked: Sequence[Question], new_tokens: int = 1) -> Callable[[], list[Prompt | MediaError]]:
+    def load(
+        self, asked: Sequence[Question], new_tokens: int = 1
+    ) -> Callable[[], list[Prompt | MediaError | UserError]]:
         """Begin to decode the media of some questions side by side; what is returned waits for them. Their answers may
         have `new_tokens`.
 
-        An error stands where a question's media can't be decoded.
+        An error stands where a question's media can't be decoded, or where it fits no row or context.
         """
-        documents = [self.documents(question, new_tokens) for question in asked]
-        spec = self.encoder.spec
-        futures = [[self.frames.submit(self.pool, plan, spec) for plan in one.media] for one, _ in documents]
+        waiting = [self._begin(question, new_tokens) for question in asked]
+        return lambda: [wait() for wait in waiting]
 
-        def wait() -> list[Prompt | MediaError]:
-            loaded: list[Prompt | MediaError] = []
-            for question, (document, options), waiting in zip(asked, documents, futures, strict=True):
-                try:
-                    patches = [future.result() for future in waiting]
-                    loaded.append(Prompt(document, patches, options, name_of(question)))
-                except MediaError as error:
-                    loaded.append(error)
-            return loaded
+    def _begin(self, question: Question, new_tokens: int) -> Callable[[], Prompt | MediaError | UserError]:
+        try:
+            document, options = self.documents(question, new_tokens)
+        except (MediaError, UserError) as error:
+            failed = error
+            return lambda: failed
+        futures = [self.frames.submit(self.pool, plan, self.encoder.spec) for plan in document.media]
+
+        def wait() -> Prompt | MediaError:
+            try:
+                return Prompt(document, [future.result() for future in futures], options, name_of(question))
+            except MediaError as error:
+                return error
 
         return wait
 
@@ -217,12 +223,14 @@ class Answerer:
     def answer_all(self, asked: Sequence[Question], sampling: Sampling, batch_size: int) -> dict[int, Answer]:
         """Answers by number of the question, shared out over the processes; every process gets them all.
 
-        A question whose media can't be decoded has none.
+        A question that can't be asked has none: its media can't be decoded, or an option leaves it no room. A line says
+        how many and why.
         """
         mine = list(range(self.world.rank, len(asked), self.world.size))
         passes = math.ceil(math.ceil(len(asked) / self.world.size) / batch_size)
         has_options = any(question.prompt.options for question in asked)
         answers: dict[int, Answer] = {}
+        failed: list[str] = []
         training = self.model.training
         self.model.eval()
         bar = progress_bar(len(mine), "answering", "question", self.world.is_main)
@@ -231,9 +239,10 @@ class Answerer:
         loading = self.load([asked[i] for i in mine[:batch_size]], most)
         try:
             for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
-                ready = zip(chunk, loading(), strict=True)
+                ready = loading()
                 loading = self.load([asked[i] for i in following], most)  # decoded while these are answered
-                good = {index: prompt for index, prompt in ready if isinstance(prompt, Prompt)}
+                good = {index: one for index, one in zip(chunk, ready, strict=True) if isinstance(one, Prompt)}
+                failed += [str(one) for one in ready if not isinstance(one, Prompt)]
                 texts = self.answer(list(good.values()), sampling)
                 scores = self.score(list(good.values())) if has_options else [()] * len(good)
                 for index, text, values in zip(good, texts, scores, strict=True):
@@ -242,6 +251,9 @@ class Answerer:
         finally:
             self.model.train(training)
             bar.close()
+        errors = [error for part in all_of(failed) for error in part]
+        if errors and self.world.is_main:
+            print(f"{len(errors)} of {len(asked)} questions can't be asked: {errors[0]}", file=sys.stderr, flush=True)
         told = [
             (i, (a.text, a.option_scores, a.option_scores_norm, a.reasoning, a.is_cut_off)) for i, a in answers.items()
         ]

@@ -69,6 +69,8 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
             answers = answerer.answer_all(asked, Sampling(max_new_tokens=3), batch_size=2)
             told = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers.values()}
             found[name] = {"answers": told, "passes": all_of(sum(map(bool, passes)))}
+            drawn = answerer.answer_all(asked, Sampling(max_new_tokens=6, temperature=1.0, seed=3), batch_size=2)
+            found[name]["drawn"] = [answer.text for answer in drawn.values()]
         if world.is_main:
             Path(output).write_text(json.dumps(found))
 

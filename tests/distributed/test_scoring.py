@@ -46,6 +46,7 @@ def test_two_processes_score_as_one(commands: Commands, world: World, tmp_path: 
             result.ok()
         found.append(json.loads(output.read_text()))
     for name, asked in lists.items():
+        assert found[0][name]["drawn"] == found[1][name]["drawn"], name
         one, two = (result[name]["answers"] for result in found)
         assert list(one) == list(two) == [part["id"][0] for part in asked], name
         for part in asked:

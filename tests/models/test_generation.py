@@ -16,7 +16,9 @@ from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
 from vft.data.documents import Documents
 from vft.data.packing import collate
+from vft.data.pool import WorkerPool
 from vft.data_config import DataConfig, VideoConfig
+from vft.distributed import World
 from vft.models import cache
 from vft.models.generate import Generated, Sampling, choose, generate
 from vft.models.llava_next_video_vision import LlavaVision
@@ -199,6 +201,25 @@ def test_options_leave_room_for_the_longest(make_tiny: Any) -> None:
     assert 4096 - 2 * 144 < longest <= 4096 and document_.num_tokens < longest
     for option, length in zip(options, scored.branch_lengths, strict=True):
         assert length - 1 <= encoder.answer_tokens(option)
+
+
+def test_an_option_longer_than_the_context_costs_its_question_alone(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are asked, and a line says which is not."""
+    context = tiny.encoder.spec.context_tokens
+    assert context is not None
+    asked = [user_question(name, [], "Who?") for name in "abc"]
+    long = ("No.", "A dog runs. " * context)
+    asked[1] = replace(asked[1], prompt=replace(asked[1].prompt, options=long))
+    asked[2] = replace(asked[2], prompt=replace(asked[2].prompt, options=("No.", "A dog runs.")))
+    with WorkerPool(0, 60.0) as pool:
+        model = tiny.ours()
+        answerer = Answerer(model, tiny.encoder, DataConfig(pack_tokens=1 << 20), minute, pool, World(0, 1, 0, CPU))
+        answers = answerer.answer_all(asked, Sampling(max_new_tokens=2), batch_size=2)
+    assert list(answers) == [0, 2] and len(answers[2].option_scores) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 questions can't be asked: b: " in told and f"the model's context of {context}" in told
 
 
 def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:

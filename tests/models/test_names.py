@@ -16,9 +16,11 @@ from tests.adapters import adapted
 from tests.helpers import CPU, Tiny
 from tests.test_lora import train_a_little
 from tools.merge_lora import merge
-from vft.adapter_files import export_adapter
+from vft.adapter_files import export_adapter, start_from
 from vft.answer import load_model
-from vft.config import LoraConfig
+from vft.config import LoraConfig, ModelConfig
+from vft.lora import choose_trainable
+from vft.models import build
 from vft.models.weights import SINGLE_FILE, Checkpoint
 from vft.types import UserError
 
@@ -61,6 +63,9 @@ SPELLINGS = {
 }
 
 
+ATTENTION = LoraConfig(rank=4, alpha=8, targets=("language_model.q_proj", "language_model.o_proj"))
+
+
 def respelled(name: str, prefixes: dict[str, str]) -> str:
     """The first prefix that fits is replaced."""
     old = next((one for one in prefixes if name.startswith(one)), None)
@@ -84,10 +89,9 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 def adapter_of(tiny: Tiny, folder: Path) -> Path:
     """An adapter on attention, as another program leaves it: without a record of its base."""
-    lora = LoraConfig(rank=4, alpha=8, targets=("language_model.q_proj", "language_model.o_proj"))
-    skeleton, _ = adapted(tiny, lora)
+    skeleton, _ = adapted(tiny, ATTENTION)
     train_a_little(skeleton.model)
-    export_adapter(skeleton.model, folder, lora, str(tiny.path), skeleton.peft_prefixes, {}, write=True)
+    export_adapter(skeleton.model, folder, ATTENTION, str(tiny.path), skeleton.peft_prefixes, {}, write=True)
     (folder / "vft.json").unlink()
     return folder
 
@@ -275,6 +279,12 @@ def test_an_adapter_is_not_merged_twice(each_bf16: Tiny, tmp_path: Path, told_by
         with pytest.raises(UserError, match=r"is merged into .*merged' already"):
             use()
     assert not (tmp_path / "twice").exists()
+    there = Checkpoint.open(str(tmp_path / "merged"))
+    model = build(there, torch.bfloat16).model
+    choose_trainable(model, model.towers, ATTENTION, ())
+    settings = ModelConfig(path=there.path, adapter=str(adapter))
+    with pytest.raises(UserError, match=r"is merged into .*merged' already"):  # training that goes on from it
+        start_from(model, settings, model.spellings, there)
     other = shutil.copytree(adapter, tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
     save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "adapter_model.safetensors")

@@ -169,6 +169,14 @@ def test_full_fine_tuning_says_how_many_gpus_it_needs(plan: Plan) -> None:
     assert held.status == 0 and "fits" in held.stdout
 
 
+@pytest.mark.parametrize("factor", [None, 2.0, 4.0])
+def test_a_released_model_has_the_context_of_its_rope_factor(factor: float | None) -> None:
+    """By its hub name, which is not fetched: LLaVA-NeXT-Video's Vicuna has 4,096 positions."""
+    model = {"path": "llava-hf/LLaVA-NeXT-Video-7B-hf", "rope_factor": factor}
+    config = configs.Config.model_validate({"output_dir": "run", "model": model})
+    assert plan_tool.make_model(config).spec.context_tokens == 4096 * (factor or 1)
+
+
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:
     done = plan(*ONE, "--gpu-memory-gib", "80")
     assert "no times: name the card with --gpu" in done.stdout and not re.search(r"│ (step|run|tokens) ", done.stdout)
