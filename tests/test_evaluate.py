@@ -20,7 +20,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from tests.helpers import CPU, Tiny, talk
-from tools.evaluate import as_trained
+from tools.evaluate import as_trained, show_scores
 from vft.answer import Answerer
 from vft.config import Config, EvalConfig, ModelConfig
 from vft.data import vision
@@ -37,6 +37,7 @@ from vft.evaluate import (
     prediction_line,
     questions,
 )
+from vft.metrics import Interval
 from vft.models.generate import Sampling
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -423,3 +424,11 @@ def test_held_out_samples_that_are_trained_on_are_named(tiny: Tiny, root: Path) 
     assert (
         told("gone.json", own).startswith("warning: held-out samples can't be looked for") and told("train.json") == ""
     )
+
+
+def test_brackets_in_labels_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take them for styles: the first would vanish, the second end in a traceback."""
+    labels = ("[red] ball", "[/red] ball", ":dog:")
+    show_scores({"base": {f"top1/{name}": Interval(1.0, 1.0, 1.0) for name in labels}}, "classify: answers in [b]")
+    shown = capsys.readouterr().out
+    assert all(f"top1/{name}" in shown for name in labels) and "answers in [b]" in shown

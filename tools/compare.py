@@ -204,7 +204,7 @@ def show(title: str, names: list[str], rows: Rows) -> None:
         table.add_column(name, overflow="fold")
     for label, cells in rows.items():
         table.add_row(label, *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # brackets and colons of labels are text
 
 
 if __name__ == "__main__":

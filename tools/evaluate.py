@@ -177,7 +177,7 @@ def show_scores(scores: dict[str, Scores], title: str) -> None:
             cells.append(" ".join(changed(row[0], row[1])).strip())
         cut = next((one.how_cut.strip() for one in row if one is not None), "")
         table.add_row(f"{metric}\n{cut}".rstrip(), *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # brackets and colons of labels are text
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Monitor:
 
     def __init__(self, config: Config, max_steps: int, main: bool) -> None:
         self.config, self.main, self.max_steps = config, main, max_steps
-        self.console = Console(stderr=True, quiet=not main)
+        self.console = Console(stderr=True, quiet=not main, markup=False, emoji=False)
         self.file = config.output_dir / "metrics.jsonl"
         self.view = LiveView(f"{config.task}: {config.output_dir}", max_steps, self.console)
         self.drawn = False
