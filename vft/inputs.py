@@ -10,7 +10,7 @@ from typing import Any
 
 from vft.answer import user_question
 from vft.data.media_error import MediaError
-from vft.data.sources import messages, story
+from vft.data.sources import llava_video, messages, story
 from vft.data.sources.folders import clips_below
 from vft.data.sources.records import (
     PICTURE_SUFFIXES,
@@ -137,6 +137,8 @@ def _question(
 ) -> tuple[Question, tuple[str, ...], bool]:
     """What a record asks, read as in training: all before its last answer, which is the reference; `prompt` where it
     asks nothing. Also its keys that are not read, and whether it asks something itself."""
+    if isinstance(record.get("video"), str) and record.get("data_source"):
+        record = llava_video.located(record, path, shapes.root)
     if is_story(record):
         record = shapes.as_named(record, path)[0]
         parsed = story.parse(record, shapes.root)

@@ -169,7 +169,7 @@ def test_clips_are_unpacked_once(tmp_path: Path) -> None:
     samples, bad = take_first(root, 4)
     assert not bad and [sample.id for sample in samples] == names[:4]
     assert [medium(sample).name for sample in samples] == [f"{name[:3]}.tar/{name}.mp4" for name in names[:4]]
-    assert [sample.origin for sample in samples] == [f"{name[:3]}.tar/{name}.json" for name in names[:4]]
+    assert [sample.origin for sample in samples] == [f"pe/{name[:3]}.tar/{name}.json" for name in names[:4]]
     files = [medium(sample).path for sample in samples]
     assert all(isinstance(file, Path) and file.read_bytes() == clip() for file in files)
     (unpacked,) = {file.parent for file in files if isinstance(file, Path)}
@@ -188,7 +188,7 @@ def test_bad_clips_among_the_first(tmp_path: Path) -> None:
     for _ in range(2):
         samples, bad = take_first(root, 4)
         assert [sample.id for sample in samples] == ["a", "d"]
-        assert [one.origin for one in bad] == ["s.tar/b.mp4", "s.tar/c.json"]
+        assert [one.origin for one in bad] == ["pe/s.tar/b.mp4", "pe/s.tar/c.json"]
 
 
 def test_damage_before_and_behind_the_first(tmp_path: Path) -> None:

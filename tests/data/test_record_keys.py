@@ -12,6 +12,7 @@ from vft.data import sources
 from vft.data.sources import messages, unread_keys
 from vft.data.sources.records import BadRecord
 from vft.data_config import DataConfig, SourceConfig
+from vft.inputs import Failure, read_items
 from vft.types import MediaOptions, MediaRef, Sample
 
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -307,6 +308,31 @@ def test_the_key_is_at_fault_where_a_placeholder_lacks_its_medium(
     assert f"names {file!r} under a key that is not read" in bad.message and repr(near) in bad.message
     samples, (bad,) = read(tmp_path, format, {"conversations": turns})
     assert not samples and "placeholder(s) in the text but 0" in bad.message
+
+
+@pytest.mark.parametrize(("key", "kind"), [("videoID", "video"), ("youtube_id", "video"), ("image_id", "image")])
+def test_an_id_alone_shows_nothing(tmp_path: Path, key: str, kind: str) -> None:
+    """As in Video-MME's tables, read as messages or asked by predict; beside a medium an id is one more key."""
+    for record in (asked("?"), {"question": "?", "answer": "x"}):
+        bad = fail(tmp_path, {**record, key: "a"})
+        assert (
+            bad.field == key and f"'a' is an id, and nothing is shown; give the file's path as {kind!r}" in bad.message
+        )
+        (item,) = read_items([tmp_path / "train.json"], "?", tmp_path)
+        assert isinstance(item.asked, Failure) and item.asked.reason == "record" and key in item.asked.message
+        samples, none = read(tmp_path, "messages", {**record, key: "a", kind: "a.mp4"}, {**record, key: None}, record)
+        assert not none and [sample.unread for sample in samples] == [(key,), (), ()]
+
+
+def test_a_folder_of_frames_under_an_unknown_key(tmp_path: Path) -> None:
+    """Of a record that shows nothing: it would be trained on text alone. The mend that is named works."""
+    (tmp_path / "clips/a").mkdir(parents=True)
+    (tmp_path / "clips/a/1.png").touch()
+    bad = fail(tmp_path, asked("?", frames_dir="clips/a"))
+    assert bad.field == "frames_dir" and "names the folder 'clips/a' under a key that is not read" in bad.message
+    kept = [asked("?", video="clips/a"), asked("?", video="a.mp4", frames_dir="clips/a"), asked("?", folder="clips")]
+    samples, none = read(tmp_path, "messages", *kept, asked("?", split="clips/a"))
+    assert not none and [sample.unread for sample in samples] == [(), ("frames_dir",), ("folder",), ("split",)]
 
 
 # --------------------------------------------------------------------------------------------------------- all others

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from vft.data import sources
 from vft.data.sources.records import BadRecord, Malformed, read_json
 from vft.data_config import DataConfig, SourceConfig
+from vft.inputs import read_items
+from vft.task import Question
 from vft.types import MediaOptions, MediaRef, Sample, UserError
 
 
@@ -319,7 +321,7 @@ def test_paths_through_links(tmp_path: Path) -> None:
     refs = [sample.turns[0].parts[0] for sample in samples]
     paths = [ref.path.name for ref in refs if isinstance(ref, MediaRef) and isinstance(ref.path, Path)]
     assert paths == ["in.mp4", "in.mp4", "gone.mp4", "loop.mp4"]  # what is missing is the index's to report
-    assert [record.message.split(";")[0].split(" is ")[-1] for record in bad[1:]] == ["no regular file", "a folder"]
+    assert "is no regular file" in bad[1].message and f"the folder {root} has no pictures" in bad[2].message
     assert "out of data.root" in bad[0].message
 
 
@@ -360,6 +362,22 @@ def test_llava_video_folder(tmp_path: Path) -> None:
     assert [turn.role for turn in samples[0].turns] == ["user", "assistant", "user", "assistant"]
     assert samples[0].origin == "sub/y_cap.json:2" and len({sample.id for sample in samples}) == 6
     assert [record.field for record in bad] == ["messages", "video"]
+
+
+def test_predict_shows_what_training_shows_of_llava_video(tmp_path: Path) -> None:
+    """Videos in the folder of the file or of `data_source`, and folders of frames; `messages` reads those too."""
+    for name in ("x/0_30_s_nextqa/NextQA/d.mp4", "0_30_s_nextqa/N/e.mp4", "hound/v/c10.jpeg", "hound/v/c2.jpeg"):
+        write(tmp_path / name, "x")
+    path = write(tmp_path / "x" / "0_30_s_nextqa" / "x_oe.json", "")
+    write(path, [llava(name) for name in ("NextQA/d.mp4", "N/e.mp4", "hound/v", "gone.mp4")])
+    samples, bad = read("llava_video", path, tmp_path)
+    asked = [item.asked for item in read_items([path], "?", tmp_path) if isinstance(item.asked, Question)]
+    assert not bad and [one.prompt.turns for one in asked] == [sample.turns[:-1] for sample in samples]
+    shown = [one.prompt.media[0] for one in asked]
+    assert [ref.is_folder for ref in shown] == [False, False, True, False]
+    assert shown[2].path == tuple(tmp_path / f"hound/v/c{i}.jpeg" for i in (2, 10))
+    own, _ = read("messages", write(tmp_path / "own.json", [llava("hound/v", data_source="")]), tmp_path)
+    assert own[0].turns[0].parts[0] == shown[2]
 
 
 def test_llava_video_mistakes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from vft.data.spans import fault
 from vft.data_config import DataConfig, SourceConfig
 from vft.recipes.caption import Caption
 from vft.recipes.story import Story
-from vft.types import MediaInfo
+from vft.types import MediaInfo, UserError
 
 INFO = MediaInfo("video", 84, 112, 100, 10.0, duration_s=10.0)
 
@@ -102,6 +102,18 @@ def test_a_bad_record(tmp_path: Path, tiny: Tiny, task: Any, format: Any, record
     assert documents.num_samples == made
     assert {item.reason for item in documents.bad} == {"record"}
     assert all(item.message.startswith("t.jsonl:2: ") and said in item.message for item in documents.bad)
+
+
+def test_the_reason_is_told_where_no_sample_can_be_used(tmp_path: Path, tiny: Tiny) -> None:
+    """Whatever share of them may be bad; it is not that there are none."""
+    make_clip(tmp_path / "a.mp4", range(20), fps=10, size=(56, 56))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"video": "a.mp4", "text": "x", "start": 4, "end": 5}))
+    source = SourceConfig(format="story", path="t.jsonl")
+    config = DataConfig(
+        root=tmp_path, sources=[source], cache_dir=str(tmp_path / "cache"), workers=0, max_bad_fraction=1.0
+    )
+    with pytest.raises(UserError, match=r"t\.jsonl: none of 1 samples can be used; the first: t\.jsonl:1: .* outside"):
+        load_documents(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
 
 
 def read_all(source: SourceConfig, config: DataConfig) -> Any:

@@ -483,6 +483,23 @@ def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
         assert [one.prompt.media for one in asked] == [(ref,) for ref in media]
 
 
+@pytest.mark.parametrize(
+    ("path", "origins"),
+    [
+        ("a/train.csv", ["a/train.csv:2"]),
+        ("a/train*.csv", ["a/train.csv:2", "a/train-2.csv:2"]),
+        ("a/set/train", ["a/set/train/train-00.parquet:1"]),
+    ],
+)
+def test_an_origin_is_a_place_below_the_root(tmp_path: Path, path: str, origins: list[str]) -> None:
+    (tmp_path / "a/set/train").mkdir(parents=True)
+    for name in ("a/train.csv", "a/train-2.csv"):
+        (tmp_path / name).write_text("video,text\nx.mp4,One.\n")
+    pq.write_table(pa.table({"video": ["x.mp4"], "text": ["One."]}), tmp_path / "a/set/train/train-00.parquet")
+    samples, bad = sources.read(SourceConfig(format="messages", path=path), DataConfig(root=tmp_path))
+    assert not bad and sorted(sample.origin for sample in samples) == sorted(origins)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), max_size=3), st.booleans())
 def test_whatever_records_hold_is_a_sample_or_a_bad_record(

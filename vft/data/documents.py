@@ -274,6 +274,9 @@ def load_documents(
         documents.ends.append(len(documents.members))
     check_bad(documents.bad, documents.num_samples + len(documents.bad) + passed_over, config.max_bad_fraction)
     if wanted and not documents.members:
+        if bad and (split is None or read):
+            where = ", ".join(source.path for source in wanted)
+            raise UserError(f"{where}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
         raise UserError(_nothing_read(wanted, split, len(sides) if split is not None else 0))
     if has_shares:
         documents.weights = documents.weights_of(wanted)

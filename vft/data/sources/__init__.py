@@ -59,7 +59,10 @@ def read(source: SourceConfig, data: DataConfig) -> Records:
 def _placed(path: str, origin: str) -> str:
     """`train.json:12` of a source `a/train.json` as `a/train.json:12`: files of one name in two folders are two."""
     folder, _, name = path.rstrip("/").rpartition("/")
-    return (f"{folder}/{origin}" if folder else origin) if origin.startswith(name) else f"{path.rstrip('/')}/{origin}"
+    has_name = origin.startswith(name) and origin[len(name) :][:1] in (":", "/")
+    if has_name or "*" in name:  # the files that a pattern fits lie in its folder
+        return f"{folder}/{origin}" if folder else origin
+    return f"{path.rstrip('/')}/{origin}"
 
 
 def locate(path: str, root: Path) -> str:

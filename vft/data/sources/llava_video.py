@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +36,6 @@ from vft.data.sources.records import (
     names_in,
     natural_order,
     parse_json,
-    resolve_frames,
     resolve_path,
     sample_id_of,
     unique,
@@ -61,22 +59,25 @@ def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
 def _parse(record: Mapping[str, Any], file: Path, root: Path) -> Parsed:
     if "video" not in record:
         raise RecordError("video", f"is missing; the record has {names_in(record)}")
+    return messages.parse(located(record, file, root), root)
+
+
+def located(record: Mapping[str, Any], file: Path, root: Path) -> dict[str, Any]:
+    """The record with the path of its video, which may lie in the folder of `file` or in that which `data_source` names
+    below `root`."""
     video = check_text(record["video"], "video")
-    located, mode = resolve_path(root, video, "video")
+    found, mode = resolve_path(root, video, "video")
     for folder in filter(None, (_config(file, root), record.get("data_source"))):
         if mode:
             break
         candidate, found_mode = resolve_path(root, f"{check_text(folder, 'data_source')}/{video}", "video")
         if found_mode:
-            located, mode = candidate, found_mode
-    value: Any = str(located)
-    if stat.S_ISDIR(mode):
-        value = [str(frame) for frame in resolve_frames(root, str(located), "video")]
-    return _conversation(record, value, root)
+            found, mode = candidate, found_mode
+    return {**record, "video": str(found), "data_source": None}
 
 
 def _conversation(record: Mapping[str, Any], video: Any, root: Path) -> Parsed:
-    """`data_source` says where the video lies."""
+    """Of a stream: the video is a copy, a file or the frames of a folder."""
     parsed = messages.parse({**record, "video": video, "data_source": None}, root)
     return replace(parsed, turns=_changed(parsed.turns, is_folder=True)) if isinstance(video, list) else parsed
 

@@ -2,7 +2,8 @@
 
 `messages` holds `role` and `content`, `conversations` holds `from` and `value` (either pair is read in either). Media
 stand in typed parts, or in lists (`videos`, `images`, or `video`, `image`) with a `<video>` or `<image>` in the text
-for each, in order. In LLaVA's layout, `<image>` stands for the video too, and is on a line of its own.
+for each, in order. In LLaVA's layout, `<image>` stands for the video too, and is on a line of its own. A video may be a
+folder of its frames, which is sampled as a file is.
 
 A record without turns has a medium, an answer and mostly a question under keys of its own (see `shapes`); a question
 may be missing, the task asks then. Files are JSON, JSONL, CSV, TSV, Parquet or Arrow.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,13 +30,15 @@ from vft.data.sources.records import (
     check_text,
     collect,
     names_in,
+    resolve_frames,
     resolve_media,
+    resolve_path,
     shown,
 )
 from vft.data.sources.rows import files_of, read_rows
 from vft.data.sources.shapes import Shapes
 from vft.data.sources.tables import read_classes
-from vft.data.sources.unread_keys import MEDIA_KEYS, answer_lists, unread
+from vft.data.sources.unread_keys import MEDIA_KEYS, answer_lists, check_silent, unread
 from vft.reasoning import CLOSE, OPEN
 from vft.types import MediaKind, MediaOptions, MediaRef, Role, Sample, Turn
 
@@ -128,7 +132,10 @@ def parse(record: Mapping[str, Any], root: Path, answered: bool = True) -> Parse
         rest += [f"{key}[].{name.rpartition('.')[2]}" for name in unknown]
     filled, used = lay_under(filled, record, "")
     refs = [part for _, parts in filled for part in parts if isinstance(part, MediaRef)]
-    rest += [*reader.unread, *unread(record, known | used, refs)]
+    beside = unread(record, known | used, refs)
+    if not refs:
+        check_silent(record, beside, root)
+    rest += [*reader.unread, *beside]
     return Parsed(_finish(with_system(record, filled), key, answered), tuple(dict.fromkeys(rest)))
 
 
@@ -277,6 +284,9 @@ def _reference(
     if isinstance(value, dict):
         given = {key: one for key, one in value.items() if one is not None and (key, one) != ("type", kind)}
         return _medium(root, kind, given, name)
+    path, mode = resolve_path(root, value, name)
+    if kind == "video" and stat.S_ISDIR(mode):
+        return MediaRef(kind, resolve_frames(root, str(path), name), options, name, is_folder=True)
     return MediaRef(kind, resolve_media(root, value, name), options, name)
 
 

@@ -360,7 +360,13 @@ def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
         RecordError: as `resolve_media`; also where there are no pictures.
     """
     folder, _ = resolve_path(root, value, field)
-    pictures = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
+    try:
+        inside = os.listdir(folder)
+    except OSError as error:
+        raise RecordError(
+            field, f"the folder {folder} can't be read ({error.strerror}); mend its permissions"
+        ) from None
+    pictures = (name for name in inside if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES)
     names = [name for name in pictures if not is_stray(name)]
     if not names:
         raise RecordError(field, f"the folder {folder} has no pictures; name a folder of frames or a video")

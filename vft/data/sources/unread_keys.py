@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,28 @@ def unread(
             raise RecordError(field, f"is not read{where}; did you mean {meant!r}{beside}?")
         found.append(field)
     return found
+
+
+_SAYS_WHERE = re.compile(r"video|image|img|frame|clip|media|picture|photo|dir|folder|path|file")
+_SAYS_WHICH = re.compile(r"(video|clip|youtube|yt|image|img|picture|photo)[_ -]?id", re.IGNORECASE)
+
+
+def check_silent(record: Mapping[str, Any], keys: Iterable[str], root: Path) -> None:
+    """For records that show nothing: RecordError where one of the `keys` that are not read names a folder of videos or
+    pictures below `root`, or is the id of one. What would be trained is the text alone."""
+    for key in keys:
+        value = record.get(key)
+        if _SAYS_WHICH.fullmatch(key) and value not in (None, ""):
+            kind = "video" if key[0].lower() in "vcy" else "image"
+            told = f"{shown(value)} is an id, and nothing is shown; give the file's path as {kind!r}, or take it out"
+            raise RecordError(key, told)
+        if not isinstance(value, str) or "\0" in value or not value or not _SAYS_WHERE.search(key.lower()):
+            continue
+        with suppress(OSError):  # no such folder, mostly
+            suffixes = {Path(name).suffix.lower() for name in os.listdir(root / value)}
+            if suffixes & (VIDEO_SUFFIXES | PICTURE_SUFFIXES):
+                told = f"names the folder {shown(value)} under a key that is not read; the nearest known one is 'video'"
+                raise RecordError(key, f"{told}, for the frames of one; rename it, or take it out if it is not shown")
 
 
 def others(record: Mapping[str, Any], known: Collection[str]) -> tuple[str, ...]:
