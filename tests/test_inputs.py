@@ -247,7 +247,8 @@ def test_times_outside_the_video_are_the_records_fault() -> None:
     info = MediaInfo("video", 56, 56, 300, 10.0, duration_s=30.0)
     (item,) = split([item_about(ref)], 4.0, lambda _: info)
     assert item.segment_s is None
-    failure = load(cast(Answerer, SimpleNamespace(config=DataConfig(), info=lambda _: info)), item, 8)()
+    answerer = SimpleNamespace(config=DataConfig(), info=lambda _: info, load=lambda asked, _: asked.clear)
+    failure = load(cast(Answerer, answerer), item, 8)()
     assert isinstance(failure, Failure) and failure.reason == "record"
     assert "5 to 90 s is outside the video, which has 300 frames in 30.00 s" in failure.message
 
