@@ -90,7 +90,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed, split)
     # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
     # and not after hours.
-    asked = questions([one for members in held_out.members for one in members])
+    asked = questions(held_out.conversations)
     asked = [asked[i] for i in some(len(asked), 64)]
     equal = [(0.0,) * len(q.prompt.options) for q in asked]
     scores = task.score([Answer(q, q.references[0], even, even) for q, even in zip(asked, equal, strict=True)])
@@ -126,7 +126,7 @@ def evaluate(
 
     The answers go to `file`, a line each. Every process must call it; all get the same scores.
     """
-    asked = questions([one for members in held_out.members for one in members], limit)
+    asked = questions(held_out.conversations, limit)
     try:
         with torch.compiler.set_stance("force_eager"):  # graphs that were compiled for training would be compiled anew
             answers = answerer.answer_all(asked, sampling, batch_size)
@@ -163,7 +163,7 @@ def cut_off_warning(scores: Mapping[str, Interval], limit: int) -> str:
 
 def questions_digest(held_out: Documents, limit: int = 0) -> str:
     """Tells evaluations of other questions apart: prompts, media, options, and what would be right."""
-    asked = questions([one for members in held_out.members for one in members], limit)
+    asked = questions(held_out.conversations, limit)
     root = os.path.realpath(held_out.config.root)
     content = [
         (q.prompt.content(root), sorted(q.prompt.options), sorted(q.references), q.prompt.facts.get("segments"))
@@ -181,13 +181,13 @@ def overlap_with_training(task: Task, config: Config, held_out: Documents, train
     if not config.eval.sources and config.eval.split is None:
         return ""
     if training is not None:
-        trained = [one for members in training.members for one in members]
+        trained = training.conversations
     else:
         try:
             trained = list(_training_records(task, config))
         except UserError as error:
             return f"warning: held-out samples can't be looked for among those of training: {error}"
-    return overlap_warning([one for members in held_out.members for one in members if not one.is_part], trained)
+    return overlap_warning([one for one in held_out.conversations if not one.is_part], trained)
 
 
 def _training_records(task: Task, config: Config) -> Iterator[Conversation]:

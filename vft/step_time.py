@@ -47,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of a step by what they go to; everything runs beside everything else."""
+    """Seconds of a step by the resource that they take; all of these overlap."""
 
     compute: float
     links: float
@@ -61,14 +61,14 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """The step's."""
+        """Of the whole step: of its slowest part."""
         if self.alone:
             return self.compute + self.host
         return max(self.compute, self.links, self.network, self.host)
 
     @property
     def bound(self) -> str:
-        """What it waits for."""
+        """The part that limits the step."""
         parts = {
             "the products": self.compute,
             "links between GPUs": self.links,

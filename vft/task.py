@@ -176,7 +176,7 @@ def files_of(media: Iterable[MediaRef]) -> tuple[str, ...]:
 
 
 def distinct(names: Iterable[str]) -> Iterator[str]:
-    """The names, one that came before with its number behind it."""
+    """The names; one that came before gets a number: `x`, `x#2`, ..."""
     seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1

@@ -457,7 +457,7 @@ class Trainer:
     def asked(self) -> Asked:
         """What the records ask; of streams those that came since the start. Every process calls it."""
         asked = Asked()
-        asked.add(one for members in self.documents.members for one in members)
+        asked.add(self.documents.conversations)
         if self.streams is not None:
             for part in all_of(self.streams.context.asked):
                 asked.update(part)

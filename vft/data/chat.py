@@ -220,8 +220,8 @@ class ChatEncoder:
             ids, labels = torch.tensor(one.ids[common - 1 :]), torch.tensor(one.labels[common - 1 :])
             mask_T, positions_3T = whole[2][trunk:], whole[3][:, trunk:]
             branches.append((ids, labels, mask_T[: len(ids)], positions_3T[:, : len(ids)]))
-        head = (*(x[:trunk] for x in whole[:3]), whole[3][:, :trunk])
-        head = (head[0], torch.full_like(head[1], IGNORE_INDEX), *head[2:])
+        ids_T, labels_T, mask_T, positions_3T = (x[..., :trunk] for x in whole)
+        head = ids_T, torch.full_like(labels_T, IGNORE_INDEX), mask_T, positions_3T
         return _lay_out(head, branches, [plan for _, plan in longest.in_row_order(media)], list(options))
 
     @cached_property

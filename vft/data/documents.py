@@ -61,7 +61,12 @@ class Documents:
 
     @cached_property
     def _samples_by_medium(self) -> Counter[str]:
-        return Counter(name for members in self.members for one in members for name in {ref.name for ref in one.media})
+        return Counter(name for one in self.conversations for name in {ref.name for ref in one.media})
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """Those of all documents, in order."""
+        return [one for members in self.members for one in members]
 
     def samples_with(self, name: str) -> int:
         """How many samples show the medium of this name, all of which are lost where it fails."""

@@ -63,12 +63,12 @@ class Found:
     """What a process has met besides good documents since it was last asked."""
 
     bad: list[BadItem] = field(default_factory=list)
-    """Of streams each time that it is met, of the index the first time."""
+    """Items of streams each time they are met, those of the index once."""
     archives: list[ArchivePass] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """For the person in front."""
+    """Lines for the user."""
     exhausted: list[str] = field(default_factory=list)
-    """Streams, by their source, that have nothing for a row."""
+    """Paths of streaming sources that have no document for a row."""
 
     def __len__(self) -> int:
         return len(self.bad) + len(self.archives) + len(self.notes) + len(self.exhausted)

@@ -12,7 +12,7 @@ from pathlib import Path
 from vft.types import Conversation
 
 BLOCK_BYTES = 1 << 18
-"""Of a file's start, middle and end that are compared; a file of three or fewer is compared whole."""
+"""Compared at a file's start, middle and end; a file of at most three such blocks is compared whole."""
 THREADS = 32
 NAMED = 10
 """Samples whose names a message gives."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class ArchivePass:
     """One slot has come to the end of an archive that it began to read at its start."""
 
     samples: int
-    """That it found there, bad ones among them; of those that several slots share its own part."""
+    """Found there, bad ones included; where several slots share the archive, those of this slot's part."""
     damaged: bool
     """The archive ended before its time."""
 
@@ -59,7 +60,7 @@ class Encountered:
     samples: dict[str, int] = field(default_factory=dict)
     """Bad samples, by reason."""
     whole: int = 0
-    """Archives, and the samples of theirs."""
+    """Undamaged archives that were read to their end; below, the samples found in them."""
     whole_samples: int = 0
     damaged: int = 0
     damaged_samples: int = 0
@@ -91,9 +92,9 @@ class Encountered:
 
 def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
     """UserError where the share of bad samples is above `limit`: both numbers, counts by reason, the first message."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for item in bad:
-        counts[item.reason] = counts.get(item.reason, 0) + item.samples
+        counts[item.reason] += item.samples
     if bad:
         _check_share(bad[0].message, counts, total, limit)
 

@@ -87,7 +87,7 @@ class Archives:
     warning: str = ""
     """What is odd about the names in the archives."""
     told: set[str] = field(default_factory=set)
-    """Keys of records that nothing reads, of which the person in front knows."""
+    """Keys of records that nothing reads, that the user was told of."""
 
 
 def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
@@ -143,7 +143,7 @@ class Passed:
     archive: str = ""
     """Which one ended; empty: it was a clip."""
     counts: ArchivePass | None = None
-    """Of the archive, where it was read from its start."""
+    """What was found in the archive, where it was read from its start."""
     barren: bool = False
     """The archive holds files, but nothing of what is looked for."""
 
@@ -197,7 +197,7 @@ class StreamContext:
     seed: int
 
     say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
-    """Tells the person in front."""
+    """Shows a line to the user."""
 
     def __post_init__(self) -> None:
         self.readers: list[ThreadPoolExecutor] = []
@@ -238,7 +238,7 @@ class SlotStream:
         self._in_vain: set[str] = set()
         """Archives read from end to end since the last document."""
         self._barren = 0
-        """One behind another."""
+        """Archives in a row that hold nothing of what is looked for."""
 
     def next_pack(self) -> StreamedPack:
         """As many documents, in order, as fit a row; fewer, or none, where many clips in a row give none.

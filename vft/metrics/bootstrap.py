@@ -39,7 +39,7 @@ class Samples:
 
     @staticmethod
     def apart(count: int) -> Samples:
-        """So many that have nothing to do with one another."""
+        """`count` samples that are independent of one another."""
         return Samples(tuple(map(str, range(count))), tuple(range(count)))
 
 

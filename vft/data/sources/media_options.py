@@ -33,7 +33,7 @@ LIST_OPTIONS = frozenset({"trim", "timestamps"})
 MAX_S = 1e9
 """Times from here on are no seconds."""
 ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"), ("sample_fps", "timestamps"))
-"""Options of which one that stands nearer to the medium puts out the other, too."""
+"""Options of which one that is given nearer to the medium replaces the other, too."""
 ORDERED = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end"))
 
 _EDGE = re.compile(
@@ -218,9 +218,9 @@ class _Found:
         if not self.values:
             return own
         inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
-        put_out = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
+        replaced = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
         called = {option: key for option, (key, _) in self.values.items()}
-        found = {option: value for option, (_, value) in self.values.items() if option not in put_out} | inner
+        found = {option: value for option, (_, value) in self.values.items() if option not in replaced} | inner
 
         def fail(option: str, message: str) -> None:
             raise RecordError(_at(self.name, called.get(option, option)), message)

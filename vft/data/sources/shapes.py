@@ -61,7 +61,7 @@ class Shapes:
 
     root: Path
     columns: Mapping[str, str] = field(default_factory=dict)
-    """What a key is called in these records, by its name here."""
+    """Keys of these records by the names that this module knows."""
     answered: bool = True
     """Whether a record needs an answer."""
     listed: Sequence[str] = ()
