@@ -47,6 +47,7 @@ from vft.models.generate import Sampling
 from vft.models.weights import Checkpoint
 from vft.outputs import AnswersFile, answer_line
 from vft.rules import VERSION
+from vft.strict_toml import explain
 from vft.types import MediaInfo, MediaRef, UserError
 
 DEFAULT_PROMPT = "Describe the video."
@@ -125,7 +126,7 @@ def columns_of(text: str | None) -> dict[str, str]:
         columns = {name.strip(): key.strip() for name, _, key in pairs}
         return SourceConfig(format="messages", path="records", columns=columns).columns
     except ValidationError as error:
-        raise UserError(f"--columns = {text!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"--columns = {text!r}: {explain(SourceConfig, error)[1]}") from None
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -335,11 +336,9 @@ def data_config(arguments: argparse.Namespace, about: dict[str, Any]) -> DataCon
         # Media are fitted into a row as in training; what another program trained on is unknown.
         room = arguments.pack_tokens or about.get("pack_tokens", 1 << 20)
         return DataConfig.model_validate({"video": video, "image": about.get("image", {}), "pack_tokens": room})
-    except ValueError as error:
-        detail = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
-        where = ".".join(str(part) for part in detail["loc"])
-        value = f" = {detail['input']}" if isinstance(detail.get("input"), int | float) else ""
-        raise UserError(f"{where}{value}: {detail['msg']}; see --fps, --frames, --max-frames, --max-pixels") from error
+    except ValidationError as error:
+        said = explain(DataConfig, error)[1]
+        raise UserError(f"{said}; see --fps, --frames, --max-frames, --max-pixels") from error
 
 
 def tell(

@@ -11,7 +11,10 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from vft.data_config import ImageConfig, VideoConfig
+from vft.strict_toml import explain
 from vft.types import UserError
 
 Limits = TypeVar("Limits", VideoConfig, ImageConfig)
@@ -170,9 +173,9 @@ def _sizes(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) 
 def _limits(section: type[Limits], recorded: Mapping[str, Any]) -> Limits:
     try:
         return section.model_validate(recorded)
-    except ValueError as error:
-        first = str(error).splitlines()[-2:]
-        raise UserError(f"vft.json: {' '.join(first)}: not limits that this version knows; correct them") from error
+    except ValidationError as error:
+        said = explain(section, error)[1]
+        raise UserError(f"vft.json: {said}: not limits that this version knows; correct them") from error
 
 
 def ranks_of(lora: Mapping[str, Any]) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from vft.types import UserError
 
@@ -63,9 +62,7 @@ def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        # A misspelt key is reported as unknown rather than as its right spelling missing.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        key, message = _explain(model, first)
+        key, message = explain(model, error)
         where = str(path)
         if covers(overridden, key):
             where = "command line"
@@ -128,8 +125,10 @@ def _parse(value_text: str, text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else value_text
 
 
-def _explain(model: type[BaseModel], error: ErrorDetails) -> tuple[str, str]:
+def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]:
     """The dotted key that pydantic complains about, and the complaint in one line: key, value, what is allowed."""
+    # A misspelt key is reported as unknown rather than as its right spelling missing.
+    error = min(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark of a table's wrong key
     if error["type"] == "missing":
         return key, f"{key}: missing"
