@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from vft.data.media_error import MediaError
 from vft.data.sources.records import RecordError, resolve_media, shown, spelt
+from vft.data.sources.unread_keys import FILES, IMAGES, VIDEOS
 
 Row = dict[str, Any]
 
@@ -33,7 +34,7 @@ VALUES = {"choices": "choices", "textarea": "text", "taxonomy": "taxonomy", "num
 SPANS = ("timelinelabels", "labels")
 RATES = ("frameRate", "framerate", "frame_rate", "fps")
 """Keys of a task's data for the `frameRate` of its Video tag."""
-MEDIA = ("video", "video_url", "video_path", "image", "image_url", "image_path", "path", "file", "media")
+MEDIA = ("video", *VIDEOS, "image", *IMAGES, *FILES)
 _UPLOADED = re.compile(r"/data/upload/((?:\d+/)?([0-9a-f]{8}-)?(.+))")
 _LOCAL = "/data/local-files/?d="
 

@@ -20,7 +20,7 @@ from typing import Any
 from vft.data.sources import label_studio
 from vft.data.sources.media_options import LIST_OPTIONS, REAL_OPTIONS, meaning_of
 from vft.data.sources.records import PICTURE_SUFFIXES, TURN_KEYS, RecordError, check_text, names_in, shown, spelt
-from vft.data.sources.unread_keys import MEDIA_KEYS
+from vft.data.sources.unread_keys import FILES, IMAGES, MEDIA_KEYS, VIDEOS
 from vft.types import UserError
 
 Record = dict[str, Any]
@@ -34,20 +34,6 @@ ANSWERS = (
 )
 """Names of the answer. Those of a later row count where a record has none of the rows before; the last are labels."""
 LABELS = ANSWERS[-1]
-VIDEOS = ("video_path", "video_file", "video_file_name", "video_name", "video_url", "videopath", "clip", "clip_path")
-IMAGES = (
-    "image_path",
-    "image_file",
-    "image_file_name",
-    "image_name",
-    "image_url",
-    "img",
-    "img_path",
-    "picture",
-    "photo",
-)
-FILES = ("path", "file", "file_name", "filename", "file_path", "filepath", "media", "media_path")
-"""A picture where the suffix is one's, else a video."""
 LISTS = frozenset({*TURN_KEYS, *MEDIA_KEYS, "answers", "captions", "options", "history", "segments"})
 """Keys whose text in a cell of a table may be a list, in JSON or as Python writes it."""
 METADATA = "metadata"

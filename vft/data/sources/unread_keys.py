@@ -18,6 +18,20 @@ from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, RecordErr
 from vft.types import ANSWER_KEYS, MediaRef
 
 MEDIA_KEYS = ("video", "videos", "image", "images")
+VIDEOS = ("video_path", "video_file", "video_file_name", "video_name", "video_url", "videopath", "clip", "clip_path")
+IMAGES = (
+    "image_path",
+    "image_file",
+    "image_file_name",
+    "image_name",
+    "image_url",
+    "img",
+    "img_path",
+    "picture",
+    "photo",
+)
+FILES = ("path", "file", "file_name", "filename", "file_path", "filepath", "media", "media_path")
+"""Other names of media in records without turns. One of the last is a picture where its suffix is, else a video."""
 AUDIO_SUFFIXES = frozenset({".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".opus", ".wma"})
 MAX_NAME = 1024
 """Characters beyond which a text is no file's name."""
