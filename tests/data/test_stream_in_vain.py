@@ -65,7 +65,7 @@ def test_no_clip_has_a_caption(tiny: Tiny, tmp_path: Path, ranks: int, slots: in
         (lambda name: pe_pair(name), {"pack_tokens": 12}, "6 of 6 clips: "),
         (lambda name: pe_pair(name)[:1], {}, "6 of 6 clips: json: the clip has no .json beside its video"),
         (lambda name: [(f"{name}.mp4", clip()), (f"{name}.json", b"{")], {}, "6 of 6 clips: is not JSON"),
-        (lambda name: [(f"{name}.webm", clip()), (f"{name}.txt", b"A cat.")], {}, "2 archive(s): "),
+        (lambda name: [(f"{name}.dat", clip()), (f"{name}.txt", b"A cat.")], {}, "2 archive(s): "),
     ],
     ids=["broken", "too long", "half", "no JSON", "other names"],
 )
