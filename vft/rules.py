@@ -16,7 +16,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "times outside a video, and media under unknown keys, are bad records",
         "more files, formats and spellings of paths are read",
         "pictures are upright by EXIF and on white, all of a list are shown at their own times",
-        "total_pixels keeps to max_pixels, nframes is made even",
+        "total_pixels keeps to max_pixels",
         "questions that share a video see the frames that they would see alone",
         "answers are tokenised by themselves, and control tokens in texts are text",
         "where a template hides thoughts of earlier answers, each answer is a document of its own",

@@ -67,7 +67,8 @@ def random_request(rng: random.Random, most_frames: int) -> Request:
     keys: dict[str, Any] = {"min_pixels": rng.randint(1, most // rng.choice((1, 4, 50))), "max_pixels": most}
     how = rng.random()
     if how < 0.3:
-        keys["nframes"] = rng.randint(2, min(num_frames, most_frames))
+        # Even: of an odd number we show as many and the last one twice, as the model's own processor does.
+        keys["nframes"] = 2 * rng.randint(1, min(num_frames, most_frames) // 2)
     else:
         keys["max_frames"] = rng.randint(4, most_frames)
         if how < 0.8:

@@ -65,6 +65,15 @@ def test_plans_of_qwen_vl_utils(vision_process: ModuleType) -> None:
     print(compare(qwen_plans.random_plans(vision_process, 1, COUNT, most_frames=768)), "plans")
 
 
+def test_an_odd_number_of_frames_is_what_was_asked_for() -> None:
+    """The last one fills the pair, as transformers' processor does; qwen-vl-utils would take 2 or 4."""
+    info = MediaInfo("video", 112, 112, 10, 5.0, duration_s=2.0)
+    for patch, spec in SPECS.items():
+        ref = MediaRef("video", Path("clip.mp4"), MediaOptions(nframes=3))
+        plan = spec.plan(ref, info, limits_of(ref, CONFIG))
+        assert plan.frame_indices == (0, 4, 9) and plan.grid_thw[0] == 2, patch  # round(linspace(0, 9, 3)), ties to even
+
+
 @pytest.mark.parametrize("least", [100_352, 96_000, 50_000])
 def test_total_pixels_never_makes_a_frame_larger(least: int) -> None:
     """Also where 1.05 x min_pixels, the least that it leaves a frame, is more than max_pixels."""

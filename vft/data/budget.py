@@ -134,12 +134,8 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     smallest = options.min_pixels or min(pixels.min_pixels, options.max_pixels or pixels.max_pixels)
     return VisionLimits(
         fps=options.fps if asks_rate else None if asks_count or whole else video.fps,
-        # An even number, and of two as near the one with an even half: qwen-vl-utils' rule (`round_by_factor`).
-        frames=max(1, round((options.nframes or 0) / 2) * 2)
-        if asks_count
-        else None
-        if asks_rate or whole
-        else video.frames,
+        # As many as are asked for: of an odd number the last is shown twice. (qwen-vl-utils makes it even.)
+        frames=options.nframes if asks_count else None if asks_rate or whole else video.frames,
         min_frames=min(least, most),
         max_frames=most,
         min_pixels=smallest,

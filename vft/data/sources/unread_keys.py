@@ -37,6 +37,7 @@ MAX_NAME = 1024
 """Characters beyond which a text is no file's name."""
 MOST_NAMED = 20
 """Keys that are named for one source."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(video|image|audio)/", re.IGNORECASE)
 
 
@@ -50,8 +51,8 @@ def unread(
 ) -> list[str]:
     """The keys of `given`, the object at `name` in a record (empty: the record itself), that are not `known`.
 
-    `refs` are the media that were read: a key may name one of these files again. `place` is what `given` is
-    where that holds no media of its own: a message, say.
+    `refs` are the media that were read: a key may name one of these files again, or say beside them where on the web
+    they come from. `place` is what `given` is where that holds no media of its own: a message, say.
 
     Raises:
         RecordError: such a key names another video, picture or sound, or is a misspelt one of `MEDIA_KEYS`.
@@ -67,7 +68,7 @@ def unread(
             continue
         field = f"{name}.{key}" if name else key
         for kind, file in _files(value):
-            if Path(file).name not in files:
+            if Path(file).name not in files and not (refs and _URL.match(file)):
                 advice = "no sound is heard; take the key out"
                 if kind != "audio":
                     near = difflib.get_close_matches(key.lower(), (kind, f"{kind}s"), n=1, cutoff=0.0)[0]
@@ -131,7 +132,7 @@ def _kind_of(text: str) -> str:
         return data[1].lower()
     if len(text) > MAX_NAME or "\n" in text:
         return ""
-    if re.match(r"(?i)[a-z][a-z0-9+.-]*://", text):
+    if _URL.match(text):
         text = re.split(r"[?#]", text)[0]
     suffix = Path(text.strip()).suffix.lower()
     kinds = {"video": VIDEO_SUFFIXES, "image": PICTURE_SUFFIXES, "audio": AUDIO_SUFFIXES}
