@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +266,8 @@ def test_flops_are_those_of_the_weights_that_it_stands_for(tiny: Tiny) -> None:
 
 
 class OneLayer(nn.Module):
+    spellings = MappingProxyType({"": ("",)})
+
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.wide = nn.Linear(columns, rows, bias=False)

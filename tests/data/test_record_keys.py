@@ -285,11 +285,12 @@ def test_what_names_no_other_medium(tmp_path: Path, capsys: pytest.CaptureFixtur
         original="raw/a.mp4",
         video_id="yt123",
         url="https://youtube.com/watch?v=1",
+        metadata={"src": "https://x.org/b.mp4", "thumbnail": "https://x.org/b.jpg"},
         note="See a.mp4.\nAnd b.mp4",
         empty=None,
     )
     samples, bad = read(tmp_path, "messages", record)
-    assert not bad and samples[0].unread == ("original", "video_id", "url", "note")
+    assert not bad and samples[0].unread == ("original", "video_id", "url", "metadata", "note")
     unread_keys.tell(str(tmp_path), [samples[0].unread])
     assert "video_id (1)" in capsys.readouterr().err  # no misspelt `video_end`
 

@@ -71,7 +71,9 @@ def test_an_odd_number_of_frames_is_what_was_asked_for() -> None:
     for patch, spec in SPECS.items():
         ref = MediaRef("video", Path("clip.mp4"), MediaOptions(nframes=3))
         plan = spec.plan(ref, info, limits_of(ref, CONFIG))
-        assert plan.frame_indices == (0, 4, 9) and plan.grid_thw[0] == 2, patch  # round(linspace(0, 9, 3)), ties to even
+        assert plan.frame_indices == (0, 4, 9) and plan.grid_thw[0] == 2, (
+            patch
+        )  # round(linspace(0, 9, 3)), ties to even
 
 
 @pytest.mark.parametrize("least", [100_352, 96_000, 50_000])

@@ -249,9 +249,11 @@ def _asked(row: Record, asks: str | None, extra: str | None) -> list[Record]:
 
 def _history(value: Any) -> Iterator[Record]:
     """Earlier turns, pairs of a question and an answer."""
-    for i, pair in enumerate(value if value is not None else ()):
-        if not isinstance(value, list) or not isinstance(pair, list) or len(pair) != 2:
-            raise RecordError("history", f"{shown(value)} must be a list of pairs, a question and its answer")
+    if value is None or value == "":
+        return
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise RecordError("history", f"{shown(value)} must be a list of pairs, a question and its answer")
+    for i, pair in enumerate(value):
         yield {"role": "user", "content": check_text(pair[0], f"history[{i}][0]")}
         yield {"role": "assistant", "content": check_text(pair[1], f"history[{i}][1]")}
 
