@@ -115,7 +115,7 @@ def test_few_archives_with_clips_among_many_without(tiny: Tiny, tmp_path: Path) 
 def test_archives_without_any_clip(tiny: Tiny, tmp_path: Path) -> None:
     """Each says why."""
     pe_shards(tmp_path / "data" / "pe", [0])
-    write_tar(tmp_path / "data" / "pe" / "001.tar", {"a.webm": b"1", "a.txt": b"2"})
+    write_tar(tmp_path / "data" / "pe" / "001.tar", {"a.nfo": b"1", "a.txt": b"2"})
     (tmp_path / "data" / "pe" / "002.tar").write_bytes(b"not an archive")
     (tmp_path / "data" / "pe" / "003.tar").touch()
     config = data_config(tmp_path / "data", PE)
@@ -126,7 +126,10 @@ def test_archives_without_any_clip(tiny: Tiny, tmp_path: Path) -> None:
     assert error.startswith("pe: no clip met in 4 archive(s) can be trained on: 4 archive(s): ")
     assert [told[f"00{i}.tar"][:2] for i in range(4)] == [("archive", 0)] * 4
     assert told["000.tar"][2].endswith("000.tar: holds no files")
-    assert "none of its 2 files is a clip ID.mp4 or its record ID.json; the first is 'a.webm'" in told["001.tar"][2]
+    assert (
+        "none of its 2 files is a video ID.mp4 (or .webm, ...) or its record ID.json; the first is 'a.nfo'"
+        in told["001.tar"][2]
+    )
     assert all("download it again" in told[name][2] for name in ("002.tar", "003.tar"))
 
 

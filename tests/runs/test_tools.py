@@ -20,10 +20,14 @@ STEP_KEYS = {
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "vft.json"}
 
 
+KEYS = {"video", "prompt", "prediction", "cut_off"}
+"""Of a line; the last one where an answer was cut off."""
+
+
 def predictions(result: Result) -> dict[str, str]:
     """Answers by the name of the clip, from `--json`."""
     lines = [json.loads(line) for line in result.ok().stdout.splitlines()]
-    assert all(list(line) == ["video", "prompt", "prediction"] for line in lines), lines
+    assert all(list(line)[:3] == ["video", "prompt", "prediction"] and set(line) <= KEYS for line in lines), lines
     return {Path(line["video"]).stem: line["prediction"] for line in lines}
 
 
@@ -171,7 +175,7 @@ def test_evaluation_while_training(world: World, commands: Commands, learned: Pa
     for step in (0, 1, 2):
         text = (folder / "predictions" / f"step-{step:06d}.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        assert [list(row) for row in rows] == [["id", "prompt", "prediction", "reference"]] * 4
+        assert [list(row) for row in rows] == [["id", "prompt", "prediction", "reference", "source", "media"]] * 4
         assert {row["id"]: row["prediction"] for row in rows} == ANSWERS
         assert all(row["prompt"] == PROMPT and row["prediction"] == row["reference"] for row in rows)
 

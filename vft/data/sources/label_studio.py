@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from vft.data.media_error import MediaError
-from vft.data.sources.records import RecordError, resolve_media, shown, spelt
+from vft.data.sources.records import RecordError, is_there, resolve_media, shown
 from vft.data.sources.unread_keys import FILES, IMAGES, VIDEOS
 
 Row = dict[str, Any]
@@ -162,4 +162,4 @@ def local_path(root: Path, value: str) -> str:
         return value
     inner, mark, name = unquote(match[1]), match[2] or "", unquote(match[3])
     places = (f"upload/{inner}", inner, f"{mark}{name}", name)
-    return next((place for place in places if spelt(root, place).exists()), name)
+    return next((place for place in places if is_there(root, place)), name)

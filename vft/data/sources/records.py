@@ -340,6 +340,11 @@ def spelt(root: Path, path: str) -> Path:
     return next((root / form for form in spellings(path) if os.path.exists(root / form)), root / path)
 
 
+def is_there(root: Path, path: str) -> bool:
+    """Whether `root` has a file or folder of that name, in any of its spellings; not where no name can be so long."""
+    return any(os.path.exists(root / form) for form in spellings(path))
+
+
 def files_below(folder: Path, suffix: str) -> list[tuple[Path, str]]:
     """The files with this ending at any depth, and their names from `folder` on, sorted; none that is a system's own.
 

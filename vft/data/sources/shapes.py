@@ -19,7 +19,7 @@ from typing import Any
 
 from vft.data.sources import label_studio
 from vft.data.sources.media_options import LIST_OPTIONS, REAL_OPTIONS, meaning_of
-from vft.data.sources.records import PICTURE_SUFFIXES, TURN_KEYS, RecordError, check_text, names_in, shown, spelt
+from vft.data.sources.records import PICTURE_SUFFIXES, TURN_KEYS, RecordError, check_text, is_there, names_in, shown
 from vft.data.sources.unread_keys import FILES, IMAGES, MEDIA_KEYS, VIDEOS
 from vft.types import UserError
 
@@ -86,8 +86,8 @@ class Shapes:
         def below_root(name: Any) -> Any:
             beside = os.path.normpath(f"{folder}/{name}")
             is_text = isinstance(name, str) and name and "\0" not in name
-            is_there = is_text and (spelt(self.root, beside).exists() or not spelt(self.root, name).exists())
-            return beside if is_there and not beside.startswith("..") else name
+            is_beside = is_text and (is_there(self.root, beside) or not is_there(self.root, name))
+            return beside if is_beside and not beside.startswith("..") else name
 
         return {key: below_root(value) if key.endswith("file_name") else value for key, value in record.items()}
 

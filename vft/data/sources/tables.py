@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vft.data.sources.records import decode_text, read_file, resolve_media, shown, spelt
+from vft.data.sources.records import decode_text, is_there, read_file, resolve_media, shown
 from vft.types import MediaRef, Sample, Turn, UserError
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -54,7 +54,7 @@ def first_present(root: Path, names: Iterable[str], field: str) -> Path:
     names = list(names)
     # Quicker than to resolve each: a list may name a hundred thousand files of which many are not there.
     there = (name for name in names if os.path.exists(os.path.join(root, name)))
-    found = next(there, None) or next((name for name in names if spelt(root, name).exists()), names[0])
+    found = next(there, None) or next((name for name in names if is_there(root, name)), names[0])
     return resolve_media(root, found, field)
 
 
