@@ -57,7 +57,7 @@ def test_rows_count_the_same_work(report: dict[str, Any]) -> None:
     assert report["ratio"] == pytest.approx(ours["samples/s"] / theirs["samples/s"])
     for row in report["rows"]:
         assert row["samples/s"] == pytest.approx(4 / row["s a step"])
-        assert 0 < row["CPU s a step"] < 60
+        assert 0 <= row["CPU s a step"] < 60  # 0: the one step passed between two looks
         assert 0.1 < row["peak GiB"] < 4
     assert report["settings"]["peer_batch"] == 3 and report["environment"]["threads"] == 1
 

@@ -166,11 +166,13 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     steps = compared(*(taken[0].record for taken in runs.values()))
     rows = [row(name, taken, options) for name, taken in runs.items()]
     ratio = rows[0]["samples/s"] / rows[1]["samples/s"]
-    cpu_ratio = rows[1]["CPU s a step"] / rows[0]["CPU s a step"]
+    ours_s, theirs_s = (float(one["CPU s a step"]) for one in rows)
+    cpu_ratio = theirs_s / ours_s if ours_s else None  # steps that passed between two looks have no seconds
     largest = max(step["loss, relative difference"] for step in steps)
     show_table(f"losses: largest relative difference {largest:.1e}", steps)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    title = f"{ratio:.2f} times the samples/s ({cpu_ratio:.2f} times, by CPU seconds)"
+    by_cpu = "too short for CPU seconds" if cpu_ratio is None else f"{cpu_ratio:.2f} times, by CPU seconds"
+    title = f"{ratio:.2f} times the samples/s ({by_cpu})"
     facts = {
         "ratio": ratio,
         "cpu_ratio": cpu_ratio,
