@@ -119,7 +119,7 @@ def test_the_host_takes_what_no_gpu_holds(plan: Plan) -> None:
     change = "parallel.activation_checkpointing=full parallel.offload=frozen (checked)"
     assert done.status == 0 and change in " ".join(done.stdout.split())
     rows = figures(done.stdout)
-    assert len(rows["total"]) == 5 and rows["total"][3] > 12 * 0.95 >= rows["total"][4]
+    assert rows["total"][3] > 12 * 0.95 >= rows["total"][4]
     matrices = 2 * 28 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 18944 * 3584) / 2  # bytes on each
     assert rows["frozen weights"][3] - rows["frozen weights"][4] == pytest.approx(matrices / 2**30, abs=0.02)
     assert matrices / 2**30 <= rows["host memory for it"][4] <= 2 * matrices / 2**30
