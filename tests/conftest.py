@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.helpers import Tiny
+    from tests.helpers.tiny import Tiny
 
 # The helpers import transformers, which takes seconds: tests that need no model shall not wait for it.
 
@@ -49,7 +49,7 @@ def videos() -> Path:
 
 
 FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava_next_video_mistral", "qwen3_vl")
-"""Keys of tests.models.families.FAMILIES, which takes seconds to import."""
+"""Keys of tests.helpers.families.FAMILIES, which takes seconds to import."""
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tied": False, "max_shard_size": "100KB", "seed": 1},
@@ -66,8 +66,8 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     def make(family: str, kind: str) -> Tiny:
         import torch
 
-        from tests.helpers import Tiny
-        from tests.models import families
+        from tests.helpers import families
+        from tests.helpers.tiny import Tiny
 
         assert tuple(families.FAMILIES) == FAMILIES
         options = dict(KINDS[kind])

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vft import saving, train
 from vft.data.loader import LoadedPack, Loader
 from vft.recipes.caption import Caption
+from vft.training import checkpoint_writer as saving
+from vft.training import trainer as train
 
 SECONDS = 5.0
 original_step, original_write = Loader.step, saving.write_parts

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from vft import train
-from vft.models.family import VideoLanguageModel
+from vft.models.base import VideoLanguageModel
 from vft.recipes.caption import Caption
+from vft.training import trainer as train
 
 STEPS = {int(step) for step in os.environ["NOT_FINITE"].split(",")}
 VALUE = float(os.environ.get("VALUE", "nan"))

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vft import checkpoint as checkpoints
-from vft import tensor_files
-from vft.config import CheckpointConfig, TrainConfig
-from vft.distributed import environment, make_mesh, process_group
-from vft.files import remove_partials
-from vft.optim import build_optimizer
-from vft.saving import Saver
-from vft.types import UserError
+from vft.common import safetensors_io as tensor_files
+from vft.common.errors import UserError
+from vft.common.files import remove_partials
+from vft.config.run import CheckpointConfig, TrainConfig
+from vft.distributed.process_group import environment, make_mesh, process_group
+from vft.training import checkpoint as checkpoints
+from vft.training.checkpoint_writer import Saver
+from vft.training.optimizer import build_optimizer
 
 SHAPES = {"0.weight": (7, 64), "0.bias": (7,), "1.weight": (1, 7), "1.bias": (1,), "3.weight": (64, 130)}
 """What is trained: rows that no number of processes divides, fewer rows than processes, more than a block."""

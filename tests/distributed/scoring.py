@@ -13,22 +13,22 @@ from pathlib import Path
 
 import torch
 
-from vft import answer as answering
-from vft.answer import Answerer
-from vft.config import LoraConfig, ParallelConfig
+from vft.adapters.lora import choose_trainable, fill, initialise, is_adapter
+from vft.common.task import Question
+from vft.common.types import Conversation, MediaRef, Turn
+from vft.config.data import DataConfig, VideoConfig
+from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.chat import ChatEncoder
-from vft.data.index import build as build_index
-from vft.data.pool import WorkerPool
-from vft.data_config import DataConfig, VideoConfig
-from vft.distributed import all_of, environment, make_mesh, process_group
-from vft.lora import choose_trainable, fill, initialise, is_adapter
+from vft.data.media.index import build as build_index
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import all_of, environment, make_mesh, process_group
+from vft.inference import engine as answering
+from vft.inference.engine import Answerer
+from vft.inference.generate import Sampling
+from vft.inference.option_scores import score_options
 from vft.models import build
-from vft.models.generate import Sampling
-from vft.models.score import score_options
-from vft.models.weights import Checkpoint, load_weights
-from vft.parallel import parallelize
-from vft.task import Question
-from vft.types import Conversation, MediaRef, Turn
+from vft.models.pretrained import Checkpoint, load_weights
+from vft.parallel.parallelize import parallelize
 
 TARGETS = {
     "adapters": ("language_model.*",),

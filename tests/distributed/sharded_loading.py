@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # its sc
 from rows import Video, row_of, text_document, video_document
 
 from tests.distributed.scoring import TARGETS
-from vft.config import LoraConfig, ParallelConfig
-from vft.distributed import all_of, environment, local_part, make_mesh, process_group, whole
-from vft.lora import choose_trainable, initialise, is_adapter
+from vft.adapters.lora import choose_trainable, initialise, is_adapter
+from vft.common.types import IGNORE_INDEX, Batch
+from vft.config.run import LoraConfig, ParallelConfig
+from vft.distributed.process_group import all_of, environment, local_part, make_mesh, process_group, whole
 from vft.models import Skeleton, build
-from vft.models.weights import Checkpoint, load_weights
-from vft.parallel import materialise, parallelize
-from vft.types import IGNORE_INDEX, Batch
+from vft.models.pretrained import Checkpoint, load_weights
+from vft.parallel.parallelize import materialise, parallelize
+from vft.training.losses import cross_entropy
 
 
 class OwnMemory(threading.Thread):
@@ -77,7 +78,7 @@ def main(base: str, trained: str, output: str) -> None:
         held = all_of(sum(local_part(p).nbytes for p in model.parameters()))
         parameters = {name: whole(p.detach()) for name, p in model.named_parameters() if name not in adapters}
         with torch.no_grad():
-            loss = float(model(row(skeleton)))
+            loss = float(cross_entropy(model, row(skeleton)))
         if world.is_main:
             stored = {n: t for file in Path(base).glob("*.safetensors") for n, t in load_file(file).items()}
             names = set(stored) ^ set(parameters)

@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.allocations import allocated_peak
-from vft.config import LoraConfig, ParallelConfig
+from tests.helpers.allocations import allocated_peak
+from vft.adapters.lora import choose_trainable, initialise
+from vft.common.types import IGNORE_INDEX, Batch, Document
+from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.packing import collate
-from vft.distributed import World, environment, make_mesh, process_group
-from vft.lora import choose_trainable, initialise
-from vft.memory import run_step
+from vft.distributed.process_group import World, environment, make_mesh, process_group
 from vft.models import Skeleton, build
-from vft.models.weights import Checkpoint
-from vft.nf4 import is_packed
-from vft.parallel import checkpoint_activations, parallelize
-from vft.types import IGNORE_INDEX, Batch, Document
+from vft.models.pretrained import Checkpoint
+from vft.models.quantization import is_packed
+from vft.parallel.parallelize import checkpoint_activations, parallelize
+from vft.preparation.memory import run_step
+from vft.training.losses import cross_entropy
 
 TOKENS = 600
 
@@ -38,7 +39,7 @@ def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         checkpoint_activations(skeleton.model, mode)
         mesh = make_mesh(World(0, 2, 0, torch.device("cpu")), 0)
-        live = run_step(skeleton.model, row, torch.device("cpu"), mesh)
+        live = run_step(skeleton.model, cross_entropy, row, torch.device("cpu"), mesh)
         Path(output).write_text(json.dumps({"peak": live.peak, "gathered": live.gathered_at_peak}))
         return
     world = environment()
@@ -50,7 +51,7 @@ def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter) if is_packed(parameter) else torch.nn.init.normal_(parameter, 0, 0.02)
         initialise(model, seed=0)
-        peak = allocated_peak(lambda: model(row).backward())
+        peak = allocated_peak(lambda: cross_entropy(model, row).backward())
         if world.is_main:
             Path(output).write_text(json.dumps({"peak": peak}))
 

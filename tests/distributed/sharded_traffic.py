@@ -13,12 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.sharded_memory import text_row
-from vft.config import LoraConfig, ParallelConfig
-from vft.distributed import environment, make_mesh, process_group
-from vft.lora import choose_trainable, initialise
+from vft.adapters.lora import choose_trainable, initialise
+from vft.config.run import LoraConfig, ParallelConfig
+from vft.distributed.process_group import environment, make_mesh, process_group
 from vft.models import build
-from vft.models.weights import Checkpoint
-from vft.parallel import materialise, parallelize
+from vft.models.pretrained import Checkpoint
+from vft.parallel.parallelize import materialise, parallelize
+from vft.training.losses import cross_entropy
 
 WHOLE = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1, "c10d::allreduce_": 0}
 """Collectives, and which of their arguments is not a share but all."""
@@ -62,7 +63,7 @@ def main(base: str, settings: str, output: str) -> None:
         initialise(model, seed=0)
         row = text_row(skeleton)
         with Traffic() as seen:
-            model(row).backward()
+            cross_entropy(model, row).backward()
         frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
         if world.is_main:
             Path(output).write_text(json.dumps({"bytes": seen.bytes, "frozen with gradient": frozen, **sizes}))

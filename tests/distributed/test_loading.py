@@ -12,7 +12,7 @@ from workload import SHAPES, write_checkpoint
 
 from tests.runs.commands import Commands
 from tests.runs.processes import run_together
-from vft.models.weights import INDEX_FILE
+from vft.models.pretrained import INDEX_FILE
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.models.families import FAMILIES
+from tests.helpers.families import FAMILIES
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import FULL_TUNING, MIXED, TOWER_LORA, World, make_world

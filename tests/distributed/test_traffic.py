@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import Tiny
+from tests.helpers.tiny import Tiny
 from tests.runs.commands import Commands
 from tests.runs.processes import run_together
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.data.clips import level, make_clip
+from tests.helpers.clips import level, make_clip
 
 Maker = Callable[[Path], object]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vft import train
-from vft.monitor import Monitor
 from vft.recipes.caption import Caption
-from vft.saving import Saver
+from vft.reporting.metrics_log import Monitor
+from vft.training import trainer as train
+from vft.training.checkpoint_writer import Saver
 
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (train.Trainer, "start_folder"),

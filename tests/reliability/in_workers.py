@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vft.data.media_error import MediaError
-from vft.data.video import scan_file
-from vft.types import MediaInfo, MediaKind
+from vft.common.types import MediaInfo, MediaKind
+from vft.data.media.errors import MediaError
+from vft.data.media.video import scan_file
 
 
 def measured(function: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:
@@ -31,7 +31,7 @@ def _status_mib(key: str) -> float:
 
 def import_all() -> None:
     """What the tests' tasks need, before their deadline begins."""
-    importlib.import_module("tests.data.test_vision")
+    importlib.import_module("tests.unit.data.test_vision")
 
 
 def scan_or_hang(kind: MediaKind, path: Path, headers: bool) -> MediaInfo:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vft import train
-from vft.models.family import VideoLanguageModel
+from vft.models.base import VideoLanguageModel
 from vft.recipes.caption import Caption
+from vft.training import trainer as train
 
 original_forward, original_step = VideoLanguageModel.forward, train.Trainer.train_step
 current = 0

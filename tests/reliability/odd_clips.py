@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.data.clips import level
+from tests.helpers.clips import level
 from tests.reliability.clip_makers import (
     Maker,
     changed,

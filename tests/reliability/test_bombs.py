@@ -1,7 +1,7 @@
 """Archives and tables that are small on disk and without end when read: refused under caps, nothing written outside.
 
-Where names, links and cut-off archives are concerned see tests/data/test_archives.py; giant headers of weights are in
-test_hostile_models.py.
+Where names, links and cut-off archives are concerned see tests/unit/data/test_archives.py; giant headers of weights
+are in test_hostile_models.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.tars import write_entries, write_tar
-from vft.data import archives
-from vft.data.archives import DamagedArchive, copied, members
-from vft.data.index import build
-from vft.data.sources import llava_instruct, llava_video, messages, pe_video, ssv2, story, video_mme
-from vft.types import MediaRef, UserError
+from tests.helpers.tars import write_entries, write_tar
+from vft.common.errors import UserError
+from vft.common.types import MediaRef
+from vft.data.formats import llava_instruct, llava_video, messages, pe_video, ssv2, story, video_mme
+from vft.data.media.index import build
+from vft.data.streaming import tar as archives
+from vft.data.streaming.tar import DamagedArchive, copied, members
 
 GIB = 1 << 30
 

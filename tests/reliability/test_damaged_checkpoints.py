@@ -20,8 +20,8 @@ from tests.runs.commands import CAPTION, Commands
 from tests.runs.processes import run_together
 from tests.runs.same import assert_same
 from tests.runs.world import MIXED, World
-from vft import checkpoint as checkpoints
-from vft.types import UserError
+from vft.common.errors import UserError
+from vft.training import checkpoint as checkpoints
 
 PROGRAM = "tests.distributed.saving"
 Damage = Callable[[Path, random.Random], bool]

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from tests.data.streaming import MAKE, clip, data_config, pe_pair, pe_shards
-from tests.data.tars import write_tar
-from tests.helpers import Tiny
+from tests.helpers.streaming import MAKE, clip, data_config, pe_pair, pe_shards
+from tests.helpers.tars import write_tar
+from tests.helpers.tiny import Tiny
 from tests.runs.world import record, write_clip
-from vft.data.documents import Documents, load_documents
+from vft.config.data import DataConfig
+from vft.data.dataset import Documents, load_documents
 from vft.data.loader import Loader, open_streams
 from vft.data.packing import Cursor
-from vft.data.pool import WorkerPool
-from vft.data_config import DataConfig
+from vft.data.workers import WorkerPool
 
 FAR = 10_000_000
 """Samples trained on before."""

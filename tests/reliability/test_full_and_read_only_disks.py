@@ -18,7 +18,7 @@ import pytest
 from tests.reliability.full_disk import fill
 from tests.runs.commands import CAPTION, Commands, metrics
 from tests.runs.world import World, record, video_record
-from vft.checkpoint import list_checkpoints, what_is_broken
+from vft.training.checkpoint import list_checkpoints, what_is_broken
 
 SCRIPT = str(Path(__file__).with_name("full_disk.py"))
 OFTEN: dict[str, Any] = {

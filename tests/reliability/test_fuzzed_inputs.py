@@ -1,7 +1,7 @@
 """Damaged records, tables, archives and settings of every kind: never a traceback, and lines that say where.
 
-`--count 10000` is so many inputs over all kinds, the same in every run. tests/data/test_fuzzed_records.py has as many
-for the readers of records alone, in CI.
+`--count 10000` is so many inputs over all kinds, the same in every run. tests/unit/data/test_fuzzed_records.py has as
+many for the readers of records alone, in CI.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data import test_fuzzed_records as records
-from tests.data.test_fuzzed_records import CUTS, EDITS, Records, check, check_samples, cut, damaged, is_line
-from vft import config as configs
-from vft.data.archives import DamagedArchive
-from vft.data.sources import kinetics, pe_video, ucf101, video_mme
-from vft.types import UserError
+from tests.unit.data import test_fuzzed_records as records
+from tests.unit.data.test_fuzzed_records import CUTS, EDITS, Records, check, check_samples, cut, damaged, is_line
+from vft.common.errors import UserError
+from vft.config import run as configs
+from vft.data.formats import kinetics, pe_video, ucf101, video_mme
+from vft.data.streaming.tar import DamagedArchive
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 ALL_SETTINGS = {

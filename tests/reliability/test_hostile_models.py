@@ -25,13 +25,14 @@ import torch
 from tests.reliability.watched import PLANTED
 from tests.runs.commands import CAPTION, Commands, Result, column
 from tests.runs.world import World
-from vft.adapter_files import Adapter
-from vft.checkpoint import what_is_broken
+from vft.adapters.peft_format import Adapter
+from vft.common.errors import UserError
+from vft.common.types import Conversation, MediaRef, Turn
 from vft.data.chat import ChatEncoder
-from vft.data.index import build as build_index
+from vft.data.media.index import build as build_index
 from vft.models import build
-from vft.models.weights import Checkpoint
-from vft.types import Conversation, MediaRef, Turn, UserError
+from vft.models.pretrained import Checkpoint
+from vft.training.checkpoint import what_is_broken
 
 WATCHED = str(Path(__file__).with_name("watched.py"))
 NEVER_READ = (

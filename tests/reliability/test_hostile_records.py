@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.tars import write_tar
-from vft.data.archives import members
-from vft.data.index import build
-from vft.data.media_error import MediaError
-from vft.data.sources import (
+from tests.helpers.tars import write_tar
+from vft.common.errors import UserError
+from vft.common.types import MediaRef, Sample
+from vft.data.formats import (
     folders,
     kinetics,
     llava_instruct,
@@ -35,9 +34,11 @@ from vft.data.sources import (
     ucf101,
     video_mme,
 )
-from vft.data.sources.records import BadRecord
-from vft.data.video import scan_file
-from vft.types import MediaRef, Sample, UserError
+from vft.data.formats.records import BadRecord
+from vft.data.media.errors import MediaError
+from vft.data.media.index import build
+from vft.data.media.video import scan_file
+from vft.data.streaming.tar import members
 
 Records = tuple[list[Sample], list[BadRecord]]
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]

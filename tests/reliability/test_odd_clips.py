@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from av.codec.codec import UnknownCodecError
 
-from tests.data.test_vision import SPEC, plan_of
 from tests.reliability.in_workers import import_all, measured, scan_or_hang
 from tests.reliability.odd_clips import CORPUS, REAL, SLOW, Corpus, Frames, Refused
-from vft.data import index, vision
-from vft.data.media_error import MediaError
-from vft.data.pool import WorkerPool
-from vft.types import MediaInfo, MediaRef
+from tests.unit.data.test_vision import SPEC, plan_of
+from vft.common.types import MediaInfo, MediaRef
+from vft.data.media import index
+from vft.data.media import patches as vision
+from vft.data.media.errors import MediaError
+from vft.data.workers import WorkerPool
 
 SIDE = 56
 """Pixels of the frames that are asked for."""

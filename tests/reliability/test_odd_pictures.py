@@ -17,17 +17,18 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.data.test_vision import SPEC, plan_of
 from tests.reliability.in_workers import measured
-from vft.data import vision
+from tests.unit.data.test_vision import SPEC, plan_of
+from vft.common.errors import UserError
+from vft.common.types import MediaRef
+from vft.config.data import DataConfig
 from vft.data.budget import limits_of, plan_media
-from vft.data.index import Index, build
-from vft.data.media_error import MediaError
-from vft.data.pool import WorkerPool
-from vft.data.video import scan_file
-from vft.data_config import DataConfig
-from vft.models.qwen2_5_vl_vision import QwenVision
-from vft.types import MediaRef, UserError
+from vft.data.media import patches as vision
+from vft.data.media.errors import MediaError
+from vft.data.media.index import Index, build
+from vft.data.media.video import scan_file
+from vft.data.workers import WorkerPool
+from vft.models.qwen2_5_vl.processor import QwenVision
 
 COLOUR = (200, 100, 50)
 DEADLINE_S = 60.0

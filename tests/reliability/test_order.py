@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tests.data.streaming import data_config, running
-from tests.helpers import Tiny
+from tests.helpers.streaming import data_config, running
+from tests.helpers.tiny import Tiny
 from tests.runs.world import COLOURS, record, write_clip
-from vft.data_config import DataConfig
+from vft.config.data import DataConfig
 
 QUESTIONS = 13
 """About each of four clips; with 12 rows a step epochs end within one."""

@@ -32,7 +32,7 @@ TIMES = (
 SERVER = r"""
 import importlib, json, os, runpy, signal, sys, traceback
 
-for name in ("vft.train", "vft.recipes.caption", "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl"):
+for name in ("vft.training.trainer", "vft.recipes.caption", "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl"):
     importlib.import_module(name)
 for name in [name for name in sys.modules if name.startswith("vft.recipes.")]:
     del sys.modules[name]  # as in a fresh process: runpy is to run it as __main__

@@ -14,8 +14,11 @@ from typing import Any
 
 from torch.distributed import HashStore
 
-from vft import answer, evaluate, saving, train
+from vft.inference import engine as answer
+from vft.inference import evaluate
 from vft.recipes.caption import Caption
+from vft.training import checkpoint_writer as saving
+from vft.training import trainer as train
 
 PLACES: dict[str, tuple[Any, str, float]] = {
     "start": (train, "longest_row", 60.0),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.runs.world import World
-from vft.models.weights import Checkpoint
-from vft.report import write_card
+from vft.models.pretrained import Checkpoint
+from vft.reporting import write_card
 
 
 def test_an_adapter_says_what_it_is(learned: Path, world: World) -> None:

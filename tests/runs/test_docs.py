@@ -14,8 +14,8 @@ import pytest
 from pydantic import BaseModel
 
 from tests.runs.commands import REPOSITORY, Commands
-from vft import config as configs
-from vft.config import Config
+from vft.config import run as configs
+from vft.config.run import Config
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|CONFIG|\.\.\.")

@@ -13,10 +13,11 @@ import torch
 from tests.runs.commands import Commands, column, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, TOWER_LORA, World, damage, record
-from vft import distributed
-from vft.evaluate import Best
-from vft.metrics import Interval, mean_interval
-from vft.types import UserError
+from vft.common.errors import UserError
+from vft.common.scores import Interval
+from vft.distributed import process_group as distributed
+from vft.inference.evaluate import Best
+from vft.metrics import mean_interval
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"))
 LISTED = "Which colour is the ground?\n" + "\n".join(

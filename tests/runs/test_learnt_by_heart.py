@@ -13,7 +13,7 @@ import tomli_w
 from tests.runs.commands import CAPTION, Commands, metrics
 
 if TYPE_CHECKING:
-    from tests.helpers import Tiny
+    from tests.helpers.tiny import Tiny
 
 OTHER_FAMILIES = (
     pytest.param("llava_next_video", marks=pytest.mark.slow),

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.models.families import FAMILIES
+from tests.helpers.families import FAMILIES
 from tests.runs.commands import CAPTION, REPOSITORY, Commands, metrics
 from tests.runs.same import without_times
-from vft.guards import check_rules
-from vft.models.weights import Checkpoint
-from vft.rules import CHANGES, VERSION, changed_since
-from vft.types import UserError
+from vft.common.errors import UserError
+from vft.common.rules import CHANGES, VERSION, changed_since
+from vft.models.pretrained import Checkpoint
+from vft.training.checks import check_rules
 
 TOOLS = REPOSITORY / "tools"
 

@@ -21,17 +21,18 @@ from PIL import Image
 
 from tests.runs.commands import Commands
 from tests.runs.world import ANSWERS, COLOURS, PROMPT, World, damage
-from vft import config as configs
+from vft.common.scores import Samples
+from vft.common.types import Conversation, MediaRef, Turn
+from vft.config import run as configs
 from vft.data.chat import ChatEncoder
-from vft.data.documents import Documents
-from vft.evaluate import keep_parts, load_held_out
-from vft.metrics import Samples, mean_interval
+from vft.data.dataset import Documents
+from vft.inference.evaluate import keep_parts, load_held_out
+from vft.metrics import mean_interval
 from vft.models import build
-from vft.models.weights import Checkpoint
+from vft.models.pretrained import Checkpoint
+from vft.models.processor import VisionSpec
 from vft.recipes import task_of
-from vft.report import examples, write_report
-from vft.types import Conversation, MediaRef, Turn
-from vft.vision_spec import VisionSpec
+from vft.reporting import examples, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

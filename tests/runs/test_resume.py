@@ -21,7 +21,7 @@ from tests.runs.commands import CAPTION, REPOSITORY, Commands, column, largest_d
 from tests.runs.processes import descendants
 from tests.runs.same import assert_same
 from tests.runs.world import FULL_TUNING, World
-from vft.rules import VERSION
+from vft.common.rules import VERSION
 
 STEPS = 12
 STOCHASTIC: dict[str, Any] = {

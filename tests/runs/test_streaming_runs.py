@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.streaming import clip, damaged_clip, llava_record, pe_pair, pe_shards
-from tests.data.tars import cut, write_tar
+from tests.helpers.streaming import clip, damaged_clip, llava_record, pe_pair, pe_shards
+from tests.helpers.tars import cut, write_tar
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
 from tests.runs.same import without_times

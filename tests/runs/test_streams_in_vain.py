@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.streaming import clip, pe_pair, pe_shards
-from tests.data.tars import write_tar
+from tests.helpers.streaming import clip, pe_pair, pe_shards
+from tests.helpers.tars import write_tar
 from tests.runs.commands import CAPTION, Commands, column, metrics
 from tests.runs.processes import run_together
 from tests.runs.test_streaming_runs import PE, TEXTS, settings, spools

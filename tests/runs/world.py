@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchcodec.encoders import VideoEncoder
 
-from tests.models.families import FAMILIES
+from tests.helpers.families import FAMILIES
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 230), "yellow": (230, 220, 20)}
 PROMPT = "What is moving?"

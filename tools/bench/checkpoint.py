@@ -32,16 +32,17 @@ from measure import default_device, median, report, show_table, synchronise
 from rows import row_of, text_document
 from workload import SHAPES, build_model, fill
 
-from vft import checkpoint as checkpoints
-from vft import tensor_files
-from vft.config import CheckpointConfig, LoraConfig, TrainConfig
-from vft.console import user_errors
-from vft.distributed import environment
-from vft.lora import choose_trainable
-from vft.models.family import VideoLanguageModel
-from vft.optim import build_optimizer, scale_and_clip
-from vft.saving import Saver
-from vft.types import UserError
+from vft.adapters.lora import choose_trainable
+from vft.common import safetensors_io as tensor_files
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.config.run import CheckpointConfig, LoraConfig, TrainConfig
+from vft.distributed.process_group import environment
+from vft.models.base import VideoLanguageModel
+from vft.training import checkpoint as checkpoints
+from vft.training.checkpoint_writer import Saver
+from vft.training.losses import cross_entropy
+from vft.training.optimizer import build_optimizer, scale_and_clip
 
 STATE = {"cursor": {"epoch": 0, "pack": 0, "step": 1}, "bad": []}
 MIB = 2**20
@@ -157,7 +158,7 @@ def stalled(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
-        model(row).backward()
+        cross_entropy(model, row).backward()
         scale_and_clip(parameters, 1 / row.num_targets, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,19 +33,20 @@ from data_sides import decode_bare, fetch_and_process, pid_after, start_on, star
 from measure import median, report
 from workload import DEMO_BASE, write_clips, write_records
 
-from vft.console import user_errors
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.common.types import MediaPlan
+from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.data.chat import ChatEncoder
-from vft.data.documents import Documents, load_documents
+from vft.data.dataset import Documents, load_documents
 from vft.data.loader import Loader
-from vft.data.media_error import MediaError
+from vft.data.media.errors import MediaError
+from vft.data.media.video import scan_file
 from vft.data.packing import Cursor
-from vft.data.pool import WorkerPool
-from vft.data.video import scan_file
-from vft.data_config import DataConfig, SourceConfig, VideoConfig
+from vft.data.workers import WorkerPool
 from vft.models import build
-from vft.models.weights import Checkpoint
+from vft.models.pretrained import Checkpoint
 from vft.recipes.caption import Caption
-from vft.types import MediaPlan, UserError
 
 SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts"})
 DEADLINE_S = 600.0

@@ -19,14 +19,14 @@ from measure import interleaved, median, report
 from PIL import Image
 from workload import write_clips
 
-from vft.data import vision
+from vft.common.types import MediaPlan, MediaRef
+from vft.config.data import DataConfig
 from vft.data.budget import limits_of
-from vft.data.frame_cache import FrameCache
-from vft.data.frame_files import count_bytes
-from vft.data.video import scan
-from vft.data_config import DataConfig
-from vft.models.qwen2_5_vl_vision import QwenVision
-from vft.types import MediaPlan, MediaRef
+from vft.data.media import patches as vision
+from vft.data.media.frame_cache import FrameCache
+from vft.data.media.frame_files import count_bytes
+from vft.data.media.video import scan
+from vft.models.qwen2_5_vl.processor import QwenVision
 
 SPEC: Any = QwenVision(image_token=0, video_token=1, tokens_per_second=2.0)
 

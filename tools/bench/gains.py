@@ -18,10 +18,11 @@ from measure import default_device, interleaved, median, report
 from rows import Video, row_of, text_document, video_document
 from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
-from vft import attention
-from vft.console import user_errors
-from vft.models import layers
-from vft.types import AttentionPlan, Batch, Document, UserError
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.common.types import AttentionPlan, Batch, Document
+from vft.models import attention, layers
+from vft.training.losses import cross_entropy
 
 WORDS, ANSWER = 25, 10
 """Tokens of a question with its answer, and of the answer."""
@@ -58,7 +59,7 @@ def passes(model: Any, rows: list[Batch], device: torch.device) -> Work:
     def run() -> torch.Tensor:
         total = torch.zeros((), device=device)
         for row in rows:
-            loss = model(row.to(device))
+            loss = cross_entropy(model, row.to(device))
             loss.backward()
             total += loss.detach()
         model.zero_grad()

@@ -30,8 +30,8 @@ from load_side import SIDES
 from measure import default_device, median, report
 from workload import SHAPES, write_checkpoint
 
-from vft.console import user_errors
-from vft.types import UserError
+from vft.common.console import user_errors
+from vft.common.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30

@@ -46,7 +46,7 @@ def own_bytes() -> int:
 def load_vft(folder: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Iterable[Tensor]]:
     """Skeleton, memory, weights: as a training run does it."""
     from vft.models import build
-    from vft.models.weights import Checkpoint, load_weights
+    from vft.models.pretrained import Checkpoint, load_weights
 
     checkpoint = Checkpoint.open(folder)
     model = build(checkpoint, dtype).model
@@ -96,7 +96,7 @@ SIDES = {
 def prepare(side: str) -> None:
     """Import what the side needs: a program has to do it once, whatever it loads."""
     if side == "vft":
-        importlib.import_module("vft.models.weights")
+        importlib.import_module("vft.models.pretrained")
     if side == "transformers":
         importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")

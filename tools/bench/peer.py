@@ -36,15 +36,15 @@ import torch
 from measure import median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
-from vft import config as configs
-from vft.adapter_files import export_adapter
-from vft.config import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
-from vft.console import user_errors
-from vft.data_config import DataConfig, SourceConfig, VideoConfig
-from vft.lora import LoRALinear, choose_trainable, initialise
+from vft.adapters.lora import LoRALinear, choose_trainable, initialise
+from vft.adapters.peft_format import export_adapter
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.config import run as configs
+from vft.config.data import DataConfig, SourceConfig, VideoConfig
+from vft.config.run import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
 from vft.models import build
-from vft.models.weights import Checkpoint
-from vft.types import UserError
+from vft.models.pretrained import Checkpoint
 
 WARM_UP = 2
 """Steps before the timed ones."""

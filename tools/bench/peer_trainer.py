@@ -25,17 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from vft import config as configs
-from vft.config import Config
-from vft.data import vision
+from vft.common.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef
+from vft.config import run as configs
+from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.data.documents import load_documents
+from vft.data.dataset import load_documents
+from vft.data.media import patches as vision
 from vft.data.packing import Cursor, take_step
 from vft.models import build
-from vft.models.weights import Checkpoint
+from vft.models.pretrained import Checkpoint
+from vft.models.processor import VisionSpec
 from vft.recipes import task_of
-from vft.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef
-from vft.vision_spec import VisionSpec
 
 Question = tuple[Conversation, MediaPlan]
 """A question with its answer, and which frames of its video it is about."""

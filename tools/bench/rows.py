@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from vft.common.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaPlan, MediaRef, Patches, VisionLimits
 from vft.data.packing import collate
-from vft.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaPlan, MediaRef, Patches, VisionLimits
 
 SYSTEM_TOKENS = 15
 """Before the video, as the chat template has them."""

@@ -17,9 +17,9 @@ from rows import Video, row_of, video_document
 from step import make_step
 from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
-from vft.console import user_errors
-from vft.flops import FlopCounter
-from vft.types import Batch
+from vft.common.console import user_errors
+from vft.common.types import Batch
+from vft.models.flops import FlopCounter
 
 WORDS, ANSWER = 25, 10
 """Tokens of a question with its answer, and of the answer."""

@@ -21,15 +21,17 @@ from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
 from workload import MODELS, AnyShape, build_model, fill
 
-from vft.cards import peak_flops
-from vft.config import LoraConfig, ParallelConfig, TrainConfig
-from vft.console import user_errors
-from vft.flops import FlopCounter
-from vft.lora import choose_trainable, initialise
-from vft.memory import GIB, MODES, resident_bytes, step_bytes
-from vft.optim import build_optimizer, scale_and_clip
-from vft.parallel import checkpoint_activations, parallelize
-from vft.types import Batch, UserError
+from vft.adapters.lora import choose_trainable, initialise
+from vft.common.console import user_errors
+from vft.common.device_specs import peak_flops
+from vft.common.errors import UserError
+from vft.common.types import Batch
+from vft.config.run import LoraConfig, ParallelConfig, TrainConfig
+from vft.models.flops import FlopCounter
+from vft.parallel.parallelize import checkpoint_activations, parallelize
+from vft.preparation.memory import GIB, MODES, resident_bytes, step_bytes
+from vft.training.losses import cross_entropy
+from vft.training.optimizer import build_optimizer, scale_and_clip
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
 """Calls of the runtime that make the processor wait for the device."""
@@ -143,11 +145,11 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 
 
 def plan_bytes(setting: Setting, row: Batch) -> int:
-    """What vft.memory says the step will hold."""
+    """What vft.preparation.memory says the step will hold."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, model.towers, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
-    return resident_bytes(model, 1) + step_bytes(model, row, setting.device)
+    return resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, setting.device)
 
 
 def make_step(model: Any, row: Batch, device: torch.device) -> Callable[[], None]:
@@ -156,7 +158,7 @@ def make_step(model: Any, row: Batch, device: torch.device) -> Callable[[], None
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
-        model(row.to(device)).backward()
+        cross_entropy(model, row.to(device)).backward()
         scale_and_clip(trainable, 1 / row.num_targets, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
-from vft import models, nf4
-from vft.config import LoraConfig
-from vft.lora import choose_trainable, initialise
-from vft.models.family import VideoLanguageModel
-from vft.models.weights import stretch_positions
-from vft.types import UserError
+from vft import models
+from vft.adapters.lora import choose_trainable, initialise
+from vft.common.errors import UserError
+from vft.config.run import LoraConfig
+from vft.models import quantization as nf4
+from vft.models.base import VideoLanguageModel
+from vft.models.pretrained import stretch_positions
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""

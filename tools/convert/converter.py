@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import av
 
-from vft.console import progress_bar, user_errors
-from vft.data.names import is_stray
-from vft.data.sources.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_json
+from vft.common.console import progress_bar, user_errors
+from vft.common.errors import UserError
+from vft.common.files import replace_text
+from vft.common.types import MediaInfo
+from vft.data.file_names import is_stray
+from vft.data.formats.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_json
 from vft.data.spans import SLACK_S, fault
-from vft.files import replace_text
-from vft.types import MediaInfo, UserError
 
 One = TypeVar("One")
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
-from vft import config as configs
-from vft.console import user_errors
-from vft.types import UserError
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.config import run as configs
 
 CLIPS = 6
 FRAMES = 4

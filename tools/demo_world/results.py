@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vft import config as configs
-from vft.console import user_errors
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.config import run as configs
 from vft.recipes import task_of
-from vft.types import UserError
 
 
 def row(recipe: Path, seconds: str) -> tuple[str, ...]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from vft.common.errors import UserError
+from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, VisionLimits
+from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
 from vft.data.spans import check_spans
-from vft.data_config import DataConfig
-from vft.types import Conversation, MediaInfo, MediaPlan, MediaRef, UserError, VisionLimits
-from vft.vision_spec import VisionSpec
+from vft.models.processor import VisionSpec
 
 
 @dataclass(frozen=True, slots=True)

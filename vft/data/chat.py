@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from vft.common.errors import UserError
+from vft.common.reasoning import CLOSE, OPEN
+from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn
 from vft.data.template import LITERAL, ChatTemplate, Kind, Text
-from vft.reasoning import CLOSE, OPEN
-from vft.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn, UserError
-from vft.vision_spec import VisionSpec
+from vft.models.processor import VisionSpec
 
 MAX_KEPT = 1 << 14
 """Encoded texts that are kept: a question is often asked of many videos, a label offered to all of them."""

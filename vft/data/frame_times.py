@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vft.types import Conversation, MediaPlan, MediaRef, PlannedText
+from vft.common.types import Conversation, MediaPlan, MediaRef, PlannedText
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from vft.common.errors import UserError
+from vft.common.types import Batch, Document, Patches
+from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
-from vft.data.documents import Documents, MakeConversations
-from vft.data.frame_cache import NO_CACHE, FrameCache
-from vft.data.media_error import MediaError
+from vft.data.dataset import Documents, MakeConversations
+from vft.data.media.errors import MediaError
+from vft.data.media.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
-from vft.data.pool import WorkerPool
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad_of_stream
-from vft.data.stream import (
+from vft.data.streaming.stream import (
     Archives,
     Position,
     SearchStopped,
@@ -35,8 +37,7 @@ from vft.data.stream import (
     name_members,
     open_archives,
 )
-from vft.data_config import DataConfig
-from vft.types import Batch, Document, Patches, UserError
+from vft.data.workers import WorkerPool
 
 MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""

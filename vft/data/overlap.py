@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from vft.types import Conversation
+from vft.common.types import Conversation
 
 BLOCK_BYTES = 1 << 18
 """Compared at a file's start, middle and end; a file of at most three such blocks is compared whole."""

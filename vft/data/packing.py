@@ -15,9 +15,9 @@ from itertools import count
 
 import torch
 
-from vft.attention import build_plan, document_segments
-from vft.types import IGNORE_INDEX, Batch, Document, Patches
-from vft.vision_spec import VisionSpec
+from vft.common.types import IGNORE_INDEX, Batch, Document, Patches
+from vft.models.attention import build_plan, document_segments
+from vft.models.processor import VisionSpec
 
 OPEN_PACKS = 16
 """Packs that stay open while an epoch is laid out: more fill rows better, fewer keep the order closer to random."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vft.files import replace_text
-from vft.types import UserError
+from vft.common.errors import UserError
+from vft.common.files import replace_text
 
 MIN_BAD = 10
 """Bad items of a stream before their share is looked at: the first few say little."""

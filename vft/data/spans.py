@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vft.types import Conversation, MediaInfo, MediaRef, UserError
+from vft.common.errors import UserError
+from vft.common.types import Conversation, MediaInfo, MediaRef
 
 SLACK_S = 0.5
 """Seconds, or one frame if that is longer, by which an end may overrun the video: annotations are rounded."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vft.types import MediaRef, Sample
+from vft.common.types import MediaRef, Sample
 
 _LAST_NUMBER = re.compile(r"[0-9]*(\.[^./]*)?$")
 

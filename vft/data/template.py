@@ -14,10 +14,11 @@ from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any
 
-from vft.console import first_line
+from vft.common.console import first_line
+from vft.common.errors import UserError
+from vft.common.reasoning import CLOSE, OPEN, split_reasoning
+from vft.common.types import MediaKind, Role
 from vft.data.trial import exceeds
-from vft.reasoning import CLOSE, OPEN, split_reasoning
-from vft.types import MediaKind, Role, UserError
 
 Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
 """What the template sees of a conversation: roles, texts, and which kind of medium stands where."""

@@ -3,14 +3,11 @@
 `..._scores` gives a list, one score a prediction; `..._interval` a mean or corpus score with its confidence interval.
 """
 
+from vft.common.scores import Interval, Parts, Samples, clusters_of
 from vft.metrics.answers import anls_scores, segment_coverage_scores, token_f1_scores
 from vft.metrics.bootstrap import (
-    Interval,
-    Parts,
-    Samples,
     bleu4_interval,
     class_mean_interval,
-    clusters_of,
     mean_interval,
     paired_difference,
     parts_from_json,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import regex
 
-from vft.types import UserError
+from vft.common.errors import UserError
 
 Japanese = Literal["char", "ja-mecab"]
 """How Japanese is cut: by characters, or into words by MeCab; the names are sacrebleu's."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from vft import nf4
-from vft.models import llava_next_video, qwen2_5_vl, qwen3_vl
-from vft.models.family import VideoLanguageModel
-from vft.models.weights import Checkpoint
-from vft.types import UserError
-from vft.vision_spec import VisionSpec
+from vft.common.errors import UserError
+from vft.models import quantization as nf4
+from vft.models.base import VideoLanguageModel
+from vft.models.llava_next_video import model as llava_next_video
+from vft.models.pretrained import Checkpoint
+from vft.models.processor import VisionSpec
+from vft.models.qwen2_5_vl import model as qwen2_5_vl
+from vft.models.qwen3_vl import model as qwen3_vl
 
 FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
 

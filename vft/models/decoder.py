@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vft.attention import attend, prepare
-from vft.models.cache import Cache
+from vft.common.errors import UserError
+from vft.common.types import AttentionPlan
+from vft.models.attention import attend, prepare
+from vft.models.kv_cache import Cache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
-from vft.types import AttentionPlan, UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 """Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.attention import attend
-from vft.nf4 import linear
-from vft.types import AttentionPlan
-from vft.vision_spec import VisionSpec
+from vft.common.types import AttentionPlan
+from vft.models.attention import attend
+from vft.models.processor import VisionSpec
+from vft.models.quantization import linear
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype; a frozen weight may be packed (`vft.nf4`)."""
+    """A linear layer that computes in its input's dtype; a frozen weight may be packed (`vft.models.quantization`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

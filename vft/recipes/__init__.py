@@ -1,9 +1,9 @@
-"""A recipe is a Task: how a sample becomes conversations, and how answers are scored. The loop is in `vft.train`."""
+"""A recipe is a Task: how a sample becomes conversations, and how answers are scored."""
 
 from __future__ import annotations
 
-from vft.config import Config
-from vft.task import Task, configured
+from vft.common.task import Task, configured
+from vft.config.run import Config
 
 
 def task_of(config: Config) -> Task:
@@ -16,4 +16,6 @@ def task_of(config: Config) -> Task:
     from vft.recipes.summarize import Summarize
 
     tasks: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story())
-    return configured({task.name: task for task in tasks}[config.task or "caption"], config)
+    return configured(
+        {task.name: task for task in tasks}[config.task or "caption"], config.data.prompt, config.eval.japanese
+    )

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vft import train
-from vft.metrics import Interval, accuracy_by_class, class_mean_interval, is_right_option, mean_interval, top_k
-from vft.task import Answer, answer_facts, options_of, samples_of, with_prompt
-from vft.types import Conversation, Sample
+from vft.common.scores import Interval
+from vft.common.task import Answer, answer_facts, options_of, samples_of, with_prompt
+from vft.common.types import Conversation, Sample
+from vft.metrics import accuracy_by_class, class_mean_interval, is_right_option, mean_interval, top_k
+from vft.training import trainer as train
 
 
 @dataclass(frozen=True)

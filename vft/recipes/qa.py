@@ -11,9 +11,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vft import train
+from vft.common.reasoning import split_reasoning
+from vft.common.scores import Interval
+from vft.common.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
+from vft.common.types import Conversation, Sample
 from vft.metrics import (
-    Interval,
     Japanese,
     anls_scores,
     breakdown,
@@ -26,9 +28,7 @@ from vft.metrics import (
     top_k,
     word_tokenizer,
 )
-from vft.reasoning import split_reasoning
-from vft.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
-from vft.types import Conversation, Sample
+from vft.training import trainer as train
 
 OPTION_LINE = re.compile(r"^[ \t]*([(（]?([A-Za-zＡ-Ｚ])[.):、．：）]\s*(\S.*?))\s*$", re.MULTILINE)
 """An option in the text of a question: `A. red`, `(B) green`, `C、蓝`, `d) white`."""

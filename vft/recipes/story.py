@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vft import train
-from vft.metrics import Interval, Japanese, bleu4_interval, distinct_n, rouge_l_interval, word_tokenizer
-from vft.task import Answer, narrate, samples_of, texts_of
-from vft.types import Conversation, Sample
+from vft.common.scores import Interval
+from vft.common.task import Answer, narrate, samples_of, texts_of
+from vft.common.types import Conversation, Sample
+from vft.metrics import Japanese, bleu4_interval, distinct_n, rouge_l_interval, word_tokenizer
+from vft.training import trainer as train
 
 
 @dataclass(frozen=True)

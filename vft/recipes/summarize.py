@@ -8,18 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vft import train
-from vft.metrics import (
-    Interval,
-    Japanese,
-    RougeL,
-    bleu4_interval,
-    mean_interval,
-    rouge_l_interval,
-    segment_coverage_scores,
-)
-from vft.task import Answer, narrate, samples_of, texts_of
-from vft.types import Conversation, Sample
+from vft.common.scores import Interval
+from vft.common.task import Answer, narrate, samples_of, texts_of
+from vft.common.types import Conversation, Sample
+from vft.metrics import Japanese, RougeL, bleu4_interval, mean_interval, rouge_l_interval, segment_coverage_scores
+from vft.training import trainer as train
 
 
 @dataclass(frozen=True)

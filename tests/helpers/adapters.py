@@ -1,0 +1,47 @@
+"""What the tests of adapters share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.helpers.tiny import Media, Tiny, batch_of, every_logit, load_prepared, medium, talk
+from vft.adapters.lora import choose_trainable, initialise
+from vft.common.types import Batch
+from vft.config.run import LoraConfig
+from vft.models import Skeleton
+from vft.models.pretrained import Checkpoint
+
+VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
+
+
+def video_batch(tiny: Tiny) -> Batch:
+    """A question about a video of several attention windows."""
+    conversation = talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs."))
+    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])))
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """Every logit of this project's model."""
+    with torch.no_grad():
+        return every_logit(model, batch)
+
+
+def their_logits(model: Any, batch: Batch, tiny: Tiny) -> Tensor:
+    """Every logit of transformers' or PEFT's."""
+    with torch.no_grad():
+        return model(**tiny.inputs(batch)).logits[0]
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest."""
+    return float((one - other).detach().abs().max())
+
+
+def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Checkpoint]:
+    """The base with fresh adapters, as training makes them."""
+    skeleton, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, lora, ()))
+    initialise(skeleton.model, seed)
+    return skeleton, checkpoint

@@ -1,0 +1,227 @@
+"""tools/doctor.py: set-ups that are broken on purpose, each named with its mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.runs.fixtures import world as world
+from tests.runs.world import World
+from vft.cli.doctor_checks import devices, machine, packages
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "tools/doctor.py", *map(str, arguments)]
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_ENDPOINT", "GLOO_SOCKET_IFNAME")}
+    places = f"{environment.pop('FIRST', '')}:{REPOSITORY}"
+    given = {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": places.strip(":"), **environment}
+    return subprocess.run(words, cwd=REPOSITORY, env=given, capture_output=True, text=True, timeout=300)
+
+
+def findings(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
+    """The report by what was looked at."""
+    return {one["what"]: one for one in json.loads(done.stdout)}
+
+
+def the_only(found: Any) -> Any:
+    (one,) = found
+    return one
+
+
+@pytest.fixture(scope="module")
+def config(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that is in order."""
+    return world.config(tmp_path_factory.mktemp("doctor") / "run.toml")
+
+
+def test_a_machine_in_order(config: Path, tmp_path: Path) -> None:
+    done = run(config, "--json", VFT_CACHE=str(tmp_path))
+    found = findings(done)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {"packages", "torch", "decoding", "GPUs", "two processes", "shared memory", "cache folder"}
+    expected |= {"output folder", "processors", "open files", "hub", "model", "data"}
+    assert set(found) == expected
+    assert all(one["mend"] for one in found.values() if one["status"] != "ok")
+    for what in expected - {"GPUs", "processors", "cache folder", "output folder"}:  # those hang on the machine
+        assert found[what]["status"] == "ok", found[what]
+    assert not list(tmp_path.iterdir())  # what it tried to write is gone
+
+
+def test_much_that_is_broken_at_once(world: World, tmp_path: Path) -> None:
+    """A torchcodec that doesn't load, no network for gloo, a cache that can't be written, no hub, model or data."""
+    fake = tmp_path / "fake" / "torchcodec"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec: undefined symbol: _ZN3c10')\n")
+    changed = {"model": {"path": "nobody/nothing"}, "data": {"root": str(tmp_path / "none")}}
+    broken = world.config(tmp_path / "run.toml", changed)
+    done = run(
+        broken,
+        "--json",
+        FIRST=str(fake.parent),
+        GLOO_SOCKET_IFNAME="nosuch0",
+        VFT_CACHE="/dev/null/cache",
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HOME=str(tmp_path / "hub"),
+    )
+    assert done.returncode == 1, done.stderr
+    found = findings(done)
+    pinned = next(line for line in (REPOSITORY / "constraints.txt").read_text().split() if "torchcodec" in line)
+    for what, said, mend in (
+        ("decoding", "undefined symbol", f"pip install '{pinned}'"),
+        ("two processes", "nosuch0", "GLOO_SOCKET_IFNAME=nosuch0"),
+        ("cache folder", "/dev/null/cache: can't be written", "VFT_CACHE"),
+        ("model", "nobody/nothing: neither a folder nor in the hub's cache", "hf download nobody/nothing"),
+        ("data", f"{tmp_path / 'none'}", "data.root=DIR"),
+    ):
+        assert found[what]["status"] == "error" and said in found[what]["found"], found[what]
+        assert mend in found[what]["mend"], found[what]
+    assert found["hub"]["status"] == "warning" and "does not answer" in found["hub"]["found"]
+    assert "HTTPS_PROXY" in found["hub"]["mend"]
+
+
+@pytest.mark.slow
+def test_a_table_for_people(config: Path, tmp_path: Path) -> None:
+    done = run(config, "data.root=/nowhere[bold]", VFT_CACHE=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "/nowhere[bold]" in done.stdout and "no such folder" in done.stdout
+
+
+def test_a_configuration_that_is_wrong(tmp_path: Path) -> None:
+    done = run(tmp_path / "none.toml")
+    assert done.returncode == 2
+    assert the_only(done.stderr.splitlines()).startswith("error: ")
+
+
+def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    one = the_only(packages.decoding(lambda: []))
+    assert one.status == "error" and "no FFmpeg of version 4 to 8" in one.found and "apt-get install ffmpeg" in one.mend
+
+
+def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = packages.metadata.version
+    monkeypatch.setattr(packages.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
+    one = the_only(packages.packages())
+    assert (one.status, one.found) == ("error", "torch 2.6.0") and one.mend.startswith("pip install 'torch>=2.11")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Path:
+    """A script that mounts a disk of 64 KiB and runs what follows beside it."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here (unshare -Urm)")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_little_shared_memory(full_disk: Path, config: Path) -> None:
+    for name in ("cache", "shm"):
+        (full_disk / name).mkdir()
+    mounts = " && ".join(f"mount -t tmpfs -o size=64k tmpfs {full_disk / name}" for name in ("cache", "shm"))
+    command = f"{sys.executable} tools/doctor.py {config} data.workers=2 --json --shared-memory {full_disk / 'shm'}"
+    environment = os.environ | {"VFT_CACHE": str(full_disk / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    words = ["unshare", "-Urm", "sh", "-c", f"{mounts} && exec {command}"]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    found = findings(done)
+    assert found["cache folder"]["status"] == "error" and "No space left" in found["cache folder"]["found"]
+    assert "free space" in found["cache folder"]["mend"]
+    assert found["shared memory"]["status"] == "error" and "0.00 GiB free" in found["shared memory"]["found"]
+    assert "--shm-size" in found["shared memory"]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "status"), [(0.5, "error"), (10, "warning"), (100, "ok")], ids=["none", "little", "enough"]
+)
+def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gib: float, status: str) -> None:
+    free = int(free_gib * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert the_only(machine.folder("output folder", tmp_path / "not" / "yet", "name another")).status == status
+    assert the_only(machine.shared_memory(tmp_path, free + 1)).status == "error"
+    assert the_only(machine.shared_memory(tmp_path, free)).status == "ok"
+
+
+def test_shared_memory_that_workers_need() -> None:
+    from vft.config.data import DataConfig
+    from vft.data.loader import MAX_PENDING_BYTES
+
+    assert machine.MAX_PENDING_BYTES == MAX_PENDING_BYTES
+    few = DataConfig(pack_tokens=1000, prefetch_packs=2)
+    assert machine.pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
+    assert machine.pending_bytes(few.model_copy(update={"workers": 0})) == 0
+    assert machine.pending_bytes(few.model_copy(update={"pack_tokens": 10**7})) == 2 << 30
+
+
+def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) -> Any:
+    """A torch as that build would look on such a machine, its attention left out."""
+    about = SimpleNamespace(name="AMD Instinct MI300X" if hip else "Tesla V100", total_memory=192 << 30)
+    return SimpleNamespace(
+        version=SimpleNamespace(hip=hip, cuda=cuda),
+        cuda=SimpleNamespace(
+            is_available=lambda: gpus > 0,
+            device_count=lambda: gpus,
+            get_device_properties=lambda number: about,
+            is_bf16_supported=lambda including_emulation: bf16,
+        ),
+    )
+
+
+def test_a_hip_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "_attention", lambda torch: devices.Finding("ok", "attention", ""))
+    found = list(devices.devices(torch_with("7.0.2", None, 2)))
+    assert [one.status for one in found] == ["ok"] * 3
+    assert found[1].found == "1: AMD Instinct MI300X, 192 GiB, ROCm 7.0.2, bf16"
+    (kfd := tmp_path / "kfd").touch()
+    monkeypatch.setattr(devices, "DRIVERS", {str(kfd): "ROCm"})
+    one = the_only(devices.devices(torch_with("7.0.2", None, 0)))
+    assert one.status == "error" and "ROCm 7.0.2 can't use it" in one.found and "video and render" in one.mend
+
+
+def test_a_gpu_that_this_build_can_not_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (kfd := tmp_path / "kfd").touch()
+    (nvidia := tmp_path / "nvidia0").touch()
+    for build, node, said, mend in (
+        ((None, None), nvidia, "built for CPUs only", "pytorch.org's index for CUDA"),
+        ((None, None), kfd, "built for CPUs only", "pytorch.org's index for ROCm"),
+        ((None, "12.8"), nvidia, "CUDA 12.8 can't use it", "update the driver"),
+        ((None, "12.8"), kfd, "CUDA 12.8 can't use it", "install a torch for ROCm"),
+        (("7.0", None), nvidia, "ROCm 7.0 can't use it", "install a torch for CUDA"),
+    ):
+        monkeypatch.setattr(devices, "DRIVERS", {str(node): "ROCm" if node is kfd else "CUDA"})
+        one = the_only(devices.devices(torch_with(*build, gpus=0)))
+        assert one.status == "error" and said in one.found and mend in one.mend, one
+    monkeypatch.setattr(devices, "DRIVERS", {str(tmp_path / "none"): "CUDA"})
+    one = the_only(devices.devices(torch_with(None, "12.8", 0)))
+    assert one.status == "warning" and "--gpus all" in one.mend
+
+
+def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_attention", lambda torch: devices.Finding("ok", "attention", ""))
+    one = next(iter(devices.devices(torch_with(None, "12.8", 1, bf16=False))))
+    assert one.status == "warning" and "emulated" in one.found and 'train.precision = "fp32"' in one.mend
+
+
+def test_threads_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(count + 1))
+    one = the_only(machine.processors(1))
+    assert one.status == "warning" and one.mend.endswith("OMP_NUM_THREADS=" + one.mend.rpartition("=")[2])
+    assert 1 <= int(one.mend.rpartition("=")[2]) <= count
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert the_only(machine.processors(1)).status == "ok"
+    assert the_only(machine.descriptors(1024)).status == "error"
+    assert the_only(machine.descriptors(resource.RLIM_INFINITY)).status == "ok"

@@ -1,0 +1,273 @@
+"""Strict settings: round trip, errors of one line, overrides, what a resumed run may change."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vft.common.errors import UserError
+from vft.config import run as config
+from vft.config.run import Config, differences, dump, load
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+SMALL = """
+output_dir = "runs/x"
+[model]
+path = "m"
+[lora]
+rank = 8
+alpha = 16
+[data]
+root = "d"
+sources = [{format = "messages", path = "a.jsonl"}, {format = "llava_video", path = "b.json", weight = 2}]
+[data.video]
+fps = 1
+[train]
+max_steps = 20
+warmup_steps = 2
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_recipe(path: Path, tmp_path: Path) -> None:
+    recipe = load(path)
+    recipe.require_training()
+    (tmp_path / "again.toml").write_text(dump(recipe))
+    assert load(tmp_path / "again.toml") == recipe
+
+
+def test_values_arrive(small: Path) -> None:
+    got = load(small)
+    assert got.output_dir == Path("runs/x")
+    assert got.lora is not None
+    assert (got.lora.rank, got.lora.alpha, got.lora.targets) == (8, 16.0, ("language_model.*",))
+    assert [(s.path, s.weight, s.take) for s in got.data.sources] == [("a.jsonl", None, "all"), ("b.json", 2.0, "all")]
+    assert (got.data.video.fps, got.data.video.frames) == (1.0, None)
+    assert (got.train.max_steps, got.train.epochs) == (20, None)
+
+
+def test_one_of_two_is_filled_in(small: Path) -> None:
+    got = load(small, ["data.video=", "train.max_steps=", "data.video.max_frames=8"])
+    assert (got.data.video.fps, got.data.video.frames) == (2.0, None)
+    assert (got.train.max_steps, got.train.epochs) == (None, 1)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "output_dir": st.from_regex(r"[\w./ \"'#=\\-]+", fullmatch=True),
+            "seed": st.integers(0, 2**63 - 1),
+            "model": st.fixed_dictionaries({"path": st.text(st.characters(exclude_categories=["Cs"]), min_size=1)}),
+        },
+        optional={
+            "lora": st.fixed_dictionaries({"alpha": st.floats(1e-300, 1e300), "dropout": st.floats(0, 0.999)}),
+            "data": st.fixed_dictionaries(
+                {"video": st.fixed_dictionaries({"frames": st.integers(1, 10**6)})},
+                optional={"sources": st.just([{"format": "llava_video", "path": "x", "take": "random:7"}])},
+            ),
+            "train": st.fixed_dictionaries({"learning_rate": st.floats(1e-300, 1e300), "epochs": st.integers(1, 99)}),
+        },
+    )
+)
+def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[str, object]) -> None:
+    path = tmp_path_factory.mktemp("round") / "c.toml"
+    before = Config.model_validate(table)
+    path.write_text(dump(before), encoding="utf-8")
+    assert load(path) == before
+    assert differences(load(path), before, ignore=()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[data.video]\nfpz = 2", "data.video.fpz = 2: unknown key; did you mean fps?"),
+        ("[train]\nlearning_rate = -1", "train.learning_rate = -1: must be greater than 0"),
+        ("[train]\nlearning_rate = nan", "train.learning_rate = NaN: must be a finite number"),
+        ("[trian]\nmax_steps = 3", "[trian]: unknown section; did you mean train?"),
+        ("learning_rate = 1e-4", "learning_rate = 0.0001: unknown key; did you mean train.learning_rate?"),
+        (
+            "[lora]\nr = 4",
+            "lora.r = 4: unknown key; known here: rank, alpha, dropout, targets, rslora, ranks, alphas, "
+            "dora, init, loraplus_ratio",
+        ),
+        ("[lora]\ndropout = 1.0", "lora.dropout = 1.0: must be less than 1"),
+        ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number"),
+        ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),
+        (
+            "[train.tower_learning_rates]\ntower = 1e-5",
+            "train.tower_learning_rates.tower = \"tower\": must be 'language_model', 'vision_tower' or 'merger'",
+        ),
+        ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
+        ("[lora]\ntargets = []", "lora.targets = []: must not be empty"),
+        ('[train]\nlearning_rate = "1e-4"', 'train.learning_rate = "1e-4": must be a number'),
+        ('[train]\nprecision = "fp16"', "train.precision = \"fp16\": must be 'bf16' or 'fp32'"),
+        ("[train]\nbetas = [0.9, 1.0]", "train.betas.1 = 1.0: must be less than 1"),
+        ("[[data.sources]]\npath = 'x'", "data.sources.0.format: missing"),
+        ("[[data.sources]]\nformat = 'messages'\npath = 3", "data.sources.0.path = 3: must be a string"),
+        ("[data]\nsources = 'a.jsonl'", 'data.sources = "a.jsonl": must be a list'),
+        ("data = 3", "data = 3: must be a table"),
+    ],
+)
+def test_message(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f'output_dir = "x"\nmodel.path = "m"\n{line}\n')
+    assert error_of(path) == f"{path}: {message}"
+
+
+def test_message_of_bare_target_names_the_towers(small: Path) -> None:
+    message = error_of(small, 'lora.targets=["q_proj"]')
+    assert 'lora.targets.0 = "q_proj"' in message
+    assert "language_model.q_proj" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["data.video.frames=8"], ["fps = 1.0", "frames = 8", "contradict"]),
+        (["train.epochs=2"], ["max_steps = 20", "epochs = 2", "contradict"]),
+        (['model.train=["merger"]'], ["merger", "[lora]", "contradict"]),
+        (["lora=", 'model.train=["merger"]', "model.quantize=nf4"], ["model.quantize", "nf4", "[lora] table"]),
+        (["data.video.min_frames=40"], ["min_frames = 40", "max_frames = 32"]),
+        (["data.video.max_pixels=100"], ["data.video", "min_pixels = 3136", "max_pixels = 100"]),
+        (["data.image.max_pixels=100"], ["data.image", "min_pixels = 3136", "max_pixels = 100"]),
+        (["data.video.total_pixels=100"], ["min_pixels = 3136", "total_pixels = 100"]),
+        (["parallel.offload=frozen", "parallel.reshard_after_forward=false"], ["offload", "reshard_after_forward"]),
+        (["train.warmup_steps=21"], ["warmup_steps = 21", "max_steps = 20"]),
+    ],
+)
+def test_contradiction_names_both_values(small: Path, overrides: list[str], names: list[str]) -> None:
+    message = error_of(small, *overrides)
+    assert message.startswith(f"{small} and command line: ")
+    for name in names:
+        assert name in message
+
+
+def test_no_contradiction_at_the_bounds(small: Path) -> None:
+    load(small, ["train.warmup_steps=20", "data.video.min_frames=32", "data.video.min_pixels=100352"])
+
+
+def test_not_toml(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("a = 1\nb = = 2\n")
+    assert re.search(r"c\.toml: not TOML: .*line 2, column 5", error_of(path))
+    path.write_bytes(b"a = '\xff'")
+    assert error_of(path) == f"{path}: not TOML: byte 5 is not UTF-8"
+    assert error_of(tmp_path / "absent.toml") == f"{tmp_path}/absent.toml: No such file or directory"
+
+
+def test_overrides(small: Path) -> None:
+    got = load(
+        small,
+        [
+            "train.schedule=linear",
+            "train.learning_rate=3e-5",
+            "model.path=Qwen/Qwen2.5-VL-7B-Instruct",
+            "data.sources.1.path=other.json",
+            "log.tensorboard=true",
+            'lora.targets=["merger.*", "language_model.q_proj"]',
+            "output_dir=runs/a = b",
+        ],
+    )
+    assert (got.train.schedule, got.train.learning_rate) == ("linear", 3e-5)
+    assert got.model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert [source.path for source in got.data.sources] == ["a.jsonl", "other.json"]
+    assert got.log.tensorboard is True
+    assert got.lora is not None and got.lora.targets == ("merger.*", "language_model.q_proj")
+    assert got.output_dir == Path("runs/a = b")
+
+
+def test_empty_override_takes_away(small: Path) -> None:
+    got = load(small, ["lora=", 'model.train=["merger"]', "data.sources.0=", "checkpoint.every_steps="])
+    assert got.lora is None
+    assert [source.path for source in got.data.sources] == ["b.json"]
+    assert load(small, ["lora=", "lora.rank="]).lora is None  # Taking nothing away makes no table.
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps", "train.max_steps: an override is section.key=value"),
+        ("=3", "=3: an override is section.key=value"),
+        ("train.max_steps=abc", 'train.max_steps = "abc": must be a whole number'),
+        ("train.max_stepz=4", "train.max_stepz = 4: unknown key; did you mean max_steps?"),
+        ("train.max_steps.x=4", "train.max_steps.x=4: train.max_steps = 20 is not a table"),
+        ("data.sources.2.path=c", "data.sources.2.path=c: data.sources has 2 entries, counted from 0; no 2"),
+        ("data.sources.x.path=c", "data.sources.x.path=c: data.sources has 2 entries, counted from 0; no x"),
+        ("seed=1\nother = 2", 'seed = "1\\nother = 2": must be a whole number'),
+    ],
+)
+def test_message_of_override(small: Path, override: str, message: str) -> None:
+    assert error_of(small, override) == f"command line: {message}"
+
+
+def test_unfinished_toml_value_is_no_string(small: Path) -> None:
+    assert "not a TOML value" in error_of(small, 'lora.targets=["merger.*"')
+
+
+def test_training_needs_something_to_train_and_to_read(small: Path) -> None:
+    load(small).require_training()
+    for overrides, key in [
+        (["lora="], "model.train"),
+        (["data.sources="], "data.sources"),
+        (["lora=", 'model.train=["merger"]', "model.adapter=runs/a"], "model.adapter"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(key)):
+            load(small, overrides).require_training()
+
+
+def test_differences(small: Path) -> None:
+    a = load(small)
+    b = load(small, ["lora.rank=4", "train.max_steps=40", "data.sources.1.weight=3.0", "checkpoint.keep_last=9"])
+    assert differences(a, b) == [("lora.rank", 8, 4), ("data.sources.1.weight", 2.0, 3.0)]
+    everything = {key for key, _, _ in differences(a, b, ignore=())}
+    assert everything == {"lora.rank", "data.sources.1.weight", "train.max_steps", "checkpoint.keep_last"}
+    full = load(small, ["lora=", 'model.train=["merger"]'])
+    assert ("lora.rank", 8, None) in differences(a, full)
+    assert ("model.train", [], ["merger"]) in differences(a, full)
+
+
+def test_resume_may_change_names_real_keys(small: Path) -> None:
+    known = {".".join(key.split(".")[:n]) for key in config.flatten(load(small).model_dump()) for n in (1, 2)}
+    assert known >= config.RESUME_MAY_CHANGE
+
+
+def test_frozen(small: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load(small).train.learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_home_folder(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    assert load(small, ["output_dir=~/runs"]).output_dir == Path("/home/x/runs")
+
+
+def test_cache_folder(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("VFT_CACHE", raising=False)
+    assert load(small).data.cache_path == Path("/home/x/.cache/vft")
+    monkeypatch.setenv("VFT_CACHE", "/elsewhere")
+    assert load(small).data.cache_path == Path("/elsewhere")
+    assert load(small, ["data.cache_dir=~/here"]).data.cache_path == Path("/home/x/here")

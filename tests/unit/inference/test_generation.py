@@ -1,0 +1,237 @@
+"""Draws that depend on the question alone, extreme settings, every end token, and the end of the context."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, medium, talk
+from vft.common.errors import UserError
+from vft.common.types import MediaInfo, MediaRef
+from vft.config.data import DataConfig, VideoConfig
+from vft.data.budget import fit
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Documents
+from vft.data.packing import collate
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import World
+from vft.inference.engine import Answerer, Said, check_answer_length, load_model, name_of, user_question
+from vft.inference.generate import Generated, Sampling, choose, generate
+from vft.models import kv_cache as cache
+from vft.models.llava_next_video.processor import LlavaVision
+from vft.models.pretrained import Checkpoint
+
+STEPS = 8
+TEXTS = ["Hello?", "What is it?", "Who runs?", "A dog or a cat?", "Why?"]
+
+
+def asked(tiny: Tiny, *texts: str) -> Any:
+    """Prompts of these texts in one row; a text is its name too."""
+    rows = []
+    for text in texts:
+        encoded = tiny.encoder.encode(talk(("user", text)), answer_next=True)
+        rows.append((tiny.encoder.document([encoded], (), [text]), []))
+    return collate(rows, tiny.encoder.spec)
+
+
+def ids(answers: list[Generated]) -> list[list[int]]:
+    return [one.ids for one in answers]
+
+
+def test_draws_depend_on_the_question_alone(tiny_untied: Tiny) -> None:
+    """Whatever is asked beside it, in whichever order; each question has its own, and another seed another."""
+    model, sampling = tiny_untied.ours(), Sampling(STEPS, temperature=3.0, seed=5)
+    alone = {text: ids(generate(model, asked(tiny_untied, text), (), sampling))[0] for text in TEXTS}
+    rng = random.Random(0)
+    for _ in range(4):
+        some = rng.sample(TEXTS, rng.randint(2, len(TEXTS)))
+        assert ids(generate(model, asked(tiny_untied, *some), (), sampling)) == [alone[text] for text in some]
+    other = ids(generate(model, asked(tiny_untied, *TEXTS), (), replace(sampling, seed=6)))
+    assert other != list(alone.values())
+    # Equal prompts under other names are drawn apart: no question restarts the stream of another.
+    same = asked(tiny_untied, *["Hello?"] * 4)
+    drawn = ids(generate(model, same, (), sampling, None, ["a", "b", "a", "c"]))
+    assert drawn[0] == drawn[2] and len(set(map(tuple, drawn))) == 3
+
+
+def test_names_of_questions() -> None:
+    """A medium, its part and the words make another question; the folder it lies in does not."""
+    ref, _ = medium("video", 4, 56, 56, name="a/clip")
+    moved, _ = medium("video", 4, 56, 56, name="b/clip")
+    part = replace(ref, options=replace(ref.options, video_start=1.0))
+    names = [name_of(user_question("x", [one], "?")) for one in (ref, moved, part)]
+    assert names[0] == names[1] != names[2]
+    assert len({name_of(user_question(id, [ref], text)) for id in "xy" for text in "?!"}) == 4
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-10, 1e10, 1e308])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 0.5, 1.0])
+def test_extremes(temperature: float, top_p: float) -> None:
+    """Nearly no temperature, or nearly no mass, is the likeliest token; any temperature above is some token."""
+    logits_SV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 30
+    drawn_S = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    tokens_S = choose(logits_SV, Sampling(1, temperature, top_p), drawn_S)
+    if temperature < 1 or top_p < 0.1:
+        assert tokens_S.tolist() == logits_SV.argmax(-1).tolist()
+    else:
+        assert len(set(tokens_S.tolist())) > 1 and all(0 <= token < 50 for token in tokens_S.tolist())
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    """Numbers drawn evenly give each token its share: softmax in float64, and Holtzman's rule by hand."""
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
+    count = 20_000
+    drawn_S = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.75)):
+        tokens = choose(logits.expand(count, -1), Sampling(1, temperature, top_p), drawn_S)
+        wanted = (logits.double() / temperature).softmax(0)
+        if top_p < 1:  # 0.56 + 0.21 reaches it: the first two of 2.0, 1.0, 0.5, ...
+            wanted[[1, 3, 4]] = 0
+        found = torch.bincount(tokens, minlength=5) / count
+        assert float((found - wanted / wanted.sum()).abs().max()) < 1e-4
+
+
+def test_room_for_answers_grows(tiny_untied: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of two thousand million tokens takes no memory until they come, and changes no answer."""
+    model, batch = tiny_untied.ours(), asked(tiny_untied, *TEXTS[:3])
+    wanted = ids(generate(model, batch, (), Sampling(STEPS)))
+    stop = wanted[0][-1]
+    monkeypatch.setattr(cache, "ROWS_AHEAD", 2)
+    assert ids(generate(model, batch, (), Sampling(STEPS))) == wanted
+    found = generate(model, asked(tiny_untied, TEXTS[0]), (stop,), Sampling(2_000_000_000))
+    assert found == [Generated(wanted[0][: wanted[0].index(stop)], True)]
+
+
+def test_an_answer_ends_with_the_context(tiny_untied: Tiny) -> None:
+    """Each where its own does, and is told from one that the model ended."""
+    batch = asked(tiny_untied, *TEXTS[:2])
+    lengths = [one.num_tokens for one in batch.documents]
+    whole = ids(generate(tiny_untied.ours(), batch, (), Sampling(STEPS)))
+    found = generate(tiny_untied.ours(), batch, (), Sampling(STEPS), context=max(lengths) + 3)
+    assert [len(one.ids) for one in found] == [min(STEPS, max(lengths) + 3 - length) for length in lengths]
+    assert all(not one.ended and one.ids == w[: len(one.ids)] for one, w in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("named", [7, [7, 9]])
+def test_every_end_token_that_the_checkpoint_names(tiny: Tiny, tmp_path: Any, named: int | list[int]) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in tiny.path.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    encoder = load_model(str(folder), None, torch.float32, CPU).encoder
+    wanted = {named} if isinstance(named, int) else {*named}
+    assert encoder.end_ids == wanted | {tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id = '<\|im_end\|>'"):
+        assert Checkpoint.open(str(folder)).end_ids
+
+
+def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
+    answerer = object.__new__(Answerer)
+    answerer.encoder = tiny.encoder
+    assert answerer.said("<think>\nI look.\n</think>\n\nOne.", False) == Said("One.", "I look.")
+    assert answerer.said("<think>\nI lo", True) == Said("", "I lo", True)
+    assert answerer.said("One.", False) == Said("One.")
+
+
+# ---------------------------------------------------------------------------------------------------------- context
+
+
+def released_llava(tiny: Tiny) -> ChatEncoder:
+    """The sizes of LLaVA-NeXT-Video-7B: 144 tokens a frame, 4,096 positions, with a small tokenizer."""
+    marks = {"image_token": tiny.encoder.spec.image_token, "video_token": tiny.encoder.spec.video_token}
+    spec = LlavaVision(**marks, patch=14, side=336, stride=2, resolutions=((336, 672),), context_tokens=4096)
+    return ChatEncoder(tiny.encoder.tokenizer, spec)
+
+
+def minute(ref: MediaRef) -> MediaInfo:
+    return MediaInfo("video", 360, 640, 1500, 25.0, duration_s=60.0)
+
+
+def test_a_minute_fits_at_the_defaults(make_tiny: Any) -> None:
+    """32 frames of 144 tokens are more than 4,096: as many frames stay as leave room for text and answer."""
+    encoder = released_llava(make_tiny("llava_next_video", "tied"))
+    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
+    prompt, answered = talk(("user", [ref, "Who?"])), talk(("user", [ref, "Who?"]), ("assistant", "A dog."))
+    text = encoder.encode(prompt, answer_next=True).text_tokens
+    for new_tokens in (1, 128, 256, 2000):
+        (plan,), _ = fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
+        room = (4096 - text - new_tokens) // 144
+        assert len(plan.frame_indices) in (room, room - 1) and plan.num_tokens == 144 * len(plan.frame_indices)
+    documents = Documents(encoder, DataConfig(), minute)
+    documents.add([answered], 1.0)
+    assert not documents.bad and 4096 - 2 * 144 < documents.lengths[0] <= 4096
+    assert documents.build(0).num_tokens == documents.lengths[0]
+
+
+def test_nothing_runs_past_the_context_unsaid(make_tiny: Any) -> None:
+    """With the numbers of the limit that holds: the context's or the row's."""
+    encoder = released_llava(make_tiny("llava_next_video", "tied"))
+    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
+    prompt = talk(("user", [ref, "Who?"]))
+    with pytest.raises(UserError, match=r"the model's context of 4096 less 4000 for the answer leaves room for \d+"):
+        fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=4000)
+    with pytest.raises(UserError, match=r"tokens of text, more than the model's context of 4096; "):
+        fit([talk(("user", "Who? " * 4000))], encoder, DataConfig(pack_tokens=1 << 20), minute, True)
+    with pytest.raises(UserError, match=r"more than data.pack_tokens = 50; "):
+        fit([talk(("user", "Who? " * 100))], encoder, DataConfig(pack_tokens=50), minute, True)
+    with pytest.raises(UserError, match=r"--max-new-tokens = 4096: the model's context is 4096 tokens"):
+        check_answer_length(4096, 4096, "--max-new-tokens")
+    check_answer_length(4095, 4096, "--max-new-tokens")
+
+
+def test_options_leave_room_for_the_longest(make_tiny: Any) -> None:
+    """Its branch ends within the context, closing token included."""
+    encoder = released_llava(make_tiny("llava_next_video", "tied"))
+    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
+    options = ("No.", "A dog runs. " * 40)
+    question = user_question("x", [ref], "Who?")
+    question = replace(question, prompt=replace(question.prompt, options=options))
+    answerer = object.__new__(Answerer)
+    answerer.encoder, answerer.config, answerer.info = encoder, DataConfig(video=VideoConfig()), minute
+    document_, scored = answerer.documents(question)
+    assert scored is not None
+    longest = scored.trunk_length + max(scored.branch_lengths)
+    assert 4096 - 2 * 144 < longest <= 4096 and document_.num_tokens < longest
+    for option, length in zip(options, scored.branch_lengths, strict=True):
+        assert length - 1 <= encoder.answer_tokens(option)
+
+
+def test_an_option_longer_than_the_context_costs_its_question_alone(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are asked, and a line says which is not."""
+    context = tiny.encoder.spec.context_tokens
+    assert context is not None
+    asked = [user_question(name, [], "Who?") for name in "abc"]
+    long = ("No.", "A dog runs. " * context)
+    asked[1] = replace(asked[1], prompt=replace(asked[1].prompt, options=long))
+    asked[2] = replace(asked[2], prompt=replace(asked[2].prompt, options=("No.", "A dog runs.")))
+    with WorkerPool(0, 60.0) as pool:
+        model = tiny.ours()
+        answerer = Answerer(model, tiny.encoder, DataConfig(pack_tokens=1 << 20), minute, pool, World(0, 1, 0, CPU))
+        answers = answerer.answer_all(asked, Sampling(max_new_tokens=2), batch_size=2)
+    assert list(answers) == [0, 2] and len(answers[2].option_scores) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 questions can't be asked: b: " in told and f"the model's context of {context}" in told
+
+
+def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:
+    """Questions that share a video fit the context each, not all together."""
+    encoder = released_llava(make_tiny("llava_next_video", "tied"))
+    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
+    talks = [talk(("user", [ref, "Who? " * 50]), ("assistant", "A dog."), id=str(i)) for i in range(20)]
+    documents = Documents(encoder, DataConfig(), minute)
+    documents.add(talks, 1.0)
+    assert not documents.bad and max(documents.lengths) > 4096
+    for number in range(len(documents.lengths)):
+        made = documents.build(number)
+        assert made.trunk_length + max(made.branch_lengths) <= 4096
+    assert document(encoder, [talk(("user", "?"), ("assistant", "!"))], NO_MEDIA).num_tokens < 20

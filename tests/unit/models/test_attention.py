@@ -1,0 +1,198 @@
+"""Planned attention beside dense attention with a mask written out row by row, in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from tests.helpers.kernels import register
+from vft.common.types import AttentionPlan, Segment, move
+from vft.models import attention
+from vft.models.attention import attend, attended_pairs, build_plan, document_segments
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A document: tokens of its trunk and of its branches."""
+
+    trunk: int
+    branches: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.trunk + sum(self.branches)
+
+
+def plan_of(shapes: Sequence[Shape]) -> AttentionPlan:
+    segments, start = [], 0
+    for shape in shapes:
+        segments += document_segments(start, shape.trunk, shape.branches)
+        start += shape.tokens
+    return build_plan(segments, causal=True)
+
+
+def mask_of(shapes: Sequence[Shape]) -> Tensor:
+    """Who sees whom, from what each token is: its document, its branch (None: the trunk) and its place."""
+    tokens: list[tuple[int, int | None]] = []
+    for number, shape in enumerate(shapes):
+        tokens += [(number, None)] * shape.trunk
+        for branch, length in enumerate(shape.branches):
+            tokens += [(number, branch)] * length
+    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for q, (document, branch) in enumerate(tokens):
+        for k, (other, of) in enumerate(tokens):
+            mask[q, k] = document == other and k <= q and of in (None, branch)
+    return mask
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k / sqrt(K)) v, head by head; query head h reads key head h // (heads / key heads)."""
+    each = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head // each].T / q.shape[-1] ** 0.5
+        out[:, head] = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v[:, head // each]
+    return out
+
+
+def random_qkv(tokens: int, heads: int, key_heads: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, h, 8) for h in (heads, key_heads, key_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+ROWS = {
+    "one": [Shape(0, (9,))],
+    "one with a trunk": [Shape(5, (4,))],
+    "several": [Shape(0, (6,)), Shape(3, (1,)), Shape(0, (6,)), Shape(0, (11,))],
+    "branches": [Shape(7, (3, 5, 3))],
+    "single tokens": [Shape(1, (1, 1, 1)), Shape(0, (1,))],
+    "everything": [Shape(4, (5,)), Shape(8, (2, 6)), Shape(0, (9,)), Shape(8, (6, 2, 1, 1)), Shape(3, (6,))],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_against_a_dense_mask(name: str, key_heads: int) -> None:
+    """Outputs and gradients in float64, grouped queries included."""
+    shapes = ROWS[name]
+    inputs = random_qkv(sum(shape.tokens for shape in shapes), 4, key_heads)
+    weight = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, wanted = attend(*inputs, plan_of(shapes)), dense(*inputs, mask_of(shapes))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_forests(seed: int) -> None:
+    chance = random.Random(seed)
+    shapes = []
+    for _ in range(chance.randint(1, 6)):
+        branches = tuple(chance.randint(1, 4) for _ in range(chance.randint(1, 4)))
+        shapes.append(Shape(chance.randint(1 if len(branches) > 1 else 0, 5), branches))
+    inputs = random_qkv(sum(shape.tokens for shape in shapes), 2, 1, seed)
+    torch.testing.assert_close(attend(*inputs, plan_of(shapes)), dense(*inputs, mask_of(shapes)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[8], [4, 4, 4], [4, 6, 4, 2, 6], [1, 1]])
+def test_windows(lengths: list[int]) -> None:
+    """Not causal: every row of a block sees the whole block and nothing else."""
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    plan = build_plan([Segment(end - n, n) for end, n in zip(ends, lengths, strict=True)], causal=False)
+    block = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    inputs = random_qkv(sum(lengths), 2, 2)
+    wanted = dense(*inputs, block[:, None] == block[None, :])
+    torch.testing.assert_close(attend(*inputs, plan), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_pairs_that_are_counted(name: str) -> None:
+    """The count behind FLOP figures: the ones in the mask."""
+    assert attended_pairs(plan_of(ROWS[name]).segments, causal=True) == int(mask_of(ROWS[name]).sum())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_plan_says_the_same_to_the_varlen_kernel(name: str) -> None:
+    """Its arguments, read as the kernel reads them: cumulative lengths, gathered keys, causal from the lower right."""
+    shapes = ROWS[name]
+    plan, mask = plan_of(shapes), mask_of(shapes)
+    assert plan.cu_seqlens_q_S.dtype == plan.cu_seqlens_k_S.dtype == torch.int32
+    keys = torch.arange(len(mask)) if plan.k_index is None else plan.k_index
+    q_ends, k_ends = plan.cu_seqlens_q_S.tolist(), plan.cu_seqlens_k_S.tolist()
+    assert q_ends[-1] == len(mask) and k_ends[-1] == len(keys)
+    found = torch.zeros_like(mask)
+    for segment in range(len(q_ends) - 1):
+        rows = range(q_ends[segment], q_ends[segment + 1])
+        seen = keys[k_ends[segment] : k_ends[segment + 1]]
+        assert len(rows) <= plan.max_q and len(seen) <= plan.max_k
+        for place, row in enumerate(rows):
+            found[row, seen[: len(seen) - len(rows) + place + 1]] = True
+    assert torch.equal(found, mask)
+
+
+def test_segments_must_cover_the_row() -> None:
+    with pytest.raises(AssertionError, match="row 5"):
+        build_plan([Segment(0, 4), Segment(5, 2)], causal=True)
+
+
+def lacking(*inputs: Any, **options: Any) -> Tensor:
+    raise RuntimeError("Flash attention is not in this build.\nC++ frames follow.")
+
+
+def uncausal(*inputs: Any, **options: Any) -> Tensor:
+    return varlen_attn(*inputs, **{**options, "window_size": (-1, -1)})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "trouble"),
+    [
+        (varlen_attn, None),
+        (lacking, r"can't run \(Flash attention is not in this build\.\): attention takes the slower path"),
+        (uncausal, "gives other results than scaled_dot_product_attention"),
+    ],
+)
+def test_a_kernel_is_tried_before_it_is_used(kernel: Any, trouble: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is missing or wrong gives way to the other path, and the row comes out right."""
+    register()
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    cpu, shapes = torch.device("cpu"), ROWS["everything"]
+    inputs = [x.detach().bfloat16() for x in random_qkv(sum(shape.tokens for shape in shapes), 4, 2)]
+    with attention.planning_for(torch.device("cuda")):
+        assert attention.has_kernel(cpu, torch.bfloat16)
+        with pytest.warns(match=trouble) if trouble else nullcontext():
+            attention.check_kernel(cpu, torch.bfloat16)
+        assert attention.has_kernel(cpu, torch.bfloat16) == (trouble is None)
+        found = attend(*inputs, plan_of(shapes))
+    wanted = dense(*(x.double() for x in inputs), mask_of(shapes))
+    assert float((found.double() - wanted).abs().max()) < 0.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_varlen_kernel_on_cuda(name: str, key_heads: int) -> None:
+    """In bfloat16, beside dense float64 attention of the same rounded inputs."""
+    shapes, device = ROWS[name], torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(shape.tokens for shape in shapes)
+    rounded = [torch.randn((tokens, h, 64), generator=generator).bfloat16() for h in (4, key_heads, key_heads)]
+    inputs = [x.to(device).requires_grad_() for x in rounded]
+    exact = [x.double().requires_grad_() for x in rounded]
+    found, wanted = attend(*inputs, move(plan_of(shapes), device)), dense(*exact, mask_of(shapes))
+    assert float((found.double().cpu() - wanted).detach().abs().max()) < 0.02
+    for one, other in zip(
+        torch.autograd.grad(found.float().square().sum(), inputs),
+        torch.autograd.grad(wanted.square().sum(), exact),
+        strict=True,
+    ):
+        assert float((one.double().cpu() - other).abs().max()) < 0.05 * max(1.0, float(other.abs().max()))

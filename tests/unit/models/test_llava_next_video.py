@@ -1,0 +1,376 @@
+"""LLaVA-NeXT-Video's own rules beside transformers' image processors and by hand: frames, crops, tiles, text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaConfig, LlavaNextVideoConfig
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next_video.processing_llava_next_video import LlavaNextVideoProcessor
+
+from tests.helpers.families import PINPOINTS, SIDE
+from tests.helpers.tiny import CPU, Media, Tiny, every_logit, medium, talk
+from tests.parity.test_against_transformers import row
+from vft.adapters.lora import choose_trainable, is_adapter
+from vft.adapters.peft_format import export_adapter
+from vft.cli import evaluate as evaluate_tool
+from vft.cli.merge_lora import merge
+from vft.common.errors import UserError
+from vft.common.types import Clip, MediaPlan, VisionLimits
+from vft.config.data import DataConfig, VideoConfig
+from vft.config.run import Config, LoraConfig
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Documents
+from vft.data.media import patches as vision
+from vft.distributed.process_group import environment
+from vft.inference.engine import load_model
+from vft.models.llava_next_video.processor import LlavaVision, best_resolution, fitted
+from vft.models.pretrained import Checkpoint
+
+RELEASED = LlavaNextVideoConfig()
+SPEC = LlavaVision.from_hf(RELEASED, {})
+"""With the released sizes."""
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny: Any) -> Tiny:
+    """Of this family."""
+    return make_tiny("llava_next_video", "tied")
+
+
+def noise(frames: int, height: int, width: int) -> Tensor:
+    """Random frames, smooth enough that resizing is not all there is to see."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    coarse = torch.rand(frames, 3, height // 8 + 2, width // 8 + 2, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return smooth.round().to(torch.uint8)
+
+
+def squares_of(pixels_PD: Tensor, spec: LlavaVision) -> Tensor:
+    """Patches back to the tower's squares, [squares, 3, side, side]."""
+    grid, patch = spec.grid, spec.patch
+    parts = pixels_PD.view(-1, grid, grid, 3, patch, patch)
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, spec.side, spec.side)
+
+
+def levels(normalised: Any, spec: LlavaVision) -> Tensor:
+    """A processor's output back to 0..255."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    return (torch.tensor(np.asarray(normalised)) * std + mean) * 255
+
+
+def assert_same_pixels(found: Tensor, wanted: Tensor) -> None:
+    """Up to a level here and there, by which PIL's bicubic differs from torch's."""
+    difference = (found.float() - wanted).abs()
+    assert float(difference.max()) <= 2.01 and float(difference.mean()) < 0.25
+
+
+def pil(frame_CHW: Tensor) -> Image.Image:
+    return Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+SIZES = [
+    (336, 336),
+    (100, 700),
+    (700, 100),
+    (480, 640),
+    (1080, 1920),
+    (333, 335),
+    (1, 50),
+    (671, 673),
+    (90, 60),
+    (337, 9),
+]
+
+
+def test_resolutions_and_sizes() -> None:
+    """The same choice as transformers for every size, and the same size of the picture within it."""
+    for height in range(20, 1500, 149):
+        for width in range(20, 1500, 131):
+            wanted = select_best_resolution((height, width), RELEASED.image_grid_pinpoints)
+            assert best_resolution(height, width, SPEC.resolutions) == tuple(wanted)
+            blank = np.zeros((3, height, width), dtype=np.uint8)
+            assert fitted(height, width, wanted) == get_patch_output_size(blank, wanted, "channels_first")
+
+
+def picture(height: int, width: int, spec: LlavaVision = SPEC, max_pixels: int = 1 << 30) -> MediaPlan:
+    ref, info = medium("image", 1, height, width)
+    return spec.plan(ref, info, VisionLimits(None, None, 1, 1, 1, max_pixels, None))
+
+
+def test_tokens_of_pictures() -> None:
+    """transformers' count, padding left out and a line break for each line."""
+    processor: Any = SimpleNamespace(
+        image_processor=SimpleNamespace(image_grid_pinpoints=RELEASED.image_grid_pinpoints),
+        patch_size=14,
+        num_additional_image_tokens=1,
+    )
+    processor._get_unpadded_features = LlavaNextVideoProcessor._get_unpadded_features.__get__(processor)
+    for height, width in [*SIZES, *((h, w) for h in range(30, 1300, 97) for w in range(30, 1300, 89))]:
+        wanted = LlavaNextVideoProcessor._get_number_of_features(processor, height, width, 336, 336) - 1
+        plan = picture(height, width)
+        assert plan.num_tokens == wanted, (height, width)
+        assert SPEC.layout([plan]).tokens_M.numel() == wanted
+
+
+@pytest.mark.parametrize("height, width", [(112, 56), (90, 200), (201, 77), (56, 56), (300, 310), (40, 500)])
+def test_pixels_of_pictures(tiny: Tiny, height: int, width: int) -> None:
+    spec: Any = tiny.encoder.spec
+    plan, frames = picture(height, width, spec), noise(1, height, width)
+    found = squares_of(vision.patchify(Clip(frames, (0.0,)), plan, spec).pixels_PD, spec)
+    processor = LlavaNextImageProcessorPil(
+        crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE}, image_grid_pinpoints=PINPOINTS
+    )
+    wanted = levels(processor(images=[pil(frames[0])])["pixel_values"][0], spec)
+    assert found.shape == wanted.shape
+    assert_same_pixels(found, wanted)
+
+
+def test_less_room_means_fewer_tiles() -> None:
+    """`max_pixels` leaves out resolutions; the smallest always stays."""
+    sizes = [picture(900, 900, max_pixels=limit).num_tokens for limit in (1 << 30, 672 * 672 - 1, 1)]
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+# ------------------------------------------------------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize("height, width", [(90, 160), (161, 91), (56, 56), (57, 400), (30, 41)])
+def test_pixels_of_videos(tiny: Tiny, height: int, width: int) -> None:
+    """Beside CLIP's own processor, with which the model was trained: the shorter side to the square's, the middle."""
+    spec: Any = tiny.encoder.spec
+    plan, frames = Media.make(spec, [medium("video", 3, height, width)]).plans[0], noise(3, height, width)
+    found = squares_of(vision.patchify(Clip(frames, (0.0,) * 3), plan, spec).pixels_PD, spec)
+    processor = CLIPImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE})
+    wanted = levels(np.stack(processor(images=[pil(frame) for frame in frames])["pixel_values"]), spec)
+    assert_same_pixels(found, wanted)
+
+
+@pytest.mark.parametrize("available, wanted", [(100, 32), (33, 32), (31, 31), (1, 1), (7200, 8)])
+def test_frames_are_spread_evenly(available: int, wanted: int) -> None:
+    ref, info = medium("video", available, 240, 320, fps=25.0)
+    plan = SPEC.plan(ref, info, VisionLimits(None, 32 if wanted != 8 else 8, 1, 32, 1, 1, None))
+    assert plan.frame_indices == tuple(np.linspace(0, available - 1, wanted, dtype=int).tolist())
+    assert plan.num_tokens == 144 * wanted and (plan.height, plan.width) == (336, 336)
+
+
+def test_frames_at_a_rate() -> None:
+    """1 a second, within the limits; an odd count stays odd."""
+    ref, info = medium("video", 175, 240, 320, fps=25.0)
+    counts = [
+        len(SPEC.plan(ref, info, VisionLimits(1.0, None, low, high, 1, 1, None)).frame_indices)
+        for low, high in ((1, 32), (9, 32), (1, 5))
+    ]
+    assert counts == [7, 9, 5]
+
+
+def test_a_size_of_their_own_is_refused() -> None:
+    ref, info = medium("video", 10, 240, 320)
+    with pytest.raises(UserError, match=r"resized_height = 224.*336 x 336"):
+        SPEC.plan(ref, info, VisionLimits(None, 4, 1, 4, 1, 1, None, resized_height=224, resized_width=224))
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def text_and_labels(tiny: Tiny, *turns: Any) -> tuple[str, str]:
+    encoded = tiny.encoder.encode(talk(*turns))
+    tokenizer = tiny.encoder.tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
+    labels = tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != -100])
+    return "".join(tokens), "".join(labels)
+
+
+def test_text_of_a_conversation(tiny: Tiny) -> None:
+    """One <s> in front; the form of the Vicuna template that the model was trained with, closed answers and no space
+    behind them; the closing token is supervised."""
+    video = medium("video", 4, 56, 56)[0]
+    found, labels = text_and_labels(
+        tiny, ("user", [video, "Who?"]), ("assistant", "No."), ("user", "No?"), ("assistant", "Nobody")
+    )
+    text = found.replace("\u2581", " ").replace("<0x0A>", "\n")
+    assert text.replace("> ", ">") == "<s>USER: <video>\nWho? ASSISTANT: No.</s>USER: No? ASSISTANT: Nobody</s>"
+    assert labels.replace("\u2581", " ") == " No.</s> Nobody</s>"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [["A dog runs."], ["  leading", "trailing  "], ["emoji 🙂"], ["你好"], ["USER: me", "ASSISTANT: you"], ["a\nb\n"]],
+    ids=ascii,
+)
+@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
+def test_supervised_is_the_answer_and_its_end(make_tiny: Any, language_model: str, answers: list[str]) -> None:
+    encoder = make_tiny(language_model, "tied").encoder
+    turns: list[Any] = []
+    for answer in answers:
+        turns += [("user", f"{answer}?"), ("assistant", answer)]
+    encoded = encoder.encode(talk(*turns))
+    kept = [label for label in encoded.labels if label != -100]
+    found = encoder.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = found.split("</s>")
+    assert [text.strip() for text in texts[:-1]] == [answer.strip() for answer in answers] and not texts[-1]
+
+
+@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
+@pytest.mark.parametrize("answer", ["A dog.", "7", "é"])
+def test_what_is_not_supervised_is_the_prompt(make_tiny: Any, language_model: str, answer: str) -> None:
+    """The space before an answer, a token of its own before some characters, is the model's to say."""
+    encoder = make_tiny(language_model, "tied").encoder
+    whole = encoder.encode(talk(("user", "Who?"), ("assistant", answer)))
+    asked = encoder.encode(talk(("user", "Who?")), answer_next=True)
+    first = next(i for i, label in enumerate(whole.labels) if label != -100)
+    assert whole.ids[:first] == asked.ids
+
+
+def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
+    """It puts pictures before videos: embeddings go where their own placeholders are."""
+    (video, video_info), (image, image_info) = medium("video", 4, 56, 56), medium("image", 1, 90, 60)
+    conversation = talk(("user", [video, "and", image]), ("assistant", "Yes."))
+    media = Media.make(tiny.encoder.spec, [(video, video_info), (image, image_info)])
+    made = tiny.encoder.document([tiny.encoder.encode(conversation)], media.plans, ["x"])
+    assert [plan.ref.kind for plan in made.media] == ["image", "video"]
+    spec: Any = tiny.encoder.spec
+    marks = made.ids_T[made.media_mask_T].tolist()
+    assert marks == [spec.image_token] * media.plans[1].num_tokens + [spec.video_token] * media.plans[0].num_tokens
+
+
+def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
+    """With both numbers; a question beside it that fits stays, and together they may be longer than the context."""
+    ref, info = medium("video", 4, 56, 56)
+    short = [talk(("user", [ref, "Who?"]), ("assistant", "No."), id=str(i)) for i in range(4)]
+    long = talk(("user", [ref, "Who is there, and what happens in the video?"]), ("assistant", "A dog."), id="long")
+    context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
+    spec: Any = replace(tiny.encoder.spec, context_tokens=context)  # type: ignore[type-var]
+    encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
+    documents = Documents(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
+    documents.add([*short, long], 1.0)
+    assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
+    (bad,) = documents.bad
+    assert bad.reason == "unfit" and re.search(
+        rf"\d+ tokens of text, more than the model's context of {context}", bad.message
+    )
+
+
+def test_context_of_the_released_model() -> None:
+    """4,096 positions; linear scaling by 2 makes 8,192 of them."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    found = []
+    for parameters in (None, rope):
+        text = LlamaConfig(max_position_embeddings=4096, rope_parameters=parameters)
+        found.append(LlavaVision.from_hf(LlavaNextVideoConfig(text_config=text), {}).context_tokens)
+    assert found == [4096, 8192]
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "file, change, expected",
+    [
+        ("preprocessor_config.json", {"crop_size": {"height": 224, "width": 224}}, "crop_size = 224.*56"),
+        ("config.json", {"spatial_pool_mode": "max"}, "spatial_pool_mode = 'max'"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ("config.json", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ("config.json", {"image_grid_pinpoints": [[60, 120]]}, "image_grid_pinpoints.*56"),
+    ],
+)
+def test_what_is_not_known_is_refused(
+    tiny: Tiny, tmp_path: Path, file: str, change: dict[str, Any], expected: str
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.path, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(UserError, match=expected):
+        load_model(str(folder), None, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window = 64"),
+        ({"model_type": "qwen2"}, "model_type = 'qwen2'"),
+    ],
+)
+def test_language_models_that_are_not_known(tiny: Tiny, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=expected):
+        load_model(str(folder), None, torch.float32, CPU)
+
+
+# ------------------------------------------------------------------------------------------- positions beyond 4,096
+
+
+def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    """An adapter trained with `rope_factor` is loaded with it; merged, it stands in config.json, and transformers'
+    logits are ours."""
+    lora = LoraConfig(rank=2, alpha=4, targets=("language_model.q_proj",))
+    checkpoint = Checkpoint.open(str(tiny.path), rope_factor=3.0)
+    model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).skeleton.model
+    choose_trainable(model, model.towers, lora, ())
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    about = {"base_fingerprint": checkpoint.fingerprint, "rope_factor": 3.0}
+    export_adapter(model, tmp_path / "adapter", lora, str(tiny.path), model.peft_prefixes, about, write=True)
+    merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
+    batch = row(tiny, "video")
+    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
+    again = load_model(str(tmp_path / "merged"), None, torch.float32, CPU)
+    with torch.no_grad():
+        plain, wanted = (every_logit(one, batch) for one in (tiny.ours(), model.eval()))
+        theirs = tiny.load(tmp_path / "merged")(**tiny.inputs(batch)).logits[0]
+        for found in (theirs, every_logit(loaded.skeleton.model, batch), every_logit(again.skeleton.model, batch)):
+            assert float((found - wanted).abs().max()) <= 1e-4
+        assert float((wanted - plain).abs().max()) > 0.5
+    assert again.encoder.spec.context_tokens == 3 * 4096
+
+
+def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.rope_factor` of the settings, or that of the adapter; another than the adapter's is refused."""
+
+    class Seen(Exception): ...
+
+    def held_out(task: Any, config: Any, encoder: Any) -> None:
+        raise Seen(encoder.spec.context_tokens)
+
+    monkeypatch.setattr(evaluate_tool, "load_held_out", held_out)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "vft.json").write_text(json.dumps({"rope_factor": 3.0}))
+    world = environment()
+    for given, adapter, wanted in ((2.0, None, 2), (None, tmp_path / "adapter", 3), (3.0, tmp_path / "adapter", 3)):
+        config = Config.model_validate(
+            {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
+        )
+        with pytest.raises(Seen, match=str(wanted * 4096)):
+            evaluate_tool.score_all(evaluate_tool.as_trained(config, adapter), {}, world)
+    config = Config.model_validate(
+        {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
+    )
+    with pytest.raises(UserError, match=r"model\.rope_factor = 2\.0.*trained with 3\.0"):
+        evaluate_tool.as_trained(config, tmp_path / "adapter")
+
+
+def test_a_family_that_was_not_made_for_it_refuses(make_tiny: Any) -> None:
+    with pytest.raises(UserError, match=r"linear.*factor 2\.0.*model.rope_factor.*qwen2_5_vl"):
+        load_model(str(make_tiny("qwen2_5_vl", "tied").path), None, torch.float32, CPU, rope_factor=2.0)

@@ -1,0 +1,96 @@
+"""The released sizes, on the meta device: parameters and FLOPs against published counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlavaNextVideoConfig, Qwen2_5_VLConfig
+
+from vft import models
+from vft.adapters.lora import choose_trainable, tower_of
+from vft.config.run import LoraConfig
+from vft.models.flops import FlopCounter
+from vft.models.qwen2_5_vl import model as qwen2_5_vl
+
+TEXT = {
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+    "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+KEY_HEADS = {"7B": 4, "72B": 8}
+VISION_MLP = {"7B": 3420, "72B": 3456}
+
+
+def released(size: str) -> qwen2_5_vl.Qwen2_5_VL:
+    """The model of this size, without weights."""
+    text = {
+        **TEXT[size],
+        "num_key_value_heads": KEY_HEADS[size],
+        "vocab_size": 152064,
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24], "rope_type": "default"},
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": VISION_MLP[size],
+        "num_heads": 16,
+        "out_hidden_size": text["hidden_size"],
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device("meta"):
+        return qwen2_5_vl.build(config, {}, torch.bfloat16)
+
+
+# In millions. Qwen2.5-VL's technical report and cards give 8.3 G and 73.4 G in all; the parts add up to them.
+@pytest.mark.parametrize(
+    ("size", "whole", "linears", "head", "tower", "lora"),
+    [("7B", 8292, 6525, 545, 676.6, 40.4), ("72B", 73411, 70213, 1246, 704.6, 210.6)],
+)
+def test_parameters(size: str, whole: float, linears: float, head: float, tower: float, lora: float) -> None:
+    model = released(size)
+
+    def millions(parameters: object) -> float:
+        return sum(p.numel() for p in parameters) / 1e6  # type: ignore[attr-defined]
+
+    assert millions(model.parameters()) == pytest.approx(whole, rel=1e-3)
+    assert millions(p for p in model.model.layers.parameters() if p.dim() == 2) == pytest.approx(linears, rel=1e-3)
+    assert model.lm_head is not None
+    assert millions(model.lm_head.parameters()) == pytest.approx(head, rel=1e-3)
+    assert millions(model.visual.parameters()) == pytest.approx(tower, rel=2e-3)
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    assert row.parameters / 1e6 == pytest.approx(lora, rel=2e-3)
+
+
+def test_parameters_of_llava_next_video() -> None:
+    """7.06 G by its card: Vicuna-7B with 32,064 words, CLIP-L at 336 pixels, a projector of two linears."""
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    model = models.build_model(LlavaNextVideoConfig(text_config=text), {"crop_size": 336}, torch.bfloat16)
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = tower_of(name, model.towers)
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    layer, width = 12 * 1024**2 + 13 * 1024, 4096
+    assert counts == {
+        "language_model": 6_738_415_616 + 2 * 64 * width,
+        "merger": 1024 * width + width + width**2 + width + width,
+        "vision_tower": 23 * layer + 3 * 14**2 * 1024 + 577 * 1024 + 1024 + 2 * 1024,
+        "unread": layer + 2 * 1024,
+    }
+    assert sum(counts.values()) == pytest.approx(7.06e9, rel=1e-3)
+    assert model.spec.patch_features == 588
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    assert row.parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    counter = FlopCounter(model)
+    assert counter.token == 4 * 32 * (4 * width**2 + 3 * width * 11008) + 6 * row.parameters
+
+
+@pytest.mark.parametrize(("size", "token", "patch"), [("7B", 26.1e9, 1.263e9), ("72B", 280.9e9, 1.27e9)])
+def test_flops(size: str, token: float, patch: float) -> None:
+    """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen tower's forward pass for each patch."""
+    model = released(size)
+    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    counter = FlopCounter(model)
+    assert counter.token == pytest.approx(token + 6 * row.parameters, rel=3e-3)
+    merger = 2 * sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2) / 4
+    assert counter.patch - merger == pytest.approx(patch, rel=0.02)

@@ -1,0 +1,135 @@
+"""Memory and FLOPs that are counted beforehand, beside those that torch's profiler and counter see in a real step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers.allocations import allocated_peak
+from tests.helpers.tiny import Media, Tiny, batch_of, load_prepared, medium, talk
+from vft.adapters.lora import choose_trainable, initialise
+from vft.common.errors import UserError
+from vft.common.types import Batch
+from vft.config.run import LoraConfig, ParallelConfig
+from vft.distributed.process_group import World
+from vft.models import Skeleton, build
+from vft.models.flops import FlopCounter
+from vft.models.pretrained import Checkpoint
+from vft.parallel.parallelize import checkpoint_activations
+from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve_checkpointing, step_bytes
+from vft.training.losses import cross_entropy
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+
+
+def long_row(tiny: Tiny, questions: Sequence[int] = (1, 3)) -> Batch:
+    """A few hundred tokens: videos, some with several questions."""
+    rows = []
+    for number, count in enumerate(questions):
+        ref, info = medium("video", 16, 112, 112, name=str(number))
+        media = Media.make(tiny.encoder.spec, [(ref, info)], seed=number)
+        asked = [talk(("user", [ref, f"What {i}?"]), ("assistant", "It moves. " * 8), id=str(i)) for i in range(count)]
+        rows.append((asked, media))
+    return batch_of(tiny.encoder, *rows)
+
+
+def skeleton_of(tiny: Tiny, train: Sequence[str] = ()) -> Skeleton:
+    """On the meta device, with adapters, or in full where parts are named."""
+    made = build(Checkpoint.open(str(tiny.path)), torch.float32)
+    choose_trainable(made.model, made.towers, None if train else LoraConfig(rank=4), train)
+    return made
+
+
+def real_model(tiny: Tiny, mode: str, train: Sequence[str] = ()) -> Any:
+    lora = None if train else LoraConfig(rank=4)
+    prepared, _ = load_prepared(tiny.path, lambda made: choose_trainable(made.model, made.towers, lora, train))
+    initialise(prepared.model, 0)
+    checkpoint_activations(prepared.model, mode)
+    return prepared.model
+
+
+@pytest.mark.parametrize("train", [(), ("language_model", "vision_tower", "merger")], ids=["lora", "full"])
+@pytest.mark.parametrize("mode", MODES)
+def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence[str]) -> None:
+    row, planned = long_row(each_tiny), skeleton_of(each_tiny, train).model
+    checkpoint_activations(planned, mode)
+    model = real_model(each_tiny, mode, train)
+    assert step_bytes(planned, cross_entropy, row, CPU) == pytest.approx(
+        allocated_peak(lambda: cross_entropy(model, row).backward()), rel=0.02
+    )
+
+
+def test_what_stays_is_counted(each_tiny: Tiny) -> None:
+    model = real_model(each_tiny, "none")
+    from vft.config.run import TrainConfig
+    from vft.training.optimizer import build_optimizer
+
+    optimizer = build_optimizer(model, TrainConfig())
+    state = sum(x.numel() * x.element_size() for one in optimizer.state.values() for x in one.values() if x.dim())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert resident_bytes(skeleton_of(each_tiny).model, 1) == weights + state
+
+
+def test_auto_takes_what_fits(tiny: Tiny) -> None:
+    """The mode that recomputes least; the screen tells what was tried; no fit is an error with both numbers."""
+    text = [talk(("user", "What?"), ("assistant", "It moves. " * 100), id="text")]
+    row, sizes = batch_of(tiny.encoder, (text, Media((), ()))), {}
+    for mode in MODES:
+        model = skeleton_of(tiny).model
+        checkpoint_activations(model, mode)
+        sizes[mode] = resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, CPU)
+    assert sizes["none"] > sizes["mlp"] > sizes["full"] and sizes["none"] > sizes["selective"] > sizes["full"]
+    for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
+        told: list[str] = []
+        config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
+        settled = resolve_checkpointing(config, skeleton_of(tiny).model, cross_entropy, row, ALONE, told.append)
+        assert settled.activation_checkpointing == wanted and told[0].startswith(
+            f"activation_checkpointing = {wanted}:"
+        )
+    config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=(sizes["full"] - 1) / GIB)
+    with pytest.raises(
+        UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
+    ):
+        resolve_checkpointing(config, skeleton_of(tiny).model, cross_entropy, row, ALONE, told.append)
+
+
+@pytest.mark.parametrize("mode", ["none", "mlp", "full"])
+def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
+    """What torch counts in the products of a step, recomputation among it.
+
+    Attention aside, whose CPU kernel counts whole squares. The first layer's input needs no gradient: those products
+    are counted, and not done.
+    """
+    row, model = long_row(each_tiny, (1, 1)), real_model(each_tiny, mode)
+    with FlopCounterMode(display=False) as counter:
+        cross_entropy(model, row).backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "attention" not in str(op))
+    flops, again = FlopCounter(model, mode), FlopCounter(model, "none")
+    pairs = sum(s.q_length * (s.q_length + 1) // 2 for s in row.plan.segments)
+    assert row.layout is not None
+    tower = flops.count(row).model - flops.row(row.num_tokens, pairs, row.pixels_PD.shape[0])
+    tower += flops.last * (row.num_tokens - row.num_targets) - flops.target * row.num_targets
+    linear = flops.count(row).hardware - flops.pair * pairs - flops.pair_again * pairs - tower
+    first = model.decoder.layers[0].self_attn
+    fed = [p for x in (first.q_proj, first.k_proj, first.v_proj) for p in (x.weight, x.lora_A.weight)]
+    linear -= 2 * row.num_tokens * sum(p.numel() for p in fed)
+    assert linear == pytest.approx(products, rel=0.02)
+    assert (flops.count(row).hardware > again.count(row).hardware) == (mode != "none")
+    assert flops.count(row).model == again.count(row).model == again.count(row).hardware
+
+
+def test_a_row_that_does_not_fit_is_named(tiny: Tiny) -> None:
+    """What torch raises on a full device becomes one line: how long the row is, and what helps."""
+
+    def full(batch: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    row = long_row(tiny)
+    with pytest.raises(UserError, match=rf"the longest row, {row.num_tokens:,} tokens, .*20.00 GiB. Lower data.pack"):
+        memory_preflight(full, cross_entropy, row, torch.device("cpu"))

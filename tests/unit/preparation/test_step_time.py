@@ -1,0 +1,118 @@
+"""What a step moves and how long that takes, beside figures worked out by hand; names of cards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.tiny import Media, Tiny, batch_of, medium, talk
+from vft.adapters.lora import choose_trainable
+from vft.common.device_specs import CARDS, Card, card_of
+from vft.common.types import Batch
+from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
+from vft.models import build
+from vft.models.flops import FlopCounter
+from vft.models.pretrained import Checkpoint
+from vft.preparation.step_time import LINK_SHARE, Cluster, step_time, traffic_of
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100 PCIe"),
+        ("NVIDIA GeForce RTX 5090", "5090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA L40S", "L40S"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("AMD Instinct MI300X VF", "MI300X"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_a_device_name_is_its_card(name: str, card: str | None) -> None:
+    assert card_of(name) == (None if card is None else CARDS[card])
+
+
+def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
+    ref, info = medium("video", 4, 56, 56)
+    media = Media.make(tiny.encoder.spec, [(ref, info)])
+    row = batch_of(tiny.encoder, ([talk(("user", [ref, "What?"]), ("assistant", "It moves."))], media))
+    skeleton = build(Checkpoint.open(str(tiny.path)), torch.bfloat16)
+    choose_trainable(skeleton.model, skeleton.towers, config.lora, config.model.train)
+    return row, skeleton.model
+
+
+def settings(tiny: Tiny, lora: bool = True, **parallel: object) -> Config:
+    model = ModelConfig(path=str(tiny.path), train=() if lora else ("language_model",))
+    lora_table = LoraConfig(rank=4, targets=("language_model.q_proj",)) if lora else None
+    train = TrainConfig(packs_per_step=16)
+    return Config(output_dir="x", model=model, lora=lora_table, train=train, parallel=ParallelConfig(**parallel))
+
+
+def sizes(model: torch.nn.Module) -> tuple[int, int, int]:
+    """Bytes in bf16 of the decoder's layers and of what else is sharded, and numbers trained."""
+    named = dict(model.named_parameters())
+    vision = {n for n in named if "visual" in n or "vision" in n}
+    layers = sum(2 * p.numel() for n, p in named.items() if ".layers." in n and n not in vision)
+    rest = sum(2 * p.numel() for n, p in named.items() if ".layers." not in n and n not in vision)
+    return layers, rest, sum(p.numel() for p in named.values() if p.requires_grad)
+
+
+def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
+    """16 rows on 4 GPUs: 4 each. Layers come twice a row, the rest once, 3/4 of them from others."""
+    config = settings(tiny)
+    row, model = row_and_model(tiny, config)
+    layers, rest, trained = sizes(model)
+    traffic = traffic_of(model, config, 4, row)
+    assert traffic.gathered == pytest.approx(4 * (2 * layers + rest) * 3 / 4)
+    assert traffic.reduced == pytest.approx(4 * trained * 3 / 4)  # once a step, in float32
+    assert traffic.replicas == 0 and traffic.host == 4 * row.pixels_PD.nbytes
+    kept = traffic_of(model, settings(tiny, reshard_after_forward=False), 4, row)
+    assert kept.gathered == pytest.approx(4 * (layers + rest) * 3 / 4)
+    replicated = traffic_of(model, settings(tiny, shard=1), 4, row)
+    assert replicated.gathered == replicated.reduced == 0
+    assert replicated.replicas == pytest.approx(2 * 4 * trained * 3 / 4)  # a ring's all-reduce
+    full = settings(tiny, lora=False)
+    row, model = row_and_model(tiny, full)
+    _, _, trained = sizes(model)
+    assert traffic_of(model, full, 4, row).reduced == pytest.approx(4 * 4 * trained * 3 / 4)  # each row's
+
+
+def test_the_slowest_is_the_bound(tiny: Tiny) -> None:
+    config = settings(tiny)
+    row, model = row_and_model(tiny, config)
+    flops = FlopCounter(model).count(row).hardware
+    card = Card(flops=flops, link_gb_s=1e9, pcie_gb_s=1e9)
+    cluster = Cluster(gpus=16, gpus_per_host=8, network_gb_s=1e9)
+    found = step_time(model, config, row, cluster, card, 0.5)
+    assert found.compute == found.seconds == pytest.approx(2.0) and found.bound == "the products"
+    traffic = traffic_of(model, config, 16, row)
+    slow = step_time(model, config, row, cluster, replace(card, link_gb_s=1e-9), 0.5)
+    assert slow.bound == "links between GPUs"
+    assert slow.seconds == pytest.approx((traffic.gathered + traffic.reduced) / LINK_SHARE)
+    # Rings through both hosts: each of 8 network cards carries an eighth.
+    far = step_time(model, config, row, replace(cluster, network_gb_s=1e-9), card, 0.5)
+    assert far.bound == "the network between hosts"
+    assert far.seconds == pytest.approx((traffic.gathered + traffic.reduced) / 8 / LINK_SHARE)
+    near = step_time(model, settings(tiny, shard=8), row, replace(cluster, network_gb_s=1e-9), card, 0.5)
+    assert near.network == pytest.approx(traffic_of(model, settings(tiny, shard=8), 16, row).replicas / LINK_SHARE)
+
+
+def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
+    config = settings(tiny, offload="frozen")
+    row, model = row_and_model(tiny, config)
+    found = step_time(model, config, row, Cluster(1), Card(flops=1e15, link_gb_s=1.0, pcie_gb_s=1.0), 0.5)
+    named = dict(model.named_parameters())
+    kept = [n for n, p in named.items() if p.requires_grad or ".layers." not in n or "visual" in n or "norm" in n]
+    matrices = sum(2 * p.numel() for n, p in named.items() if n not in kept)  # and their biases
+    assert found.host == pytest.approx(16 * (2 * matrices + row.pixels_PD.nbytes) / 1e9 / LINK_SHARE)
+    assert found.seconds == pytest.approx(found.compute + found.host)

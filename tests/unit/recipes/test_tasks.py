@@ -1,0 +1,702 @@
+"""The five tasks on samples made by hand: what is asked, which options it has, and scores worked out on paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vft.common.errors import UserError
+from vft.common.task import Answer, Question, Task, main_conversation, samples_of, with_prompt
+from vft.common.types import Conversation, MediaOptions, MediaRef, Role, Sample, Turn
+from vft.config.data import DataConfig
+from vft.config.run import Config, ModelConfig
+from vft.data.formats import folders
+from vft.data.frame_times import FrameTimes
+from vft.data.media.subtitles import Subtitles
+from vft.inference.evaluate import questions
+from vft.recipes import task_of
+from vft.recipes.caption import Caption
+from vft.recipes.classify import Classify
+from vft.recipes.qa import QuestionAnswering, written_options
+from vft.recipes.story import Story
+from vft.recipes.summarize import Summarize
+
+VIDEO = MediaRef("video", Path("a.mp4"))
+PICTURES = (MediaRef("image", Path("1.png")), MediaRef("image", Path("2.png")))
+TASKS: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story())
+
+
+def sample(*turns: tuple[Role, Any], **fields: Any) -> Sample:
+    """A record of (role, text or parts)."""
+    made = tuple(Turn(role, (parts,) if isinstance(parts, str) else tuple(parts)) for role, parts in turns)
+    return Sample("s", made, "train.json:12", fields)
+
+
+def labelled(answer: str, /, **fields: Any) -> Sample:
+    """A video alone with its answer, as readers of labels, captions and stories give it."""
+    return sample(("user", [VIDEO]), ("assistant", answer), **fields)
+
+
+def said(
+    text: str,
+    *references: str,
+    options: Sequence[str] = (),
+    scores: Sequence[float] = (),
+    **facts: Any,
+) -> Answer:
+    """An answer to some question with these right ones."""
+    prompt = Conversation("q", (Turn("user", (VIDEO, "?")),), "q", tuple(options), facts)
+    return Answer(Question("q", prompt, references), text, tuple(scores))
+
+
+def values(task: Task, *answers: Answer) -> dict[str, float]:
+    """Scores without their intervals, which hold them."""
+    found = task.score(answers)
+    assert all(one.low <= one.value <= one.high for one in found.values())
+    return {name: one.value for name, one in found.items()}
+
+
+# --------------------------------------------------------------------------------------------------- what is asked
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_media_alone_are_asked_about_in_the_tasks_words(task: Task) -> None:
+    """Behind the media, as the only text; the answer is the record's."""
+    (made,) = task.conversations(labelled("It ends."))
+    assert made.turns == (Turn("user", (VIDEO, task.prompt)), Turn("assistant", ("It ends.",)))
+    assert (made.id, made.origin, made.options) == ("s", "train.json:12", ())
+    pictures = sample(("system", "Be brief."), ("user", PICTURES), ("assistant", "It ends."))
+    (made,) = task.conversations(pictures)
+    assert made.turns[0] == pictures.turns[0] and made.turns[1].parts == (*PICTURES, task.prompt)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_records_own_question_stays(task: Task) -> None:
+    asked = sample(("user", ["Who is in ", VIDEO, "?"]), ("assistant", "A cook."))
+    later = sample(
+        ("user", [VIDEO, "Look."]), ("assistant", "I do."), ("user", PICTURES), ("assistant", "Two pictures.")
+    )
+    for one in (asked, later):
+        (made,) = task.conversations(one)
+        assert made.turns == one.turns
+
+
+def test_prompt_goes_where_media_stand_alone() -> None:
+    """To the first user's turn and to no other; text that frames will settle is no question."""
+    media = [Turn("user", (VIDEO,)), Turn("assistant", ("x",)), Turn("user", PICTURES)]
+    assert with_prompt(media, "What?") == (Turn("user", (VIDEO, "What?")), *media[1:])
+    text = [Turn("system", ("s",)), Turn("user", ("Hi",)), Turn("user", (VIDEO,))]
+    assert with_prompt(text, "What?") == tuple(text)
+    planned = (FrameTimes(0), VIDEO, Subtitles(((0.0, 1.0, "Hello."),)))
+    assert with_prompt([Turn("user", planned)], "What?") == (Turn("user", (*planned, "What?")),)
+    assert with_prompt([Turn("user", (*planned, "Who?"))], "What?") == (Turn("user", (*planned, "Who?")),)
+    assert with_prompt([Turn("assistant", ("x",))], "What?") == (Turn("assistant", ("x",)),)
+
+
+def config(**settings: Any) -> Config:
+    return Config(output_dir=Path("runs/x"), model=ModelConfig(path="base"), **settings)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_prompt_of_the_configuration(task: Task) -> None:
+    """`data.prompt` takes the place of the task's words, and of those alone."""
+    found = task_of(config(task=task.name, data=DataConfig(prompt="Was ist zu sehen?")))
+    assert type(found) is type(task) and (found.name, found.main_metric) == (task.name, task.main_metric)
+    assert found.conversations(labelled("x"))[0].turns[0].parts == (VIDEO, "Was ist zu sehen?")
+    own = sample(("user", [VIDEO, "Who?"]), ("assistant", "x"))
+    assert found.conversations(own)[0].turns == own.turns
+    assert task_of(config(task=task.name)) == task
+    assert task_of(config()) == Caption()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_no_answers_no_scores(task: Task) -> None:
+    assert task.score([]) == {}
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_main_metric_is_among_the_scores(task: Task) -> None:
+    """And it rises from what is wrong to what is right."""
+    texts = ("one thing", "other things here now")
+    classes: dict[str, Any] = {"options": texts} if isinstance(task, Classify) else {}
+    right, wrong = [], []
+    for number, text in enumerate(texts):
+        likeliest = [-1.0, -2.0] if number == 0 else [-2.0, -1.0]
+        right.append(said(text, text, **classes, scores=likeliest if classes else ()))
+        wrong.append(said("zzz", text, **classes, scores=likeliest[::-1] if classes else ()))
+    assert values(task, *right)[task.main_metric] > values(task, *wrong)[task.main_metric]
+
+
+# ------------------------------------------------------------------------------------------ qa: options in the text
+
+LLAVA = (
+    "What is the man doing?\nA. playing.\nB. eating.\nC. walking.\nD. sleeping.\nE. training.\n"
+    "Please provide your answer by stating the letter followed by the full option."
+)
+NEXT_QA = (
+    "how do the two men play the instrument\nA. roll the handle.\nB. tap their feet.\nC. strum the string.\n"
+    "D. hit with sticks.\nE. pat with hand.\nAnswer with the option's letter from the given choices directly."
+)
+ROUND = "Which colour?\n(A) red\n(B) light green\n(C) blue"
+FULL_STOPS = [
+    f"{a}. {b}." for a, b in zip("ABCDE", ("playing", "eating", "walking", "sleeping", "training"), strict=True)
+]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "options"),
+    [
+        (LLAVA, "E. training.", FULL_STOPS),
+        (LLAVA, " E. training.\n", FULL_STOPS),
+        (LLAVA, "E", list("ABCDE")),
+        (LLAVA, "E.", ["A.", "B.", "C.", "D.", "E."]),
+        (LLAVA, "training.", ["playing.", "eating.", "walking.", "sleeping.", "training."]),
+        (LLAVA.replace("ing.", "ing"), "E. training.", FULL_STOPS),  # the answer alone has the full stop
+        (NEXT_QA, "C", list("ABCDE")),
+        (
+            NEXT_QA,
+            "C. strum the string.",
+            [
+                *("A. roll the handle.", "B. tap their feet.", "C. strum the string.", "D. hit with sticks."),
+                "E. pat with hand.",
+            ],
+        ),
+        (ROUND, "(B) light green", ["(A) red", "(B) light green", "(C) blue"]),
+        (ROUND, "(C)", ["(A)", "(B)", "(C)"]),
+        (ROUND, "B", ["A", "B", "C"]),
+        (ROUND, "light green", ["red", "light green", "blue"]),
+        (ROUND, "light green.", ["red.", "light green.", "blue."]),
+        ("Is it?\r\nA. yes\r\nB. no\r\n", "A. yes", ["A. yes", "B. no"]),
+        ("Is it?\nA) yes\nB) no", "B) no", ["A) yes", "B) no"]),
+        ("Is it?\nA: yes\nB: no", "B: no", ["A: yes", "B: no"]),
+        ("A.yes\nB.   no  ", "B. no", ["A. yes", "B. no"]),
+        (
+            "Where?\nA. In St. Ives, U.S.\nB. At 10:30 (a.m.)",
+            "B. At 10:30 (a.m.)",
+            ["A. In St. Ives, U.S.", "B. At 10:30 (a.m.)"],
+        ),
+        ("Is it?\nA. yes\nB. yes", "B", ["A", "B"]),  # told apart by their letters
+        ("是吗？\nA、是\nB、不是", "B", ["A", "B"]),
+        ("是吗？\nA、是\nB、不是", "B、不是", ["A、是", "B、不是"]),
+        ("是吗？\n（A）是\n（B）不是", "（A）是", ["（A）是", "（B）不是"]),
+        ("是吗？\nＡ．是\nＢ．不是", "Ａ", ["Ａ", "Ｂ"]),
+        ("Is it?\na) yes\nb) no", "b", ["a", "b"]),
+        ("Is it?\n  (a) yes\n  (b) no", "(b) no", ["(a) yes", "(b) no"]),
+        ("Is it?\nA. yes\nb. no", "A", []),
+        # None of these is a choice.
+        ("Is it?\nA. yes\nB. yes", "yes", []),
+        ("Is it?\nA. yes\nB. no", "maybe", []),
+        ("Is it?\nA. yes\nB. no", "C", []),
+        ("Is it?\nA. yes\nB. no", "a", []),
+        ("Is it?\nA. yes\nB. no", "", []),
+        ("Is it?\nA. yes", "A", []),
+        ("Is it?\nA. yes\nC. no", "A", []),
+        ("Is it?\nB. yes\nC. no", "B", []),
+        ("Is it?\n1. yes\n2. no", "1", []),
+        ("Who is Dr. A. Smith to B. Jones?", "A", []),
+        ("What happens in the video?", "A dog runs.", []),
+        ("", "A", []),
+    ],
+)
+def test_options_written_in_a_question(question: str, answer: str, options: list[str]) -> None:
+    """In the form of the answer, so that the right one is among them, word for word."""
+    assert written_options(question, answer) == tuple(options)
+
+
+def test_questions_with_written_options() -> None:
+    """Of the last question, whose options are not mixed up with those of an earlier one."""
+    one = sample(("user", [VIDEO, LLAVA]), ("assistant", "E. training."))
+    (made,) = QuestionAnswering().conversations(one)
+    assert made.options == tuple(FULL_STOPS) and made.turns == one.turns
+    two = sample(
+        ("system", "A. x\nB. y"),
+        ("user", [VIDEO, LLAVA]),
+        ("assistant", "E. training."),
+        ("user", ROUND),
+        ("assistant", "(B) light green"),
+    )
+    assert QuestionAnswering().conversations(two)[0].options == ("(A) red", "(B) light green", "(C) blue")
+    open_last = sample(("user", [VIDEO, LLAVA]), ("assistant", "E. training."), ("user", "Why?"), ("assistant", "E"))
+    assert QuestionAnswering().conversations(open_last)[0].options == ()
+
+
+def test_a_sample_of_video_mme() -> None:
+    """Letters as options, and the groups that its tables are broken down by, as the reader gives them."""
+    groups = {"duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History", "task_type": "Counting"}
+    question = "How many?\nA. 1.\nB. 4.\nC. 2.\nD. 3.\nThe best answer is:"
+    fields = {"options": ("A", "B", "C", "D"), "groups": groups, "question_id": "001-1"}
+    parts = [VIDEO, Subtitles(((0.0, 1.0, "Hello."),)), question]
+    (made,) = QuestionAnswering().conversations(sample(("user", parts), ("assistant", "C"), **fields))
+    assert made.options == ("A", "B", "C", "D") and made.facts["groups"] == groups
+    assert made.turns[0].parts == tuple(parts) and made.turns[0].text == question
+
+
+@pytest.mark.parametrize("task", [QuestionAnswering(), Classify()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("options", ["red", "green"]),
+        ("options", ["Blue", "red"]),
+        ("options", ["blue.", "red"]),
+        ("options", ["blue", "red", "blue"]),
+        ("options", ["blue", ""]),
+        ("options", ["blue", " \n"]),
+        ("options", ["blue", "blue "]),
+        ("options", ["blue", "é", "e\u0301"]),
+        ("options", ["blue", 3]),
+        ("options", "blue"),
+        ("labels", ("red", "green")),
+    ],
+)
+def test_options_that_lack_the_answer_are_refused(task: Task, field: str, options: Any) -> None:
+    """In one line that says where the record stands."""
+    with pytest.raises(UserError) as caught:
+        task.conversations(labelled("blue", **{field: options}))
+    message = str(caught.value)
+    assert message.startswith("train.json:12: options: ") and len(message.splitlines()) == 1 and len(message) < 300
+
+
+@pytest.mark.parametrize("task", [QuestionAnswering(), Classify()], ids=lambda task: task.name)
+def test_options_of_a_record(task: Task) -> None:
+    """Before those in the text; `labels` are the same where there are no `options`."""
+    asked = sample(("user", [VIDEO, LLAVA]), ("assistant", "C"), options=["A", "C"])
+    assert task.conversations(asked)[0].options == ("A", "C")
+    assert task.conversations(labelled("run", labels=("jump", "run"), label="run"))[0].options == ("jump", "run")
+    assert task.conversations(labelled("run", options=[]))[0].options == ()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("field", ["answers", "references", "label", "answer"])
+def test_right_answers_that_a_record_lists(task: Task, field: str) -> None:
+    """Beside the one that it says, which is learnt; each once, in whatever order."""
+    (made,) = task.conversations(labelled("run", **{field: ["jump", "run", "walk"]}))[:1]
+    (question,) = questions([made])
+    assert question.references == ("run", "jump", "walk") and made.turns[-1].text == "run"
+    for alone in ("run", ["run"], None, 3, {"run": 1}):
+        (made,) = task.conversations(labelled("run", **{field: alone}))[:1]
+        assert questions([made])[0].references == ("run",)
+
+
+def test_numbers_among_right_answers_are_texts() -> None:
+    (made,) = QuestionAnswering().conversations(labelled("10", answers=[10, 12, 2.5, "ten", None, True]))
+    assert questions([made])[0].references == ("10", "12", "2.5", "ten")
+
+
+@pytest.mark.parametrize(("said", "option"), [("e\u0301te\u0301", "été"), ("blue", " blue")])
+def test_options_that_only_look_like_the_answer(said: str, option: str) -> None:
+    """Trained is one form and scored would be the other: the line says what can't be seen."""
+    with pytest.raises(UserError, match=r"form of Unicode, NFC or NFD, or in space around it: write both alike"):
+        Classify().conversations(labelled(said, options=[option, "red"]))
+
+
+def test_labels_beside_options_are_the_right_ones() -> None:
+    """By themselves they are the closed set."""
+    (made,) = Classify().conversations(labelled("run", labels=["run", "jump"], options=["jump", "run", "walk"]))
+    assert made.options == ("jump", "run", "walk") and questions([made])[0].references == ("run", "jump")
+    (made,) = Classify().conversations(labelled("run", labels=["run", "jump"]))
+    assert made.options == ("run", "jump") and questions([made])[0].references == ("run",)
+    (made,) = Classify().conversations(labelled("run", labels=["person", "dog"], options=["run", "walk"]))
+    assert questions([made])[0].references == ("run",)  # of something else
+
+
+def test_listed_answers_that_can_not_be_right_are_refused() -> None:
+    for answers, message in ((["run", "fly"], "the answer 'fly' must be among"), (["run", "walk"], "all 2 options")):
+        with pytest.raises(UserError, match=message):
+            Classify().conversations(labelled("run", answers=answers, options=["run", "walk"]))
+
+
+# ------------------------------------------------------------------------------------------------------ qa: scores
+
+LETTERS = ("A", "B", "C")
+
+
+def test_scores_of_choices() -> None:
+    """Likelihood decides; what is generated is scored beside it, by its letter or its words."""
+    answers = [
+        said("The answer is B.", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # both right
+        said("A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # likelihood alone
+        said("It is (C)", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # generated alone
+        said("", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # neither
+    ]
+    assert values(QuestionAnswering(), *answers) == {
+        "accuracy": 0.5,
+        "choice_accuracy": 0.5,
+        "choice_accuracy_generated": 0.5,
+        "choice_accuracy_official": 2 / 3,  # over those that hold a letter
+        "choice_with_letter": 0.75,
+    }
+
+
+@pytest.mark.parametrize(
+    ("scores", "right"),
+    [
+        ((-1.0, -2.0, -3.0), True),
+        ((-2.0, -1.0, -3.0), False),
+        ((-1.0, -1.0, -3.0), False),  # the first of the likeliest would be right by its place alone
+        ((-1.0, -1.0, -1.0), False),
+        ((-1.0, -2.0, -2.0), True),  # a tie of wrong ones is none
+        ((float("nan"), -2.0, -3.0), False),
+        ((-1.0, float("nan"), -3.0), False),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_tie_is_wrong(scores: tuple[float, ...], right: bool, order: tuple[int, ...]) -> None:
+    """A model that finds all options alike knows nothing, wherever the right one stands."""
+    options, found = tuple(LETTERS[i] for i in order), tuple(scores[i] for i in order)
+    answer = said("", "A", options=options, scores=found)
+    assert values(QuestionAnswering(), answer)["choice_accuracy"] == float(right)
+    assert values(QuestionAnswering(), answer)["accuracy"] == float(right)
+    assert values(Classify(), answer)["top1"] == float(right)
+
+
+def test_white_space_around_an_answer_is_none_of_its_own() -> None:
+    """A record's " E. training.\\n" is its question's option `E. training.`, by likelihood too."""
+    (made,) = QuestionAnswering().conversations(sample(("user", [VIDEO, LLAVA]), ("assistant", " E. training.\n")))
+    (asked,) = questions([made])
+    found = values(QuestionAnswering(), Answer(asked, "E. training.", (-5.0, -4.0, -3.0, -2.0, -1.0)))
+    assert (found["choice_accuracy"], found["choice_accuracy_generated"]) == (1.0, 1.0)
+
+
+def test_any_of_several_references_is_right() -> None:
+    """Equal prompts with several answers; options that are all right are no tie."""
+    answer = said("B", "A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0))
+    assert set(values(QuestionAnswering(), answer).values()) == {1.0}
+    both = said("B", "A", "B", options=LETTERS, scores=(-1.0, -1.0, -3.0))
+    assert values(QuestionAnswering(), both)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("B. eating.", True),
+        ("B", True),
+        ("b. EATING", True),
+        ("The best answer is B", True),
+        ("(B)", True),
+        ("C. walking.", False),
+        ("eating", False),  # neither a letter nor the whole option
+        ("", False),
+    ],
+)
+def test_generated_full_options(text: str, right: bool) -> None:
+    answer = said(text, "B. eating.", options=FULL_STOPS, scores=(0.0,) * 5)
+    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == float(right)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Banana", True),
+        ("banana.", True),
+        ("Apple", False),
+        ("Both", False),
+        ("B", False),
+        ("Not Apple, Banana", False),
+    ],
+)
+def test_options_that_only_begin_like_letters(text: str, right: bool) -> None:
+    """`Apple` and `Banana` are no options A and B: `Both` says neither."""
+    answer = said(text, "Banana", options=("Apple", "Banana"), scores=(-1.0, -2.0))
+    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == float(right)
+
+
+def test_scores_of_open_questions() -> None:
+    """Exact in its words; F1 of `red park` and `green park in town` is 2 * 1 / (2 + 4); ANLS where edits are few."""
+    answers = [
+        said("A dog.", "a dog"),
+        said("red park", "a house", "the green park in town"),
+        said("four", "seven"),
+        said("colour", "color"),
+    ]
+    found = values(QuestionAnswering(), *answers)
+    assert found == pytest.approx(
+        {
+            "accuracy": 0.25,
+            "open_exact_match": 0.25,
+            "open_token_f1": (1 + 1 / 3 + 0 + 0) / 4,
+            # One edit in six characters each; the others need more edits than half their letters.
+            "open_anls": (5 / 6 + 0 + 0 + 5 / 6) / 4,
+        }
+    )
+
+
+def test_open_questions_and_choices_together() -> None:
+    """`accuracy` is over all of them, its parts over their own."""
+    answers = [
+        said("A", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
+        said("no dog", "a dog"),
+        said("B", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
+        said("two", "two"),
+        said("two", "two"),
+    ]
+    found = values(QuestionAnswering(), *answers)
+    assert found["accuracy"] == pytest.approx(4 / 5)
+    assert found["choice_accuracy"] == 1.0 and found["choice_accuracy_generated"] == 0.5
+    assert found["open_exact_match"] == pytest.approx(2 / 3)
+
+
+def test_scores_by_group() -> None:
+    """Each answer in its own groups, whatever kind it is, in the order in which answers come."""
+    groups = [{"duration": "short", "domain": "Art"}, {"duration": "long", "domain": "Art"}, {"duration": "short"}, {}]
+    answers = [
+        said("two", "two", groups=groups[0]),
+        said("", "A", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[1]),
+        said("three", "two", groups=groups[2]),
+        said("", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[3]),
+    ]
+    found = values(QuestionAnswering(), *answers)
+    assert {name: value for name, value in found.items() if "/" in name} == {
+        "accuracy/duration/short": 0.5,
+        "accuracy/duration/long": 0.0,
+        "accuracy/domain/Art": 0.5,
+        "choice_accuracy_generated/duration/long": 0.0,
+        "choice_accuracy_generated/domain/Art": 0.0,
+    }
+    assert found["accuracy"] == 0.5 and found["choice_accuracy_official"] == 0.0
+
+
+def test_video_mmes_official_accuracy() -> None:
+    """As its script counts: over answers with a letter, within a word too, in total and in each group."""
+    told = {
+        "C. a cup": ("C", {"duration": "short"}),
+        "Definitely the last": ("A", {"duration": "short"}),  # the script takes it for D
+        "it is the cup": ("A", {"duration": "long"}),  # no letter
+        "Best answer: C": ("C", {"duration": "long"}),  # the script takes it for B
+        "I see. The answer is D": ("D", {"duration": "long"}),
+    }
+    answers = [
+        said(text, right, options=("A", "B", "C", "D"), scores=(0.0,) * 4, groups=groups)
+        for text, (right, groups) in told.items()
+    ]
+    correct: dict[str, list[bool]] = {}
+    for text, (right, groups) in told.items():
+        cleaned = text.replace("The answer is", "")
+        found = re.search("[ABCD]", cleaned)
+        if found:
+            for key in ("", f"/duration/{groups['duration']}"):
+                correct.setdefault(key, []).append(found[0] == right)
+    scores = values(QuestionAnswering(), *answers)
+    for key, values_of in correct.items():
+        assert scores[f"choice_accuracy_official{key}"] == pytest.approx(sum(values_of) / len(values_of))
+    assert scores["choice_accuracy_official"] == 0.5 and scores["choice_with_letter"] == 0.8
+    assert scores["choice_accuracy_generated"] == pytest.approx(3 / 5)
+    assert scores["choice_accuracy_generated/duration/long"] == pytest.approx(2 / 3)
+
+
+def test_ten_options() -> None:
+    """A pronoun, or the first letter of a word, is no option."""
+    ten = tuple("ABCDEFGHIJ")
+    for text in ("C", "C. maple", "It is C.", "I think it is C", "Judging by the leaves, C", "(c)", "**C**"):
+        answer = said(text, "C", options=ten, scores=(0.0,) * 10)
+        assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 1.0, text
+    answer = said("It is C.", "I", options=ten, scores=(0.0,) * 10)
+    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 0.0
+
+
+def test_groups_that_are_no_texts_become_some() -> None:
+    one = sample(("user", [VIDEO, "?"]), ("assistant", "x"), groups={"year": 1999, 7: True})
+    assert QuestionAnswering().conversations(one)[0].facts["groups"] == {"year": "1999", "7": "True"}
+    for odd in (None, "short", ["short"], 3):
+        one = sample(("user", [VIDEO, "?"]), ("assistant", "x"), groups=odd)
+        assert QuestionAnswering().conversations(one)[0].facts["groups"] == {}
+
+
+# -------------------------------------------------------------------------------------------------------- classify
+
+LABELS = ("climb", "dance", "jump", "run", "sit", "walk", "wave")
+
+
+def ranked(label: str, place: int, text: str = "") -> Answer:
+    """An answer whose right label is likeliest but for `place` others."""
+    others = [one for one in LABELS if one != label]
+    order = [*others[:place], label, *others[place:]]
+    return said(text, label, options=LABELS, scores=[-float(order.index(one)) for one in LABELS])
+
+
+def test_scores_of_classes() -> None:
+    answers = [
+        ranked("run", 0, "Run."),
+        ranked("run", 4, "runs"),
+        ranked("sit", 5),
+        ranked("run", 0),
+        ranked("wave", 0),
+    ]
+    assert values(Classify(), *answers) == pytest.approx(
+        {
+            "top1": 3 / 5,
+            "top5": 4 / 5,
+            "mean_per_class": (2 / 3 + 0 + 1) / 3,
+            "exact_match": 1 / 5,
+            "top1/run": 2 / 3,
+            "top1/sit": 0.0,
+            "top1/wave": 1.0,
+        }
+    )
+
+
+@pytest.mark.parametrize("right", [("run", "sit"), ("sit", "run"), ("sit", "run", "sit")])
+def test_any_of_several_labels_is_right(right: tuple[str, ...]) -> None:
+    """In whatever order; the clip counts under each of its labels, and for top5 too."""
+    scores = {"climb": -9.0, "dance": -8.0, "jump": -7.0, "run": -1.0, "sit": -99.0, "walk": -2.0, "wave": -3.0}
+    first = said("Run.", *right, options=LABELS, scores=[scores[one] for one in LABELS])
+    found = values(Classify(), first, ranked("sit", 5), ranked("wave", 0))
+    assert found == pytest.approx(
+        {
+            **{"top1": 2 / 3, "top5": 2 / 3, "mean_per_class": (1 + 1 / 2 + 1) / 3, "exact_match": 1 / 3},
+            **{"top1/run": 1.0, "top1/sit": 1 / 2, "top1/wave": 1.0},
+        }
+    )
+    asked = replace(first, option_scores_norm=tuple(-scores[one] for one in LABELS))
+    found = values(Classify(), asked)
+    assert (found["top1"], found["top1_norm"], found["top5_norm"]) == (1.0, 1.0, 1.0)
+    found = values(QuestionAnswering(), replace(asked, option_scores=(0.0,) * 7))
+    assert (found["choice_accuracy"], found["choice_accuracy_norm"], found["accuracy_norm"]) == (0.0, 1.0, 1.0)
+
+
+def test_labels_without_a_set() -> None:
+    """Nothing to rank: what is generated alone."""
+    (made,) = Classify().conversations(labelled("run"))
+    assert made.options == ()
+    assert values(Classify(), said("Run!", "run"), said("sit", "run")) == {"exact_match": 0.5}
+
+
+def test_labels_with_and_without_a_set() -> None:
+    """Sources of both kinds in one evaluation: likelihoods of the one, texts of both."""
+    found = values(Classify(), ranked("run", 1, "run"), said("sit", "run"), ranked("sit", 0, "run"))
+    assert (found["top1"], found["exact_match"]) == (0.5, pytest.approx(1 / 3))
+    assert {name for name in found if "/" in name} == {"top1/run", "top1/sit"}
+
+
+# --------------------------------------------------------------------------------------------- summarize and story
+
+SEGMENTS = ((0.0, 4.26, "A man enters."), (4.26, 10.0, "He sits down."))
+
+
+@pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
+def test_segments_are_further_questions(task: Task) -> None:
+    """About the same media, so that they share them; in evaluation the main text alone is asked for."""
+    one = labelled("A man enters and sits down.", segments=SEGMENTS, speech="")
+    main, first, second = task.conversations(one)
+    assert main.turns == (Turn("user", (VIDEO, task.prompt)), one.turns[1])
+    assert main.facts == {"segments": ("A man enters.", "He sits down.")}
+    assert [made.id for made in (main, first, second)] == ["s", "s/1", "s/2"]
+    assert first.turns == (
+        Turn("user", (VIDEO, "What happens between 0.0 s and 4.3 s?")),
+        Turn("assistant", ("A man enters.",)),
+    )
+    assert second.turns[0].text == "What happens between 4.3 s and 10.0 s?" and second.origin == "train.json:12"
+    assert main.media_key == first.media_key == second.media_key
+    assert main_conversation(task)(one) == [main]
+
+
+@pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
+def test_speech_stands_beside_the_question(task: Task) -> None:
+    """In the main question; of the segments nobody knows which part of it belongs to them."""
+    main, first, _ = task.conversations(labelled("x", segments=SEGMENTS, speech="Good evening."))
+    assert main.turns[0].text == f"{task.prompt}\nWhat is said: Good evening."
+    assert "Good evening" not in first.turns[0].text
+    (plain,) = task.conversations(labelled("x"))
+    assert plain.turns[0].text == task.prompt and plain.facts == {"segments": ()}
+
+
+@pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
+def test_speech_stands_beside_a_records_own_question(task: Task) -> None:
+    """Before its media too."""
+    sample = labelled("x", speech="Good evening.")
+    own = (Turn("user", ("Who speaks?", VIDEO)), sample.turns[-1])
+    (made,) = task.conversations(replace(sample, turns=own))
+    assert made.turns[0].parts == ("Who speaks?", VIDEO, "What is said: Good evening.")
+
+
+def test_scores_of_summaries() -> None:
+    """ROUGE-L: 3 words in common of 3 and 6 give F = 2 * 1 * 0.5 / 1.5; coverage over records with segments alone."""
+    segments = ("A man enters.", "He sits down.", "Rain falls on the old roof.")
+    answers = [
+        said("A man enters.", "A man enters and sits down.", segments=segments),
+        said("He sits down. Rain falls on the roof.", "Something else entirely", segments=segments[1:]),
+        said("No", "yes", segments=()),
+    ]
+    found = values(Summarize(), *answers)
+    assert found["rouge_l"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert found["coverage"] == pytest.approx((1 / 3 + 1) / 2)
+    assert set(found) == {"rouge_l", "bleu4", "coverage"}
+    assert set(values(Summarize(), said("No", "yes"))) == {"rouge_l", "bleu4"}
+
+
+def test_scores_of_stories() -> None:
+    """Two stories that are one: half of all word pairs are there twice."""
+    found = values(Story(), said("He ran home fast.", "He ran home fast."), said("He ran home fast.", "It rains."))
+    assert found["distinct_2"] == 0.5 and found["rouge_l"] == 0.5
+    assert set(found) == {"rouge_l", "bleu4", "distinct_2"}
+    one = values(Story(), said("He ran home fast.", "He ran home fast."))
+    assert one == pytest.approx({"rouge_l": 1.0, "bleu4": 100.0, "distinct_2": 1.0})
+
+
+def test_scores_of_captions() -> None:
+    """Word for word right is the top of every scale; a single caption has no CIDEr-D."""
+    right = [said(text, text) for text in ("a red dog runs home", "two men play a grey guitar")]
+    assert values(Caption(), *right) == pytest.approx({"cider_d": 10.0, "bleu4": 100.0, "rouge_l": 1.0})
+    assert set(values(Caption(), right[0])) == {"bleu4", "rouge_l"}
+    assert values(Caption(), right[0], said("zzz", "two men play"))["rouge_l"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_questions_about_one_video_are_one_cluster() -> None:
+    """Whatever part of it they ask about, and pictures that several share; in every score with an interval."""
+
+    def about(*media: MediaRef, text: str = "?") -> Answer:
+        return Answer(Question("q", Conversation("q", (Turn("user", (*media, text)),), "q"), ("x",)), "x")
+
+    segment = replace(VIDEO, options=MediaOptions(video_start=3.0, video_end=5.0))
+    frames = [MediaRef("video", tuple(Path(f"{name}.jpg") for name in names)) for names in ("abc", "cd", "ef")]
+    other = MediaRef("video", Path("b.mp4"))
+    answers = [about(VIDEO), about(segment), about(other), about(VIDEO, text="Why?"), about(), about(text="Why?")]
+    found = samples_of([*answers, *map(about, frames)])
+    assert found.clusters[0] == found.clusters[1] == found.clusters[3] and found.clusters[6] == found.clusters[7]
+    assert len(set(found.clusters)) == 6 and len(set(found.names)) == 9
+    again = samples_of(answers[::-1])
+    assert dict(zip(again.names, answers[::-1], strict=True)) == dict(zip(found.names, answers, strict=False))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_interval_is_over_videos(task: Task) -> None:
+    """Eight questions about each of six videos give the interval of six, not of forty-eight."""
+    options: dict[str, Any] = {"options": LETTERS, "segments": ("a b c",)}
+    scores = {"A": (-1.0, -2.0, -3.0), "B": (-2.0, -1.0, -3.0)}
+    answers = []
+    for video in range(6):
+        text = "A" if video % 2 else "B"
+        answer = said(text, "A", scores=scores[text], **options)
+        if not isinstance(task, Classify | QuestionAnswering):
+            answer = said(f"a dog runs to the {'park' if video % 3 else 'mill'}", "a dog runs to the mill", **options)
+        prompt = replace(answer.question.prompt, turns=(Turn("user", (MediaRef("video", Path(f"{video}.mp4")), "?")),))
+        for number in range(8):
+            asked = replace(prompt, turns=(replace(prompt.turns[0], parts=(*prompt.turns[0].parts, str(number))),))
+            one = replace(answer, question=replace(answer.question, prompt=asked))
+            answers.append(one)
+    found, alone = task.score(answers), task.score(answers[::8])
+    widths = {name: (one.high - one.low, alone[name].high - alone[name].low) for name, one in found.items()}
+    assert any(one > 0 for one, _ in widths.values())
+    for name, (all_of_them, one_each) in widths.items():
+        assert all_of_them == pytest.approx(one_each, abs=1e-9) or name == "cider_d", name
+
+
+def test_a_clip_that_two_class_folders_link_to_has_both_labels(tmp_path: Path) -> None:
+    for name in ("eating", "sitting_on_a_sofa", "reading"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / f"{name}.mp4").write_bytes(b"x")
+    (tmp_path / "test" / "reading" / "again.mp4").symlink_to(tmp_path / "test" / "eating" / "eating.mp4")
+    samples, bad = folders.read(tmp_path / "test", tmp_path)
+    found = questions([one for each in samples for one in Classify().conversations(each)])
+    assert not bad and sorted(question.references for question in found) == [
+        ("eating", "reading"),
+        ("reading",),
+        ("sitting on a sofa",),
+    ]

@@ -1,0 +1,308 @@
+"""Get a data set: python tools/download.py SET [--root data] [--part NAME ...] [--yes]
+
+Without --yes it says what would be fetched, how large that is and how much disk is free, and the licence, and stops.
+With --yes it fetches what is on the Hugging Face hub, and goes on where it stopped when run again. What is to be had
+elsewhere only, it tells how to get. docs/data.md says how each set is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vft.common.console import first_line, user_errors
+from vft.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files of a repository on the hub that are fetched together."""
+
+    patterns: tuple[str, ...]
+    """Names with `*`; a `*` matches `/` too."""
+    repository: str
+    gb: float = 0.0
+    """About how large, in 10^9 bytes; 0: not known here, the set's page says."""
+    kind: Literal["dataset", "model"] = "dataset"
+    folder: str = "."
+    """Below the set's own."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a set comes from and where it goes."""
+
+    title: str
+    page: str
+    licence: str
+    source: str
+    """The entry of `data.sources` that reads it."""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    gb: float = 0.0
+    """About how large all of it is, unpacked."""
+    steps: tuple[str, ...] = ()
+    """To be done by hand, in the set's folder, after the parts are there."""
+
+
+LLAVA_VIDEO = "lmms-lab/LLaVA-Video-178K"
+LLAVA_VIDEO_PARTS = (
+    *(
+        f"{span}_{origin}"
+        for span in ("0_30_s", "30_60_s", "1_2_m", "2_3_m")
+        for origin in ("academic_v0_1", "youtube_v0_1", "nextqa", "activitynetqa")
+    ),
+    "0_30_s_perceptiontest",
+    "30_60_s_perceptiontest",
+    "llava_hound",
+)
+VIDEO_MME = "lmms-eval/Video-MME"
+"""It was lmms-lab/Video-MME; the hub leads from there to here."""
+ACTIVITYNET_VIDEOS = (
+    "ask for ActivityNet's videos at http://activity-net.org/download.html; put them in {root}/ActivityNet/videos"
+)
+SEE_PAGE = "see the set's page"
+
+SETS: dict[str, DataSet] = {
+    "llava-video-178k": DataSet(
+        title="LLaVA-Video-178K",
+        page=f"https://huggingface.co/datasets/{LLAVA_VIDEO}",
+        licence="Apache 2.0; by its page for academic research and education only, and OpenAI's usage policy",
+        source='{ format = "llava_video", path = "LLaVA-Video-178K/0_30_s_academic_v0_1" }',
+        parts={name: Part((f"{name}/*",), LLAVA_VIDEO) for name in LLAVA_VIDEO_PARTS},
+        gb=1500.0,
+        steps=(
+            'for part in */*.tar.gz; do tar -xzf "$part" -C "$(dirname "$part")" && rm "$part"; done',
+            "(not for sources with stream = true: these read the archives as they are)",
+        ),
+    ),
+    "video-mme": DataSet(
+        title="Video-MME",
+        page=f"https://huggingface.co/datasets/{VIDEO_MME}",
+        licence="academic research only, no commercial use; the videos belong to their owners",
+        source='{ format = "video_mme", path = "Video-MME/videomme" }',
+        parts={
+            "questions": Part(("videomme/*",), VIDEO_MME),
+            "subtitles": Part(("subtitle.zip",), VIDEO_MME),
+            "videos": Part(("videos_chunked_*.zip",), VIDEO_MME, gb=101.0),
+        },
+        steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done',),
+    ),
+    "pe-video": DataSet(
+        title="PE-Video",
+        page="https://huggingface.co/datasets/facebook/PE-Video",
+        licence=SEE_PAGE,
+        source='{ format = "pe_video", path = "PE-Video/train", stream = true }',
+        parts={name: Part((f"{name}/*",), "facebook/PE-Video") for name in ("train", "test", "extended")},
+    ),
+    "llava-instruct-150k": DataSet(
+        title="LLaVA-Instruct-150K",
+        page="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+        licence="CC BY 4.0, and OpenAI's terms of use; COCO's pictures: https://cocodataset.org/#termsofuse",
+        source='{ format = "llava_instruct", path = "LLaVA-Instruct-150K/llava_instruct_150k.json" }',
+        parts={
+            name: Part((f"{name}.json",), "liuhaotian/LLaVA-Instruct-150K", gb=0.2)
+            for name in ("llava_instruct_150k", "conversation_58k", "detail_23k", "complex_reasoning_77k")
+        },
+        steps=(
+            "wget -c http://images.cocodataset.org/zips/train2017.zip        (19 GB, and as much again unpacked)",
+            "unzip -n -q train2017.zip -d ../coco && rm train2017.zip",
+        ),
+    ),
+    "ucf101": DataSet(
+        title="UCF101",
+        page="https://www.crcv.ucf.edu/data/UCF101.php",
+        licence=SEE_PAGE,
+        source='{ format = "ucf101", path = "UCF101/ucfTrainTestlist/trainlist01.txt" }',
+        gb=7.0,
+        steps=(
+            "wget -c https://www.crcv.ucf.edu/data/UCF101/UCF101.rar && unrar x -o- UCF101.rar",
+            "wget -c https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
+            "unzip -n UCF101TrainTestSplits-RecognitionTask.zip",
+        ),
+    ),
+    "kinetics-700": DataSet(
+        title="Kinetics-700",
+        page="https://github.com/cvdfoundation/kinetics-dataset",
+        licence=SEE_PAGE,
+        source='{ format = "kinetics", path = "Kinetics-700/k700-2020/annotations/train.csv" }',
+        gb=700.0,
+        steps=(
+            "git clone https://github.com/cvdfoundation/kinetics-dataset",
+            "bash kinetics-dataset/k700_2020_downloader.sh        (goes on where it stopped)",
+            "for split in train val test; do mkdir -p k700-2020/$split; "
+            "for part in k700-2020_targz/$split/*.tar.gz; do "
+            'tar -xzf "$part" -C k700-2020/$split && rm "$part"; done; done',
+            "what is left in k700-2020_targz did not unpack: fetch it again. (Their k700_2020_extractor.sh succeeds "
+            "in any case: an `&& rm` behind it loses such archives.)",
+        ),
+    ),
+    "ssv2": DataSet(
+        title="Something-Something v2",
+        page="https://www.qualcomm.com/developer/software/something-something-v-2-dataset",
+        licence=SEE_PAGE,
+        source='{ format = "ssv2", path = "SSv2/labels/train.json" }',
+        gb=20.0,
+        steps=(
+            "register at the set's page; download the parts of the videos, and the labels",
+            "cat 20bn-something-something-v2-?? | tar -xz        (gives 20bn-something-something-v2/*.webm)",
+            "put train.json, validation.json and labels.json in labels/",
+        ),
+    ),
+    "activitynet-captions": DataSet(
+        title="ActivityNet",
+        page="https://cs.stanford.edu/people/ranjaykrishna/densevid/",
+        licence=SEE_PAGE,
+        source='{ format = "story", path = "ActivityNet/train.jsonl" }',
+        steps=(
+            ACTIVITYNET_VIDEOS,
+            "wget -c https://cs.stanford.edu/people/ranjaykrishna/densevid/captions.zip && unzip -n captions.zip",
+            "python tools/convert/activitynet_captions.py {root}/ActivityNet/train.json --root {root} "
+            "--videos ActivityNet/videos --output {root}/ActivityNet/train.jsonl",
+        ),
+    ),
+    "videoxum": DataSet(
+        title="VideoXum",
+        page="https://huggingface.co/datasets/jylins/videoxum",
+        licence="Apache 2.0 for the texts; ActivityNet's videos: " + SEE_PAGE,
+        source='{ format = "story", path = "VideoXum/train.jsonl" }',
+        parts={"annotations": Part(("*.json",), "jylins/videoxum")},
+        steps=(
+            ACTIVITYNET_VIDEOS,
+            "python tools/convert/videoxum.py {root}/VideoXum/train_videoxum.json --root {root} "
+            "--videos ActivityNet/videos --output {root}/VideoXum/train.jsonl",
+        ),
+    ),
+    "shot2story": DataSet(
+        title="Shot2Story",
+        page="https://huggingface.co/datasets/mhan/shot2story",
+        licence="CC BY-NC-SA 4.0; the videos: to be accepted on https://huggingface.co/mhan/shot2story-videos first",
+        source='{ format = "story", path = "Shot2Story/train.jsonl" }',
+        parts={
+            "annotations": Part(("43k_human_train.json", "20k_val.json", "20k_test.json"), "mhan/shot2story", gb=0.14),
+            "videos": Part(
+                ("release_134k_videos.tar.gz.*",), "mhan/shot2story-videos", gb=160.0, kind="model", folder="videos"
+            ),
+        },
+        steps=(
+            "the videos are gated: accept the conditions on their page, then `hf auth login`",
+            "cat videos/release_134k_videos.tar.gz.* | tar -xz -C videos        (one archive in parts, 160 GB more)",
+            "python tools/convert/shot2story.py {root}/Shot2Story/43k_human_train.json --root {root} "
+            "--videos Shot2Story/videos --output {root}/Shot2Story/train.jsonl",
+        ),
+    ),
+    "vist": DataSet(
+        title="VIST",
+        page="https://visionandlanguage.net/VIST/dataset.html",
+        licence=SEE_PAGE,
+        source='{ format = "story", path = "VIST/train.jsonl" }',
+        steps=(
+            "from the set's page: Stories of Images-in-Sequence (SIS) into sis/, and the images into images/",
+            "python tools/convert/vist.py {root}/VIST/sis/train.story-in-sequence.json --root {root} "
+            "--media VIST/images --output {root}/VIST/train.jsonl",
+        ),
+    ),
+}
+
+
+def chosen_parts(dataset: DataSet, names: Sequence[str]) -> dict[str, Part]:
+    """The parts called `names`, all without names. UserError where there is no such part."""
+    for name in names:
+        if name not in dataset.parts:
+            known = ", ".join(dataset.parts) or "none: it is not on the hub"
+            raise UserError(f"--part {name}: {dataset.title} has no such part; its parts are {known}")
+    return {name: dataset.parts[name] for name in names} if names else dict(dataset.parts)
+
+
+def free_bytes(folder: Path) -> int:
+    """Space on the disk where `folder` is or would be."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(there).free
+
+
+def describe(dataset: DataSet, parts: Mapping[str, Part], whole: bool, folder: Path) -> str:
+    """What would be fetched from where, its size beside the free space, and its licence."""
+    known = dataset.gb if whole and dataset.gb else sum(part.gb for part in parts.values())
+    size = f"about {known:,.4g} GB" if known else SEE_PAGE
+    lines = [
+        f"{dataset.title}: {dataset.page}",
+        f"licence: {dataset.licence}",
+        f"goes to {folder}; size: {size}, free there: {free_bytes(folder) / 1e9:,.1f} GB",
+    ]
+    for name, part in parts.items():
+        size = f"  about {part.gb:g} GB" if part.gb else ""
+        lines.append(f"  --part {name:24} {part.repository}: {', '.join(part.patterns)}{size}")
+    return "\n".join(lines)
+
+
+def fetch(parts: Mapping[str, Part], folder: Path, page: str) -> None:
+    """Download parts; files that are there already are not fetched again.
+
+    UserError where the hub can't be reached or refuses, where nothing matches, or the disk is too small.
+    """
+    planned = {name: _snapshot(name, part, folder, page, dry_run=True) for name, part in parts.items()}
+    for name, files in planned.items():
+        if not files:
+            found = f"{parts[name].repository} has no files {', '.join(parts[name].patterns)}"
+            raise UserError(f"--part {name}: {found}; look at {page} for what they are called now")
+    wanted = sum(file.file_size for files in planned.values() for file in files if file.will_download)
+    free = free_bytes(folder)
+    if wanted > free:
+        raise UserError(
+            f"{folder}: {wanted / 1e9:,.1f} GB are to be fetched and {free / 1e9:,.1f} GB are free; free space, name "
+            "another --root, or fewer parts with --part"
+        )
+    print(f"fetching {wanted / 1e9:,.2f} GB", flush=True)
+    for name, part in parts.items():
+        _snapshot(name, part, folder, page, dry_run=False)
+
+
+def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> Any:
+    from huggingface_hub import snapshot_download  # half a second, which --help need not wait for
+
+    try:
+        # A dry run fails where the hub can't be reached; a real one would take what is on the disk for the whole.
+        return snapshot_download(
+            part.repository,
+            repo_type=part.kind,
+            allow_patterns=list(part.patterns),
+            local_dir=folder / part.folder,
+            dry_run=dry_run,
+        )
+    except Exception as error:  # of the hub's client, its network library or the disk: no class in common
+        cause = error.__cause__ or error
+        reason = first_line(cause)
+        raise UserError(
+            f"{part.repository}: {name} can't be fetched ({reason}); check the network and whether {page} asks you to "
+            "log in (`hf auth login`), then run the same command again: it goes on where it stopped"
+        ) from error
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
+    parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the configurations (data)")
+    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="this part alone; can be repeated")
+    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is")
+    arguments = parser.parse_args()
+    with user_errors():
+        dataset: DataSet = SETS[arguments.set]
+        folder = arguments.root / dataset.source.partition('path = "')[2].partition("/")[0]
+        parts = chosen_parts(dataset, arguments.part)
+        print(describe(dataset, parts, not arguments.part, folder), flush=True)
+        if arguments.yes and parts:
+            fetch(parts, folder, dataset.page)
+        elif parts:
+            print("Nothing has been fetched; with --yes the parts above are.")
+        if dataset.steps:
+            print(f"{'Then' if parts else 'By hand'}, in {folder} unless it is a command of tools/:")
+            print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
+        print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Score a model on held-out samples: python tools/evaluate.py CONFIG.toml [--adapter DIR] [--compare-base] [key=value]
+
+The samples are those of `eval.sources`, or held out by `eval.split`, in a training configuration, the scores those of
+its `task`, each with a 95 % interval. Answers go to a file, a line each, scores to the terminal and to scores.json
+beside the answers. Two models are compared question by question: an interval of their difference that leaves out 0 says
+that one is better.
+
+Several processes share the questions, and the weights as `parallel.shard` says, so that they answer with a model that
+no device holds: torchrun --nproc-per-node 8 tools/evaluate.py ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vft.adapters.peft_format import recorded, trained_rope_factor
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.common.files import replace_text
+from vft.common.scores import Interval
+from vft.config import run as configs
+from vft.config.run import Config
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Documents
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import World, environment, make_mesh, process_group
+from vft.inference.engine import Answerer, load_model, require_folder
+from vft.inference.evaluate import cut_off_warning, evaluate, load_held_out, overlap_with_training
+from vft.inference.generate import Sampling
+from vft.metrics import paired_difference
+from vft.models import build
+from vft.models.pretrained import Checkpoint
+from vft.recipes import task_of
+from vft.reporting.examples import key_of
+from vft.reporting.run_report import COUNTS, DIFFERENCE, changed, shown
+
+Scores = dict[str, Interval]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", type=Path, help="TOML file of a training run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: the base model alone)")
+    parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="also print N of the answers")
+    parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
+    arguments = parser.parse_intermixed_args()  # settings may stand behind options
+    with user_errors():
+        require_folder(arguments.adapter, "--adapter")
+        if arguments.compare_base and arguments.adapter is None:
+            raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
+        config = as_trained(configs.load(arguments.config, arguments.overrides), arguments.adapter)
+        folder = arguments.output or config.output_dir / "predictions"
+        runs = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
+        if arguments.adapter is not None:
+            runs["adapter"] = arguments.adapter
+        world = environment()
+        if not config.eval.sources and config.eval.split is None and world.is_main:
+            print("eval.sources = []: scored are the samples of data.sources, those of training", file=sys.stderr)
+        scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
+        if not world.is_main:
+            return
+        plain = {
+            name: {metric: described_score(one) for metric, one in found.items()}
+            for name, found in {**scores, **differences(scores)}.items()
+        }
+        replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
+    show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
+    show_scores(scores, f"{task_of(config).name}: answers in {folder}")
+
+
+def as_trained(config: Config, adapter: Path | None) -> Config:
+    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself.
+
+    A merged model has the task of the adapter in it. The base is asked the same questions beside it, so it has the same
+    length of context.
+    """
+    about = recorded(adapter or Path(config.model.path))
+    model = config.model.model_copy(update={"rope_factor": trained_rope_factor(adapter, config.model.rope_factor)})
+    task = config.task or about.get("task")
+    return Config.model_validate({**config.model_dump(), "task": task, "model": model.model_dump()})
+
+
+def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
+    """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
+    # Before the process group, as in training: a first scan of many files may outlast any time-out.
+    spec, learn_reasoning = build(checkpoint, torch.float32).spec, config.data.learn_reasoning
+    encoder = ChatEncoder(checkpoint.tokenizer, spec, checkpoint.end_ids, learn_reasoning)
+    held_out = load_held_out(task_of(config), config, encoder)
+    overlap = overlap_with_training(task_of(config), config, held_out) if world.is_main else ""
+    if overlap:
+        print(overlap, file=sys.stderr, flush=True)
+    scores = {}
+    with (
+        process_group(world, alone=config.parallel.offload != "none"),
+        WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool,
+    ):
+        for file, adapter in runs.items():
+            scores[file.stem] = score(config, adapter, file, held_out, pool, world)
+            line = cut_off_warning(scores[file.stem], config.eval.max_new_tokens)
+            if line and world.is_main:
+                print(f"{file.stem}: {line}", file=sys.stderr, flush=True)
+            gc.collect()  # a sharded model holds itself through its hooks; there is no room for two
+    return scores
+
+
+def score(
+    config: Config, adapter: Path | None, file: Path, held_out: Documents, pool: WorkerPool, world: World
+) -> Scores:
+    """Scores of the base model, or of the adapter on it; its answers go to `file`."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    mesh = make_mesh(world, config.parallel.shard)
+    base = config.model
+    loaded = load_model(base.path, adapter, dtype, world.device, mesh, config.parallel, base.quantize, base.rope_factor)
+    answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
+    sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
+    return evaluate(
+        task_of(config), answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file
+    )
+
+
+def described_score(score: Interval) -> dict[str, Any]:
+    """A score in scores.json: value, ends of its interval, and how its texts were cut where it is one of texts."""
+    told = {"value": score.value, "low": score.low, "high": score.high}
+    return {**told, "tokenization": score.tokenization} if score.tokenization else told
+
+
+def show_answers(files: dict[str, Path], count: int) -> None:
+    """Some answers of every model under their references."""
+    read = {name: [json.loads(line) for line in file.open(encoding="utf-8")] for name, file in files.items()}
+    by_key = {name: {key_of(row): row for row in rows} for name, rows in read.items()}
+    first = next(iter(read.values()))
+    for row in first[:: max(1, len(first) // max(1, count))][:count]:
+        print(f"\n{row['id']}: {row['prompt']}\n  reference  {row['reference']}")
+        for name, answers in by_key.items():
+            print(f"  {name:9}  {described(answers[key_of(row)]) if key_of(row) in answers else '(not read)'}")
+
+
+def described(row: dict[str, str]) -> str:
+    """What a model said, whether it was cut off, and which option it found likeliest."""
+    said = row["prediction"] + ("   [cut off]" if "cut_off" in row else "")
+    return f"{said}   [likeliest: {row['choice']}]" if "choice" in row else said
+
+
+def differences(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Of the adapter from the base, by metric, on the questions that both answered; nothing of one model alone."""
+    if len(scores) < 2:
+        return {}
+    base, adapter = scores.values()
+    pairs = {metric: paired_difference(base[metric], adapter[metric]) for metric in base if metric in adapter}
+    return {DIFFERENCE: {metric: pair[0] for metric, pair in pairs.items() if pair is not None}}
+
+
+def show_scores(scores: dict[str, Scores], title: str) -> None:
+    """A table: a row a metric, a column a model, and the difference of two models with its own interval. Below a score
+    of texts stands how they were cut."""
+    table = Table(title=title)
+    for number, name in enumerate(("metric", *scores, *([DIFFERENCE] if len(scores) > 1 else []))):
+        table.add_column(name, justify="right" if number else "left")
+    for metric in dict.fromkeys(metric for found in scores.values() for metric in found):
+        row = [found.get(metric) for found in scores.values()]
+        cells = [" ".join(shown(one)).strip() for one in row]
+        if len(row) > 1 and metric not in COUNTS:
+            cells.append(" ".join(changed(row[0], row[1])).strip())
+        cut = next((one.how_cut.strip() for one in row if one is not None), "")
+        table.add_row(f"{metric}\n{cut}".rstrip(), *cells)
+    Console(markup=False, emoji=False).print(table)  # brackets and colons of labels are text
+
+
+if __name__ == "__main__":
+    main()

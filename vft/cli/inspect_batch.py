@@ -1,0 +1,129 @@
+"""See the first pack as the model gets it: python tools/inspect_batch.py CONFIG.toml --output DIR [--forward]
+
+Writes preview.html (how long the samples are, what was dropped to fit, and of the first pack frames, tokens, what is
+supervised, trunk and branches) and batch.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.common.files import whole_folder
+from vft.common.task import trained_conversations
+from vft.common.types import Batch
+from vft.config import run as configs
+from vft.config.run import Config
+from vft.data.chat import ChatEncoder
+from vft.data.loader import Loader, open_streams
+from vft.data.packing import owners
+from vft.data.workers import WorkerPool
+from vft.inference.engine import load_model
+from vft.inference.evaluate import load_training
+from vft.models import Skeleton, build
+from vft.models.pretrained import Checkpoint
+from vft.recipes import task_of
+from vft.reporting.batch_preview import preview, summary
+from vft.training.checks import tell_of_weights
+from vft.training.losses import cross_entropy
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", type=Path, help="TOML file of a training run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write, new or written by this tool")
+    parser.add_argument("--forward", action="store_true", help="run the model too, in fp32 (for small models)")
+    arguments = parser.parse_intermixed_args()  # settings may stand behind options
+    with user_errors():
+        inspect(configs.load(arguments.config, arguments.overrides), arguments.output, arguments.forward)
+
+
+def inspect(config: Config, output: Path, forward: bool) -> None:
+    """Load the first pack of the configured run and write what it holds."""
+    config.require_training()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
+    if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
+        raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
+    tell_of_weights(config, print)
+    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
+    skeleton = build(checkpoint, torch.float32)
+    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
+    task, data = task_of(config), config.data
+    documents, make = load_training(task, config, encoder), trained_conversations(task, config.data.segment_questions)
+    with (
+        WorkerPool(data.workers, data.clip_deadline_s) as pool,
+        open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,
+    ):
+        plan = documents.pack_plan(config.seed)
+        slots = 1 if streams is None else config.train.packs_per_step
+        loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
+        batch = first_batch(loader)
+    whole = summary(documents, plan, data)
+    tensors = batch_tensors(batch, skeleton)
+    if forward:
+        tensors |= forward_tensors(batch, config)
+    with whole_folder(output) as folder:
+        save_file(tensors, folder / "batch.safetensors")
+        (folder / "preview.html").write_text(preview(batch, encoder, config, whole), encoding="utf-8")
+    print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
+
+
+def first_batch(loader: Loader) -> Batch:
+    """Of the first row that holds anything. UserError where a stream gives none."""
+    streams = loader.streams
+    while True:
+        for pack in loader.step():
+            if pack.batch.documents or streams is None:
+                return pack.batch
+        assert streams is not None
+        found = loader.found
+        loader.learn([found])
+        if found.exhausted:
+            raise streams.nothing_in(found.exhausted[0], list(loader.known_bad.values()), 0)
+        loader.check_streams(0, loader.documents.config.max_bad_fraction)
+
+
+def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
+    """The batch under its stable names; pixels as the model sees them, in float32."""
+    plans = [plan for document in batch.documents for plan in document.media]
+    times = [time for plan in plans for time in plan.frame_times_s]
+    document_T, branch_T = owners(batch.documents)
+    tensors = {
+        "input_ids_T": batch.input_ids_T,
+        "labels_T": batch.labels_T,
+        "positions_3T": batch.positions_3T,
+        "document_T": document_T,
+        "branch_T": branch_T,
+        "pixels_PD": skeleton.model.normalise(batch.pixels_PD),
+        "grid_thw": torch.tensor(batch.grids, dtype=torch.long).reshape(-1, 3),
+        "seconds_per_grid": torch.tensor([plan.seconds_per_grid for plan in plans], dtype=torch.float64),
+        "frame_times_s": torch.tensor(times, dtype=torch.float64),
+    }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def forward_tensors(batch: Batch, config: Config) -> dict[str, Tensor]:
+    """Summed loss, count and logits of the supervised tokens, by the model in float32."""
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    base, cpu = config.model, torch.device("cpu")
+    loaded = load_model(base.path, adapter, torch.float32, cpu, None, None, base.quantize, base.rope_factor)
+    model = loaded.skeleton.model
+    with torch.no_grad():
+        return {
+            "loss_sum": cross_entropy(model, batch),
+            "num_targets": torch.tensor(batch.num_targets),
+            "target_logits_NV": model.logits(batch),
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Look at a run from another terminal: python tools/live.py RUN [--svg FILE] [--step N]
+
+Shows what the run itself shows on a terminal, from the files that it writes, until it is done or Ctrl-C. --svg draws it
+once, as a picture; --step waits until the run is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+from vft.common.files import replace_text
+from vft.config import run as configs
+from vft.reporting.progress import LiveView
+from vft.reporting.run_report import scores_of
+from vft.training.checkpoint import list_checkpoints
+
+POLL_S = 0.2
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, at work or done")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture instead")
+    parser.add_argument(
+        "--step", type=int, default=0, metavar="N", help="with --svg: when the run has done so many steps"
+    )
+    arguments = parser.parse_args()
+    with user_errors():
+        paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
+        console = paper if arguments.svg else Console(stderr=True)
+        watch(arguments.run, arguments.step, console, once=arguments.svg is not None)
+        if arguments.svg is not None:
+            picture = paper.export_svg(title=f"python -m vft.recipes.{read(arguments.run).task}")
+            fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # from a server; any font of equal widths will do
+            replace_text(arguments.svg, fonts.sub("", picture))
+            print(f"wrote {arguments.svg}")
+
+
+def read(folder: Path) -> configs.Config:
+    """Settings of a run. UserError where there is none."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder}: no run.json; name the output_dir of a run")
+    return configs.load(folder / "config.toml")
+
+
+def watch(folder: Path, step: int, console: Console, once: bool) -> None:
+    """Show the run until it is done; `once`: print it when it has done `step` steps."""
+    config = read(folder)
+    view = LiveView(f"{config.task}: {config.output_dir}", config.train.max_steps or 0, console)
+    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
+    if not once:
+        view.start()
+    view.begun_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
+    try:
+        with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+            while True:
+                take_in(view, folder, lines)
+                if once and view.line["step"] >= step:
+                    console.print(view)
+                    return
+                if view.line["step"] == view.max_steps:
+                    return
+                time.sleep(POLL_S)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no metrics.jsonl; the run has not begun") from None
+    finally:
+        view.stop()
+
+
+def take_in(view: LiveView, folder: Path, lines: IO[str]) -> None:
+    """What the run has written since the last time."""
+    while line := lines.readline():
+        told: dict[str, Any] = json.loads(line)
+        if "loss" in told:
+            view.step(told)
+            view.mark((view.marks[-1][0] if view.marks else 0.0) + told["step_time_s"])
+        else:
+            view.scores(told["step"], scores_of(told))
+    for newest in list_checkpoints(folder / "checkpoints")[:1]:
+        age_s = time.time() - newest.stat().st_mtime
+        view.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
+    bad = folder / "quarantine.jsonl"
+    view.quarantined = bad.read_text(encoding="utf-8").count("\n") if bad.is_file() else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Files and folders that are whole or not there: written aside, flushed to disk, then renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vft.common.errors import UserError
+
+PARTIAL = ".partial-"
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; at the end it takes the place of `folder`. After an error nothing of it is left.
+
+    UserError where it can't be written (a full disk, a read-only folder).
+    """
+    partial = partial_of(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _open_to_all(partial)
+        _flush(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes its place."""
+    return path.with_name(f"{PARTIAL}{path.name}")
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What to tell the user."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{path}: can't be written ({reason}); free space, or name a folder that can be written")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written. UserError where it can't be written."""
+    partial = partial_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Write `text` behind what a file holds. UserError where it can't be written."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. UserError where it can't be read or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}); fetch it again") from error
+    except (ValueError, RecursionError) as error:  # absurdly nested
+        raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; fetch it again")
+    return content
+
+
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder` and the folders in it. Nobody else may write there."""
+    for partial in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"*/{PARTIAL}*")]:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+def _open_to_all(folder: Path) -> None:
+    """The permissions that any new file gets: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

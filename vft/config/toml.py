@@ -1,0 +1,176 @@
+"""TOML files with overrides, checked against a pydantic model, with errors of one line. Knows no particular setting."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from vft.common.errors import UserError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+MAX_LINE = 1000
+"""Characters of a message."""
+_REASONS = {
+    "bool_type": "must be true or false",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "model_type": "must be a table",
+    "path_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_short": "must not be empty",
+    "tuple_type": "must be a list",
+}
+"""What pydantic's types of error say in TOML's words; its own message serves for the others."""
+
+
+def load(model: type[_Model], path: Path, overrides: Sequence[str] = ()) -> _Model:
+    """Read the TOML file at `path`, lay `overrides` over it and check the whole against `model`.
+
+    An override is `section.key=value`, the value in TOML, where a plain word needs no quotes
+    (`train.schedule=linear`). Entries of lists are reached by their number (`data.sources.0.path=a.jsonl`). An empty
+    value removes the key, so that its default holds (`data.video.fps=`).
+
+    Raises UserError, one line: where it was written, the key, the value, what is allowed.
+    """
+    try:
+        return _load(model, path, overrides)
+    except UserError as error:  # a key may hold line breaks
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+        raise UserError(line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 3]}...") from error.__cause__
+
+
+def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
+        raise UserError(f"{path}: not TOML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    overridden = [_override(table, text) for text in overrides]
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        key, message = explain(model, error)
+        where = str(path)
+        if covers(overridden, key):
+            where = "command line"
+        elif any(k.startswith(f"{key}." if key else "") for k in overridden):  # Either may have upset the table.
+            where = f"{path} and command line"
+        raise UserError(f"{where}: {message}") from None
+
+
+def covers(keys: Collection[str], key: str) -> bool:
+    """Whether dotted `key`, or a section that holds it, is among `keys`."""
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def show(value: Any) -> str:
+    """A value as TOML writes it, near enough for a message, cut to one short line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # too many digits, too deep
+        text = f"({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _override(table: dict[str, Any], text: str) -> str:
+    """Set in `table` what `text` says; the dotted key that it set."""
+    key, equals, value_text = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"command line: {text}: an override is section.key=value")
+    value_text = value_text.strip()
+    node: Any = table
+    for depth, name in enumerate(names):
+        where = ".".join(names[:depth])
+        slot: Any = name
+        if isinstance(node, list):
+            if not name.isdecimal() or int(name) >= len(node):
+                raise UserError(f"command line: {text}: {where} has {len(node)} entries, counted from 0; no {name}")
+            slot = int(name)
+        elif not isinstance(node, dict):
+            raise UserError(f"command line: {text}: {where} = {show(node)} is not a table")
+        elif name not in node and not value_text:
+            break  # Nothing to remove, and no table to make on the way.
+        if depth < len(names) - 1:
+            node = node.setdefault(slot, {}) if isinstance(node, dict) else node[slot]
+        elif value_text:
+            node[slot] = _parse(value_text, text)
+        else:
+            del node[slot]
+    return ".".join(names)
+
+
+def _parse(value_text: str, text: str) -> Any:
+    """A TOML value; a text that is none is itself, unless it began as a TOML string, list or table."""
+    try:
+        parsed = tomllib.loads(f"value = {value_text}")
+    except (ValueError, RecursionError) as error:
+        if value_text[0] in "\"'[{":
+            raise UserError(f"command line: {text}: not a TOML value: {error}") from error
+        return value_text
+    # A line break in the text could have smuggled in other keys.
+    return parsed["value"] if len(parsed) == 1 else value_text
+
+
+def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]:
+    """The dotted key that pydantic complains about, and the complaint in one line: key, value, what is allowed."""
+    # A misspelt key is reported as unknown rather than as its right spelling missing.
+    error = min(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark of a table's wrong key
+    if error["type"] == "missing":
+        return key, f"{key}: missing"
+    if error["type"] == "extra_forbidden":
+        is_table = isinstance(error["input"], dict)
+        name = f"[{key}]" if is_table else f"{key} = {show(error['input'])}"
+        return key, f"{name}: unknown {'section' if is_table else 'key'}{_suggest(model, error['loc'])}"
+    if error["type"] == "value_error":
+        reason = str(error["ctx"]["error"])
+        if isinstance(error["input"], dict):  # Several settings of one table: the reason names them.
+            return key, f"{key}: {reason}" if key else reason
+        return key, f"{key} = {show(error['input'])}: {reason}"
+    reason = _REASONS.get(error["type"], error["msg"].replace("Input should be", "must be"))
+    return key, f"{key} = {show(error['input'])}: {reason}"
+
+
+def _suggest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """What an unknown key was meant to be: the nearest name beside it, the same name in another section, or all."""
+    *parents, wrong = [part for part in loc if isinstance(part, str)]
+    section = model
+    for name in parents:
+        section = _section_in(section.model_fields[name].annotation) or section
+    close = difflib.get_close_matches(wrong, section.model_fields, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    elsewhere = [key for key in _keys(model) if key.rpartition(".")[2] == wrong]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, itself, optionally or in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a section and those below it."""
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        inner = _section_in(info.annotation)
+        keys += _keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys

@@ -1,0 +1,360 @@
+"""Scores on held-out samples: of answers, as the task has it, and the loss beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from vft.common.errors import UserError
+from vft.common.files import digest, replace_text
+from vft.common.reasoning import split_reasoning
+from vft.common.scores import Interval, Samples, clusters_of
+from vft.common.task import (
+    Answer,
+    Question,
+    Task,
+    distinct,
+    files_of,
+    likeliest,
+    main_conversation,
+    trained_conversations,
+)
+from vft.common.types import IGNORE_INDEX, Conversation, Document, Sample
+from vft.config.run import Config
+from vft.data import formats as sources
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Documents, converse, load_documents, take
+from vft.data.loader import Loader
+from vft.data.overlap import overlap_warning
+from vft.data.packing import PackPlan
+from vft.data.split import Split
+from vft.data.workers import WorkerPool
+from vft.distributed import signals as stopping
+from vft.distributed.process_group import World, all_of, sum_over_ranks
+from vft.inference.engine import Answerer, check_answer_length
+from vft.inference.generate import Sampling
+from vft.metrics import parts_to_json, ratio_interval
+from vft.models.cross_entropy import token_losses
+
+SCORED_BY = "sum of log-probabilities, closing token included"
+"""What the scores of options in a file of predictions are."""
+
+MOST_OPTIONS = 5
+"""Options of a question, the likeliest, whose scores stand in a file of predictions; those of right ones stand too."""
+
+
+def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
+    """The last answer of each conversation, without its reasoning, as the reference, with what its record lists beside
+    it as right; equal prompts, media and options (in any order) are one question."""
+    found: dict[object, Question] = {}
+    for one in conversations:
+        if one.is_part:
+            continue
+        last = max(i for i, turn in enumerate(one.turns) if turn.role == "assistant")
+        prompt = Conversation(one.id, one.turns[:last], one.origin, one.options, one.facts)
+        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), frozenset(one.options))
+        before = found.get(key)
+        listed = one.facts.get("answers", ())[1:]
+        answer = split_reasoning(one.turns[last].text)[1]
+        # Of an option's text, without the white space that a record may have around it.
+        options = {option.strip(): option for option in one.options}
+        right = (options.get(text.strip(), text) for text in (answer, *listed))
+        references = (*(before.references if before else ()), *right)
+        found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
+    everything = list(found.values())
+    return [everything[i] for i in some(len(everything), limit)]
+
+
+def some(count: int, limit: int) -> list[int]:
+    """`limit` numbers below `count`, in order; all where `limit` is 0. Always the same, and not the first: sets are
+    often sorted."""
+    if not limit or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"some:{count}").sample(range(count), limit))
+
+
+def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
+    """What is trained on, but for streams."""
+    make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
+    return load_documents(config.data, config.data.indexed, make, encoder, config.seed, split)
+
+
+def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
+    """What is evaluated: of each record its main conversation."""
+    wanted = config.eval.sources or config.data.indexed
+    if not wanted:
+        raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
+
+    check_answer_length(config.eval.max_new_tokens, encoder.spec.context_tokens, "eval.max_new_tokens")
+    split = held_out_split(config, held_out=True)
+    seed = config.seed if split else 0  # sources of their own are the same in every run
+    held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed, split)
+    # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
+    # and not after hours.
+    asked = questions(held_out.conversations)
+    asked = [asked[i] for i in some(len(asked), 64)]
+    equal = [(0.0,) * len(q.prompt.options) for q in asked]
+    scores = task.score([Answer(q, q.references[0], even, even) for q, even in zip(asked, equal, strict=True)])
+    known, best = [*scores, "loss"], config.eval.best_metric
+    if best and asked and "/" not in best and best not in known:
+        raise UserError(f"eval.best_metric = {best!r}: {task.name} has {', '.join(n for n in known if '/' not in n)}")
+    return held_out
+
+
+def held_out_split(config: Config, held_out: bool) -> Split | None:
+    """The side of `eval.split` to read; None where there is no such setting."""
+    return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)
+
+
+def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
+    """What `task` asks of each record in evaluation. UserError where a record asks nothing before its last answer."""
+
+    def make(sample: Sample) -> Sequence[Conversation]:
+        made = main_conversation(task)(sample)
+        for one in made:
+            if [turn.role for turn in one.turns if turn.role != "system"][:1] != ["user"]:
+                raise UserError(f"{sample.origin}: a conversation must begin with a question to be asked in evaluation")
+        return made
+
+    return make
+
+
+def evaluate(
+    task: Task, answerer: Answerer, held_out: Documents, sampling: Sampling, batch_size: int, limit: int, file: Path
+) -> dict[str, Interval]:
+    """Scores of the task on held-out documents, the loss on them, how many questions could be asked, and how many
+    answers were cut off at `max_new_tokens` or the end of the model's context.
+
+    The answers go to `file`, a line each. Every process must call it; all get the same scores.
+    """
+    asked = questions(held_out.conversations, limit)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # graphs that were compiled for training would be compiled anew
+            answers = answerer.answer_all(asked, sampling, batch_size)
+            loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
+    finally:
+        for module in answerer.model.modules():
+            if isinstance(module, FSDPModule):
+                # After a pass without a backward one the root's weights stay gathered (and those of layers that are not
+                # resharded after it), in tensors that the optimizer, and so a checkpoint, knows nothing of.
+                module.reshard()
+    if answerer.world.is_main:
+        replace_text(file, "".join(prediction_line(answer) for answer in answers.values()))
+    scores = task.score(list(answers.values()))
+    if loss is not None:
+        scores["loss"] = loss
+    left_out = len(held_out.bad) + len(asked) - len(answers)
+    cut_off = sum(answer.is_cut_off for answer in answers.values())
+    counts = {"answered": len(answers), "unreadable": left_out, "cut_off": cut_off}
+    return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
+
+
+def keep_parts(file: Path, scores: Mapping[str, Interval]) -> None:
+    """Write what the scores were computed from, for comparisons with the base's or another run's on equal questions."""
+    replace_text(file, json.dumps(parts_to_json(scores)) + "\n")
+
+
+def cut_off_warning(scores: Mapping[str, Interval], limit: int) -> str:
+    """A line that says how many answers the limit of tokens cut off, to be scored as they are; empty for none."""
+    cut_off, answered = (int(scores[name].value) for name in ("cut_off", "answered"))
+    if not cut_off:
+        return ""
+    return f"warning: {cut_off} of {answered} answers were cut off at eval.max_new_tokens = {limit}: raise it"
+
+
+def questions_digest(held_out: Documents, limit: int = 0) -> str:
+    """Tells evaluations of other questions apart: prompts, media, options, and what would be right."""
+    asked = questions(held_out.conversations, limit)
+    root = os.path.realpath(held_out.config.root)
+    content = [
+        (q.prompt.content(root), sorted(q.prompt.options), sorted(q.references), q.prompt.facts.get("segments"))
+        for q in asked
+    ]
+    return digest(repr(sorted(map(repr, content))))
+
+
+def overlap_with_training(task: Task, config: Config, held_out: Documents, training: Documents | None = None) -> str:
+    """A line that names the held-out samples that are trained on too; empty where there are none, or where it is the
+    training samples themselves that are scored. Without `training` its records are read anew; streams can't be.
+
+    A line that says so where they can't be read.
+    """
+    if not config.eval.sources and config.eval.split is None:
+        return ""
+    if training is not None:
+        trained = training.conversations
+    else:
+        try:
+            trained = list(_training_records(task, config))
+        except UserError as error:
+            return f"warning: held-out samples can't be looked for among those of training: {error}"
+    return overlap_warning([one for one in held_out.conversations if not one.is_part], trained)
+
+
+def _training_records(task: Task, config: Config) -> Iterator[Conversation]:
+    samples = [
+        one
+        for source in config.data.indexed
+        for one in take(sources.read(source, config.data)[0], source.take, config.seed)
+    ]
+    split = held_out_split(config, held_out=False)
+    sides = [True] * len(samples) if split is None else split.select(samples, config.data.root)[0]
+    for sample in itertools.compress(samples, sides):
+        yield from converse(sample, main_conversation(task), config.data)[0]
+
+
+class _NothingInstead(PackPlan):
+    """Leaves the place of what can't be decoded empty: another document in it would count twice."""
+
+    def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
+        """There is none."""
+        return None
+
+
+SCORING_VERSION = 2
+"""Of the rules by which answers are scored; raised where one changes, so that nothing is compared with older scores."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of a metric so far, in a file of the run's folder, so that a resumed run knows it."""
+
+    file: Path
+    metric: str
+    world: World
+    questions: str = ""
+    """Digest of what is asked and how it is scored: a value of another one is not compared with."""
+    say: Callable[[str], None] = print
+
+    @staticmethod
+    def of(config: Config, held_out: Documents, world: World, say: Callable[[str], None]) -> Best:
+        """The one of a run."""
+        asked, limits = questions_digest(held_out, config.eval.max_samples), config.eval
+        rules = f"{SCORING_VERSION}:{asked}:{limits.max_new_tokens}:{limits.max_samples}:{limits.japanese}"
+        return Best(config.output_dir / "best.json", config.eval.best_metric, world, digest(rules), say)
+
+    def is_beaten(self, scores: Mapping[str, Interval]) -> bool:
+        """Whether these scores are the best so far: of `loss` the lowest, else the highest. Every process must ask.
+
+        Where other samples could be read than before, those of more samples are the best.
+        """
+        if self.metric not in scores:
+            raise UserError(f"eval.best_metric = {self.metric!r}: not among the scores, {', '.join(scores)}")
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.world.is_main and self.file.exists() else {}
+        best = all_of(known)[0]
+        if not best:
+            return True
+        told = f"{self.file}: {best.get('metric')} {best.get('value')} of step {best.get('step')} was taken on other"
+        if best.get("metric") != self.metric or best.get("questions") != self.questions:
+            if best.get("metric") == self.metric:
+                self.say(f"{told} questions, or by other rules: the best begins anew")
+            return True
+        value, samples = scores[self.metric].value, self._samples(scores)
+        if samples != best["samples"]:
+            kept = "this one, of more, is the best" if samples > best["samples"] else "it stays the best"
+            self.say(f"{told} samples ({best['samples']} could be read then, {samples} now): {kept}")
+            return samples > int(best["samples"])
+        return value < best["value"] if self.metric == "loss" else value > best["value"]
+
+    def record(self, step: int, scores: Mapping[str, Interval]) -> None:
+        """Note them as the best."""
+        if self.world.is_main:
+            line = {"step": step, "metric": self.metric, "value": scores[self.metric].value}
+            line |= {"samples": self._samples(scores), "questions": self.questions}
+            replace_text(self.file, json.dumps(line) + "\n")
+
+    def _samples(self, scores: Mapping[str, Interval]) -> int:
+        """How many the score was taken on; 0 for one of a group."""
+        parts = scores[self.metric].parts
+        return 0 if parts is None else len(parts.samples.names)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
+    """Mean loss over the supervised tokens of (`limit`) held-out documents; None where nothing is readable.
+
+    The interval is of documents drawn anew, those about one video together: their losses over their tokens.
+    """
+    whole = held_out.pack_plan(seed=0)
+    chosen = frozenset(some(len(whole.lengths), limit))
+    weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
+    plan = _NothingInstead(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
+    loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)
+    packs = len(plan.packs(0))
+    found: list[tuple[int, tuple[Document, ...], Tensor]] = []
+    training = model.training
+    model.eval()
+    try:
+        for step in range(math.ceil(packs / world.size)):
+            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.asked(), device=world.device))))
+            for pack in loader.step():
+                batch = pack.batch.to(world.device)
+                losses_N = token_losses(model(batch), model.head, model.config.vocabulary, batch.target_ids_N)
+                found.append((step * world.size + pack.slot, pack.batch.documents, losses_N))
+    finally:
+        model.train(training)
+    parts = [(place, _documents_losses(documents, losses_N.tolist())) for place, documents, losses_N in found]
+    everything = sorted((part for some in all_of(parts) for part in some), key=lambda part: part[0])
+    read = [document for _, some in everything for document in some]
+    if not read:
+        return None
+    names = tuple(distinct(name for name, *_ in read))
+    samples = Samples(names, clusters_of([files for _, files, *_ in read]))
+    return ratio_interval([sums for *_, sums in read], samples)
+
+
+def _documents_losses(
+    documents: Sequence[Document], losses: Sequence[float]
+) -> list[tuple[str, tuple[str, ...], tuple[float, float]]]:
+    """Name, files, summed loss and supervised tokens of each document of a row."""
+    told, row = [], 0
+    for document in documents:
+        count = int((document.labels_T != IGNORE_INDEX).sum())
+        files = files_of(plan.ref for plan in document.media)
+        told.append((f"{document.sample_ids} {files}", files, (math.fsum(losses[row : row + count]), float(count))))
+        row += count
+    assert row == len(losses), f"{row} supervised tokens, {len(losses)} losses"
+    return told
+
+
+def prediction_line(answer: Answer) -> str:
+    """A line of a predictions file: id, prompt, prediction, the references, the likeliest options and their scores;
+    `source` and `media` tell questions with equal ids apart. `cut_off` stands where the limit of tokens ended it.
+
+    `scored_by` says which scores `option_scores` are and `choice` is chosen by; `..._norm` are those a character.
+    """
+    question = answer.question
+    line: dict[str, Any] = {
+        "id": question.id,
+        "prompt": question.prompt.turns[-1].text,
+        "prediction": answer.text,
+        "reference": question.references[0] if question.references else None,
+        "source": question.prompt.origin,
+        "media": [ref.name for ref in question.prompt.media],
+    }
+    if len(question.references) > 1:
+        line["references"] = question.references
+    line |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+    line |= {"cut_off": True} if answer.is_cut_off else {}
+    if answer.choice is not None:
+        options, scores = question.prompt.options, answer.option_scores
+        kept = sorted(range(len(options)), key=lambda i: -scores[i])[:MOST_OPTIONS]
+        kept += sorted(answer.right_options - {*kept})
+        line |= {"choice": options[answer.choice], "option_scores": {options[i]: round(scores[i], 4) for i in kept}}
+        line["scored_by"] = SCORED_BY
+        norms = answer.option_scores_norm
+        if (by_length := likeliest(norms)) is not None:
+            line |= {"choice_norm": options[by_length]}
+            line["option_scores_norm"] = {options[i]: round(norms[i], 4) for i in dict.fromkeys([*kept, by_length])}
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -1,0 +1,226 @@
+"""Attention over a packed row: a forest of segments, no padding, no mask the size of the row.
+
+A document is a trunk with branches. Trunk rows attend the trunk; a branch attends the trunk and itself. Both are
+`Segment`s, and one `AttentionPlan` a batch says it all: `torch.nn.attention.varlen` runs it as one call a layer on
+CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vft.common.types import AttentionPlan, Segment, move
+
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch build without flash attention: the SDPA path serves
+    varlen_attn = None
+
+_planned_device: torch.device | None = None
+
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+
+
+def document_segments(start: int, trunk_length: int, branch_lengths: Sequence[int]) -> list[Segment]:
+    """Segments of one document whose first token is row `start`. One branch needs no split: it is one segment."""
+    if len(branch_lengths) == 1:
+        return [Segment(start, trunk_length + branch_lengths[0])]
+    segments = [Segment(start, trunk_length)]
+    row = start + trunk_length
+    for length in branch_lengths:
+        segments.append(Segment(row, length, prefix_start=start, prefix_length=trunk_length))
+        row += length
+    return segments
+
+
+def build_plan(segments: Iterable[Segment], causal: bool, kept: int = 0) -> AttentionPlan:
+    """The plan of a row made of `segments`, which must cover its rows in order.
+
+    With `kept` rows of keys from an earlier pass, keys are these and then the row's own, and prefixes lie among these.
+    """
+    segments = tuple(segment for segment in segments if segment.q_length)
+    row = 0
+    for segment in segments:
+        assert segment.q_start == row, f"segment starts at row {segment.q_start}, the one before ended at {row}"
+        row += segment.q_length
+    k_index = None
+    if kept or any(segment.prefix_length for segment in segments):
+        k_index = torch.cat([_key_rows(segment, kept) for segment in segments])
+    return AttentionPlan(
+        segments=segments,
+        causal=causal,
+        cu_seqlens_q_S=_cumulative(segment.q_length for segment in segments),
+        cu_seqlens_k_S=_cumulative(segment.k_length for segment in segments),
+        k_index=k_index,
+        max_q=max((segment.q_length for segment in segments), default=0),
+        max_k=max((segment.k_length for segment in segments), default=0),
+        kept=kept,
+    )
+
+
+def attended_pairs(segments: Iterable[Segment], causal: bool) -> int:
+    """Query-key pairs that are computed: the count behind every FLOP figure (causal part only)."""
+    total = 0
+    for segment in segments:
+        own = segment.q_length * (segment.q_length + 1) // 2 if causal else segment.q_length**2
+        total += own + segment.q_length * segment.prefix_length
+    return total
+
+
+def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attention of a packed row [T, H, K]; keys and values may have fewer heads than queries (grouped queries)."""
+    if has_kernel(q_THK.device, q_THK.dtype):
+        return _attend_varlen(q_THK, k_THK, v_THK, plan)
+    return _attend_groups(q_THK, k_THK, v_THK, plan)
+
+
+def prepare(plan: AttentionPlan, x: Tensor) -> None:
+    """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
+    if plan.groups is None and not has_kernel(x.device, x.dtype):
+        _prepare_groups(plan, x)
+
+
+def _prepare_groups(plan: AttentionPlan, x: Tensor) -> None:
+    plan.groups = _group(plan, x.device)
+    every = torch.arange(x.shape[0], device=x.device)
+    rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
+    plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows on this device in this precision take one call of `torch.nn.attention.varlen` a layer."""
+    planned = device if _planned_device is None else _planned_device
+    return planned.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+
+
+def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the kernel once, forwards and backwards, on a row of a tower's and on one of a decoder's.
+
+    Where it can't run (builds for ROCm may lack parts of it, and not every GPU has it) or is far from
+    scaled_dot_product_attention in float32, the latter serves from then on, and a warning says so.
+    """
+    global varlen_attn
+    if not has_kernel(device, dtype):
+        return
+    windows = [Segment(0, 64), Segment(64, 64)]
+    shared = [*document_segments(0, 60, [9, 30]), *document_segments(99, 0, [29])]
+    for segments, causal, key_heads, width in ((windows, False, 4, 80), (shared, True, 1, 128)):
+        plan = move(build_plan(segments, causal), device)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(128, heads, width) for heads in (4, key_heads, key_heads)]
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        _prepare_groups(plan, inputs[0])
+        wanted = _results(_attend_groups, [x.float() for x in inputs], plan)
+        trouble = "gives other results than scaled_dot_product_attention"
+        try:
+            found = _results(_attend_varlen, inputs, plan)
+        except RuntimeError as error:
+            found, trouble = [], f"can't run ({str(error).strip().splitlines()[0]:.200})"
+        # Rounding to 8 bits; one key too many or too few is off by far more.
+        if not found or any(
+            float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max()) for a, b in zip(found, wanted, strict=True)
+        ):
+            varlen_attn = None
+            warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
+            return
+
+
+def _results(run: Callable[..., Tensor], inputs: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out = run(*leaves, plan)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+@contextmanager
+def planning_for(device: torch.device) -> Iterator[None]:
+    """Within it tensors without values take the path of `device`, wherever they are said to be."""
+    global _planned_device
+    _planned_device = device
+    try:
+        yield
+    finally:
+        _planned_device = None
+
+
+def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    assert varlen_attn is not None
+    if plan.k_index is not None:
+        k_THK, v_THK = k_THK[plan.k_index], v_THK[plan.k_index]
+    options: dict[str, Any] = {}
+    # The causal flag became a window, and grouped queries an option, between torch 2.10 and 2.12.
+    if "window_size" in _VARLEN_PARAMETERS:
+        options["window_size"] = (-1, 0) if plan.causal else (-1, -1)
+    else:
+        options["is_causal"] = plan.causal
+    heads, key_heads = q_THK.shape[1], k_THK.shape[1]
+    if heads != key_heads:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
+            options["enable_gqa"] = True
+        else:
+            k_THK = k_THK.repeat_interleave(heads // key_heads, dim=1)
+            v_THK = v_THK.repeat_interleave(heads // key_heads, dim=1)
+    lengths = (plan.cu_seqlens_q_S, plan.cu_seqlens_k_S, plan.max_q, plan.max_k)
+    return varlen_attn(q_THK, k_THK, v_THK, *lengths, **options)
+
+
+def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+    """Segments of equal lengths are one batched call; the rows are put back in order afterwards."""
+    prepare(plan, q_THK)
+    assert plan.groups is not None
+    outputs = []
+    for q_rows, k_rows, count, q_length, k_length, mask_QK in plan.groups:
+        q, k, v = (
+            x.unflatten(0, (count, length)).transpose(1, 2)
+            for x, length in ((q_THK[q_rows], q_length), (k_THK[k_rows], k_length), (v_THK[k_rows], k_length))
+        )
+        is_causal = plan.causal and mask_QK is None
+        gqa = q_THK.shape[1] != k_THK.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QK, is_causal=is_causal, enable_gqa=gqa)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return joined if plan.restore_T is None else joined[plan.restore_T]
+
+
+def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int, Tensor | None]]:
+    by_length: dict[tuple[int, int], list[Segment]] = {}
+    for segment in plan.segments:
+        by_length.setdefault((segment.q_length, segment.k_length), []).append(segment)
+    groups = []
+    for (q_length, k_length), members in by_length.items():
+        q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
+        k_rows = torch.cat([_key_rows(s, plan.kept) for s in members])
+        mask_QK = None
+        if plan.causal and q_length != k_length:  # aligned lower right; made once, for all layers
+            mask_QK = torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length).to(device)
+        groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length, mask_QK))
+    return groups
+
+
+def _key_rows(segment: Segment, kept: int) -> Tensor:
+    prefix = torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+    own = kept + segment.q_start
+    return torch.cat([prefix, torch.arange(own, own + segment.q_length)])
+
+
+def _rows(index: Tensor, device: torch.device) -> slice | Tensor:
+    """A slice where the rows follow one another: a view instead of a copy."""
+    start = int(index[0])
+    if torch.equal(index, torch.arange(start, start + index.numel())):
+        return slice(start, start + index.numel())
+    return index.to(device)
+
+
+def _cumulative(lengths: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -1,0 +1,87 @@
+"""Floating-point operations of a step, as papers count them and as the machine does them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vft.common.types import Batch
+from vft.models.attention import attended_pairs
+from vft.models.quantization import true_shapes
+
+RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
+"""Share of a layer's forward products that the backward pass computes again; of `mlp` the MLP's, counted apart."""
+
+
+class Flops(NamedTuple):
+    """Of forward and backward."""
+
+    model: float
+    """What the step needs."""
+    hardware: float
+    """With what is computed again for want of memory."""
+
+
+class FlopCounter:
+    """FLOPs of a batch: products that the step needs, and those that checkpointing repeats; nothing is padding.
+
+    A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
+    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen tower runs
+    forward only (2 a weight).
+    """
+
+    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+        config = model.config
+        products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() == 2}
+        size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
+        cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
+        self.token = sum(cost.values())
+        self.pair = 12 * config.heads * config.head_width * config.layers
+        share = RECOMPUTED[checkpointing]
+        again = {n: 2 * (float(".mlp." in n) if checkpointing == "mlp" else share) * size[n] for n in products}
+        self.token_again = sum(again.values())
+        # What follows the last layer's attention is computed where a token is supervised.
+        last = [n for n in products if n.startswith(f"{config.layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
+        self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
+        self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
+        head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
+        self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
+        vision = model.vision
+        patch, passes = _passes(vision.tower)
+        self.merged, _ = _passes(vision.merger, fed=passes > 1)
+        self.patches_per_row = vision.patches_per_row
+        self.patch = patch + self.merged // self.patches_per_row
+        self.tower_pairs = {kind: passes * 4 * width for kind, width in vision.pair_widths.items()}
+
+    def count(self, batch: Batch) -> Flops:
+        """FLOPs of forward and backward."""
+        pairs = attended_pairs(batch.plan.segments, causal=True)
+        total = self.row(batch.num_tokens, pairs, batch.pixels_PD.shape[0]) + self.target * batch.num_targets
+        total -= self.last * (batch.num_tokens - batch.num_targets)
+        if batch.layout is not None:
+            usual = batch.pixels_PD.shape[0] // self.patches_per_row
+            total += self.merged * (batch.layout.merger_rows - usual)
+            for kind, plan in batch.layout.plans.items():
+                total += self.tower_pairs[kind] * attended_pairs(plan.segments, causal=False)
+        again = self.token_again * batch.num_tokens + self.pair_again * pairs
+        return Flops(total, total + again - self.last_again * (batch.num_tokens - batch.num_targets))
+
+    def row(self, tokens: int, pairs: int, patches: int) -> float:
+        """Model FLOPs of rows known by numbers alone, but for the head and attention within the tower."""
+        return float(self.token * tokens + self.pair * pairs + self.patch * patches)
+
+
+def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
+    """FLOPs of one input through `weights`, and how many forward passes its attention costs.
+
+    2 a weight where nothing is trained; else 4 a frozen and 6 a trained one, attention three passes. `fed`: what comes
+    in needs a gradient, so even frozen weights are passed backwards.
+    """
+    counts = {True: 0, False: 0}
+    for weight in weights:
+        counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
+    backward = fed or counts[True] > 0
+    return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1

@@ -1,0 +1,206 @@
+"""LLaVA-NeXT-Video over packed rows: CLIP tower, pooling, projector, and a Llama or Mistral decoder.
+
+Module names are the tensor names of released checkpoints (llava-hf/LLaVA-NeXT-Video-7B-hf and its siblings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vft.common.types import AttentionPlan
+from vft.models.attention import attend
+from vft.models.base import VideoLanguageModel, VisionParts
+from vft.models.decoder import Decoder, DecoderConfig, require
+from vft.models.layers import LayerNorm, Linear, graph_of, two_linears
+from vft.models.llava_next_video.processor import LlavaLayout, LlavaVision
+from vft.models.quantization import linear
+
+MODEL_TYPE = "llava_next_video"
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), with which CLIP was trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """To the same shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class TowerAttention(nn.Module):
+    """Self-attention within a square."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x_PE: Tensor, plan: AttentionPlan) -> Tensor:
+        """[P, E] to [P, E]."""
+        q, k, v = (proj(x_PE).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, plan).flatten(1))
+
+
+class TowerLayer(nn.Module):
+    """One layer of the tower."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = TowerAttention(width, config.num_attention_heads)
+        self.layer_norm1 = LayerNorm(width, eps=config.layer_norm_eps)
+        widths = (width, config.intermediate_size, width)
+        self.mlp = two_linears(("fc1", "fc2"), widths, ACTIVATIONS[config.hidden_act]())
+        self.layer_norm2 = LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x_PE: Tensor, plan: AttentionPlan) -> Tensor:
+        """[P, E] to [P, E]."""
+        x_PE = x_PE + self.self_attn(self.layer_norm1(x_PE), plan)
+        return x_PE + self.mlp(self.layer_norm2(x_PE))
+
+
+class Embeddings(nn.Module):
+    """Patches, with a class token before those of each square, and learnt positions."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, self.patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(self.patches + 1, width)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        """[squares x patches, D] to [squares x (1 + patches), E]. On whole patches the Conv2d is a matrix product."""
+        x_SPE = linear(x_PD, self.patch_embedding.weight.flatten(1), None).unflatten(0, (-1, self.patches))
+        first_S1E = self.class_embedding.to(x_SPE.dtype).expand(len(x_SPE), 1, -1)
+        positions_PE = self.position_embedding.weight.to(x_SPE.dtype)
+        return (torch.cat([first_S1E, x_SPE], dim=1) + positions_PE).flatten(0, 1)
+
+
+class ClipTower(nn.Module):
+    """Squares to features. Layers behind the one that is read are there for their names alone. It builds no graph
+    unless something of it is trained."""
+
+    def __init__(self, config: Any, layers_read: int) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers_read = list(layers)[:layers_read]
+
+    def forward(self, pixels_PD: Tensor, layout: LlavaLayout) -> Tensor:
+        """Normalised pixels [P, D] to features [P, E], without those of the class tokens."""
+        with graph_of(self.parameters()):
+            x_PE = self.pre_layrnorm(self.embeddings(pixels_PD))
+            for layer in self.layers_read:
+                x_PE = layer(x_PE, layout.plans["square"])
+            return x_PE.unflatten(0, (-1, 1 + self.embeddings.patches))[:, 1:].flatten(0, 1)
+
+
+class LlavaNextVideo(VideoLanguageModel):
+    """The whole model."""
+
+    # As released; transformers 4.52 and later, whose tower lost a level in 5; LLaVA's own code.
+    spellings: Mapping[str, tuple[str, ...]] = {
+        "language_model.model.": ("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
+        "language_model.lm_head.": ("language_model.lm_head.", "lm_head.", "model.lm_head."),
+        "vision_tower.vision_model.": (
+            *("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower."),
+            *("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ),
+        "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+        "multi_modal_projector.linear_1.": ("model.mm_projector.0.",),
+        "multi_modal_projector.linear_2.": ("model.mm_projector.2.",),
+        "image_newline": ("image_newline", "model.image_newline"),
+    }
+    peft_prefixes: Mapping[str, str] = {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "vision_tower.vision_model.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "image_newline": "model.image_newline",
+    }
+    spec: LlavaVision
+    decoder_at, head_at = "language_model.model", "language_model.lm_head"
+
+    def __init__(self, config: DecoderConfig, whole: Any, spec: LlavaVision, compute_dtype: torch.dtype) -> None:
+        super().__init__(config, spec, compute_dtype)
+        vision, layer, tower = whole.vision_config, whole.vision_feature_layer, "vision_tower.vision_model"
+        depth = vision.num_hidden_layers
+        read = layer if layer >= 0 else depth + 1 + layer
+        self.towers = {
+            "language_model": ("language_model.",),
+            "merger": ("multi_modal_projector.", "image_newline."),
+            "unread": (f"{tower}.post_layernorm.", *(f"{tower}.encoder.layers.{i}." for i in range(read, depth))),
+            "vision_tower": ("vision_tower.",),
+        }
+        self.vision_tower = nn.ModuleDict({"vision_model": ClipTower(vision, read)})
+        widths, activation = (vision.hidden_size, config.width, config.width), ACTIVATIONS[whole.projector_hidden_act]()
+        bias = whole.multimodal_projector_bias
+        self.multi_modal_projector = two_linears(("linear_1", "linear_2"), widths, activation, bias)
+        self.image_newline = nn.Parameter(torch.empty(config.width))
+        head: Any = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
+        self.language_model = nn.ModuleDict({"model": Decoder(config), "lm_head": head})
+
+    @property
+    def vision(self) -> VisionParts:
+        """Tower and projector."""
+        tower: Any = self.vision_tower["vision_model"]
+        projector, embedding = self.multi_modal_projector, tower.embeddings.patch_embedding.weight
+        return VisionParts(
+            modules=(tower, projector),
+            blocks=tower.layers_read,
+            tower=(embedding, *(parameter for layer in tower.layers_read for parameter in layer.parameters())),
+            merger=tuple(projector.parameters()),
+            patches_per_row=self.spec.stride**2,
+            pair_widths={"square": len(embedding) * len(tower.layers_read)},
+        )
+
+    def see(self, pixels_PD: Tensor, layout: LlavaLayout) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] to embeddings [M, E]."""
+        features_PE = self.vision_tower["vision_model"](pixels_PD, layout)
+        with graph_of(self.media_parameters()):
+            rows_RE = torch.cat([features_PE[layout.pooled_RG].mean(1), features_PE[layout.kept_R]])
+            projected_RE = self.multi_modal_projector(rows_RE)
+            # Joined even where no picture is, so that its gradient exists in every process.
+            newline_E = self.image_newline.to(projected_RE.dtype)
+            return (torch.cat([projected_RE, newline_E[None]])[layout.tokens_M],)
+
+
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> LlavaNextVideo:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`.
+
+    UserError for what this file does not do.
+    """
+    text, layer, depth = config.text_config, config.vision_feature_layer, config.vision_config.num_hidden_layers
+    require(config, "text_config.model_type", "llama", "mistral")
+    require(config, "text_config.hidden_act", "silu")
+    require(config, "text_config.attention_bias", False, None)
+    require(config, "text_config.mlp_bias", False, None)
+    window = getattr(text, "sliding_window", None)
+    require(config, "text_config.sliding_window", None, *([window] if _covers(window, text) else []))
+    require(config, "vision_config.model_type", "clip_vision_model")
+    require(config, "vision_config.hidden_act", *ACTIVATIONS)
+    require(config, "projector_hidden_act", *ACTIVATIONS)
+    require(config, "vision_feature_select_strategy", "default")
+    require(config, "spatial_pool_mode", "average")
+    known = isinstance(layer, int) and (0 < layer <= depth or -depth <= layer < 0)
+    require(config, "vision_feature_layer", *([layer] if known else []))
+    spec = LlavaVision.from_hf(config, preprocessor)
+    decoder = DecoderConfig.read(config, rope_types=("default", "linear"))
+    return LlavaNextVideo(decoder, config, spec, dtype).to(dtype)
+
+
+def _covers(window: int | None, text: Any) -> bool:
+    return window is not None and window >= text.max_position_embeddings

@@ -1,0 +1,101 @@
+"""NF4: frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), read back where they are used.
+
+A row of a weight is cut in blocks of 64. Of a block its largest absolute value is kept, as float32, and of each weight
+the nearest of 16 quantiles of a normal distribution, as a share of that. A packed row is one run of bytes, two codes a
+byte and behind them the blocks' absmax. So a packed weight is a plain uint8 matrix with the rows of the weight: it is
+sharded and gathered like any other, and no mixed-precision policy casts it. It takes 9/16 of a byte a weight.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64
+BLOCK_BYTES = BLOCK // 2 + 4
+CODES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The paper's appendix E. Zero is among them, the ends are a block's absmax."""
+MIDPOINTS = torch.tensor([(low + high) / 2 for low, high in pairwise(CODES)])
+"""Between the codes: what lies beyond one is nearer to the next."""
+PAIRS = torch.tensor([(CODES[byte >> 4], CODES[byte & 15]) for byte in range(256)])
+"""The two weights of a byte, the first in its upper half."""
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a parameter is an NF4 weight."""
+    return weight.dtype == torch.uint8
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] of any floating type to bytes [out, 36 x blocks]. A row's last block may be short."""
+    blocks = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    codes = torch.bucketize(scaled.flatten(1), MIDPOINTS.to(weight.device), out_int32=True).to(torch.uint8)
+    return torch.cat([codes[:, 0::2] << 4 | codes[:, 1::2], absmax.view(torch.uint8)], dim=1)
+
+
+def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Bytes of `pack` to the weight [out, in = columns]: codes times absmax in float32, rounded once."""
+    blocks = packed.shape[1] // BLOCK_BYTES
+    codes, absmax = packed.split([blocks * BLOCK // 2, blocks * 4], dim=1)
+    # Without waiting: a GPU gets the table, 2 KB, in the order of its other work.
+    pairs = F.embedding(codes.int(), PAIRS.to(packed.device, non_blocking=True))
+    weight = pairs.view(-1, blocks, BLOCK).mul_(absmax.contiguous().view(torch.float32).unsqueeze(-1))
+    return weight.to(dtype).flatten(1)[:, :columns]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in x's dtype, [..., in] to [..., out]; the weight of any floating type, or packed and then frozen."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if is_packed(weight):
+        return _PackedLinear.apply(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Keeps the bytes for the backward pass and reads them back once more; autograd would keep the whole matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] to [..., out]."""
+        ctx.save_for_backward(packed)
+        ctx.columns = x.shape[-1]
+        return F.linear(x, unpack(packed, x.shape[-1], x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the input; weight and bias are frozen."""
+        (grad,) = grads
+        (packed,) = ctx.saved_tensors
+        return grad @ unpack(packed, ctx.columns, grad.dtype), None, None
+
+
+def quantize(layers: nn.Module) -> None:
+    """Replace the weight of every linear in `layers`, on the meta device, by a packed one without values.
+
+    `vft.models.pretrained.load_weights` packs what it reads into it.
+    """
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, -(-module.in_features // BLOCK) * BLOCK_BYTES)
+            empty = torch.empty(shape, dtype=torch.uint8, device=module.weight.device)
+            module.weight = nn.Parameter(empty, requires_grad=False)
+
+
+def true_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by name, a packed one's as the weight's that it stands for."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_packed(module.weight):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes

@@ -1,0 +1,139 @@
+"""Qwen3-VL, dense, over packed rows: vision tower with learned and rotary positions, DeepStack, M-RoPE decoder.
+
+Module names are the tensor names of released checkpoints. Rules are those of the released model (Qwen3-VL technical
+report, arXiv 2511.21631).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vft.common.errors import UserError
+from vft.models.base import VideoLanguageModel, VisionParts
+from vft.models.decoder import Decoder, DecoderConfig, context_of
+from vft.models.layers import LayerNorm, Linear, PatchEmbed, VisionBlock, graph_of, rotary_2d, two_linears
+from vft.models.qwen3_vl.processor import Qwen3Vision, TableLayout
+
+MODEL_TYPE = "qwen3_vl"
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches become one token of the language model's width; they are normalised before they are
+    joined, or with `joined` after it."""
+
+    def __init__(self, config: Any, joined: bool) -> None:
+        super().__init__()
+        self.merged_width = config.hidden_size * config.spatial_merge_size**2
+        self.norm = LayerNorm(self.merged_width if joined else config.hidden_size, eps=1e-6)
+        self.linear_fc1 = Linear(self.merged_width, self.merged_width)
+        self.act = nn.GELU()
+        self.linear_fc2 = Linear(self.merged_width, config.out_hidden_size)
+
+    def forward(self, x_PE: Tensor) -> Tensor:
+        """[P, width] to [P / 4, out_width]."""
+        x_ME = self.norm(x_PE.view(-1, *self.norm.normalized_shape)).view(-1, self.merged_width)
+        return self.linear_fc2(self.act(self.linear_fc1(x_ME)))
+
+
+class VisionTower(nn.Module):
+    """Patches to embeddings, and to what DeepStack (arXiv 2406.04334) adds to them later. A part that is not trained
+    builds no graph."""
+
+    def __init__(self, config: Any, spec: Qwen3Vision) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        names, widths = ("linear_fc1", "linear_fc2"), (width, config.intermediate_size, width)
+        mlps = (two_linears(names, widths, nn.GELU(approximate="tanh")) for _ in range(config.depth))
+        self.patch_embed = PatchEmbed(width, spec, bias=True)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, width)
+        self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, LayerNorm, mlp) for mlp in mlps)
+        self.merger = Merger(config, joined=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(config, joined=True) for _ in config.deepstack_visual_indexes)
+
+    def forward(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] to embeddings [M, E], and as many for each of the first decoder layers."""
+        seen = []
+        with graph_of((*self.patch_embed.parameters(), *self.pos_embed.parameters(), *self.blocks.parameters())):
+            x_PE = self.patch_embed(pixels_PD)
+            learned_UE = (self.pos_embed(layout.corners_U4) * layout.shares_U4[:, :, None]).sum(1)
+            x_PE = x_PE + learned_UE.to(x_PE.dtype)[layout.place_P]
+            cos_PK, sin_PK = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
+            for index, block in enumerate(self.blocks):
+                x_PE = block(x_PE, cos_PK, sin_PK, layout.plans["frame"])
+                if index in self.config.deepstack_visual_indexes:
+                    seen.append(x_PE)
+        with graph_of(self.parameters()):
+            deeper = (merge(x) for merge, x in zip(self.deepstack_merger_list, seen, strict=True))
+            return self.merger(x_PE), *deeper
+
+
+class Qwen3VL(VideoLanguageModel):
+    """The whole model."""
+
+    towers: Mapping[str, tuple[str, ...]] = {
+        "language_model": ("model.language_model.", "lm_head."),
+        "merger": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "vision_tower": ("model.visual.",),
+    }
+    spellings: Mapping[str, tuple[str, ...]] = {
+        "model.language_model.": ("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+        "model.visual.": ("model.visual.", "visual."),
+        "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
+    }
+    peft_prefixes: Mapping[str, str] = {"model.": "model.", "lm_head.": "lm_head."}
+    decoder_at, head_at = "model.language_model", "lm_head"
+
+    def __init__(self, config: DecoderConfig, vision: Any, spec: Qwen3Vision, compute_dtype: torch.dtype) -> None:
+        super().__init__(config, spec, compute_dtype)
+        self.model = nn.ModuleDict({"visual": VisionTower(vision, spec), "language_model": Decoder(config)})
+        self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
+
+    @property
+    def vision(self) -> VisionParts:
+        """Tower and mergers, which are one module."""
+        tower: Any = self.model["visual"]
+        return VisionParts(
+            modules=(tower,),
+            blocks=tower.blocks,
+            tower=(*tower.patch_embed.parameters(), *tower.blocks.parameters()),
+            merger=(*tower.merger.parameters(), *tower.deepstack_merger_list.parameters()),
+            patches_per_row=self.spec.merge**2,
+            pair_widths={"frame": tower.config.hidden_size * tower.config.depth},
+        )
+
+    def see(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] to embeddings [M, E], and to what is added to them later."""
+        return self.model["visual"](pixels_PD, layout)
+
+
+def _interleaved(section: Sequence[int]) -> tuple[int, ...]:
+    """The axis that turns each rotary frequency: time, height and width in turns, as far as height and width go."""
+    turns = zip(range(sum(section)), cycle((0, 1, 2)))
+    return tuple(axis if place < 3 * section[axis] else 0 for place, axis in turns)
+
+
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen3VL:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
+    text, vision = config.text_config, config.vision_config
+    deepstack = list(vision.deepstack_visual_indexes)
+    if len(deepstack) >= text.num_hidden_layers:
+        raise UserError(
+            f"config.json: deepstack_visual_indexes = {deepstack}: must be fewer than "
+            f"num_hidden_layers = {text.num_hidden_layers}"
+        )
+    spec = Qwen3Vision.read(
+        config,
+        preprocessor,
+        merge=vision.spatial_merge_size,
+        temporal=vision.temporal_patch_size,
+        context_tokens=context_of(config.text_config),
+        table_side=round(vision.num_position_embeddings**0.5),
+    )
+    axes = _interleaved(text.rope_parameters["mrope_section"])
+    return Qwen3VL(DecoderConfig.read(config, axes, qk_norm=True), vision, spec, dtype).to(dtype)

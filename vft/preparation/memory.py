@@ -1,0 +1,273 @@
+"""Memory of a step before it is run: the real forward and backward on tensors without values, every storage counted.
+
+What a device will hold is known to within the allocator's rounding, in seconds, on any machine; no formula has to
+follow the code. tests/unit/preparation/test_memory.py compares with
+what torch's profiler sees allocated in a real step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vft.common.errors import UserError
+from vft.common.types import AttentionPlan, Batch, Patches, VisionLayout
+from vft.config.run import ParallelConfig
+from vft.data.dataset import Documents
+from vft.data.packing import PackPlan, collate
+from vft.distributed.process_group import World, local_part
+from vft.models.attention import planning_for, prepare
+from vft.models.base import Objective
+from vft.models.flops import RECOMPUTED
+from vft.parallel.parallelize import checkpoint_activations, materialise, offloaded, shard
+
+MODES = tuple(RECOMPUTED)
+"""Of activation checkpointing, from what keeps most to what keeps least."""
+GIB = 1 << 30
+
+
+def resolve_checkpointing(
+    config: ParallelConfig,
+    model: Any,
+    objective: Objective,
+    row: Batch | None,
+    world: World,
+    say: Callable[[str], None],
+) -> ParallelConfig:
+    """`activation_checkpointing = "auto"` replaced by the mode that recomputes least and fits the budget.
+
+    `model` is on the meta device, with what is trained settled; `row` is the longest there is. UserError where nothing
+    fits.
+    """
+    budget_gib = config.memory_budget_gib
+    assert budget_gib is not None
+    if row is None:
+        raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
+    found: dict[str, float] = {}
+    for mode in MODES:
+        tried = deepcopy(model)
+        checkpoint_activations(tried, mode, config.tower_checkpointing)
+        resident = resident_bytes(tried, config.shard or world.size, config)
+        found[mode] = (resident + step_bytes(tried, objective, row, world.device)) / GIB
+        if found[mode] <= budget_gib:
+            sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
+            say(f"activation_checkpointing = {mode}: {sizes} GiB of {budget_gib:g}")
+            return config.model_copy(update={"activation_checkpointing": mode})
+    raise UserError(
+        f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {row.num_tokens} tokens, takes "
+        f"{found['full']:.1f} GiB even with full activation checkpointing; lower data.pack_tokens, shard over more "
+        "devices, or raise it"
+    )
+
+
+def memory_preflight(model: Any, objective: Objective, row: Batch, device: torch.device) -> str:
+    """Forward and backward of a row whose gradients are thrown away; says what they took. UserError where the device's
+    memory is not enough. With a sharded model every process must call it."""
+    began = time.perf_counter()
+    size = f"{row.num_tokens:,} tokens, {row.pixels_PD.shape[0]:,} vision patches"
+    try:
+        objective(model, row.to(device)).backward()
+    except torch.OutOfMemoryError as error:
+        problem = UserError(
+            f"the longest row, {size} (samples {', '.join(row.sample_ids)[:80]}), doesn't fit in the memory of "
+            f"{device}: {str(error).splitlines()[0]} Lower data.pack_tokens, or see tools/plan.py for what else helps"
+        )
+        problem.on_one_rank = True
+        raise problem from error
+    model.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    told = f"longest row: {size}: forward and backward in {seconds:.1f} s"
+    if device.type != "cuda":
+        return told
+    return f"{told}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
+
+
+def longest_row(documents: Documents, plan: PackPlan) -> Batch | None:
+    """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
+    everything is streamed: nobody knows yet."""
+    if not documents.members:
+        return None
+    work, spec = documents.work, documents.encoder.spec
+    pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
+    built = [documents.build(number) for number in pack]
+    blank_1D = torch.zeros(1, spec.patch_features, dtype=torch.uint8)
+    blank = [
+        [Patches(blank_1D.expand(math.prod(media.grid_thw), -1), media.grid_thw, 0.0) for media in one.media]
+        for one in built
+    ]
+    row = collate(list(zip(built, blank, strict=True)), spec)
+    return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))  # it is kept: one patch stands for all
+
+
+def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None) -> int:
+    """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
+
+    With several devices the layer at work and the next are gathered, or all of them; of weights in the host's memory
+    the device's share of two layers is there.
+    """
+    config = config or ParallelConfig()
+    away = {id(p) for p in offloaded_parameters(model, config)}
+    total = 0
+    for parameter, share in shares(model, shards):
+        total += 2 * share if parameter.requires_grad else 0
+        total += share if id(parameter) not in away else 0
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder.layers]
+    if shards > 1 or away:
+        ends = sum(p.nbytes for p in model.parameters() if id(p) not in whole_on_each(model)) - sum(layers)
+        total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
+    return total + copied_bytes(model, shards, config)
+
+
+def shares(model: Any, shards: int) -> list[tuple[nn.Parameter, int]]:
+    """Every parameter with the bytes of it that one of `shards` devices has."""
+    whole = whole_on_each(model)
+    return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
+
+
+def whole_on_each(model: Any) -> set[int]:
+    """Of parameters that are not sharded, `id`: a vision tower in which nothing is trained."""
+    return set() if model.media_trained else {id(p) for p in model.media_parameters()}
+
+
+def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Parameter]:
+    """Weights that lie in the host's memory between uses."""
+    return [p for module in offloaded(model, config) for p in module.parameters(recurse=False)]
+
+
+def copied_bytes(model: Any, shards: int, config: ParallelConfig) -> int:
+    """A device's share of two layers from the host's memory: of the one to be gathered, and of the next."""
+    away = {id(p) for p in offloaded_parameters(model, config)}
+    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.decoder.layers]
+    return 2 * -(-max(layers) // shards)
+
+
+def step_bytes(model: Any, objective: Objective, row: Batch, device: torch.device) -> int:
+    """Peak of what forward and backward of one row hold beside the weights, gradients among it."""
+    return run_step(model, objective, row, device).peak
+
+
+def run_step(
+    model: Any,
+    objective: Objective,
+    row: Batch,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+    config: ParallelConfig | None = None,
+) -> LiveBytes:
+    """Forward and backward of one row as they would be on `device`, and what lived beside the weights.
+
+    With a mesh the model is sharded as in training; the process group behind it may be a fake one. `model` is on the
+    meta device and can't be used afterwards.
+    """
+    x = torch.empty(0, dtype=model.compute_dtype)
+    with planning_for(device):
+        for plan, length in _plans(row):
+            prepare(plan, x.new_empty(length))
+        # Real ones: the mesh's own, and tables that are there for good, such as NF4's.
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            config = config or ParallelConfig()
+            if mesh is not None:
+                shard(model, mesh, model.compute_dtype, config)
+            materialise(model, torch.device("cpu"), config)
+            batch = _fake(row, mode)
+            with LiveBytes(map(local_part, model.parameters())) as live:
+                objective(model, batch).backward()
+    return live
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make and that still live; `known` ones don't count.
+
+    FSDP2 empties and refills the storages of gathered weights: what they hold at the time counts.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = self._noted = 0
+        self._at_peak: list[tuple[list[int], int]] = []
+        self._sizes = WeakIdKeyDictionary()  # of each storage, in a list of one
+        for tensor in known:
+            self._sizes[tensor.untyped_storage()] = [0]
+        self._refilled: list[list[int]] = []
+        self._alive: dict[int, list[int]] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> LiveBytes:
+        """Begin to count."""
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            if (known := self._sizes.get(storage)) is not None:
+                self._refilled.append(known)
+                self._grow(known, size - known[0])
+            return self._resize(storage, size)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no more."""
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._sizes:
+                self._sizes[storage] = size = [0]
+                self._grow(size, storage.nbytes())
+                weakref.finalize(storage, self._drop, size)
+        return result
+
+    def _grow(self, size: list[int], by: int) -> None:
+        size[0] += by
+        self.now += by
+        self._alive[id(size)] = size
+        if self.now > self.peak:
+            if self.now > 1.001 * self._noted:
+                self._at_peak, self._noted = [(one, one[0]) for one in self._alive.values()], self.now
+            self.peak = self.now
+
+    def _drop(self, size: list[int]) -> None:
+        self.now -= size[0]
+        size[0] = 0
+        self._alive.pop(id(size), None)
+
+    @property
+    def gathered_at_peak(self) -> int:
+        """Weights that FSDP2 had gathered when most was held."""
+        refilled = {id(size) for size in self._refilled}
+        return sum(held for size, held in self._at_peak if id(size) in refilled)
+
+
+def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
+    """Every plan of the row, and its rows."""
+    plans = [] if row.layout is None else list(row.layout.plans.values())
+    towers = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
+    return [(row.plan, row.input_ids_T.numel()), *towers]
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    """`value` with every tensor in it without values."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, dict):
+        return {key: _fake(item, mode) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_fake(item, mode) for item in value)
+    if isinstance(value, Batch | VisionLayout | AttentionPlan):
+        return replace(value, **{f.name: _fake(getattr(value, f.name), mode) for f in fields(value)})
+    return value
