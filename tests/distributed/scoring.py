@@ -1,7 +1,7 @@
 """Scores the options of questions in as many processes as the environment says; the tests start it.
 
-Arguments: a base model, a JSON file with lists of questions by name, `adapters` or `towers` for what is trained, a file
-for the scores.
+Arguments: a base model, a JSON file with lists of questions by name, `adapters` or `components` for what is trained, a
+file for the scores.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
 from vft.inference.option_scores import score_options
 from vft.models import build
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import parallelize
 
 TARGETS = {
     "adapters": ("language_model.*",),
-    "towers": ("language_model.*", "vision_tower.*", "merger.*"),
+    "components": ("language_model.*", "vision_encoder.*", "projector.*"),
 }
 
 
@@ -42,15 +42,15 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
     answering.score_options = partial(score_options, max_rows=64)  # several chunks for few options
     world = environment()
     lists = {name: list(map(question_of, some)) for name, some in json.loads(Path(questions).read_text()).items()}
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Pretrained.open(base)
     skeleton = build(checkpoint, torch.float32)
     model = skeleton.model
     config = DataConfig(video=VideoConfig(frames=4, max_pixels=56 * 56), workers=0)
     refs = [ref for asked in lists.values() for question in asked for ref in question.prompt.media]
-    index = build_index(refs, config.cache_path, 0, config.clip_deadline_s, False)
-    with process_group(world), WorkerPool(0, config.clip_deadline_s) as pool:
+    index = build_index(refs, config.cache_path, 0, config.decode_timeout_s, False)
+    with process_group(world), WorkerPool(0, config.decode_timeout_s) as pool:
         lora = LoraConfig(rank=2, alpha=4, targets=TARGETS[trained])
-        choose_trainable(model, skeleton.towers, lora, ())
+        choose_trainable(model, skeleton.components, lora, ())
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         parallelize(model, make_mesh(world, 0), ParallelConfig(), torch.float32, world.device)
         model.to_empty(device=world.device)

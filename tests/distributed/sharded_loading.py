@@ -1,6 +1,6 @@
 """Loads a checkpoint in as many processes as the environment says, and runs it once; the tests start it.
 
-Arguments: a base model, `adapters` or `towers` for what is trained, a file for what was found.
+Arguments: a base model, `adapters` or `components` for what is trained, a file for what was found.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tests.distributed.scoring import TARGETS
 from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.common.types import IGNORE_INDEX, Batch
 from vft.config.run import LoraConfig, ParallelConfig
-from vft.distributed.process_group import all_of, environment, local_part, make_mesh, process_group, whole
+from vft.distributed.process_group import all_of, environment, full_tensor, local_part, make_mesh, process_group
 from vft.models import Skeleton, build
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, parallelize
 from vft.training.losses import cross_entropy
 
@@ -62,11 +62,11 @@ class OwnMemory(threading.Thread):
 def main(base: str, trained: str, output: str) -> None:
     """Write bytes of each process, wrong tensors and the loss of a row."""
     world = environment()
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Pretrained.open(base)
     skeleton = build(checkpoint, torch.float32)
     model, parallel = skeleton.model, ParallelConfig()
     with process_group(world):
-        choose_trainable(model, skeleton.towers, LoraConfig(rank=2, targets=TARGETS[trained]), ())
+        choose_trainable(model, skeleton.components, LoraConfig(rank=2, targets=TARGETS[trained]), ())
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         parallelize(model, make_mesh(world, 0), parallel, torch.float32, world.device)
         memory = OwnMemory()  # all that loading needs is there, but for memory of the weights
@@ -76,7 +76,7 @@ def main(base: str, trained: str, output: str) -> None:
         initialise(model, seed=0)
         own = all_of(memory.end())
         held = all_of(sum(local_part(p).nbytes for p in model.parameters()))
-        parameters = {name: whole(p.detach()) for name, p in model.named_parameters() if name not in adapters}
+        parameters = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if name not in adapters}
         with torch.no_grad():
             loss = float(cross_entropy(model, row(skeleton)))
         if world.is_main:
@@ -87,7 +87,7 @@ def main(base: str, trained: str, output: str) -> None:
                 "own": own,
                 "held": held,
                 "model": sum(p.numel() * p.element_size() for p in model.parameters()),
-                "tower": sum(p.numel() * p.element_size() for p in model.visual.parameters()),
+                "encoder": sum(p.numel() * p.element_size() for p in model.visual.parameters()),
                 "wrong": [*wrong, *names],
                 "buffers": [name for name, _ in model.named_buffers()],
                 "loss": loss,

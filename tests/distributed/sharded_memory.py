@@ -21,7 +21,7 @@ from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.packing import collate
 from vft.distributed.process_group import World, environment, make_mesh, process_group
 from vft.models import Skeleton, build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.models.quantization import is_packed
 from vft.parallel.parallelize import checkpoint_activations, parallelize
 from vft.preparation.memory import run_step
@@ -32,8 +32,8 @@ TOKENS = 600
 
 def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
     """Write the peak of one step, beside what stays, in bytes."""
-    skeleton = build(Checkpoint.open(base), torch.float32, quantize)
-    choose_trainable(skeleton.model, skeleton.towers, LoraConfig(rank=4), ())
+    skeleton = build(Pretrained.open(base), torch.float32, quantize)
+    choose_trainable(skeleton.model, skeleton.components, LoraConfig(rank=4), ())
     row = text_row(skeleton)
     if kind == "planned":
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -17,7 +17,7 @@ from vft.adapters.lora import choose_trainable, initialise
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import environment, make_mesh, process_group
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import materialise, parallelize
 from vft.training.losses import cross_entropy
 
@@ -46,9 +46,9 @@ class Traffic(TorchDispatchMode):
 def main(base: str, settings: str, output: str) -> None:
     """One row forwards and backwards."""
     world = environment()
-    skeleton = build(Checkpoint.open(base), torch.bfloat16)
+    skeleton = build(Pretrained.open(base), torch.bfloat16)
     model, parallel = skeleton.model, ParallelConfig.model_validate_json(settings)
-    choose_trainable(model, skeleton.towers, LoraConfig(rank=4), ())
+    choose_trainable(model, skeleton.components, LoraConfig(rank=4), ())
     sizes = {"trained": 0, "layers": 0, "ends": 0}
     for name, parameter in model.named_parameters():
         numbers = parameter.numel() + len(parameter) % 2 * parameter[0].numel()  # both shares have as many rows

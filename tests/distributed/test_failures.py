@@ -19,7 +19,7 @@ from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for
 from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
 from tests.runs.processes import free_port
 from tests.runs.world import World
-from vft.distributed.heartbeat import SUSPECT_S, Member, Watch
+from vft.distributed.heartbeat import SUSPECT_S, Heartbeat, Member
 
 HOST = socket.gethostname()
 HANGING = str(Path(__file__).with_name("hanging.py"))
@@ -94,7 +94,7 @@ def test_the_store_itself_may_be_what_is_gone(monkeypatch: pytest.MonkeyPatch) -
     waited: list[float] = []
     monkeypatch.setattr("vft.distributed.heartbeat.time.sleep", waited.append)
     members = [Member(rank, 0, HOST, 1, "CPU", "", "", "", "", 0) for rank in (0, 1)]
-    Watch(Unreachable(), members, rank=1, size=2, silence_s=60.0, timeout_s=600.0).explain()
+    Heartbeat(Unreachable(), members, rank=1, size=2, silence_s=60.0, timeout_s=600.0).explain()
     assert sum(waited) >= SUSPECT_S
 
 

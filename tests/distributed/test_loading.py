@@ -38,16 +38,16 @@ def assert_right(found: dict[str, Any], alone: dict[str, Any]) -> None:
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("trained", ["adapters", pytest.param("towers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trained", ["adapters", pytest.param("components", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_memory_is_that_of_the_model(
     commands: Commands, thin: Path, tmp_path: Path, processes: int, trained: str
 ) -> None:
-    """Summed over a host's processes. A tower that isn't trained is whole in each and counted as often."""
+    """Summed over a host's processes. An encoder that isn't trained is whole in each and counted as often."""
     alone = load(commands, 1, thin, trained, tmp_path / "alone.json")
     found = load(commands, processes, thin, trained, tmp_path / "found.json")
     assert_right(found, alone)
-    copies = (processes - 1) * found["tower"] if trained == "adapters" else 0
+    copies = (processes - 1) * found["encoder"] if trained == "adapters" else 0
     assert sum(found["held"]) == pytest.approx(found["model"] + copies, rel=0.01)
     ratio = sum(found["own"]) / found["model"]
     print(f"{processes} processes, {trained}: {ratio:.3f} of {found['model'] / 1e6:.0f} MB")  # pytest -rP shows it
@@ -60,5 +60,5 @@ def test_memory_is_that_of_the_model(
 def test_every_tensor_is_right(commands: Commands, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
     """A tied head, one of its own, and rows that three processes can't share evenly."""
     base = request.getfixturevalue(kind).path
-    alone = load(commands, 1, base, "towers", tmp_path / "alone.json")
-    assert_right(load(commands, 3, base, "towers", tmp_path / "found.json"), alone)
+    alone = load(commands, 1, base, "components", tmp_path / "alone.json")
+    assert_right(load(commands, 3, base, "components", tmp_path / "found.json"), alone)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.helpers.families import FAMILIES
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
-from tests.runs.world import FULL_TUNING, MIXED, TOWER_LORA, World, make_world
+from tests.runs.world import FULL_TUNING, MIXED, VISION_LORA, World, make_world
 
 SAME = ("step", "epoch", "num_targets", "tokens", "samples", "lr", "sample_digest")
 TWENTY: dict[str, Any] = {"train": {"max_steps": 20, "packs_per_step": 4, "warmup_steps": 2}}
@@ -73,7 +73,7 @@ def assert_equal(one: Path, several: Path) -> None:
 
 def test_two_processes_adapters_on_all_parts_mixed_media_dropout(runs: Runs) -> None:
     # Most steps give one of the two processes packs without a picture while the other has some.
-    settings = (MIXED, TOWER_LORA, DROPOUT)
+    settings = (MIXED, VISION_LORA, DROPOUT)
     one, two = runs(1, *settings), runs(2, *settings)
     assert_equal(one, two)
     files = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
@@ -92,8 +92,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_two_processes_other_adapters(runs: Runs, kind: str) -> None:
-    rates = {"train": {"tower_learning_rates": {"vision_tower": 5e-4}}}
-    settings = (MIXED, TOWER_LORA, DROPOUT, DAMPED, rates, {"lora": ADAPTERS[kind]})
+    rates = {"train": {"component_learning_rates": {"vision_encoder": 5e-4}}}
+    settings = (MIXED, VISION_LORA, DROPOUT, DAMPED, rates, {"lora": ADAPTERS[kind]})
     one, two = runs(1, *settings), runs(2, *settings)
     assert_equal(one, two)
     files = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
@@ -110,7 +110,7 @@ def test_two_processes_full_fine_tuning(runs: Runs, each_world: World) -> None:
     base, first, second = (
         load_file(folder / "model.safetensors") for folder in (each_world.base, one / "model", two / "model")
     )
-    trained = tuple(prefix for part in FAMILIES[each_world.family].towers.values() for prefix in part)
+    trained = tuple(prefix for part in FAMILIES[each_world.family].components.values() for prefix in part)
     assert base.keys() == first.keys() == second.keys()
     for name, weight in first.items():
         assert (weight.shape, weight.dtype) == (base[name].shape, base[name].dtype), name
@@ -143,14 +143,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 @pytest.mark.parametrize("mode", [pytest.param("mlp", marks=pytest.mark.slow), "selective", "full"])
 def test_recomputing_changes_nothing(runs: Runs, mode: str) -> None:
-    settings = (MIXED, TOWER_LORA, DROPOUT)
+    settings = (MIXED, VISION_LORA, DROPOUT)
     changed = runs(1, *settings, {"parallel": {"activation_checkpointing": mode}})
     assert column(changed, "loss") == column(runs(1, *settings), "loss")
 
 
 def test_offloading_changes_nothing(runs: Runs) -> None:
     """In a process group of one: the same gathering and copying, with nobody to share with."""
-    settings = (MIXED, TOWER_LORA, DROPOUT)
+    settings = (MIXED, VISION_LORA, DROPOUT)
     assert_equal(runs(1, *settings), runs(1, *settings, {"parallel": {"offload": "frozen"}}))
 
 
@@ -163,13 +163,13 @@ def test_two_processes_frozen_tower(runs: Runs, media: dict[str, Any], dropout: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("parts", [(TOWER_LORA, DROPOUT), (FULL_TUNING, DAMPED)], ids=["lora", "full"])
+@pytest.mark.parametrize("parts", [(VISION_LORA, DROPOUT), (FULL_TUNING, DAMPED)], ids=["lora", "full"])
 def test_two_processes_variants(runs: Runs, parts: tuple[dict[str, Any], ...], name: str) -> None:
     assert_equal(runs(1, MIXED, *parts), runs(2, MIXED, *parts, *VARIANTS[name]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [(TOWER_LORA, DROPOUT), (FULL_TUNING, DAMPED)], ids=["lora", "full"])
+@pytest.mark.parametrize("parts", [(VISION_LORA, DROPOUT), (FULL_TUNING, DAMPED)], ids=["lora", "full"])
 def test_four_processes_as_two_replicas_of_two_shards(runs: Runs, parts: tuple[dict[str, Any], ...]) -> None:
     assert_equal(runs(1, MIXED, *parts), runs(4, MIXED, *parts, {"parallel": {"shard": 2}}))
 
@@ -180,7 +180,7 @@ def test_going_on_with_other_numbers_of_processes(
 ) -> None:
     """One, two, four, three and one again, four steps each."""
     packs: dict[str, Any] = {"train": {"packs_per_step": 12, "schedule": "constant"}}
-    settings = (MIXED, TOWER_LORA, DROPOUT, packs)
+    settings = (MIXED, VISION_LORA, DROPOUT, packs)
     config = each_world.config(tmp_path / "run.toml", TWENTY, *settings)
     for number, processes in enumerate((1, 2, 4, 3, 1)):
         for result in run_together(commands, processes, CAPTION, config, f"train.max_steps={4 * (number + 1)}"):
@@ -201,8 +201,8 @@ NF4: dict[str, Any] = {"model": {"quantize": "nf4"}}
 
 
 def test_two_processes_on_a_base_of_4_bits(runs: Runs) -> None:
-    """The packed rows are shared out, gathered and read back as the whole is; the tower's adapters are beside them."""
-    settings = (MIXED, TOWER_LORA, DROPOUT, NF4)
+    """The packed rows are shared out, gathered and read back as whole ones are; so are the encoder's adapters."""
+    settings = (MIXED, VISION_LORA, DROPOUT, NF4)
     assert_equal(runs(1, *settings), runs(2, *settings))
     assert column(runs(1, *settings), "loss") != column(runs(1, *settings[:3]), "loss")
 

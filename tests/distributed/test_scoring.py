@@ -33,7 +33,7 @@ def shares(world: World) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("trained", ["adapters", "towers"])
+@pytest.mark.parametrize("trained", ["adapters", "components"])
 def test_two_processes_score_as_one(commands: Commands, world: World, tmp_path: Path, trained: str) -> None:
     """Sharded weights, so that a pass that one process skipped would hold up the other for ever."""
     lists = shares(world)

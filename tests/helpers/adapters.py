@@ -12,7 +12,7 @@ from vft.adapters.lora import choose_trainable, initialise
 from vft.common.types import Batch
 from vft.config.run import LoraConfig
 from vft.models import Skeleton
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
 
@@ -40,8 +40,8 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max())
 
 
-def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Checkpoint]:
+def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Pretrained]:
     """The base with fresh adapters, as training makes them."""
-    skeleton, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, lora, ()))
+    skeleton, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.components, lora, ()))
     initialise(skeleton.model, seed)
     return skeleton, checkpoint

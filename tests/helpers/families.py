@@ -39,7 +39,7 @@ class Family:
     """transformers' class."""
     inputs: Callable[[Batch, Any], dict[str, Tensor]]
     """Its arguments for a batch of one document, given the family's VisionSpec; positions given explicitly."""
-    towers: dict[str, tuple[str, ...]]
+    components: dict[str, tuple[str, ...]]
     """Prefixes of what each part of it trains, said apart from the code."""
     closes_answers: bool = True
     """Whether the released template writes the token that ends an answer."""
@@ -418,18 +418,18 @@ QWEN2_5_VL = Family(
     qwen_inputs,
     {
         "language_model": ("model.",),
-        "merger": ("visual.merger.",),
-        "vision_tower": ("visual.patch_embed.", "visual.blocks."),
+        "projector": ("visual.merger.",),
+        "vision_encoder": ("visual.patch_embed.", "visual.blocks."),
     },
 )
 LLAVA = {
     "model_class": LlavaNextVideoForConditionalGeneration,
     "inputs": llava_inputs,
-    "towers": {
+    "components": {
         "language_model": ("language_model.",),
-        "merger": ("multi_modal_projector.", "image_newline"),
+        "projector": ("multi_modal_projector.", "image_newline"),
         # Features are read before the last of three layers.
-        "vision_tower": tuple(
+        "vision_encoder": tuple(
             f"vision_tower.vision_model.{part}."
             for part in ("embeddings", "pre_layrnorm", "encoder.layers.0", "encoder.layers.1")
         ),
@@ -441,8 +441,8 @@ QWEN3_VL = Family(
     qwen_inputs,
     {
         "language_model": ("model.language_model.",),
-        "merger": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-        "vision_tower": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
     },
 )
 FAMILIES = {

@@ -16,7 +16,7 @@ from tests.helpers.tars import write_tar
 from vft.common.types import Document
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import LoadedPack, Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.quarantine import BadItem
@@ -132,7 +132,7 @@ class Run:
         self, config: DataConfig, encoder: ChatEncoder, ranks: int, slots: int, prefetch: int, stack: ExitStack
     ) -> None:
         indexed = [source for source in config.sources if not source.stream]
-        self.documents: Documents = load_documents(config, indexed, MAKE, encoder, seed=0)
+        self.documents: Dataset = load_dataset(config, indexed, MAKE, encoder, seed=0)
         plan = self.documents.pack_plan(seed=0)
         self.streams: list[Streams | None] = []
         self.loaders: list[Loader] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import QWEN2_5_VL, Family
-from vft.adapters.lora import tower_of
+from vft.adapters.lora import component_of
 from vft.common.types import (
     Batch,
     Clip,
@@ -33,11 +33,11 @@ from vft.data.packing import collate
 from vft.inference.engine import load_model
 from vft.models import Skeleton, build
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
-ALL_TOWERS = ("language_model", "vision_tower", "merger")
+ALL_COMPONENTS = ("language_model", "vision_encoder", "projector")
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -60,7 +60,7 @@ class Tiny:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Arguments of transformers' model for a batch of one document with one branch, positions given explicitly."""
-        assert len(batch.documents) == 1 and len(batch.documents[0].branch_lengths) == 1
+        assert len(batch.documents) == 1 and len(batch.documents[0].suffix_lengths) == 1
         return self.family.inputs(batch, self.encoder.spec)
 
     @cached_property
@@ -72,15 +72,15 @@ class Tiny:
         """A fresh model in float32 whose every weight is trained that anything reads."""
         model = load_model(str(self.path), None, torch.float32, CPU).skeleton.model
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(tower_of(name, model.towers) in ALL_TOWERS)
+            parameter.requires_grad_(component_of(name, model.components) in ALL_COMPONENTS)
         return model
 
 
 def load_prepared(
     path: Path, prepare: Callable[[Skeleton], Any], dtype: torch.dtype = torch.float32, quantize: str = "none"
-) -> tuple[Skeleton, Checkpoint]:
+) -> tuple[Skeleton, Pretrained]:
     """A model on which `prepare` ran while it was on the meta device, with its base weights, as training builds it."""
-    checkpoint = Checkpoint.open(str(path))
+    checkpoint = Pretrained.open(str(path))
     skeleton = build(checkpoint, dtype, quantize)
     base = frozenset(name for name, _ in skeleton.model.named_parameters())
     prepare(skeleton)

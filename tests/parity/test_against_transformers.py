@@ -31,7 +31,7 @@ from vft.common.types import IGNORE_INDEX, Batch, Conversation, MediaRef, Role
 from vft.data.packing import collate
 from vft.inference.engine import load_model
 from vft.inference.generate import Sampling, generate
-from vft.inference.option_scores import score_options, trunk_of
+from vft.inference.option_scores import prefix_of, score_options
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_gradients(checkpoint: Tiny, name: str) -> None:
     prefixes, read = model.peft_prefixes, {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in theirs.named_parameters():
         ours = next(own + name.removeprefix(prefix) for own, prefix in prefixes.items() if name.startswith(prefix))
-        # transformers leaves the tower of a text without gradients; here they are there, and zero.
+        # transformers leaves the encoder of a text without gradients; here they are there, and zero.
         wanted[ours] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
     assert all(not wanted[name].any() for name in wanted.keys() - read)  # what nothing reads has none there either
     wanted = {name: gradient for name, gradient in wanted.items() if name in read}
@@ -287,7 +287,7 @@ def test_options_are_scored_as_each_in_a_pass_of_its_own(tiny: Tiny) -> None:
     asked = talk(("user", [media.plans[0].ref, "Which?"]))
     options = ("1", "10", "No", "No, it does not", "basketball", "basketball dunk")
     made = tiny.encoder.options(asked, options, media.plans)
-    trunk = collate([(trunk_of(made), media.patches)], spec)
+    trunk = collate([(prefix_of(made), media.patches)], spec)
     (found,) = score_options(tiny.ours(), trunk, [made], tiny.encoder.around_answer)
     for option, score in zip(options, found, strict=True):
         batch = batch_of(tiny.encoder, ([talk(*turns_of(asked), ("assistant", option))], media))

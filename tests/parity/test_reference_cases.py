@@ -26,7 +26,7 @@ from vft.cli.merge_lora import merge
 from vft.common.types import Batch
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.media import patches as vision
 from vft.data.media.video import decode
 from vft.data.packing import collate
@@ -86,8 +86,8 @@ def base(reference: Path) -> str:
 @pytest.fixture(scope="module")
 def trained(base: str) -> Skeleton:
     """The base with everything trained, in float32, built as `vft.training.trainer` builds it."""
-    towers = ("language_model", "merger", "vision_tower")
-    return load_prepared(Path(base), lambda it: choose_trainable(it.model, it.towers, None, towers))[0]
+    components = ("language_model", "projector", "vision_encoder")
+    return load_prepared(Path(base), lambda it: choose_trainable(it.model, it.components, None, components))[0]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def load_case(
         file.write_text(json.dumps(record(facts), ensure_ascii=False) + "\n", encoding="utf-8")
         config = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0)
         source = SourceConfig(format="messages", path=str(file))
-        documents = load_documents(config, [source], Caption().conversations, encoder, seed=0)
+        documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
         document = documents.build(0)
         assert documents.lengths == [document.num_tokens]
         patches = [vision.load(plan, encoder.spec) for plan in document.media]
@@ -210,7 +210,7 @@ def test_logits(name: str, load_case: Callable[[str], Case], trained: Skeleton) 
 
 @pytest.mark.parametrize("name", BASE_CASES)
 def test_loss_and_gradients(name: str, load_case: Callable[[str], Case], trained: Skeleton) -> None:
-    """Full fine-tuning of everything. Without media the tower's gradients are there, and zero."""
+    """Full fine-tuning of everything. Without media the encoder's gradients are there, and zero."""
     assert_loss_and_gradients(trained.model, load_case(name), lambda name: name)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from vft.recipes.caption import Caption
 from vft.reporting.metrics_log import Monitor
 from vft.training import trainer as train
-from vft.training.checkpoint_writer import Saver
+from vft.training.checkpoint_writer import AsyncCheckpointer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (train.Trainer, "start_folder"),
     "metrics": (Monitor, "step"),
-    "checkpoint": (Saver, "_write"),
+    "checkpoint": (AsyncCheckpointer, "_write"),
     "predictions": (train.Trainer, "evaluate"),
     "quarantine": (train, "write_quarantine"),
     "export": (train, "export"),

@@ -21,7 +21,7 @@ from tests.helpers.tars import write_tar
 from tests.helpers.tiny import Tiny
 from tests.runs.world import record, write_clip
 from vft.config.data import DataConfig
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader, open_streams
 from vft.data.packing import Cursor
 from vft.data.workers import WorkerPool
@@ -60,23 +60,23 @@ def first_step(loader: Loader, cursor: Cursor, streams: dict[str, Sequence[int]]
 
 
 @pytest.fixture
-def few(tiny: Tiny, tmp_path: Path) -> Documents:
+def few(tiny: Tiny, tmp_path: Path) -> Dataset:
     """Four clips, one question each."""
     for colour in ("red", "green", "blue", "yellow"):
         write_clip(tmp_path / f"{colour}.mp4", colour)
     lines = [{"id": c, **record("<video>What?", c, videos=[f"{c}.mp4"])} for c in ("red", "green", "blue", "yellow")]
     (tmp_path / "videos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = data_config(tmp_path, {"format": "messages", "path": "videos.jsonl"}, max_samples_per_pack=1)
-    return load_documents(config, config.sources, MAKE, tiny.encoder, seed=0)
+    return load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0)
 
 
-def loader_of(documents: Documents, pool: WorkerPool, **more: Any) -> Loader:
+def loader_of(documents: Dataset, pool: WorkerPool, **more: Any) -> Loader:
     """Of one process that prepares nothing ahead."""
     plan = documents.pack_plan(seed=0)
     return Loader(documents, plan, pool, 1, 0, PACKS_PER_STEP, prefetch_packs=1, last_epoch=None, **more)
 
 
-def in_millions(documents: Documents, number: int) -> Documents:
+def in_millions(documents: Dataset, number: int) -> Dataset:
     """As many documents as that, made of the same conversations over and over, each with a name of its own."""
     times = number // len(documents.members)
     members = [
@@ -88,7 +88,7 @@ def in_millions(documents: Documents, number: int) -> Documents:
     return replace(documents, members=members, num_samples=len(members), **lists)
 
 
-def test_in_a_small_set_after_millions_of_epochs(few: Documents) -> None:
+def test_in_a_small_set_after_millions_of_epochs(few: Dataset) -> None:
     pool = CountingPool()
     epoch, pack = divmod(FAR, len(few.members))
     ids, by_clock_s, busy_s = first_step(loader_of(few, pool), Cursor(epoch, pack, FAR // PACKS_PER_STEP), {})
@@ -98,7 +98,7 @@ def test_in_a_small_set_after_millions_of_epochs(few: Documents) -> None:
     assert busy_s < LIMIT_S
 
 
-def test_in_a_large_index(few: Documents, count: Callable[[int], int]) -> None:
+def test_in_a_large_index(few: Dataset, count: Callable[[int], int]) -> None:
     number = count(100) * 1000
     documents, pool = in_millions(few, number), CountingPool()
     epoch, pack = divmod(FAR + number // 3, number)
@@ -130,7 +130,7 @@ def test_in_streams(tiny: Tiny, tmp_path: Path) -> None:
     for name, positions in where.items():
         source = {"format": "pe_video", "path": name, "stream": True}
         config: DataConfig = data_config(tmp_path / "data", source, max_samples_per_pack=1)
-        none, pool = load_documents(config, [], MAKE, tiny.encoder, seed=0), CountingPool()
+        none, pool = load_dataset(config, [], MAKE, tiny.encoder, seed=0), CountingPool()
         with open_streams(config, MAKE, tiny.encoder, pool, PACKS_PER_STEP, seed=0) as streams:
             streams_at = {f"0:{slot}": position for slot, position in enumerate(positions)}
             loader = loader_of(none, pool, streams=streams)

@@ -45,7 +45,7 @@ ALL_SETTINGS = {
         "max_steps": 20,
         "warmup_steps": 2,
         "precision": "fp32",
-        "tower_learning_rates": {"language_model": 1e-4},
+        "component_learning_rates": {"language_model": 1e-4},
     },
     "parallel": {"shard": 1, "memory_budget_gib": 3.5, "activation_checkpointing": "auto"},
     "checkpoint": {"every_steps": 5, "keep_last": 2},

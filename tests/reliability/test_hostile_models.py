@@ -31,7 +31,7 @@ from vft.common.types import Conversation, MediaRef, Turn
 from vft.data.chat import ChatEncoder
 from vft.data.media.index import build as build_index
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.training.checkpoint import what_is_broken
 
 WATCHED = str(Path(__file__).with_name("watched.py"))
@@ -158,7 +158,7 @@ def base(world: World, tmp_path: Path) -> Path:
 
 def open_all(base: Path) -> str:
     """What a command reads of a model folder before its weights; the template's text of a conversation."""
-    checkpoint = Checkpoint.open(str(base))
+    checkpoint = Pretrained.open(str(base))
     encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)
     turns = (Turn("user", ("What?",)), Turn("assistant", ("A dog.",)))
     return encoder.render(Conversation("x", turns, "a.json:1"), False)[0]
@@ -231,11 +231,11 @@ def test_headers_of_a_base_in_several_files(
 ) -> None:
     """Merging reads them itself."""
     about = json.loads((learned / "adapter" / "vft.json").read_text())
-    names = list(Checkpoint.open(str(base)).weight_files)
+    names = list(Pretrained.open(str(base)).weight_files)
     (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     (base / "model.safetensors").write_bytes(HEADERS["2^60"])
     adapter = shutil.copytree(learned / "adapter", tmp_path / "adapter")
-    about["base_fingerprint"] = Checkpoint.open(str(base)).fingerprint
+    about["base_fingerprint"] = Pretrained.open(str(base)).fingerprint
     (adapter / "vft.json").write_text(json.dumps(about))
     merge = ("--base", base, "--adapter", adapter, "--output", tmp_path / "merged")
     assert str(base / "model.safetensors") in commands.run("tools/merge_lora.py", *merge).error

@@ -15,14 +15,14 @@ import pytest
 
 from tests.runs.commands import Commands, metrics
 from tests.runs.processes import run_together
-from tests.runs.world import FULL_TUNING, MIXED, TOWER_LORA, World, make_world
+from tests.runs.world import FULL_TUNING, MIXED, VISION_LORA, World, make_world
 
 SCRIPT = str(Path(__file__).with_name("modalities.py"))
 RECORDS = 9
 """In mixed.jsonl: 3 texts, 3 with pictures, 3 with a video."""
 STEP_S = 2.0
 """More than a step takes on a machine that is busy otherwise."""
-PARTS: dict[str, dict[str, Any]] = {"frozen": {}, "trained": TOWER_LORA, "in full": FULL_TUNING}
+PARTS: dict[str, dict[str, Any]] = {"frozen": {}, "trained": VISION_LORA, "in full": FULL_TUNING}
 
 
 def kinds_by_step(file: Path, processes: int) -> dict[int, tuple[str, ...]]:
@@ -83,7 +83,7 @@ def test_two_processes(
     world: World, commands: Commands, tmp_path: Path, patient: Callable[[int], int], parts: str
 ) -> None:
     combinations = run_mixed(commands, world, tmp_path, 2, 2, patient(5), parts)
-    told(combinations, f"2 processes, tower {parts}")
+    told(combinations, f"2 processes, encoder {parts}")
     unlike = {kinds for kinds in combinations if len(set(kinds) - {"empty"}) > 1}
     assert unlike and any("text" in kinds for kinds in unlike)
     if combinations.total() > 100:
@@ -97,7 +97,7 @@ def test_three_processes(
 ) -> None:
     """Two packs a process and step; 9 packs leave the last step half empty."""
     combinations = run_mixed(commands, world, tmp_path, 3, 6, patient(2), parts)
-    told(combinations, f"3 processes, tower {parts}")
+    told(combinations, f"3 processes, encoder {parts}")
 
 
 @pytest.mark.slow
@@ -105,4 +105,4 @@ def test_three_processes(
 def test_other_families(commands: Commands, tmp_path: Path, patient: Callable[[int], int], family: str) -> None:
     world = make_world(tmp_path / "world", family)
     combinations = run_mixed(commands, world, tmp_path, 2, 2, patient(5), "trained")
-    told(combinations, f"{family}, 2 processes, tower trained")
+    told(combinations, f"{family}, 2 processes, encoder trained")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.world import World
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.reporting import write_card
 
 
@@ -48,7 +48,7 @@ def test_one_that_vllm_does_not_serve_says_so(
     (tmp_path / "config.toml").write_text(settings.replace("[lora.alphas]\n", "").replace(before, after))
     asked = {"prompt": "Say.", "other_prompts": 2, "system": "Be brief.", "other_systems": 0, "pack_tokens": 256}
     (tmp_path / "vft.json").write_text(json.dumps(asked))
-    write_card(tmp_path, tmp_path, 3, Checkpoint.open(str(world.base)))
+    write_card(tmp_path, tmp_path, 3, Pretrained.open(str(world.base)))
     card = (tmp_path / "README.md").read_text()
     assert "merge it first" in card and why in card and "--enable-lora" not in card
     assert "Not evaluated" in card and 'To be asked: "Say." (the most frequent of 3' in card

@@ -12,7 +12,7 @@ import torch
 
 from tests.runs.commands import Commands, column, metrics
 from tests.runs.processes import run_together
-from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, TOWER_LORA, World, damage, record
+from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, VISION_LORA, World, damage, record
 from vft.common.errors import UserError
 from vft.common.scores import Interval
 from vft.distributed import process_group as distributed
@@ -173,7 +173,7 @@ QUIZ: dict[str, Any] = {
     "settings",
     [
         pytest.param({}, id="adapters"),
-        pytest.param(TOWER_LORA, id="towers", marks=pytest.mark.slow),
+        pytest.param(VISION_LORA, id="components", marks=pytest.mark.slow),
         pytest.param(FULL_TUNING, id="full"),
         pytest.param({"parallel": {"shard": 1}}, id="replicas", marks=pytest.mark.slow),
     ],

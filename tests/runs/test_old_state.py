@@ -16,7 +16,7 @@ from tests.runs.commands import CAPTION, REPOSITORY, Commands, metrics
 from tests.runs.same import without_times
 from vft.common.errors import UserError
 from vft.common.rules import CHANGES, VERSION, changed_since
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.training.checks import check_rules
 
 TOOLS = REPOSITORY / "tools"
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def old(tmp_path: Path, base: Path) -> Path:
     """A copy of what was left."""
     folder = tmp_path / "old"
-    shutil.copytree(REPOSITORY / "tests" / "old_state", folder)
+    shutil.copytree(REPOSITORY / "tests" / "runs" / "old_state", folder)
     (folder / "base").symlink_to(base)
     return folder
 
@@ -46,7 +46,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_the_stored_base_is_the_one(old: Path, base: Path) -> None:
     """Else the tests below would be refused for another reason."""
     state = json.loads((old / "run" / "checkpoints" / "step-000004" / "state.json").read_text())
-    assert "rules" not in state and state["base"] == Checkpoint.open(str(base)).fingerprint
+    assert "rules" not in state and state["base"] == Pretrained.open(str(base)).fingerprint
 
 
 def test_a_run_is_not_gone_on_with(commands: Commands, old: Path) -> None:

@@ -25,11 +25,11 @@ from vft.common.scores import Samples
 from vft.common.types import Conversation, MediaRef, Turn
 from vft.config import run as configs
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.inference.evaluate import keep_parts, load_held_out
 from vft.metrics import mean_interval
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionSpec
 from vft.recipes import task_of
 from vft.reporting import examples, write_report
@@ -83,7 +83,7 @@ class Reader(HTMLParser):
         self.open[-1].children.append(data)
 
 
-def read(folder: Path, held_out: Documents | None = None, spec: VisionSpec | None = None) -> Element:
+def read(folder: Path, held_out: Dataset | None = None, spec: VisionSpec | None = None) -> Element:
     """Write the report and read it; every page must stand alone."""
     assert write_report(folder, held_out, spec) == folder / "report.html"
     reader = Reader()
@@ -446,10 +446,10 @@ def trained(world: World, commands: Commands, tmp_path_factory: pytest.TempPathF
     return config
 
 
-def load(config: Path) -> tuple[Documents, VisionSpec]:
+def load(config: Path) -> tuple[Dataset, VisionSpec]:
     """What the run was evaluated on."""
     settings = configs.load(config)
-    checkpoint = Checkpoint.open(settings.model.path)
+    checkpoint = Pretrained.open(settings.model.path)
     spec = build(checkpoint, torch.float32).spec
     return load_held_out(task_of(settings), settings, ChatEncoder(checkpoint.tokenizer, spec)), spec
 

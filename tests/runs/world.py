@@ -66,13 +66,13 @@ class World:
         return path
 
 
-FULL_TUNING = {"lora": None, "model": {"train": ["language_model", "vision_tower", "merger"]}}
+FULL_TUNING = {"lora": None, "model": {"train": ["language_model", "vision_encoder", "projector"]}}
 """Settings that train every weight instead of adapters."""
 MIXED = {
     "data": {"sources": [{"format": "messages", "path": "mixed.jsonl"}], "max_samples_per_pack": 1},
 }
 """Settings under which each pack is one sample: of text alone, with pictures, or with a video."""
-TOWER_LORA = {"lora": {"targets": ["language_model.*", "vision_tower.*", "merger.*"]}}
+VISION_LORA = {"lora": {"targets": ["language_model.*", "vision_encoder.*", "projector.*"]}}
 
 
 def make_world(folder: Path, family: str = "qwen2_5_vl") -> World:

@@ -40,7 +40,7 @@ from vft.config.run import CheckpointConfig, LoraConfig, TrainConfig
 from vft.distributed.process_group import environment
 from vft.models.base import VideoLanguageModel
 from vft.training import checkpoint as checkpoints
-from vft.training.checkpoint_writer import Saver
+from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, scale_and_clip
 
@@ -105,7 +105,7 @@ def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguag
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
     model = build_model(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
-    choose_trainable(model, model.towers, lora, () if lora else ("language_model",))
+    choose_trainable(model, model.components, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)
     fill(model)
     return model, build_optimizer(model, TrainConfig(max_steps=1))
@@ -143,9 +143,13 @@ def timed(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path,
     }
 
 
-def make_saver(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, asynchronous: bool) -> Saver:
+def make_saver(
+    trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, asynchronous: bool
+) -> AsyncCheckpointer:
     """As a run makes it."""
-    return Saver(root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment(), print)
+    return AsyncCheckpointer(
+        root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment(), print
+    )
 
 
 def stalled(
@@ -196,7 +200,7 @@ def stalled(
     ]
 
 
-def watch(saver: Saver | None) -> Callable[[], float]:
+def watch(saver: AsyncCheckpointer | None) -> Callable[[], float]:
     """When the save in flight ended; now, where there is none."""
     thread = saver.thread if saver else None
     ended = [time.perf_counter()]

@@ -38,14 +38,14 @@ from vft.common.errors import UserError
 from vft.common.types import MediaPlan
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
 from vft.data.media.video import scan_file
 from vft.data.packing import Cursor
 from vft.data.workers import WorkerPool
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.recipes.caption import Caption
 
 SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts"})
@@ -58,7 +58,7 @@ class Case:
     """Clips of one size, sampled at one rate."""
 
     name: str
-    documents: Documents
+    documents: Dataset
     plans: tuple[MediaPlan, ...]
     """One for each sample."""
 
@@ -183,8 +183,8 @@ def table(case: Case, cores: int, sides: Sequence[Side]) -> list[dict[str, Any]]
 
 def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
     """Every size at every rate."""
-    skeleton = build(Checkpoint.open(str(DEMO_BASE)), torch.float32)
-    encoder = ChatEncoder(Checkpoint.open(str(DEMO_BASE)).tokenizer, skeleton.spec)
+    skeleton = build(Pretrained.open(str(DEMO_BASE)), torch.float32)
+    encoder = ChatEncoder(Pretrained.open(str(DEMO_BASE)).tokenizer, skeleton.spec)
     root = options.clips or folder
     for size, clips in clips_by_size(options, folder).items():
         questions = -(-options.samples // len(clips))
@@ -196,10 +196,10 @@ def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
                 share_videos=False,  # a sample is a clip decoded
                 workers=0,
                 cache_dir=str(folder / "cache"),
-                clip_deadline_s=DEADLINE_S,
+                decode_timeout_s=DEADLINE_S,
                 video=VideoConfig(fps=rate, max_frames=options.max_frames, max_pixels=options.max_pixels),
             )
-            documents = load_documents(config, config.sources, Caption().conversations, encoder, seed=0)
+            documents = load_dataset(config, config.sources, Caption().conversations, encoder, seed=0)
             plans = [plan for number in range(len(documents.members)) for plan in documents.build(number).media]
             yield Case(f"{size}, {rate:g} fps", documents, tuple(plans))
 

@@ -78,8 +78,8 @@ def shared_videos(model: Any, device: torch.device) -> tuple[Work, Work]:
 
 def apart(document: Document) -> list[Document]:
     """Each branch with a copy of the trunk."""
-    trunk, made = document.trunk_length, []
-    for sample, own in zip(document.sample_ids, document.branch_rows, strict=True):
+    trunk, made = document.prefix_length, []
+    for sample, own in zip(document.sample_ids, document.suffix_rows, strict=True):
         rows = torch.cat([torch.arange(trunk), torch.arange(own.start, own.stop)])
         made.append(
             replace(
@@ -88,8 +88,8 @@ def apart(document: Document) -> list[Document]:
                 ids_T=document.ids_T[rows],
                 labels_T=document.labels_T[rows],
                 positions_3T=document.positions_3T[:, rows],
-                trunk_length=0,
-                branch_lengths=(len(rows),),
+                prefix_length=0,
+                suffix_lengths=(len(rows),),
                 media_mask_T=document.media_mask_T[rows],
             )
         )
@@ -123,7 +123,7 @@ def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
 
 
 def windows_at_once(model: Any, device: torch.device) -> tuple[Work, Work]:
-    """All windows of the vision tower in one call, and each in its own, as without flash-attention elsewhere."""
+    """All windows of the vision encoder in one call, and each in its own, as without flash-attention elsewhere."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
     ours = passes(model, [row], device)
 
@@ -136,7 +136,7 @@ def windows_at_once(model: Any, device: torch.device) -> tuple[Work, Work]:
 
 @contextmanager
 def each_segment_alone() -> Iterator[None]:
-    """A call of attention for each segment of the tower's plans."""
+    """A call of attention for each segment of the encoder's plans."""
     attend = attention.attend
 
     def loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -157,8 +157,8 @@ def each_segment_alone() -> Iterator[None]:
         module.attend = attend
 
 
-def frozen_tower(model: Any, device: torch.device) -> tuple[Work, Work]:
-    """No graph through the frozen tower, and one all the way, as where the patches' embedding needs a gradient."""
+def frozen_encoder(model: Any, device: torch.device) -> tuple[Work, Work]:
+    """No graph through the frozen encoder, and one all the way, as where the patches' embedding needs a gradient."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
 
     def with_graph() -> torch.Tensor:
@@ -178,7 +178,7 @@ GAINS: dict[str, Callable[[Any, torch.device], tuple[Work, Work]]] = {
     "16 documents in one row": packed_rows,
     "head on supervised tokens": supervised_head,
     "windows in one call": windows_at_once,
-    "no graph in a frozen tower": frozen_tower,
+    "no graph in a frozen encoder": frozen_encoder,
 }
 
 

@@ -46,9 +46,9 @@ def own_bytes() -> int:
 def load_vft(folder: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Iterable[Tensor]]:
     """Skeleton, memory, weights: as a training run does it."""
     from vft.models import build
-    from vft.models.pretrained import Checkpoint, load_weights
+    from vft.models.pretrained import Pretrained, load_weights
 
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Pretrained.open(folder)
     model = build(checkpoint, dtype).model
     model.to_empty(device=device)
     synchronise()

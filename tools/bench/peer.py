@@ -44,7 +44,7 @@ from vft.config import run as configs
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.config.run import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 WARM_UP = 2
 """Steps before the timed ones."""
@@ -271,8 +271,8 @@ def write_adapter(config: Config, folder: Path) -> None:
     """The adapter that both sides start from. Its B is not zero, as a fresh one's is: else A would have no gradient,
     and the first losses would be those of the base alone."""
     assert config.lora is not None
-    skeleton = build(Checkpoint.open(config.model.path), torch.float32)
-    choose_trainable(skeleton.model, skeleton.towers, config.lora, ())
+    skeleton = build(Pretrained.open(config.model.path), torch.float32)
+    choose_trainable(skeleton.model, skeleton.components, config.lora, ())
     layers = [module for module in skeleton.model.modules() if isinstance(module, LoRALinear)]
     for layer in layers:
         layer.lora_A.to_empty(device="cpu")

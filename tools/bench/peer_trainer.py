@@ -29,11 +29,11 @@ from vft.common.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.media import patches as vision
 from vft.data.packing import Cursor, take_step
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionSpec
 from vft.recipes import task_of
 
@@ -54,10 +54,10 @@ def main() -> None:
 
 def planned_steps(config: Config) -> tuple[list[list[Question]], ChatEncoder]:
     """The questions of every step of a vft run with this configuration, in its order."""
-    checkpoint = Checkpoint.open(config.model.path)
+    checkpoint = Pretrained.open(config.model.path)
     encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)
     make = task_of(config).conversations
-    documents = load_documents(config.data, config.data.sources, make, encoder, config.seed)
+    documents = load_dataset(config.data, config.data.sources, make, encoder, config.seed)
     plan, cursor, steps = documents.pack_plan(config.seed), Cursor(), []
     for _ in range(config.train.max_steps or 0):
         packs, cursor = take_step(plan, cursor, config.train.packs_per_step, None)

@@ -69,8 +69,8 @@ def video_document(
         ids_T=torch.cat(ids),
         labels_T=torch.cat(labels),
         positions_3T=torch.cat([positions_3T[:, : len(trunk)], *branches], dim=1),
-        trunk_length=shared,
-        branch_lengths=(words,) * questions if shared else (len(trunk) + words,),
+        prefix_length=shared,
+        suffix_lengths=(words,) * questions if shared else (len(trunk) + words,),
         media=(plan,),
         media_mask_T=torch.tensor(mask),
     )

@@ -90,7 +90,7 @@ def questions(model: Any) -> Cases:
 
 
 def frames(model: Any) -> Cases:
-    """More frames of one video: as its FLOPs grow, the tower's in proportion, attention faster."""
+    """More frames of one video: as its FLOPs grow, the encoder's in proportion, attention faster."""
     return _by_flops(
         model,
         {f"{count} frames": [video_document(model.spec, Video(count), 1, WORDS, ANSWER)] for count in (8, 16, 32, 64)},

@@ -100,7 +100,7 @@ def check(arguments: argparse.Namespace) -> None:
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, model.towers, setting.lora, ())
+    choose_trainable(model, model.components, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
     row = make_row(model.spec, tokens, video, questions)
@@ -147,7 +147,7 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.preparation.memory says the step will hold."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, model.towers, setting.lora, ())
+    choose_trainable(model, model.components, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, setting.device)
 

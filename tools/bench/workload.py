@@ -72,27 +72,27 @@ class Shape:
         return config
 
 
-_LARGE_TOWER = {"vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "vision_full": (7, 15, 23, 31)}
-_SEVEN_B = Shape(3584, 28, 28, 4, 18944, 152064, False, vision_mlp=3420, **_LARGE_TOWER)  # type: ignore[arg-type]
+_LARGE_ENCODER = {"vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "vision_full": (7, 15, 23, 31)}
+_SEVEN_B = Shape(3584, 28, 28, 4, 18944, 152064, False, vision_mlp=3420, **_LARGE_ENCODER)  # type: ignore[arg-type]
 SHAPES = {
     "tiny": Shape(128, 3, 4, 2, 384, 640, True, 64, 2, 2, 192, (1,)),
-    # A hundredth of the 7B, with its proportions of tower, decoder and head.
+    # A hundredth of the 7B, with its proportions of encoder, decoder and head.
     "small": Shape(640, 14, 10, 2, 1728, 7680, False, 224, 8, 4, 608, (1, 3, 5, 7)),
-    "3b": Shape(2048, 36, 16, 2, 11008, 151936, True, vision_mlp=3420, **_LARGE_TOWER),  # type: ignore[arg-type]
+    "3b": Shape(2048, 36, 16, 2, 11008, 151936, True, vision_mlp=3420, **_LARGE_ENCODER),  # type: ignore[arg-type]
     "7b": _SEVEN_B,
-    "32b": Shape(5120, 64, 40, 8, 27648, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
-    "72b": Shape(8192, 80, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
+    "32b": Shape(5120, 64, 40, 8, 27648, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
+    "72b": Shape(8192, 80, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
     # The 72B's layers, key heads, head of its own and proportions, at a 43rd of its width.
     "72b-thin": Shape(192, 80, 6, 1, 692, 3564, False, 32, 32, 2, 86, (7, 15, 23, 31)),
     "7b-slice": replace(_SEVEN_B, layers=4),
-    "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_TOWER),  # type: ignore[arg-type]
+    "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
 }
 """Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
 
 
 @dataclass(frozen=True)
 class LlavaShape:
-    """Sizes of a LLaVA-NeXT-Video, whose tower is always CLIP's large one at 336 pixels."""
+    """Sizes of a LLaVA-NeXT-Video, whose encoder is always CLIP's large one at 336 pixels."""
 
     width: int
     layers: int
@@ -102,7 +102,7 @@ class LlavaShape:
     vocabulary: int
 
     def config(self) -> dict[str, Any]:
-        """A config.json with these sizes; the tower's are the class's defaults."""
+        """A config.json with these sizes; the encoder's are the class's defaults."""
         text = {
             "model_type": "llama",
             "hidden_size": self.width,
@@ -131,7 +131,7 @@ class Qwen3Shape:
     deepstack: tuple[int, ...]
 
     def config(self) -> dict[str, Any]:
-        """A config.json with these sizes; the tower's others are the class's defaults."""
+        """A config.json with these sizes; the encoder's others are the class's defaults."""
         text = {
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
@@ -185,7 +185,7 @@ def build_model(
 def adapted_model(shape: AnyShape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    choose_trainable(model, model.towers, LoraConfig(), ())
+    choose_trainable(model, model.components, LoraConfig(), ())
     model.to_empty(device=device)
     fill(model)
     initialise(model, seed=0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
-from vft.distributed.process_group import broadcast, local_part, local_rows, place, sharded_like, whole
+from vft.distributed.process_group import broadcast, full_tensor, local_part, local_rows, place, sharded_like
 from vft.models.quantization import is_packed, linear, unpack
 
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
@@ -28,7 +28,7 @@ START = (".lora_A0", ".lora_B0")
 """The same for where PiSSA's A and B began: kept beside them, never trained."""
 
 T = TypeVar("T")
-Towers = Mapping[str, tuple[str, ...]]
+Components = Mapping[str, tuple[str, ...]]
 
 
 class LoRALinear(nn.Linear):
@@ -171,18 +171,18 @@ class TrainableRow:
     example: str
 
 
-def tower_of(name: str, towers: Towers) -> str:
+def component_of(name: str, components: Components) -> str:
     """The part of the model that a parameter or module belongs to; the first prefix that fits counts."""
-    for tower, prefixes in towers.items():
+    for component, prefixes in components.items():
         if f"{name}.".startswith(prefixes):  # the dot: "lm_head" is a module of the prefix "lm_head."
-            return tower
-    raise AssertionError(f"{name} belongs to no tower of {list(towers)}")
+            return component
+    raise AssertionError(f"{name} belongs to no component of {list(components)}")
 
 
 def match_targets(
-    model: nn.Module, patterns: Sequence[str], towers: Towers, setting: str = "lora.targets"
+    model: nn.Module, patterns: Sequence[str], components: Components, setting: str = "lora.targets"
 ) -> dict[str, list[str]]:
-    """Linear layers that each pattern names, all of them in the tower before the first dot.
+    """Linear layers that each pattern names, all of them in the component before the first dot.
 
     What follows the dot is a glob against the layer's last name or its path within the model. The output head is
     taken only where it is named. UserError, about `setting`, for a pattern that matches nothing.
@@ -190,34 +190,36 @@ def match_targets(
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: dict[str, list[str]] = {}
     for pattern in patterns:
-        tower, _, glob = pattern.partition(".")
-        if tower not in towers or not glob:
+        component, _, glob = pattern.partition(".")
+        if component not in components or not glob:
             raise UserError(
-                f"{setting} = {pattern!r}: must be TOWER.PATTERN with a tower of {', '.join(towers)}, "
+                f"{setting} = {pattern!r}: must be COMPONENT.PATTERN with a component of {', '.join(components)}, "
                 'such as "language_model.*" or "language_model.q_proj"'
             )
         matched[pattern] = [
             name
             for name in linears
-            if tower_of(name, towers) == tower
+            if component_of(name, components) == component
             and (fnmatchcase(name.rsplit(".", 1)[-1], glob) or fnmatchcase(name, glob))
             and (name.rsplit(".", 1)[-1] != "lm_head" or glob == "lm_head")
         ]
         if not matched[pattern]:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears if tower_of(name, towers) == tower})
-            raise UserError(f"{setting} = {pattern!r}: matches no linear layer; {tower} has {', '.join(leaves)}")
+            leaves = sorted(
+                {name.rsplit(".", 1)[-1] for name in linears if component_of(name, components) == component}
+            )
+            raise UserError(f"{setting} = {pattern!r}: matches no linear layer; {component} has {', '.join(leaves)}")
     return matched
 
 
 def by_pattern(
-    model: nn.Module, modules: Sequence[str], values: Mapping[str, T], towers: Towers, setting: str
+    model: nn.Module, modules: Sequence[str], values: Mapping[str, T], components: Components, setting: str
 ) -> dict[str, T]:
     """What `values` has for some of the adapted `modules`; of several patterns the first that fits counts, as in PEFT.
 
     UserError for a pattern that decides nothing.
     """
     chosen: dict[str, T] = {}
-    for pattern, names in match_targets(model, list(values), towers, setting).items():
+    for pattern, names in match_targets(model, list(values), components, setting).items():
         adapted = [name for name in names if name in modules]
         new = [name for name in adapted if name not in chosen]
         if not new:
@@ -246,18 +248,18 @@ def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], conf
 
 
 def choose_trainable(
-    model: nn.Module, towers: Towers, lora: LoraConfig | None, train: Sequence[str]
+    model: nn.Module, components: Components, lora: LoraConfig | None, train: Sequence[str]
 ) -> list[TrainableRow]:
-    """Freeze everything, then thaw adapters, or where there is no `lora` the named towers. Trainable ones are float32.
+    """Freeze everything, then thaw adapters, or without `lora` the named components. Trainable ones are float32.
 
     Returns the table to print. Call it on the meta device, before weights are read.
     """
     rows = []
     if lora is not None:
-        matched = match_targets(model, lora.targets, towers)
+        matched = match_targets(model, lora.targets, components)
         modules = list(dict.fromkeys(name for names in matched.values() for name in names))
-        ranks = by_pattern(model, modules, lora.ranks, towers, "lora.ranks")
-        alphas = by_pattern(model, modules, lora.alphas, towers, "lora.alphas")
+        ranks = by_pattern(model, modules, lora.ranks, components, "lora.ranks")
+        alphas = by_pattern(model, modules, lora.alphas, components, "lora.alphas")
         layers = {name: (ranks.get(name, lora.rank), alphas.get(name, lora.alpha)) for name in modules}
         add_adapters(model, layers, lora)
         for pattern, names in matched.items():
@@ -265,15 +267,19 @@ def choose_trainable(
             count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefixes) and not is_start(n))
             rows.append(TrainableRow(f"{kind_of(lora)} {pattern}", len(names), count, names[0]))
     for name, parameter in model.named_parameters():
-        thawed = is_adapter(name) and not is_start(name) if lora is not None else tower_of(name, towers) in train
+        thawed = (
+            is_adapter(name) and not is_start(name) if lora is not None else component_of(name, components) in train
+        )
         parameter.requires_grad_(thawed)
         if thawed:
             parameter.data = parameter.data.float()
     if lora is None:
-        for tower in train:
-            names = [n for n, p in model.named_parameters() if p.requires_grad and tower_of(n, towers) == tower]
+        for component in train:
+            names = [
+                n for n, p in model.named_parameters() if p.requires_grad and component_of(n, components) == component
+            ]
             count = sum(model.get_parameter(n).numel() for n in names)
-            rows.append(TrainableRow(f"full {tower}", len(names), count, names[0]))
+            rows.append(TrainableRow(f"full {component}", len(names), count, names[0]))
     return rows
 
 
@@ -325,7 +331,9 @@ def _start_at_principal_part(layers: Mapping[str, LoRALinear], seed: int) -> Non
             turn = waiting[first : first + processes]
             mine: tuple[Tensor, ...] = ()
             for source, (name, layer) in enumerate(turn):
-                weight = whole(layer.dense_weight().detach())  # gathered by all, kept by the one that decomposes it
+                weight = full_tensor(
+                    layer.dense_weight().detach()
+                )  # gathered by all, kept by the one that decomposes it
                 if source == rank:
                     mine = principal_part(
                         weight, layer.lora_A.out_features, layer.scale, layer.init, _seed_of(seed, name)

@@ -22,19 +22,19 @@ from vft.adapters.lora import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
+    Components,
     LoRALinear,
-    Towers,
     add_adapters,
+    component_of,
     fill,
     is_adapter,
     lora_scale,
-    tower_of,
 )
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.config.run import LoraConfig, ModelConfig
-from vft.distributed.process_group import whole
-from vft.models.pretrained import Checkpoint, open_tensors, stored_names
+from vft.distributed.process_group import full_tensor
+from vft.models.pretrained import Pretrained, open_tensors, stored_names
 from vft.models.tensor_names import Spellings, our_names
 
 CONFIG_FILE = "adapter_config.json"
@@ -132,7 +132,7 @@ class Adapter:
                 found.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def check(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def check(self, model: nn.Module, checkpoint: Pretrained) -> None:
         """UserError where the adapter was made for another base than this checkpoint, is in its weights already, or
         doesn't fit the adapters in `model`."""
         base, fingerprint = checkpoint.path, checkpoint.fingerprint
@@ -178,7 +178,7 @@ class Adapter:
             "that it was trained on"
         )
 
-    def _is_in(self, checkpoint: Checkpoint, stored: Mapping[str, str]) -> bool:
+    def _is_in(self, checkpoint: Pretrained, stored: Mapping[str, str]) -> bool:
         """Whether the checkpoint's weights hold the adapter's update: between the update's own directions, s B A of
         rank r, a weight with the update in it is nearly the update, one without is nearly nothing.
 
@@ -209,11 +209,11 @@ class Adapter:
                 if name.endswith(MAGNITUDE):
                     layer = model.get_submodule(name.removesuffix(MAGNITUDE))
                     assert isinstance(layer, LoRALinear)
-                    values = values.float() - whole(layer.row_lengths()).cpu()
+                    values = values.float() - full_tensor(layer.row_lengths()).cpu()
                 fill(parameters[name], values)
 
 
-def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
+def attach(model: nn.Module, adapter: Adapter, components: Components) -> None:
     """Put empty adapters where `adapter` has them (for use, not training: no dropout)."""
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module in adapter.layers:
@@ -222,11 +222,11 @@ def attach(model: nn.Module, adapter: Adapter, towers: Towers) -> None:
                 f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such linear layer; "
                 f"the adapter was made for another base ({adapter.config.get('base_model_name_or_path')!r})"
             )
-        tower_of(module, towers)
+        component_of(module, components)
     add_adapters(model, adapter.layers, adapter.lora)
 
 
-def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkpoint: Checkpoint) -> None:
+def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkpoint: Pretrained) -> None:
     """Fill the adapters in `model` from `model.adapter`. UserError where they don't fit it, or its base."""
     adapter = Adapter.open(Path(base.adapter), spellings)
     if trained_rope_factor(adapter.folder, base.rope_factor) != base.rope_factor:
@@ -238,7 +238,7 @@ def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkp
     adapter.load_into(model)
 
 
-def merged_into(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def merged_into(checkpoint: Pretrained) -> list[dict[str, Any]]:
     """The adapters that were merged into a model, as its folder says: `adapter` (its folder then) and `digest`."""
     found = checkpoint.json_file(ABOUT_FILE).get("merged") or []
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
@@ -329,13 +329,13 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 def _plain_tensors(layer: LoRALinear) -> dict[str, Tensor]:
     """A layer's adapter as PEFT keeps it, gathered. PiSSA's is a plain one of twice the rank:
     W - s B0 A0 + s B A = W + s [B, -B0] [A; A0] (arXiv 2404.02948, appendix C)."""
-    a, b = whole(layer.lora_A.weight.detach()), whole(layer.lora_B.weight.detach())
+    a, b = full_tensor(layer.lora_A.weight.detach()), full_tensor(layer.lora_B.weight.detach())
     if layer.lora_A0 is not None and layer.lora_B0 is not None:
-        a, b = torch.cat([a, whole(layer.lora_A0)]), torch.cat([b, -whole(layer.lora_B0)], dim=1)
+        a, b = torch.cat([a, full_tensor(layer.lora_A0)]), torch.cat([b, -full_tensor(layer.lora_B0)], dim=1)
     tensors = {"lora_A.weight": a, "lora_B.weight": b}
     if layer.lora_magnitude_change is not None:
-        lengths = whole(layer.row_lengths())
-        tensors[PEFT_MAGNITUDE.removeprefix(".")] = lengths + whole(layer.lora_magnitude_change.detach())
+        lengths = full_tensor(layer.row_lengths())
+        tensors[PEFT_MAGNITUDE.removeprefix(".")] = lengths + full_tensor(layer.lora_magnitude_change.detach())
     return tensors
 
 
@@ -384,7 +384,7 @@ def _without_peft(name: str) -> str:
 
 def _regular_expression(modules: Sequence[str], linears: Sequence[str]) -> str:
     """A full-match pattern for exactly these layers' kinds, layer numbers left open where it then fits no other of
-    `linears`: never a bare leaf name, which would fit the other tower's layers too."""
+    `linears`: never a bare leaf name, which would fit the other component's layers too."""
     by_kind: dict[str, list[str]] = {}
     for name in modules:
         by_kind.setdefault(_kind(name), []).append(name)

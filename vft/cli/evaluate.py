@@ -31,7 +31,7 @@ from vft.common.scores import Interval
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, environment, make_mesh, process_group
 from vft.inference.engine import Answerer, load_model, require_folder
@@ -39,7 +39,7 @@ from vft.inference.evaluate import cut_off_warning, evaluate, load_held_out, ove
 from vft.inference.generate import Sampling
 from vft.metrics import paired_difference
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.recipes import task_of
 from vft.reporting.examples import key_of
 from vft.reporting.run_report import COUNTS, DIFFERENCE, changed, shown
@@ -95,7 +95,7 @@ def as_trained(config: Config, adapter: Path | None) -> Config:
 
 def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
     """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
-    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
+    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     # Before the process group, as in training: a first scan of many files may outlast any time-out.
     spec, learn_reasoning = build(checkpoint, torch.float32).spec, config.data.learn_reasoning
     encoder = ChatEncoder(checkpoint.tokenizer, spec, checkpoint.end_ids, learn_reasoning)
@@ -106,7 +106,7 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
     scores = {}
     with (
         process_group(world, alone=config.parallel.offload != "none"),
-        WorkerPool(config.data.workers, config.data.clip_deadline_s) as pool,
+        WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
     ):
         for file, adapter in runs.items():
             scores[file.stem] = score(config, adapter, file, held_out, pool, world)
@@ -118,7 +118,7 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
 
 
 def score(
-    config: Config, adapter: Path | None, file: Path, held_out: Documents, pool: WorkerPool, world: World
+    config: Config, adapter: Path | None, file: Path, held_out: Dataset, pool: WorkerPool, world: World
 ) -> Scores:
     """Scores of the base model, or of the adapter on it; its answers go to `file`."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -27,7 +27,7 @@ from vft.data.workers import WorkerPool
 from vft.inference.engine import load_model
 from vft.inference.evaluate import load_training
 from vft.models import Skeleton, build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.recipes import task_of
 from vft.reporting.batch_preview import preview, summary
 from vft.training.checks import tell_of_weights
@@ -54,13 +54,13 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     tell_of_weights(config, print)
-    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
+    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, torch.float32)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
     documents, make = load_training(task, config, encoder), trained_conversations(task, config.data.segment_questions)
     with (
-        WorkerPool(data.workers, data.clip_deadline_s) as pool,
+        WorkerPool(data.workers, data.decode_timeout_s) as pool,
         open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,
     ):
         plan = documents.pack_plan(config.seed)

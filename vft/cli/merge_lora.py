@@ -25,7 +25,7 @@ from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.models import build
 from vft.models.prequantized import require_whole
-from vft.models.pretrained import Checkpoint, copy_companions, open_tensors, stored_names
+from vft.models.pretrained import Pretrained, copy_companions, open_tensors, stored_names
 from vft.reporting.serving import vllm_serve
 from vft.training.export import served_files
 
@@ -35,11 +35,11 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     `generation` as for `vft.training.export.served_files`."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
-    checkpoint = Checkpoint.open(base, recorded(adapter_folder).get("rope_factor"))
+    checkpoint = Pretrained.open(base, recorded(adapter_folder).get("rope_factor"))
     skeleton = build(checkpoint, torch.float32)
     adapter = Adapter.open(adapter_folder, skeleton.model.spellings)
     stored = stored_names(skeleton.model, checkpoint)
-    attach(skeleton.model, adapter, skeleton.towers)
+    attach(skeleton.model, adapter, skeleton.components)
     adapter.check(skeleton.model, checkpoint)
     with whole_folder(output) as folder:
         changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
@@ -50,7 +50,7 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     return changed
 
 
-def _merge_files(checkpoint: Checkpoint, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
+def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
     """`ours` are the model's names of the tensors in the files."""
     scales = adapter.scales
     waiting = set(scales)
@@ -93,7 +93,7 @@ def _read(file: Path, name: str) -> Tensor:
         return reader.get_tensor(name)
 
 
-def _compare(checkpoint: Checkpoint, folder: Path) -> None:
+def _compare(checkpoint: Pretrained, folder: Path) -> None:
     """Read the headers back: every tensor of the base is there with its shape and dtype, and nothing else."""
     for file in sorted(set(checkpoint.weight_files.values())):
         base, written = _header(file), _header(folder / file.name)
@@ -126,7 +126,7 @@ def main() -> None:
 
 def serve_command(folder: Path) -> str:
     """How vLLM serves the merged model in `folder`."""
-    checkpoint, about = Checkpoint.open(str(folder)), recorded(folder)
+    checkpoint, about = Pretrained.open(str(folder)), recorded(folder)
     media = about.get("video", {}), about.get("image", {})
     return vllm_serve(str(folder), checkpoint.config.model_type, *media, checkpoint.weight_bytes)
 

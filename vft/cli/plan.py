@@ -41,7 +41,7 @@ from vft.data.dataset import converse, take
 from vft.distributed.process_group import World, make_mesh
 from vft.models import build
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.models.quantization import is_packed, true_shapes
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step, shares
@@ -339,10 +339,10 @@ def make_model(config: Config) -> Any:
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Checkpoint.open(path, config.model.rope_factor), dtype, config.model.quantize).model
+        model = build(Pretrained.open(path, config.model.rope_factor), dtype, config.model.quantize).model
     else:
         model = build_model(MODELS[released], dtype, config.model.quantize, config.model.rope_factor)
-    choose_trainable(model, model.towers, config.lora, config.model.train)
+    choose_trainable(model, model.components, config.lora, config.model.train)
     return model
 
 
@@ -384,7 +384,7 @@ def resident(setting: Setting) -> int:
 def plan_memory(setting: Setting, row: Batch) -> Memory:
     """What one GPU holds, from the real step."""
     parallel, model = setting.config.parallel, make_model(setting.config)
-    checkpoint_activations(model, parallel.activation_checkpointing, parallel.tower_checkpointing)
+    checkpoint_activations(model, parallel.activation_checkpointing, parallel.vision_checkpointing)
     sizes, shard = sizes_of(setting, model), parallel.shard or setting.gpus
     copied = copied_bytes(model, shard, parallel)  # the step is counted where there is nothing to copy
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.gpus)

@@ -48,7 +48,7 @@ from vft.inference.engine import Answerer, Prompt, Said, check_answer_length, lo
 from vft.inference.generate import Sampling
 from vft.inference.requests import Failure, Item, read_items, split
 from vft.models import build as build_model
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 DEFAULT_PROMPT = "Describe the video."
 LIMITS = ("fps", "frames", "max_frames", "max_pixels")
@@ -65,7 +65,7 @@ OPTIONS = {
 FEW = 8
 """Questions up to which starting worker processes takes longer than they save."""
 WORKERS = 4
-CLIP_DEADLINE_S = 600.0
+DECODE_TIMEOUT_S = 600.0
 
 Info = Callable[[MediaRef], MediaInfo]
 
@@ -162,7 +162,7 @@ def predict(arguments: argparse.Namespace) -> int:
     """Print or write an answer to each question; returns how many have none."""
     check(arguments)
     world = environment()
-    checkpoint = Checkpoint.open(arguments.model, trained_rope_factor(arguments.adapter, None))
+    checkpoint = Pretrained.open(arguments.model, trained_rope_factor(arguments.adapter, None))
     context = build_model(checkpoint, torch.float32).spec.context_tokens
     check_answer_length(arguments.max_new_tokens, context, "--max-new-tokens")
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
@@ -185,7 +185,7 @@ def predict(arguments: argparse.Namespace) -> int:
     if arguments.segments is not None:
         items = split(items, arguments.segments, info)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with process_group(world), WorkerPool(workers_for(items, arguments), CLIP_DEADLINE_S) as pool:
+    with process_group(world), WorkerPool(workers_for(items, arguments), DECODE_TIMEOUT_S) as pool:
         # The first process's file is the one that counts: others may be on hosts that don't see it.
         done = all_of(None if file is None else [file.has(item) for item in items])[0]
         left = [item for item, is_done in zip(items, done or [False] * len(items), strict=True) if not is_done]
@@ -209,11 +209,11 @@ def workers_for(items: Sequence[Item], arguments: argparse.Namespace) -> int:
 def scanned(items: Sequence[Item], config: DataConfig, workers: int, world: World) -> Info:
     """What scans of all the media find, made side by side and kept."""
     refs = [ref for item in items if not isinstance(item.asked, Failure) for ref in item.asked.prompt.media]
-    return build(refs, config.cache_path, workers, CLIP_DEADLINE_S, show_progress=world.is_main).info
+    return build(refs, config.cache_path, workers, DECODE_TIMEOUT_S, show_progress=world.is_main).info
 
 
 def settings_of(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, config: DataConfig, precision: str
+    arguments: argparse.Namespace, checkpoint: Pretrained, config: DataConfig, precision: str
 ) -> dict[str, Any]:
     """All that an answer depends on beside the question."""
     weights = hashlib.sha256(checkpoint.fingerprint.encode())

@@ -322,12 +322,12 @@ class AttentionPlan:
 
 @dataclass(eq=False)
 class VisionLayout:
-    """How the patches of a batch lie in the vision tower. A family's own has more, for its tower alone."""
+    """How the patches of a batch lie in the vision encoder. A family's own has more, for its encoder alone."""
 
     plans: dict[str, AttentionPlan]
     """Who attends whom, by a name of each kind of attention."""
-    merger_rows: int
-    """Rows that pass through what lies between tower and language model."""
+    projector_rows: int
+    """Rows that pass through what lies between encoder and language model."""
 
 
 @dataclass(eq=False, slots=True)
@@ -342,8 +342,8 @@ class Document:
     labels_T: Tensor
     """The token itself where it is supervised, else IGNORE_INDEX. Not shifted."""
     positions_3T: Tensor
-    trunk_length: int
-    branch_lengths: tuple[int, ...]
+    prefix_length: int
+    suffix_lengths: tuple[int, ...]
     media: tuple[MediaPlan, ...]
     media_mask_T: Tensor
     """True where a token is replaced by a vision embedding."""
@@ -354,9 +354,9 @@ class Document:
         return self.ids_T.numel()
 
     @property
-    def branch_rows(self) -> list[slice]:
+    def suffix_rows(self) -> list[slice]:
         """Rows of each branch."""
-        ends = accumulate(self.branch_lengths, initial=self.trunk_length)
+        ends = accumulate(self.suffix_lengths, initial=self.prefix_length)
         return [slice(start, end) for start, end in pairwise(ends)]
 
     @staticmethod

@@ -235,7 +235,7 @@ class DataConfig(Section):
     behind a single copy: 0.25 is at most a quarter. 0: none; the model sees the same with `share_videos` on or off."""
     workers: Count = 4
     """Processes that decode, for each training process; 0: the training process decodes, without a deadline."""
-    clip_deadline_s: PositiveFloat = 60.0
+    decode_timeout_s: PositiveFloat = 60.0
     """Seconds that one clip may take to decode before it is given up."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of clips that may fail before the run stops."""

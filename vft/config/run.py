@@ -35,7 +35,7 @@ from vft.config.fields import (
 )
 from vft.config.toml import covers, show
 
-Tower = Literal["language_model", "vision_tower", "merger"]
+Component = Literal["language_model", "vision_encoder", "projector"]
 TaskName = Literal["caption", "qa", "classify", "summarize", "story"]
 
 RESUME_MAY_CHANGE = frozenset(
@@ -49,7 +49,7 @@ RESUME_MAY_CHANGE = frozenset(
         "parallel",
         "data.workers",
         "data.max_bad_fraction",
-        "data.clip_deadline_s",
+        "data.decode_timeout_s",
         "data.cache_dir",
         "data.cache",
         "data.cache_gib",
@@ -64,9 +64,9 @@ be prolonged; a decaying schedule then decays to the new end.
 
 
 def _check_target(text: str) -> str:
-    if not re.fullmatch(rf"({'|'.join(get_args(Tower))})(\.[A-Za-z0-9_*]+)+", text):
+    if not re.fullmatch(rf"({'|'.join(get_args(Component))})(\.[A-Za-z0-9_*]+)+", text):
         raise ValueError(
-            "must begin with a tower (language_model, vision_tower, merger) and name its linears after a dot: "
+            "must begin with a component (language_model, vision_encoder, projector) and name its linears after a dot: "
             '"language_model.q_proj", or "language_model.*" for all'
         )
     return text
@@ -90,8 +90,8 @@ class ModelConfig(Section):
     """Folder of a LoRA adapter in PEFT's format to go on from; empty: fresh matrices."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: hold the linears of the language model's layers, frozen under adapters, in 4 bits (QLoRA, Dettmers et al.
-    2023), 9/16 of a byte a weight; embedding, head, norms and vision tower stay as they are. Needs a `[lora]` table."""
-    train: Tuple[Tower] = ()
+    2023), 9/16 of a byte a weight; embedding, head, norms and vision encoder stay as is. Needs a `[lora]` table."""
+    train: Tuple[Component] = ()
     """Parts that full fine-tuning trains. Only without a `[lora]` table."""
     rope_factor: Annotated[float, Field(ge=1)] | None = None
     """Linear scaling of positions: the language model sees them divided by this, and as many more fit its context.
@@ -108,8 +108,8 @@ class LoraConfig(Section):
     dropout: Below1 = 0.0
     """Share of the adapter's inputs that are zeroed in training, 0 <= dropout < 1."""
     targets: Annotated[Tuple[Target], Field(min_length=1)] = ("language_model.*",)
-    """Linears that get an adapter: `TOWER.NAME`, or `TOWER.*` for all linears of the tower. Anchored to a tower,
-    because the towers share names: a bare `q_proj` would match in several."""
+    """Linears that get an adapter: `COMPONENT.NAME`, or `COMPONENT.*` for all its linears. Anchored to a component,
+    because the components share names: a bare `q_proj` would match in several."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     ranks: dict[Target, Positive] = Field(default_factory=dict)
@@ -143,8 +143,8 @@ class TrainConfig(Section):
     """Rows that one optimizer step consumes, over all processes; their number must divide it."""
     learning_rate: PositiveFloat = 1e-4
     """Peak, reached after the warm-up."""
-    tower_learning_rates: dict[Tower, PositiveFloat] = Field(default_factory=dict)
-    """Another peak for some of what is trained, such as `{vision_tower = 1e-5}`; the schedule is the same."""
+    component_learning_rates: dict[Component, PositiveFloat] = Field(default_factory=dict)
+    """Another peak for some of what is trained, such as `{vision_encoder = 1e-5}`; the schedule is the same."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up: decay to zero at the last step along a half cosine or a line, or no decay."""
     warmup_steps: Count = 0
@@ -183,8 +183,8 @@ class ParallelConfig(Section):
     """Processes over which the decoder's weights are sharded; 0: all, 1: plain data parallel."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full", "auto"] = "none"
     """What the backward pass computes again instead of keeping; `auto`: the least that fits `memory_budget_gib`."""
-    tower_checkpointing: Literal["same", "none", "mlp", "selective", "full"] = "same"
-    """The same for a vision tower that is trained; one that is frozen keeps nothing."""
+    vision_checkpointing: Literal["same", "none", "mlp", "selective", "full"] = "same"
+    """The same for a vision encoder that is trained; one that is frozen keeps nothing."""
     memory_budget_gib: PositiveFloat | None = None
     """GiB of one device's memory that `activation_checkpointing = "auto"` may plan with."""
     compile: bool = False
@@ -321,11 +321,11 @@ class Config(Section):
                 "the rank in its adapter_config.json"
             )
         trained = [target.partition(".")[0] for target in self.lora.targets] if self.lora else self.model.train
-        for tower, rate in self.train.tower_learning_rates.items():
-            if tower not in trained:
+        for component, rate in self.train.component_learning_rates.items():
+            if component not in trained:
                 where = "lora.targets" if self.lora else "model.train"
                 raise ValueError(
-                    f"train.tower_learning_rates.{tower} = {rate}: nothing of it is trained by {where} = "
+                    f"train.component_learning_rates.{component} = {rate}: nothing of it is trained by {where} = "
                     f"{show(list(self.lora.targets if self.lora else trained))}; add it there, or take the rate out"
                 )
         if self.lora is None and self.model.quantize != "none":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import os
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from vft.common.errors import UserError
+from vft.config.renamed import new_key, rename
+
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -58,7 +63,12 @@ def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
         raise UserError(f"{path}: not TOML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    lines = list(rename(table))
     overridden = [_override(table, text) for text in overrides]
+    lines += rename(table)
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            logger.warning("%s: %s", path, line)
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -88,7 +98,7 @@ def show(value: Any) -> str:
 def _override(table: dict[str, Any], text: str) -> str:
     """Set in `table` what `text` says; the dotted key that it set."""
     key, equals, value_text = text.partition("=")
-    names = key.strip().split(".")
+    names = new_key(key.strip()).split(".")
     if not equals or not all(names):
         raise UserError(f"command line: {text}: an override is section.key=value")
     value_text = value_text.strip()

@@ -69,7 +69,7 @@ def fit(
     def tightest(plans: Sequence[MediaPlan] | None = None) -> tuple[int, Bound]:
         """Room that the texts leave: that of the longest `together` in a row, or of the longest in the context."""
         encoded = [encoder.encode(one, answer_next, plans) for one in conversations]
-        shared = encoded[0].trunk_tokens if together > 1 else 0
+        shared = encoded[0].prefix_tokens if together > 1 else 0
         texts = sorted(one.text_tokens for one in encoded)
         in_row = row.tokens - shared - sum(text - shared for text in texts[-together:])
         in_context = context.tokens - texts[-1]

@@ -40,7 +40,7 @@ class Encoded:
         return len(self.ids) - len(self.media_rows)
 
     @property
-    def trunk_tokens(self) -> int:
+    def prefix_tokens(self) -> int:
         """Text tokens up to the one after the last medium: the part that branches may share."""
         return max(self.media_rows) + 2 - len(self.media_rows) if self.media_rows else 0
 
@@ -346,8 +346,8 @@ def _lay_out(
         ids_T=ids,
         labels_T=labels,
         positions_3T=positions,
-        trunk_length=trunk[0].numel(),
-        branch_lengths=tuple(branch[0].numel() for branch in branches),
+        prefix_length=trunk[0].numel(),
+        suffix_lengths=tuple(branch[0].numel() for branch in branches),
         media=tuple(media),
         media_mask_T=mask,
     )

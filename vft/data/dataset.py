@@ -38,7 +38,7 @@ PlannedGroup = tuple[list[Conversation], Plans, int]
 
 
 @dataclass
-class Documents:
+class Dataset:
     """What the documents of a run, or of one streamed clip, are made of, and how long each one is."""
 
     encoder: ChatEncoder
@@ -181,7 +181,7 @@ class Documents:
     def _add_group(self, conversations: Sequence[Conversation], plans: Plans, room: int, weight: float) -> None:
         """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
         encoded = [self.encoder.encode(one, media=plans) for one in conversations]
-        shared = encoded[0].trunk_tokens
+        shared = encoded[0].prefix_tokens
         trunk = shared + sum(len(self.encoder.media_tokens(plan)[0]) for plan in plans)
         patches = sum(math.prod(plan.grid_thw) for plan in plans)
         members: list[Conversation] = []
@@ -233,14 +233,14 @@ def _vision_tokens(plans: Sequence[MediaPlan]) -> int:
     return sum(plan.num_tokens for plan in plans)
 
 
-def load_documents(
+def load_dataset(
     config: DataConfig,
     wanted: Sequence[SourceConfig],
     make_conversations: MakeConversations,
     encoder: ChatEncoder,
     seed: int,
     split: Split | None = None,
-) -> Documents:
+) -> Dataset:
     """Read the sources, scan their media once and lay conversations of the same media together.
 
     With a `split` the samples of its side alone.
@@ -271,8 +271,8 @@ def load_documents(
         conversations[number] += [(one, wanted[number].times) for one in made]
         bad += wrong
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
-    index = build(refs, config.cache_path, config.workers, config.clip_deadline_s, config.index == "header")
-    documents = Documents(encoder, config, index.info, bad=bad)
+    index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
+    documents = Dataset(encoder, config, index.info, bad=bad)
     # Documents of sources that have a share of their own are theirs alone.
     has_shares = any(source.share is not None for source in wanted)
     for together in conversations if has_shares else [list(chain.from_iterable(conversations))]:

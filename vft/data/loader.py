@@ -21,7 +21,7 @@ from vft.common.errors import UserError
 from vft.common.types import Batch, Document, Patches
 from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents, MakeConversations
+from vft.data.dataset import Dataset, MakeConversations
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
@@ -42,7 +42,7 @@ from vft.data.workers import WorkerPool
 MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""
 MAX_REPLACEMENTS = 100
-"""Documents tried in the place of one that can't be decoded before its place is left empty."""
+"""Dataset tried in the place of one that can't be decoded before its place is left empty."""
 MAX_KEPT = 10_000
 """Bad items of streams that are remembered one by one; further ones are counted alone. A stream has no end."""
 
@@ -192,7 +192,7 @@ def open_streams(
 class Loader:
     """This process's packs in order. `cursor` says where to go on once the packs taken so far are trained."""
 
-    documents: Documents
+    documents: Dataset
     plan: PackPlan
     pool: WorkerPool
     ranks: int

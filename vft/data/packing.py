@@ -1,4 +1,4 @@
-"""Documents to rows: which documents share a pack, which packs a step and a rank take, and the batch itself.
+"""Dataset to rows: which documents share a pack, which packs a step and a rank take, and the batch itself.
 
 The sequence of packs is a pure function of (seed, epoch, lengths): every process computes it alone.
 """
@@ -192,7 +192,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
         pixels += [p.pixels_PD for p in patches]
     rows, segments, targets, start = members or [Document.blank()], [], [], 0
     for document in rows:
-        segments += document_segments(start, document.trunk_length, document.branch_lengths)
+        segments += document_segments(start, document.prefix_length, document.suffix_lengths)
         targets.append(_predicting_rows(document) + start)
         start += document.num_tokens
     media = [plan for document in members for plan in document.media]
@@ -216,7 +216,7 @@ def owners(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
     parts = [
         (number, branch, length)
         for number, document in enumerate(documents)
-        for branch, length in enumerate((document.trunk_length, *document.branch_lengths), start=-1)
+        for branch, length in enumerate((document.prefix_length, *document.suffix_lengths), start=-1)
     ]
     document_S, branch_S, length_S = torch.tensor(parts, dtype=torch.long).view(-1, 3).unbind(1)
     return document_S.repeat_interleave(length_S), branch_S.repeat_interleave(length_S)
@@ -225,8 +225,8 @@ def owners(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
 def _predicting_rows(document: Document) -> torch.Tensor:
     """The row before each supervised token; before a branch's first token that is the trunk's last."""
     before = torch.arange(document.num_tokens) - 1
-    if document.trunk_length:
-        before[[rows.start for rows in document.branch_rows]] = document.trunk_length - 1
+    if document.prefix_length:
+        before[[rows.start for rows in document.suffix_rows]] = document.prefix_length - 1
     rows = before[document.labels_T != IGNORE_INDEX]
     assert bool((rows >= 0).all()), f"{document.sample_ids}: the first token of a document can't be supervised"
     return rows

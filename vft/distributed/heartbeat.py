@@ -68,7 +68,7 @@ def linger(store: Store) -> None:
     atexit.register(lambda _: time.sleep(2.5 * BEAT_S), store)
 
 
-class Watch:
+class Heartbeat:
     """Of one process over the others; `members` is all of them on the first process, elsewhere the first and itself."""
 
     def __init__(
@@ -101,12 +101,12 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------ of the main thread
 
-    def note(self, doing: str, paced: bool) -> None:
+    def beat(self, doing: str, paced: bool) -> None:
         """What the main thread turns to; `paced`: the next note must follow within the time-out."""
         self.doing, self.paced, self.noted_s = doing, paced, time.monotonic()
         self.notes += 1
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for everybody, however long: outside of collectives, whose time would run out."""
         self.meetings += 1
         key, before = f"meeting/{self.meetings}", (self.alone, self.paced)
@@ -138,7 +138,7 @@ class Watch:
 
     # --------------------------------------------------------------------------------------------- of the threads
 
-    def beat(self) -> None:
+    def write(self) -> None:
         """Write this process's sign of life."""
         may_s = ALONE_S if self.alone else self.silence_s
         self.beats += 1
@@ -147,7 +147,7 @@ class Watch:
     def _beat_on(self) -> None:
         while not self.ended.wait(self.beat_s):
             try:
-                self.beat()
+                self.write()
                 self._look()
                 self.missed = 0
             except RuntimeError as error:  # torch raises these for lost connections
@@ -222,16 +222,16 @@ class Watch:
         os._exit(1)
 
 
-_watch: Watch | None = None
+_watch: Heartbeat | None = None
 
 
-def current() -> Watch | None:
+def current() -> Heartbeat | None:
     """The watch of this run; None where there is but one process."""
     return _watch
 
 
 @contextmanager
-def set_current(watch: Watch) -> Iterator[None]:
+def set_current(watch: Heartbeat) -> Iterator[None]:
     """`watch` is the one of this run; the threads end with the context."""
     global _watch
     _watch = watch
@@ -242,10 +242,10 @@ def set_current(watch: Watch) -> Iterator[None]:
         _watch = None
 
 
-def note(doing: str, paced: bool = True) -> None:
+def beat(doing: str, paced: bool = True) -> None:
     """What this process turns to, for the message where it fails; `paced`: the next must follow within the time-out."""
     if _watch is not None:
-        _watch.note(doing, paced)
+        _watch.beat(doing, paced)
         _watch.alone = False
 
 
@@ -255,19 +255,19 @@ def busy_with(doing: str) -> None:
         _watch.doing = doing
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process is here, for as long as all are alive."""
     if _watch is not None:
-        _watch.meet()
+        _watch.barrier()
 
 
 @contextmanager
-def work_of_one(doing: str) -> Iterator[None]:
+def main_process_work(doing: str) -> Iterator[None]:
     """What the first process does while the others wait, such as writing a checkpoint; also a decorator."""
     if _watch is None:
         yield
         return
-    _watch.note(doing, paced=False)
+    _watch.beat(doing, paced=False)
     _watch.alone = True  # until the next step
     yield
-    _watch.meet()
+    _watch.barrier()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vft.common.errors import UserError
-from vft.distributed.heartbeat import current, meet
+from vft.distributed.heartbeat import barrier, current
 from vft.distributed.rendezvous import group_store, link_check, watched
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
             with _group_of_one(backend) if alone else nullcontext():
                 yield
             return
-        watch.meet()
+        watch.barrier()
         limit = timedelta(seconds=watch.timeout_s + LATER_S)
         with link_check(watch):
             dist.init_process_group(
@@ -95,7 +95,7 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
                 if int(one) != world.size:
                     raise RuntimeError(f"it gave {int(one)} for {world.size} processes")
         yield
-        watch.meet()
+        watch.barrier()
         dist.barrier()  # nobody leaves, and takes the store away, before all have met
         dist.destroy_process_group()
 
@@ -157,7 +157,7 @@ def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's value, by rank."""
     if not dist.is_initialized():
         return [value]
-    meet()  # one of them may still be writing or reading what it is asked about
+    barrier()  # one of them may still be writing or reading what it is asked about
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group)
     return values
@@ -209,6 +209,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

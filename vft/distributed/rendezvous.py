@@ -25,7 +25,7 @@ import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vft.common.errors import UserError
-from vft.distributed.heartbeat import Member, Watch, current, linger, names, set_current
+from vft.distributed.heartbeat import Heartbeat, Member, current, linger, names, set_current
 
 PROBE_S = 3.0
 SAME = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA or ROCm of torch"}
@@ -34,7 +34,7 @@ SAME = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA
 
 @contextmanager
 def watched(rank: int, size: int, local_rank: int, device: str, silence_s: float, timeout_s: float) -> Iterator[None]:
-    """All processes meet, and watch each other until the end. Nothing to do for one process, or within another watch.
+    """All processes meet, and watch each other until the end. Nothing to do for one process, or within another one.
 
     Raises UserError where a process doesn't come within `timeout_s`, or comes with other versions.
     """
@@ -72,7 +72,7 @@ def watched(rank: int, size: int, local_rank: int, device: str, silence_s: float
                 raise error
 
 
-def group_store(watch: Watch) -> Store:
+def group_store(watch: Heartbeat) -> Store:
     """For a process group: a connection of its own, since an operation of one thread would hold up the other's."""
     return PrefixStore("group", watch.store.clone())  # type: ignore[attr-defined]
 
@@ -95,7 +95,7 @@ def _introduce(rank: int, local_rank: int, device: str, rendezvous: str, port: i
 # makes, and a process asks for it under a name that nobody had before.
 
 
-def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Watch:
+def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Heartbeat:
     """The first process: answer those who knock until all have come. UserError, with their names, where some don't."""
     token, answered, since_s, said = uuid.uuid4().hex, set(), time.monotonic(), False
     run = PrefixStore(token, store)
@@ -127,10 +127,10 @@ def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s
             said = True
         time.sleep(0.02)
     texts = run.multi_get([f"member/{rank}" for rank in range(1, size)])
-    return Watch(run, [me, *(Member(**json.loads(text)) for text in texts)], 0, size, silence_s, timeout_s)
+    return Heartbeat(run, [me, *(Member(**json.loads(text)) for text in texts)], 0, size, silence_s, timeout_s)
 
 
-def _knock(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Watch:
+def _knock(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Heartbeat:
     """Any other process: ask the first for the token, and introduce itself."""
     nonce = uuid.uuid4().hex
     store.set(f"knock/{me.rank}", nonce)
@@ -141,8 +141,8 @@ def _knock(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: 
             f"{names([me])}: no answer of rank 0 within {timeout_s:g} s ({_first(error)}); look at the output there"
         ) from None
     token, first = json.loads(store.get(f"answer/{nonce}"))
-    watch = Watch(PrefixStore(token, store), [Member(**first), me], me.rank, size, silence_s, timeout_s)
-    watch.beat()
+    watch = Heartbeat(PrefixStore(token, store), [Member(**first), me], me.rank, size, silence_s, timeout_s)
+    watch.write()
     watch.store.set(f"member/{me.rank}", json.dumps(asdict(me)))
     return watch
 
@@ -164,7 +164,7 @@ def _check_versions(members: Sequence[Member]) -> None:
 
 
 @contextmanager
-def link_check(watch: Watch) -> Iterator[None]:
+def link_check(watch: Heartbeat) -> Iterator[None]:
     """Around making the group and its first sums: where these fail or outlast `silence_s`, say who isn't reached.
 
     A thread keeps the time: NCCL connects without a limit of its own.
@@ -180,7 +180,7 @@ def link_check(watch: Watch) -> Iterator[None]:
         timer.cancel()
 
 
-def _no_link(watch: Watch, why: str) -> None:
+def _no_link(watch: Heartbeat, why: str) -> None:
     """End the run: with the host that can't be reached, where one can't."""
     if watch.rank:
         time.sleep(2 * PROBE_S)  # the first process knows all addresses; its word is the better one

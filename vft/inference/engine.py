@@ -31,10 +31,10 @@ from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of
 from vft.inference.generate import Sampling, generate
-from vft.inference.option_scores import OptionScore, score_options, trunk_of
+from vft.inference.option_scores import OptionScore, prefix_of, score_options
 from vft.models import Skeleton, build
 from vft.models.attention import check_kernel
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, shard
 
 
@@ -213,7 +213,7 @@ class Answerer:
     def score(self, prompts: Sequence[Prompt]) -> list[tuple[OptionScore, ...]]:
         """How likely each prompt's options are, nothing for those without. Every process must call it."""
         having = [(i, prompt.options, prompt.patches) for i, prompt in enumerate(prompts) if prompt.options is not None]
-        trunks = collate([(trunk_of(options), patches) for _, options, patches in having], self.encoder.spec)
+        trunks = collate([(prefix_of(options), patches) for _, options, patches in having], self.encoder.spec)
         documents = [options for _, options, _ in having]
         scores = score_options(self.model, trunks.to(self.world.device), documents, self.encoder.around_answer)
         found: list[tuple[OptionScore, ...]] = [() for _ in prompts]
@@ -266,7 +266,7 @@ class LoadedModel:
     """A model for use, not for training."""
 
     skeleton: Skeleton
-    checkpoint: Checkpoint
+    checkpoint: Pretrained
     encoder: ChatEncoder
 
 
@@ -287,12 +287,12 @@ def load_model(
     """
     parallel = parallel or ParallelConfig()
     check_kernel(device, dtype)
-    checkpoint = Checkpoint.open(path, trained_rope_factor(adapter, rope_factor))
+    checkpoint = Pretrained.open(path, trained_rope_factor(adapter, rope_factor))
     skeleton = build(checkpoint, dtype, quantize)
     files = None if adapter is None else Adapter.open(adapter, skeleton.model.spellings)
     base_names = frozenset(name for name, _ in skeleton.model.named_parameters())
     if files is not None:
-        attach(skeleton.model, files, skeleton.towers)
+        attach(skeleton.model, files, skeleton.components)
         files.check(skeleton.model, checkpoint)
     skeleton.model.requires_grad_(False)
     # Whole copies side by side need nothing of each other: nothing is trained.

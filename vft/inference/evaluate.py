@@ -34,7 +34,7 @@ from vft.common.types import IGNORE_INDEX, Conversation, Document, Sample
 from vft.config.run import Config
 from vft.data import formats as sources
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents, converse, load_documents, take
+from vft.data.dataset import Dataset, converse, load_dataset, take
 from vft.data.loader import Loader
 from vft.data.overlap import overlap_warning
 from vft.data.packing import PackPlan
@@ -84,13 +84,13 @@ def some(count: int, limit: int) -> list[int]:
     return sorted(random.Random(f"some:{count}").sample(range(count), limit))
 
 
-def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
+def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is trained on, but for streams."""
     make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
-    return load_documents(config.data, config.data.indexed, make, encoder, config.seed, split)
+    return load_dataset(config.data, config.data.indexed, make, encoder, config.seed, split)
 
 
-def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents:
+def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is evaluated: of each record its main conversation."""
     wanted = config.eval.sources or config.data.indexed
     if not wanted:
@@ -99,7 +99,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Documents
     check_answer_length(config.eval.max_new_tokens, encoder.spec.context_tokens, "eval.max_new_tokens")
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # sources of their own are the same in every run
-    held_out = load_documents(config.data, wanted, asked_by(task), encoder, seed, split)
+    held_out = load_dataset(config.data, wanted, asked_by(task), encoder, seed, split)
     # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
     # and not after hours.
     asked = questions(held_out.conversations)
@@ -131,7 +131,7 @@ def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
 
 
 def evaluate(
-    task: Task, answerer: Answerer, held_out: Documents, sampling: Sampling, batch_size: int, limit: int, file: Path
+    task: Task, answerer: Answerer, held_out: Dataset, sampling: Sampling, batch_size: int, limit: int, file: Path
 ) -> dict[str, Interval]:
     """Scores of the task on held-out documents, the loss on them, how many questions could be asked, and how many
     answers were cut off at `max_new_tokens` or the end of the model's context.
@@ -173,7 +173,7 @@ def cut_off_warning(scores: Mapping[str, Interval], limit: int) -> str:
     return f"warning: {cut_off} of {answered} answers were cut off at eval.max_new_tokens = {limit}: raise it"
 
 
-def questions_digest(held_out: Documents, limit: int = 0) -> str:
+def questions_digest(held_out: Dataset, limit: int = 0) -> str:
     """Tells evaluations of other questions apart: prompts, media, options, and what would be right."""
     asked = questions(held_out.conversations, limit)
     root = os.path.realpath(held_out.config.root)
@@ -184,7 +184,7 @@ def questions_digest(held_out: Documents, limit: int = 0) -> str:
     return digest(repr(sorted(map(repr, content))))
 
 
-def overlap_with_training(task: Task, config: Config, held_out: Documents, training: Documents | None = None) -> str:
+def overlap_with_training(task: Task, config: Config, held_out: Dataset, training: Dataset | None = None) -> str:
     """A line that names the held-out samples that are trained on too; empty where there are none, or where it is the
     training samples themselves that are scored. Without `training` its records are read anew; streams can't be.
 
@@ -238,7 +238,7 @@ class Best:
     say: Callable[[str], None] = print
 
     @staticmethod
-    def of(config: Config, held_out: Documents, world: World, say: Callable[[str], None]) -> Best:
+    def of(config: Config, held_out: Dataset, world: World, say: Callable[[str], None]) -> Best:
         """The one of a run."""
         asked, limits = questions_digest(held_out, config.eval.max_samples), config.eval
         rules = f"{SCORING_VERSION}:{asked}:{limits.max_new_tokens}:{limits.max_samples}:{limits.japanese}"
@@ -281,7 +281,7 @@ class Best:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, held_out: Documents, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
+def held_out_loss(model: Any, held_out: Dataset, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
     """Mean loss over the supervised tokens of (`limit`) held-out documents; None where nothing is readable.
 
     The interval is of documents drawn anew, those about one video together: their losses over their tokens.

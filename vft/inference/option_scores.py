@@ -19,7 +19,7 @@ from torch import Tensor
 from vft.common.types import IGNORE_INDEX, Batch, Document, Segment
 from vft.distributed.process_group import largest_over_ranks
 from vft.models.attention import build_plan
-from vft.models.kv_cache import TrunkCache
+from vft.models.kv_cache import PrefixCache
 
 MAX_ROWS = 1024
 """Tokens of options in a pass: their logits over the vocabulary are what takes memory."""
@@ -57,9 +57,9 @@ class _Branch:
         return self.document.labels_T[self.rows]
 
 
-def trunk_of(document: Document) -> Document:
+def prefix_of(document: Document) -> Document:
     """The trunk alone, as a document with nothing to learn."""
-    end = document.trunk_length
+    end = document.prefix_length
     return replace(
         document,
         sample_ids=document.sample_ids[:1],
@@ -67,8 +67,8 @@ def trunk_of(document: Document) -> Document:
         labels_T=torch.full_like(document.labels_T[:end], IGNORE_INDEX),
         positions_3T=document.positions_3T[:, :end],
         media_mask_T=document.media_mask_T[:end],
-        trunk_length=0,
-        branch_lengths=(end,),
+        prefix_length=0,
+        suffix_lengths=(end,),
     )
 
 
@@ -87,7 +87,7 @@ def score_options(
     must call it, with an empty batch where they have no question: a sharded model needs every one in each pass.
     """
     device = trunks.input_ids_T.device
-    cache = TrunkCache(model.config.layers)
+    cache = PrefixCache(model.config.layers)
     model(trunks, cache)
     kept = trunks.input_ids_T.numel()
     chunks = _chunks(_branches(documents), max_rows, max_keys)
@@ -110,9 +110,9 @@ def score_options(
 def _branches(documents: Sequence[Document]) -> list[_Branch]:
     branches, row = [], 0
     for number, document in enumerate(documents):
-        trunk = row, document.trunk_length
-        branches += [_Branch(number, document, rows, trunk) for rows in document.branch_rows]
-        row += document.trunk_length
+        trunk = row, document.prefix_length
+        branches += [_Branch(number, document, rows, trunk) for rows in document.suffix_rows]
+        row += document.prefix_length
     return branches
 
 

@@ -12,7 +12,7 @@ from vft.common.errors import UserError
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
 from vft.models.llava_next_video import model as llava_next_video
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionSpec
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
 from vft.models.qwen3_vl import model as qwen3_vl
@@ -26,13 +26,13 @@ class Skeleton:
 
     model: VideoLanguageModel
     spec: VisionSpec
-    towers: Mapping[str, tuple[str, ...]]
+    components: Mapping[str, tuple[str, ...]]
     """Trainable parts by prefixes of parameter names; the first that fits counts."""
     peft_prefixes: Mapping[str, str]
     """Prefix of a parameter's name here to its prefix in transformers' model, which PEFT's files use."""
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = "none") -> Skeleton:
+def build(checkpoint: Pretrained, dtype: torch.dtype, quantize: str = "none") -> Skeleton:
     """The model of `checkpoint` on the meta device with parameters and computation in `dtype`.
 
     With `quantize` = "nf4" the linears of its decoder layers are packed, to be frozen; the rest is as it was.
@@ -42,7 +42,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = "none") ->
             f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
     model = build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype, quantize)
-    return Skeleton(model, model.spec, model.towers, model.peft_prefixes)
+    return Skeleton(model, model.spec, model.components, model.peft_prefixes)
 
 
 def build_model(

@@ -31,14 +31,14 @@ _planned_device: torch.device | None = None
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 
-def document_segments(start: int, trunk_length: int, branch_lengths: Sequence[int]) -> list[Segment]:
+def document_segments(start: int, prefix_length: int, suffix_lengths: Sequence[int]) -> list[Segment]:
     """Segments of one document whose first token is row `start`. One branch needs no split: it is one segment."""
-    if len(branch_lengths) == 1:
-        return [Segment(start, trunk_length + branch_lengths[0])]
-    segments = [Segment(start, trunk_length)]
-    row = start + trunk_length
-    for length in branch_lengths:
-        segments.append(Segment(row, length, prefix_start=start, prefix_length=trunk_length))
+    if len(suffix_lengths) == 1:
+        return [Segment(start, prefix_length + suffix_lengths[0])]
+    segments = [Segment(start, prefix_length)]
+    row = start + prefix_length
+    for length in suffix_lengths:
+        segments.append(Segment(row, length, prefix_start=start, prefix_length=prefix_length))
         row += length
     return segments
 
@@ -104,7 +104,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the kernel once, forwards and backwards, on a row of a tower's and on one of a decoder's.
+    """Try the kernel once, forwards and backwards, on a row of an encoder's and on one of a decoder's.
 
     Where it can't run (builds for ROCm may lack parts of it, and not every GPU has it) or is far from
     scaled_dot_product_attention in float32, the latter serves from then on, and a warning says so.

@@ -29,11 +29,11 @@ class VisionParts:
     modules: tuple[nn.Module, ...]
     """Each is called as a module, and sharded as a whole where something of them is trained."""
     blocks: Iterable[nn.Module]
-    """Layers of the tower, whose activations may be recomputed; each has an `mlp`."""
-    tower: tuple[nn.Parameter, ...]
+    """Layers of the encoder, whose activations may be recomputed; each has an `mlp`."""
+    encoder: tuple[nn.Parameter, ...]
     """Weights that every patch passes through."""
-    merger: tuple[nn.Parameter, ...]
-    """Weights behind the tower, passed by `VisionLayout.merger_rows` rows."""
+    projector: tuple[nn.Parameter, ...]
+    """Weights behind the encoder, passed by `VisionLayout.projector_rows` rows."""
     patches_per_row: int
     """Patches that become one row of the merger, in a video."""
     pair_widths: dict[str, int]
@@ -47,9 +47,9 @@ Objective = Callable[["VideoLanguageModel", Batch], Tensor]
 class VideoLanguageModel(nn.Module):
     """A batch to hidden states, or to logits. A family gives the parts; names are those of released checkpoints."""
 
-    towers: Mapping[str, tuple[str, ...]]
+    components: Mapping[str, tuple[str, ...]]
     """Parts that can be trained or adapted, by prefixes of parameter names; the first that fits counts. What is neither
-    `language_model`, `merger` nor `vision_tower` is never trained."""
+    `language_model`, `projector` nor `vision_encoder` is never trained."""
     spellings: Spellings
     """How the names of the parts begin in files (`vft.models.tensor_names`)."""
     peft_prefixes: Mapping[str, str]
@@ -91,7 +91,7 @@ class VideoLanguageModel(nn.Module):
 
     def media_parameters(self) -> list[nn.Parameter]:
         """All that is not the language model's."""
-        own = self.towers["language_model"]
+        own = self.components["language_model"]
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(own)]
 
     @property
@@ -125,7 +125,7 @@ class VideoLanguageModel(nn.Module):
             media_ME, *deeper = self.see(self.normalise(batch.pixels_PD), batch.layout)
             return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deeper)
         if not batch.continues and self.media_trained:
-            # A trained tower is sharded: it runs in every process, or the others wait for ever; and in the graph, so
+            # A trained encoder is sharded: it runs in every process, or the others wait for ever; and in the graph, so
             # that backward doesn't either.
             patches, layout = self.least_media()
             dummy_PD = batch.pixels_PD.new_zeros(patches, self.spec.patch_features)

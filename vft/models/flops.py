@@ -29,7 +29,7 @@ class FlopCounter:
     """FLOPs of a batch: products that the step needs, and those that checkpointing repeats; nothing is padding.
 
     A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
-    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen tower runs
+    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen encoder runs
     forward only (2 a weight).
     """
 
@@ -50,11 +50,11 @@ class FlopCounter:
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
         vision = model.vision
-        patch, passes = _passes(vision.tower)
-        self.merged, _ = _passes(vision.merger, fed=passes > 1)
+        patch, passes = _passes(vision.encoder)
+        self.merged, _ = _passes(vision.projector, fed=passes > 1)
         self.patches_per_row = vision.patches_per_row
         self.patch = patch + self.merged // self.patches_per_row
-        self.tower_pairs = {kind: passes * 4 * width for kind, width in vision.pair_widths.items()}
+        self.encoder_pairs = {kind: passes * 4 * width for kind, width in vision.pair_widths.items()}
 
     def count(self, batch: Batch) -> Flops:
         """FLOPs of forward and backward."""
@@ -63,14 +63,14 @@ class FlopCounter:
         total -= self.last * (batch.num_tokens - batch.num_targets)
         if batch.layout is not None:
             usual = batch.pixels_PD.shape[0] // self.patches_per_row
-            total += self.merged * (batch.layout.merger_rows - usual)
+            total += self.merged * (batch.layout.projector_rows - usual)
             for kind, plan in batch.layout.plans.items():
-                total += self.tower_pairs[kind] * attended_pairs(plan.segments, causal=False)
+                total += self.encoder_pairs[kind] * attended_pairs(plan.segments, causal=False)
         again = self.token_again * batch.num_tokens + self.pair_again * pairs
         return Flops(total, total + again - self.last_again * (batch.num_tokens - batch.num_targets))
 
     def row(self, tokens: int, pairs: int, patches: int) -> float:
-        """Model FLOPs of rows known by numbers alone, but for the head and attention within the tower."""
+        """Model FLOPs of rows known by numbers alone, but for the head and attention within the encoder."""
         return float(self.token * tokens + self.pair * pairs + self.patch * patches)
 
 

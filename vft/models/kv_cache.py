@@ -24,7 +24,7 @@ class Cache(Protocol):
         ...
 
 
-class TrunkCache:
+class PrefixCache:
     """Keeps the keys and values of its first pass, a row of trunks; later passes are rows of branches upon them.
 
     Their plans are built with `kept` = the rows of the first pass.

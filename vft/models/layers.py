@@ -107,7 +107,7 @@ class _Gate(torch.autograd.Function):
 
 
 class VisionAttention(nn.Module):
-    """Self-attention of patches in the Qwen towers; who attends whom is the plan's matter."""
+    """Self-attention of patches in the Qwen vision encoders; who attends whom is the plan's matter."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One block of the Qwen towers, whose norms and MLPs differ."""
+    """One block of the Qwen vision encoders, whose norms and MLPs differ."""
 
     def __init__(self, width: int, heads: int, norm: Callable[..., nn.Module], mlp: nn.Module) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 def rotary_2d(positions_P2: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [P, K] for heads of `width`: half of the frequencies turn with the row, half with the column.
 
-    In float32, as the reference models compute it in their towers.
+    In float32, as the reference models compute it in their vision encoders.
     """
     frequencies = inverse_frequencies(width // 2, 10000.0, positions_P2.device)
     angles_PK = (positions_P2[:, :, None] * frequencies).flatten(1).repeat(1, 2)

@@ -26,7 +26,7 @@ from vft.common.console import first_line, progress_bar
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.common.safetensors_io import DTYPES, Layout, file_order, write_tensors
-from vft.distributed.process_group import local_part, local_rows, whole
+from vft.distributed.process_group import full_tensor, local_part, local_rows
 from vft.models.prequantized import OWN_FILES, refuse_quantised, require_whole
 from vft.models.quantization import is_packed, pack, true_shapes
 from vft.models.tensor_names import our_names
@@ -61,7 +61,7 @@ NOT_COPIED = frozenset({"adapter_config.json", "trainer_state.json", "vft.json"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Pretrained:
     """A base model's files."""
 
     path: str
@@ -74,7 +74,7 @@ class Checkpoint:
     """Linear scaling of positions instead of what config.json says."""
 
     @staticmethod
-    def open(path: str, rope_factor: float | None = None) -> Checkpoint:
+    def open(path: str, rope_factor: float | None = None) -> Pretrained:
         """Resolve `path` and read its configuration and the names of its tensors.
 
         UserError where there is no such checkpoint or it has no safetensors weights.
@@ -105,7 +105,7 @@ class Checkpoint:
             with open_tensors(single) as reader:
                 files = dict.fromkeys(reader.keys(), single)
         refuse_quantised(path, {}, files)
-        return Checkpoint(path, config, files, rope_factor)
+        return Pretrained(path, config, files, rope_factor)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -200,7 +200,7 @@ def stretch_positions(config: Any, rope_factor: float | None) -> None:
         text.rope_parameters = {**text.rope_parameters, "rope_type": "linear", "factor": rope_factor}
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str], show_progress: bool = False) -> None:
+def load_weights(model: nn.Module, checkpoint: Pretrained, extra: frozenset[str], show_progress: bool = False) -> None:
     """Fill every parameter of `model` but those in `extra` (adapters) from the checkpoint, by name.
 
     A sharded parameter reads its own rows only; a packed one packs them a few at a time. UserError for
@@ -223,7 +223,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, extra: frozenset[str]
                     progress.update()
 
 
-def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def stored_names(model: nn.Module, checkpoint: Pretrained) -> dict[str, str]:
     """Names of the model's tensors to those in the checkpoint's files, in any of the family's spellings.
 
     UserError where one part of the model is there under two.
@@ -232,7 +232,7 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return our_names(checkpoint.weight_files, spellings, checkpoint.path)
 
 
-def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkpoint: Checkpoint) -> None:
+def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkpoint: Pretrained) -> None:
     missing = sorted(set(wanted) - set(stored))
     unexpected = {name for name in set(stored) - set(wanted) if not name.endswith(BUFFERS)}
     if not any(name.endswith("lm_head.weight") for name in wanted):
@@ -247,7 +247,7 @@ def _check_names(wanted: dict[str, nn.Parameter], stored: dict[str, str], checkp
         )
 
 
-def _check_tied_head(wanted: Mapping[str, nn.Parameter], stored: Mapping[str, str], checkpoint: Checkpoint) -> None:
+def _check_tied_head(wanted: Mapping[str, nn.Parameter], stored: Mapping[str, str], checkpoint: Pretrained) -> None:
     """UserError where a head that config.json ties to the embedding was saved with weights of its own: transformers 5
     then does not tie them (`PreTrainedModel.tie_weights`)."""
     head = next((name for name in stored if name.endswith("lm_head.weight") and name not in wanted), None)
@@ -334,7 +334,7 @@ def open_tensors(file: Path) -> Any:
 
 
 def export_model(
-    model: nn.Module, checkpoint: Checkpoint, folder: Path, files: Mapping[str, Mapping[str, Any]], write: bool
+    model: nn.Module, checkpoint: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]], write: bool
 ) -> None:
     """The whole model in the layout of its base: same files, names and dtypes, and everything else beside them.
 
@@ -362,10 +362,10 @@ def export_model(
 
 
 def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
-    return whole(tensors[name].to(layout[name][0]))
+    return full_tensor(tensors[name].to(layout[name][0]))
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def copy_companions(checkpoint: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Everything that lies beside the weights: configuration, tokenizer, template, index; no code, no pickles. `files`,
     JSON by name, take the place of the checkpoint's."""
     for name in HUB_COMPANIONS:

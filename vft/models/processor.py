@@ -58,7 +58,7 @@ class VisionSpec:
         raise NotImplementedError
 
     def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        """Views [T, 3, H, W] of a medium to patches [P, D], in the tower's order, temporal patch by temporal patch:
+        """Views [T, 3, H, W] of a medium to patches [P, D], in the encoder's order, temporal patch by temporal patch:
         rows [t, h/merge, w/merge, merge, merge], features [channel, time, y, x].
 
         A single picture stands at all times of its patch.
@@ -91,5 +91,5 @@ class VisionSpec:
         raise NotImplementedError
 
     def layout(self, media: Sequence[MediaPlan]) -> VisionLayout:
-        """How the patches of these media, one behind another, lie in the tower."""
+        """How the patches of these media, one behind another, lie in the encoder."""
         raise NotImplementedError

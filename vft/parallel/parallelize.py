@@ -37,7 +37,7 @@ def parallelize(
     """Change `model`, to be run on `device`, in place; it is still on the meta device. Without a mesh (one process)
     nothing is sharded."""
     check_kernel(device, dtype)
-    checkpoint_activations(model, config.activation_checkpointing, config.tower_checkpointing)
+    checkpoint_activations(model, config.activation_checkpointing, config.vision_checkpointing)
     if config.compile:
         # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
         # loop over what a row is made of, which would be compiled for every row.
@@ -47,12 +47,12 @@ def parallelize(
         shard(model, mesh, dtype, config)
 
 
-def checkpoint_activations(model: Any, decoder: str, tower: str = "same") -> None:
+def checkpoint_activations(model: Any, decoder: str, encoder: str = "same") -> None:
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
-    whole layers (`full`). `tower` is for a vision tower that is trained; one that is frozen keeps nothing anyway."""
+    whole layers (`full`). `encoder` is for a trained vision encoder; a frozen one keeps nothing anyway."""
     _checkpoint_layers(model.decoder.layers, decoder)
     if model.media_trained:
-        _checkpoint_layers(model.vision.blocks, decoder if tower == "same" else tower)
+        _checkpoint_layers(model.vision.blocks, decoder if encoder == "same" else encoder)
 
 
 def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
@@ -96,7 +96,7 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConf
     """FSDP2 over the (replicate, shard) mesh: one group a decoder layer, the rest in the root.
 
     Frozen weights keep their dtype and trainable ones are cast to `dtype` on the way; gradients are reduced in
-    float32. A tower in which nothing is trained stays whole on every rank and outside: it then needs no collective,
+    float32. An encoder in which nothing is trained stays whole on every rank and outside: it then needs no collective,
     so a rank without a video can't hold up the others.
     """
     if mesh.size(0) == 1:
@@ -111,7 +111,7 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConf
     for module in () if ignored else model.vision.modules:
         fully_shard(module, **options)
     fully_shard(model, **options, ignored_params=ignored)
-    # The first layer is gathered while the tower runs, each other one is asked for before the kernels of the layer
+    # The first layer is gathered while the encoder runs, each other one is asked for before the kernels of the layer
     # before it are. Backwards FSDP2 does so by itself.
     for first, following in pairwise([model, *layers]):
         first.set_modules_to_forward_prefetch([following])

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Patches, VisionLayout
 from vft.config.run import ParallelConfig
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.packing import PackPlan, collate
 from vft.distributed.process_group import World, local_part
 from vft.models.attention import planning_for, prepare
@@ -59,7 +59,7 @@ def resolve_checkpointing(
     found: dict[str, float] = {}
     for mode in MODES:
         tried = deepcopy(model)
-        checkpoint_activations(tried, mode, config.tower_checkpointing)
+        checkpoint_activations(tried, mode, config.vision_checkpointing)
         resident = resident_bytes(tried, config.shard or world.size, config)
         found[mode] = (resident + step_bytes(tried, objective, row, world.device)) / GIB
         if found[mode] <= budget_gib:
@@ -95,7 +95,7 @@ def memory_preflight(model: Any, objective: Objective, row: Batch, device: torch
     return f"{told}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
 
 
-def longest_row(documents: Documents, plan: PackPlan) -> Batch | None:
+def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
     """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
     everything is streamed: nobody knows yet."""
     if not documents.members:
@@ -138,7 +138,7 @@ def shares(model: Any, shards: int) -> list[tuple[nn.Parameter, int]]:
 
 
 def whole_on_each(model: Any) -> set[int]:
-    """Of parameters that are not sharded, `id`: a vision tower in which nothing is trained."""
+    """Of parameters that are not sharded, `id`: a vision encoder in which nothing is trained."""
     return set() if model.media_trained else {id(p) for p in model.media_parameters()}
 
 
@@ -256,8 +256,8 @@ class LiveBytes(TorchDispatchMode):
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
     """Every plan of the row, and its rows."""
     plans = [] if row.layout is None else list(row.layout.plans.values())
-    towers = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
-    return [(row.plan, row.input_ids_T.numel()), *towers]
+    components = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
+    return [(row.plan, row.input_ids_T.numel()), *components]
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:

@@ -16,7 +16,7 @@ from vft.config.data import DataConfig
 from vft.config.run import Config
 from vft.data.budget import limits_of
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.media.patches import frames_of
 from vft.data.packing import PackPlan
 from vft.models.processor import VisionSpec
@@ -25,7 +25,7 @@ from vft.reporting.examples import picture
 BINS = 32
 """Bars of the histogram."""
 LOOKED_AT = 2000
-"""Documents that are planned once more, evenly spread, to see what they lost."""
+"""Dataset that are planned once more, evenly spread, to see what they lost."""
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
 h2{margin:2rem 0 .3rem;font-size:1.1rem}table{border-collapse:collapse}
@@ -50,7 +50,7 @@ class Summary:
     """Tokens of a row."""
 
 
-def summary(documents: Documents, plan: PackPlan, data: DataConfig) -> Summary | None:
+def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> Summary | None:
     """None where everything is streamed: then nobody knows yet."""
     if not documents.members:
         return None
@@ -121,9 +121,9 @@ def preview(batch: Batch, encoder: ChatEncoder, config: Config, whole: Summary |
             parts.append(_strip(batch.pixels_PD[patch_row : patch_row + count], plan, encoder.spec))
             parts += [f"<div class=note>{note}</div>" for note in shortened(plan, encoder.spec, config.data)]
             patch_row += count
-        trunk = document.trunk_length
+        trunk = document.prefix_length
         named = [("trunk", slice(0, trunk))] if trunk else []
-        named += [(f"branch {n}" if trunk else "one branch", own) for n, own in enumerate(document.branch_rows)]
+        named += [(f"branch {n}" if trunk else "one branch", own) for n, own in enumerate(document.suffix_rows)]
         for name, own in named:
             rows_of = slice(token_row + own.start, token_row + own.stop)
             parts.append(f"<div>{name}, {own.stop - own.start} tokens</div>")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.media import patches as vision
 from vft.data.media.errors import MediaError
 from vft.metrics import rouge_l_scores, token_f1_scores
@@ -36,7 +36,7 @@ FRAME_PIXELS = 224
 """Longest side of a frame on the page."""
 
 
-def examples(predictions: Mapping[str, list[Row]], held_out: Documents | None, spec: VisionSpec | None) -> list[Row]:
+def examples(predictions: Mapping[str, list[Row]], held_out: Dataset | None, spec: VisionSpec | None) -> list[Row]:
     """The best answers of the last evaluation, some spread evenly and the worst, with what was said at the first."""
     if not predictions:
         return []
@@ -110,7 +110,7 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def strips(row: Row, documents: Documents, spec: VisionSpec) -> list[Row]:
+def strips(row: Row, documents: Dataset, spec: VisionSpec) -> list[Row]:
     """The media of a question as the model sees them: frames with their times, or why there are none."""
     found = {}
     for number, members in enumerate(documents.members):

@@ -9,14 +9,14 @@ from jinja2 import Environment, StrictUndefined
 
 from vft.adapters.peft_format import recorded
 from vft.common.files import replace_text
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.reporting.run_report import comparison, facts, how_often, read_run, sampling
-from vft.reporting.serving import not_served, ranks_of, towers_of, vllm_serve
+from vft.reporting.serving import components_of, not_served, ranks_of, vllm_serve
 
 LAYOUT = Path(__file__).with_name("card.md")
 
 
-def write_card(folder: Path, target: Path, step: int, checkpoint: Checkpoint) -> None:
+def write_card(folder: Path, target: Path, step: int, checkpoint: Pretrained) -> None:
     """Write `target/README.md` from what the run in `folder` has left so far; `checkpoint` is its base.
 
     UserError where it can't be written.
@@ -25,7 +25,7 @@ def write_card(folder: Path, target: Path, step: int, checkpoint: Checkpoint) ->
     lora = run.config.get("lora")
     base, video = run.config["model"]["path"], run.config["data"]["video"]
     media = run.config["data"]["video"], run.config["data"].get("image", {})
-    adapter = lora and {"path": str(target), "rank": ranks_of(lora), "towers": towers_of(lora)}
+    adapter = lora and {"path": str(target), "rank": ranks_of(lora), "components": components_of(lora)}
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = environment.from_string(LAYOUT.read_text(encoding="utf-8")).render(
         base=base,

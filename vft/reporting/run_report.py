@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from vft.common.files import replace_text
 from vft.common.scores import Interval, Parts
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.metrics import confusion, paired_difference, parts_from_json
 from vft.models.processor import VisionSpec
 from vft.reporting.chart import Curve, line_chart
@@ -43,7 +43,7 @@ COUNTS = ("answered", "unreadable", "cut_off")
 """Among the scores, but of the data: they need no curves."""
 
 
-def write_report(folder: Path, held_out: Documents | None, spec: VisionSpec | None) -> Path:
+def write_report(folder: Path, held_out: Dataset | None, spec: VisionSpec | None) -> Path:
     """Write `report.html` into a run's folder, from what has been written there so far.
 
     The frames of the examples are decoded anew from `held_out`; without it there are texts alone.
@@ -171,7 +171,7 @@ def is_number(value: object) -> bool:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def facts(run: Run, held_out: Documents | None) -> dict[str, str]:
+def facts(run: Run, held_out: Dataset | None) -> dict[str, str]:
     """What was run, on what, for how long."""
     config, steps = run.config, run.steps
     lora = config.get("lora")

@@ -98,7 +98,7 @@ def vllm_serve(
     weight_bytes: int = 0,
     adapter: Mapping[str, Any] | None = None,
 ) -> str:
-    """`vllm serve` of a model, or of an `adapter` (`path`, `rank`, `towers`) on it, greedy and with the frames and
+    """`vllm serve` of a model, or of an `adapter` (`path`, `rank`, `components`) on it, greedy and with the frames and
     pixels of training. `video` and `image` as for `processor_files`; nothing is said of them where they are empty."""
     gpus = 1 << max(0, math.ceil(math.log2(weight_bytes / GPU_WEIGHT_BYTES))) if weight_bytes > GPU_WEIGHT_BYTES else 1
     name = model.rstrip("/").rpartition("/")[2] or model
@@ -108,7 +108,7 @@ def vllm_serve(
     if adapter is not None:
         limit = next((one for one in MAX_RANKS if one >= adapter["rank"]), adapter["rank"])
         words += ["--enable-lora", "--max-lora-rank", str(limit)]
-        words += ["--enable-tower-connector-lora"] if adapter["towers"] else []
+        words += ["--enable-tower-connector-lora"] if adapter["components"] else []
         words += ["--lora-modules", f"tuned={adapter['path']}"]
     if video:
         words += ["--media-io-kwargs", json.dumps({"video": _frames(model_type, _limits(VideoConfig, video))})]
@@ -184,7 +184,7 @@ def ranks_of(lora: Mapping[str, Any]) -> int:
     return int(largest) * (1 if lora["init"] == "kaiming" else 2)
 
 
-def towers_of(lora: Mapping[str, Any]) -> Sequence[str]:
+def components_of(lora: Mapping[str, Any]) -> Sequence[str]:
     """The parts beside the language model that have adapters, by `[lora]`."""
     return sorted({name.partition(".")[0] for name in lora["targets"]} - {"language_model"})
 

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, partial_of, whole_folder
 from vft.config.run import CheckpointConfig
-from vft.distributed.heartbeat import work_of_one
+from vft.distributed.heartbeat import main_process_work
 from vft.distributed.process_group import World, all_of, background_group
 from vft.training.checkpoint import Part, list_checkpoints, parts_to_write, write_parts, write_rest
 
 T = TypeVar("T")
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves one model with its optimizer. Every process makes one, and calls its methods together with the others."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Saver:
         self.error: BaseException | None = None
         """How the save in flight failed."""
 
-    @work_of_one("writing a checkpoint")
+    @main_process_work("writing a checkpoint")
     def save(self, step: int, state: dict[str, Any]) -> None:
         """A checkpoint of now; with `asynchronous` it is on the disk by the next `save` or `wait`.
 
@@ -91,7 +91,7 @@ class Saver:
         """Whether the save in flight is known to have failed: `wait` then raises, in this process and all others."""
         return self.error is not None
 
-    @work_of_one("writing a checkpoint")
+    @main_process_work("writing a checkpoint")
     def wait(self) -> None:
         """Until nothing is in flight any more. UserError where it couldn't be written."""
         self._join()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from vft.adapters.lora import Towers, tower_of
+from vft.adapters.lora import Components, component_of
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since
@@ -169,8 +169,10 @@ class NotFinite:
         return True
 
 
-def check_first_step(model: Any, towers: Towers, loss: float, had_media: bool, say: Callable[[str], None]) -> None:
-    """Weights that were never loaded, and adapters or towers that get no gradient: both train on without a word.
+def check_first_step(
+    model: Any, components: Components, loss: float, had_media: bool, say: Callable[[str], None]
+) -> None:
+    """Weights that were never loaded, and adapters or components that get no gradient: both train on without a word.
 
     Call it between the first backward pass and the first update; every process must. UserError for a sure sign, a
     warning through `say` for a doubtful one.
@@ -185,12 +187,12 @@ def check_first_step(model: Any, towers: Towers, loss: float, had_media: bool, s
         if parameter.requires_grad != (parameter.grad is not None):
             state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
             raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
-    # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the tower.
+    # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the vision encoder.
     named = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.weight")}
     if not named:
         return
     sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
     for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
-        tower = tower_of(name, towers)
-        if size == 0 and (tower == "language_model" or had_media):
-            raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({tower})")
+        component = component_of(name, components)
+        if size == 0 and (component == "language_model" or had_media):
+            raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({component})")

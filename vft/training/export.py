@@ -10,18 +10,18 @@ from vft.adapters.peft_format import ABOUT_FILE, export_adapter, merged_into
 from vft.common.task import Task
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.distributed.heartbeat import work_of_one
+from vft.distributed.heartbeat import main_process_work
 from vft.models import Skeleton
-from vft.models.pretrained import Checkpoint, export_model
+from vft.models.pretrained import Pretrained, export_model
 from vft.reporting.serving import greedy, processor_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
-@work_of_one("writing an export")
+@main_process_work("writing an export")
 def export(
     skeleton: Skeleton,
-    checkpoint: Checkpoint,
+    checkpoint: Pretrained,
     config: Config,
     task: Task,
     asked: Mapping[str, Any],
@@ -50,7 +50,7 @@ def export(
 
 
 def served_files(
-    checkpoint: Checkpoint, skeleton: Skeleton, about: Mapping[str, Any], generation: str = "greedy"
+    checkpoint: Pretrained, skeleton: Skeleton, about: Mapping[str, Any], generation: str = "greedy"
 ) -> dict[str, Mapping[str, Any]]:
     """JSON files, by name, that a whole model has in the place of its release's: `about`, the facts of the training,
     and what makes others sample text, frames and pixels as training and evaluation did. With `generation` = "base"

@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from vft.adapters.lora import LORA_B, MAGNITUDE, Towers, tower_of
+from vft.adapters.lora import LORA_B, MAGNITUDE, Components, component_of
 from vft.config.run import LoraConfig, TrainConfig
-from vft.distributed.process_group import whole
+from vft.distributed.process_group import full_tensor
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, towers: Towers | None = None, lora: LoraConfig | None = None
+    model: nn.Module, config: TrainConfig, components: Components | None = None, lora: LoraConfig | None = None
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (norms, biases, DoRA's magnitudes) are not decayed.
 
-    A group's `share` is what its learning rate is of the main one: by its tower, and with LoRA+ (Hayou et al. 2024,
+    A group's `share` is what its learning rate is of the main one: by its component, and with LoRA+ (Hayou et al. 2024,
     arXiv 2402.12354) by what it is of an adapter; magnitudes go with B, as in PEFT's `create_loraplus_optimizer`.
     The state is made at once, so that a checkpoint holds every parameter's whatever the first steps used.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            share = _share_of_tower(name, config, towers or {})
+            share = _share_of_component(name, config, components or {})
             if lora is not None and name.endswith((LORA_B, MAGNITUDE)):
                 share *= lora.loraplus_ratio
             groups.setdefault((share, parameter.dim() > 1), []).append(parameter)
@@ -48,9 +48,9 @@ def build_optimizer(
     return optimizer
 
 
-def _share_of_tower(name: str, config: TrainConfig, towers: Towers) -> float:
-    rates: Mapping[Any, float] = config.tower_learning_rates
-    return rates.get(tower_of(name, towers), config.learning_rate) / config.learning_rate if rates else 1.0
+def _share_of_component(name: str, config: TrainConfig, components: Components) -> float:
+    rates: Mapping[Any, float] = config.component_learning_rates
+    return rates.get(component_of(name, components), config.learning_rate) / config.learning_rate if rates else 1.0
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -74,7 +74,7 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], scale: float, max_norm: f
     """Multiply all gradients by `scale`, then shorten them to `max_norm` (0: never). Returns the norm before that."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    norm = float(whole(torch.nn.utils.get_total_norm(gradients)))  # of sharded gradients it is sharded too
+    norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))  # of sharded gradients it is sharded too
     if max_norm and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm

@@ -21,13 +21,13 @@ from vft.common.task import Task, configured, trained_conversations
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.loader import Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.quarantine import check_bad, write_quarantine
 from vft.data.training_prompts import Asked
 from vft.data.workers import WorkerPool
-from vft.distributed.heartbeat import note
+from vft.distributed.heartbeat import beat
 from vft.distributed.process_group import (
     World,
     all_of,
@@ -53,14 +53,14 @@ from vft.inference.evaluate import (
 from vft.inference.generate import Sampling
 from vft.models import Skeleton, build
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, parallelize, sync_gradients
 from vft.preparation.memory import longest_row, memory_preflight, resolve_checkpointing
 from vft.reporting import write_card, write_report
 from vft.reporting.loggers import require_boards
 from vft.reporting.metrics_log import Monitor, Profiler, StepResult, Stopwatch, Tally, describe_run, describe_step
 from vft.training import checkpoint as checkpoints
-from vft.training.checkpoint_writer import Saver
+from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.checks import (
     NotFinite,
     check_first_step,
@@ -104,7 +104,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     task = configured(task, config.data.prompt, config.eval.japanese)
     check_output_dir(config)
     require_boards(config)
-    checkpoint = Checkpoint.open(config.model.path, config.model.rope_factor)
+    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
     encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
@@ -117,7 +117,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     make = trained_conversations(task, data.segment_questions)
     with (
         process_group(world, alone=config.parallel.offload != "none"),
-        WorkerPool(data.workers, data.clip_deadline_s) as pool,
+        WorkerPool(data.workers, data.decode_timeout_s) as pool,
         open_streams(data, make, encoder, pool, slots, config.seed) as streams,
     ):
         trainer = Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool)
@@ -139,11 +139,11 @@ class Trainer:
         task: Task,
         config: Config,
         world: World,
-        checkpoint: Checkpoint,
+        checkpoint: Pretrained,
         skeleton: Skeleton,
-        documents: Documents,
+        documents: Dataset,
         streams: Streams | None,
-        held_out: Documents | None,
+        held_out: Dataset | None,
         pool: WorkerPool,
     ) -> None:
         self.task, self.config, self.world, self.pool = task, config, world, pool
@@ -192,7 +192,7 @@ class Trainer:
     def prepare_model(self) -> None:
         """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
         config, model = self.config, self.model
-        rows = choose_trainable(model, self.skeleton.towers, config.lora, config.model.train)
+        rows = choose_trainable(model, self.skeleton.components, config.lora, config.model.train)
         shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
         self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
         told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
@@ -216,7 +216,7 @@ class Trainer:
                 start_from(model, config.model, model.spellings, self.checkpoint)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config.train, self.skeleton.towers, config.lora)
+        self.optimizer = build_optimizer(model, config.train, self.skeleton.components, config.lora)
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
@@ -248,7 +248,9 @@ class Trainer:
             self.monitor.say(f"going on from {found}")
         elif self.world.is_main:
             (self.folder / "best.json").unlink(missing_ok=True)  # of a run that left nothing to go on from
-        self.saver = Saver(root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say)
+        self.saver = AsyncCheckpointer(
+            root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say
+        )
         self.saver.expect(self.max_steps - self.step)
         self.monitor.resume_at(self.step)
 
@@ -325,7 +327,7 @@ class Trainer:
         if not skipped and result.counts["num_targets"]:  # without any, momentum alone would move the weights
             if not self.has_updated:
                 had_media = result.counts["patches"] > 0
-                check_first_step(self.model, self.skeleton.towers, result.loss, had_media, self.monitor.say)
+                check_first_step(self.model, self.skeleton.components, result.loss, had_media, self.monitor.say)
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
@@ -344,9 +346,9 @@ class Trainer:
         packs = self.loader.step()
         while packs_left:
             since = time.perf_counter()
-            note(f"at step {self.step}, waiting for data")
+            beat(f"at step {self.step}, waiting for data")
             pack = next(packs)
-            note(f"at step {self.step}, computing")
+            beat(f"at step {self.step}, computing")
             watch.waiting(since)
             packs_left -= 1
             missing += pack.is_missing
@@ -415,7 +417,7 @@ class Trainer:
         """Scores on held-out samples."""
         assert self.held_out is not None
         settings = self.config.eval
-        note(f"evaluating after step {self.step}", paced=False)
+        beat(f"evaluating after step {self.step}", paced=False)
         answerer = Answerer(
             self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )

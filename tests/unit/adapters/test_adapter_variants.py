@@ -1,4 +1,4 @@
-"""DoRA, PiSSA, LoRA+, ranks by pattern and learning rates by tower, beside PEFT."""
+"""DoRA, PiSSA, LoRA+, ranks by pattern and learning rates by encoder, beside PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, TrainConfig
 from vft.inference.engine import load_model
 from vft.models import Skeleton, build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import MODES, resident_bytes, step_bytes
 from vft.training.losses import cross_entropy
@@ -173,11 +173,13 @@ def test_fast_decomposition() -> None:
 RANKS = {"language_model.q_proj": 6, "language_model.model.layers.1.*": 3}
 VARIANTS = {
     "dora": LoraConfig(rank=4, alpha=8, dora=True),
-    "dora rslora towers": LoraConfig(
-        rank=4, alpha=8, dora=True, rslora=True, targets=("vision_tower.*", "merger.*", "language_model.q_proj")
+    "dora rslora components": LoraConfig(
+        rank=4, alpha=8, dora=True, rslora=True, targets=("vision_encoder.*", "projector.*", "language_model.q_proj")
     ),
     "pissa": LoraConfig(rank=4, alpha=8, init="pissa"),
-    "pissa rslora": LoraConfig(rank=3, alpha=8, init="pissa", rslora=True, targets=("vision_tower.qkv", "merger.*")),
+    "pissa rslora": LoraConfig(
+        rank=3, alpha=8, init="pissa", rslora=True, targets=("vision_encoder.qkv", "projector.*")
+    ),
     "pissa fast": LoraConfig(rank=4, alpha=8, init="pissa_niter_4", targets=("language_model.up_proj",)),
     "ranks": LoraConfig(rank=2, alpha=5, ranks=RANKS, alphas={"language_model.*_proj": 7.5}),
     "ranks of some": LoraConfig(
@@ -230,7 +232,7 @@ def test_every_variant_starts_as_the_base(
     """To the last bit; PEFT's PiSSA is off by what the residual loses in rounding."""
     lora = VARIANTS[name]
     plain = load_prepared(tiny.path, lambda it: None, dtype)[0].model
-    model = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.towers, lora, ()), dtype)[0].model
+    model = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.components, lora, ()), dtype)[0].model
     from vft.adapters.lora import initialise
 
     initialise(model, 0)
@@ -238,7 +240,7 @@ def test_every_variant_starts_as_the_base(
 
 
 def test_pissa_of_peft_starts_where_ours_does(tiny: Tiny) -> None:
-    lora = LoraConfig(rank=4, alpha=6, init="pissa", targets=("language_model.q_proj", "vision_tower.qkv"))
+    lora = LoraConfig(rank=4, alpha=6, init="pissa", targets=("language_model.q_proj", "vision_encoder.qkv"))
     model, _ = adapted(tiny, lora)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": r".*(q_proj|qkv)"}
     theirs = get_peft_model(tiny.load(tiny.path), PeftConfig(init_lora_weights="pissa", **settings))
@@ -274,8 +276,8 @@ def test_recomputing_changes_nothing(tiny: Tiny, batch: Batch, name: str, mode: 
         results.append(loss_and_gradients(model, batch))
     assert torch.equal(results[0][0], results[1][0])
     assert_same_gradients(results[1][1], results[0][1])
-    made = build(Checkpoint.open(str(tiny.path)), torch.float32)
-    choose_trainable(made.model, made.towers, lora, ())
+    made = build(Pretrained.open(str(tiny.path)), torch.float32)
+    choose_trainable(made.model, made.components, lora, ())
     checkpoint_activations(made.model, mode)
     weights = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
     assert resident_bytes(made.model, 1) == weights
@@ -405,7 +407,7 @@ def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, 
     again, checkpoint = adapted(tiny, VARIANTS["dora ranks rslora"], seed=4)
     files.check(again.model, checkpoint)
     files.load_into(again.model)
-    attached, _ = load_prepared(tiny.path, lambda it: attach(it.model, files, it.towers))
+    attached, _ = load_prepared(tiny.path, lambda it: attach(it.model, files, it.components))
     files.load_into(attached.model)
     for model in (again.model.eval(), attached.model.eval()):
         assert difference(logits_of(model, batch), logits_of(ours.model, batch)) <= 1e-5
@@ -431,7 +433,7 @@ def test_ranks_by_pattern(tiny: Tiny, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"ranks": {"language_model.qkv": 3}}, r"lora\.ranks = 'language_model.qkv': matches no linear layer"),
-        ({"ranks": {"merger.*": 3}}, r"lora\.ranks = 'merger\.\*': none of its layers is among lora\.targets"),
+        ({"ranks": {"projector.*": 3}}, r"lora\.ranks = 'merger\.\*': none of its layers is among lora\.targets"),
         (
             {"alphas": {"language_model.*": 3.0, "language_model.q_proj": 4.0}},
             r"lora\.alphas = 'language_model.q_proj': patterns before it match all of its layers",
@@ -443,9 +445,9 @@ def test_ranks_by_pattern(tiny: Tiny, tmp_path: Path) -> None:
     ],
 )
 def test_patterns_that_decide_nothing(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
-    made = build(Checkpoint.open(str(tiny.path)), torch.float32)
+    made = build(Pretrained.open(str(tiny.path)), torch.float32)
     with pytest.raises(UserError, match=message):
-        choose_trainable(made.model, made.towers, LoraConfig(**settings), ())
+        choose_trainable(made.model, made.components, LoraConfig(**settings), ())
 
 
 def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
@@ -457,7 +459,7 @@ def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, fl
 def test_loraplus_groups_are_pefts(tiny: Tiny, dora: bool) -> None:
     lora = LoraConfig(rank=4, targets=("language_model.q_proj",), loraplus_ratio=16, dora=dora)
     skeleton, _ = adapted(tiny, lora)
-    optimizer = build_optimizer(skeleton.model, TrainConfig(learning_rate=1e-3), skeleton.towers, lora)
+    optimizer = build_optimizer(skeleton.model, TrainConfig(learning_rate=1e-3), skeleton.components, lora)
     set_learning_rate(optimizer, 1e-3)
     settings = PeftConfig(r=4, target_modules=r".*language_model.*q_proj", use_dora=dora)
     theirs = get_peft_model(tiny.load(tiny.path), settings)
@@ -477,23 +479,23 @@ def test_loraplus_groups_are_pefts(tiny: Tiny, dora: bool) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model": {"path": "m", "train": ["language_model", "vision_tower", "merger"]}},
-        {"model": {"path": "m"}, "lora": {"targets": ["language_model.*", "vision_tower.*"], "loraplus_ratio": 4}},
+        {"model": {"path": "m", "train": ["language_model", "vision_encoder", "projector"]}},
+        {"model": {"path": "m"}, "lora": {"targets": ["language_model.*", "vision_encoder.*"], "loraplus_ratio": 4}},
     ],
     ids=["full", "lora"],
 )
 def test_learning_rates_of_towers(tiny: Tiny, settings: dict[str, Any]) -> None:
     """AdamW's first step moves every weight by its learning rate, whatever the gradient: so they can be read off."""
-    rates = {"learning_rate": 1e-2, "tower_learning_rates": {"vision_tower": 1e-3}, "eps": 1e-30}
+    rates = {"learning_rate": 1e-2, "component_learning_rates": {"vision_encoder": 1e-3}, "eps": 1e-30}
     config = Config.model_validate({"output_dir": "x", "train": rates, **settings})
     skeleton, _ = load_prepared(
-        tiny.path, lambda it: choose_trainable(it.model, it.towers, config.lora, config.model.train)
+        tiny.path, lambda it: choose_trainable(it.model, it.components, config.lora, config.model.train)
     )
     model = skeleton.model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.ones_like(parameter))
-    optimizer = build_optimizer(model, config.train, skeleton.towers, config.lora)
+    optimizer = build_optimizer(model, config.train, skeleton.components, config.lora)
     set_learning_rate(optimizer, 0.5 * 1e-2)  # as in the middle of a decay
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -512,18 +514,21 @@ def test_learning_rates_of_towers(tiny: Tiny, settings: dict[str, Any]) -> None:
         ({"lora": {"dora": True, "init": "pissa"}}, 'dora = true and init = "pissa" contradict'),
         ({"lora": {"init": "svd"}}, '"pissa_niter_N"'),
         ({"lora": {"loraplus_ratio": 0.5}}, "greater than or equal to 1"),
-        ({"lora": {"ranks": {"q_proj": 3}}}, "must begin with a tower"),
+        ({"lora": {"ranks": {"q_proj": 3}}}, "must begin with an encoder"),
         (
             {"lora": {"init": "pissa"}, "model": {"path": "m", "adapter": "a"}},
             'model.adapter = "a" and lora.init = "pissa" contradict',
         ),
         (
-            {"lora": {}, "train": {"tower_learning_rates": {"merger": 1e-5}}},
-            "train.tower_learning_rates.merger = 1e-05: nothing of it is trained by lora.targets",
+            {"lora": {}, "train": {"component_learning_rates": {"projector": 1e-5}}},
+            "train.component_learning_rates.merger = 1e-05: nothing of it is trained by lora.targets",
         ),
         (
-            {"model": {"path": "m", "train": ["merger"]}, "train": {"tower_learning_rates": {"vision_tower": 1e-5}}},
-            'nothing of it is trained by model.train = ["merger"]',
+            {
+                "model": {"path": "m", "train": ["projector"]},
+                "train": {"component_learning_rates": {"vision_encoder": 1e-5}},
+            },
+            'nothing of it is trained by model.train = ["projector"]',
         ),
     ],
 )

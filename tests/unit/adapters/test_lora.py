@@ -56,8 +56,8 @@ EXPORTS = {
     "attention": LoraConfig(rank=4, alpha=8, targets=("language_model.q_proj", "language_model.v_proj")),
     "all linears": LoraConfig(rank=3, alpha=5.5, targets=("language_model.*",)),
     "rslora": LoraConfig(rank=8, alpha=8, rslora=True, targets=("language_model.o_proj", "language_model.down_proj")),
-    "towers": LoraConfig(rank=2, alpha=6, targets=("vision_tower.*", "merger.*", "language_model.up_proj")),
-    "one layer": LoraConfig(rank=2, alpha=4, targets=("vision_tower.q*",)),
+    "components": LoraConfig(rank=2, alpha=6, targets=("vision_encoder.*", "projector.*", "language_model.up_proj")),
+    "one layer": LoraConfig(rank=2, alpha=4, targets=("vision_encoder.q*",)),
 }
 
 
@@ -95,7 +95,7 @@ def test_head_of_its_own(each_untied: Tiny, batch: Batch, tmp_path: Path) -> Non
 
 def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
     """Equal to the last bit; A is uniform in +-1/sqrt(in) and the same whatever the order of the targets."""
-    targets = ("language_model.*", "vision_tower.q*")
+    targets = ("language_model.*", "vision_encoder.q*")
     first, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets))
     assert torch.equal(logits_of(first.model, batch), logits_of(each_tiny.ours(), batch))
     second, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets[::-1]))
@@ -128,7 +128,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "names": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj"]},
     "expression": {"r": 2, "lora_alpha": 3, "target_modules": r".*language_model\.layers\.\d+\.mlp\.(up|gate)_proj"},
     "rslora": {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["v_proj", "o_proj"]},
-    "towers": {"r": 4, "lora_alpha": 4, "target_modules": PARTS_OF_TOWERS},
+    "components": {"r": 4, "lora_alpha": 4, "target_modules": PARTS_OF_TOWERS},
     "all linears": {"r": 2, "lora_alpha": 1, "target_modules": "all-linear"},
     "one layer": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [1]},
 }
@@ -179,7 +179,7 @@ def test_adapters_of_other_kinds_are_refused(tiny: Tiny, tmp_path: Path, change:
 # ----------------------------------------------------------------------------------------------------------- merging
 
 
-@pytest.mark.parametrize("name", ["all linears", "towers", "rslora"])
+@pytest.mark.parametrize("name", ["all linears", "components", "rslora"])
 def test_merged_folder(each_bf16: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
     """A base in bfloat16 and several files: PEFT's merge in float32, rounded once; the rest of the folder as it was."""
     export(each_bf16, tmp_path / "adapter", EXPORTS[name])
@@ -263,46 +263,48 @@ def skeleton_of(tiny: Tiny) -> Skeleton:
 
 
 def test_targets(tiny: Tiny) -> None:
-    """Anchored to a tower: names that two towers share match in one alone."""
+    """Anchored to an encoder: names that two components share match in one alone."""
     skeleton = skeleton_of(tiny)
-    model, towers = skeleton.model, skeleton.towers
+    model, components = skeleton.model, skeleton.components
 
     def names(pattern: str) -> list[str]:
-        return match_targets(model, [pattern], towers)[pattern]
+        return match_targets(model, [pattern], components)[pattern]
 
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     in_layers = [n for n in linears if n.startswith("model.layers.")]
     assert names("language_model.*") == in_layers and len(in_layers) == 3 * 7
     assert names("language_model.up_proj") == [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
-    assert names("vision_tower.up_proj") == [f"visual.blocks.{i}.mlp.up_proj" for i in range(3)]
-    assert names("merger.*") == ["visual.merger.mlp.0", "visual.merger.mlp.2"]
+    assert names("vision_encoder.up_proj") == [f"visual.blocks.{i}.mlp.up_proj" for i in range(3)]
+    assert names("projector.*") == ["visual.merger.mlp.0", "visual.merger.mlp.2"]
     assert names("language_model.model.layers.1.*_proj") == [n for n in in_layers if ".layers.1." in n]
-    every = names("language_model.*") + names("vision_tower.*") + names("merger.*")
+    every = names("language_model.*") + names("vision_encoder.*") + names("projector.*")
     assert sorted(every) == sorted(linears)
 
 
 def test_head_is_never_matched_by_a_star(tiny_untied: Tiny) -> None:
     skeleton = skeleton_of(tiny_untied)
-    matched = match_targets(skeleton.model, ["language_model.*", "language_model.lm_head"], skeleton.towers)
+    matched = match_targets(skeleton.model, ["language_model.*", "language_model.lm_head"], skeleton.components)
     assert "lm_head" not in matched["language_model.*"] and matched["language_model.lm_head"] == ["lm_head"]
 
 
 @pytest.mark.parametrize(
-    "pattern", ["language_model.qkv", "vision_tower.q_proj", "merger.mlp", "language_model.lm_head"]
+    "pattern", ["language_model.qkv", "vision_encoder.q_proj", "projector.mlp", "language_model.lm_head"]
 )
 def test_pattern_that_matches_nothing(tiny: Tiny, pattern: str) -> None:
     """A head that is tied has no layer to adapt."""
     skeleton = skeleton_of(tiny)
     with pytest.raises(UserError, match="matches no linear layer") as caught:
-        match_targets(skeleton.model, ["language_model.q_proj", pattern], skeleton.towers)
+        match_targets(skeleton.model, ["language_model.q_proj", pattern], skeleton.components)
     assert pattern in str(caught.value)
 
 
 def test_table_of_targets(tiny: Tiny) -> None:
     """Rows add up to what is trained, by the shapes: rank x (in + out) for each layer."""
     tables: list[Any] = []
-    lora = LoraConfig(rank=5, targets=("language_model.q_proj", "merger.*"))
-    skeleton, _ = load_prepared(tiny.path, lambda it: tables.append(choose_trainable(it.model, it.towers, lora, ())))
+    lora = LoraConfig(rank=5, targets=("language_model.q_proj", "projector.*"))
+    skeleton, _ = load_prepared(
+        tiny.path, lambda it: tables.append(choose_trainable(it.model, it.components, lora, ()))
+    )
     counts = [(row.modules, row.parameters) for row in tables[0]]
     assert counts == [(3, 3 * 5 * (64 + 64)), (2, 5 * (128 + 128) + 5 * (128 + 64))]
     trained = {n: p for n, p in skeleton.model.named_parameters() if p.requires_grad}
@@ -313,7 +315,7 @@ def test_table_of_targets(tiny: Tiny) -> None:
 def test_adapters_are_float32_beside_bfloat16(each_bf16: Tiny, batch: Batch) -> None:
     lora = LoraConfig(rank=4)
     skeleton, _ = load_prepared(
-        each_bf16.path, lambda it: choose_trainable(it.model, it.towers, lora, ()), torch.bfloat16
+        each_bf16.path, lambda it: choose_trainable(it.model, it.components, lora, ()), torch.bfloat16
     )
     initialise(skeleton.model, 0)
     dtypes = {is_adapter(n): p.dtype for n, p in skeleton.model.named_parameters()}
@@ -322,28 +324,28 @@ def test_adapters_are_float32_beside_bfloat16(each_bf16: Tiny, batch: Batch) -> 
     assert gradients and all(is_adapter(name) and g.dtype == torch.float32 for name, g in gradients.items())
 
 
-TOWERS = ("language_model", "merger", "vision_tower")
+COMPONENTS = ("language_model", "projector", "vision_encoder")
 
 
 @pytest.mark.parametrize(
-    "train", [("language_model",), ("merger",), ("vision_tower",), ("merger", "language_model"), TOWERS]
+    "train", [("language_model",), ("projector",), ("vision_encoder",), ("projector", "language_model"), COMPONENTS]
 )
 @pytest.mark.parametrize("media", [True, False])
 def test_full_fine_tuning(each_tiny: Tiny, batch: Batch, train: Sequence[str], media: bool) -> None:
     """Exactly the named parts get gradients, those that transformers' model has; a row without media gives the
-    tower's all the same, zero, so that no process waits for another's."""
-    skeleton, _ = load_prepared(each_tiny.path, lambda it: choose_trainable(it.model, it.towers, None, train))
+    encoder's all the same, zero, so that no process waits for another's."""
+    skeleton, _ = load_prepared(each_tiny.path, lambda it: choose_trainable(it.model, it.components, None, train))
     if not media:
         plain = talk(("user", "Hello"), ("assistant", "Hi there."))
         batch = batch_of(each_tiny.encoder, ([plain], Media((), ())))
-    prefixes = tuple(prefix for tower in train for prefix in each_tiny.family.towers[tower])
+    prefixes = tuple(prefix for encoder in train for prefix in each_tiny.family.components[encoder])
     expected = {name for name, _ in skeleton.model.named_parameters() if name.startswith(prefixes)}
     _, wanted = loss_and_gradients(each_tiny.ours(), batch)
     _, found = loss_and_gradients(skeleton.model, batch)
     assert found.keys() == expected
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
-        text = name.startswith(each_tiny.family.towers["language_model"])
+        text = name.startswith(each_tiny.family.components["language_model"])
         used = text or (media and name != "image_newline")  # which stands in pictures alone
         assert bool(gradient.abs().max() > 0) == used, name
 
@@ -352,7 +354,7 @@ def test_adapter_of_a_training_run_can_be_gone_on_from(each_tiny: Tiny, batch: B
     """`attach` and `load_into` give back what `export_adapter` wrote, to the last bit."""
     ours = export(each_tiny, tmp_path / "adapter", EXPORTS["all linears"])
     files = Adapter.open(tmp_path / "adapter", ours.model.spellings)
-    again, _ = load_prepared(each_tiny.path, lambda it: attach(it.model, files, it.towers))
+    again, _ = load_prepared(each_tiny.path, lambda it: attach(it.model, files, it.components))
     files.load_into(again.model)
     again.model.eval()
     assert torch.equal(logits_of(again.model, batch), logits_of(ours.model, batch))

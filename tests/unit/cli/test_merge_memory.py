@@ -16,7 +16,7 @@ from vft.adapters.lora import choose_trainable, fill, is_adapter
 from vft.adapters.peft_format import export_adapter
 from vft.config.run import LoraConfig
 from vft.models import build
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -41,9 +41,9 @@ print(peak_bytes() - before)
 
 def with_adapter(base: Path) -> Path:
     """An adapter of random values on every linear, in the folder of its base."""
-    skeleton = build(Checkpoint.open(str(base)), torch.bfloat16)
+    skeleton = build(Pretrained.open(str(base)), torch.bfloat16)
     lora = LoraConfig(rank=4, alpha=8)
-    choose_trainable(skeleton.model, skeleton.towers, lora, ())
+    choose_trainable(skeleton.model, skeleton.components, lora, ())
     skeleton.model.to_empty(device="cpu")
     for number, (name, parameter) in enumerate(skeleton.model.named_parameters()):
         if is_adapter(name):

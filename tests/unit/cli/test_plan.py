@@ -61,7 +61,7 @@ def test_the_72b_on_8_gpus(plan: Plan, memory: str) -> None:
     done = plan(RECIPE, "--gpus", "8", "--gpu-memory-gib", memory, "--gpu", "MI300X")
     assert done.status == 0 and "fits" in done.stdout, done.stderr
     rows = figures(done.stdout)
-    # 146.8 GB of weights, of which the tower's 1.4 GB are whole on each: 18.2 GiB.
+    # 146.8 GB of weights, of which the encoder's 1.4 GB are whole on each: 18.2 GiB.
     assert rows["frozen weights"][0] == pytest.approx(18.24, abs=0.05)
     parts = ("frozen weights", "trained weights", "optimizer", "gathered weights", "activations, gradients")
     assert sum(rows[name][0] for name in parts) == pytest.approx(rows["total"][0], abs=0.05)
@@ -71,7 +71,7 @@ def test_the_72b_on_8_gpus(plan: Plan, memory: str) -> None:
 
 @pytest.mark.slow
 def test_the_72b_in_4_bits_on_one_gpu(plan: Plan) -> None:
-    """Its linears are 70.16 G weights of 9/16 byte, 36.75 GiB; the rest is bf16: head and embedding 4.64 GiB, tower."""
+    """Its linears are 70.16 G weights of 9/16 byte, 36.75 GiB; the rest is bf16: head and embedding 4.64 GiB."""
     done = plan(NF4_RECIPE, "--gpus", "1", "--gpu-memory-gib", "80")
     assert done.status == 0 and "fits" in done.stdout, done.stderr
     rows = figures(done.stdout)

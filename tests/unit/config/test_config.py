@@ -116,8 +116,8 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number"),
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),
         (
-            "[train.tower_learning_rates]\ntower = 1e-5",
-            "train.tower_learning_rates.tower = \"tower\": must be 'language_model', 'vision_tower' or 'merger'",
+            "[train.component_learning_rates]\ntower = 1e-5",
+            "train.component_learning_rates.tower = \"tower\": must be 'language_model', 'vision_encoder' or 'pro",
         ),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[lora]\ntargets = []", "lora.targets = []: must not be empty"),
@@ -147,8 +147,8 @@ def test_message_of_bare_target_names_the_towers(small: Path) -> None:
     [
         (["data.video.frames=8"], ["fps = 1.0", "frames = 8", "contradict"]),
         (["train.epochs=2"], ["max_steps = 20", "epochs = 2", "contradict"]),
-        (['model.train=["merger"]'], ["merger", "[lora]", "contradict"]),
-        (["lora=", 'model.train=["merger"]', "model.quantize=nf4"], ["model.quantize", "nf4", "[lora] table"]),
+        (['model.train=["projector"]'], ["projector", "[lora]", "contradict"]),
+        (["lora=", 'model.train=["projector"]', "model.quantize=nf4"], ["model.quantize", "nf4", "[lora] table"]),
         (["data.video.min_frames=40"], ["min_frames = 40", "max_frames = 32"]),
         (["data.video.max_pixels=100"], ["data.video", "min_pixels = 3136", "max_pixels = 100"]),
         (["data.image.max_pixels=100"], ["data.image", "min_pixels = 3136", "max_pixels = 100"]),
@@ -186,7 +186,7 @@ def test_overrides(small: Path) -> None:
             "model.path=Qwen/Qwen2.5-VL-7B-Instruct",
             "data.sources.1.path=other.json",
             "log.tensorboard=true",
-            'lora.targets=["merger.*", "language_model.q_proj"]',
+            'lora.targets=["projector.*", "language_model.q_proj"]',
             "output_dir=runs/a = b",
         ],
     )
@@ -194,12 +194,12 @@ def test_overrides(small: Path) -> None:
     assert got.model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert [source.path for source in got.data.sources] == ["a.jsonl", "other.json"]
     assert got.log.tensorboard is True
-    assert got.lora is not None and got.lora.targets == ("merger.*", "language_model.q_proj")
+    assert got.lora is not None and got.lora.targets == ("projector.*", "language_model.q_proj")
     assert got.output_dir == Path("runs/a = b")
 
 
 def test_empty_override_takes_away(small: Path) -> None:
-    got = load(small, ["lora=", 'model.train=["merger"]', "data.sources.0=", "checkpoint.every_steps="])
+    got = load(small, ["lora=", 'model.train=["projector"]', "data.sources.0=", "checkpoint.every_steps="])
     assert got.lora is None
     assert [source.path for source in got.data.sources] == ["b.json"]
     assert load(small, ["lora=", "lora.rank="]).lora is None  # Taking nothing away makes no table.
@@ -223,7 +223,7 @@ def test_message_of_override(small: Path, override: str, message: str) -> None:
 
 
 def test_unfinished_toml_value_is_no_string(small: Path) -> None:
-    assert "not a TOML value" in error_of(small, 'lora.targets=["merger.*"')
+    assert "not a TOML value" in error_of(small, 'lora.targets=["projector.*"')
 
 
 def test_training_needs_something_to_train_and_to_read(small: Path) -> None:
@@ -231,7 +231,7 @@ def test_training_needs_something_to_train_and_to_read(small: Path) -> None:
     for overrides, key in [
         (["lora="], "model.train"),
         (["data.sources="], "data.sources"),
-        (["lora=", 'model.train=["merger"]', "model.adapter=runs/a"], "model.adapter"),
+        (["lora=", 'model.train=["projector"]', "model.adapter=runs/a"], "model.adapter"),
     ]:
         with pytest.raises(UserError, match=re.escape(key)):
             load(small, overrides).require_training()
@@ -243,9 +243,9 @@ def test_differences(small: Path) -> None:
     assert differences(a, b) == [("lora.rank", 8, 4), ("data.sources.1.weight", 2.0, 3.0)]
     everything = {key for key, _, _ in differences(a, b, ignore=())}
     assert everything == {"lora.rank", "data.sources.1.weight", "train.max_steps", "checkpoint.keep_last"}
-    full = load(small, ["lora=", 'model.train=["merger"]'])
+    full = load(small, ["lora=", 'model.train=["projector"]'])
     assert ("lora.rank", 8, None) in differences(a, full)
-    assert ("model.train", [], ["merger"]) in differences(a, full)
+    assert ("model.train", [], ["projector"]) in differences(a, full)
 
 
 def test_resume_may_change_names_real_keys(small: Path) -> None:

@@ -26,7 +26,7 @@ from tests.unit.data.test_vision import SPEC, plan_of
 from vft.common.types import MediaPlan, MediaRef, Patches
 from vft.config.data import DataConfig
 from vft.config.run import Config, differences
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.loader import Loader
 from vft.data.media import frame_files
 from vft.data.media import patches as vision
@@ -69,10 +69,10 @@ def write_set(root: Path) -> DataConfig:
 
 def epochs(config: DataConfig, tiny: Tiny, epochs: int) -> tuple[list[Any], list[str]]:
     """All that a run gets of its packs, and which clips it found bad and why."""
-    documents = load_documents(config, config.sources, MAKE, tiny.encoder, seed=0)
+    documents = load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0)
     plan, found = documents.pack_plan(seed=0), []
     steps = sum(len(plan.packs(epoch)) for epoch in range(epochs))
-    with WorkerPool(config.workers, config.clip_deadline_s) as pool:
+    with WorkerPool(config.workers, config.decode_timeout_s) as pool:
         loader = Loader(documents, plan, pool, 1, 0, 1, 1, last_epoch=epochs - 1)
         for _ in range(steps):
             for pack in loader.step():

@@ -15,7 +15,7 @@ from tests.helpers.clips import make_clip
 from tests.helpers.streaming import MAKE, data_config, running
 from tests.helpers.tiny import Tiny
 from vft.common.types import MediaInfo, MediaRef, VisionLimits
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.media import video
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
@@ -178,5 +178,5 @@ def test_headers_and_scans_are_kept_apart(tiny: Tiny, tmp_path: Path) -> None:
     counts = []
     for kind in ("header", "scan", "header"):
         config = data_config(root, source, index=kind)
-        counts.append(load_documents(config, config.sources, MAKE, tiny.encoder, seed=0).num_samples)
+        counts.append(load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0).num_samples)
     assert counts == [2, 1, 2]

@@ -25,7 +25,7 @@ from tests.helpers.tars import write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.types import Document
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.formats import llava_video
 from vft.data.media.patches import load
 from vft.data.streaming.stream import open_archives
@@ -91,7 +91,7 @@ def about(document: Document, spec: VisionSpec) -> tuple[tuple[str, ...], dict[s
     ]
     pixels = [load(plan, spec).pixels_PD.tolist() for plan in document.media]
     tensors = {name: getattr(document, name).tolist() for name in ("ids_T", "labels_T", "positions_3T", "media_mask_T")}
-    shape = {"trunk": document.trunk_length, "branches": document.branch_lengths}
+    shape = {"trunk": document.prefix_length, "branches": document.suffix_lengths}
     return document.sample_ids, {"plans": plans, "pixels": pixels, **shape, **tensors}
 
 
@@ -108,7 +108,7 @@ def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int,
     for archive in part.glob("*.gz"):
         shutil.unpack_archive(archive, part)  # made by this test; `filter` is new in 3.11.4
         archive.unlink()
-    documents = load_documents(
+    documents = load_dataset(
         config, [config.sources[0].model_copy(update={"stream": False})], Caption().conversations, tiny.encoder, seed=0
     )
     extracted = [documents.build(number) for number in range(len(documents.members))]

@@ -37,11 +37,11 @@ from vft.common.errors import UserError
 from vft.common.types import Batch, Conversation, MediaOptions, Patches
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.loader import Loader
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
 from vft.data.workers import WorkerPool
-from vft.training import losses
+from vft.models import cross_entropy as cross_entropies
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -115,7 +115,7 @@ def test_logits_of_a_pack(each_tiny: Tiny, rows: Sequence[Any]) -> None:
 
 
 def test_empty_pack(each_tiny: Tiny) -> None:
-    """Weight zero: no loss, and a gradient of zero for every weight that is trained, the tower's too."""
+    """Weight zero: no loss, and a gradient of zero for every weight that is trained, the encoder's too."""
     empty = collate([], each_tiny.encoder.spec)
     assert empty.num_targets == empty.num_tokens == 0 and empty.sample_ids == ()
     model = each_tiny.ours()
@@ -131,7 +131,7 @@ def test_loss_in_chunks(each_untied: Tiny, rows: Sequence[Any], monkeypatch: pyt
     model = each_untied.ours()
     batch = batch_of(each_untied.encoder, *rows)
     wanted_loss, wanted = loss_and_gradients(model, batch)
-    monkeypatch.setattr(losses, "MAX_LOGITS", tokens * model.config.vocabulary)
+    monkeypatch.setattr(cross_entropies, "MAX_LOGITS", tokens * model.config.vocabulary)
     loss, found = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
     assert_same_gradients(found, wanted)
@@ -215,11 +215,11 @@ def test_a_conversation_without_an_answer_is_refused(tiny: Tiny) -> None:
 LONG, LONG_INFO = medium("video", 240, 280, 280, fps=24.0, name="long")
 
 
-def documents_of(tiny: Tiny, pack_tokens: int, **settings: Any) -> Documents:
+def documents_of(tiny: Tiny, pack_tokens: int, **settings: Any) -> Dataset:
     video = VideoConfig(fps=2.0, min_frames=4, max_frames=32, max_pixels=280 * 280)
     config = DataConfig(pack_tokens=pack_tokens, video=video, **settings)
     infos = {ref.path: info for ref, info in ((LONG, LONG_INFO), (VIDEO, VIDEO_INFO), (PICTURE, PICTURE_INFO))}
-    return Documents(tiny.encoder, config, lambda ref: infos[ref.path])
+    return Dataset(tiny.encoder, config, lambda ref: infos[ref.path])
 
 
 def text_of(made: Any) -> tuple[list[int], list[int]]:
@@ -265,7 +265,7 @@ def test_the_digest_tells_edits_of_equal_length(tiny: Tiny, tmp_path: Path) -> N
         path: str, text: Sequence[str] = ("What?",), root: Path = tmp_path, first: bool = True, **changes: Any
     ) -> str:
         ref = replace(LONG, path=root / path, **changes)
-        documents = Documents(tiny.encoder, DataConfig(root=root), lambda _: LONG_INFO)
+        documents = Dataset(tiny.encoder, DataConfig(root=root), lambda _: LONG_INFO)
         parts = [ref, *text] if first else [*text, ref]
         documents.add([talk(("user", parts), ("assistant", "A dog."))], 1.0)
         assert not documents.bad
@@ -494,8 +494,8 @@ def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
         talks = [talk(("user", [VIDEO, "What?"]), ("assistant", "A dog."), id=f"v{number}")]
         documents.add(talks if number % 2 else [talk(("user", long), ("assistant", long), id=f"t{number}")], 1.0)
     assert len(documents.members) == 8
-    tower = 20.0
-    costs = tuple(tokens + tower * patches for tokens, _, patches in documents.work)
+    encoder = 20.0
+    costs = tuple(tokens + encoder * patches for tokens, _, patches in documents.work)
     with WorkerPool(0, 60.0) as pool:
         shares: dict[bool, list[float]] = {}
         for by_cost in (False, True):

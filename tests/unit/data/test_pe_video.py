@@ -17,7 +17,7 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.data import formats as sources
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.formats import pe_video
 from vft.data.formats.pe_video import TOGETHER
 from vft.data.formats.records import Group
@@ -277,5 +277,5 @@ def test_unpacked_clips_are_named_by_their_member(tiny: Tiny, tmp_path: Path) ->
     root = tmp_path / "data"
     write_tar(root / "pe" / "s.tar", [*pe_pair("a"), *pe_pair("none", b"no video")])
     config = data_config(root, {"format": "pe_video", "path": "pe", "take": "first:9"})
-    documents = load_documents(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
+    documents = load_dataset(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
     assert [(item.id, item.path, item.reason) for item in documents.bad] == [("none", "s.tar/none.mp4", "not_a_video")]

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.tiny import Tiny
 from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import Config
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.packing import Cursor, PackPlan, take_step
 from vft.recipes.caption import Caption
 from vft.training.checks import tell_of_weights
@@ -26,15 +26,15 @@ def lay_out(root: Path, **counts: int) -> None:
         (root / f"{name}.jsonl").write_text("\n".join(rows))
 
 
-def load(root: Path, tiny: Tiny, **keys: dict[str, Any]) -> Documents:
+def load(root: Path, tiny: Tiny, **keys: dict[str, Any]) -> Dataset:
     sources = [{"format": "messages", "path": f"{name}.jsonl", **own} for name, own in keys.items()]
     config = DataConfig.model_validate(
         {"root": str(root), "sources": sources, "pack_tokens": 200, "workers": 0, "cache_dir": str(root / "cache")}
     )
-    return load_documents(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
+    return load_dataset(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
 
 
-def ids_of(documents: Documents, numbers: Any) -> Counter[str]:
+def ids_of(documents: Dataset, numbers: Any) -> Counter[str]:
     return Counter(one.id for number in numbers for one in documents.members[number])
 
 

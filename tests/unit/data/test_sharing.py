@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.tiny import Tiny, medium, talk
 from vft.common.types import Conversation
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.frame_times import with_frame_times
 
 INFOS = dict(
@@ -23,23 +23,23 @@ INFOS = dict(
 Seen = dict[str, list[Any]]
 
 
-def documents_of(tiny: Tiny, talks: list[Conversation], pack_tokens: int, **settings: Any) -> Documents:
+def documents_of(tiny: Tiny, talks: list[Conversation], pack_tokens: int, **settings: Any) -> Dataset:
     """All the documents of the conversations."""
     video = VideoConfig(min_frames=2, max_frames=24, max_pixels=140 * 140)
     data = DataConfig(pack_tokens=pack_tokens, video=video, image=ImageConfig(max_pixels=140 * 140), **settings)
-    documents = Documents(tiny.encoder, data, INFOS.__getitem__)
+    documents = Dataset(tiny.encoder, data, INFOS.__getitem__)
     documents.add_all([(one, 1.0) for one in talks], show_progress=False)
     return documents
 
 
-def seen_by_each(documents: Documents) -> Seen:
+def seen_by_each(documents: Dataset) -> Seen:
     """Of each sample: frames and sizes of its media, and its ids and labels, the shared ones before its own."""
     seen: Seen = {}
     for number in range(len(documents.members)):
         made = documents.build(number)
         assert made.num_tokens == documents.lengths[number] <= documents.config.pack_tokens
-        for sample, rows in zip(made.sample_ids, made.branch_rows, strict=True):
-            own = [*range(made.trunk_length), *range(rows.start, rows.stop)]
+        for sample, rows in zip(made.sample_ids, made.suffix_rows, strict=True):
+            own = [*range(made.prefix_length), *range(rows.start, rows.stop)]
             media = [(plan.ref, plan.frame_indices, plan.height, plan.width) for plan in made.media]
             seen[sample] = [media, made.ids_T[own].tolist(), made.labels_T[own].tolist()]
     return seen

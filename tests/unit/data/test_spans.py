@@ -13,7 +13,7 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.spans import fault
 from vft.recipes.caption import Caption
 from vft.recipes.story import Story
@@ -98,7 +98,7 @@ def test_a_bad_record(tmp_path: Path, tiny: Tiny, task: Any, format: Any, record
     config = DataConfig(
         root=tmp_path, sources=[source], cache_dir=str(tmp_path / "cache"), workers=0, max_bad_fraction=0.9
     )
-    documents = load_documents(config, config.sources, task.conversations, tiny.encoder, seed=0)
+    documents = load_dataset(config, config.sources, task.conversations, tiny.encoder, seed=0)
     made = len(task.conversations(next(iter(read_all(source, config)))))
     assert documents.num_samples == made
     assert {item.reason for item in documents.bad} == {"record"}
@@ -114,7 +114,7 @@ def test_the_reason_is_told_where_no_sample_can_be_used(tmp_path: Path, tiny: Ti
         root=tmp_path, sources=[source], cache_dir=str(tmp_path / "cache"), workers=0, max_bad_fraction=1.0
     )
     with pytest.raises(UserError, match=r"t\.jsonl: none of 1 samples can be used; the first: t\.jsonl:1: .* outside"):
-        load_documents(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
+        load_dataset(config, config.sources, Caption().conversations, tiny.encoder, seed=0)
 
 
 def read_all(source: SourceConfig, config: DataConfig) -> Any:

@@ -17,7 +17,7 @@ from vft.common.task import main_conversation
 from vft.common.types import MediaRef, Sample, Turn
 from vft.config import run as configs
 from vft.config.run import Config
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.split import Split, media_of
 from vft.inference.evaluate import held_out_split, load_held_out
 from vft.recipes.caption import Caption
@@ -116,7 +116,7 @@ def test_training_and_evaluation_read_the_two_sides(tiny: Tiny, tmp_path: Path) 
     lay_out(tmp_path, 12)
     config = settings(tmp_path, split=0.3)
     task = Caption()
-    train = load_documents(
+    train = load_dataset(
         config.data,
         config.data.sources,
         main_conversation(task),
@@ -140,7 +140,7 @@ def test_a_side_without_records_is_a_line(tiny: Tiny, tmp_path: Path) -> None:
         split = Split(0.5, config.seed, held_out)
         if held_out == empty:
             with pytest.raises(UserError, match=r"eval\.split = 0\.5: none of 2 samples of a\.jsonl, b\.jsonl is "):
-                load_documents(config.data, config.data.sources, Caption().conversations, tiny.encoder, 0, split)
+                load_dataset(config.data, config.data.sources, Caption().conversations, tiny.encoder, 0, split)
 
 
 def test_what_contradicts_a_split(tmp_path: Path) -> None:

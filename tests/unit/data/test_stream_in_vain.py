@@ -14,7 +14,7 @@ from tests.helpers.tars import cut, write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.data import loader as loaders
-from vft.data.dataset import load_documents
+from vft.data.dataset import load_dataset
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
 from vft.data.streaming import stream as streams
 from vft.data.streaming.stream import SEARCH, open_archives
@@ -369,7 +369,7 @@ def test_indexed_share_of_a_video_that_fails_late(tiny: Tiny, tmp_path: Path) ->
     records = [llava_record(name, i) for i, name in enumerate(["good.mp4"] * 6 + ["bad.mp4"] * 4)]
     (tmp_path / "data" / "x.json").write_text(json.dumps(records))
     config = data_config(tmp_path / "data", {**LLAVA, "stream": False, "path": "x.json"}, max_samples_per_pack=2)
-    documents = load_documents(config, config.sources, MAKE, tiny.encoder, seed=0)
+    documents = load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0)
     assert (documents.num_samples, documents.bad) == (10, [])
     with running(config, tiny.encoder, slots=1) as run:
         run.steps(8)

@@ -18,7 +18,7 @@ from vft.common.errors import UserError
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaInfo, MediaPlan, Sample, Turn
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.budget import fit
-from vft.data.dataset import Documents, converse
+from vft.data.dataset import Dataset, converse
 from vft.data.frame_times import FrameTimes, with_frame_times
 from vft.data.media.subtitles import HEADING, Subtitles
 from vft.inference.engine import user_question
@@ -43,11 +43,11 @@ def info_of(ref: Any) -> MediaInfo:
 
 def told(tiny: Tiny, made: Document, branch: int = 0) -> str:
     """The text of a branch with its trunk, media left out."""
-    starts = [made.trunk_length]
-    for length in made.branch_lengths:
+    starts = [made.prefix_length]
+    for length in made.suffix_lengths:
         starts.append(starts[-1] + length)
     rows = torch.zeros(made.num_tokens, dtype=torch.bool)
-    rows[: made.trunk_length] = True
+    rows[: made.prefix_length] = True
     rows[starts[branch] : starts[branch + 1]] = True
     return tiny.encoder.tokenizer.decode(made.ids_T[rows & ~made.media_mask_T], skip_special_tokens=False)
 
@@ -120,7 +120,7 @@ def test_text_is_settled_with_the_plans_that_are_built(tiny: Tiny) -> None:
     planned = Counting()
     conversation = Conversation("c", (Turn("user", (LONG, planned, "?")), Turn("assistant", ("x",))), "c")
     assert isinstance(planned.settle([]), str) and planned.seen.pop() == ()
-    documents = Documents(tiny.encoder, config_of(150), info_of)
+    documents = Dataset(tiny.encoder, config_of(150), info_of)
     documents.add([conversation], 1.0)
     made = documents.build(0)
     count = len(made.media[0].frame_indices)
@@ -164,7 +164,7 @@ def test_rows_keep_within_their_tokens(tiny: Tiny, name: str) -> None:
     conversations = RECORDS[name]
     refused, kept, frames = [], [], []
     for pack_tokens in [1, *range(20, 1000, 23), 5000]:
-        documents = Documents(tiny.encoder, config_of(pack_tokens), info_of)
+        documents = Dataset(tiny.encoder, config_of(pack_tokens), info_of)
         documents.add(conversations, 1.0)
         if documents.bad:
             assert not documents.members and {item.reason for item in documents.bad} == {"unfit"}
@@ -187,7 +187,7 @@ def test_rows_keep_within_their_tokens(tiny: Tiny, name: str) -> None:
 
 
 def assert_same_document(one: Document, other: Document) -> None:
-    assert one.media == other.media and one.branch_lengths == other.branch_lengths
+    assert one.media == other.media and one.suffix_lengths == other.suffix_lengths
     for name in ("ids_T", "labels_T", "positions_3T", "media_mask_T"):
         assert torch.equal(getattr(one, name), getattr(other, name))
 
@@ -266,11 +266,11 @@ def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> No
 def test_branches_share_the_trunk_with_timestamps(tiny: Tiny, pack_tokens: int) -> None:
     """The times stand before the video, once, in the trunk; each question reads them as if it were alone."""
     config = config_of(pack_tokens, share_videos=True, frames_for_sharing=0.5)
-    documents = Documents(tiny.encoder, config, info_of)
+    documents = Dataset(tiny.encoder, config, info_of)
     documents.add_all([(one, 1.0) for one in RECORDS["several questions"]], show_progress=False)
     assert len(documents.members[0]) > 1 and max(documents.lengths) <= pack_tokens
     made = documents.build(0)
-    trunk = slice(0, made.trunk_length)
+    trunk = slice(0, made.prefix_length)
     text = tiny.encoder.tokenizer.decode(made.ids_T[trunk][~made.media_mask_T[trunk]])
     assert times_line(made.media[0]) in text
     assert (len(made.media[0].frame_indices) == 20) == (pack_tokens == 5000)
@@ -286,10 +286,10 @@ def test_branches_share_the_trunk_with_subtitles(tiny: Tiny) -> None:
     asked = [
         replace(one, id=f"q{i}", turns=(Turn("user", (*one.turns[0].parts, f" {i}?")), one.turns[1])) for i in (1, 2)
     ]
-    documents = Documents(tiny.encoder, config_of(2000), info_of)
+    documents = Dataset(tiny.encoder, config_of(2000), info_of)
     documents.add_all([(conversation, 1.0) for conversation in asked], show_progress=False)
     made = documents.build(0)
-    assert len(documents.members) == 1 and len(made.branch_lengths) == 2 and len(made.media) == 1
+    assert len(documents.members) == 1 and len(made.suffix_lengths) == 2 and len(made.media) == 1
     assert made.num_tokens == documents.lengths[0]
     for branch, conversation in enumerate(asked):
         assert_whole_text(tiny, told(tiny, made, branch), conversation, made.media)

@@ -15,7 +15,7 @@ from tests.helpers.tiny import CPU, Tiny
 from vft.cli.predict import data_config
 from vft.common.task import Question
 from vft.config.data import DataConfig
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import with_frame_times
 from vft.data.media.video import scan
 from vft.data.training_prompts import Asked
@@ -47,13 +47,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Documents, dict[str, Any]]:
+def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Dataset, dict[str, Any]]:
     """The documents of a training, and what is recorded of it."""
     sources = [{"format": "messages", "path": "train.jsonl"}]
     config = DataConfig.model_validate(
         {"root": str(root), "sources": sources, "workers": 0, "cache_dir": str(root / "cache"), **settings}
     )
-    documents = load_documents(config, config.sources, QuestionAnswering().conversations, tiny.encoder, 0)
+    documents = load_dataset(config, config.sources, QuestionAnswering().conversations, tiny.encoder, 0)
     asked = Asked()
     asked.add(one for members in documents.members for one in members)
     limits = {"video": config.video.model_dump(mode="json", exclude_none=True), "pack_tokens": config.pack_tokens}

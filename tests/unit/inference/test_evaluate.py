@@ -27,7 +27,7 @@ from vft.common.task import Answer, Question, Task
 from vft.common.types import Conversation, MediaOptions, MediaRef, Turn
 from vft.config.data import DataConfig, ImageConfig, SourceConfig
 from vft.config.run import Config, EvalConfig, ModelConfig
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.media import patches as vision
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
@@ -168,7 +168,7 @@ RECORDS = [
 
 def held_out_of(
     tiny: Tiny, root: Path, records: Sequence[dict[str, Any]], task: Task | None = None, **settings: Any
-) -> tuple[Config, Documents]:
+) -> tuple[Config, Dataset]:
     """The records as a run reads them."""
     (root / "held_out.json").write_text(json.dumps(records))
     data = {"pack_tokens": 120, "workers": 0, "image": ImageConfig(max_pixels=84 * 56)} | settings
@@ -179,13 +179,13 @@ def held_out_of(
 
 
 @torch.no_grad()
-def sums_of(tiny: Tiny, held_out: Documents, leave_out: str = "") -> list[tuple[float, int]]:
+def sums_of(tiny: Tiny, held_out: Dataset, leave_out: str = "") -> list[tuple[float, int]]:
     """Summed loss and supervised tokens of each readable sample alone, by transformers."""
     found = []
     for one in (one for members in held_out.members for one in members):
         if leave_out and any(leave_out in ref.name for ref in one.media):
             continue
-        documents = Documents(held_out.encoder, held_out.config, held_out.info)
+        documents = Dataset(held_out.encoder, held_out.config, held_out.info)
         documents.add([one], 1.0)
         made = documents.build(0)
         batch = collate([(made, [vision.load(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)

@@ -16,7 +16,7 @@ from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
@@ -24,7 +24,7 @@ from vft.inference.engine import Answerer, Said, check_answer_length, load_model
 from vft.inference.generate import Generated, Sampling, choose, generate
 from vft.models import kv_cache as cache
 from vft.models.llava_next_video.processor import LlavaVision
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 STEPS = 8
 TEXTS = ["Hello?", "What is it?", "Who runs?", "A dog or a cat?", "Why?"]
@@ -130,7 +130,7 @@ def test_every_end_token_that_the_checkpoint_names(tiny: Tiny, tmp_path: Any, na
     assert encoder.end_ids == wanted | {tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id = '<\|im_end\|>'"):
-        assert Checkpoint.open(str(folder)).end_ids
+        assert Pretrained.open(str(folder)).end_ids
 
 
 def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
@@ -165,7 +165,7 @@ def test_a_minute_fits_at_the_defaults(make_tiny: Any) -> None:
         (plan,), _ = fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
         room = (4096 - text - new_tokens) // 144
         assert len(plan.frame_indices) in (room, room - 1) and plan.num_tokens == 144 * len(plan.frame_indices)
-    documents = Documents(encoder, DataConfig(), minute)
+    documents = Dataset(encoder, DataConfig(), minute)
     documents.add([answered], 1.0)
     assert not documents.bad and 4096 - 2 * 144 < documents.lengths[0] <= 4096
     assert documents.build(0).num_tokens == documents.lengths[0]
@@ -198,9 +198,9 @@ def test_options_leave_room_for_the_longest(make_tiny: Any) -> None:
     answerer.encoder, answerer.config, answerer.info = encoder, DataConfig(video=VideoConfig()), minute
     document_, scored = answerer.documents(question)
     assert scored is not None
-    longest = scored.trunk_length + max(scored.branch_lengths)
+    longest = scored.prefix_length + max(scored.suffix_lengths)
     assert 4096 - 2 * 144 < longest <= 4096 and document_.num_tokens < longest
-    for option, length in zip(options, scored.branch_lengths, strict=True):
+    for option, length in zip(options, scored.suffix_lengths, strict=True):
         assert length - 1 <= encoder.answer_tokens(option)
 
 
@@ -228,10 +228,10 @@ def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:
     encoder = released_llava(make_tiny("llava_next_video", "tied"))
     ref, _ = medium("video", 1500, 360, 640, fps=25.0)
     talks = [talk(("user", [ref, "Who? " * 50]), ("assistant", "A dog."), id=str(i)) for i in range(20)]
-    documents = Documents(encoder, DataConfig(), minute)
+    documents = Dataset(encoder, DataConfig(), minute)
     documents.add(talks, 1.0)
     assert not documents.bad and max(documents.lengths) > 4096
     for number in range(len(documents.lengths)):
         made = documents.build(number)
-        assert made.trunk_length + max(made.branch_lengths) <= 4096
+        assert made.prefix_length + max(made.suffix_lengths) <= 4096
     assert document(encoder, [talk(("user", "?"), ("assistant", "!"))], NO_MEDIA).num_tokens < 20

@@ -22,8 +22,8 @@ from vft.common.types import IGNORE_INDEX, Batch, Conversation, Document, Turn
 from vft.data.packing import collate
 from vft.inference import option_scores as score
 from vft.inference.engine import Said, answer_of
-from vft.inference.option_scores import OptionScore, score_options, trunk_of
-from vft.models.kv_cache import TrunkCache
+from vft.inference.option_scores import OptionScore, prefix_of, score_options
+from vft.models.kv_cache import PrefixCache
 from vft.recipes.classify import Classify
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
@@ -76,7 +76,7 @@ def asked(tiny: Tiny) -> dict[str, Asked]:
 def ours(tiny: Tiny, model: Any, questions: Sequence[Asked], **bounds: int) -> list[list[float]]:
     """Scores of some questions at once: of each option the whole answer's, then the text's alone."""
     documents = [tiny.encoder.options(one.prompt, one.options, one.media.plans) for one in questions]
-    rows = [(trunk_of(made), one.media.patches) for made, one in zip(documents, questions, strict=True)]
+    rows = [(prefix_of(made), one.media.patches) for made, one in zip(documents, questions, strict=True)]
     batch = collate(rows, tiny.encoder.spec)
     scores = score_options(model, batch, documents, tiny.encoder.around_answer, **bounds)
     return [[score for option in options for score in (option.whole, option.text)] for options in scores]
@@ -235,14 +235,14 @@ def test_the_trunk_is_the_prompt_but_for_its_last_token(tiny: Tiny, asked: dict[
     for name, one in asked.items():
         made: Document = tiny.encoder.options(one.prompt, one.options, one.media.plans)
         prompt = rendered(tiny, one)
-        trunk = trunk_of(made)
+        trunk = prefix_of(made)
         assert trunk.ids_T.tolist() == prompt[:-1], name
         assert trunk.media == one.media.plans and int(trunk.media_mask_T.sum()) == sum(
             plan.num_tokens for plan in one.media.plans
         )
-        assert bool((trunk.labels_T == IGNORE_INDEX).all()) and trunk.branch_lengths == (len(prompt) - 1,)
-        start = made.trunk_length
-        for option, length in zip(one.options, made.branch_lengths, strict=True):
+        assert bool((trunk.labels_T == IGNORE_INDEX).all()) and trunk.suffix_lengths == (len(prompt) - 1,)
+        start = made.prefix_length
+        for option, length in zip(one.options, made.suffix_lengths, strict=True):
             branch = slice(start, start + length)
             ids = tiny.encoder.tokenizer(option)["input_ids"]
             assert made.ids_T[branch].tolist()[: 1 + len(ids)] == [prompt[-1], *ids]
@@ -267,26 +267,26 @@ def spy(model: Any) -> list[Batch]:
 
 
 def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as Kinetics-700 has: passes within both bounds, one of the tower, and keys kept of the trunk alone."""
+    """As many as Kinetics-700 has: passes within both bounds, one of the encoder, and keys kept of the trunk alone."""
     labels = tuple(f"{verb} {what} {number}" for number in range(10) for verb in VERBS for what in ("wood", "a bike"))
     assert len(set(labels)) == 700
     media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
     one = Asked(talk(("user", [VIDEO, "Which action?"])), labels, media)
     model = tiny.ours()
-    passes, tower, logits, kept = spy(model), [], [], []
-    model.visual.register_forward_hook(lambda module, args, out: tower.append(out.shape[0]))
+    passes, encoder, logits, kept = spy(model), [], [], []
+    model.visual.register_forward_hook(lambda module, args, out: encoder.append(out.shape[0]))
     model.register_forward_hook(lambda module, args, out: logits.append(out.shape[0]))
-    attend = TrunkCache.attend
+    attend = PrefixCache.attend
 
-    def attend_and_look(self: TrunkCache, layer: int, *args: Any) -> Tensor:
+    def attend_and_look(self: PrefixCache, layer: int, *args: Any) -> Tensor:
         out = attend(self, layer, *args)
         kept.append(self.kept[layer][0].shape[0])  # type: ignore[index]
         return out
 
-    monkeypatch.setattr(TrunkCache, "attend", attend_and_look)
+    monkeypatch.setattr(PrefixCache, "attend", attend_and_look)
     (found,) = ours(tiny, model, [one])
     trunk = len(rendered(tiny, one)) - 1
-    assert tower == [media.plans[0].num_tokens] and set(kept) == {trunk}
+    assert encoder == [media.plans[0].num_tokens] and set(kept) == {trunk}
     assert passes[0].input_ids_T.numel() == trunk and passes[0].num_targets == 0
     assert sum(len(batch.plan.segments) for batch in passes[1:]) == 700
     assert max(logits) <= max(batch.input_ids_T.numel() for batch in passes[1:]) <= score.MAX_ROWS

@@ -16,7 +16,7 @@ from vft.common.types import Conversation, MediaInfo, MediaOptions, MediaPlan, M
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.data import formats as sources
 from vft.data.budget import limits_of, plan_media
-from vft.data.dataset import Documents, load_documents
+from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media import patches as vision
 from vft.data.media.video import join_pictures, scan
@@ -188,8 +188,8 @@ def test_a_row_too_short_for_them_takes_frames_and_says_so(tiny: Tiny) -> None:
     asked = talk(("user", [ref, "When?"]), ("assistant", "Late."))
     info = join_pictures(ref, [MediaInfo("image", 56, 56)] * 16)
 
-    def documents(pack_tokens: int) -> Documents:
-        made = Documents(tiny.encoder, DataConfig(pack_tokens=pack_tokens), lambda _: info)
+    def documents(pack_tokens: int) -> Dataset:
+        made = Dataset(tiny.encoder, DataConfig(pack_tokens=pack_tokens), lambda _: info)
         made.add([asked], 1.0)
         return made
 
@@ -209,6 +209,6 @@ def test_what_a_row_costs_is_told(tmp_path: Path, tiny: Tiny, capsys: pytest.Cap
     for pack_tokens, told in ((1000, ""), (45, "train.jsonl: 1 of 2 samples have fewer frames or pixels than asked")):
         config = DataConfig(root=tmp_path, workers=0, cache_dir=str(tmp_path / "cache"), pack_tokens=pack_tokens)
         source = SourceConfig(format="messages", path="train.jsonl")
-        load_documents(config, [source], lambda s: [Conversation(s.id, s.turns, s.origin)], tiny.encoder, 0)
+        load_dataset(config, [source], lambda s: [Conversation(s.id, s.turns, s.origin)], tiny.encoder, 0)
         said = [line for line in capsys.readouterr().err.splitlines() if "fewer frames" in line]
         assert len(said) == bool(told) and all(line.startswith(told) and "45" in line for line in said)

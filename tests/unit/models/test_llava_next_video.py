@@ -33,12 +33,12 @@ from vft.common.types import Clip, MediaPlan, VisionLimits
 from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.media import patches as vision
 from vft.distributed.process_group import environment
 from vft.inference.engine import load_model
 from vft.models.llava_next_video.processor import LlavaVision, best_resolution, fitted
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 
 RELEASED = LlavaNextVideoConfig()
 SPEC = LlavaVision.from_hf(RELEASED, {})
@@ -60,7 +60,7 @@ def noise(frames: int, height: int, width: int) -> Tensor:
 
 
 def squares_of(pixels_PD: Tensor, spec: LlavaVision) -> Tensor:
-    """Patches back to the tower's squares, [squares, 3, side, side]."""
+    """Patches back to the encoder's squares, [squares, 3, side, side]."""
     grid, patch = spec.grid, spec.patch
     parts = pixels_PD.view(-1, grid, grid, 3, patch, patch)
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, spec.side, spec.side)
@@ -257,7 +257,7 @@ def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
     spec: Any = replace(tiny.encoder.spec, context_tokens=context)  # type: ignore[type-var]
     encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
-    documents = Documents(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
+    documents = Dataset(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
     documents.add([*short, long], 1.0)
     assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
     (bad,) = documents.bad
@@ -325,9 +325,9 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
     """An adapter trained with `rope_factor` is loaded with it; merged, it stands in config.json, and transformers'
     logits are ours."""
     lora = LoraConfig(rank=2, alpha=4, targets=("language_model.q_proj",))
-    checkpoint = Checkpoint.open(str(tiny.path), rope_factor=3.0)
+    checkpoint = Pretrained.open(str(tiny.path), rope_factor=3.0)
     model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).skeleton.model
-    choose_trainable(model, model.towers, lora, ())
+    choose_trainable(model, model.components, lora, ())
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             torch.nn.init.normal_(parameter, 0.0, 0.1)

@@ -22,7 +22,7 @@ from vft.common.errors import UserError
 from vft.config.run import LoraConfig, ModelConfig
 from vft.inference.engine import load_model
 from vft.models import build
-from vft.models.pretrained import SINGLE_FILE, Checkpoint
+from vft.models.pretrained import SINGLE_FILE, Pretrained
 
 IN_MEMORY_4_52 = {
     "qwen2_5_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
@@ -45,7 +45,7 @@ IN_VLLM = {
     },
     "llava_next_video": {"vision_tower.vision_model.": "vision_tower."},
 }
-"""To those of vLLM's modules (`hf_to_vllm_mapper` of each model's file), and of LLaVA's tower in transformers 5."""
+"""To those of vLLM's modules (`hf_to_vllm_mapper` of each model's file), and of LLaVA's encoder in transformers 5."""
 LLAVA_ORIGINAL = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -202,7 +202,7 @@ def test_quantised_checkpoints_by_their_configuration(tiny: Tiny, tmp_path: Path
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED[method]}))
     with pytest.raises(UserError, match=f"quantised checkpoint \\({method};.*name the model.*nf4"):
-        Checkpoint.open(str(base))
+        Pretrained.open(str(base))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_quantised_checkpoints_by_their_tensors(tiny: Tiny, tmp_path: Path, end:
     name = f"model.layers.0.self_attn.q_proj{end}"
     save_file(load_file(file) | {name: torch.ones(1)}, file)
     with pytest.raises(UserError, match=f"quantised checkpoint \\({method}; tensor {name}\\)"):
-        Checkpoint.open(str(base))
+        Pretrained.open(str(base))
 
 
 def test_quantised_checkpoints_by_their_own_files_and_types(tiny: Tiny, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_quantised_checkpoints_by_their_own_files_and_types(tiny: Tiny, tmp_path
     base = shutil.copytree(tiny.path, tmp_path / "base")
     (base / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     with pytest.raises(UserError, match=r"quantised checkpoint \(NVFP4"):
-        Checkpoint.open(str(base))
+        Pretrained.open(str(base))
     (base / "hf_quant_config.json").unlink()
     (file,) = base.glob("*.safetensors")
     tensors = load_file(file)
@@ -253,13 +253,13 @@ def test_the_chat_template_is_the_processors(tiny: Tiny, tmp_path: Path) -> None
         (base / name).unlink(missing_ok=True)
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "of the tokenizer"}))
-    assert Checkpoint.open(str(base)).tokenizer.chat_template == "of the tokenizer"
+    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the tokenizer"
     (base / "chat_template.jinja").write_text("of its own file")
-    assert Checkpoint.open(str(base)).tokenizer.chat_template == "of its own file"
+    assert Pretrained.open(str(base)).tokenizer.chat_template == "of its own file"
     (base / "chat_template.json").write_text(json.dumps({"chat_template": "of the legacy file"}))
-    assert Checkpoint.open(str(base)).tokenizer.chat_template == "of the legacy file"
+    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the legacy file"
     (base / "processor_config.json").write_text(json.dumps({"chat_template": "of the processor"}))
-    assert Checkpoint.open(str(base)).tokenizer.chat_template == "of the processor"
+    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the processor"
 
 
 # --------------------------------------------------------------------------------------------------- merged twice
@@ -279,9 +279,9 @@ def test_an_adapter_is_not_merged_twice(each_bf16: Tiny, tmp_path: Path, told_by
         with pytest.raises(UserError, match=r"is merged into .*merged' already"):
             use()
     assert not (tmp_path / "twice").exists()
-    there = Checkpoint.open(str(tmp_path / "merged"))
+    there = Pretrained.open(str(tmp_path / "merged"))
     model = build(there, torch.bfloat16).model
-    choose_trainable(model, model.towers, ATTENTION, ())
+    choose_trainable(model, model.components, ATTENTION, ())
     settings = ModelConfig(path=there.path, adapter=str(adapter))
     with pytest.raises(UserError, match=r"is merged into .*merged' already"):  # training that goes on from it
         start_from(model, settings, model.spellings, there)

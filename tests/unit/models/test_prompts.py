@@ -218,9 +218,9 @@ def test_options_are_scored_behind_an_empty_thought() -> None:
     """The same for all of them, and not counted."""
     encoder = encoder_with("opens")
     made = encoder.options(talk(("user", "First?")), ["One", "Two or three"], ())
-    said = [encoder.tokenizer.decode([i for i in made.labels_T[rows].tolist() if i >= 0]) for rows in made.branch_rows]
+    said = [encoder.tokenizer.decode([i for i in made.labels_T[rows].tolist() if i >= 0]) for rows in made.suffix_rows]
     assert [text.removesuffix("<|im_end|>") for text in said] == ["One", "Two or three"]
-    assert encoder.tokenizer.decode(made.ids_T[: made.trunk_length]).endswith("<think>\n\n</think>")
+    assert encoder.tokenizer.decode(made.ids_T[: made.prefix_length]).endswith("<think>\n\n</think>")
 
 
 def test_reasoning_is_told_from_the_answer() -> None:

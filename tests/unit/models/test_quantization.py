@@ -39,12 +39,12 @@ from vft.models import build
 from vft.models import pretrained as weights
 from vft.models import quantization as nf4
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Checkpoint, load_weights
+from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import checkpoint_activations, parallelize
 from vft.preparation.memory import MODES, resident_bytes, step_bytes
 from vft.training.losses import cross_entropy
 
-LORA = LoraConfig(rank=4, targets=("language_model.*", "merger.*"))
+LORA = LoraConfig(rank=4, targets=("language_model.*", "projector.*"))
 VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
 
 
@@ -158,7 +158,7 @@ def batch(tiny: Tiny) -> Batch:
 def test_logits_are_those_of_transformers_on_rounded_weights(
     request: pytest.FixtureRequest, batch: Batch, which: str
 ) -> None:
-    """The linears of the decoder's layers and no others: head, embedding and tower are as they were."""
+    """The linears of the decoder's layers and no others: head, embedding and encoder are as they were."""
     tiny: Tiny = request.getfixturevalue(which)
     theirs, count = tiny.load(tiny.path), 0
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_error_of_the_logits_of_a_trained_model() -> None:
 def adapted(tiny: Tiny, quantize: str) -> Any:
     """With adapters as after some training; those without `quantize` have the weights that NF4 stands for."""
     skeleton, _ = load_prepared(
-        tiny.path, lambda it: choose_trainable(it.model, it.towers, LORA, ()), torch.float32, quantize
+        tiny.path, lambda it: choose_trainable(it.model, it.components, LORA, ()), torch.float32, quantize
     )
     initialise(skeleton.model, 0)
     for number, (name, parameter) in enumerate(skeleton.model.named_parameters()):
@@ -242,8 +242,8 @@ def test_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_is_that_of_a_real_step(tiny: Tiny, mode: str) -> None:
-    row, planned = long_row(tiny, (1, 3), 16), build(Checkpoint.open(str(tiny.path)), torch.float32, "nf4")
-    choose_trainable(planned.model, planned.towers, LORA, ())
+    row, planned = long_row(tiny, (1, 3), 16), build(Pretrained.open(str(tiny.path)), torch.float32, "nf4")
+    choose_trainable(planned.model, planned.components, LORA, ())
     resident = resident_bytes(planned.model, 1)
     checkpoint_activations(planned.model, mode)
     model = adapted(tiny, "nf4")
@@ -278,13 +278,13 @@ class OneLayer(nn.Module):
         self.wide = nn.Linear(columns, rows, bias=False)
 
 
-def one_layer(folder: Path, weight: Tensor, rows: int, columns: int) -> tuple[OneLayer, Checkpoint]:
+def one_layer(folder: Path, weight: Tensor, rows: int, columns: int) -> tuple[OneLayer, Pretrained]:
     """A packed model of this shape and a checkpoint with `weight`."""
     save_file({"wide.weight": weight}, folder / "model.safetensors")
     model = OneLayer(rows, columns)
     nf4.quantize(model)
     config = SimpleNamespace(model_type="one_layer")
-    return model, Checkpoint(str(folder), config, {"wide.weight": folder / "model.safetensors"})
+    return model, Pretrained(str(folder), config, {"wide.weight": folder / "model.safetensors"})
 
 
 def test_loading_takes_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,4 +316,4 @@ def test_missing_and_unexpected_tensors_are_refused(tmp_path: Path, change: Call
     change(names)
     files = dict.fromkeys(names, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="tensors of the model are missing"):
-        load_weights(model, Checkpoint(checkpoint.path, checkpoint.config, files), frozenset())
+        load_weights(model, Pretrained(checkpoint.path, checkpoint.config, files), frozenset())

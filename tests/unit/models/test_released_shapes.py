@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlavaNextVideoConfig, Qwen2_5_VLConfig
 
 from vft import models
-from vft.adapters.lora import choose_trainable, tower_of
+from vft.adapters.lora import choose_trainable, component_of
 from vft.config.run import LoraConfig
 from vft.models.flops import FlopCounter
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
@@ -44,10 +44,10 @@ def released(size: str) -> qwen2_5_vl.Qwen2_5_VL:
 
 # In millions. Qwen2.5-VL's technical report and cards give 8.3 G and 73.4 G in all; the parts add up to them.
 @pytest.mark.parametrize(
-    ("size", "whole", "linears", "head", "tower", "lora"),
+    ("size", "whole", "linears", "head", "encoder", "lora"),
     [("7B", 8292, 6525, 545, 676.6, 40.4), ("72B", 73411, 70213, 1246, 704.6, 210.6)],
 )
-def test_parameters(size: str, whole: float, linears: float, head: float, tower: float, lora: float) -> None:
+def test_parameters(size: str, whole: float, linears: float, head: float, encoder: float, lora: float) -> None:
     model = released(size)
 
     def millions(parameters: object) -> float:
@@ -57,8 +57,8 @@ def test_parameters(size: str, whole: float, linears: float, head: float, tower:
     assert millions(p for p in model.model.layers.parameters() if p.dim() == 2) == pytest.approx(linears, rel=1e-3)
     assert model.lm_head is not None
     assert millions(model.lm_head.parameters()) == pytest.approx(head, rel=1e-3)
-    assert millions(model.visual.parameters()) == pytest.approx(tower, rel=2e-3)
-    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    assert millions(model.visual.parameters()) == pytest.approx(encoder, rel=2e-3)
+    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=2e-3)
 
 
@@ -68,18 +68,18 @@ def test_parameters_of_llava_next_video() -> None:
     model = models.build_model(LlavaNextVideoConfig(text_config=text), {"crop_size": 336}, torch.bfloat16)
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = tower_of(name, model.towers)
+        part = component_of(name, model.components)
         counts[part] = counts.get(part, 0) + parameter.numel()
     layer, width = 12 * 1024**2 + 13 * 1024, 4096
     assert counts == {
         "language_model": 6_738_415_616 + 2 * 64 * width,
-        "merger": 1024 * width + width + width**2 + width + width,
-        "vision_tower": 23 * layer + 3 * 14**2 * 1024 + 577 * 1024 + 1024 + 2 * 1024,
+        "projector": 1024 * width + width + width**2 + width + width,
+        "vision_encoder": 23 * layer + 3 * 14**2 * 1024 + 577 * 1024 + 1024 + 2 * 1024,
         "unread": layer + 2 * 1024,
     }
     assert sum(counts.values()) == pytest.approx(7.06e9, rel=1e-3)
     assert model.spec.patch_features == 588
-    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
     assert row.parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     counter = FlopCounter(model)
     assert counter.token == 4 * 32 * (4 * width**2 + 3 * width * 11008) + 6 * row.parameters
@@ -87,9 +87,9 @@ def test_parameters_of_llava_next_video() -> None:
 
 @pytest.mark.parametrize(("size", "token", "patch"), [("7B", 26.1e9, 1.263e9), ("72B", 280.9e9, 1.27e9)])
 def test_flops(size: str, token: float, patch: float) -> None:
-    """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen tower's forward pass for each patch."""
+    """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen encoder's forward pass for each patch."""
     model = released(size)
-    (row,) = choose_trainable(model, model.towers, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
     counter = FlopCounter(model)
     assert counter.token == pytest.approx(token + 6 * row.parameters, rel=3e-3)
     merger = 2 * sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2) / 4

@@ -27,7 +27,7 @@ from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.common.types import Batch, Clip, Conversation, Document, MediaInfo, MediaPlan, Patches
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
 from vft.config.run import LoraConfig
-from vft.data.dataset import Documents
+from vft.data.dataset import Dataset
 from vft.data.media import patches as vision
 from vft.data.packing import collate, owners
 from vft.models import Skeleton
@@ -90,11 +90,11 @@ def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:
 
 
 def adapted(tiny: Tiny) -> Any:
-    """A model with an adapter on every linear layer of all its towers, none of which is zero."""
+    """A model with an adapter on every linear layer of all its components, none of which is zero."""
 
     def prepare(skeleton: Skeleton) -> None:
-        targets = ("language_model.*", "vision_tower.*", "merger.*")
-        choose_trainable(skeleton.model, skeleton.towers, LoraConfig(rank=4, alpha=8, targets=targets), ())
+        targets = ("language_model.*", "vision_encoder.*", "projector.*")
+        choose_trainable(skeleton.model, skeleton.components, LoraConfig(rank=4, alpha=8, targets=targets), ())
 
     model = load_prepared(tiny.path, prepare)[0].model
     initialise(model, seed=0)
@@ -162,13 +162,13 @@ def test_one_question_has_no_branches(tiny: Tiny, model: Any) -> None:
     talks = about([VIDEO], 1)
     batch = batch_of(tiny.encoder, (talks, media_of(tiny, talks)))
     assert len(batch.plan.segments) == 1 and batch.plan.k_index is None
-    assert batch.documents[0].trunk_length == 0 and set(owners(batch.documents)[1].tolist()) == {0}
+    assert batch.documents[0].prefix_length == 0 and set(owners(batch.documents)[1].tolist()) == {0}
     twice = batch_of(tiny.encoder, (talks, media_of(tiny, talks)), (talks, media_of(tiny, talks)))
     assert_same_training(model, [twice], [batch, batch])
 
 
 def test_branches_in_a_pack(tiny: Tiny, model: Any) -> None:
-    """Documents with and without a trunk side by side; no row sees another document."""
+    """Dataset with and without a trunk side by side; no row sees another document."""
     text = [talk(("user", "Hello"), ("assistant", "Hi there, how are you?"), id="text")]
     groups = [text, SHARED["5 questions"], SHARED["a picture"], about([VIDEO], 1), SHARED["two videos"]]
     rows = [(talks, Media((), ()) if talks is text else media_of(tiny, talks)) for talks in groups]
@@ -201,12 +201,12 @@ def test_first_token_of_a_branch_is_predicted_by_the_trunk(tiny: Tiny) -> None:
     talks = about([VIDEO], 3)
     media = media_of(tiny, talks)
     made = document(tiny.encoder, talks, media)
-    starts = torch.tensor([0, *made.branch_lengths]).cumsum(0)[:-1] + made.trunk_length
+    starts = torch.tensor([0, *made.suffix_lengths]).cumsum(0)[:-1] + made.prefix_length
     labels = made.labels_T.clone()
     labels[starts] = made.ids_T[starts]
     batch = collate([(replace(made, labels_T=labels), media.patches)], tiny.encoder.spec)
     predictors = dict(zip((labels != -100).nonzero().flatten().tolist(), batch.target_index_N.tolist(), strict=True))
-    assert [predictors[int(start)] for start in starts] == [made.trunk_length - 1] * 3
+    assert [predictors[int(start)] for start in starts] == [made.prefix_length - 1] * 3
     assert all(predictors[row] == row - 1 for row in predictors if row not in starts.tolist())
 
 
@@ -237,11 +237,11 @@ APART: dict[str, list[Conversation]] = {
 """Samples that no trunk can serve."""
 
 
-def documents_of(tiny: Tiny, conversations: Sequence[Conversation], **settings: Any) -> Documents:
+def documents_of(tiny: Tiny, conversations: Sequence[Conversation], **settings: Any) -> Dataset:
     video = VideoConfig(frames=6, max_pixels=150 * 150)
     config = DataConfig(video=video, image=ImageConfig(max_pixels=90 * 130), **{"pack_tokens": 4096} | settings)
     infos = {ref.path: info for ref, info in INFOS.items()}
-    made = Documents(tiny.encoder, config, lambda ref: infos[ref.path])
+    made = Dataset(tiny.encoder, config, lambda ref: infos[ref.path])
     made.add_all([(one, 1.0) for one in conversations], show_progress=False)
     assert not made.bad and made.num_samples == len(conversations)
     return made
@@ -256,7 +256,7 @@ def pixels_of(plan: MediaPlan, spec: Any) -> Patches:
     return vision.patchify(Clip(frames_TCHW[list(plan.frame_indices)], plan.frame_times_s), plan, spec)
 
 
-def batches_of(tiny: Tiny, documents: Documents) -> list[Batch]:
+def batches_of(tiny: Tiny, documents: Dataset) -> list[Batch]:
     spec = tiny.encoder.spec
     built: list[Document] = [documents.build(number) for number in range(len(documents.members))]
     assert [one.num_tokens for one in built] == documents.lengths

@@ -51,7 +51,7 @@ def row(tiny: Tiny, documents: Sequence[tuple[int, int]], seed: int = 0) -> Batc
 def test_the_kernel_path_gives_the_loss_and_gradients_of_the_other(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, documents: Sequence[tuple[int, int]]
 ) -> None:
-    """Two implementations of one plan: of the decoder with and without branches, and of the tower's windows."""
+    """Two implementations of one plan: of the decoder with and without branches, and of the encoder's windows."""
     model, batch = tiny.ours(), row(tiny, documents)
     loss, gradients = loss_and_gradients(model, batch)
     use_varlen(monkeypatch)

@@ -18,7 +18,7 @@ from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import World
 from vft.models import Skeleton, build
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve_checkpointing, step_bytes
 from vft.training.losses import cross_entropy
@@ -40,20 +40,20 @@ def long_row(tiny: Tiny, questions: Sequence[int] = (1, 3)) -> Batch:
 
 def skeleton_of(tiny: Tiny, train: Sequence[str] = ()) -> Skeleton:
     """On the meta device, with adapters, or in full where parts are named."""
-    made = build(Checkpoint.open(str(tiny.path)), torch.float32)
-    choose_trainable(made.model, made.towers, None if train else LoraConfig(rank=4), train)
+    made = build(Pretrained.open(str(tiny.path)), torch.float32)
+    choose_trainable(made.model, made.components, None if train else LoraConfig(rank=4), train)
     return made
 
 
 def real_model(tiny: Tiny, mode: str, train: Sequence[str] = ()) -> Any:
     lora = None if train else LoraConfig(rank=4)
-    prepared, _ = load_prepared(tiny.path, lambda made: choose_trainable(made.model, made.towers, lora, train))
+    prepared, _ = load_prepared(tiny.path, lambda made: choose_trainable(made.model, made.components, lora, train))
     initialise(prepared.model, 0)
     checkpoint_activations(prepared.model, mode)
     return prepared.model
 
 
-@pytest.mark.parametrize("train", [(), ("language_model", "vision_tower", "merger")], ids=["lora", "full"])
+@pytest.mark.parametrize("train", [(), ("language_model", "vision_encoder", "projector")], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", MODES)
 def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence[str]) -> None:
     row, planned = long_row(each_tiny), skeleton_of(each_tiny, train).model
@@ -113,9 +113,9 @@ def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
     flops, again = FlopCounter(model, mode), FlopCounter(model, "none")
     pairs = sum(s.q_length * (s.q_length + 1) // 2 for s in row.plan.segments)
     assert row.layout is not None
-    tower = flops.count(row).model - flops.row(row.num_tokens, pairs, row.pixels_PD.shape[0])
-    tower += flops.last * (row.num_tokens - row.num_targets) - flops.target * row.num_targets
-    linear = flops.count(row).hardware - flops.pair * pairs - flops.pair_again * pairs - tower
+    encoder = flops.count(row).model - flops.row(row.num_tokens, pairs, row.pixels_PD.shape[0])
+    encoder += flops.last * (row.num_tokens - row.num_targets) - flops.target * row.num_targets
+    linear = flops.count(row).hardware - flops.pair * pairs - flops.pair_again * pairs - encoder
     first = model.decoder.layers[0].self_attn
     fed = [p for x in (first.q_proj, first.k_proj, first.v_proj) for p in (x.weight, x.lora_A.weight)]
     linear -= 2 * row.num_tokens * sum(p.numel() for p in fed)

@@ -14,7 +14,7 @@ from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from vft.models import build
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Checkpoint
+from vft.models.pretrained import Pretrained
 from vft.preparation.step_time import LINK_SHARE, Cluster, step_time, traffic_of
 
 
@@ -46,8 +46,8 @@ def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
     ref, info = medium("video", 4, 56, 56)
     media = Media.make(tiny.encoder.spec, [(ref, info)])
     row = batch_of(tiny.encoder, ([talk(("user", [ref, "What?"]), ("assistant", "It moves."))], media))
-    skeleton = build(Checkpoint.open(str(tiny.path)), torch.bfloat16)
-    choose_trainable(skeleton.model, skeleton.towers, config.lora, config.model.train)
+    skeleton = build(Pretrained.open(str(tiny.path)), torch.bfloat16)
+    choose_trainable(skeleton.model, skeleton.components, config.lora, config.model.train)
     return row, skeleton.model
 
 

@@ -53,7 +53,7 @@ def test_gains(commands: Commands, tmp_path: Path) -> None:
 
 
 def test_windows_one_by_one_are_a_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a gain is compared with does happen: the towers' attention goes the other way, with the same result."""
+    """What a gain is compared with does happen: the components' attention goes the other way, with the same result."""
     monkeypatch.syspath_prepend(str(BENCH))
     from gains import each_segment_alone
 

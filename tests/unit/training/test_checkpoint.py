@@ -24,7 +24,7 @@ from vft.common.errors import UserError
 from vft.common.safetensors_io import write_tensors
 from vft.config.run import TrainConfig
 from vft.models import pretrained as weights
-from vft.models.pretrained import Checkpoint, export_model
+from vft.models.pretrained import Pretrained, export_model
 from vft.training import checkpoint as checkpoints
 from vft.training import checkpoint_writer as saving
 from vft.training.optimizer import build_optimizer
@@ -297,7 +297,7 @@ def test_an_export_holds_one_tensor_at_a_time(
     tiny_bf16: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: bool
 ) -> None:
     model = tiny_bf16.ours()  # in float32, as trained; the files are bfloat16
-    base = Checkpoint.open(str(tiny_bf16.path))
+    base = Pretrained.open(str(tiny_bf16.path))
     # Opened before: a file that is mapped counts as allocated.
     opened = {file: weights.open_tensors(file) for file in base.weight_files.values()}
     monkeypatch.setattr(weights, "open_tensors", lambda file: nullcontext(opened[file]))

@@ -1,4 +1,4 @@
-"""Documents out of archives that are read as they come: no index, nothing unpacked, a cursor for each row of a step.
+"""Dataset out of archives that are read as they come: no index, nothing unpacked, a cursor for each row of a step.
 
 Each of the `train.packs_per_step` rows of a step, a slot, has a stream of its own through a share of the shards, so
 what a row holds depends neither on the number of processes nor on when it was asked for. A clip is copied to a spool
@@ -28,7 +28,7 @@ from vft.common.files import digest
 from vft.common.types import Document, MediaInfo, MediaRef
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Documents, MakeConversations, converse
+from vft.data.dataset import Dataset, MakeConversations, converse
 from vft.data.formats import llava_video, locate, pe_video
 from vft.data.formats.records import Group
 from vft.data.formats.unread_keys import tell, tell_new
@@ -330,7 +330,7 @@ class SlotStream:
             except MediaError as error:
                 raise MediaError(error.reason, name_members(str(error), ref)) from None
 
-        documents = Documents(context.encoder, context.config, info)
+        documents = Dataset(context.encoder, context.config, info)
         documents.bad += [BadItem(error.origin, error.origin, "record", str(error)) for error in group.bad]
         conversations = []
         for sample in group.samples:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video over packed rows: CLIP tower, pooling, projector, and a Llama or Mistral decoder.
+"""LLaVA-NeXT-Video over packed rows: CLIP encoder, pooling, projector, and a Llama or Mistral decoder.
 
 Module names are the tensor names of released checkpoints (llava-hf/LLaVA-NeXT-Video-7B-hf and its siblings).
 """
@@ -33,7 +33,7 @@ class QuickGELU(nn.Module):
 ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class TowerAttention(nn.Module):
+class ClipAttention(nn.Module):
     """Self-attention within a square."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -50,13 +50,13 @@ class TowerAttention(nn.Module):
         return self.out_proj(attend(q, k, v, plan).flatten(1))
 
 
-class TowerLayer(nn.Module):
-    """One layer of the tower."""
+class ClipLayer(nn.Module):
+    """One layer of the encoder."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         width = config.hidden_size
-        self.self_attn = TowerAttention(width, config.num_attention_heads)
+        self.self_attn = ClipAttention(width, config.num_attention_heads)
         self.layer_norm1 = LayerNorm(width, eps=config.layer_norm_eps)
         widths = (width, config.intermediate_size, width)
         self.mlp = two_linears(("fc1", "fc2"), widths, ACTIVATIONS[config.hidden_act]())
@@ -86,7 +86,7 @@ class Embeddings(nn.Module):
         return (torch.cat([first_S1E, x_SPE], dim=1) + positions_PE).flatten(0, 1)
 
 
-class ClipTower(nn.Module):
+class ClipEncoder(nn.Module):
     """Squares to features. Layers behind the one that is read are there for their names alone. It builds no graph
     unless something of it is trained."""
 
@@ -94,7 +94,7 @@ class ClipTower(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers_read = list(layers)[:layers_read]
@@ -111,7 +111,7 @@ class ClipTower(nn.Module):
 class LlavaNextVideo(VideoLanguageModel):
     """The whole model."""
 
-    # As released; transformers 4.52 and later, whose tower lost a level in 5; LLaVA's own code.
+    # As released; transformers 4.52 and later, whose encoder lost a level in 5; LLaVA's own code.
     spellings: Mapping[str, tuple[str, ...]] = {
         "language_model.model.": ("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
         "language_model.lm_head.": ("language_model.lm_head.", "lm_head.", "model.lm_head."),
@@ -136,16 +136,16 @@ class LlavaNextVideo(VideoLanguageModel):
 
     def __init__(self, config: DecoderConfig, whole: Any, spec: LlavaVision, compute_dtype: torch.dtype) -> None:
         super().__init__(config, spec, compute_dtype)
-        vision, layer, tower = whole.vision_config, whole.vision_feature_layer, "vision_tower.vision_model"
+        vision, layer, encoder = whole.vision_config, whole.vision_feature_layer, "vision_tower.vision_model"
         depth = vision.num_hidden_layers
         read = layer if layer >= 0 else depth + 1 + layer
-        self.towers = {
+        self.components = {
             "language_model": ("language_model.",),
-            "merger": ("multi_modal_projector.", "image_newline."),
-            "unread": (f"{tower}.post_layernorm.", *(f"{tower}.encoder.layers.{i}." for i in range(read, depth))),
-            "vision_tower": ("vision_tower.",),
+            "projector": ("multi_modal_projector.", "image_newline."),
+            "unread": (f"{encoder}.post_layernorm.", *(f"{encoder}.encoder.layers.{i}." for i in range(read, depth))),
+            "vision_encoder": ("vision_tower.",),
         }
-        self.vision_tower = nn.ModuleDict({"vision_model": ClipTower(vision, read)})
+        self.vision_tower = nn.ModuleDict({"vision_model": ClipEncoder(vision, read)})
         widths, activation = (vision.hidden_size, config.width, config.width), ACTIVATIONS[whole.projector_hidden_act]()
         bias = whole.multimodal_projector_bias
         self.multi_modal_projector = two_linears(("linear_1", "linear_2"), widths, activation, bias)
@@ -155,16 +155,16 @@ class LlavaNextVideo(VideoLanguageModel):
 
     @property
     def vision(self) -> VisionParts:
-        """Tower and projector."""
-        tower: Any = self.vision_tower["vision_model"]
-        projector, embedding = self.multi_modal_projector, tower.embeddings.patch_embedding.weight
+        """Encoder and projector."""
+        encoder: Any = self.vision_tower["vision_model"]
+        projector, embedding = self.multi_modal_projector, encoder.embeddings.patch_embedding.weight
         return VisionParts(
-            modules=(tower, projector),
-            blocks=tower.layers_read,
-            tower=(embedding, *(parameter for layer in tower.layers_read for parameter in layer.parameters())),
-            merger=tuple(projector.parameters()),
+            modules=(encoder, projector),
+            blocks=encoder.layers_read,
+            encoder=(embedding, *(parameter for layer in encoder.layers_read for parameter in layer.parameters())),
+            projector=tuple(projector.parameters()),
             patches_per_row=self.spec.stride**2,
-            pair_widths={"square": len(embedding) * len(tower.layers_read)},
+            pair_widths={"square": len(embedding) * len(encoder.layers_read)},
         )
 
     def see(self, pixels_PD: Tensor, layout: LlavaLayout) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from vft.models.processor import VisionSpec
 
 @dataclass(eq=False)
 class LlavaLayout(VisionLayout):
-    """Which features of the tower become tokens. Features count patches, the class tokens left out."""
+    """Which features of the encoder become tokens. Features count patches, the class tokens left out."""
 
     pooled_RG: Tensor
     """Of videos: the features that are averaged to one row of the projector, R rows of G."""
@@ -35,7 +35,7 @@ class LlavaLayout(VisionLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaVision(VisionSpec):
-    """The family's `VisionSpec`. A picture of the tower is a square of `side` pixels, its patches line by line.
+    """The family's `VisionSpec`. A picture of the encoder is a square of `side` pixels, its patches line by line.
 
     What closes an answer is the tokenizer's end of sequence: the released Vicuna template leaves it out, the model was
     trained with it.
@@ -69,7 +69,7 @@ class LlavaVision(VisionSpec):
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the tower's picture."""
+        """Patches along a side of the encoder's picture."""
         return self.side // self.patch
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
@@ -153,7 +153,7 @@ class LlavaVision(VisionSpec):
         tokens_M = torch.cat(tokens)
         return LlavaLayout(
             plans={"square": rules.blocks_plan([self.grid**2 + 1] * squares)},
-            merger_rows=picture_row,
+            projector_rows=picture_row,
             pooled_RG=torch.cat([torch.zeros(0, self.stride**2, dtype=torch.long), *pooled]),
             kept_R=torch.cat([torch.zeros(0, dtype=torch.long), *kept]),
             tokens_M=torch.where(tokens_M < 0, picture_row, tokens_M),

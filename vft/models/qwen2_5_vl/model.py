@@ -1,4 +1,4 @@
-"""Qwen2.5-VL over packed rows: windowed vision tower, merger, M-RoPE decoder.
+"""Qwen2.5-VL over packed rows: windowed vision encoder, projector, M-RoPE decoder.
 
 Module names are the tensor names of released checkpoints. Rules are those of the released model (Qwen2.5-VL technical
 report, arXiv 2502.13923, and qwen-vl-utils 0.0.14); where a public implementation differs, the comment says so.
@@ -20,7 +20,7 @@ from vft.models.qwen2_5_vl.processor import QwenLayout, QwenVision
 MODEL_TYPE = "qwen2_5_vl"
 
 
-class Merger(nn.Module):
+class Projector(nn.Module):
     """Four neighbouring patches become one token of the language model's width."""
 
     def __init__(self, config: Any) -> None:
@@ -35,7 +35,7 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(x_PE).view(-1, self.merged_width))
 
 
-class VisionTower(nn.Module):
+class VisionEncoder(nn.Module):
     """Patches to embeddings. A part that is not trained builds no graph."""
 
     def __init__(self, config: Any, spec: QwenVision) -> None:
@@ -45,7 +45,7 @@ class VisionTower(nn.Module):
         mlps = (GatedMLP(width, config.intermediate_size, bias=True) for _ in range(config.depth))
         self.patch_embed = PatchEmbed(width, spec, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, RMSNorm, mlp) for mlp in mlps)
-        self.merger = Merger(config)
+        self.merger = Projector(config)
 
     def forward(self, pixels_PD: Tensor, layout: QwenLayout) -> Tensor:
         """Normalised pixels [P, D] in media order to embeddings [M, E] in media order."""
@@ -62,10 +62,10 @@ class VisionTower(nn.Module):
 class Qwen2_5_VL(VideoLanguageModel):
     """The whole model."""
 
-    towers: Mapping[str, tuple[str, ...]] = {
+    components: Mapping[str, tuple[str, ...]] = {
         "language_model": ("model.", "lm_head."),
-        "merger": ("visual.merger.",),
-        "vision_tower": ("visual.",),
+        "projector": ("visual.merger.",),
+        "vision_encoder": ("visual.",),
     }
     # As released; transformers 4.52 and later; vLLM's modules; the parts saved without the whole (`AutoModel`).
     spellings: Mapping[str, tuple[str, ...]] = {
@@ -83,20 +83,20 @@ class Qwen2_5_VL(VideoLanguageModel):
 
     def __init__(self, config: DecoderConfig, vision: Any, spec: QwenVision, compute_dtype: torch.dtype) -> None:
         super().__init__(config, spec, compute_dtype)
-        self.visual = VisionTower(vision, spec)
+        self.visual = VisionEncoder(vision, spec)
         self.model = Decoder(config)
         self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
 
     @property
     def vision(self) -> VisionParts:
-        """Tower and merger, which are one module."""
-        tower, config = self.visual, self.visual.config
+        """Encoder and projector, which are one module."""
+        encoder, config = self.visual, self.visual.config
         full = len(config.fullatt_block_indexes)
         return VisionParts(
-            modules=(tower,),
-            blocks=tower.blocks,
-            tower=(*tower.patch_embed.parameters(), *tower.blocks.parameters()),
-            merger=tuple(tower.merger.parameters()),
+            modules=(encoder,),
+            blocks=encoder.blocks,
+            encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
+            projector=tuple(encoder.merger.parameters()),
             patches_per_row=self.spec.merge**2,
             pair_widths={"frame": config.hidden_size * full, "window": config.hidden_size * (config.depth - full)},
         )

@@ -18,14 +18,14 @@ from vft.models.qwen_processor import QwenSpec
 
 @dataclass(eq=False)
 class QwenLayout(VisionLayout):
-    """How the patches of a batch lie in the tower."""
+    """How the patches of a batch lie in the encoder."""
 
     order_P: Tensor
-    """Permutation from media order to the order in which the tower attends."""
+    """Permutation from media order to the order in which the encoder attends."""
     positions_P2: Tensor
-    """Row and column of each patch, in the tower's order."""
+    """Row and column of each patch, in the encoder's order."""
     restore_M: Tensor
-    """Permutation of merged tokens from the tower's order back to media order."""
+    """Permutation of merged tokens from the encoder's order back to media order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class QwenVision(QwenSpec):
         return QwenLayout(
             order_P=order_P,
             positions_P2=rules.patch_positions(grids, self.merge)[order_P],
-            merger_rows=len(order_G),
+            projector_rows=len(order_G),
             plans={"window": rules.blocks_plan(windows), "frame": rules.frame_plan(grids)},
             restore_M=torch.argsort(order_G),
         )

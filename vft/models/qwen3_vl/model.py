@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense, over packed rows: vision tower with learned and rotary positions, DeepStack, M-RoPE decoder.
+"""Qwen3-VL, dense, over packed rows: vision encoder with learned and rotary positions, DeepStack, M-RoPE decoder.
 
 Module names are the tensor names of released checkpoints. Rules are those of the released model (Qwen3-VL technical
 report, arXiv 2511.21631).
@@ -22,7 +22,7 @@ from vft.models.qwen3_vl.processor import Qwen3Vision, TableLayout
 MODEL_TYPE = "qwen3_vl"
 
 
-class Merger(nn.Module):
+class Projector(nn.Module):
     """Four neighbouring patches become one token of the language model's width; they are normalised before they are
     joined, or with `joined` after it."""
 
@@ -40,7 +40,7 @@ class Merger(nn.Module):
         return self.linear_fc2(self.act(self.linear_fc1(x_ME)))
 
 
-class VisionTower(nn.Module):
+class VisionEncoder(nn.Module):
     """Patches to embeddings, and to what DeepStack (arXiv 2406.04334) adds to them later. A part that is not trained
     builds no graph."""
 
@@ -53,8 +53,10 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(width, spec, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, width)
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, LayerNorm, mlp) for mlp in mlps)
-        self.merger = Merger(config, joined=False)
-        self.deepstack_merger_list = nn.ModuleList(Merger(config, joined=True) for _ in config.deepstack_visual_indexes)
+        self.merger = Projector(config, joined=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            Projector(config, joined=True) for _ in config.deepstack_visual_indexes
+        )
 
     def forward(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E], and as many for each of the first decoder layers."""
@@ -76,10 +78,10 @@ class VisionTower(nn.Module):
 class Qwen3VL(VideoLanguageModel):
     """The whole model."""
 
-    towers: Mapping[str, tuple[str, ...]] = {
+    components: Mapping[str, tuple[str, ...]] = {
         "language_model": ("model.language_model.", "lm_head."),
-        "merger": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-        "vision_tower": ("model.visual.",),
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "vision_encoder": ("model.visual.",),
     }
     spellings: Mapping[str, tuple[str, ...]] = {
         "model.language_model.": ("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
@@ -91,20 +93,20 @@ class Qwen3VL(VideoLanguageModel):
 
     def __init__(self, config: DecoderConfig, vision: Any, spec: Qwen3Vision, compute_dtype: torch.dtype) -> None:
         super().__init__(config, spec, compute_dtype)
-        self.model = nn.ModuleDict({"visual": VisionTower(vision, spec), "language_model": Decoder(config)})
+        self.model = nn.ModuleDict({"visual": VisionEncoder(vision, spec), "language_model": Decoder(config)})
         self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
 
     @property
     def vision(self) -> VisionParts:
-        """Tower and mergers, which are one module."""
-        tower: Any = self.model["visual"]
+        """Encoder and projectors, which are one module."""
+        encoder: Any = self.model["visual"]
         return VisionParts(
-            modules=(tower,),
-            blocks=tower.blocks,
-            tower=(*tower.patch_embed.parameters(), *tower.blocks.parameters()),
-            merger=(*tower.merger.parameters(), *tower.deepstack_merger_list.parameters()),
+            modules=(encoder,),
+            blocks=encoder.blocks,
+            encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
+            projector=(*encoder.merger.parameters(), *encoder.deepstack_merger_list.parameters()),
             patches_per_row=self.spec.merge**2,
-            pair_widths={"frame": tower.config.hidden_size * tower.config.depth},
+            pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
         )
 
     def see(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:

@@ -83,7 +83,7 @@ class Qwen3Vision(QwenSpec):
         places = [torch.arange(h * w).add(starts[h, w]).repeat(t) for t, h, w in grids]
         return TableLayout(
             plans={"frame": rules.frame_plan(grids)},
-            merger_rows=len(positions_P2) // self.merge**2,
+            projector_rows=len(positions_P2) // self.merge**2,
             positions_P2=positions_P2,
             corners_U4=torch.cat(corners),
             shares_U4=torch.cat(shares),
