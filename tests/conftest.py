@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--count N`, for the rows of docs/reliability.md."""
+    """`--count N`, for the rows of docs/develop/reliability.md."""
     parser.addoption("--count", type=int, help="repetitions of a row of tests/reliability (short without it)")
 
 

@@ -17,7 +17,7 @@ from tests.runs.commands import REPOSITORY, Commands
 from vft.config import run as configs
 from vft.config.run import Config
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|CONFIG|\.\.\.")
 SECTIONS = "|".join(name for name, one in Config.model_fields.items() if name not in ("task", "output_dir", "seed"))
 

@@ -2,7 +2,7 @@
 
 Without --yes it says what would be fetched, how large that is and how much disk is free, and the licence, and stops.
 With --yes it fetches what is on the Hugging Face hub, and goes on where it stopped when run again. What is to be had
-elsewhere only, it tells how to get. docs/data.md says how each set is read.
+elsewhere only, it tells how to get. docs/use/data.md says how each set is read.
 """
 
 from __future__ import annotations

@@ -134,15 +134,15 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", download.SETS)
 def test_sources_are_those_of_the_page(name: str) -> None:
-    """What the tool says can be read as a configuration, and docs/data.md says the same of the set."""
+    """What the tool says can be read as a configuration, and docs/use/data.md says the same of the set."""
     dataset = download.SETS[name]
     SourceConfig.model_validate(tomllib.loads(f"source = {dataset.source}")["source"])
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8")
     assert dataset.source in page and f"tools/download.py {name}" in page and dataset.page in page
 
 
 def test_every_source_on_the_page_is_valid() -> None:
-    entries = re.findall(r"\{ format = (?:[^{}]|\{[^}]*\})*\}", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
+    entries = re.findall(r"\{ format = (?:[^{}]|\{[^}]*\})*\}", (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8"))
     assert len(entries) > 15
     for entry in entries:
         SourceConfig.model_validate(tomllib.loads(f"source = {entry}")["source"])

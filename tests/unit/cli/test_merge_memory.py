@@ -24,7 +24,7 @@ PROGRAM = r"""
 import re, sys
 from pathlib import Path
 
-from tools.merge_lora import merge
+from vft.cli.merge_lora import merge
 
 
 def peak_bytes():

@@ -13,7 +13,7 @@ from vft.config import run as config
 from vft.config.run import Config
 
 ROOT = Path(__file__).parents[3]
-SCRIPT, PAGE = ROOT / "recipes" / "slurm.sh", ROOT / "docs" / "several_hosts.md"
+SCRIPT, PAGE = ROOT / "recipes" / "slurm.sh", ROOT / "docs" / "use" / "several_hosts.md"
 
 
 def test_bash_reads_the_script() -> None:

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from vft.cli.doctor_checks.finding import Finding, last_line, run_python
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 FFMPEG = {58: 4, 59: 5, 60: 6, 61: 7, 62: 8}
 """Version of FFmpeg by that of its libavcodec; those that torchcodec takes."""
 DECODE = """
