@@ -1,6 +1,7 @@
 """What a trained model needs so that others serve it as it was scored: sampling, frames and pixels.
 
-Rules are those of vLLM 0.33 (the files named here) and transformers 5; `docs/use/adapters.md` says how they were checked.
+Rules are those of vLLM 0.33 (the files named here) and transformers 5; docs/use/adapters.md says how they were
+checked.
 """
 
 from __future__ import annotations

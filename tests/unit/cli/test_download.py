@@ -142,7 +142,8 @@ def test_sources_are_those_of_the_page(name: str) -> None:
 
 
 def test_every_source_on_the_page_is_valid() -> None:
-    entries = re.findall(r"\{ format = (?:[^{}]|\{[^}]*\})*\}", (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8")
+    entries = re.findall(r"\{ format = (?:[^{}]|\{[^}]*\})*\}", page)
     assert len(entries) > 15
     for entry in entries:
         SourceConfig.model_validate(tomllib.loads(f"source = {entry}")["source"])

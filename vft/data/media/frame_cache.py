@@ -1,8 +1,8 @@
 """Decoded and resized frames kept on disk, so that from the second epoch on, and in later runs, nothing is decoded.
 
 Frames and not patches: they depend on files and sizes alone and not on a model family, and cutting costs little beside
-decoding (docs/develop/decisions.md). Any number of processes and hosts may share a folder. Trouble with the cache costs time,
-never a clip and never the run; what fails to decode is not kept.
+decoding (docs/develop/decisions.md). Any number of processes and hosts may share a folder. Trouble with the cache
+costs time, never a clip and never the run; what fails to decode is not kept.
 """
 
 from __future__ import annotations
