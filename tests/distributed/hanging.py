@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from vft.data.loader import LoadedPack, Loader
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 from vft.training import checkpoint_writer as saving
-from vft.training import trainer as train
 
 SECONDS = 5.0
 original_step, original_write = Loader.step, saving.write_parts
@@ -40,4 +39,4 @@ if __name__ == "__main__":
         Loader.step = step  # type: ignore[method-assign]
     else:
         saving.write_parts = write_parts
-    train.main(Caption())
+    main("caption")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vft.models.base import VideoLanguageModel
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 from vft.training import trainer as train
 
 STEPS = {int(step) for step in os.environ["NOT_FINITE"].split(",")}
@@ -34,4 +34,4 @@ def forward(model: VideoLanguageModel, *arguments: Any, **options: Any) -> torch
 if __name__ == "__main__":
     train.Trainer.train_step = train_step  # type: ignore[method-assign]
     VideoLanguageModel.forward = forward  # type: ignore[method-assign]
-    train.main(Caption())
+    main("caption")

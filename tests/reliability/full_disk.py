@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 from vft.reporting.metrics_log import Monitor
 from vft.training import trainer as train
 from vft.training.checkpoint_writer import AsyncCheckpointer
@@ -51,4 +51,4 @@ def filling(work: Callable[..., Any], number: int) -> Callable[..., Any]:
 if __name__ == "__main__":
     owner, name = PLACES[os.environ["WHERE"]]
     setattr(owner, name, filling(getattr(owner, name), int(os.environ.get("FROM", "1"))))
-    train.main(Caption())
+    main("caption")

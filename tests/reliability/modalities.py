@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vft.models.base import VideoLanguageModel
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 from vft.training import trainer as train
 
 original_forward, original_step = VideoLanguageModel.forward, train.Trainer.train_step
@@ -41,4 +41,4 @@ def forward(model: VideoLanguageModel, batch: Any, *arguments: Any, **options: A
 if __name__ == "__main__":
     train.Trainer.train_step = train_step  # type: ignore[method-assign]
     VideoLanguageModel.forward = forward  # type: ignore[method-assign]
-    train.main(Caption())
+    main("caption")

@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 
 from vft.inference import engine as answer
 from vft.inference import evaluate
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 from vft.training import checkpoint_writer as saving
 from vft.training import trainer as train
 
@@ -49,4 +49,4 @@ if __name__ == "__main__":
         return original(*arguments, **named)
 
     setattr(module, name, slow)
-    train.main(Caption())
+    main("caption")

@@ -20,11 +20,10 @@ SCORED: dict[str, Any] = {
     "eval": {"every_steps": 2, "max_new_tokens": 8},
 }
 PROGRAM = """
-from vft import train
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 
 if __name__ == "__main__":
-    train.main(Caption())
+    main("caption")
 """
 STAND_IN = """
 import json, os

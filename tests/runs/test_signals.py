@@ -140,15 +140,14 @@ def test_ctrl_c_on_a_terminal(world: World, commands: Commands, tmp_path: Path, 
 
 ON_TERMINAL = """
 import os
-from vft import train
-from vft.recipes.caption import Caption
+from vft.recipes.main import main
 
 terminal = os.open(os.environ["TERMINAL"], os.O_RDWR)  # the first one that a session opens becomes its own
 for number in range(3):
     os.dup2(terminal, number)
 os.close(terminal)
 if __name__ == "__main__":
-    train.main(Caption())
+    main("caption")
 """
 
 

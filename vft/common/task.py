@@ -115,7 +115,8 @@ def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
 def configured(task: Task, prompt: str, japanese: str) -> Task:
     """The task with what a configuration says of it: `data.prompt`, unless empty, and `eval.japanese`."""
     given = {"prompt": prompt or task.prompt, "japanese": japanese}
-    return replace(cast(Any, task), **{one.name: given[one.name] for one in fields(cast(Any, task))})
+    known = {field.name for field in fields(cast(Any, task))}
+    return replace(cast(Any, task), **{name: value for name, value in given.items() if name in known})
 
 
 def narrate(sample: Sample, prompt: str) -> list[Conversation]:

@@ -36,7 +36,7 @@ from vft.config.fields import (
 from vft.config.toml import covers, show
 
 Component = Literal["language_model", "vision_encoder", "projector"]
-TaskName = Literal["caption", "qa", "classify", "summarize", "story"]
+TASKS = ("caption", "qa", "classify", "summarize", "story")
 
 RESUME_MAY_CHANGE = frozenset(
     {
@@ -72,6 +72,12 @@ def _check_target(text: str) -> str:
     return text
 
 
+def _check_task(name: str) -> str:
+    if name not in TASKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise ValueError(f"must be {', '.join(TASKS)}, or module:Class for a task of your own")
+    return name
+
+
 def _check_init(text: str) -> str:
     if not re.fullmatch(r"kaiming|pissa|pissa_niter_\d+", text):
         raise ValueError('must be "kaiming", "pissa" or "pissa_niter_N" with a whole number N, such as "pissa_niter_4"')
@@ -79,6 +85,7 @@ def _check_init(text: str) -> str:
 
 
 Target = Annotated[str, AfterValidator(_check_target)]
+TaskName = Annotated[str, AfterValidator(_check_task)]
 
 
 class ModelConfig(Section):
@@ -294,7 +301,8 @@ class Config(Section):
     """A whole run."""
 
     task: TaskName | None = None
-    """What is learnt; a recipe's own where it is left out. Tools that read the file without a recipe go by it."""
+    """What is learnt: a task of `vft.recipes`, or `module:Class` for one outside the package. Without it a recipe's
+    command trains its own task, and tools that read the file alone take captioning."""
     output_dir: Folder
     """Where all that the run leaves goes, relative to the current directory. The same command again resumes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

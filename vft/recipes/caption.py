@@ -12,7 +12,7 @@ from vft.common.scores import Interval
 from vft.common.task import Answer, answer_facts, samples_of, texts_of, with_prompt
 from vft.common.types import Conversation, Sample
 from vft.metrics import Japanese, bleu4_interval, cider_d_text_scores, mean_interval, rouge_l_interval, word_tokenizer
-from vft.training import trainer as train
+from vft.recipes.main import main
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ class Caption:
 
 
 if __name__ == "__main__":
-    train.main(Caption())
+    main("caption")

@@ -12,7 +12,7 @@ from vft.common.scores import Interval
 from vft.common.task import Answer, answer_facts, options_of, samples_of, with_prompt
 from vft.common.types import Conversation, Sample
 from vft.metrics import accuracy_by_class, class_mean_interval, is_right_option, mean_interval, top_k
-from vft.training import trainer as train
+from vft.recipes.main import main
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,4 @@ class Classify:
 
 
 if __name__ == "__main__":
-    train.main(Classify())
+    main("classify")

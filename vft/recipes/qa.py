@@ -28,7 +28,7 @@ from vft.metrics import (
     top_k,
     word_tokenizer,
 )
-from vft.training import trainer as train
+from vft.recipes.main import main
 
 OPTION_LINE = re.compile(r"^[ \t]*([(（]?([A-Za-zＡ-Ｚ])[.):、．：）]\s*(\S.*?))\s*$", re.MULTILINE)
 """An option in the text of a question: `A. red`, `(B) green`, `C、蓝`, `d) white`."""
@@ -162,4 +162,4 @@ def _letter_of(option: str) -> str:
 
 
 if __name__ == "__main__":
-    train.main(QuestionAnswering())
+    main("qa")

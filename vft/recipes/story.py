@@ -12,7 +12,7 @@ from vft.common.scores import Interval
 from vft.common.task import Answer, narrate, samples_of, texts_of
 from vft.common.types import Conversation, Sample
 from vft.metrics import Japanese, bleu4_interval, distinct_n, rouge_l_interval, word_tokenizer
-from vft.training import trainer as train
+from vft.recipes.main import main
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class Story:
 
 
 if __name__ == "__main__":
-    train.main(Story())
+    main("story")

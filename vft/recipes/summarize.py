@@ -12,7 +12,7 @@ from vft.common.scores import Interval
 from vft.common.task import Answer, narrate, samples_of, texts_of
 from vft.common.types import Conversation, Sample
 from vft.metrics import Japanese, RougeL, bleu4_interval, mean_interval, rouge_l_interval, segment_coverage_scores
-from vft.training import trainer as train
+from vft.recipes.main import main
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ class Summarize:
 
 
 if __name__ == "__main__":
-    train.main(Summarize())
+    main("summarize")

@@ -33,7 +33,7 @@ def export(
     `asked` is what the records ask (`vft.data.training_prompts`)."""
     about: dict[str, Any] = {
         "base_fingerprint": checkpoint.fingerprint,
-        "task": task.name,
+        "task": config.task,
         "prompt": task.prompt,
         **asked,
         "step": step,

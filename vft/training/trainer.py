@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -13,11 +12,10 @@ import torch
 
 from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.adapters.peft_format import start_from
-from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
-from vft.common.task import Task, configured, trained_conversations
+from vft.common.task import Task, trained_conversations
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
@@ -31,14 +29,12 @@ from vft.distributed.heartbeat import beat
 from vft.distributed.process_group import (
     World,
     all_of,
-    environment,
     make_mesh,
     process_group,
     same_on_all_ranks,
     sum_over_ranks,
-    together,
 )
-from vft.distributed.signals import Stopped, asked, deferred, signals_stop, stop_if, stopped_by
+from vft.distributed.signals import Stopped, asked, deferred, stop_if, stopped_by
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import (
     Best,
@@ -66,7 +62,6 @@ from vft.training.checks import (
     check_first_step,
     check_identity,
     check_output_dir,
-    check_shares,
     check_warmup,
     take_folder,
     tell_of_weights,
@@ -79,29 +74,9 @@ from vft.training.optimizer import build_optimizer, learning_rate, scale_and_cli
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def main(task: Task) -> None:
-    """Command line of a recipe: CONFIG.toml [section.key=value ...]."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m vft.recipes.{task.name}", description=f"Fine-tune for {task.name}."
-    )
-    parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--dry-run", action="store_true", help="all but training: nothing is written but the cache")
-    arguments = parser.parse_intermixed_args()  # settings may stand behind options
-    with user_errors(), signals_stop():
-        config = configs.load(arguments.config, arguments.overrides)
-        check_shares(config, environment().size)
-        with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
-            run(task, config, world, arguments.dry_run)
-
-
 def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     """Train, or go on where a run in the same folder stopped; `dry`: only try the longest row."""
     config.require_training()
-    if config.task not in (None, task.name):
-        raise UserError(f"task = {config.task!r}: this is vft.recipes.{task.name}; run vft.recipes.{config.task}")
-    config = config.model_copy(update={"task": task.name})
-    task = configured(task, config.data.prompt, config.eval.japanese)
     check_output_dir(config)
     require_boards(config)
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
