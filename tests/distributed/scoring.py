@@ -43,14 +43,13 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
     world = environment()
     lists = {name: list(map(question_of, some)) for name, some in json.loads(Path(questions).read_text()).items()}
     checkpoint = Pretrained.open(base)
-    skeleton = build(checkpoint, torch.float32)
-    model = skeleton.model
+    model = build(checkpoint, torch.float32)
     config = DataConfig(video=VideoConfig(frames=4, max_pixels=56 * 56), workers=0)
     refs = [ref for asked in lists.values() for question in asked for ref in question.prompt.media]
     index = build_index(refs, config.cache_path, 0, config.decode_timeout_s, False)
     with process_group(world), WorkerPool(0, config.decode_timeout_s) as pool:
         lora = LoraConfig(rank=2, alpha=4, targets=TARGETS[trained])
-        choose_trainable(model, skeleton.components, lora, ())
+        choose_trainable(model, lora, ())
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         parallelize(model, make_mesh(world, 0), ParallelConfig(), torch.float32, world.device)
         model.to_empty(device=world.device)
@@ -60,7 +59,7 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
             if is_adapter(name):
                 generator = torch.Generator().manual_seed(number)
                 fill(parameter, 0.3 * torch.randn(parameter.shape, generator=generator))
-        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, skeleton.spec), config, index.info, pool, world)
+        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, model.spec), config, index.info, pool, world)
         passes: list[int] = []
         model.register_forward_pre_hook(lambda module, args: passes.append(args[0].num_targets))
         found = {}

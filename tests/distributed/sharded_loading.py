@@ -23,7 +23,8 @@ from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.common.types import IGNORE_INDEX, Batch
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import all_of, environment, full_tensor, local_part, make_mesh, process_group
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, parallelize
 from vft.training.losses import cross_entropy
@@ -63,10 +64,10 @@ def main(base: str, trained: str, output: str) -> None:
     """Write bytes of each process, wrong tensors and the loss of a row."""
     world = environment()
     checkpoint = Pretrained.open(base)
-    skeleton = build(checkpoint, torch.float32)
-    model, parallel = skeleton.model, ParallelConfig()
+    model = build(checkpoint, torch.float32)
+    parallel = ParallelConfig()
     with process_group(world):
-        choose_trainable(model, skeleton.components, LoraConfig(rank=2, targets=TARGETS[trained]), ())
+        choose_trainable(model, LoraConfig(rank=2, targets=TARGETS[trained]), ())
         adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
         parallelize(model, make_mesh(world, 0), parallel, torch.float32, world.device)
         memory = OwnMemory()  # all that loading needs is there, but for memory of the weights
@@ -78,7 +79,7 @@ def main(base: str, trained: str, output: str) -> None:
         held = all_of(sum(local_part(p).nbytes for p in model.parameters()))
         parameters = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if name not in adapters}
         with torch.no_grad():
-            loss = float(cross_entropy(model, row(skeleton)))
+            loss = float(cross_entropy(model, row(model)))
         if world.is_main:
             stored = {n: t for file in Path(base).glob("*.safetensors") for n, t in load_file(file).items()}
             names = set(stored) ^ set(parameters)
@@ -95,14 +96,14 @@ def main(base: str, trained: str, output: str) -> None:
             Path(output).write_text(json.dumps(found))
 
 
-def row(skeleton: Skeleton) -> Batch:
+def row(model: VideoLanguageModel) -> Batch:
     """Two questions about a video, and a text; words that every vocabulary has."""
-    documents = [video_document(skeleton.spec, Video(4, 56, 84), 2, 12, 6), text_document(30, 10)]
+    documents = [video_document(model.spec, Video(4, 56, 84), 2, 12, 6), text_document(30, 10)]
     common = []
     for one in documents:
         ids = torch.where(one.media_mask_T, one.ids_T, one.ids_T % 200)
         common.append(replace(one, ids_T=ids, labels_T=torch.where(one.labels_T == IGNORE_INDEX, IGNORE_INDEX, ids)))
-    return row_of(skeleton.spec, common)
+    return row_of(model.spec, common)
 
 
 if __name__ == "__main__":

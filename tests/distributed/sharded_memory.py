@@ -20,7 +20,8 @@ from vft.common.types import IGNORE_INDEX, Batch, Document
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.packing import collate
 from vft.distributed.process_group import World, environment, make_mesh, process_group
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 from vft.models.quantization import is_packed
 from vft.parallel.parallelize import checkpoint_activations, parallelize
@@ -32,20 +33,19 @@ TOKENS = 600
 
 def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
     """Write the peak of one step, beside what stays, in bytes."""
-    skeleton = build(Pretrained.open(base), torch.float32, quantize)
-    choose_trainable(skeleton.model, skeleton.components, LoraConfig(rank=4), ())
-    row = text_row(skeleton)
+    model = build(Pretrained.open(base), torch.float32, quantize)
+    choose_trainable(model, LoraConfig(rank=4), ())
+    row = text_row(model)
     if kind == "planned":
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-        checkpoint_activations(skeleton.model, mode)
+        checkpoint_activations(model, mode)
         mesh = make_mesh(World(0, 2, 0, torch.device("cpu")), 0)
-        live = run_step(skeleton.model, cross_entropy, row, torch.device("cpu"), mesh)
+        live = run_step(model, cross_entropy, row, torch.device("cpu"), mesh)
         Path(output).write_text(json.dumps({"peak": live.peak, "gathered": live.gathered_at_peak}))
         return
     world = environment()
     with process_group(world):
         config = ParallelConfig(activation_checkpointing=mode)  # type: ignore[arg-type]
-        model = skeleton.model
         parallelize(model, make_mesh(world, 0), config, torch.float32, world.device)
         model.to_empty(device=world.device)
         for parameter in model.parameters():
@@ -56,14 +56,14 @@ def main(kind: str, base: str, mode: str, quantize: str, output: str) -> None:
             Path(output).write_text(json.dumps({"peak": peak}))
 
 
-def text_row(skeleton: Skeleton) -> Batch:
+def text_row(model: VideoLanguageModel) -> Batch:
     """One document of text."""
     ids = torch.arange(TOKENS) % 50
     labels = torch.where(torch.arange(TOKENS) >= TOKENS // 2, ids, IGNORE_INDEX)
     positions_3T = torch.arange(TOKENS).expand(3, -1).contiguous()
     mask_T = torch.zeros(math.prod(ids.shape), dtype=torch.bool)
     document = Document(("text",), ids, labels, positions_3T, 0, (TOKENS,), (), mask_T)
-    return collate([(document, [])], skeleton.spec)
+    return collate([(document, [])], model.spec)
 
 
 if __name__ == "__main__":

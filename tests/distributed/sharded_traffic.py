@@ -46,9 +46,9 @@ class Traffic(TorchDispatchMode):
 def main(base: str, settings: str, output: str) -> None:
     """One row forwards and backwards."""
     world = environment()
-    skeleton = build(Pretrained.open(base), torch.bfloat16)
-    model, parallel = skeleton.model, ParallelConfig.model_validate_json(settings)
-    choose_trainable(model, skeleton.components, LoraConfig(rank=4), ())
+    model = build(Pretrained.open(base), torch.bfloat16)
+    parallel = ParallelConfig.model_validate_json(settings)
+    choose_trainable(model, LoraConfig(rank=4), ())
     sizes = {"trained": 0, "layers": 0, "ends": 0}
     for name, parameter in model.named_parameters():
         numbers = parameter.numel() + len(parameter) % 2 * parameter[0].numel()  # both shares have as many rows
@@ -61,7 +61,7 @@ def main(base: str, settings: str, output: str) -> None:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.02)
         initialise(model, seed=0)
-        row = text_row(skeleton)
+        row = text_row(model)
         with Traffic() as seen:
             cross_entropy(model, row).backward()
         frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]

@@ -11,7 +11,7 @@ from tests.helpers.tiny import Media, Tiny, batch_of, every_logit, load_prepared
 from vft.adapters.lora import choose_trainable, initialise
 from vft.common.types import Batch
 from vft.config.run import LoraConfig
-from vft.models import Skeleton
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 
 VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
@@ -40,8 +40,8 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max())
 
 
-def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[Skeleton, Pretrained]:
+def adapted(tiny: Tiny, lora: LoraConfig, seed: int = 0) -> tuple[VideoLanguageModel, Pretrained]:
     """The base with fresh adapters, as training makes them."""
-    skeleton, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.components, lora, ()))
-    initialise(skeleton.model, seed)
-    return skeleton, checkpoint
+    model, checkpoint = load_prepared(tiny.path, lambda it: choose_trainable(it, lora, ()))
+    initialise(model, seed)
+    return model, checkpoint

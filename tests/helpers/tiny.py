@@ -31,7 +31,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.media import patches as vision
 from vft.data.packing import collate
 from vft.inference.engine import load_model
-from vft.models import Skeleton, build
+from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, load_weights
 from vft.training.losses import cross_entropy
@@ -70,24 +70,24 @@ class Tiny:
 
     def ours(self) -> VideoLanguageModel:
         """A fresh model in float32 whose every weight is trained that anything reads."""
-        model = load_model(str(self.path), None, torch.float32, CPU).skeleton.model
+        model = load_model(str(self.path), None, torch.float32, CPU).model
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(component_of(name, model.components) in ALL_COMPONENTS)
         return model
 
 
 def load_prepared(
-    path: Path, prepare: Callable[[Skeleton], Any], dtype: torch.dtype = torch.float32, quantize: str = "none"
-) -> tuple[Skeleton, Pretrained]:
+    path: Path, prepare: Callable[[VideoLanguageModel], Any], dtype: torch.dtype = torch.float32, quantize: str = "none"
+) -> tuple[VideoLanguageModel, Pretrained]:
     """A model on which `prepare` ran while it was on the meta device, with its base weights, as training builds it."""
     checkpoint = Pretrained.open(str(path))
-    skeleton = build(checkpoint, dtype, quantize)
-    base = frozenset(name for name, _ in skeleton.model.named_parameters())
-    prepare(skeleton)
-    skeleton.model.to_empty(device=CPU)
-    extra = frozenset(name for name, _ in skeleton.model.named_parameters()) - base
-    load_weights(skeleton.model, checkpoint, extra)
-    return skeleton, checkpoint
+    model = build(checkpoint, dtype, quantize)
+    base = frozenset(name for name, _ in model.named_parameters())
+    prepare(model)
+    model.to_empty(device=CPU)
+    extra = frozenset(name for name, _ in model.named_parameters()) - base
+    load_weights(model, checkpoint, extra)
+    return model, checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- conversations, media

@@ -106,7 +106,7 @@ def test_computing_in_bfloat16(tiny_bf16: Tiny) -> None:
     """bf16 compute is as far from float32 as transformers' own, not further."""
     batch = row(tiny_bf16, "mixed")
     inputs = tiny_bf16.inputs(batch)
-    ours = load_model(str(tiny_bf16.path), None, torch.bfloat16, CPU).skeleton.model
+    ours = load_model(str(tiny_bf16.path), None, torch.bfloat16, CPU).model
     theirs = type(tiny_bf16.theirs).from_pretrained(tiny_bf16.path, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         exact = tiny_bf16.theirs(**inputs).logits[0]

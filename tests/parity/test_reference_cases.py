@@ -31,7 +31,7 @@ from vft.data.media import patches as vision
 from vft.data.media.video import decode
 from vft.data.packing import collate
 from vft.inference.engine import load_model
-from vft.models import Skeleton
+from vft.models.base import VideoLanguageModel
 from vft.models.qwen2_5_vl.model import Qwen2_5_VL
 from vft.recipes.caption import Caption
 from vft.training.losses import cross_entropy
@@ -84,10 +84,10 @@ def base(reference: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(base: str) -> Skeleton:
+def trained(base: str) -> VideoLanguageModel:
     """The base with everything trained, in float32, built as `vft.training.trainer` builds it."""
     components = ("language_model", "projector", "vision_encoder")
-    return load_prepared(Path(base), lambda it: choose_trainable(it.model, it.components, None, components))[0]
+    return load_prepared(Path(base), lambda it: choose_trainable(it, None, components))[0]
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def test_tokens(name: str, load_case: Callable[[str], Case]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "text_only"])
-def test_pixels_and_vision_tower(name: str, load_case: Callable[[str], Case], trained: Skeleton) -> None:
-    case, model = load_case(name), trained.model
+def test_pixels_and_vision_tower(name: str, load_case: Callable[[str], Case], trained: VideoLanguageModel) -> None:
+    case, model = load_case(name), trained
     pixels_PD = model.normalise(case.batch.pixels_PD)
     assert pixels_PD.shape == case.pixels.shape
     assert float((pixels_PD - case.pixels).abs().max()) <= 1e-5
@@ -204,18 +204,18 @@ def assert_loss_and_gradients(model: Any, case: Case, stored_name: Callable[[str
 
 
 @pytest.mark.parametrize("name", BASE_CASES)
-def test_logits(name: str, load_case: Callable[[str], Case], trained: Skeleton) -> None:
-    assert_logits(trained.model, load_case(name))
+def test_logits(name: str, load_case: Callable[[str], Case], trained: VideoLanguageModel) -> None:
+    assert_logits(trained, load_case(name))
 
 
 @pytest.mark.parametrize("name", BASE_CASES)
-def test_loss_and_gradients(name: str, load_case: Callable[[str], Case], trained: Skeleton) -> None:
+def test_loss_and_gradients(name: str, load_case: Callable[[str], Case], trained: VideoLanguageModel) -> None:
     """Full fine-tuning of everything. Without media the encoder's gradients are there, and zero."""
-    assert_loss_and_gradients(trained.model, load_case(name), lambda name: name)
+    assert_loss_and_gradients(trained, load_case(name), lambda name: name)
 
 
 def test_all_cases_in_one_pack(
-    load_case: Callable[[str], Case], trained: Skeleton, encoder: ChatEncoder, videos: Path
+    load_case: Callable[[str], Case], trained: VideoLanguageModel, encoder: ChatEncoder, videos: Path
 ) -> None:
     """Documents of different media beside one another in a row give the logits that each gives alone."""
     cases = [load_case(name) for name in BASE_CASES]
@@ -224,7 +224,7 @@ def test_all_cases_in_one_pack(
         document = case.batch.documents[0]
         members.append((document, [vision.load(plan, encoder.spec) for plan in document.media]))
     with torch.no_grad():
-        logits_TV = every_logit(trained.model, collate(members, encoder.spec))
+        logits_TV = every_logit(trained, collate(members, encoder.spec))
     start = 0
     for case in cases:
         rows = case.tensors["predicting_positions"] + start
@@ -239,15 +239,15 @@ def test_all_cases_in_one_pack(
 @pytest.fixture(scope="module")
 def adapted(reference: Path, base: str) -> Any:
     """The base with PEFT's adapter, as prediction and evaluation load it."""
-    return load_model(base, reference / "cases" / "lora_video_adapter", torch.float32, CPU).skeleton.model
+    return load_model(base, reference / "cases" / "lora_video_adapter", torch.float32, CPU).model
 
 
 def test_adapter(adapted: Any, load_case: Callable[[str], Case]) -> None:
     assert_logits(adapted, load_case("lora_video"))
 
 
-def test_base_of_adapter(trained: Skeleton, load_case: Callable[[str], Case]) -> None:
-    assert_logits(trained.model, load_case("lora_video"), prefix="base_")
+def test_base_of_adapter(trained: VideoLanguageModel, load_case: Callable[[str], Case]) -> None:
+    assert_logits(trained, load_case("lora_video"), prefix="base_")
 
 
 def test_gradients_of_adapter(adapted: Any, load_case: Callable[[str], Case]) -> None:
@@ -270,5 +270,5 @@ def test_merged_adapter(reference: Path, base: str, load_case: Callable[[str], C
     for file in copy.glob("*.safetensors"):
         save_file({name: x.float() for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
     assert merge(str(copy), reference / "cases" / "lora_video_adapter", tmp_path / "merged") == 21
-    model = load_model(str(tmp_path / "merged"), None, torch.float32, CPU).skeleton.model
+    model = load_model(str(tmp_path / "merged"), None, torch.float32, CPU).model
     assert_logits(model, load_case("lora_video"), prefix="merged_")

@@ -105,7 +105,7 @@ def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguag
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
     model = build_model(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
-    choose_trainable(model, model.components, lora, () if lora else ("language_model",))
+    choose_trainable(model, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)
     fill(model)
     return model, build_optimizer(model, TrainConfig(max_steps=1))

@@ -22,6 +22,7 @@ from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
 from vft.models import attention, layers
+from vft.models.base import VideoLanguageModel
 from vft.training.losses import cross_entropy
 
 WORDS, ANSWER = 25, 10
@@ -53,7 +54,7 @@ def compare(what: str, plainly: Work, ours: Work, repeats: int) -> dict[str, Any
     return {"optimisation": what, **figures, "loss differs by": difference}
 
 
-def passes(model: Any, rows: list[Batch], device: torch.device) -> Work:
+def passes(model: VideoLanguageModel, rows: list[Batch], device: torch.device) -> Work:
     """Forward and backward of rows one after another."""
 
     def run() -> torch.Tensor:
@@ -68,7 +69,7 @@ def passes(model: Any, rows: list[Batch], device: torch.device) -> Work:
     return run
 
 
-def shared_videos(model: Any, device: torch.device) -> tuple[Work, Work]:
+def shared_videos(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Five questions on one copy of their video, and on five."""
     shared = video_document(model.spec, Video(), 5, WORDS, ANSWER)
     return passes(model, [row_of(model.spec, apart(shared))], device), passes(
@@ -96,14 +97,14 @@ def apart(document: Document) -> list[Document]:
     return made
 
 
-def packed_rows(model: Any, device: torch.device) -> tuple[Work, Work]:
+def packed_rows(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Sixteen short documents in one row, and in a row each."""
     documents = [text_document(20 + 8 * seed, 10, seed) for seed in range(16)]
     alone = [row_of(model.spec, [document]) for document in documents]
     return passes(model, alone, device), passes(model, [row_of(model.spec, documents)], device)
 
 
-def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
+def supervised_head(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Logits of supervised tokens, and of every token."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
 
@@ -111,7 +112,7 @@ def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
         batch = row.to(device)
         every = torch.arange(row.num_tokens, device=device)
         x_TE, _ = model.embed(batch)
-        hidden_TE = model.model.norm(model.model(x_TE, batch.positions_3T, batch.plan, every))
+        hidden_TE = model.decoder.norm(model.decoder(x_TE, batch.positions_3T, batch.plan, every))
         losses_T = torch.nn.functional.cross_entropy(
             model.head(hidden_TE).float().index_select(0, batch.target_index_N), batch.target_ids_N, reduction="sum"
         )
@@ -122,7 +123,7 @@ def supervised_head(model: Any, device: torch.device) -> tuple[Work, Work]:
     return everywhere, passes(model, [row], device)
 
 
-def windows_at_once(model: Any, device: torch.device) -> tuple[Work, Work]:
+def windows_at_once(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """All windows of the vision encoder in one call, and each in its own, as without flash-attention elsewhere."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
     ours = passes(model, [row], device)
@@ -157,12 +158,12 @@ def each_segment_alone() -> Iterator[None]:
         module.attend = attend
 
 
-def frozen_encoder(model: Any, device: torch.device) -> tuple[Work, Work]:
+def frozen_encoder(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """No graph through the frozen encoder, and one all the way, as where the patches' embedding needs a gradient."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
 
     def with_graph() -> torch.Tensor:
-        weight = model.visual.patch_embed.proj.weight
+        weight = model.get_parameter("visual.patch_embed.proj.weight")
         weight.requires_grad_(True)
         try:
             return ours()

@@ -44,12 +44,12 @@ def own_bytes() -> int:
 
 
 def load_vft(folder: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Iterable[Tensor]]:
-    """Skeleton, memory, weights: as a training run does it."""
+    """Model, memory, weights: as a training run does it."""
     from vft.models import build
     from vft.models.pretrained import Pretrained, load_weights
 
     checkpoint = Pretrained.open(folder)
-    model = build(checkpoint, dtype).model
+    model = build(checkpoint, dtype)
     model.to_empty(device=device)
     synchronise()
     marks["weights_begin"] = time.perf_counter()

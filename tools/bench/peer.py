@@ -271,17 +271,17 @@ def write_adapter(config: Config, folder: Path) -> None:
     """The adapter that both sides start from. Its B is not zero, as a fresh one's is: else A would have no gradient,
     and the first losses would be those of the base alone."""
     assert config.lora is not None
-    skeleton = build(Pretrained.open(config.model.path), torch.float32)
-    choose_trainable(skeleton.model, skeleton.components, config.lora, ())
-    layers = [module for module in skeleton.model.modules() if isinstance(module, LoRALinear)]
+    model = build(Pretrained.open(config.model.path), torch.float32)
+    choose_trainable(model, config.lora, ())
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     for layer in layers:
         layer.lora_A.to_empty(device="cpu")
         layer.lora_B.to_empty(device="cpu")
-    initialise(skeleton.model, config.seed)
+    initialise(model, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02, generator=generator)
-    export_adapter(skeleton.model, folder, config.lora, config.model.path, skeleton.peft_prefixes, {}, write=True)
+    export_adapter(model, folder, config.lora, config.model.path, {}, write=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- sides

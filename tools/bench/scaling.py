@@ -19,6 +19,7 @@ from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
 from vft.common.console import user_errors
 from vft.common.types import Batch
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 
 WORDS, ANSWER = 25, 10
@@ -38,7 +39,7 @@ def main() -> None:
         report(f"growth of a step: {name}", rows, arguments.output, shape=name)
 
 
-def measure(kind: str, model: Any, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def measure(kind: str, model: VideoLanguageModel, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """The lines of one kind, timed in turns."""
     cases = KINDS[kind](model)
     steps = {name: _all(model, rows, device) for name, (rows, _) in cases.items()}
@@ -53,7 +54,7 @@ def measure(kind: str, model: Any, device: torch.device, repeats: int) -> list[d
     return lines
 
 
-def _all(model: Any, rows: Sequence[Batch], device: torch.device) -> Callable[[], None]:
+def _all(model: VideoLanguageModel, rows: Sequence[Batch], device: torch.device) -> Callable[[], None]:
     steps = [make_step(model, row, device) for row in rows]
 
     def run() -> None:
@@ -67,13 +68,13 @@ Cases = dict[str, tuple[list[Batch], float]]
 """Rows by the name of the case, and their time as a multiple of the first case's."""
 
 
-def packs(model: Any) -> Cases:
+def packs(model: VideoLanguageModel) -> Cases:
     """One row after another: in proportion to their number."""
     row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(2)])
     return {f"{count} rows": ([row] * count, float(count)) for count in (1, 2, 4)}
 
 
-def questions(model: Any) -> Cases:
+def questions(model: VideoLanguageModel) -> Cases:
     """k questions on one copy of their video instead of k copies: (V + kq) / k(V + q) of the time.
 
     Four documents a row in either case: on two cores a row of one is too short to keep them busy.
@@ -89,7 +90,7 @@ def questions(model: Any) -> Cases:
     return cases
 
 
-def frames(model: Any) -> Cases:
+def frames(model: VideoLanguageModel) -> Cases:
     """More frames of one video: as its FLOPs grow, the encoder's in proportion, attention faster."""
     return _by_flops(
         model,
@@ -97,7 +98,7 @@ def frames(model: Any) -> Cases:
     )
 
 
-def length(model: Any) -> Cases:
+def length(model: VideoLanguageModel) -> Cases:
     """More videos in a row: in proportion, for documents don't attend one another."""
     return _by_flops(
         model,
@@ -108,7 +109,7 @@ def length(model: Any) -> Cases:
     )
 
 
-def _by_flops(model: Any, documents: dict[str, list[Any]]) -> Cases:
+def _by_flops(model: VideoLanguageModel, documents: dict[str, list[Any]]) -> Cases:
     counter = FlopCounter(model)
     rows = {name: row_of(model.spec, members) for name, members in documents.items()}
     unit = counter.count(next(iter(rows.values()))).model

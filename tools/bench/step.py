@@ -27,6 +27,7 @@ from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import LoraConfig, ParallelConfig, TrainConfig
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.parallel.parallelize import checkpoint_activations, parallelize
 from vft.preparation.memory import GIB, MODES, resident_bytes, step_bytes
@@ -100,7 +101,7 @@ def check(arguments: argparse.Namespace) -> None:
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, model.components, setting.lora, ())
+    choose_trainable(model, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
     row = make_row(model.spec, tokens, video, questions)
@@ -147,12 +148,12 @@ def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.preparation.memory says the step will hold."""
     model = build_model(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, model.components, setting.lora, ())
+    choose_trainable(model, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, setting.device)
 
 
-def make_step(model: Any, row: Batch, device: torch.device) -> Callable[[], None]:
+def make_step(model: VideoLanguageModel, row: Batch, device: torch.device) -> Callable[[], None]:
     """What the trainer does with one pack."""
     optimizer = build_optimizer(model, TrainConfig())
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -185,7 +185,7 @@ def build_model(
 def adapted_model(shape: AnyShape, device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    choose_trainable(model, model.components, LoraConfig(), ())
+    choose_trainable(model, LoraConfig(), ())
     model.to_empty(device=device)
     fill(model)
     initialise(model, seed=0)

@@ -20,6 +20,7 @@ from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
 from vft.distributed.process_group import broadcast, full_tensor, local_part, local_rows, place, sharded_like
+from vft.models.base import VideoLanguageModel
 from vft.models.quantization import is_packed, linear, unpack
 
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
@@ -28,7 +29,6 @@ START = (".lora_A0", ".lora_B0")
 """The same for where PiSSA's A and B began: kept beside them, never trained."""
 
 T = TypeVar("T")
-Components = Mapping[str, tuple[str, ...]]
 
 
 class LoRALinear(nn.Linear):
@@ -171,7 +171,7 @@ class TrainableRow:
     example: str
 
 
-def component_of(name: str, components: Components) -> str:
+def component_of(name: str, components: Mapping[str, tuple[str, ...]]) -> str:
     """The part of the model that a parameter or module belongs to; the first prefix that fits counts."""
     for component, prefixes in components.items():
         if f"{name}.".startswith(prefixes):  # the dot: "lm_head" is a module of the prefix "lm_head."
@@ -180,13 +180,14 @@ def component_of(name: str, components: Components) -> str:
 
 
 def match_targets(
-    model: nn.Module, patterns: Sequence[str], components: Components, setting: str = "lora.targets"
+    model: VideoLanguageModel, patterns: Sequence[str], setting: str = "lora.targets"
 ) -> dict[str, list[str]]:
     """Linear layers that each pattern names, all of them in the component before the first dot.
 
     What follows the dot is a glob against the layer's last name or its path within the model. The output head is
     taken only where it is named. UserError, about `setting`, for a pattern that matches nothing.
     """
+    components = model.components
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched: dict[str, list[str]] = {}
     for pattern in patterns:
@@ -212,14 +213,14 @@ def match_targets(
 
 
 def by_pattern(
-    model: nn.Module, modules: Sequence[str], values: Mapping[str, T], components: Components, setting: str
+    model: VideoLanguageModel, modules: Sequence[str], values: Mapping[str, T], setting: str
 ) -> dict[str, T]:
     """What `values` has for some of the adapted `modules`; of several patterns the first that fits counts, as in PEFT.
 
     UserError for a pattern that decides nothing.
     """
     chosen: dict[str, T] = {}
-    for pattern, names in match_targets(model, list(values), components, setting).items():
+    for pattern, names in match_targets(model, list(values), setting).items():
         adapted = [name for name in names if name in modules]
         new = [name for name in adapted if name not in chosen]
         if not new:
@@ -247,19 +248,18 @@ def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], conf
         model.set_submodule(name, LoRALinear(base, rank, scale, config.dropout, config.dora, config.init))
 
 
-def choose_trainable(
-    model: nn.Module, components: Components, lora: LoraConfig | None, train: Sequence[str]
-) -> list[TrainableRow]:
+def choose_trainable(model: VideoLanguageModel, lora: LoraConfig | None, train: Sequence[str]) -> list[TrainableRow]:
     """Freeze everything, then thaw adapters, or without `lora` the named components. Trainable ones are float32.
 
     Returns the table to print. Call it on the meta device, before weights are read.
     """
     rows = []
+    components = model.components
     if lora is not None:
-        matched = match_targets(model, lora.targets, components)
+        matched = match_targets(model, lora.targets)
         modules = list(dict.fromkeys(name for names in matched.values() for name in names))
-        ranks = by_pattern(model, modules, lora.ranks, components, "lora.ranks")
-        alphas = by_pattern(model, modules, lora.alphas, components, "lora.alphas")
+        ranks = by_pattern(model, modules, lora.ranks, "lora.ranks")
+        alphas = by_pattern(model, modules, lora.alphas, "lora.alphas")
         layers = {name: (ranks.get(name, lora.rank), alphas.get(name, lora.alpha)) for name in modules}
         add_adapters(model, layers, lora)
         for pattern, names in matched.items():

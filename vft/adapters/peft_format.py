@@ -22,7 +22,6 @@ from vft.adapters.lora import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
-    Components,
     LoRALinear,
     add_adapters,
     component_of,
@@ -34,6 +33,7 @@ from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.config.run import LoraConfig, ModelConfig
 from vft.distributed.process_group import full_tensor
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, open_tensors, stored_names
 from vft.models.tensor_names import Spellings, our_names
 
@@ -213,7 +213,7 @@ class Adapter:
                 fill(parameters[name], values)
 
 
-def attach(model: nn.Module, adapter: Adapter, components: Components) -> None:
+def attach(model: VideoLanguageModel, adapter: Adapter) -> None:
     """Put empty adapters where `adapter` has them (for use, not training: no dropout)."""
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module in adapter.layers:
@@ -222,13 +222,13 @@ def attach(model: nn.Module, adapter: Adapter, components: Components) -> None:
                 f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such linear layer; "
                 f"the adapter was made for another base ({adapter.config.get('base_model_name_or_path')!r})"
             )
-        component_of(module, components)
+        component_of(module, model.components)
     add_adapters(model, adapter.layers, adapter.lora)
 
 
-def start_from(model: nn.Module, base: ModelConfig, spellings: Spellings, checkpoint: Pretrained) -> None:
+def start_from(model: VideoLanguageModel, base: ModelConfig, checkpoint: Pretrained) -> None:
     """Fill the adapters in `model` from `model.adapter`. UserError where they don't fit it, or its base."""
-    adapter = Adapter.open(Path(base.adapter), spellings)
+    adapter = Adapter.open(Path(base.adapter), model.spellings)
     if trained_rope_factor(adapter.folder, base.rope_factor) != base.rope_factor:
         raise UserError(
             f"model.rope_factor = {base.rope_factor}: {base.adapter} was trained with "
@@ -267,11 +267,10 @@ def recorded(adapter: Path | None) -> dict[str, Any]:
 
 
 def export_adapter(
-    model: nn.Module,
+    model: VideoLanguageModel,
     folder: Path,
     lora: LoraConfig,
     base: str,
-    peft_prefixes: Mapping[str, str],
     about: Mapping[str, Any],
     write: bool,
 ) -> None:
@@ -287,7 +286,7 @@ def export_adapter(
     for name, layer in adapted_layers(model):
         gathered = _plain_tensors(layer)  # by every process, kept by the one that writes
         if write:
-            theirs = _to_peft(f"{name}.", peft_prefixes).removesuffix(".")
+            theirs = _to_peft(f"{name}.", model.peft_prefixes).removesuffix(".")
             tensors |= {f"{PEFT_ROOT}{theirs}.{leaf}": t.cpu().contiguous() for leaf, t in gathered.items()}
             ranks[theirs] = gathered["lora_A.weight"].shape[0]
             known, rank = (lora.alpha, *lora.alphas.values()), layer.lora_A.out_features
@@ -295,7 +294,9 @@ def export_adapter(
             alphas[theirs] = _number(alpha * doubled)
     if not write:
         return
-    linears = [_to_peft(f"{n}.", peft_prefixes)[:-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = [
+        _to_peft(f"{n}.", model.peft_prefixes)[:-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    ]
     common = lora.rank * (1 if lora.init == "kaiming" else 2), _number(lora.alpha * doubled)
     config = {
         "peft_type": "LORA",

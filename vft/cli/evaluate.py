@@ -125,7 +125,7 @@ def score(
     mesh = make_mesh(world, config.parallel.shard)
     base = config.model
     loaded = load_model(base.path, adapter, dtype, world.device, mesh, config.parallel, base.quantize, base.rope_factor)
-    answerer = Answerer(loaded.skeleton.model, loaded.encoder, config.data, held_out.info, pool, world)
+    answerer = Answerer(loaded.model, loaded.encoder, config.data, held_out.info, pool, world)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     return evaluate(
         task_of(config), answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file

@@ -26,7 +26,8 @@ from vft.data.packing import owners
 from vft.data.workers import WorkerPool
 from vft.inference.engine import load_model
 from vft.inference.evaluate import load_training
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 from vft.recipes import task_of
 from vft.reporting.batch_preview import preview, summary
@@ -55,8 +56,8 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     tell_of_weights(config, print)
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
-    skeleton = build(checkpoint, torch.float32)
-    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
+    model = build(checkpoint, torch.float32)
+    encoder = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
     documents, make = load_training(task, config, encoder), trained_conversations(task, config.data.segment_questions)
     with (
@@ -68,7 +69,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
         batch = first_batch(loader)
     whole = summary(documents, plan, data)
-    tensors = batch_tensors(batch, skeleton)
+    tensors = batch_tensors(batch, model)
     if forward:
         tensors |= forward_tensors(batch, config)
     with whole_folder(output) as folder:
@@ -92,7 +93,7 @@ def first_batch(loader: Loader) -> Batch:
         loader.check_streams(0, loader.documents.config.max_bad_fraction)
 
 
-def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
+def batch_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:
     """The batch under its stable names; pixels as the model sees them, in float32."""
     plans = [plan for document in batch.documents for plan in document.media]
     times = [time for plan in plans for time in plan.frame_times_s]
@@ -103,7 +104,7 @@ def batch_tensors(batch: Batch, skeleton: Skeleton) -> dict[str, Tensor]:
         "positions_3T": batch.positions_3T,
         "document_T": document_T,
         "branch_T": branch_T,
-        "pixels_PD": skeleton.model.normalise(batch.pixels_PD),
+        "pixels_PD": model.normalise(batch.pixels_PD),
         "grid_thw": torch.tensor(batch.grids, dtype=torch.long).reshape(-1, 3),
         "seconds_per_grid": torch.tensor([plan.seconds_per_grid for plan in plans], dtype=torch.float64),
         "frame_times_s": torch.tensor(times, dtype=torch.float64),
@@ -116,7 +117,7 @@ def forward_tensors(batch: Batch, config: Config) -> dict[str, Tensor]:
     adapter = Path(config.model.adapter) if config.model.adapter else None
     base, cpu = config.model, torch.device("cpu")
     loaded = load_model(base.path, adapter, torch.float32, cpu, None, None, base.quantize, base.rope_factor)
-    model = loaded.skeleton.model
+    model = loaded.model
     with torch.no_grad():
         return {
             "loss_sum": cross_entropy(model, batch),

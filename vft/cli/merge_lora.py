@@ -36,16 +36,16 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
     checkpoint = Pretrained.open(base, recorded(adapter_folder).get("rope_factor"))
-    skeleton = build(checkpoint, torch.float32)
-    adapter = Adapter.open(adapter_folder, skeleton.model.spellings)
-    stored = stored_names(skeleton.model, checkpoint)
-    attach(skeleton.model, adapter, skeleton.components)
-    adapter.check(skeleton.model, checkpoint)
+    model = build(checkpoint, torch.float32)
+    adapter = Adapter.open(adapter_folder, model.spellings)
+    stored = stored_names(model, checkpoint)
+    attach(model, adapter)
+    adapter.check(model, checkpoint)
     with whole_folder(output) as folder:
         changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
-        copy_companions(checkpoint, folder, served_files(checkpoint, skeleton, about, generation))
+        copy_companions(checkpoint, folder, served_files(checkpoint, model, about, generation))
         _compare(checkpoint, folder)
     return changed
 

@@ -40,6 +40,7 @@ from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import converse, take
 from vft.distributed.process_group import World, make_mesh
 from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.models.quantization import is_packed, true_shapes
@@ -323,10 +324,10 @@ def differences(wanted: Setting, other: Setting) -> str:
     return " ".join(f"{key}={str(value).lower()}" for key, _, value in found)
 
 
-_MODELS: dict[str, Any] = {}
+_MODELS: dict[str, VideoLanguageModel] = {}
 
 
-def model_of(config: Config) -> Any:
+def model_of(config: Config) -> VideoLanguageModel:
     """The model on the meta device, with what is trained: to be looked at alone, for it is made once."""
     key = config.model_dump_json(include={"model", "lora", "train"})
     if key not in _MODELS:
@@ -334,15 +335,15 @@ def model_of(config: Config) -> Any:
     return _MODELS[key]
 
 
-def make_model(config: Config) -> Any:
+def make_model(config: Config) -> VideoLanguageModel:
     """A model on the meta device, from its own config.json or that of the released size, with what is trained."""
     path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Pretrained.open(path, config.model.rope_factor), dtype, config.model.quantize).model
+        model = build(Pretrained.open(path, config.model.rope_factor), dtype, config.model.quantize)
     else:
         model = build_model(MODELS[released], dtype, config.model.quantize, config.model.rope_factor)
-    choose_trainable(model, model.components, config.lora, config.model.train)
+    choose_trainable(model, config.lora, config.model.train)
     return model
 
 
@@ -361,7 +362,7 @@ def longest_row(setting: Setting) -> Batch:
     return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
 
 
-def sizes_of(setting: Setting, model: Any) -> dict[str, int]:
+def sizes_of(setting: Setting, model: VideoLanguageModel) -> dict[str, int]:
     """Bytes that stay on one GPU, by what they are, and those in its host's memory."""
     parallel = setting.config.parallel
     sizes = {"packed": 0, "weights": 0, "adapters": 0, "optimizer": 0, "host": 0}

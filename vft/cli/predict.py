@@ -195,7 +195,7 @@ def predict(arguments: argparse.Namespace) -> int:
             return 0
         mesh, quantize = make_mesh(world, 0), arguments.quantize
         loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, mesh, quantize=quantize)
-        answerer = Answerer(loaded.skeleton.model, loaded.encoder, config, info, pool, world)
+        answerer = Answerer(loaded.model, loaded.encoder, config, info, pool, world)
         return answer_items(answerer, left, arguments, file)
 
 

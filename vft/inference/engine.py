@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,8 +31,9 @@ from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of
 from vft.inference.generate import Sampling, generate
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
-from vft.models import Skeleton, build
+from vft.models import build
 from vft.models.attention import check_kernel
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, shard
 
@@ -125,7 +125,7 @@ class Answerer:
 
     def __init__(
         self,
-        model: Any,
+        model: VideoLanguageModel,
         encoder: ChatEncoder,
         config: DataConfig,
         info: Callable[[MediaRef], MediaInfo],
@@ -265,7 +265,7 @@ class Answerer:
 class LoadedModel:
     """A model for use, not for training."""
 
-    skeleton: Skeleton
+    model: VideoLanguageModel
     checkpoint: Pretrained
     encoder: ChatEncoder
 
@@ -288,23 +288,23 @@ def load_model(
     parallel = parallel or ParallelConfig()
     check_kernel(device, dtype)
     checkpoint = Pretrained.open(path, trained_rope_factor(adapter, rope_factor))
-    skeleton = build(checkpoint, dtype, quantize)
-    files = None if adapter is None else Adapter.open(adapter, skeleton.model.spellings)
-    base_names = frozenset(name for name, _ in skeleton.model.named_parameters())
+    model = build(checkpoint, dtype, quantize)
+    files = None if adapter is None else Adapter.open(adapter, model.spellings)
+    base_names = frozenset(name for name, _ in model.named_parameters())
     if files is not None:
-        attach(skeleton.model, files, skeleton.components)
-        files.check(skeleton.model, checkpoint)
-    skeleton.model.requires_grad_(False)
+        attach(model, files)
+        files.check(model, checkpoint)
+    model.requires_grad_(False)
     # Whole copies side by side need nothing of each other: nothing is trained.
     if mesh is not None and (mesh.size(1) > 1 or parallel.offload != "none"):
-        shard(skeleton.model, mesh, dtype, parallel)
-    materialise(skeleton.model, device, parallel)
-    extra = frozenset(name for name, _ in skeleton.model.named_parameters()) - base_names
-    load_weights(skeleton.model, checkpoint, extra, show_progress=mesh is None or mesh.get_rank() == 0)
+        shard(model, mesh, dtype, parallel)
+    materialise(model, device, parallel)
+    extra = frozenset(name for name, _ in model.named_parameters()) - base_names
+    load_weights(model, checkpoint, extra, show_progress=mesh is None or mesh.get_rank() == 0)
     if files is not None:
-        files.load_into(skeleton.model)
-    skeleton.model.eval()
-    return LoadedModel(skeleton, checkpoint, ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids))
+        files.load_into(model)
+    model.eval()
+    return LoadedModel(model, checkpoint, ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids))
 
 
 def require_folder(path: Path | None, what: str) -> None:

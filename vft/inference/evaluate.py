@@ -45,6 +45,7 @@ from vft.distributed.process_group import World, all_of, sum_over_ranks
 from vft.inference.engine import Answerer, check_answer_length
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
+from vft.models.base import VideoLanguageModel
 from vft.models.cross_entropy import token_losses
 
 SCORED_BY = "sum of log-probabilities, closing token included"
@@ -281,7 +282,9 @@ class Best:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, held_out: Dataset, pool: WorkerPool, world: World, limit: int = 0) -> Interval | None:
+def held_out_loss(
+    model: VideoLanguageModel, held_out: Dataset, pool: WorkerPool, world: World, limit: int = 0
+) -> Interval | None:
     """Mean loss over the supervised tokens of (`limit`) held-out documents; None where nothing is readable.
 
     The interval is of documents drawn anew, those about one video together: their losses over their tokens.

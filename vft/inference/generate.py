@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from vft.common.types import Batch
 from vft.distributed.process_group import sum_over_ranks
 from vft.distributed.signals import asked, stop_if
 from vft.models.attention import build_plan, document_segments
+from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import KeyValueCache
 
 
@@ -47,7 +47,7 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: VideoLanguageModel,
     prompts: Batch,
     stop_ids: Collection[int],
     sampling: Sampling,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 from vft.common.types import IGNORE_INDEX, Batch, Document, Segment
 from vft.distributed.process_group import largest_over_ranks
 from vft.models.attention import build_plan
+from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import PrefixCache
 
 MAX_ROWS = 1024
@@ -74,7 +74,7 @@ def prefix_of(document: Document) -> Document:
 
 @torch.no_grad()
 def score_options(
-    model: Any,
+    model: VideoLanguageModel,
     trunks: Batch,
     documents: Sequence[Document],
     around: tuple[int, int],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +11,13 @@ from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
 from vft.models.llava_next_video import model as llava_next_video
 from vft.models.pretrained import Pretrained
-from vft.models.processor import VisionSpec
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
 from vft.models.qwen3_vl import model as qwen3_vl
 
 FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without weights, on the meta device, and what goes with it."""
-
-    model: VideoLanguageModel
-    spec: VisionSpec
-    components: Mapping[str, tuple[str, ...]]
-    """Trainable parts by prefixes of parameter names; the first that fits counts."""
-    peft_prefixes: Mapping[str, str]
-    """Prefix of a parameter's name here to its prefix in transformers' model, which PEFT's files use."""
-
-
-def build(checkpoint: Pretrained, dtype: torch.dtype, quantize: str = "none") -> Skeleton:
+def build(checkpoint: Pretrained, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
     """The model of `checkpoint` on the meta device with parameters and computation in `dtype`.
 
     With `quantize` = "nf4" the linears of its decoder layers are packed, to be frozen; the rest is as it was.
@@ -41,8 +26,7 @@ def build(checkpoint: Pretrained, dtype: torch.dtype, quantize: str = "none") ->
         raise UserError(
             f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
-    model = build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype, quantize)
-    return Skeleton(model, model.spec, model.components, model.peft_prefixes)
+    return build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype, quantize)
 
 
 def build_model(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from vft.common.types import Batch
 from vft.models.attention import attended_pairs
+from vft.models.base import VideoLanguageModel
 from vft.models.quantization import true_shapes
 
 RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
@@ -33,7 +34,7 @@ class FlopCounter:
     forward only (2 a weight).
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+    def __init__(self, model: VideoLanguageModel, checkpointing: str = "none") -> None:
         config = model.config
         products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() == 2}
         size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vft.config.run import ParallelConfig
 from vft.models.attention import check_kernel, has_kernel, varlen_attn
+from vft.models.base import VideoLanguageModel
 
 _SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -32,7 +33,7 @@ if varlen_attn is not None:  # importing it has registered the operator
 
 
 def parallelize(
-    model: Any, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype, device: torch.device
+    model: VideoLanguageModel, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Change `model`, to be run on `device`, in place; it is still on the meta device. Without a mesh (one process)
     nothing is sharded."""
@@ -42,12 +43,12 @@ def parallelize(
         # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
         # loop over what a row is made of, which would be compiled for every row.
         for layer in model.decoder.layers:
-            (layer if has_kernel(device, dtype) else layer.mlp).compile(dynamic=True)
+            (layer if has_kernel(device, dtype) else layer.get_submodule("mlp")).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype, config)
 
 
-def checkpoint_activations(model: Any, decoder: str, encoder: str = "same") -> None:
+def checkpoint_activations(model: VideoLanguageModel, decoder: str, encoder: str = "same") -> None:
     """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
     whole layers (`full`). `encoder` is for a trained vision encoder; a frozen one keeps nothing anyway."""
     _checkpoint_layers(model.decoder.layers, decoder)
@@ -92,7 +93,7 @@ def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConfig) -> None:
+def shard(model: VideoLanguageModel, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConfig) -> None:
     """FSDP2 over the (replicate, shard) mesh: one group a decoder layer, the rest in the root.
 
     Frozen weights keep their dtype and trainable ones are cast to `dtype` on the way; gradients are reduced in
@@ -118,7 +119,7 @@ def shard(model: Any, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConf
     _keep_on_host(layers, {id(p) for module in away for p in module.parameters(recurse=False)})
 
 
-def offloaded(model: Any, config: ParallelConfig) -> list[nn.Module]:
+def offloaded(model: VideoLanguageModel, config: ParallelConfig) -> list[nn.Module]:
     """Modules of the decoder's layers whose own parameters lie in the host's memory between uses: frozen matrices."""
     if config.offload == "none":
         return []
@@ -142,7 +143,7 @@ def _groups(layer: Any) -> Any:
     return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
 
 
-def materialise(model: Any, device: torch.device, config: ParallelConfig) -> None:
+def materialise(model: VideoLanguageModel, device: torch.device, config: ParallelConfig) -> None:
     """Memory without values for a model on the meta device: on `device`, in the host's where it is offloaded."""
     away = set(offloaded(model, config))
     for module in reversed(list(model.modules())):  # a group's module last: it takes note of its new parameters

@@ -30,7 +30,7 @@ from vft.data.dataset import Dataset
 from vft.data.packing import PackPlan, collate
 from vft.distributed.process_group import World, local_part
 from vft.models.attention import planning_for, prepare
-from vft.models.base import Objective
+from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import RECOMPUTED
 from vft.parallel.parallelize import checkpoint_activations, materialise, offloaded, shard
 
@@ -41,7 +41,7 @@ GIB = 1 << 30
 
 def resolve_checkpointing(
     config: ParallelConfig,
-    model: Any,
+    model: VideoLanguageModel,
     objective: Objective,
     row: Batch | None,
     world: World,
@@ -73,7 +73,7 @@ def resolve_checkpointing(
     )
 
 
-def memory_preflight(model: Any, objective: Objective, row: Batch, device: torch.device) -> str:
+def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> str:
     """Forward and backward of a row whose gradients are thrown away; says what they took. UserError where the device's
     memory is not enough. With a sharded model every process must call it."""
     began = time.perf_counter()
@@ -112,7 +112,7 @@ def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
     return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))  # it is kept: one patch stands for all
 
 
-def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None) -> int:
+def resident_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig | None = None) -> int:
     """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
 
     With several devices the layer at work and the next are gathered, or all of them; of weights in the host's memory
@@ -131,36 +131,36 @@ def resident_bytes(model: Any, shards: int, config: ParallelConfig | None = None
     return total + copied_bytes(model, shards, config)
 
 
-def shares(model: Any, shards: int) -> list[tuple[nn.Parameter, int]]:
+def shares(model: VideoLanguageModel, shards: int) -> list[tuple[nn.Parameter, int]]:
     """Every parameter with the bytes of it that one of `shards` devices has."""
     whole = whole_on_each(model)
     return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
 
 
-def whole_on_each(model: Any) -> set[int]:
+def whole_on_each(model: VideoLanguageModel) -> set[int]:
     """Of parameters that are not sharded, `id`: a vision encoder in which nothing is trained."""
     return set() if model.media_trained else {id(p) for p in model.media_parameters()}
 
 
-def offloaded_parameters(model: Any, config: ParallelConfig) -> list[nn.Parameter]:
+def offloaded_parameters(model: VideoLanguageModel, config: ParallelConfig) -> list[nn.Parameter]:
     """Weights that lie in the host's memory between uses."""
     return [p for module in offloaded(model, config) for p in module.parameters(recurse=False)]
 
 
-def copied_bytes(model: Any, shards: int, config: ParallelConfig) -> int:
+def copied_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig) -> int:
     """A device's share of two layers from the host's memory: of the one to be gathered, and of the next."""
     away = {id(p) for p in offloaded_parameters(model, config)}
     layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.decoder.layers]
     return 2 * -(-max(layers) // shards)
 
 
-def step_bytes(model: Any, objective: Objective, row: Batch, device: torch.device) -> int:
+def step_bytes(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> int:
     """Peak of what forward and backward of one row hold beside the weights, gradients among it."""
     return run_step(model, objective, row, device).peak
 
 
 def run_step(
-    model: Any,
+    model: VideoLanguageModel,
     objective: Objective,
     row: Batch,
     device: torch.device,

@@ -9,11 +9,11 @@ products, so the slowest of them is the step's time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from vft.common.device_specs import Card
 from vft.common.types import Batch
 from vft.config.run import Config
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.preparation.memory import offloaded_parameters, whole_on_each
 
@@ -78,7 +78,7 @@ class StepTime:
         return max(parts, key=parts.__getitem__)
 
 
-def traffic_of(model: Any, config: Config, gpus: int, row: Batch) -> Traffic:
+def traffic_of(model: VideoLanguageModel, config: Config, gpus: int, row: Batch) -> Traffic:
     """Bytes of one step of rows like `row`. `model` has what is trained settled; it may be on the meta device."""
     rows = config.train.packs_per_step // gpus
     shards = config.parallel.shard or gpus
@@ -107,7 +107,9 @@ def traffic_of(model: Any, config: Config, gpus: int, row: Batch) -> Traffic:
     )
 
 
-def step_time(model: Any, config: Config, row: Batch, cluster: Cluster, card: Card, efficiency: float) -> StepTime:
+def step_time(
+    model: VideoLanguageModel, config: Config, row: Batch, cluster: Cluster, card: Card, efficiency: float
+) -> StepTime:
     """Seconds of one step of rows like `row`; `efficiency` is the assumed share of the card's peak.
 
     A ring through hosts of g GPUs with a network card each moves a g-th of its bytes through each of the cards."""

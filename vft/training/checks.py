@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from vft.adapters.lora import Components, component_of
+from vft.adapters.lora import component_of
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.distributed.process_group import all_of, local_part, sum_over_ranks
+from vft.models.base import VideoLanguageModel
 
 IDENTITY = {
     "data": "the samples, their texts or lengths",
@@ -169,9 +170,7 @@ class NotFinite:
         return True
 
 
-def check_first_step(
-    model: Any, components: Components, loss: float, had_media: bool, say: Callable[[str], None]
-) -> None:
+def check_first_step(model: VideoLanguageModel, loss: float, had_media: bool, say: Callable[[str], None]) -> None:
     """Weights that were never loaded, and adapters or components that get no gradient: both train on without a word.
 
     Call it between the first backward pass and the first update; every process must. UserError for a sure sign, a
@@ -193,6 +192,6 @@ def check_first_step(
         return
     sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
     for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
-        component = component_of(name, components)
+        component = component_of(name, model.components)
         if size == 0 and (component == "language_model" or had_media):
             raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({component})")

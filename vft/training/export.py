@@ -11,7 +11,7 @@ from vft.common.task import Task
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
 from vft.distributed.heartbeat import main_process_work
-from vft.models import Skeleton
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, export_model
 from vft.reporting.serving import greedy, processor_files
 
@@ -20,7 +20,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 
 @main_process_work("writing an export")
 def export(
-    skeleton: Skeleton,
+    model: VideoLanguageModel,
     checkpoint: Pretrained,
     config: Config,
     task: Task,
@@ -43,21 +43,21 @@ def export(
         "image": config.data.image.model_dump(mode="json", exclude_none=True),
     }
     if config.lora is not None:
-        export_adapter(skeleton.model, target, config.lora, config.model.path, skeleton.peft_prefixes, about, write)
+        export_adapter(model, target, config.lora, config.model.path, about, write)
     else:
         about |= {"merged": merged_into(checkpoint)}
-        export_model(skeleton.model, checkpoint, target, served_files(checkpoint, skeleton, about), write)
+        export_model(model, checkpoint, target, served_files(checkpoint, model, about), write)
 
 
 def served_files(
-    checkpoint: Pretrained, skeleton: Skeleton, about: Mapping[str, Any], generation: str = "greedy"
+    checkpoint: Pretrained, model: VideoLanguageModel, about: Mapping[str, Any], generation: str = "greedy"
 ) -> dict[str, Mapping[str, Any]]:
     """JSON files, by name, that a whole model has in the place of its release's: `about`, the facts of the training,
     and what makes others sample text, frames and pixels as training and evaluation did. With `generation` = "base"
     text is sampled as the release has it."""
     files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
     if generation == "greedy":
-        end_ids = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids).end_ids
+        end_ids = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids).end_ids
         files["generation_config.json"] = greedy(checkpoint.json_file("generation_config.json"), end_ids)
     if about.get("video"):  # nothing is known of what another program's adapter was trained on
         release = {name: checkpoint.json_file(name) for name in PROCESSOR_FILES}

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from vft.adapters.lora import LORA_B, MAGNITUDE, Components, component_of
+from vft.adapters.lora import LORA_B, MAGNITUDE, component_of
 from vft.config.run import LoraConfig, TrainConfig
 from vft.distributed.process_group import full_tensor
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, components: Components | None = None, lora: LoraConfig | None = None
+    model: nn.Module,
+    config: TrainConfig,
+    components: Mapping[str, tuple[str, ...]] | None = None,
+    lora: LoraConfig | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (norms, biases, DoRA's magnitudes) are not decayed.
 
@@ -48,7 +51,7 @@ def build_optimizer(
     return optimizer
 
 
-def _share_of_component(name: str, config: TrainConfig, components: Components) -> float:
+def _share_of_component(name: str, config: TrainConfig, components: Mapping[str, tuple[str, ...]]) -> float:
     rates: Mapping[Any, float] = config.component_learning_rates
     return rates.get(component_of(name, components), config.learning_rate) / config.learning_rate if rates else 1.0
 

@@ -47,7 +47,8 @@ from vft.inference.evaluate import (
     questions_digest,
 )
 from vft.inference.generate import Sampling
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, parallelize, sync_gradients
@@ -80,8 +81,8 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     check_output_dir(config)
     require_boards(config)
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
-    skeleton = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
-    encoder = ChatEncoder(checkpoint.tokenizer, skeleton.spec, checkpoint.end_ids, config.data.learn_reasoning)
+    model = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
+    encoder = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids, config.data.learn_reasoning)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
@@ -95,7 +96,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
         WorkerPool(data.workers, data.decode_timeout_s) as pool,
         open_streams(data, make, encoder, pool, slots, config.seed) as streams,
     ):
-        trainer = Trainer(task, config, world, checkpoint, skeleton, documents, streams, held_out, pool)
+        trainer = Trainer(task, config, world, checkpoint, model, documents, streams, held_out, pool)
         if dry:
             trainer.memory_preflight()
         else:
@@ -115,14 +116,14 @@ class Trainer:
         config: Config,
         world: World,
         checkpoint: Pretrained,
-        skeleton: Skeleton,
+        model: VideoLanguageModel,
         documents: Dataset,
         streams: Streams | None,
         held_out: Dataset | None,
         pool: WorkerPool,
     ) -> None:
         self.task, self.config, self.world, self.pool = task, config, world, pool
-        self.checkpoint, self.skeleton, self.model = checkpoint, skeleton, skeleton.model
+        self.checkpoint, self.model = checkpoint, model
         self.documents, self.streams, self.held_out = documents, streams, held_out
         if streams is not None:
             documents.bad += [item for archives in streams.archives for item in archives.bad]
@@ -167,7 +168,7 @@ class Trainer:
     def prepare_model(self) -> None:
         """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
         config, model = self.config, self.model
-        rows = choose_trainable(model, self.skeleton.components, config.lora, config.model.train)
+        rows = choose_trainable(model, config.lora, config.model.train)
         shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
         self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
         told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
@@ -188,10 +189,10 @@ class Trainer:
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
             initialise(model, config.seed)
             if config.model.adapter:
-                start_from(model, config.model, model.spellings, self.checkpoint)
+                start_from(model, config.model, self.checkpoint)
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config.train, self.skeleton.components, config.lora)
+        self.optimizer = build_optimizer(model, config.train, model.components, config.lora)
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
@@ -255,7 +256,7 @@ class Trainer:
             self.monitor.close()
         self.export()
         if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
-            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.skeleton.spec)}")
+            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.model.spec)}")
 
     def train(self) -> None:
         """The steps that are left. Stopped, in all processes alike, where one of them is to stop."""
@@ -302,7 +303,7 @@ class Trainer:
         if not skipped and result.counts["num_targets"]:  # without any, momentum alone would move the weights
             if not self.has_updated:
                 had_media = result.counts["patches"] > 0
-                check_first_step(self.model, self.skeleton.components, result.loss, had_media, self.monitor.say)
+                check_first_step(self.model, result.loss, had_media, self.monitor.say)
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
@@ -446,7 +447,7 @@ class Trainer:
         """What others read, in `folder` or in the run's own."""
         target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
         asked = self.asked().facts()
-        export(self.skeleton, self.checkpoint, self.config, self.task, asked, self.step, target, self.world.is_main)
+        export(self.model, self.checkpoint, self.config, self.task, asked, self.step, target, self.world.is_main)
         if self.world.is_main:
             write_card(self.folder, target, self.step, self.checkpoint)
         self.monitor.say(f"wrote {target}")

@@ -25,7 +25,8 @@ from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, TrainConfig
 from vft.inference.engine import load_model
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import MODES, resident_bytes, step_bytes
@@ -46,14 +47,14 @@ def disturb(model: nn.Module, seed: int = 0) -> None:
             fill(parameter, parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def exported(tiny: Tiny, folder: Path, lora: LoraConfig) -> Skeleton:
+def exported(tiny: Tiny, folder: Path, lora: LoraConfig) -> VideoLanguageModel:
     """An adapter that was trained somewhat, in `folder`, and the model that it came from."""
-    skeleton, checkpoint = adapted(tiny, lora)
-    disturb(skeleton.model)
+    model, checkpoint = adapted(tiny, lora)
+    disturb(model)
     about = {"base_fingerprint": checkpoint.fingerprint}
-    export_adapter(skeleton.model, folder, lora, str(tiny.path), skeleton.peft_prefixes, about, write=True)
-    skeleton.model.eval()
-    return skeleton
+    export_adapter(model, folder, lora, str(tiny.path), about, write=True)
+    model.eval()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ layers beside PEFT
@@ -201,7 +202,7 @@ def test_peft_and_merging_agree_with_the_trained_model(
 ) -> None:
     """What is exported gives, on the base as it was, the logits of the model that was trained: in PEFT, in PEFT's
     merged model, loaded here, and merged here."""
-    ours = exported(tiny, tmp_path / "adapter", VARIANTS[name]).model
+    ours = exported(tiny, tmp_path / "adapter", VARIANTS[name])
     wanted = logits_of(ours, batch)
     assert difference(wanted, logits_of(tiny.ours(), batch)) > 0.05
     model = PeftModel.from_pretrained(tiny.load(tiny.path), str(tmp_path / "adapter"))
@@ -209,7 +210,7 @@ def test_peft_and_merging_agree_with_the_trained_model(
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key and "again" in key]
     assert difference(their_logits(model, batch, tiny), wanted) <= 2e-4
-    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU).skeleton.model
+    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU).model
     assert difference(logits_of(loaded, batch), wanted) <= 2e-4
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
     merged = tiny.load(tmp_path / "merged")
@@ -231,8 +232,8 @@ def test_every_variant_starts_as_the_base(
 ) -> None:
     """To the last bit; PEFT's PiSSA is off by what the residual loses in rounding."""
     lora = VARIANTS[name]
-    plain = load_prepared(tiny.path, lambda it: None, dtype)[0].model
-    model = load_prepared(tiny.path, lambda it: choose_trainable(it.model, it.components, lora, ()), dtype)[0].model
+    plain = load_prepared(tiny.path, lambda it: None, dtype)[0]
+    model = load_prepared(tiny.path, lambda it: choose_trainable(it, lora, ()), dtype)[0]
     from vft.adapters.lora import initialise
 
     initialise(model, 0)
@@ -244,7 +245,7 @@ def test_pissa_of_peft_starts_where_ours_does(tiny: Tiny) -> None:
     model, _ = adapted(tiny, lora)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": r".*(q_proj|qkv)"}
     theirs = get_peft_model(tiny.load(tiny.path), PeftConfig(init_lora_weights="pissa", **settings))
-    found = {n: m for n, m in model.model.named_modules() if isinstance(m, LoRALinear)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     assert len(found) == 6
     for name, layer in found.items():
         prefix = next(p for p in model.peft_prefixes if name.startswith(p))
@@ -269,7 +270,7 @@ def test_recomputing_changes_nothing(tiny: Tiny, batch: Batch, name: str, mode: 
     lora = VARIANTS[name].model_copy(update={"dropout": 0.2})
     results = []
     for one in ("none", mode):
-        model = adapted(tiny, lora)[0].model
+        model = adapted(tiny, lora)[0]
         disturb(model)
         checkpoint_activations(model, one)
         torch.manual_seed(0)
@@ -277,18 +278,18 @@ def test_recomputing_changes_nothing(tiny: Tiny, batch: Batch, name: str, mode: 
     assert torch.equal(results[0][0], results[1][0])
     assert_same_gradients(results[1][1], results[0][1])
     made = build(Pretrained.open(str(tiny.path)), torch.float32)
-    choose_trainable(made.model, made.components, lora, ())
-    checkpoint_activations(made.model, mode)
+    choose_trainable(made, lora, ())
+    checkpoint_activations(made, mode)
     weights = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
-    assert resident_bytes(made.model, 1) == weights
+    assert resident_bytes(made, 1) == weights
     model.zero_grad()
-    planned = step_bytes(made.model, cross_entropy, batch, CPU)
+    planned = step_bytes(made, cross_entropy, batch, CPU)
     assert planned == pytest.approx(allocated_peak(lambda: cross_entropy(model, batch).backward()), rel=0.03)
 
 
 def test_lengths_are_kept_only_while_a_model_answers(tiny: Tiny, batch: Batch) -> None:
     """After a step between two evaluations the second one sees it."""
-    model = adapted(tiny, VARIANTS["dora"])[0].model
+    model = adapted(tiny, VARIANTS["dora"])[0]
     disturb(model)
     model.eval()
     before = logits_of(model, batch)
@@ -339,13 +340,11 @@ def test_adapters_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -
     wanted = their_logits(theirs, batch, tiny)
     assert difference(wanted, their_logits(tiny.theirs, batch, tiny)) > 0.05
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.skeleton.model, batch), wanted) <= 2e-4
+    assert difference(logits_of(loaded.model, batch), wanted) <= 2e-4
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
     assert difference(their_logits(tiny.load(tmp_path / "merged"), batch, tiny), wanted) <= 2e-4
     ranks = {t.shape[0] for n, t in theirs.named_parameters() if n.endswith("lora_A.default.weight")}
-    assert {
-        rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.skeleton.model.spellings).layers.values()
-    } == (ranks)
+    assert {rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.model.spellings).layers.values()} == (ranks)
     assert len(ranks) == (4 if name == "patterns" else 1)
 
 
@@ -356,7 +355,7 @@ def test_pissa_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
     theirs = peft_adapter(tiny, tmp_path / "adapter", config, **converted)
     wanted = their_logits(theirs, batch, tiny)
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.skeleton.model, batch), wanted) <= 2e-4
+    assert difference(logits_of(loaded.model, batch), wanted) <= 2e-4
     peft_adapter(tiny, tmp_path / "as it is", config)
     with pytest.raises(UserError, match=r"init_lora_weights = 'pissa': .*path_initial_model_for_weight_conversion"):
         load_model(str(tiny.path), tmp_path / "as it is", torch.float32, CPU)
@@ -394,7 +393,7 @@ def test_lengths_that_are_missing(tiny: Tiny, tmp_path: Path) -> None:
 def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
     """To the last bits; with other settings it would be another function, and is refused with both values."""
     ours = exported(tiny, tmp_path / "adapter", VARIANTS["dora ranks rslora"])
-    files = Adapter.open(tmp_path / "adapter", ours.model.spellings)
+    files = Adapter.open(tmp_path / "adapter", ours.spellings)
     for change, named in (
         ({"dora": False}, "use_dora = True, but lora.dora = False"),
         ({"rslora": False}, "scale .* but .* by the"),
@@ -403,14 +402,14 @@ def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, 
         lora = VARIANTS["dora ranks rslora"].model_copy(update=change)
         other, checkpoint = adapted(tiny, lora)
         with pytest.raises(UserError, match=named):
-            files.check(other.model, checkpoint)
+            files.check(other, checkpoint)
     again, checkpoint = adapted(tiny, VARIANTS["dora ranks rslora"], seed=4)
-    files.check(again.model, checkpoint)
-    files.load_into(again.model)
-    attached, _ = load_prepared(tiny.path, lambda it: attach(it.model, files, it.components))
-    files.load_into(attached.model)
-    for model in (again.model.eval(), attached.model.eval()):
-        assert difference(logits_of(model, batch), logits_of(ours.model, batch)) <= 1e-5
+    files.check(again, checkpoint)
+    files.load_into(again)
+    attached, _ = load_prepared(tiny.path, lambda it: attach(it, files))
+    files.load_into(attached)
+    for model in (again.eval(), attached.eval()):
+        assert difference(logits_of(model, batch), logits_of(ours, batch)) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ patterns, rates
@@ -418,8 +417,8 @@ def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, 
 
 def test_ranks_by_pattern(tiny: Tiny, tmp_path: Path) -> None:
     """The first that fits counts, here and in PEFT's file; layer numbers are left open where all agree."""
-    skeleton = exported(tiny, tmp_path / "adapter", VARIANTS["ranks"])
-    layers = {n: m for n, m in skeleton.model.named_modules() if isinstance(m, LoRALinear)}
+    model = exported(tiny, tmp_path / "adapter", VARIANTS["ranks"])
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     for name, layer in layers.items():
         rank = 6 if name.endswith("q_proj") else 3 if ".layers.1." in name else 2
         assert (layer.lora_A.out_features, layer.scale) == (rank, 7.5 / rank), name
@@ -433,7 +432,7 @@ def test_ranks_by_pattern(tiny: Tiny, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"ranks": {"language_model.qkv": 3}}, r"lora\.ranks = 'language_model.qkv': matches no linear layer"),
-        ({"ranks": {"projector.*": 3}}, r"lora\.ranks = 'merger\.\*': none of its layers is among lora\.targets"),
+        ({"ranks": {"projector.*": 3}}, r"lora\.ranks = 'projector\.\*': none of its layers is among lora\.targets"),
         (
             {"alphas": {"language_model.*": 3.0, "language_model.q_proj": 4.0}},
             r"lora\.alphas = 'language_model.q_proj': patterns before it match all of its layers",
@@ -447,7 +446,7 @@ def test_ranks_by_pattern(tiny: Tiny, tmp_path: Path) -> None:
 def test_patterns_that_decide_nothing(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     made = build(Pretrained.open(str(tiny.path)), torch.float32)
     with pytest.raises(UserError, match=message):
-        choose_trainable(made.model, made.components, LoraConfig(**settings), ())
+        choose_trainable(made, LoraConfig(**settings), ())
 
 
 def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
@@ -458,8 +457,8 @@ def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, fl
 @pytest.mark.parametrize("dora", [False, True])
 def test_loraplus_groups_are_pefts(tiny: Tiny, dora: bool) -> None:
     lora = LoraConfig(rank=4, targets=("language_model.q_proj",), loraplus_ratio=16, dora=dora)
-    skeleton, _ = adapted(tiny, lora)
-    optimizer = build_optimizer(skeleton.model, TrainConfig(learning_rate=1e-3), skeleton.components, lora)
+    model, _ = adapted(tiny, lora)
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-3), model.components, lora)
     set_learning_rate(optimizer, 1e-3)
     settings = PeftConfig(r=4, target_modules=r".*language_model.*q_proj", use_dora=dora)
     theirs = get_peft_model(tiny.load(tiny.path), settings)
@@ -470,8 +469,8 @@ def test_loraplus_groups_are_pefts(tiny: Tiny, dora: bool) -> None:
         renamed = {n.replace("magnitude_vector.default.weight", "magnitude_change"): r for n, r in rates.items()}
         return {n.replace(".default", "").split("layers.")[1]: r for n, r in renamed.items()}
 
-    assert short(rates_of(optimizer, skeleton.model)) == pytest.approx(short(rates_of(wanted, theirs)))
-    assert len(rates_of(optimizer, skeleton.model)) == 3 * (3 if dora else 2)
+    assert short(rates_of(optimizer, model)) == pytest.approx(short(rates_of(wanted, theirs)))
+    assert len(rates_of(optimizer, model)) == 3 * (3 if dora else 2)
     decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in [g["params"][0].dim()]}
     assert decay[2] == TrainConfig().weight_decay and decay.get(1, 0.0) == 0.0
 
@@ -488,14 +487,11 @@ def test_learning_rates_of_towers(tiny: Tiny, settings: dict[str, Any]) -> None:
     """AdamW's first step moves every weight by its learning rate, whatever the gradient: so they can be read off."""
     rates = {"learning_rate": 1e-2, "component_learning_rates": {"vision_encoder": 1e-3}, "eps": 1e-30}
     config = Config.model_validate({"output_dir": "x", "train": rates, **settings})
-    skeleton, _ = load_prepared(
-        tiny.path, lambda it: choose_trainable(it.model, it.components, config.lora, config.model.train)
-    )
-    model = skeleton.model
+    model, _ = load_prepared(tiny.path, lambda it: choose_trainable(it, config.lora, config.model.train))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.ones_like(parameter))
-    optimizer = build_optimizer(model, config.train, skeleton.components, config.lora)
+    optimizer = build_optimizer(model, config.train, model.components, config.lora)
     set_learning_rate(optimizer, 0.5 * 1e-2)  # as in the middle of a decay
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None

@@ -24,7 +24,7 @@ from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import LoraConfig
 from vft.inference.engine import load_model
-from vft.models import Skeleton
+from vft.models.base import VideoLanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
             fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def export(tiny: Tiny, folder: Path, lora: LoraConfig) -> Skeleton:
+def export(tiny: Tiny, folder: Path, lora: LoraConfig) -> VideoLanguageModel:
     """An adapter in `folder`, as training leaves it, and the model that it came from."""
-    skeleton, checkpoint = adapted(tiny, lora)
-    train_a_little(skeleton.model)
+    model, checkpoint = adapted(tiny, lora)
+    train_a_little(model)
     about = {"base_fingerprint": checkpoint.fingerprint, "task": "caption"}
-    export_adapter(skeleton.model, folder, lora, str(tiny.path), skeleton.peft_prefixes, about, write=True)
-    skeleton.model.eval()
-    return skeleton
+    export_adapter(model, folder, lora, str(tiny.path), about, write=True)
+    model.eval()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------- written here
@@ -64,7 +64,7 @@ EXPORTS = {
 @pytest.mark.parametrize("name", EXPORTS)
 def test_peft_loads_what_is_exported(each_tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
     """Equal logits, every tensor taken, none missing, and not a word about them."""
-    ours = export(each_tiny, tmp_path / "adapter", EXPORTS[name]).model
+    ours = export(each_tiny, tmp_path / "adapter", EXPORTS[name])
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -83,7 +83,7 @@ def test_peft_loads_what_is_exported(each_tiny: Tiny, batch: Batch, tmp_path: Pa
 def test_head_of_its_own(each_untied: Tiny, batch: Batch, tmp_path: Path) -> None:
     """lm_head is adapted where it is named."""
     lora = LoraConfig(rank=2, alpha=4, targets=("language_model.lm_head", "language_model.q_proj"))
-    ours = export(each_untied, tmp_path / "adapter", lora).model
+    ours = export(each_untied, tmp_path / "adapter", lora)
     model = PeftModel.from_pretrained(each_untied.load(each_untied.path), str(tmp_path / "adapter"))
     found = their_logits(model, batch, each_untied)
     assert difference(found, logits_of(ours, batch)) <= 1e-4
@@ -97,28 +97,28 @@ def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
     """Equal to the last bit; A is uniform in +-1/sqrt(in) and the same whatever the order of the targets."""
     targets = ("language_model.*", "vision_encoder.q*")
     first, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets))
-    assert torch.equal(logits_of(first.model, batch), logits_of(each_tiny.ours(), batch))
+    assert torch.equal(logits_of(first, batch), logits_of(each_tiny.ours(), batch))
     second, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets[::-1]))
     other, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets), seed=1)
-    matrices = {name: p for name, p in first.model.named_parameters() if name.endswith("lora_A.weight")}
-    assert len(matrices) == 3 * 7 + len(list(first.model.vision.blocks))
+    matrices = {name: p for name, p in first.named_parameters() if name.endswith("lora_A.weight")}
+    assert len(matrices) == 3 * 7 + len(list(first.vision.blocks))
     for name, a in matrices.items():
         bound = a.shape[1] ** -0.5
         assert 0.8 * bound < float(a.detach().abs().max()) <= bound
-        assert torch.equal(a, second.model.get_parameter(name))
-        assert not torch.equal(a, other.model.get_parameter(name))
+        assert torch.equal(a, second.get_parameter(name))
+        assert not torch.equal(a, other.get_parameter(name))
     assert len({tuple(a.flatten()[:4].tolist()) for a in matrices.values()}) == len(matrices)
 
 
 def test_dropout_is_off_when_the_model_answers(each_tiny: Tiny, batch: Batch) -> None:
-    skeleton, _ = adapted(each_tiny, LoraConfig(rank=4, dropout=0.5))
-    train_a_little(skeleton.model)
-    skeleton.model.train()
+    model, _ = adapted(each_tiny, LoraConfig(rank=4, dropout=0.5))
+    train_a_little(model)
+    model.train()
     torch.manual_seed(0)
-    dropped = logits_of(skeleton.model, batch)
-    skeleton.model.eval()
-    whole = logits_of(skeleton.model, batch)
-    assert torch.equal(whole, logits_of(skeleton.model, batch)) and difference(whole, dropped) > 0.01
+    dropped = logits_of(model, batch)
+    model.eval()
+    whole = logits_of(model, batch)
+    assert torch.equal(whole, logits_of(model, batch)) and difference(whole, dropped) > 0.01
 
 
 # -------------------------------------------------------------------------------------------------- written by PEFT
@@ -151,8 +151,8 @@ def test_adapters_of_peft(each_tiny: Tiny, batch: Batch, tmp_path: Path, name: s
     wanted = their_logits(theirs, batch, each_tiny)
     assert difference(wanted, their_logits(each_tiny.theirs, batch, each_tiny)) > 0.05
     loaded = load_model(str(each_tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.skeleton.model, batch), wanted) <= 1e-4
-    adapters = [m for m in loaded.skeleton.model.modules() if isinstance(m, LoRALinear)]
+    assert difference(logits_of(loaded.model, batch), wanted) <= 1e-4
+    adapters = [m for m in loaded.model.modules() if isinstance(m, LoRALinear)]
     pairs = [n for n, _ in theirs.named_parameters() if n.endswith("lora_A.default.weight")]
     assert len(adapters) == len(pairs) > 0
     assert merge(str(each_tiny.path), tmp_path / "adapter", tmp_path / "merged") == len(pairs)
@@ -258,17 +258,16 @@ def test_adapter_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, fault:
 # ------------------------------------------------------------------------------------------------- what is trained
 
 
-def skeleton_of(tiny: Tiny) -> Skeleton:
+def built(tiny: Tiny) -> VideoLanguageModel:
     return load_prepared(tiny.path, lambda it: None)[0]
 
 
 def test_targets(tiny: Tiny) -> None:
     """Anchored to an encoder: names that two components share match in one alone."""
-    skeleton = skeleton_of(tiny)
-    model, components = skeleton.model, skeleton.components
+    model = built(tiny)
 
     def names(pattern: str) -> list[str]:
-        return match_targets(model, [pattern], components)[pattern]
+        return match_targets(model, [pattern])[pattern]
 
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     in_layers = [n for n in linears if n.startswith("model.layers.")]
@@ -282,8 +281,8 @@ def test_targets(tiny: Tiny) -> None:
 
 
 def test_head_is_never_matched_by_a_star(tiny_untied: Tiny) -> None:
-    skeleton = skeleton_of(tiny_untied)
-    matched = match_targets(skeleton.model, ["language_model.*", "language_model.lm_head"], skeleton.components)
+    model = built(tiny_untied)
+    matched = match_targets(model, ["language_model.*", "language_model.lm_head"])
     assert "lm_head" not in matched["language_model.*"] and matched["language_model.lm_head"] == ["lm_head"]
 
 
@@ -292,9 +291,9 @@ def test_head_is_never_matched_by_a_star(tiny_untied: Tiny) -> None:
 )
 def test_pattern_that_matches_nothing(tiny: Tiny, pattern: str) -> None:
     """A head that is tied has no layer to adapt."""
-    skeleton = skeleton_of(tiny)
+    model = built(tiny)
     with pytest.raises(UserError, match="matches no linear layer") as caught:
-        match_targets(skeleton.model, ["language_model.q_proj", pattern], skeleton.components)
+        match_targets(model, ["language_model.q_proj", pattern])
     assert pattern in str(caught.value)
 
 
@@ -302,25 +301,21 @@ def test_table_of_targets(tiny: Tiny) -> None:
     """Rows add up to what is trained, by the shapes: rank x (in + out) for each layer."""
     tables: list[Any] = []
     lora = LoraConfig(rank=5, targets=("language_model.q_proj", "projector.*"))
-    skeleton, _ = load_prepared(
-        tiny.path, lambda it: tables.append(choose_trainable(it.model, it.components, lora, ()))
-    )
+    model, _ = load_prepared(tiny.path, lambda it: tables.append(choose_trainable(it, lora, ())))
     counts = [(row.modules, row.parameters) for row in tables[0]]
     assert counts == [(3, 3 * 5 * (64 + 64)), (2, 5 * (128 + 128) + 5 * (128 + 64))]
-    trained = {n: p for n, p in skeleton.model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == sum(count for _, count in counts)
     assert all(is_adapter(name) for name in trained)
 
 
 def test_adapters_are_float32_beside_bfloat16(each_bf16: Tiny, batch: Batch) -> None:
     lora = LoraConfig(rank=4)
-    skeleton, _ = load_prepared(
-        each_bf16.path, lambda it: choose_trainable(it.model, it.components, lora, ()), torch.bfloat16
-    )
-    initialise(skeleton.model, 0)
-    dtypes = {is_adapter(n): p.dtype for n, p in skeleton.model.named_parameters()}
+    model, _ = load_prepared(each_bf16.path, lambda it: choose_trainable(it, lora, ()), torch.bfloat16)
+    initialise(model, 0)
+    dtypes = {is_adapter(n): p.dtype for n, p in model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    _, gradients = loss_and_gradients(skeleton.model, batch)
+    _, gradients = loss_and_gradients(model, batch)
     assert gradients and all(is_adapter(name) and g.dtype == torch.float32 for name, g in gradients.items())
 
 
@@ -334,14 +329,14 @@ COMPONENTS = ("language_model", "projector", "vision_encoder")
 def test_full_fine_tuning(each_tiny: Tiny, batch: Batch, train: Sequence[str], media: bool) -> None:
     """Exactly the named parts get gradients, those that transformers' model has; a row without media gives the
     encoder's all the same, zero, so that no process waits for another's."""
-    skeleton, _ = load_prepared(each_tiny.path, lambda it: choose_trainable(it.model, it.components, None, train))
+    model, _ = load_prepared(each_tiny.path, lambda it: choose_trainable(it, None, train))
     if not media:
         plain = talk(("user", "Hello"), ("assistant", "Hi there."))
         batch = batch_of(each_tiny.encoder, ([plain], Media((), ())))
     prefixes = tuple(prefix for encoder in train for prefix in each_tiny.family.components[encoder])
-    expected = {name for name, _ in skeleton.model.named_parameters() if name.startswith(prefixes)}
+    expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     _, wanted = loss_and_gradients(each_tiny.ours(), batch)
-    _, found = loss_and_gradients(skeleton.model, batch)
+    _, found = loss_and_gradients(model, batch)
     assert found.keys() == expected
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
@@ -353,8 +348,8 @@ def test_full_fine_tuning(each_tiny: Tiny, batch: Batch, train: Sequence[str], m
 def test_adapter_of_a_training_run_can_be_gone_on_from(each_tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
     """`attach` and `load_into` give back what `export_adapter` wrote, to the last bit."""
     ours = export(each_tiny, tmp_path / "adapter", EXPORTS["all linears"])
-    files = Adapter.open(tmp_path / "adapter", ours.model.spellings)
-    again, _ = load_prepared(each_tiny.path, lambda it: attach(it.model, files, it.components))
-    files.load_into(again.model)
-    again.model.eval()
-    assert torch.equal(logits_of(again.model, batch), logits_of(ours.model, batch))
+    files = Adapter.open(tmp_path / "adapter", ours.spellings)
+    again, _ = load_prepared(each_tiny.path, lambda it: attach(it, files))
+    files.load_into(again)
+    again.eval()
+    assert torch.equal(logits_of(again, batch), logits_of(ours, batch))

@@ -41,14 +41,14 @@ print(peak_bytes() - before)
 
 def with_adapter(base: Path) -> Path:
     """An adapter of random values on every linear, in the folder of its base."""
-    skeleton = build(Pretrained.open(str(base)), torch.bfloat16)
+    model = build(Pretrained.open(str(base)), torch.bfloat16)
     lora = LoraConfig(rank=4, alpha=8)
-    choose_trainable(skeleton.model, skeleton.components, lora, ())
-    skeleton.model.to_empty(device="cpu")
-    for number, (name, parameter) in enumerate(skeleton.model.named_parameters()):
+    choose_trainable(model, lora, ())
+    model.to_empty(device="cpu")
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if is_adapter(name):
             fill(parameter, torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    export_adapter(skeleton.model, base / "adapter", lora, str(base), skeleton.peft_prefixes, {}, write=True)
+    export_adapter(model, base / "adapter", lora, str(base), {}, write=True)
     return base
 
 

@@ -326,13 +326,13 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
     logits are ours."""
     lora = LoraConfig(rank=2, alpha=4, targets=("language_model.q_proj",))
     checkpoint = Pretrained.open(str(tiny.path), rope_factor=3.0)
-    model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).skeleton.model
-    choose_trainable(model, model.components, lora, ())
+    model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).model
+    choose_trainable(model, lora, ())
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             torch.nn.init.normal_(parameter, 0.0, 0.1)
     about = {"base_fingerprint": checkpoint.fingerprint, "rope_factor": 3.0}
-    export_adapter(model, tmp_path / "adapter", lora, str(tiny.path), model.peft_prefixes, about, write=True)
+    export_adapter(model, tmp_path / "adapter", lora, str(tiny.path), about, write=True)
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
     batch = row(tiny, "video")
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
@@ -340,7 +340,7 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
     with torch.no_grad():
         plain, wanted = (every_logit(one, batch) for one in (tiny.ours(), model.eval()))
         theirs = tiny.load(tmp_path / "merged")(**tiny.inputs(batch)).logits[0]
-        for found in (theirs, every_logit(loaded.skeleton.model, batch), every_logit(again.skeleton.model, batch)):
+        for found in (theirs, every_logit(loaded.model, batch), every_logit(again.model, batch)):
             assert float((found - wanted).abs().max()) <= 1e-4
         assert float((wanted - plain).abs().max()) > 0.5
     assert again.encoder.spec.context_tokens == 3 * 4096

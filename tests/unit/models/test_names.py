@@ -89,9 +89,9 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 def adapter_of(tiny: Tiny, folder: Path) -> Path:
     """An adapter on attention, as another program leaves it: without a record of its base."""
-    skeleton, _ = adapted(tiny, ATTENTION)
-    train_a_little(skeleton.model)
-    export_adapter(skeleton.model, folder, ATTENTION, str(tiny.path), skeleton.peft_prefixes, {}, write=True)
+    model, _ = adapted(tiny, ATTENTION)
+    train_a_little(model)
+    export_adapter(model, folder, ATTENTION, str(tiny.path), {}, write=True)
     (folder / "vft.json").unlink()
     return folder
 
@@ -104,7 +104,7 @@ def test_every_spelling_of_a_checkpoint(each_untied: Tiny, family: str, tmp_path
         pytest.skip("another family's")
     base = shutil.copytree(each_untied.path, tmp_path / "base")
     rewrite(base, lambda name: respelled(name, prefixes))
-    wanted, found = each_untied.ours(), load_model(str(base), None, torch.float32, CPU).skeleton.model
+    wanted, found = each_untied.ours(), load_model(str(base), None, torch.float32, CPU).model
     for (name, one), (_, other) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     adapter = adapter_of(each_untied, tmp_path / "adapter")
@@ -122,7 +122,7 @@ def test_tables_of_angles_are_passed_over(tiny: Tiny, tmp_path: Path, name: str)
     """Of older transformers; they follow from the configuration."""
     base = shutil.copytree(tiny.path, tmp_path / "base")
     save_file({**load_file(base / SINGLE_FILE), name: torch.ones(4)}, base / SINGLE_FILE, metadata={"format": "pt"})
-    model = load_model(str(base), None, torch.float32, CPU).skeleton.model
+    model = load_model(str(base), None, torch.float32, CPU).model
     assert all(map(torch.equal, model.parameters(), tiny.ours().parameters()))
 
 
@@ -144,7 +144,7 @@ def test_a_tied_head_of_its_own_weights_is_refused(each_tiny: Tiny, family: str,
     for table in (config, config["text_config"]):
         table["tie_word_embeddings"] = False
     (base / "config.json").write_text(json.dumps(config))
-    found = dict(load_model(str(base), None, torch.float32, CPU).skeleton.model.named_parameters())
+    found = dict(load_model(str(base), None, torch.float32, CPU).model.named_parameters())
     assert torch.equal(next(tensor for name, tensor in found.items() if name.endswith("lm_head.weight")), other)
 
 
@@ -280,11 +280,11 @@ def test_an_adapter_is_not_merged_twice(each_bf16: Tiny, tmp_path: Path, told_by
             use()
     assert not (tmp_path / "twice").exists()
     there = Pretrained.open(str(tmp_path / "merged"))
-    model = build(there, torch.bfloat16).model
-    choose_trainable(model, model.components, ATTENTION, ())
+    model = build(there, torch.bfloat16)
+    choose_trainable(model, ATTENTION, ())
     settings = ModelConfig(path=there.path, adapter=str(adapter))
     with pytest.raises(UserError, match=r"is merged into .*merged' already"):  # training that goes on from it
-        start_from(model, settings, model.spellings, there)
+        start_from(model, settings, there)
     other = shutil.copytree(adapter, tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
     save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "adapter_model.safetensors")

@@ -168,7 +168,7 @@ def test_logits_are_those_of_transformers_on_rounded_weights(
                 count += 1
         assert count == 3 * 7
         wanted = theirs(**tiny.inputs(batch)).logits[0]
-        ours = load_model(str(tiny.path), None, torch.float32, CPU, quantize="nf4").skeleton.model
+        ours = load_model(str(tiny.path), None, torch.float32, CPU, quantize="nf4").model
         found, plain = every_logit(ours, batch), every_logit(tiny.ours(), batch)
     assert sum(map(nf4.is_packed, ours.parameters())) == count
     assert (found - wanted).abs().max() <= 1e-4
@@ -183,7 +183,7 @@ def test_error_of_the_logits_of_a_trained_model() -> None:
     encoder = loaded[0].encoder
     row = batch_of(encoder, ([conversation], Media.make(encoder.spec, [(VIDEO, VIDEO_INFO)])))
     with torch.no_grad():
-        exact, found = (every_logit(one.skeleton.model, row) for one in loaded)
+        exact, found = (every_logit(one.model, row) for one in loaded)
     error = float((found - exact).norm() / exact.norm())
     print(f"relative error of the logits: {error:.1%}")  # pytest -rP shows it
     assert 1e-3 < error < 0.2
@@ -191,16 +191,14 @@ def test_error_of_the_logits_of_a_trained_model() -> None:
 
 def adapted(tiny: Tiny, quantize: str) -> Any:
     """With adapters as after some training; those without `quantize` have the weights that NF4 stands for."""
-    skeleton, _ = load_prepared(
-        tiny.path, lambda it: choose_trainable(it.model, it.components, LORA, ()), torch.float32, quantize
-    )
-    initialise(skeleton.model, 0)
-    for number, (name, parameter) in enumerate(skeleton.model.named_parameters()):
+    model, _ = load_prepared(tiny.path, lambda it: choose_trainable(it, LORA, ()), torch.float32, quantize)
+    initialise(model, 0)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if is_adapter(name):
             fill(parameter, 0.1 * random(*parameter.shape, seed=number))
         elif ".layers." in name and name.endswith("_proj.weight") and not nf4.is_packed(parameter):
             parameter.data.copy_(nf4.unpack(nf4.pack(parameter), parameter.shape[1], torch.float32))
-    return skeleton.model
+    return model
 
 
 def long_row(tiny: Tiny, questions: Sequence[int] = (1, 2), frames: int = 6) -> Batch:
@@ -243,12 +241,12 @@ def test_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: N
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_is_that_of_a_real_step(tiny: Tiny, mode: str) -> None:
     row, planned = long_row(tiny, (1, 3), 16), build(Pretrained.open(str(tiny.path)), torch.float32, "nf4")
-    choose_trainable(planned.model, planned.components, LORA, ())
-    resident = resident_bytes(planned.model, 1)
-    checkpoint_activations(planned.model, mode)
+    choose_trainable(planned, LORA, ())
+    resident = resident_bytes(planned, 1)
+    checkpoint_activations(planned, mode)
     model = adapted(tiny, "nf4")
     checkpoint_activations(model, mode)
-    assert step_bytes(planned.model, cross_entropy, row, CPU) == pytest.approx(
+    assert step_bytes(planned, cross_entropy, row, CPU) == pytest.approx(
         allocated_peak(lambda: cross_entropy(model, row).backward()), rel=0.02
     )
     dense = adapted(tiny, "none")

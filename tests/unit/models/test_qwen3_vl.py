@@ -341,7 +341,7 @@ def test_released_sizes(size: str, whole: float, lora: float) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shapes == {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(whole, rel=3e-3)
-    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16, targets=("language_model.*",)), [])
+    (row,) = choose_trainable(model, LoraConfig(rank=16, targets=("language_model.*",)), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=5e-3)
     layers = [p for n, p in model.decoder.layers.named_parameters() if p.dim() == 2 and not p.requires_grad]
     assert FlopCounter(model).token == 4 * sum(p.numel() for p in layers) + 6 * row.parameters

@@ -58,7 +58,7 @@ def test_parameters(size: str, whole: float, linears: float, head: float, encode
     assert model.lm_head is not None
     assert millions(model.lm_head.parameters()) == pytest.approx(head, rel=1e-3)
     assert millions(model.visual.parameters()) == pytest.approx(encoder, rel=2e-3)
-    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, LoraConfig(rank=16), [])
     assert row.parameters / 1e6 == pytest.approx(lora, rel=2e-3)
 
 
@@ -79,7 +79,7 @@ def test_parameters_of_llava_next_video() -> None:
     }
     assert sum(counts.values()) == pytest.approx(7.06e9, rel=1e-3)
     assert model.spec.patch_features == 588
-    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, LoraConfig(rank=16), [])
     assert row.parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     counter = FlopCounter(model)
     assert counter.token == 4 * 32 * (4 * width**2 + 3 * width * 11008) + 6 * row.parameters
@@ -89,7 +89,7 @@ def test_parameters_of_llava_next_video() -> None:
 def test_flops(size: str, token: float, patch: float) -> None:
     """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen encoder's forward pass for each patch."""
     model = released(size)
-    (row,) = choose_trainable(model, model.components, LoraConfig(rank=16), [])
+    (row,) = choose_trainable(model, LoraConfig(rank=16), [])
     counter = FlopCounter(model)
     assert counter.token == pytest.approx(token + 6 * row.parameters, rel=3e-3)
     merger = 2 * sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2) / 4

@@ -30,7 +30,7 @@ from vft.config.run import LoraConfig
 from vft.data.dataset import Dataset
 from vft.data.media import patches as vision
 from vft.data.packing import collate, owners
-from vft.models import Skeleton
+from vft.models.base import VideoLanguageModel
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -92,11 +92,11 @@ def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:
 def adapted(tiny: Tiny) -> Any:
     """A model with an adapter on every linear layer of all its components, none of which is zero."""
 
-    def prepare(skeleton: Skeleton) -> None:
+    def prepare(model: VideoLanguageModel) -> None:
         targets = ("language_model.*", "vision_encoder.*", "projector.*")
-        choose_trainable(skeleton.model, skeleton.components, LoraConfig(rank=4, alpha=8, targets=targets), ())
+        choose_trainable(model, LoraConfig(rank=4, alpha=8, targets=targets), ())
 
-    model = load_prepared(tiny.path, prepare)[0].model
+    model = load_prepared(tiny.path, prepare)[0]
     initialise(model, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():

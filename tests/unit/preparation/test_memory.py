@@ -16,7 +16,8 @@ from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import World
-from vft.models import Skeleton, build
+from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
@@ -38,25 +39,25 @@ def long_row(tiny: Tiny, questions: Sequence[int] = (1, 3)) -> Batch:
     return batch_of(tiny.encoder, *rows)
 
 
-def skeleton_of(tiny: Tiny, train: Sequence[str] = ()) -> Skeleton:
+def built(tiny: Tiny, train: Sequence[str] = ()) -> VideoLanguageModel:
     """On the meta device, with adapters, or in full where parts are named."""
     made = build(Pretrained.open(str(tiny.path)), torch.float32)
-    choose_trainable(made.model, made.components, None if train else LoraConfig(rank=4), train)
+    choose_trainable(made, None if train else LoraConfig(rank=4), train)
     return made
 
 
 def real_model(tiny: Tiny, mode: str, train: Sequence[str] = ()) -> Any:
     lora = None if train else LoraConfig(rank=4)
-    prepared, _ = load_prepared(tiny.path, lambda made: choose_trainable(made.model, made.components, lora, train))
-    initialise(prepared.model, 0)
-    checkpoint_activations(prepared.model, mode)
-    return prepared.model
+    prepared, _ = load_prepared(tiny.path, lambda made: choose_trainable(made, lora, train))
+    initialise(prepared, 0)
+    checkpoint_activations(prepared, mode)
+    return prepared
 
 
 @pytest.mark.parametrize("train", [(), ("language_model", "vision_encoder", "projector")], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", MODES)
 def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence[str]) -> None:
-    row, planned = long_row(each_tiny), skeleton_of(each_tiny, train).model
+    row, planned = long_row(each_tiny), built(each_tiny, train)
     checkpoint_activations(planned, mode)
     model = real_model(each_tiny, mode, train)
     assert step_bytes(planned, cross_entropy, row, CPU) == pytest.approx(
@@ -72,7 +73,7 @@ def test_what_stays_is_counted(each_tiny: Tiny) -> None:
     optimizer = build_optimizer(model, TrainConfig())
     state = sum(x.numel() * x.element_size() for one in optimizer.state.values() for x in one.values() if x.dim())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert resident_bytes(skeleton_of(each_tiny).model, 1) == weights + state
+    assert resident_bytes(built(each_tiny), 1) == weights + state
 
 
 def test_auto_takes_what_fits(tiny: Tiny) -> None:
@@ -80,14 +81,14 @@ def test_auto_takes_what_fits(tiny: Tiny) -> None:
     text = [talk(("user", "What?"), ("assistant", "It moves. " * 100), id="text")]
     row, sizes = batch_of(tiny.encoder, (text, Media((), ()))), {}
     for mode in MODES:
-        model = skeleton_of(tiny).model
+        model = built(tiny)
         checkpoint_activations(model, mode)
         sizes[mode] = resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, CPU)
     assert sizes["none"] > sizes["mlp"] > sizes["full"] and sizes["none"] > sizes["selective"] > sizes["full"]
     for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
         told: list[str] = []
         config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
-        settled = resolve_checkpointing(config, skeleton_of(tiny).model, cross_entropy, row, ALONE, told.append)
+        settled = resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE, told.append)
         assert settled.activation_checkpointing == wanted and told[0].startswith(
             f"activation_checkpointing = {wanted}:"
         )
@@ -95,7 +96,7 @@ def test_auto_takes_what_fits(tiny: Tiny) -> None:
     with pytest.raises(
         UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
     ):
-        resolve_checkpointing(config, skeleton_of(tiny).model, cross_entropy, row, ALONE, told.append)
+        resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE, told.append)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])

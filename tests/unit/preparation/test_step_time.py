@@ -46,9 +46,9 @@ def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
     ref, info = medium("video", 4, 56, 56)
     media = Media.make(tiny.encoder.spec, [(ref, info)])
     row = batch_of(tiny.encoder, ([talk(("user", [ref, "What?"]), ("assistant", "It moves."))], media))
-    skeleton = build(Pretrained.open(str(tiny.path)), torch.bfloat16)
-    choose_trainable(skeleton.model, skeleton.components, config.lora, config.model.train)
-    return row, skeleton.model
+    model = build(Pretrained.open(str(tiny.path)), torch.bfloat16)
+    choose_trainable(model, config.lora, config.model.train)
+    return row, model
 
 
 def settings(tiny: Tiny, lora: bool = True, **parallel: object) -> Config:

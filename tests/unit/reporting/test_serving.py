@@ -85,8 +85,8 @@ def tensors_of(file: Path) -> dict[str, list[int]]:
 def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> None:
     """vllm/lora/peft_helper.py (fields), lora/lora_model.py and lora/utils.py (files, names of tensors)."""
     lora = LoraConfig.model_validate({"rank": 4, "alpha": 8, "init": kind})
-    skeleton, _ = adapted(each_tiny, lora)
-    export_adapter(skeleton.model, tmp_path / "adapter", lora, str(each_tiny.path), skeleton.peft_prefixes, {}, True)
+    model, _ = adapted(each_tiny, lora)
+    export_adapter(model, tmp_path / "adapter", lora, str(each_tiny.path), {}, True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int | float)
     assert isinstance(config["target_modules"], str | list) and config["target_modules"]
@@ -105,7 +105,7 @@ def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> 
         assert module.startswith("language_model.model.layers.") and module.rsplit(".", 1)[1] in LINEARS, module
         halves.setdefault(module, {})[half] = shape
     layers = {int(module.split(".")[3]) for module in halves}
-    assert layers == set(range(skeleton.model.config.layers)) and len(halves) == len(LINEARS) * len(layers)
+    assert layers == set(range(model.config.layers)) and len(halves) == len(LINEARS) * len(layers)
     for module, pair in halves.items():
         assert pair["lora_A"][0] == pair["lora_B"][1] == config["r"], module
 
@@ -187,8 +187,8 @@ def test_what_is_not_served(settings: dict[str, Any], served: bool) -> None:
 
 def merged(tiny: Tiny, folder: Path, about: dict[str, Any], generation: str = "greedy") -> Path:
     lora = LoraConfig(rank=4, alpha=8)
-    skeleton, _ = adapted(tiny, lora)
-    export_adapter(skeleton.model, folder / "adapter", lora, "base", skeleton.peft_prefixes, about, True)
+    model, _ = adapted(tiny, lora)
+    export_adapter(model, folder / "adapter", lora, "base", about, True)
     merge(str(tiny.path), folder / "adapter", folder / "merged", generation)
     return folder / "merged"
 
