@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torchcodec.encoders import VideoEncoder
 
-from tests.unit.data.test_vision import SPEC, plan_of
+from tests.helpers.patches import SPEC, plan_of
 from vft.common.types import MediaPlan, MediaRef
 from vft.config.data import DataConfig
-from vft.data.media import patches as vision
 from vft.data.media import video
 from vft.data.media.frame_cache import FrameCache
+from vft.data.media.patches import load_patches
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 
@@ -48,13 +48,13 @@ def film(path: Path, seed: int = 0, frames: int = 8) -> Path:
 
 
 def loaded(cache: FrameCache, plan: MediaPlan) -> Tensor:
-    """What a worker returns, in this process; what it has to say is said."""
+    """What a worker returns, run in this process."""
     with WorkerPool(0, 60.0) as pool:
         return cache.submit(pool, plan, SPEC).result().pixels_PD
 
 
 def decoded(plan: MediaPlan) -> Tensor:
-    return vision.load(plan, SPEC).pixels_PD
+    return load_patches(plan, SPEC).pixels_PD
 
 
 def overwrite(path: Path) -> None:
@@ -73,5 +73,5 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[MediaPlan]:
         seen.append(plan)
         return decode(plan, *args, **more)
 
-    monkeypatch.setattr(vision, "decode_chunks", counted)
+    monkeypatch.setattr("vft.data.media.patches.decode_chunks", counted)
     return seen

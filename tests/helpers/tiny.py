@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers.families import QWEN2_5_VL, Family
+from tests.helpers.patches import patches_of
 from vft.adapters.lora import component_of
 from vft.common.types import (
     Batch,
-    Clip,
     Conversation,
     Document,
     MediaInfo,
@@ -28,7 +28,6 @@ from vft.common.types import (
     VisionLimits,
 )
 from vft.data.chat import ChatEncoder
-from vft.data.media import patches as vision
 from vft.data.packing import collate
 from vft.inference.engine import load_model
 from vft.models import build
@@ -130,7 +129,7 @@ class Media:
         for plan in plans:
             shape = (len(plan.frame_indices), 3, plan.info.height, plan.info.width)
             pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            patches.append(vision.patchify(Clip(pixels, plan.frame_times_s), plan, spec))
+            patches.append(patches_of(pixels, plan, spec))
         return Media(plans, tuple(patches))
 
 

@@ -18,7 +18,7 @@ from tests.parity.qwen_plans import Made, Request
 from vft.common.types import MediaInfo, MediaOptions, MediaRef, VisionLimits
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.budget import limits_of
-from vft.data.media import patches as vision
+from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import scan
 from vft.models.qwen2_5_vl.processor import QwenVision
 from vft.models.qwen3_vl.processor import Qwen3Vision
@@ -109,6 +109,6 @@ def test_pictures_of_qwen_vl_utils(tmp_path: Path, vision_process: ModuleType, m
         config = DataConfig(video=VideoConfig(min_pixels=784, max_pixels=112 * 168))
         made = SPECS[14].plan(ref, scan(ref), limits_of(ref, config))
         assert 2 / made.seconds_per_grid == pytest.approx(rate)
-        patches = vision.load(made, SPECS[14])
-        ours = vision.frames_of(patches.pixels_PD, replace(made, frame_indices=tuple(range(len(frames)))), SPECS[14])
+        patches = load_patches(made, SPECS[14])
+        ours = frames_of(patches.pixels_PD, replace(made, frame_indices=tuple(range(len(frames)))), SPECS[14])
         assert torch.equal(ours, frames.to(torch.uint8))

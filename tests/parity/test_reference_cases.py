@@ -27,7 +27,7 @@ from vft.common.types import Batch
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import load_dataset
-from vft.data.media import patches as vision
+from vft.data.media.patches import load_patches
 from vft.data.media.video import decode
 from vft.data.packing import collate
 from vft.inference.engine import load_model
@@ -112,7 +112,7 @@ def load_case(
         documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
         document = documents.build(0)
         assert documents.lengths == [document.num_tokens]
-        patches = [vision.load(plan, encoder.spec) for plan in document.media]
+        patches = [load_patches(plan, encoder.spec) for plan in document.media]
         tensors = load_file(reference / "cases" / f"{name}.safetensors")
         return Case(facts, tensors, collate([(document, patches)], encoder.spec))
 
@@ -222,7 +222,7 @@ def test_all_cases_in_one_pack(
     members = []
     for case in cases:
         document = case.batch.documents[0]
-        members.append((document, [vision.load(plan, encoder.spec) for plan in document.media]))
+        members.append((document, [load_patches(plan, encoder.spec) for plan in document.media]))
     with torch.no_grad():
         logits_TV = every_logit(trained, collate(members, encoder.spec))
     start = 0

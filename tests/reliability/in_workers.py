@@ -31,7 +31,7 @@ def _status_mib(key: str) -> float:
 
 def import_all() -> None:
     """What the tests' tasks need, before their deadline begins."""
-    importlib.import_module("tests.unit.data.test_vision")
+    importlib.import_module("tests.helpers.patches")
 
 
 def scan_or_hang(kind: MediaKind, path: Path, headers: bool) -> MediaInfo:

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from av.codec.codec import UnknownCodecError
 
+from tests.helpers.patches import SPEC, plan_of
 from tests.reliability.in_workers import import_all, measured, scan_or_hang
 from tests.reliability.odd_clips import CORPUS, REAL, SLOW, Corpus, Frames, Refused
-from tests.unit.data.test_vision import SPEC, plan_of
 from vft.common.types import MediaInfo, MediaRef
 from vft.data.media import index
-from vft.data.media import patches as vision
 from vft.data.media.errors import MediaError
+from vft.data.media.patches import frames_of, load_patches
 from vft.data.workers import WorkerPool
 
 SIDE = 56
@@ -78,12 +78,12 @@ def _judge_one(ref: MediaRef, indexed: index.Index, pool: WorkerPool, found: Fou
     found.indices = tuple(i * (info.num_frames - 1) // max(1, count - 1) for i in range(count))
     plan = plan_of(ref, info, found.indices, SIDE, SIDE)
     found.times_s = plan.frame_times_s
-    result, seconds, peak_mib = pool.submit(measured, vision.load, plan, SPEC).result()
+    result, seconds, peak_mib = pool.submit(measured, load_patches, plan, SPEC).result()
     found.seconds, found.peak_mib = found.seconds + seconds, max(found.peak_mib, peak_mib)
     if isinstance(result, MediaError):
         found.error, found.late = result, True
         return
-    frames_TCHW = vision.frames_of(result.pixels_PD, plan, SPEC)[:count]
+    frames_TCHW = frames_of(result.pixels_PD, plan, SPEC)[:count]
     found.greys = tuple(round(float(frame[:, -8:, -8:].float().mean())) for frame in frames_TCHW)
 
 
@@ -201,7 +201,7 @@ def test_a_clip_that_takes_longer_than_its_deadline(folder: Path, found: dict[st
         plan_of(MediaRef("video", folder / "h264.mp4"), small, tuple(range(12)), SIDE, SIDE),
     ]
     with WorkerPool(1, 4.0, import_all) as pool:
-        first, second = [pool.submit(vision.load, plan, SPEC) for plan in plans]
+        first, second = [pool.submit(load_patches, plan, SPEC) for plan in plans]
         with pytest.raises(MediaError) as caught:
             first.result(6 * SECONDS)  # a worker has to start, too
         assert caught.value.reason == "deadline" and str(path) in str(caught.value)

@@ -17,15 +17,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.helpers.patches import SPEC, plan_of
 from tests.reliability.in_workers import measured
-from tests.unit.data.test_vision import SPEC, plan_of
 from vft.common.errors import UserError
 from vft.common.types import MediaRef
 from vft.config.data import DataConfig
 from vft.data.budget import limits_of, plan_media
-from vft.data.media import patches as vision
 from vft.data.media.errors import MediaError
 from vft.data.media.index import Index, build
+from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import scan_file
 from vft.data.workers import WorkerPool
 from vft.models.qwen2_5_vl.processor import QwenVision
@@ -201,7 +201,7 @@ def test_picture(folder: Path, indexed: Index, pool: WorkerPool, name: str) -> N
         assert str(ref.path) in str(error) and len(str(error).splitlines()) == 1
         return
     plan = plan_of(ref, info, (0,), 28, 28)
-    patches, seconds, peak_mib = pool.submit(measured, vision.load, plan, SPEC).result()
+    patches, seconds, peak_mib = pool.submit(measured, load_patches, plan, SPEC).result()
     assert seconds < SECONDS and peak_mib < PEAK_MIB, (seconds, peak_mib)
     print(f"{name}: {seconds:.2f} s, {peak_mib:.0f} MiB")
     if isinstance(declared, Refused):
@@ -209,7 +209,7 @@ def test_picture(folder: Path, indexed: Index, pool: WorkerPool, name: str) -> N
         assert patches.reason == declared.reason and str(ref.path) in str(patches)
         return
     assert (info.width, info.height) == (declared.width, declared.height)
-    (frame_CHW,) = vision.frames_of(patches.pixels_PD, plan, SPEC)
+    (frame_CHW,) = frames_of(patches.pixels_PD, plan, SPEC)
     assert frame_CHW[:, 14, 14].tolist() == pytest.approx(declared.colour, abs=3)
 
 

@@ -1,4 +1,4 @@
-"""What the worker processes of data.py run beside vft's own `vision.load`: bare decoding, and the usual processor.
+"""What the worker processes of data.py run beside vft's own `load_patches`: bare decoding, and the usual processor.
 
 In a module of its own, because a worker doesn't import the program that it serves.
 """

@@ -22,9 +22,8 @@ from workload import write_clips
 from vft.common.types import MediaPlan, MediaRef
 from vft.config.data import DataConfig
 from vft.data.budget import limits_of
-from vft.data.media import patches as vision
-from vft.data.media.frame_cache import FrameCache
-from vft.data.media.frame_files import count_bytes
+from vft.data.media.frame_cache import count_bytes, load_cached
+from vft.data.media.patches import load_patches
 from vft.data.media.video import scan
 from vft.models.qwen2_5_vl.processor import QwenVision
 
@@ -61,22 +60,22 @@ def compare(name: str, media: Sequence[MediaRef], folder: Path, repeats: int) ->
     """Rows: decoding alone, decoding and keeping, out of the cache."""
     config = DataConfig()
     plans = [SPEC.plan(ref, scan(ref), limits_of(ref, config)) for ref in media]
-    full, filled = (FrameCache(folder / f"{name}-{kept}", limit_bytes=1 << 40) for kept in ("kept", "filled"))
+    emptied, filled = (folder / f"{name}-{kept}" for kept in ("emptied", "filled"))
     ways: dict[str, Callable[[MediaPlan], Any]] = {
-        "decoded": lambda plan: vision.load(plan, SPEC),
-        "decoded and kept": lambda plan: full.load(plan, SPEC),
-        "out of the cache": lambda plan: filled.load(plan, SPEC),
+        "decoded": lambda plan: load_patches(plan, SPEC),
+        "decoded and kept": lambda plan: load_cached(plan, SPEC, emptied),
+        "out of the cache": lambda plan: load_cached(plan, SPEC, filled),
     }
 
     def all_of_them(way: str) -> None:
-        if way == "decoded and kept" and full.folder is not None:
-            shutil.rmtree(full.folder, ignore_errors=True)
+        if way == "decoded and kept":
+            shutil.rmtree(emptied, ignore_errors=True)
         for plan in plans:
             ways[way](plan)
 
     times = interleaved({way: lambda way=way: all_of_them(way) for way in ways}, repeats)  # type: ignore[misc]
     file_bytes = sum(ref.path.stat().st_size for ref in media if isinstance(ref.path, Path))
-    filled_bytes = count_bytes(folder / f"{name}-filled")
+    filled_bytes = count_bytes(filled)
     frames = sum(len(plan.frame_indices) for plan in plans)
     size = f"{len(plans[0].frame_indices)} x {plans[0].width} x {plans[0].height}"
     return [

@@ -30,7 +30,7 @@ from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import load_dataset
-from vft.data.media import patches as vision
+from vft.data.media.patches import load_patches
 from vft.data.packing import Cursor, take_step
 from vft.models import build
 from vft.models.pretrained import Pretrained
@@ -87,7 +87,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         conversation, plan = self.questions[index]
-        pixels_PD = vision.load(plan, self.spec).pixels_PD.float().div_(255).sub_(self.mean_D).div_(self.std_D)
+        pixels_PD = load_patches(plan, self.spec).pixels_PD.float().div_(255).sub_(self.mean_D).div_(self.std_D)
         text = self.tokenizer.apply_chat_template(messages_of(conversation), tokenize=False)
         text = text.replace(self.video_token, self.video_token * plan.num_tokens)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,8 +1,8 @@
 """The rules by which samples are made and scored, by version: state written under others is not gone on with.
 
 Raise the version, with a line on what changed, whenever the same data and settings give other samples, frames, ids,
-labels or scores than before. Index and frame cache have versions of their own (`data.index.SCAN_VERSION`,
-`data.frame_files.CACHE_VERSION`), and so has scoring (`best.json`).
+labels or scores than before. Index and frame cache have versions of their own (`data.media.index.SCAN_VERSION`,
+`data.media.frame_cache.CACHE_VERSION`), and so has scoring (`best.json`).
 """
 
 from __future__ import annotations

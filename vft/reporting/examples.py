@@ -19,8 +19,8 @@ from torch import Tensor
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan
 from vft.data.dataset import Dataset
-from vft.data.media import patches as vision
 from vft.data.media.errors import MediaError
+from vft.data.media.patches import frames_of, load_patches
 from vft.metrics import rouge_l_scores, token_f1_scores
 from vft.models.processor import VisionSpec
 
@@ -139,7 +139,7 @@ def strip(plan: MediaPlan, spec: VisionSpec) -> Row:
     few = replace(plan, frame_indices=tuple(indices))
     few = replace(few, grid_thw=(math.ceil(few.num_pictures / math.ceil(plan.num_pictures / t)), h, w))
     try:
-        frames_TCHW = vision.frames_of(vision.load(few, spec).pixels_PD, few, spec)
+        frames_TCHW = frames_of(load_patches(few, spec).pixels_PD, few, spec)
     except MediaError as error:
         return {**row, "problem": f"can't be decoded: {error}"}
     for frame_CHW, time_s in zip(frames_TCHW, few.frame_times_s, strict=False):  # an odd video's last stands twice

@@ -20,18 +20,18 @@ from torch import Tensor
 
 from tests.helpers.clips import make_clip
 from tests.helpers.frames import cache_in, count_decoding, decoded, files_in, film, loaded, overwrite, plan_for
+from tests.helpers.patches import SPEC, plan_of
 from tests.helpers.streaming import MAKE, damaged_clip, data_config, pe_shards, running
 from tests.helpers.tiny import CPU, Tiny
-from tests.unit.data.test_vision import SPEC, plan_of
 from vft.common.types import MediaPlan, MediaRef, Patches
 from vft.config.data import DataConfig
 from vft.config.run import Config, differences
 from vft.data.dataset import load_dataset
 from vft.data.loader import Loader
-from vft.data.media import frame_files
-from vft.data.media import patches as vision
+from vft.data.media import frame_cache
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import FrameCache
+from vft.data.media.patches import decode_resized
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
@@ -172,7 +172,8 @@ def test_a_hit_decodes_nothing(plan: MediaPlan, tmp_path: Path, monkeypatch: pyt
     for decodings in (1, 1, 1):
         assert torch.equal(loaded(cache, plan), expected)
         assert len(seen) == decodings
-    patches = cache.load(plan, SPEC)
+    with WorkerPool(0, 60.0) as pool:
+        patches = cache.submit(pool, plan, SPEC).result()
     assert type(patches) is Patches and patches.pixels_PD.is_contiguous()
     assert (patches.grid_thw, patches.seconds_per_grid) == (plan.grid_thw, plan.seconds_per_grid)
 
@@ -227,8 +228,8 @@ def test_another_version_reads_none_of_it(plan: MediaPlan, tmp_path: Path, monke
     cache, expected = cache_in(tmp_path), decoded(plan)
     loaded(cache, plan)
     seen = count_decoding(monkeypatch)
-    for name, value in (("CACHE_VERSION", frame_files.CACHE_VERSION + 1), ("DECODERS", (("torch", "0.1"),))):
-        monkeypatch.setattr(frame_files, name, value)
+    for name, value in (("CACHE_VERSION", frame_cache.CACHE_VERSION + 1), ("DECODERS", (("torch", "0.1"),))):
+        monkeypatch.setattr(frame_cache, name, value)
         assert torch.equal(loaded(cache, plan), expected)
     assert len(seen) == 2
 
@@ -248,7 +249,7 @@ def test_what_decoding_checks_is_part_of_the_key(plan: MediaPlan, tmp_path: Path
 def test_a_file_that_changes_meanwhile_is_not_kept(
     plan: MediaPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, decode = cache_in(tmp_path), vision.decode_resized
+    cache, decode = cache_in(tmp_path), decode_resized
     assert isinstance(plan.ref.path, Path)
     path = plan.ref.path
 
@@ -257,7 +258,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(
         os.utime(path, ns=(0, 0))
         return frames_TCHW
 
-    monkeypatch.setattr(vision, "decode_resized", and_change)
+    monkeypatch.setattr(frame_cache, "decode_resized", and_change)
     loaded(cache, plan)
     assert not files_in(cache)
     loaded(cache, plan)

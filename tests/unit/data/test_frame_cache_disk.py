@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests.helpers.frames import GIB, cache_in, decoded, files_in, film, loaded, overwrite, plan_for
-from tests.unit.data.test_vision import SPEC
+from tests.helpers.patches import SPEC
 from vft.common.types import MediaPlan
-from vft.data.media import frame_cache, frame_files
-from vft.data.media import patches as vision
+from vft.data.media import frame_cache
 from vft.data.media.frame_cache import FrameCache
+from vft.data.media.patches import decode_resized, frames_of
 from vft.data.workers import WorkerPool
 
 
@@ -43,7 +43,7 @@ def flipped(at: int, bit: int) -> Callable[[bytes], bytes]:
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
-    "header alone": lambda content: content[: frame_files.HEADER_BYTES],
+    "header alone": lambda content: content[: frame_cache.HEADER_BYTES],
     "one byte less": lambda content: content[:-1],
     "one byte more": lambda content: content + b"\0",
     "zeros": lambda content: bytes(len(content)),
@@ -57,7 +57,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_never_served_and_mended(
-    plan: MediaPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+    plan: MediaPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     cache, expected = cache_in(tmp_path), decoded(plan)
     loaded(cache, plan)
@@ -68,7 +68,7 @@ def test_damage_is_never_served_and_mended(
         assert torch.equal(loaded(cache, plan), expected)
         assert file.read_bytes() == whole
     assert files_in(cache) == [file]
-    assert capsys.readouterr().err.count("held a damaged file, made anew") == 1
+    assert caplog.text.count("held a damaged file, made anew") == 1
 
 
 def test_another_entry_under_its_name_is_not_served(tmp_path: Path) -> None:
@@ -91,18 +91,18 @@ def test_the_form_of_a_file(plan: MediaPlan, tmp_path: Path) -> None:
     content = file.read_bytes()
     assert file.parent.name == digest[:2] and content[:32].hex() == digest and len(content) == int(size)
     frames_TCHW = torch.frombuffer(bytearray(content[36:]), dtype=torch.uint8).view(4, 3, 28, 56)
-    assert torch.equal(vision.frames_of(decoded(plan), plan, SPEC), frames_TCHW)
+    assert torch.equal(frames_of(decoded(plan), plan, SPEC), frames_TCHW)
 
 
 def write_and_read(folder: Path, plan: MediaPlan, times: int) -> int:
     """Run in several processes at once: what of that was read was not whole."""
-    digest = frame_files.digest_of(plan)
+    digest = frame_cache.digest_of(plan)
     assert digest is not None
-    file, damaged = frame_files.file_of(folder, digest, plan), 0
-    frames_TCHW = vision.decode_resized(plan)
+    file, damaged = frame_cache.file_of(folder, digest, plan), 0
+    frames_TCHW = decode_resized(plan)
     for _ in range(times):
-        frame_files.write(file, digest, frames_TCHW)
-        read = frame_files.read(file, digest, plan)
+        frame_cache.write(file, digest, frames_TCHW)
+        read = frame_cache.read(file, digest, plan)
         damaged += read is None or not torch.equal(read, frames_TCHW)
     return damaged
 
@@ -122,7 +122,7 @@ def test_many_write_the_same_at_once(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------- room on disk
 
-BYTES = frame_files.HEADER_BYTES + 4 * 3 * 28 * 56
+BYTES = frame_cache.HEADER_BYTES + 4 * 3 * 28 * 56
 """Of one entry here."""
 
 
@@ -135,38 +135,37 @@ def assert_all_load(cache: FrameCache, plans: list[MediaPlan]) -> None:
         assert torch.equal(loaded(cache, plan), decoded(plan))
 
 
-def test_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In entries that fit whole, told once; a run that begins with a full cache adds nothing and uses it."""
+def as_in_another_process(cache: FrameCache) -> FrameCache:
+    """The same folder, its bytes not counted yet."""
+    return FrameCache(cache.folder, cache.limit_bytes)
+
+
+def test_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only whole entries are added, the limit is reported once, and a run that starts with a full cache uses it."""
     plans = many(tmp_path, 6)
     cache = cache_in(tmp_path, 3 * BYTES + 1)
     for _ in range(2):
         assert_all_load(cache, plans)
     kept = files_in(cache)
     assert len(kept) == 3
-    assert sum(file.stat().st_size for file in kept) == 3 * BYTES == frame_files.count_bytes(tmp_path / "frames")
-    told = capsys.readouterr().err
-    assert told.count("data.cache_gib = ") == told.count(" is reached, no more is added; raise it") == 1
-    monkeypatch.setattr(frame_cache, "_rooms", {})
-    assert_all_load(cache, plans[::-1])
+    assert sum(file.stat().st_size for file in kept) == 3 * BYTES == frame_cache.count_bytes(tmp_path / "frames")
+    assert caplog.text.count("data.cache_gib = ") == caplog.text.count(" is reached, no more is added; raise it") == 1
+    assert_all_load(as_in_another_process(cache), plans[::-1])
     assert files_in(cache) == kept
     kept[0].write_bytes(b"")
     assert_all_load(cache, plans)
     assert files_in(cache) == kept and kept[0].stat().st_size == BYTES  # a damaged one is made anew all the same
-    kept[1].unlink()  # by the user, to make room; found the next time that the files are counted
-    monkeypatch.setattr(frame_cache, "_rooms", {})
-    assert_all_load(cache, plans[3:])
+    kept[1].unlink()  # by the user, to make room; noticed at the next count
+    assert_all_load(as_in_another_process(cache), plans[3:])
     assert len(files_in(cache)) == 3
 
 
 def test_what_others_add_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes fill a cache: the second counts again after a while."""
+    """Two processes fill a cache: the first counts again after a while."""
     plans, cache = many(tmp_path, 6), cache_in(tmp_path, 3 * BYTES)
     loaded(cache, plans[0])
-    mine = dict(frame_cache._rooms)
-    monkeypatch.setattr(frame_cache, "_rooms", {})  # the other process
     for plan in plans[1:3]:
-        loaded(cache, plan)
-    monkeypatch.setattr(frame_cache, "_rooms", mine)
+        loaded(as_in_another_process(cache), plan)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
     assert_all_load(cache, plans)
@@ -195,16 +194,17 @@ def test_only_own_leftovers_are_removed(plan: MediaPlan, tmp_path: Path) -> None
     loaded(cache, plan)
     assert {str(path.relative_to(cache.folder)) for path in files_in(cache)} >= {*names} - {"ab/.partial-old"}
     assert not (cache.folder / "ab/.partial-old").exists()
-    assert frame_files.count_bytes(cache.folder) == BYTES
+    assert frame_cache.count_bytes(cache.folder) == BYTES
 
 
-def test_it_tells_how_much_there_is(plan: MediaPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_tells_how_much_there_is(plan: MediaPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     digest = "ab" * 32
     (tmp_path / "frames" / "ab").mkdir(parents=True)
     (tmp_path / "frames" / "ab" / f"{digest}-{3 * GIB // 2}").touch()
-    for _ in range(3):
-        cache_in(tmp_path, 40 * GIB)
-    assert capsys.readouterr().err == f"{tmp_path / 'frames'}: 1.5 of 40 GiB of frames\n"
+    with caplog.at_level("INFO", "vft"):
+        for _ in range(3):
+            cache_in(tmp_path, 40 * GIB)
+    assert caplog.messages == [f"{tmp_path / 'frames'}: 1.5 of 40 GiB of frames"]
 
 
 # ------------------------------------------------------------------------------------------- folders that can't be used
@@ -223,39 +223,39 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def assert_goes_on(cache: FrameCache, plans: list[MediaPlan], capsys: pytest.CaptureFixture[str], why: str) -> None:
+def assert_goes_on(cache: FrameCache, plans: list[MediaPlan], caplog: pytest.LogCaptureFixture, why: str) -> None:
     """Right pixels, and one line for all of it, also out of several workers."""
-    capsys.readouterr()
+    caplog.clear()
     with WorkerPool(2, 60.0) as pool:
         for _ in range(2):
             found = [cache.submit(pool, plan, SPEC) for plan in plans]
             for plan, one in zip(plans, found, strict=True):
                 assert torch.equal(one.result(60).pixels_PD, decoded(plan))
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith(f"{cache.folder}: ") and why in told[0]
+    (message,) = caplog.messages
+    assert message.startswith(f"{cache.folder}: ") and why in message
 
 
-def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Some room is left to others: a checkpoint may have to go there too."""
     plans = many(tmp_path, 20)
     with mounted(tmp_path / "disk", "size=256k"):
         cache = cache_in(tmp_path / "disk")
-        assert_goes_on(cache, plans, capsys, "the disk is 95% full, no more is added; free space")
+        assert_goes_on(cache, plans, caplog, "the disk is 95% full, no more is added; free space")
         kept = files_in(cache)
         assert 5 < len(kept) < 14 and all(file.stat().st_size == BYTES for file in kept)
         status = os.statvfs(tmp_path / "disk")
         assert status.f_bavail > 0.04 * status.f_blocks
 
 
-def test_a_disk_without_inodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_without_inodes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plans = many(tmp_path, 8)
     with mounted(tmp_path / "disk", "size=1m,nr_inodes=8"):
         cache = cache_in(tmp_path / "disk")
-        assert_goes_on(cache, plans, capsys, "can't be written (No space left on device)")
+        assert_goes_on(cache, plans, caplog, "can't be written (No space left on device)")
         assert all(file.stat().st_size == BYTES for file in files_in(cache))
 
 
-def test_a_read_only_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What is there is used."""
     plans = many(tmp_path, 4)
     with mounted(tmp_path / "disk", "size=1m"):
@@ -267,29 +267,29 @@ def test_a_read_only_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         expected = decoded(plans[0])
         overwrite(first)
         assert torch.equal(loaded(cache, plans[0]), expected)
-        assert_goes_on(cache, plans[1:], capsys, "can't be written (Read-only file system)")
+        assert_goes_on(cache, plans[1:], caplog, "can't be written (Read-only file system)")
 
 
 @pytest.mark.parametrize("what", ["a file in the folder's place", "folder of others", "folder that can't be made"])
-def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+def test_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str) -> None:
     plans, cache = many(tmp_path, 3), cache_in(tmp_path / "cache")
     if what == "folder that can't be made":
         (tmp_path / "cache").write_text("mine")
-        assert_goes_on(cache, plans, capsys, "can't be written (Not a directory)")
+        assert_goes_on(cache, plans, caplog, "can't be written (Not a directory)")
     elif what == "folder of others":
         if not os.geteuid():
             pytest.skip("root may write everywhere")
         (tmp_path / "cache").mkdir(mode=0o555)
-        assert_goes_on(cache, plans, capsys, "can't be written (Permission denied)")
+        assert_goes_on(cache, plans, caplog, "can't be written (Permission denied)")
     else:
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / "frames").write_text("mine")
-        assert_goes_on(cache, plans, capsys, "can't be written (File exists)")
+        assert_goes_on(cache, plans, caplog, "can't be written (File exists)")
         assert (tmp_path / "cache" / "frames").read_text() == "mine"
 
 
 def test_a_write_that_fails_midway_leaves_nothing(
-    plan: MediaPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plan: MediaPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache, before = cache_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     expected = decoded(plan)
@@ -302,7 +302,7 @@ def test_a_write_that_fails_midway_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not files_in(cache)
-    assert capsys.readouterr().err.count("can't be written (File too large)") == 1
+    assert caplog.text.count("can't be written (File too large)") == 1
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
@@ -315,6 +315,6 @@ def test_a_file_that_cannot_be_read_is_decoded(
     def fail(*args: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(frame_files, "read", fail)
+    monkeypatch.setattr(frame_cache, "read", fail)
     assert torch.equal(loaded(cache, plan), expected)
     assert len(files_in(cache)) == 1

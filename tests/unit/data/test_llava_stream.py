@@ -27,7 +27,7 @@ from vft.common.errors import UserError
 from vft.common.types import Document
 from vft.data.dataset import load_dataset
 from vft.data.formats import llava_video
-from vft.data.media.patches import load
+from vft.data.media.patches import load_patches
 from vft.data.streaming.stream import open_archives
 from vft.data.streaming.tar import DamagedArchive
 from vft.models.processor import VisionSpec
@@ -89,7 +89,7 @@ def about(document: Document, spec: VisionSpec) -> tuple[tuple[str, ...], dict[s
         (plan.info, plan.frame_indices, plan.height, plan.width, plan.grid_thw, plan.num_tokens, plan.seconds_per_grid)
         for plan in document.media
     ]
-    pixels = [load(plan, spec).pixels_PD.tolist() for plan in document.media]
+    pixels = [load_patches(plan, spec).pixels_PD.tolist() for plan in document.media]
     tensors = {name: getattr(document, name).tolist() for name in ("ids_T", "labels_T", "positions_3T", "media_mask_T")}
     shape = {"trunk": document.prefix_length, "branches": document.suffix_lengths}
     return document.sample_ids, {"plans": plans, "pixels": pixels, **shape, **tensors}

@@ -18,7 +18,7 @@ from vft.data import formats as sources
 from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import FrameTimes
-from vft.data.media import patches as vision
+from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import join_pictures, scan
 from vft.models.llava_next_video.processor import LlavaVision
 from vft.models.processor import VisionSpec
@@ -171,8 +171,8 @@ def test_all_seven_are_seen_whatever_the_record(tmp_path: Path, tiny: Tiny, name
     (ref,) = (part for turn in samples[0].turns for part in turn.parts if isinstance(part, MediaRef))
     config = DataConfig(video=VideoConfig(max_frames=8, max_pixels=56 * 56))
     (made,) = plan_media([(ref, scan(ref), limits_of(ref, config))], QWEN, 1000, "train.jsonl:1")
-    patches = vision.load(made, QWEN)
-    frames = vision.frames_of(patches.pixels_PD, made, QWEN)
+    patches = load_patches(made, QWEN)
+    frames = frames_of(patches.pixels_PD, made, QWEN)
     assert frames[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80, 100, 120, 120]
     assert QWEN.run_times(made).tolist() == [0, 4, 8, 18]
     encoded = document(

@@ -22,6 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next_video.processing_llava_next_video import LlavaNextVideoProcessor
 
 from tests.helpers.families import PINPOINTS, SIDE
+from tests.helpers.patches import patches_of
 from tests.helpers.tiny import CPU, Media, Tiny, every_logit, medium, talk
 from tests.parity.test_against_transformers import row
 from vft.adapters.lora import choose_trainable, is_adapter
@@ -29,12 +30,11 @@ from vft.adapters.peft_format import export_adapter
 from vft.cli import evaluate as evaluate_tool
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
-from vft.common.types import Clip, MediaPlan, VisionLimits
+from vft.common.types import MediaPlan, VisionLimits
 from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
-from vft.data.media import patches as vision
 from vft.distributed.process_group import environment
 from vft.inference.engine import load_model
 from vft.models.llava_next_video.processor import LlavaVision, best_resolution, fitted
@@ -132,7 +132,7 @@ def test_tokens_of_pictures() -> None:
 def test_pixels_of_pictures(tiny: Tiny, height: int, width: int) -> None:
     spec: Any = tiny.encoder.spec
     plan, frames = picture(height, width, spec), noise(1, height, width)
-    found = squares_of(vision.patchify(Clip(frames, (0.0,)), plan, spec).pixels_PD, spec)
+    found = squares_of(patches_of(frames, plan, spec).pixels_PD, spec)
     processor = LlavaNextImageProcessorPil(
         crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE}, image_grid_pinpoints=PINPOINTS
     )
@@ -155,7 +155,7 @@ def test_pixels_of_videos(tiny: Tiny, height: int, width: int) -> None:
     """Beside CLIP's own processor, with which the model was trained: the shorter side to the square's, the middle."""
     spec: Any = tiny.encoder.spec
     plan, frames = Media.make(spec, [medium("video", 3, height, width)]).plans[0], noise(3, height, width)
-    found = squares_of(vision.patchify(Clip(frames, (0.0,) * 3), plan, spec).pixels_PD, spec)
+    found = squares_of(patches_of(frames, plan, spec).pixels_PD, spec)
     processor = CLIPImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE})
     wanted = levels(np.stack(processor(images=[pil(frame) for frame in frames])["pixel_values"]), spec)
     assert_same_pixels(found, wanted)

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pictures
 
+from tests.helpers.patches import patches_of
 from tests.helpers.tiny import LIMITS, Media, Tiny, medium
 from tests.parity.test_against_transformers import row
 from vft.common.errors import UserError
-from vft.common.types import Clip, MediaInfo, MediaRef
-from vft.data.media import patches as vision
+from vft.common.types import MediaInfo, MediaRef
 from vft.models import vision_rules as rules
 
 # ----------------------------------------------------------------------------------------------------- preprocessing
@@ -53,7 +53,7 @@ def test_patches_of_a_picture(tiny: Tiny) -> None:
     processor = pictures.Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=1 << 20)
     wanted = processor(images=[Image.fromarray(frames[0].permute(1, 2, 0).numpy())], return_tensors="pt")
     assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, vision.patchify(Clip(frames, (0.0,)), made.plans[0], spec).pixels_PD)
+    found = normalised(tiny, patches_of(frames, made.plans[0], spec).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 
@@ -76,7 +76,7 @@ def test_patches_of_a_video(tiny: Tiny, video_processor: Any, frames: int, heigh
     processor = video_processor(size={"shortest_edge": 784, "longest_edge": 1 << 30}, do_sample_frames=False)
     wanted = processor(videos=[pixels], return_tensors="pt")
     assert tuple(wanted["video_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, vision.patchify(Clip(pixels, (0.0,) * frames), made.plans[0], spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, made.plans[0], spec).pixels_PD)
     assert float((found - wanted["pixel_values_videos"]).abs().max()) <= 1e-5
 
 
@@ -87,15 +87,15 @@ def test_odd_count_repeats_the_last_frame(tiny: Tiny) -> None:
     even = Media.make(spec, [medium("video", 6, 100, 90)])
     pixels = torch.randint(0, 256, (5, 3, 100, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     twice = torch.cat([pixels, pixels[-1:]])
-    found = vision.patchify(Clip(pixels, (0.0,) * 5), odd.plans[0], spec).pixels_PD
-    assert torch.equal(found, vision.patchify(Clip(twice, (0.0,) * 6), even.plans[0], spec).pixels_PD)
+    found = patches_of(pixels, odd.plans[0], spec).pixels_PD
+    assert torch.equal(found, patches_of(twice, even.plans[0], spec).pixels_PD)
 
 
 def test_one_frame_fills_its_patch(tiny: Tiny) -> None:
     spec = tiny.encoder.spec
     made = Media.make(spec, [medium("video", 1, 56, 56)])
     pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    patches = vision.patchify(Clip(pixels, (0.0,)), made.plans[0], spec)
+    patches = patches_of(pixels, made.plans[0], spec)
     features = patches.pixels_PD.unflatten(1, (3, 2, 14, 14))
     assert patches.grid_thw == (1, 4, 4)
     assert torch.equal(features[:, :, 0], features[:, :, 1])

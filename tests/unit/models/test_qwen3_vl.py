@@ -22,15 +22,15 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from workload import MODELS
 
 from tests.helpers.families import QWEN3_TEMPLATE
+from tests.helpers.patches import patches_of
 from tests.helpers.rows import PICTURE, PICTURE_INFO, ROWS, SHORT, SHORT_INFO, prompt, row
 from tests.helpers.tiny import LIMITS, Media, Tiny, document, every_logit, loss_and_gradients, medium, talk
 from tests.unit.parallel import test_compiled as compiled
 from vft.adapters.lora import choose_trainable
 from vft.common.errors import UserError
-from vft.common.types import Batch, Clip, MediaPlan
+from vft.common.types import Batch, MediaPlan
 from vft.config.run import LoraConfig
 from vft.data.chat import ChatEncoder
-from vft.data.media import patches as vision
 from vft.inference.generate import Sampling, generate
 from vft.models import vision_rules as rules
 from vft.models.flops import FlopCounter
@@ -291,7 +291,7 @@ def test_patches_of_a_video(tiny: Tiny, frames: int) -> None:
     patches, *grid = Qwen3VLVideoProcessor.patchify(None, (pixels[None].float() / 255 - 0.5) / 0.5, 16, 2, 2)
     assert tuple(grid) == made.plans[0].grid_thw
     plan = made.plans[0]
-    found = normalised(tiny, vision.patchify(Clip(pixels, (0.0,) * frames), plan, tiny.encoder.spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, plan, tiny.encoder.spec).pixels_PD)
     assert float((found - patches[0]).abs().max()) <= 1e-6
 
 
@@ -304,7 +304,7 @@ def test_patches_of_a_picture(tiny: Tiny) -> None:
     )
     wanted = processor(images=[Image.fromarray(pixels[0].permute(1, 2, 0).numpy())], return_tensors="pt")
     assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, vision.patchify(Clip(pixels, (0.0,)), made.plans[0], tiny.encoder.spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, made.plans[0], tiny.encoder.spec).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 

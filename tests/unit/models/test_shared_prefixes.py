@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.patches import patches_of
 from tests.helpers.tiny import (
     Media,
     Tiny,
@@ -24,11 +25,10 @@ from tests.helpers.tiny import (
     talk,
 )
 from vft.adapters.lora import choose_trainable, initialise, is_adapter
-from vft.common.types import Batch, Clip, Conversation, Document, MediaInfo, MediaPlan, Patches
+from vft.common.types import Batch, Conversation, Document, MediaInfo, MediaPlan, Patches
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
 from vft.config.run import LoraConfig
 from vft.data.dataset import Dataset
-from vft.data.media import patches as vision
 from vft.data.packing import collate, owners
 from vft.models.base import VideoLanguageModel
 
@@ -253,7 +253,7 @@ def pixels_of(plan: MediaPlan, spec: Any) -> Patches:
     generator = torch.Generator().manual_seed(len(plan.ref.name))
     shape = (info.num_frames, 3, info.height, info.width)
     frames_TCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return vision.patchify(Clip(frames_TCHW[list(plan.frame_indices)], plan.frame_times_s), plan, spec)
+    return patches_of(frames_TCHW[list(plan.frame_indices)], plan, spec)
 
 
 def batches_of(tiny: Tiny, documents: Dataset) -> list[Batch]:

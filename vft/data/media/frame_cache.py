@@ -1,138 +1,137 @@
-"""Decoded and resized frames kept on disk, so that from the second epoch on, and in later runs, nothing is decoded.
+"""A cache on disk of decoded and resized video frames, so that later epochs and later runs decode nothing.
 
-Frames and not patches: they depend on files and sizes alone and not on a model family, and cutting costs little beside
-decoding (docs/develop/decisions.md). Any number of processes and hosts may share a folder. Trouble with the cache
-costs time, never a clip and never the run; what fails to decode is not kept.
+It holds frames rather than patches: frames depend on files and sizes alone and not on the model family, and cutting
+them into patches is cheap compared with decoding (docs/develop/decisions.md). Any number of processes and hosts may
+share a folder. A problem with the cache costs time, never a clip and never the run. Errors of decoding are not cached.
+
+Each medium is one file, `3f/3f...-BYTES`. It holds the SHA-256 of everything that the frames depend on, a CRC-32 of
+that digest and the pixels, then raw uint8 [T, 3, height, width]. Its name is the digest and the file's own size, so
+that a listing of names tells how much a folder holds. Files are written under a temporary name and renamed: two
+processes that write the same file write the same content. What is read is checked. Files are read and not
+memory-mapped: a process that has mapped a file dies if that file is truncated.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import os
+import re
 import shutil
-import sys
 import time
+import uuid
+import zlib
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import av
+import PIL
+import torch
+import torchcodec
 from torch import Tensor
 
+from vft.common.files import PARTIAL
 from vft.common.types import MediaPlan, Patches
 from vft.config.data import DataConfig
-from vft.data.media import frame_files
-from vft.data.media import patches as vision
+from vft.data.media.errors import as_media_error
+from vft.data.media.patches import cut_patches, decode_resized, load_patches
 from vft.data.workers import WorkerPool
 from vft.models.processor import VisionSpec
 
-KEPT_FREE = 0.05
-"""Share of the disk that is left to others: a checkpoint there must not fail for the cache's sake."""
-COUNT_AGAIN_S = 10.0
-"""Seconds after which a process looks what others have added; longer where looking itself takes long."""
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 3
+"""Raise it if the same plan of the same file gives other pixels than before, or if the layout of a file changes."""
+DECODERS = tuple((module.__name__, str(module.__version__)) for module in (torch, torchcodec, av, PIL))
+"""Other versions of these may round pixels differently."""
+HEADER_BYTES = 32 + 4
+RESERVED_DISK = 0.05
+"""Share of the disk that the cache leaves free, so that a checkpoint on the same disk does not fail."""
+COUNT_EVERY_S = 10.0
+"""Seconds between two counts of what other processes have added; longer if counting itself takes long."""
+ABANDONED_S = 24 * 3600.0
+"""Age after which a half-written file is taken for that of a killed process."""
 GIB = 2**30
+
+_NAME = re.compile(r"[0-9a-f]{64}-([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
-class _Told(Patches):
-    """Patches with something that a worker has to say about the cache."""
+class _Loaded(Patches):
+    """Patches from a worker, and what the worker did to the cache."""
 
-    note: str
-
-
-@dataclass
-class _Room:
-    """What a process knows of the space in a cache."""
-
-    used_bytes: int = 0
-    count_again_at: float = -math.inf
-    is_closed: bool = False
-    """Writing failed: this process adds no more."""
-    note: str = ""
+    added_bytes: int = 0
+    message: str = ""
+    """For the user; empty if there is nothing to report."""
+    write_failed: bool = False
 
 
-_rooms: dict[FrameCache, _Room] = {}  # of this process
-
-
-@dataclass(frozen=True)
 class FrameCache:
-    """Where frames are kept (None: nowhere), and how many bytes of them."""
+    """The frame cache as one process sees it: its folder (None: no cache), its limit, and how full it is.
 
-    folder: Path | None
-    limit_bytes: int = 0
+    The workers of the process read and write the files. This object tells them whether they may add more.
+    """
+
+    def __init__(self, folder: Path | None, limit_bytes: int = 0) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._used_bytes = 0
+        self._next_count_s = -math.inf
+        """Earliest time of the next count, in `time.monotonic` seconds."""
+        self._has_missed = True
+        """A medium was not in the cache since the last count; without misses nothing needs counting."""
+        self._write_failed = False
+        self._messages: set[str] = set()
+        """Messages that have been logged."""
 
     @staticmethod
     def of(config: DataConfig) -> FrameCache:
-        """As `data.cache` says. Tells, once, how much there is."""
+        """The cache that `data.cache` asks for: one object for each folder and process."""
         if config.cache == "none":
             return NO_CACHE
         return _open(config.cache_path / "frames", int(config.cache_gib * GIB))
 
     def submit(self, pool: WorkerPool, plan: MediaPlan, spec: VisionSpec) -> Future[Patches]:
-        """Have a worker load a medium, a video out of the cache where it is there; else it will be.
+        """Let a worker load a medium. A video is read from the cache if it is there, and added if it is not.
 
-        Pictures are decoded: as frames they take many times the bytes of their files, and reading those saves little.
+        Pictures are always decoded: as frames they take many times the bytes of their files, and reading those saves
+        little.
         """
         if self.folder is None or plan.ref.kind == "image":
-            return pool.submit(vision.load, plan, spec)
-        future = pool.submit(self.load, plan, spec)
-        future.add_done_callback(_tell)
+            return pool.submit(load_patches, plan, spec)
+        self._count()
+        full_message = ""
+        if self._used_bytes + _file_bytes(plan) > self.limit_bytes:
+            fix = "raise it, or remove the folder if no run needs what it holds"
+            full_message = f"data.cache_gib = {self.limit_bytes / GIB:g} is reached, no more is added; {fix}"
+        future = pool.submit(load_cached, plan, spec, self.folder, self._write_failed, full_message)
+        future.add_done_callback(self._update)
         return future
 
-    def load(self, plan: MediaPlan, spec: VisionSpec) -> Patches:
-        """What `vision.load` returns, or raises."""
-        patches, room = vision.load(plan, spec, self._frames), self._room
-        note, room.note = room.note, ""
-        return _Told(patches.pixels_PD, patches.grid_thw, patches.seconds_per_grid, note) if note else patches
-
-    @property
-    def _room(self) -> _Room:
-        return _rooms.setdefault(self, _Room())
-
-    def _frames(self, plan: MediaPlan) -> Tensor:
-        """The planned frames at the planned size."""
-        digest = frame_files.digest_of(plan)
-        if digest is None or self.folder is None:
-            return vision.decode_resized(plan)
-        file, is_damaged = frame_files.file_of(self.folder, digest, plan), False
-        with suppress(OSError):  # most often: it is not there yet
-            frames_TCHW = frame_files.read(file, digest, plan)
-            if frames_TCHW is not None:
-                return frames_TCHW
-            is_damaged = True
-        frames_TCHW = vision.decode_resized(plan)
-        # Had the medium changed meanwhile, nobody would know which of the two this is.
-        if not self._room.is_closed and frame_files.digest_of(plan) == digest:
-            self._add(file, digest, frames_TCHW, is_damaged)
-        return frames_TCHW
-
-    def _add(self, file: Path, digest: bytes, frames_TCHW: Tensor, is_damaged: bool) -> None:
-        """Write a file where there is room, or in the place of a damaged one."""
-        room, size = self._room, frame_files.HEADER_BYTES + frames_TCHW.numel()
-        try:
-            note = "held a damaged file, made anew" if is_damaged else self._why_not(size)
-            if is_damaged or not note:
-                frame_files.write(file, digest, frames_TCHW)
-                room.used_bytes += 0 if is_damaged else size
-        except OSError as error:
-            note, room.is_closed = f"can't be written ({error.strerror}); the run goes on without adding frames", True
-        room.note = f"{self.folder}: {note}" if note else ""
-
-    def _why_not(self, size: int) -> str:
-        """Why so many bytes more can't be kept; empty where they can."""
+    def _count(self) -> None:
+        """Count the bytes in the folder from time to time: other processes add to it."""
         assert self.folder is not None
-        room, now = self._room, time.monotonic()
-        if now >= room.count_again_at:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            room.used_bytes = frame_files.count_bytes(self.folder)
-            room.count_again_at = now + max(COUNT_AGAIN_S, 50 * (time.monotonic() - now))
-        if room.used_bytes + size > self.limit_bytes:
-            mend = "raise it, or remove the folder where it holds what no run needs"
-            return f"data.cache_gib = {self.limit_bytes / GIB:g} is reached, no more is added; {mend}"
-        disk = shutil.disk_usage(self.folder)
-        is_full = disk.free - size < KEPT_FREE * disk.total
-        return f"the disk is {1 - KEPT_FREE:.0%} full, no more is added; free space" if is_full else ""
+        begin_s = time.monotonic()
+        if not self._has_missed or begin_s < self._next_count_s:
+            return
+        with suppress(OSError):  # a worker that writes will report it
+            self._used_bytes = count_bytes(self.folder)
+        end_s = time.monotonic()
+        self._has_missed, self._next_count_s = False, end_s + max(COUNT_EVERY_S, 50 * (end_s - begin_s))
+
+    def _update(self, future: Future[Patches]) -> None:
+        """Account for what a worker did."""
+        if future.cancelled() or future.exception() is not None or not isinstance(loaded := future.result(), _Loaded):
+            return
+        self._has_missed = True
+        self._used_bytes += loaded.added_bytes
+        self._write_failed |= loaded.write_failed
+        if loaded.message and loaded.message not in self._messages:
+            self._messages.add(loaded.message)
+            _log(logging.WARNING, f"{self.folder}: {loaded.message}")
 
 
 NO_CACHE = FrameCache(None)
@@ -141,18 +140,141 @@ NO_CACHE = FrameCache(None)
 @cache
 def _open(folder: Path, limit_bytes: int) -> FrameCache:
     with suppress(OSError):
-        _say(f"{folder}: {frame_files.count_bytes(folder) / GIB:.1f} of {limit_bytes / GIB:g} GiB of frames")
+        _log(logging.INFO, f"{folder}: {count_bytes(folder) / GIB:.1f} of {limit_bytes / GIB:g} GiB of frames")
     return FrameCache(folder, limit_bytes)
 
 
-def _tell(future: Future[Patches]) -> None:
-    """Pass on what a worker has to say."""
-    if not future.cancelled() and future.exception() is None and isinstance(told := future.result(), _Told):
-        _say(told.note)
-
-
-@cache  # once
-def _say(text: str) -> None:
-    """A line on stderr, of one process a host: they share its disk."""
+def _log(level: int, message: str) -> None:
+    """Log a message in one process of each host, as they share the host's disk."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        logger.log(level, "%s", message, extra={"all_ranks": True})
+
+
+# ---------------------------------------------------------------------------------------------- in a worker process
+
+
+def load_cached(
+    plan: MediaPlan, spec: VisionSpec, folder: Path, is_read_only: bool = False, full_message: str = ""
+) -> Patches:
+    """`load_patches` through the cache. `full_message` says why no further medium may be added; empty if it may."""
+    digest = digest_of(plan)
+    if digest is None:
+        return load_patches(plan, spec)
+    with as_media_error(plan.ref.files[0]):
+        file, is_damaged = file_of(folder, digest, plan), False
+        with suppress(OSError):  # usually: it is not there yet
+            frames_TCHW = read(file, digest, plan)
+            if frames_TCHW is not None:
+                return cut_patches([frames_TCHW], plan, spec)
+            is_damaged = True
+        frames_TCHW = decode_resized(plan)
+        added_bytes, message, write_failed = 0, "", False
+        # If the file has changed meanwhile, nobody knows which version was decoded.
+        if not is_read_only and digest_of(plan) == digest:
+            try:
+                if is_damaged:
+                    message = "held a damaged file, made anew"
+                else:
+                    message = full_message or _disk_message(folder, _file_bytes(plan))
+                if is_damaged or not message:
+                    write(file, digest, frames_TCHW)
+                    added_bytes = 0 if is_damaged else _file_bytes(plan)
+            except OSError as error:
+                message = f"can't be written ({error.strerror}); the run goes on without adding frames"
+                write_failed = True
+        patches = cut_patches([frames_TCHW], plan, spec)
+    return _Loaded(patches.pixels_PD, patches.grid_thw, patches.seconds_per_grid, added_bytes, message, write_failed)
+
+
+def _disk_message(folder: Path, size_bytes: int) -> str:
+    """Why the disk has no room for so many bytes more; empty if it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(folder)
+    is_full = disk.free - size_bytes < RESERVED_DISK * disk.total
+    return f"the disk is {1 - RESERVED_DISK:.0%} full, no more is added; free space" if is_full else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def digest_of(plan: MediaPlan) -> bytes | None:
+    """SHA-256 of everything that the frames depend on; None if a file cannot be looked at (decoding will say why).
+
+    A file is identified as in the index: by path, size and modification time.
+    """
+    try:
+        files = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in plan.ref.files for s in (path.stat(),)]
+    except (OSError, ValueError):
+        return None
+    info = plan.info
+    scanned = (info.height, info.width, info.num_frames, info.fps, info.stream_index)  # decoding compares with these
+    planned = (plan.ref.kind, plan.frame_indices, plan.frame_times_s, plan.height, plan.width, *plan.views)
+    return hashlib.sha256(repr((CACHE_VERSION, DECODERS, files, scanned, planned)).encode()).digest()
+
+
+def file_of(folder: Path, digest: bytes, plan: MediaPlan) -> Path:
+    """The file that holds the frames of a plan, if there is one."""
+    return folder / digest.hex()[:2] / f"{digest.hex()}-{_file_bytes(plan)}"
+
+
+def read(file: Path, digest: bytes, plan: MediaPlan) -> Tensor | None:
+    """The frames of a plan; None if the file is damaged.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    with file.open("rb") as stream:
+        frames_TCHW = torch.empty(_shape(plan), dtype=torch.uint8)
+        pixels = frames_TCHW.numpy().data.cast("B")
+        header = stream.read(HEADER_BYTES)
+        is_complete = stream.readinto(pixels) == len(pixels) and not stream.read(1)
+    return frames_TCHW if is_complete and header == _header(digest, pixels) else None
+
+
+def write(file: Path, digest: bytes, frames_TCHW: Tensor) -> None:
+    """Write a file, or replace a damaged one. Not flushed to disk: after a power failure the checksum tells.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    pixels = frames_TCHW.contiguous().numpy().data.cast("B")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    try:
+        with partial.open("xb") as stream:
+            stream.write(_header(digest, pixels))
+            stream.write(pixels)
+        partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def count_bytes(folder: Path) -> int:
+    """Bytes of the frames in a folder, 0 if there is no folder. Removes what killed processes left half-written.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    total = 0
+    for shard in folder.glob("[0-9a-f][0-9a-f]"):
+        for name in os.listdir(shard):
+            if match := _NAME.fullmatch(name):
+                total += int(match[1])
+            elif name.startswith(PARTIAL):
+                with suppress(OSError):  # another process has renamed it
+                    if time.time() - (shard / name).stat().st_mtime > ABANDONED_S:
+                        (shard / name).unlink()
+    return total
+
+
+def _shape(plan: MediaPlan) -> tuple[int, int, int, int]:
+    return plan.num_pictures, 3, plan.height, plan.width
+
+
+def _file_bytes(plan: MediaPlan) -> int:
+    return HEADER_BYTES + math.prod(_shape(plan))
+
+
+def _header(digest: bytes, pixels: memoryview) -> bytes:
+    return digest + zlib.crc32(pixels, zlib.crc32(digest)).to_bytes(4, "little")

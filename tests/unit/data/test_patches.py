@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.helpers.clips import make_clip
-from vft.common.types import Clip, MediaInfo, MediaPlan, MediaRef
+from tests.helpers.patches import SPEC, patches_of, plan_of
+from vft.common.types import MediaInfo, MediaRef
 from vft.data.media import video
-from vft.data.media.patches import load, patchify
+from vft.data.media.patches import load_patches
 from vft.data.media.video import decode, scan
-from vft.models.processor import VisionSpec
 from vft.models.qwen2_5_vl.processor import QwenVision
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Patches as the reference describes them: rows [t, gh/2, gw/2, 2, 2], features [channel, time, y, x]."""
-
-    patch_features: int = 1176
-
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        if len(frames_TCHW) == 1:
-            frames_TCHW = frames_TCHW.repeat(2, 1, 1, 1)
-        t, _, height, width = frames_TCHW.shape
-        split = frames_TCHW.reshape(t // 2, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
-        return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 1176)
-
-
-SPEC = cast(VisionSpec, Spec())
-
-
-def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: int, width: int) -> MediaPlan:
-    grid = (math.ceil(len(indices) / 2), height // 14, width // 14)
-    return MediaPlan(ref, info, indices, height, width, grid, math.prod(grid) // 4, seconds_per_grid=1.5)
 
 
 @pytest.mark.parametrize("case", ["video_uniform", "two_videos", "clip_late_video", "lora_video", "images_multiturn"])
@@ -54,9 +30,9 @@ def test_reference_pixels(reference: Path, videos: Path, case: str) -> None:
         ref = MediaRef(medium["kind"], videos / medium["file"])
         indices = tuple(medium.get("frame_indices", (0,)))
         plan = plan_of(ref, scan(ref), indices, medium["resized_height"], medium["resized_width"])
-        patches = load(plan, SPEC)
+        patches = load_patches(plan, SPEC)
         assert patches.grid_thw == tuple(medium["grid_thw"]) and patches.pixels_PD.dtype == torch.uint8
-        assert torch.equal(patches.pixels_PD, patchify(decode(plan), plan, SPEC).pixels_PD)
+        assert torch.equal(patches.pixels_PD, patches_of(decode(plan).frames_TCHW, plan, SPEC).pixels_PD)
         found.append(patches.pixels_PD)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).repeat_interleave(392)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).repeat_interleave(392)
@@ -73,9 +49,9 @@ def test_load_in_chunks(
     """Whatever is decoded at a time, patches are those of the whole clip; a temporal patch is never split."""
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", range(20), size=(96, 64)))
     plan = plan_of(ref, scan(ref), indices, 28, 56)
-    whole = patchify(decode(plan), plan, SPEC)
+    whole = patches_of(decode(plan).frames_TCHW, plan, SPEC)
     monkeypatch.setattr(video.decode_chunks, "__defaults__", (round(chunk_frames * 3 * 96 * 64),))
-    patches = load(plan, SPEC)
+    patches = load_patches(plan, SPEC)
     assert torch.equal(patches.pixels_PD, whole.pixels_PD)
     assert (patches.grid_thw, patches.seconds_per_grid) == ((math.ceil(len(indices) / 2), 2, 4), 1.5)
 
@@ -96,7 +72,7 @@ def test_order_of_patches(count: int, height: int, width: int, channels_last: bo
 def test_odd_count_repeats_the_resized_last_frame() -> None:
     frames_TCHW = torch.randint(0, 256, (3, 3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plan = plan_of(MediaRef("video", Path("a.mp4")), MediaInfo("video", 40, 50, 3, 2.0), (0, 1, 2), 28, 28)
-    pixels_PD = patchify(Clip(frames_TCHW, (0.0, 0.5, 1.0)), plan, SPEC).pixels_PD
+    pixels_PD = patches_of(frames_TCHW, plan, SPEC).pixels_PD
     small = F.interpolate(frames_TCHW, (28, 28), mode="bicubic", antialias=True, align_corners=False)
     last_P2 = pixels_PD.reshape(2, 4, 3, 2, 14, 14)[1]
     assert torch.equal(last_P2[:, :, 0], last_P2[:, :, 1])
@@ -106,5 +82,5 @@ def test_odd_count_repeats_the_resized_last_frame() -> None:
 def test_size_kept_is_untouched_and_one_frame_is_doubled() -> None:
     frames_TCHW = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     plan = plan_of(MediaRef("video", Path("a.mp4")), MediaInfo("video", 28, 28, 1, 2.0), (0,), 28, 28)
-    pixels_PD = patchify(Clip(frames_TCHW, (0.0,)), plan, SPEC).pixels_PD
+    pixels_PD = patches_of(frames_TCHW, plan, SPEC).pixels_PD
     assert torch.equal(pixels_PD[0].reshape(3, 2, 14, 14)[:, 1], frames_TCHW[0, :, :14, :14])

@@ -1,0 +1,40 @@
+"""Patches as the reference describes them, to compare ours with; and frames in memory cut as training cuts them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from vft.common.types import MediaInfo, MediaPlan, MediaRef, Patches
+from vft.data.media.patches import cut_patches, resize_views
+from vft.models.processor import VisionSpec
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Rows [t, gh/2, gw/2, 2, 2], features [channel, time, y, x]."""
+
+    patch_features: int = 1176
+
+    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
+        if len(frames_TCHW) == 1:
+            frames_TCHW = frames_TCHW.repeat(2, 1, 1, 1)
+        t, _, height, width = frames_TCHW.shape
+        split = frames_TCHW.reshape(t // 2, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
+        return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 1176)
+
+
+SPEC = cast(VisionSpec, Spec())
+
+
+def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: int, width: int) -> MediaPlan:
+    grid = (math.ceil(len(indices) / 2), height // 14, width // 14)
+    return MediaPlan(ref, info, indices, height, width, grid, math.prod(grid) // 4, seconds_per_grid=1.5)
+
+
+def patches_of(frames_TCHW: Tensor, plan: MediaPlan, spec: VisionSpec) -> Patches:
+    """The planned frames, which lie in memory, resized and cut."""
+    return cut_patches([resize_views(frames_TCHW, plan)], plan, spec)
