@@ -157,7 +157,7 @@ def test_a_mistake_on_one_process_ends_all(world: World, commands: Commands, tmp
 
 def test_other_code_on_another_host(world: World, commands: Commands, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "vft", tmp_path / "other" / "vft", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "other" / "vft" / "loss.py").open("a") as file:
+    with (tmp_path / "other" / "vft" / "__init__.py").open("a") as file:
         file.write("# changed\n")
     config = world.config(tmp_path / "run.toml", ENDLESS)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}

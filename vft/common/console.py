@@ -1,33 +1,75 @@
-"""What all commands do alike on a terminal: how they end on a user's mistake, how they show progress."""
+"""What all commands share on a terminal: messages, progress bars, and how they end after a user's mistake."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from tqdm import tqdm
 
 from vft.common.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+STDERR = Console(stderr=True, markup=False, emoji=False, highlight=False)
+"""Where messages, tables of a run and the live view go. Whatever is printed here stands above the live view."""
+
+_PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+
+
+class _MessageHandler(logging.Handler):
+    """Prints a record as one plain line on stderr: `warning: ...`, `error: ...`, and INFO as it is.
+
+    INFO and WARNING come from the main process alone, unless the record has `extra={"all_ranks": True}`.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_main = os.environ.get("RANK", "0") == "0"
+        return bool(super().filter(record)) and (
+            is_main or record.levelno >= logging.ERROR or getattr(record, "all_ranks", False)
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = f"{_PREFIXES.get(record.levelno, '')}{self.format(record)}"
+            with tqdm.external_write_mode(file=sys.stderr):  # progress bars make room, and come back below
+                STDERR.print(text, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging() -> None:
+    """Show vft's messages on stderr. Commands call it through `user_errors`; a second call changes nothing."""
+    vft = logging.getLogger("vft")
+    if not any(isinstance(handler, _MessageHandler) for handler in vft.handlers):
+        vft.addHandler(_MessageHandler())
+    vft.setLevel(logging.INFO)
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr (of one process a host) and exit status 2; Ctrl-C into status 130, and
-    another signal into its own."""
+    """Set up the messages of a command, and turn a UserError into one line on stderr and exit status 2.
+
+    Of each host's processes one prints the line. Ctrl-C gives status 130, and another signal its own.
+    """
+    setup_logging()
+    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        if error.on_one_rank or is_first_of_host:
+            logger.error("%s%s", "" if rank == "0" else f"rank {rank}: ", error)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(str(stop) or "interrupted", file=sys.stderr)
+        if is_first_of_host:
+            logger.info("%s", str(stop) or "interrupted", extra={"all_ranks": True})
         sys.exit(getattr(stop, "status", 130))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -66,9 +65,8 @@ def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
     lines = list(rename(table))
     overridden = [_override(table, text) for text in overrides]
     lines += rename(table)
-    if os.environ.get("RANK", "0") == "0":
-        for line in lines:
-            logger.warning("%s: %s", path, line)
+    for line in lines:
+        logger.warning("%s: %s", path, line)
     try:
         return model.model_validate(table)
     except ValidationError as error:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import socket
 import struct
-import sys
 import threading
 import time
 import uuid
@@ -26,6 +26,8 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from vft.common.errors import UserError
 from vft.distributed.heartbeat import Heartbeat, Member, current, linger, names, set_current
+
+logger = logging.getLogger(__name__)
 
 PROBE_S = 3.0
 SAME = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA or ROCm of torch"}
@@ -123,7 +125,7 @@ def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s
             linger(store)
             raise error
         if missing and waited_s > 30 and not said:
-            print(f"waiting for rank {who}", file=sys.stderr, flush=True)
+            logger.info("waiting for rank %s", who)
             said = True
         time.sleep(0.02)
     texts = run.multi_get([f"member/{rank}" for rank in range(1, size)])
@@ -157,7 +159,7 @@ def _check_versions(members: Sequence[Member]) -> None:
                 )
     hosts = {member.host for member in members}
     if len(hosts) > 1:
-        print(f"{len(hosts)} hosts: {names(members)}", file=sys.stderr, flush=True)
+        logger.info("%d hosts: %s", len(hosts), names(members))
 
 
 # -------------------------------------------------------------------------------------------- the first collective

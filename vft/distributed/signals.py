@@ -7,15 +7,18 @@ the descriptor that Python's C code writes to, and leaves where the main thread 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AGAIN_S = 3.0
@@ -38,8 +41,8 @@ class _Stop:
         self.number = 0
         """Of the first signal; 0: none came."""
         self.handled = self.agreed = False
-        self.say: Callable[[str], None] | None = None
-        """Where a signal waits for all processes to agree: what tells the person in front."""
+        self.deferred = False
+        """Whether a signal waits until all processes agree to stop."""
 
     @property
     def name(self) -> str:
@@ -52,7 +55,7 @@ class _Stop:
     def handle(self, number: int, _: FrameType | None) -> None:
         """Of the main thread, between two of Python's instructions."""
         self.number = self.number or number
-        if not self.handled and self.say is None:
+        if not self.handled and not self.deferred:
             self.handled = True
             raise self.error
 
@@ -63,8 +66,10 @@ class _Stop:
             for number in (n for n in heard if n in SIGNALS):
                 if not first:
                     first, since_s, self.number = number, time.monotonic(), self.number or number
-                    if self.say is not None:
-                        self.say(f"{self.name}: stopping after this step with a checkpoint; once more to leave at once")
+                    if self.deferred:
+                        logger.info(
+                            "%s: stopping after this step with a checkpoint; once more to leave at once", self.name
+                        )
                     else:
                         threading.Timer(PATIENCE_S, self.leave_unless_handled).start()
                 elif number != first or time.monotonic() - since_s > AGAIN_S or "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -107,13 +112,13 @@ def signals_stop() -> Iterator[None]:
 
 
 @contextmanager
-def deferred(say: Callable[[str], None]) -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """A signal is kept for `stop_if`; one that came too late for it raises `Stopped` at the end."""
-    _stop.say = say
+    _stop.deferred = True
     try:
         yield
     finally:
-        _stop.say = None
+        _stop.deferred = False
     if _stop.number and not _stop.agreed:
         _stop.handled = True
         raise _stop.error
@@ -121,7 +126,7 @@ def deferred(say: Callable[[str], None]) -> Iterator[None]:
 
 def asked() -> int:
     """1 where this process is to stop; to be summed over all of them, and the sum given to `stop_if`."""
-    return int(_stop.say is not None and _stop.number > 0)
+    return int(_stop.deferred and _stop.number > 0)
 
 
 def stop_if(count: int) -> None:

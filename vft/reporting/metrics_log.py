@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import time
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from vft.adapters.lora import TrainableRow
+from vft.common.console import STDERR
 from vft.common.device_specs import peak_flops
 from vft.common.files import append_text, replace_text
 from vft.common.scores import Interval
@@ -29,6 +30,8 @@ from vft.models.flops import Flops
 from vft.models.quantization import true_shapes
 from vft.reporting.loggers import Board, open_boards
 from vft.reporting.progress import LiveView, loss_of, said, share, speed
+
+logger = logging.getLogger(__name__)
 
 
 def describe_device(device: torch.device) -> str:
@@ -64,9 +67,8 @@ class Monitor:
 
     def __init__(self, config: Config, max_steps: int, main: bool) -> None:
         self.config, self.main, self.max_steps = config, main, max_steps
-        self.console = Console(stderr=True, quiet=not main, markup=False, emoji=False)
         self.file = config.output_dir / "metrics.jsonl"
-        self.view = LiveView(f"{config.task}: {config.output_dir}", max_steps, self.console)
+        self.view = LiveView(f"{config.task}: {config.output_dir}", max_steps, STDERR)
         self.drawn = False
         self.boards: list[Board] = []
         self.evaluated = False
@@ -74,10 +76,12 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """One line to the person in front."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        logger.info(text)
 
     def table_of_trainable(self, rows: Sequence[TrainableRow], model: nn.Module) -> None:
         """What is trained, as a table, with its share of all parameters."""
+        if not self.main:
+            return
         total = sum(map(math.prod, true_shapes(model).values()))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         table = Table(title=f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})")
@@ -85,7 +89,7 @@ class Monitor:
             table.add_column(column, justify="right" if column in ("modules", "parameters") else "left")
         for row in rows:
             table.add_row(row.what, f"{row.modules:,}", f"{row.parameters:,}", row.example)
-        self.console.print(table)
+        STDERR.print(table)
 
     def resume_at(self, step: int) -> None:
         """Drop the lines of steps that will be done again."""
@@ -104,7 +108,7 @@ class Monitor:
         if not self.main:
             return
         self.boards = open_boards(self.config, step)
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        if STDERR.is_terminal and not STDERR.is_dumb_terminal:
             self.view.max_steps, self.drawn = self.max_steps, True
             self.view.start()
 
@@ -118,7 +122,7 @@ class Monitor:
         every = self.config.log.every_steps
         if not self.drawn and (line["step"] % every == 0 or line["step"] == self.max_steps):
             told = f"loss {loss_of(line)}  lr {line['lr']:.2e}  {speed(line)}  {share(line)}"
-            self.say(f"step {line['step']}/{self.max_steps}  {told}")
+            logger.info("step %d/%d  %s", line["step"], self.max_steps, told)
 
     def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Record scores of an evaluation under `eval_` keys, beside them their 95 % intervals (`eval_intervals`) and
@@ -130,7 +134,7 @@ class Monitor:
                 line["eval_tokenization"] = cut
             self._record(line)
             self.view.scores(step, scores)
-            self.say(f"step {step}  {said(scores)}")
+            logger.info("step %d  %s", step, said(scores))
 
     def close(self) -> None:
         """End the live view and the boards."""

@@ -240,7 +240,7 @@ class Trainer:
         begun, stopped = self.step, False
         self.monitor.start(self.step)
         try:
-            with deferred(self.monitor.say):
+            with deferred():
                 try:
                     self.train()
                 except Stopped:  # in all processes, after the same step

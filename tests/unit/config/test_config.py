@@ -117,7 +117,8 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),
         (
             "[train.component_learning_rates]\ntower = 1e-5",
-            "train.component_learning_rates.tower = \"tower\": must be 'language_model', 'vision_encoder' or 'pro",
+            "train.component_learning_rates.tower = \"tower\": must be 'language_model', 'vision_encoder' or "
+            "'projector'",
         ),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[lora]\ntargets = []", "lora.targets = []: must not be empty"),

@@ -15,8 +15,8 @@ GIB = 1 << 30
 DRIVERS = {"/dev/kfd": "ROCm", "/dev/nvidia0": "CUDA"}
 """Device files that a GPU's driver makes."""
 SUM = """
-from vft.console import user_errors
-from vft.distributed import process_group, together
+from vft.common.console import user_errors
+from vft.distributed.process_group import process_group, together
 with user_errors(), together(30, 60) as world, process_group(world):
     pass
 """
