@@ -59,7 +59,7 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
             if is_adapter(name):
                 generator = torch.Generator().manual_seed(number)
                 fill(parameter, 0.3 * torch.randn(parameter.shape, generator=generator))
-        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, model.spec), config, index.info, pool, world)
+        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, model.processor), config, index.info, pool, world)
         passes: list[int] = []
         model.register_forward_pre_hook(lambda module, args: passes.append(args[0].num_targets))
         found = {}

@@ -98,12 +98,12 @@ def main(base: str, trained: str, output: str) -> None:
 
 def row(model: VideoLanguageModel) -> Batch:
     """Two questions about a video, and a text; words that every vocabulary has."""
-    documents = [video_document(model.spec, Video(4, 56, 84), 2, 12, 6), text_document(30, 10)]
+    documents = [video_document(model.processor, Video(4, 56, 84), 2, 12, 6), text_document(30, 10)]
     common = []
     for one in documents:
         ids = torch.where(one.media_mask_T, one.ids_T, one.ids_T % 200)
         common.append(replace(one, ids_T=ids, labels_T=torch.where(one.labels_T == IGNORE_INDEX, IGNORE_INDEX, ids)))
-    return row_of(model.spec, common)
+    return row_of(model.processor, common)
 
 
 if __name__ == "__main__":

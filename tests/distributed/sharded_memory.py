@@ -63,7 +63,7 @@ def text_row(model: VideoLanguageModel) -> Batch:
     positions_3T = torch.arange(TOKENS).expand(3, -1).contiguous()
     mask_T = torch.zeros(math.prod(ids.shape), dtype=torch.bool)
     document = Document(("text",), ids, labels, positions_3T, 0, (TOKENS,), (), mask_T)
-    return collate([(document, [])], model.spec)
+    return collate([(document, [])], model.processor)
 
 
 if __name__ == "__main__":

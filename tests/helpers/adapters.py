@@ -20,7 +20,7 @@ VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
 def video_batch(tiny: Tiny) -> Batch:
     """A question about a video of several attention windows."""
     conversation = talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs."))
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])))
+    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])))
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:

@@ -38,7 +38,7 @@ class Family:
     model_class: Any
     """transformers' class."""
     inputs: Callable[[Batch, Any], dict[str, Tensor]]
-    """Its arguments for a batch of one document, given the family's VisionSpec; positions given explicitly."""
+    """Its arguments for a batch of one document, given the family's VisionProcessor; positions given explicitly."""
     components: dict[str, tuple[str, ...]]
     """Prefixes of what each part of it trains, said apart from the code."""
     closes_answers: bool = True
@@ -165,14 +165,14 @@ def save_qwen2_5_vl(
     return folder
 
 
-def qwen_inputs(batch: Batch, spec: Any) -> dict[str, Tensor]:
+def qwen_inputs(batch: Batch, processor: Any) -> dict[str, Tensor]:
     """The model's own names for pixels and grids."""
     inputs = {
         "input_ids": batch.input_ids_T[None],
         "position_ids": batch.positions_3T[:, None],
         "attention_mask": torch.ones_like(batch.input_ids_T)[None],
     }
-    mean, std = (torch.tensor(x).view(1, 3, 1) for x in (spec.mean, spec.std))
+    mean, std = (torch.tensor(x).view(1, 3, 1) for x in (processor.mean, processor.std))
     counts = [t * h * w for t, h, w in batch.grids]
     for kind, pixels, grid in (
         ("video", "pixel_values_videos", "video_grid_thw"),
@@ -384,14 +384,14 @@ def save_llava_mistral(folder: Path, **options: Any) -> Path:
     return save_llava_next_video(folder, **options, text=text, template=MISTRAL_TEMPLATE)
 
 
-def llava_inputs(batch: Batch, spec: Any) -> dict[str, Tensor]:
+def llava_inputs(batch: Batch, processor: Any) -> dict[str, Tensor]:
     """Squares of pixels; all frames of a row as one video, for transformers takes videos of one length only."""
     inputs = {
         "input_ids": batch.input_ids_T[None],
         "position_ids": batch.positions_3T[:1],
         "attention_mask": torch.ones_like(batch.input_ids_T)[None],
     }
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.mean, processor.std))
     media = [] if not batch.documents else list(batch.documents[0].media)
     counts = [t * h * w for t, h, w in batch.grids]
     squares: dict[str, list[Tensor]] = {"video": [], "image": []}

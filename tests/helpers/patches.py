@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, Patches
 from vft.data.media.patches import cut_patches, resize_views
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Spec:
         return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 1176)
 
 
-SPEC = cast(VisionSpec, Spec())
+SPEC = cast(VisionProcessor, Spec())
 
 
 def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: int, width: int) -> MediaPlan:
@@ -35,6 +35,6 @@ def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: in
     return MediaPlan(ref, info, indices, height, width, grid, math.prod(grid) // 4, seconds_per_grid=1.5)
 
 
-def patches_of(frames_TCHW: Tensor, plan: MediaPlan, spec: VisionSpec) -> Patches:
+def patches_of(frames_TCHW: Tensor, plan: MediaPlan, processor: VisionProcessor) -> Patches:
     """The planned frames, which lie in memory, resized and cut."""
-    return cut_patches([resize_views(frames_TCHW, plan)], plan, spec)
+    return cut_patches([resize_views(frames_TCHW, plan)], plan, processor)

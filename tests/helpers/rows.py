@@ -39,14 +39,14 @@ ROWS: dict[str, tuple[Conversation, list[Any]]] = {
 def row(tiny: Tiny, name: str) -> Batch:
     """The conversation of that name, whole."""
     conversation, media = ROWS[name]
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, media)))
+    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.processor, media)))
 
 
 def prompt(tiny: Tiny, name: str) -> Batch:
     """The row of that name without its last answer."""
     conversation, media = ROWS[name]
     asked = Conversation(conversation.id, conversation.turns[:-1], conversation.origin)
-    made = Media.make(tiny.encoder.spec, media)
+    made = Media.make(tiny.encoder.processor, media)
     encoded = tiny.encoder.encode(asked, answer_next=True, media=made.plans)
     document = tiny.encoder.document([encoded], made.plans, [asked.id])
-    return collate([(document, made.patches)], tiny.encoder.spec)
+    return collate([(document, made.patches)], tiny.encoder.processor)

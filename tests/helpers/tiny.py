@@ -60,7 +60,7 @@ class Tiny:
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Arguments of transformers' model for a batch of one document with one branch, positions given explicitly."""
         assert len(batch.documents) == 1 and len(batch.documents[0].suffix_lengths) == 1
-        return self.family.inputs(batch, self.encoder.spec)
+        return self.family.inputs(batch, self.encoder.processor)
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -121,15 +121,19 @@ class Media:
     patches: tuple[Patches, ...]
 
     @staticmethod
-    def make(spec: Any, media: Sequence[tuple[MediaRef, MediaInfo]], frames: int | None = None, seed: int = 0) -> Media:
+    def make(
+        processor: Any, media: Sequence[tuple[MediaRef, MediaInfo]], frames: int | None = None, seed: int = 0
+    ) -> Media:
         """All frames of each medium, or `frames` of them, at the nearest allowed size."""
-        plans = tuple(spec.plan(ref, info, replace(LIMITS, frames=frames or info.num_frames)) for ref, info in media)
+        plans = tuple(
+            processor.plan(ref, info, replace(LIMITS, frames=frames or info.num_frames)) for ref, info in media
+        )
         generator = torch.Generator().manual_seed(seed)
         patches = []
         for plan in plans:
             shape = (len(plan.frame_indices), 3, plan.info.height, plan.info.width)
             pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            patches.append(patches_of(pixels, plan, spec))
+            patches.append(patches_of(pixels, plan, processor))
         return Media(plans, tuple(patches))
 
 
@@ -141,7 +145,7 @@ def document(encoder: ChatEncoder, conversations: Sequence[Conversation], media:
 
 def batch_of(encoder: ChatEncoder, *rows: tuple[Sequence[Conversation], Media]) -> Batch:
     """One pack; each row is a document."""
-    return collate([(document(encoder, talks, media), media.patches) for talks, media in rows], encoder.spec)
+    return collate([(document(encoder, talks, media), media.patches) for talks, media in rows], encoder.processor)
 
 
 NO_MEDIA = Media((), ())

@@ -229,10 +229,10 @@ class Recorder:
 def test_logits_with_a_cache(tiny_untied: Tiny) -> None:
     """Each pass over the newest token of a short and a long prompt: the logits of transformers over the whole row."""
     batches = [prompt(tiny_untied, name) for name in ("text", "video")]
-    patches = [Media.make(tiny_untied.encoder.spec, ROWS[name][1]).patches for name in ("text", "video")]
+    patches = [Media.make(tiny_untied.encoder.processor, ROWS[name][1]).patches for name in ("text", "video")]
     documents = [batch.documents[0] for batch in batches]
     model = Recorder(tiny_untied.ours())
-    packed = collate(list(zip(documents, patches, strict=True)), tiny_untied.encoder.spec)
+    packed = collate(list(zip(documents, patches, strict=True)), tiny_untied.encoder.processor)
     answers = said(model, packed, (), Sampling(STEPS))
     for number, (batch, answer) in enumerate(zip(batches, answers, strict=True)):
         inputs = tiny_untied.inputs(batch)
@@ -264,30 +264,30 @@ def test_generation_of_several_prompts(tiny_untied: Tiny, answers: dict[str, lis
     batches = [prompt(tiny_untied, name) for name in ROWS]
     members = []
     for name, batch in zip(ROWS, batches, strict=True):
-        members.append((batch.documents[0], Media.make(tiny_untied.encoder.spec, ROWS[name][1]).patches))
+        members.append((batch.documents[0], Media.make(tiny_untied.encoder.processor, ROWS[name][1]).patches))
     longest = [token for token in answers["video"] if any(token not in tokens for tokens in answers.values())]
     stop = longest[-1]  # not one that ends all of them
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in answers.values()]
     assert min(map(len, expected)) < STEPS == max(map(len, expected))
-    found = said(tiny_untied.ours(), collate(members, tiny_untied.encoder.spec), (stop,), Sampling(STEPS))
+    found = said(tiny_untied.ours(), collate(members, tiny_untied.encoder.processor), (stop,), Sampling(STEPS))
     assert found == expected
 
 
 def test_generation_of_nothing(tiny_untied: Tiny) -> None:
     """A process without a prompt takes part, and has no answers."""
-    assert said(tiny_untied.ours(), collate([], tiny_untied.encoder.spec), (), Sampling(2)) == []
+    assert said(tiny_untied.ours(), collate([], tiny_untied.encoder.processor), (), Sampling(2)) == []
 
 
 @torch.no_grad()
 def test_options_are_scored_as_each_in_a_pass_of_its_own(tiny: Tiny) -> None:
     """On the shared prefix: the sum over the tokens that training supervises of that answer, the closing one included,
     and the sum without it."""
-    spec = tiny.encoder.spec
-    media = Media.make(spec, [medium("image", 1, 90, 130, name="picture")], seed=3)
+    processor = tiny.encoder.processor
+    media = Media.make(processor, [medium("image", 1, 90, 130, name="picture")], seed=3)
     asked = talk(("user", [media.plans[0].ref, "Which?"]))
     options = ("1", "10", "No", "No, it does not", "basketball", "basketball dunk")
     made = tiny.encoder.options(asked, options, media.plans)
-    trunk = collate([(prefix_of(made), media.patches)], spec)
+    trunk = collate([(prefix_of(made), media.patches)], processor)
     (found,) = score_options(tiny.ours(), trunk, [made], tiny.encoder.around_answer)
     for option, score in zip(options, found, strict=True):
         batch = batch_of(tiny.encoder, ([talk(*turns_of(asked), ("assistant", option))], media))

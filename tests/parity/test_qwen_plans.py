@@ -20,15 +20,15 @@ from vft.config.data import DataConfig, VideoConfig
 from vft.data.budget import limits_of
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import scan
-from vft.models.qwen2_5_vl.processor import QwenVision
-from vft.models.qwen3_vl.processor import Qwen3Vision
-from vft.models.qwen_processor import QwenSpec
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
+from vft.models.qwen3_vl.processor import Qwen3Processor
+from vft.models.qwen_processor import QwenProcessor
 
 COUNT = int(os.environ.get("VFT_QWEN_PLANS", 300))
 CONFIG = DataConfig(video=VideoConfig(max_frames=768))
-SPECS: dict[int, QwenSpec] = {
-    14: QwenVision(image_token=1, video_token=2, tokens_per_second=2.0),
-    16: Qwen3Vision(image_token=1, video_token=2, table_side=48),
+SPECS: dict[int, QwenProcessor] = {
+    14: Qwen2_5Processor(image_token=1, video_token=2, tokens_per_second=2.0),
+    16: Qwen3Processor(image_token=1, video_token=2, table_side=48),
 }
 
 
@@ -68,9 +68,9 @@ def test_plans_of_qwen_vl_utils(vision_process: ModuleType) -> None:
 def test_an_odd_number_of_frames_is_what_was_asked_for() -> None:
     """The last one fills the pair, as transformers' processor does; qwen-vl-utils would take 2 or 4."""
     info = MediaInfo("video", 112, 112, 10, 5.0, duration_s=2.0)
-    for patch, spec in SPECS.items():
+    for patch, processor in SPECS.items():
         ref = MediaRef("video", Path("clip.mp4"), MediaOptions(nframes=3))
-        plan = spec.plan(ref, info, limits_of(ref, CONFIG))
+        plan = processor.plan(ref, info, limits_of(ref, CONFIG))
         assert plan.frame_indices == (0, 4, 9) and plan.grid_thw[0] == 2, (
             patch
         )  # round(linspace(0, 9, 3)), ties to even

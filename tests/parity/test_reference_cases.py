@@ -112,9 +112,9 @@ def load_case(
         documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
         document = documents.build(0)
         assert documents.lengths == [document.num_tokens]
-        patches = [load_patches(plan, encoder.spec) for plan in document.media]
+        patches = [load_patches(plan, encoder.processor) for plan in document.media]
         tensors = load_file(reference / "cases" / f"{name}.safetensors")
-        return Case(facts, tensors, collate([(document, patches)], encoder.spec))
+        return Case(facts, tensors, collate([(document, patches)], encoder.processor))
 
     return load
 
@@ -222,9 +222,9 @@ def test_all_cases_in_one_pack(
     members = []
     for case in cases:
         document = case.batch.documents[0]
-        members.append((document, [load_patches(plan, encoder.spec) for plan in document.media]))
+        members.append((document, [load_patches(plan, encoder.processor) for plan in document.media]))
     with torch.no_grad():
-        logits_TV = every_logit(trained, collate(members, encoder.spec))
+        logits_TV = every_logit(trained, collate(members, encoder.processor))
     start = 0
     for case in cases:
         rows = case.tensors["predicting_positions"] + start

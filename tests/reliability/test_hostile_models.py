@@ -159,7 +159,7 @@ def base(world: World, tmp_path: Path) -> Path:
 def open_all(base: Path) -> str:
     """What a command reads of a model folder before its weights; the template's text of a conversation."""
     checkpoint = Pretrained.open(str(base))
-    encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)
+    encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).processor)
     turns = (Turn("user", ("What?",)), Turn("assistant", ("A dog.",)))
     return encoder.render(Conversation("x", turns, "a.json:1"), False)[0]
 

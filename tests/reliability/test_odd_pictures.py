@@ -28,7 +28,7 @@ from vft.data.media.index import Index, build
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import scan_file
 from vft.data.workers import WorkerPool
-from vft.models.qwen2_5_vl.processor import QwenVision
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
 COLOUR = (200, 100, 50)
 DEADLINE_S = 60.0
@@ -214,10 +214,10 @@ def test_picture(folder: Path, indexed: Index, pool: WorkerPool, name: str) -> N
 
 
 def test_a_picture_too_narrow_for_the_model_is_named(folder: Path, indexed: Index) -> None:
-    spec = QwenVision(image_token=1, video_token=2, tokens_per_second=2.0)
+    processor = Qwen2_5Processor(image_token=1, video_token=2, tokens_per_second=2.0)
     ref = MediaRef("image", folder / "a_line.png")
     with pytest.raises(UserError) as caught:
-        plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], spec, 1000, "records.jsonl:3")
+        plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], processor, 1000, "records.jsonl:3")
     message = str(caught.value)
     assert message.startswith(f"records.jsonl:3: {ref.path}: ") and "10000 x 1" in message
 

@@ -30,7 +30,7 @@ from vft.inference.evaluate import keep_parts, load_held_out
 from vft.metrics import mean_interval
 from vft.models import build
 from vft.models.pretrained import Pretrained
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.recipes import task_of
 from vft.reporting import examples, write_report
 
@@ -83,9 +83,9 @@ class Reader(HTMLParser):
         self.open[-1].children.append(data)
 
 
-def read(folder: Path, held_out: Dataset | None = None, spec: VisionSpec | None = None) -> Element:
+def read(folder: Path, held_out: Dataset | None = None, processor: VisionProcessor | None = None) -> Element:
     """Write the report and read it; every page must stand alone."""
-    assert write_report(folder, held_out, spec) == folder / "report.html"
+    assert write_report(folder, held_out, processor) == folder / "report.html"
     reader = Reader()
     reader.feed((folder / "report.html").read_text(encoding="utf-8"))
     reader.close()
@@ -376,14 +376,14 @@ def test_equal_ids_of_two_sources_are_two_questions() -> None:
         return SimpleNamespace(media=())
 
     held_out: Any = SimpleNamespace(members=[(one,) for one in talks], build=build)
-    shown = examples.examples(rows, held_out, cast(VisionSpec, object()))
+    shown = examples.examples(rows, held_out, cast(VisionProcessor, object()))
     assert sorted(built) == [0, 1] and len(shown) == 2
     for one in shown:
         (source,) = one["references"]
         assert [row["prediction"] for _, row, _ in one["answers"]] == [f"first {source}", f"last {source}"]
     old = {key: value for key, value in rows["last"][0].items() if key not in ("source", "media")}
     built.clear()
-    assert examples.strips(old, held_out, cast(VisionSpec, object())) == [] and built == []
+    assert examples.strips(old, held_out, cast(VisionProcessor, object())) == [] and built == []
 
 
 def test_answers_that_were_cut_off_are_marked(tmp_path: Path) -> None:
@@ -446,12 +446,12 @@ def trained(world: World, commands: Commands, tmp_path_factory: pytest.TempPathF
     return config
 
 
-def load(config: Path) -> tuple[Dataset, VisionSpec]:
+def load(config: Path) -> tuple[Dataset, VisionProcessor]:
     """What the run was evaluated on."""
     settings = configs.load(config)
     checkpoint = Pretrained.open(settings.model.path)
-    spec = build(checkpoint, torch.float32).spec
-    return load_held_out(task_of(settings), settings, ChatEncoder(checkpoint.tokenizer, spec)), spec
+    processor = build(checkpoint, torch.float32).processor
+    return load_held_out(task_of(settings), settings, ChatEncoder(checkpoint.tokenizer, processor)), processor
 
 
 def test_a_run_with_its_frames(trained: Path) -> None:
@@ -510,10 +510,10 @@ def test_a_browser_shows_it_in_silence(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_clip_that_broke_since_is_named(trained: Path) -> None:
-    held_out, spec = load(trained)
+    held_out, processor = load(trained)
     damage(trained.parent / "data" / "red.mp4")
     (trained.parent / "data" / "blue.mp4").unlink()
-    page = read(trained.with_suffix(""), held_out, spec)
+    page = read(trained.with_suffix(""), held_out, processor)
     shown = {one.all("h3")[0].text.split()[0]: one for one in page.all("article")}
     assert {name: len(one.all("img")) for name, one in shown.items()} == {"red": 0, "green": 8, "blue": 0, "yellow": 8}
     assert all(

@@ -158,7 +158,7 @@ def stalled(
     """Steps without a save, with one in the loop and with one beside it, in turns."""
     model, optimizer = trained
     device = torch.device(options.device)
-    row = row_of(model.spec, [text_document(options.tokens, options.tokens // 4, seed=0)]).to(device)
+    row = row_of(model.processor, [text_document(options.tokens, options.tokens // 4, seed=0)]).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:

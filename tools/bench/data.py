@@ -184,7 +184,7 @@ def table(case: Case, cores: int, sides: Sequence[Side]) -> list[dict[str, Any]]
 def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
     """Every size at every rate."""
     model = build(Pretrained.open(str(DEMO_BASE)), torch.float32)
-    encoder = ChatEncoder(Pretrained.open(str(DEMO_BASE)).tokenizer, model.spec)
+    encoder = ChatEncoder(Pretrained.open(str(DEMO_BASE)).tokenizer, model.processor)
     root = options.clips or folder
     for size, clips in clips_by_size(options, folder).items():
         questions = -(-options.samples // len(clips))

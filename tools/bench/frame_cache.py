@@ -25,9 +25,9 @@ from vft.data.budget import limits_of
 from vft.data.media.frame_cache import count_bytes, load_cached
 from vft.data.media.patches import load_patches
 from vft.data.media.video import scan
-from vft.models.qwen2_5_vl.processor import QwenVision
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
-SPEC: Any = QwenVision(image_token=0, video_token=1, tokens_per_second=2.0)
+SPEC: Any = Qwen2_5Processor(image_token=0, video_token=1, tokens_per_second=2.0)
 
 
 def main() -> None:

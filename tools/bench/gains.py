@@ -71,9 +71,9 @@ def passes(model: VideoLanguageModel, rows: list[Batch], device: torch.device) -
 
 def shared_videos(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Five questions on one copy of their video, and on five."""
-    shared = video_document(model.spec, Video(), 5, WORDS, ANSWER)
-    return passes(model, [row_of(model.spec, apart(shared))], device), passes(
-        model, [row_of(model.spec, [shared])], device
+    shared = video_document(model.processor, Video(), 5, WORDS, ANSWER)
+    return passes(model, [row_of(model.processor, apart(shared))], device), passes(
+        model, [row_of(model.processor, [shared])], device
     )
 
 
@@ -100,13 +100,15 @@ def apart(document: Document) -> list[Document]:
 def packed_rows(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Sixteen short documents in one row, and in a row each."""
     documents = [text_document(20 + 8 * seed, 10, seed) for seed in range(16)]
-    alone = [row_of(model.spec, [document]) for document in documents]
-    return passes(model, alone, device), passes(model, [row_of(model.spec, documents)], device)
+    alone = [row_of(model.processor, [document]) for document in documents]
+    return passes(model, alone, device), passes(model, [row_of(model.processor, documents)], device)
 
 
 def supervised_head(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """Logits of supervised tokens, and of every token."""
-    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+    row = row_of(
+        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
+    )
 
     def everywhere() -> torch.Tensor:
         batch = row.to(device)
@@ -125,7 +127,9 @@ def supervised_head(model: VideoLanguageModel, device: torch.device) -> tuple[Wo
 
 def windows_at_once(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """All windows of the vision encoder in one call, and each in its own, as without flash-attention elsewhere."""
-    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+    row = row_of(
+        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
+    )
     ours = passes(model, [row], device)
 
     def one_by_one() -> torch.Tensor:
@@ -160,7 +164,9 @@ def each_segment_alone() -> Iterator[None]:
 
 def frozen_encoder(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
     """No graph through the frozen encoder, and one all the way, as where the patches' embedding needs a gradient."""
-    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)])
+    row = row_of(
+        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
+    )
 
     def with_graph() -> torch.Tensor:
         weight = model.get_parameter("visual.patch_embed.proj.weight")

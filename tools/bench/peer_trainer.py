@@ -34,7 +34,7 @@ from vft.data.media.patches import load_patches
 from vft.data.packing import Cursor, take_step
 from vft.models import build
 from vft.models.pretrained import Pretrained
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.recipes import task_of
 
 Question = tuple[Conversation, MediaPlan]
@@ -55,7 +55,7 @@ def main() -> None:
 def planned_steps(config: Config) -> tuple[list[list[Question]], ChatEncoder]:
     """The questions of every step of a vft run with this configuration, in its order."""
     checkpoint = Pretrained.open(config.model.path)
-    encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).spec)
+    encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).processor)
     make = task_of(config).conversations
     documents = load_dataset(config.data, config.data.sources, make, encoder, config.seed)
     plan, cursor, steps = documents.pack_plan(config.seed), Cursor(), []
@@ -74,12 +74,15 @@ class Rows(Dataset[dict[str, Tensor]]):
     order of patches) are applied by vft's decoding instead, which gives the same pixels.
     """
 
-    def __init__(self, questions: Sequence[Question], tokenizer: Any, spec: VisionSpec, video_token: str) -> None:
-        self.questions, self.tokenizer, self.spec, self.video_token = questions, tokenizer, spec, video_token
+    def __init__(
+        self, questions: Sequence[Question], tokenizer: Any, processor: VisionProcessor, video_token: str
+    ) -> None:
+        self.questions, self.tokenizer, self.processor, self.video_token = questions, tokenizer, processor, video_token
         self.header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.mean_D, self.std_D = (
-            torch.tensor(values).repeat_interleave(spec.patch_features // 3) for values in (spec.mean, spec.std)
+            torch.tensor(values).repeat_interleave(processor.patch_features // 3)
+            for values in (processor.mean, processor.std)
         )
 
     def __len__(self) -> int:
@@ -87,7 +90,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         conversation, plan = self.questions[index]
-        pixels_PD = load_patches(plan, self.spec).pixels_PD.float().div_(255).sub_(self.mean_D).div_(self.std_D)
+        pixels_PD = load_patches(plan, self.processor).pixels_PD.float().div_(255).sub_(self.mean_D).div_(self.std_D)
         text = self.tokenizer.apply_chat_template(messages_of(conversation), tokenize=False)
         text = text.replace(self.video_token, self.video_token * plan.num_tokens)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -97,7 +100,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             "labels": torch.tensor(labels_of(ids, self.header, self.end)),
             # transformers 5 lets the text after a video go on at start + max(height, width) even where the video's
             # time reached further; the released model was trained with the largest position + 1. So they are given.
-            "positions_3T": self.spec.positions(len(ids), [([first], plan)]),
+            "positions_3T": self.processor.positions(len(ids), [([first], plan)]),
             "pixels_PD": pixels_PD,
             "grid": torch.tensor(plan.grid_thw),
         }
@@ -225,7 +228,7 @@ def train(config: Config, job: Job) -> Record:
     )
     base.config.use_cache = False
     video_token = encoder.tokenizer.convert_ids_to_tokens(base.config.video_token_id)
-    rows = Rows([one for step in steps for one in step], encoder.tokenizer, encoder.spec, video_token)
+    rows = Rows([one for step in steps for one in step], encoder.tokenizer, encoder.processor, video_token)
     starts = [(step * size, first) for step in range(len(steps)) for first in range(0, size, job.batch)]
     batches = [list(range(at + first, at + min(first + job.batch, size))) for at, first in starts]
     accumulation = math.ceil(size / job.batch)

@@ -27,34 +27,34 @@ class Video:
     width: int = 224
 
 
-def plan_of(spec: Any, video: Video) -> MediaPlan:
+def plan_of(processor: Any, video: Video) -> MediaPlan:
     """All frames of the video, in its own size as far as the family lets it."""
     ref = MediaRef("video", Path("video.mp4"))
     info = MediaInfo("video", video.height, video.width, video.frames, 2.0, duration_s=video.frames / 2)
     pixels = video.height * video.width
-    return spec.plan(ref, info, VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None))
+    return processor.plan(ref, info, VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None))
 
 
-def media_rows(spec: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
+def media_rows(processor: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
     """Ids of a video's rows, and which of them are embeddings; a time between frames is so many tokens."""
-    (mark,) = spec.placeholder("video")
+    (mark,) = processor.placeholder("video")
     ids: list[int] = []
-    for piece in spec.expand(plan):
+    for piece in processor.expand(plan):
         ids += [mark] * piece if isinstance(piece, int) else [2] * TIME_TOKENS
     return ids, [token == mark for token in ids]
 
 
 def video_document(
-    spec: Any, video: Video | MediaPlan, questions: int, words: int, answer: int, seed: int = 0
+    processor: Any, video: Video | MediaPlan, questions: int, words: int, answer: int, seed: int = 0
 ) -> Document:
     """One video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
     generator = torch.Generator().manual_seed(seed)
-    plan = plan_of(spec, video) if isinstance(video, Video) else video
-    vision_ids, vision_mask = media_rows(spec, plan)
+    plan = plan_of(processor, video) if isinstance(video, Video) else video
+    vision_ids, vision_mask = media_rows(processor, plan)
     runs = [SYSTEM_TOKENS + i for i, seen in enumerate(vision_mask) if seen and (i == 0 or not vision_mask[i - 1])]
     head = torch.randint(20, 500, (SYSTEM_TOKENS,), generator=generator).tolist()
     trunk = [*head, *vision_ids, 1]  # and the token that ends the video
-    positions_3T = spec.positions(len(trunk) + words, [(runs, plan)])
+    positions_3T = processor.positions(len(trunk) + words, [(runs, plan)])
     shared = len(trunk) if questions > 1 else 0
     ids = [torch.tensor(trunk)]
     labels = [torch.full((len(trunk),), IGNORE_INDEX)]
@@ -84,15 +84,15 @@ def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
     return Document((f"text-{seed}",), ids, labels, positions_3T, 0, (tokens,), (), torch.zeros(tokens).bool())
 
 
-def row_of(spec: Any, documents: list[Document], seed: int = 0) -> Batch:
+def row_of(processor: Any, documents: list[Document], seed: int = 0) -> Batch:
     """One pack of them, with random pixels, the same for videos of one size."""
     members = []
     for document in documents:
         patches = []
         for plan in document.media:
             generator = torch.Generator().manual_seed(seed)  # copies of a video are equal
-            shape = (math.prod(plan.grid_thw), spec.patch_features)
+            shape = (math.prod(plan.grid_thw), processor.patch_features)
             pixels_PD = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
             patches.append(Patches(pixels_PD, plan.grid_thw, plan.seconds_per_grid))
         members.append((document, patches))
-    return collate(members, spec)
+    return collate(members, processor)

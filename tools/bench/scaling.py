@@ -70,7 +70,9 @@ Cases = dict[str, tuple[list[Batch], float]]
 
 def packs(model: VideoLanguageModel) -> Cases:
     """One row after another: in proportion to their number."""
-    row = row_of(model.spec, [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(2)])
+    row = row_of(
+        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(2)]
+    )
     return {f"{count} rows": ([row] * count, float(count)) for count in (1, 2, 4)}
 
 
@@ -82,8 +84,12 @@ def questions(model: VideoLanguageModel) -> Cases:
     cases: Cases = {}
     video = Video(8, 224, 224)
     for k in (2, 5, 8):
-        alone = row_of(model.spec, [video_document(model.spec, video, 1, WORDS, ANSWER, seed) for seed in range(4)])
-        shared = row_of(model.spec, [video_document(model.spec, video, k, WORDS, ANSWER, seed) for seed in range(4)])
+        alone = row_of(
+            model.processor, [video_document(model.processor, video, 1, WORDS, ANSWER, seed) for seed in range(4)]
+        )
+        shared = row_of(
+            model.processor, [video_document(model.processor, video, k, WORDS, ANSWER, seed) for seed in range(4)]
+        )
         unit = k / 2
         cases[f"{k} apart"] = ([alone] * k, unit)
         cases[f"{k} shared"] = ([shared], unit * shared.num_tokens / (k * alone.num_tokens))
@@ -94,7 +100,10 @@ def frames(model: VideoLanguageModel) -> Cases:
     """More frames of one video: as its FLOPs grow, the encoder's in proportion, attention faster."""
     return _by_flops(
         model,
-        {f"{count} frames": [video_document(model.spec, Video(count), 1, WORDS, ANSWER)] for count in (8, 16, 32, 64)},
+        {
+            f"{count} frames": [video_document(model.processor, Video(count), 1, WORDS, ANSWER)]
+            for count in (8, 16, 32, 64)
+        },
     )
 
 
@@ -103,7 +112,9 @@ def length(model: VideoLanguageModel) -> Cases:
     return _by_flops(
         model,
         {
-            f"{count} videos": [video_document(model.spec, Video(), 1, WORDS, ANSWER, seed) for seed in range(count)]
+            f"{count} videos": [
+                video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(count)
+            ]
             for count in (2, 4, 8, 16)
         },
     )
@@ -111,7 +122,7 @@ def length(model: VideoLanguageModel) -> Cases:
 
 def _by_flops(model: VideoLanguageModel, documents: dict[str, list[Any]]) -> Cases:
     counter = FlopCounter(model)
-    rows = {name: row_of(model.spec, members) for name, members in documents.items()}
+    rows = {name: row_of(model.processor, members) for name, members in documents.items()}
     unit = counter.count(next(iter(rows.values()))).model
     return {name: ([row], counter.count(row).model / unit) for name, row in rows.items()}
 

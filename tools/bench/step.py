@@ -104,7 +104,7 @@ def measure(setting: Setting, tokens: int, video: float, questions: int, repeats
     choose_trainable(model, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
-    row = make_row(model.spec, tokens, video, questions)
+    row = make_row(model.processor, tokens, video, questions)
     planned = plan_bytes(setting, row)
     counters.clear()
     parallelize(model, None, setting.parallel, setting.dtype, setting.device)
@@ -132,17 +132,17 @@ def measure(setting: Setting, tokens: int, video: float, questions: int, repeats
     return line
 
 
-def make_row(spec: Any, tokens: int, video: float, questions: int) -> Batch:
+def make_row(processor: Any, tokens: int, video: float, questions: int) -> Batch:
     """A row of about so many tokens: videos of 16 frames at 448 x 448 where they fit, and text for the rest."""
     for size in (Video(16, 448, 448), Video(8, 224, 224), Video(4, 112, 112)):
-        count = int(tokens * video / (plan_of(spec, size).num_tokens + questions * 40))
+        count = int(tokens * video / (plan_of(processor, size).num_tokens + questions * 40))
         if count or not video:
             break
-    documents = [video_document(spec, size, questions, 40, 20, seed) for seed in range(count)]
+    documents = [video_document(processor, size, questions, 40, 20, seed) for seed in range(count)]
     left = tokens - sum(document.num_tokens for document in documents)
     if left > 1:
         documents.append(text_document(left, max(1, left // 4), seed=count))
-    return row_of(spec, documents)
+    return row_of(processor, documents)
 
 
 def plan_bytes(setting: Setting, row: Batch) -> int:

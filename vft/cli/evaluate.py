@@ -97,8 +97,8 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
     """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     # Before the process group, as in training: a first scan of many files may outlast any time-out.
-    spec, learn_reasoning = build(checkpoint, torch.float32).spec, config.data.learn_reasoning
-    encoder = ChatEncoder(checkpoint.tokenizer, spec, checkpoint.end_ids, learn_reasoning)
+    processor, learn_reasoning = build(checkpoint, torch.float32).processor, config.data.learn_reasoning
+    encoder = ChatEncoder(checkpoint.tokenizer, processor, checkpoint.end_ids, learn_reasoning)
     held_out = load_held_out(task_of(config), config, encoder)
     overlap = overlap_with_training(task_of(config), config, held_out) if world.is_main else ""
     if overlap:

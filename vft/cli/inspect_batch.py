@@ -57,7 +57,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     tell_of_weights(config, print)
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     model = build(checkpoint, torch.float32)
-    encoder = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids, config.data.learn_reasoning)
+    encoder = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids, config.data.learn_reasoning)
     task, data = task_of(config), config.data
     documents, make = load_training(task, config, encoder), trained_conversations(task, config.data.segment_questions)
     with (

@@ -349,17 +349,17 @@ def make_model(config: Config) -> VideoLanguageModel:
 
 def longest_row(setting: Setting) -> Batch:
     """As many of the largest videos that the limits allow, each with a question, as go into one row."""
-    data, spec = setting.config.data, model_of(setting.config).spec
+    data, processor = setting.config.data, model_of(setting.config).processor
     ref = MediaRef("video", Path("video.mp4"))
     limits = limits_of(ref, data)
     limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
     length = 10 * (limits.frames or 1)
     large = MediaInfo("video", *FILMED, length, 10.0, duration_s=length / 10)
     room = data.pack_tokens - setting.text_tokens - 20
-    (media,) = plan_media([(ref, large, limits)], spec, room, str(setting.config.model.path))
-    one = video_document(spec, media, 1, setting.text_tokens, setting.text_tokens // 2)
+    (media,) = plan_media([(ref, large, limits)], processor, room, str(setting.config.model.path))
+    one = video_document(processor, media, 1, setting.text_tokens, setting.text_tokens // 2)
     count = max(1, data.pack_tokens // one.num_tokens)
-    return row_of(spec, [one] * min(count, data.max_samples_per_pack or count))
+    return row_of(processor, [one] * min(count, data.max_samples_per_pack or count))
 
 
 def sizes_of(setting: Setting, model: VideoLanguageModel) -> dict[str, int]:

@@ -163,7 +163,7 @@ def predict(arguments: argparse.Namespace) -> int:
     check(arguments)
     world = environment()
     checkpoint = Pretrained.open(arguments.model, trained_rope_factor(arguments.adapter, None))
-    context = build_model(checkpoint, torch.float32).spec.context_tokens
+    context = build_model(checkpoint, torch.float32).processor.context_tokens
     check_answer_length(arguments.max_new_tokens, context, "--max-new-tokens")
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)

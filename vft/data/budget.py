@@ -11,7 +11,7 @@ from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, Visio
 from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
 from vft.data.spans import check_spans
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,14 @@ class Bound:
         return Bound(config.pack_tokens, f"data.pack_tokens = {config.pack_tokens}", "raise it or shorten the text")
 
     @staticmethod
-    def of_context(spec: VisionSpec, new_tokens: int) -> Bound:
+    def of_context(processor: VisionProcessor, new_tokens: int) -> Bound:
         """The model's context, of which `new_tokens` are kept for an answer that is yet to come."""
-        if spec.context_tokens is None:
+        if processor.context_tokens is None:
             return Bound(sys.maxsize, "", "")
         kept = f" less {new_tokens} for the answer" if new_tokens else ""
         longer = "or a shorter answer" if new_tokens else "or set model.rope_factor"
-        name = f"the model's context of {spec.context_tokens}{kept}"
-        return Bound(spec.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
+        name = f"the model's context of {processor.context_tokens}{kept}"
+        return Bound(processor.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
 
 
 ROW = Bound(sys.maxsize, "data.pack_tokens", "raise it or shorten the text")
@@ -57,11 +57,11 @@ def fit(
     into: with them `plan_within` gives the same plans. Text that depends on the plans (times of frames, subtitles) is
     counted as it will be. UserError where nothing fits.
     """
-    row, context = Bound.of_row(config), Bound.of_context(encoder.spec, new_tokens)
+    row, context = Bound.of_row(config), Bound.of_context(encoder.processor, new_tokens)
 
     def planned(room: int) -> tuple[tuple[MediaPlan, ...], int, Bound]:
         """Plans for this room, and by how many tokens they and their text are too long for which bound."""
-        plans = plan_within(room, conversations[0], encoder.spec, config, info, tightest()[1])
+        plans = plan_within(room, conversations[0], encoder.processor, config, info, tightest()[1])
         vision = sum(len(encoder.media_tokens(plan)[0]) for plan in plans)
         room_left, bound = tightest(plans)
         return plans, vision - room_left, bound
@@ -103,7 +103,7 @@ def fit(
 def plan_within(
     room: int,
     conversation: Conversation,
-    spec: VisionSpec,
+    processor: VisionProcessor,
     config: DataConfig,
     info: Callable[[MediaRef], MediaInfo],
     bound: Bound | None = None,
@@ -117,7 +117,7 @@ def plan_within(
         raise UserError(f"{conversation.origin}: {text} tokens of text, more than {bound.name}; {bound.fix}")
     check_spans(conversation, info)
     media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
-    return plan_media(media, spec, room, conversation.origin, bound)
+    return plan_media(media, processor, room, conversation.origin, bound)
 
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
@@ -151,7 +151,7 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
 
 def plan_media(
     media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]],
-    spec: VisionSpec,
+    processor: VisionProcessor,
     room_tokens: int,
     origin: str,
     bound: Bound = ROW,
@@ -165,7 +165,7 @@ def plan_media(
     plans = []
     for ref, info, limit in media:
         try:
-            plans.append(spec.plan(ref, info, limit))
+            plans.append(processor.plan(ref, info, limit))
         except UserError as error:  # of what is asked of this medium
             raise UserError(f"{origin}: {ref.name}: {error}") from None
     while (total := sum(plan.num_tokens for plan in plans)) > room_tokens:
@@ -173,7 +173,7 @@ def plan_media(
         shorter = [_fewer_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
         if shorter == limits:
             shorter = [_smaller_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
-        smaller = [spec.plan(plan.ref, plan.info, limit) for plan, limit in zip(plans, shorter, strict=True)]
+        smaller = [processor.plan(plan.ref, plan.info, limit) for plan, limit in zip(plans, shorter, strict=True)]
         if shorter == limits or sum(plan.num_tokens for plan in smaller) >= total:
             raise UserError(
                 f"{origin}: {total} tokens of video and pictures at the smallest size, but {bound.name} leaves room "

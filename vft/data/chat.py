@@ -14,7 +14,7 @@ from vft.common.errors import UserError
 from vft.common.reasoning import CLOSE, OPEN
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn
 from vft.data.template import LITERAL, ChatTemplate, Kind, Text
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 MAX_KEPT = 1 << 14
 """Encoded texts that are kept: a question is often asked of many videos, a label offered to all of them."""
@@ -53,15 +53,17 @@ class ChatEncoder:
     """The checkpoint's tokenizer and chat template together with the family's rules."""
 
     def __init__(
-        self, tokenizer: Any, spec: VisionSpec, end_ids: Collection[int] = (), learn_reasoning: bool = True
+        self, tokenizer: Any, processor: VisionProcessor, end_ids: Collection[int] = (), learn_reasoning: bool = True
     ) -> None:
         """`end_ids` are the tokens that the checkpoint names as ends of an answer, beside its tokenizer's own."""
         self.tokenizer = tokenizer
-        self.spec = spec
+        self.processor = processor
         self.learn_reasoning = learn_reasoning
         kinds: tuple[MediaKind, ...] = ("video", "image")
-        marks = [token for kind in kinds for token in tokenizer.convert_ids_to_tokens(list(spec.placeholder(kind)))]
-        self.template = ChatTemplate(tokenizer, spec.turn_end, [*_control_tokens(tokenizer), *marks])
+        marks = [
+            token for kind in kinds for token in tokenizer.convert_ids_to_tokens(list(processor.placeholder(kind)))
+        ]
+        self.template = ChatTemplate(tokenizer, processor.turn_end, [*_control_tokens(tokenizer), *marks])
         self.turn_end = self.template.turn_end
         self._encode_kept = lru_cache(MAX_KEPT)(self._encode)
         self._ids_of = lru_cache(MAX_KEPT)(self._tokenise)
@@ -100,7 +102,7 @@ class ChatEncoder:
 
         An answer is tokenised by itself, so that what stands before it is what generation starts from.
         """
-        leads = tuple(self.spec.lead(plan) for plan in media or ())
+        leads = tuple(self.processor.lead(plan) for plan in media or ())
         settled = conversation if media is None else conversation.settled(media)
         learnt = self.learn_reasoning if reasoning is None else reasoning
         try:
@@ -251,10 +253,10 @@ class ChatEncoder:
 
     def media_tokens(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
         """The ids that replace a medium's placeholder, and which of them are vision embeddings."""
-        (mark,) = self.spec.placeholder(plan.ref.kind)
+        (mark,) = self.processor.placeholder(plan.ref.kind)
         ids: list[int] = []
         mask: list[bool] = []
-        for piece in self.spec.expand(plan):
+        for piece in self.processor.expand(plan):
             new = self._ids_of(piece) if isinstance(piece, str) else [mark] * piece
             ids += new
             mask += [not isinstance(piece, str)] * len(new)
@@ -262,7 +264,7 @@ class ChatEncoder:
 
     def _expand(self, one: Encoded, media: Sequence[MediaPlan]) -> Tensors:
         """The whole conversation with every placeholder replaced."""
-        leads = tuple(self.spec.lead(plan) for plan in media)
+        leads = tuple(self.processor.lead(plan) for plan in media)
         assert "".join(leads) == "".join(one.leads), f"encoded with {one.leads}, planned with {leads}"
         ids: list[int] = []
         labels: list[int] = []
@@ -283,7 +285,7 @@ class ChatEncoder:
         ids += one.ids[row:]
         labels += one.labels[row:]
         mask += [False] * (len(one.ids) - row)
-        positions_3T = self.spec.positions(len(ids), runs)
+        positions_3T = self.processor.positions(len(ids), runs)
         return torch.tensor(ids), torch.tensor(labels), torch.tensor(mask), positions_3T
 
     def _media_rows(self, ids: Sequence[int], turns: Text) -> tuple[int, ...]:
@@ -292,7 +294,7 @@ class ChatEncoder:
         kinds = [part[0] for _, parts in turns for part in parts if not isinstance(part, str)]
         next_row = dict.fromkeys(kinds, 0)
         for kind in kinds:
-            mark, row = list(self.spec.placeholder(kind)), next_row[kind]
+            mark, row = list(self.processor.placeholder(kind)), next_row[kind]
             while row + len(mark) <= len(ids) and ids[row : row + len(mark)] != mark:
                 row += 1
             if row + len(mark) > len(ids):

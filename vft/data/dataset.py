@@ -76,7 +76,7 @@ class Dataset:
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document: always the same ones."""
         conversations = self.members[number]
-        plans = plan_within(self.rooms[number], conversations[0], self.encoder.spec, self.config, self.info)
+        plans = plan_within(self.rooms[number], conversations[0], self.encoder.processor, self.config, self.info)
         encoded = [self.encoder.encode(one, media=plans) for one in conversations]
         return self.encoder.document(encoded, plans, [one.id for one in conversations])
 
@@ -144,7 +144,7 @@ class Dataset:
         """
         free: Plans | None = None
         with suppress(UserError):  # told where they are planned one by one
-            free = plan_within(sys.maxsize, conversations[0], self.encoder.spec, self.config, self.info)
+            free = plan_within(sys.maxsize, conversations[0], self.encoder.processor, self.config, self.info)
         groups = self._trade_frames(self._plan_alone(conversations, free))
         self.num_shortened += sum(len(members) for members, plans, _ in groups if plans != free)
         return groups

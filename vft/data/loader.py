@@ -285,7 +285,7 @@ class Loader:
                 self._fill()
             except SearchStopped:
                 place = self._ahead.popleft()
-                yield LoadedPack(collate([], self.documents.encoder.spec), place.pack.slot, 0, is_missing=True)
+                yield LoadedPack(collate([], self.documents.encoder.processor), place.pack.slot, 0, is_missing=True)
                 if place.last_of_step:
                     return
                 continue
@@ -424,8 +424,8 @@ class Loader:
     def _decode(self, document: Document, frames: FrameCache, source: str = "") -> list[Future[Patches]]:
         if any((source, plan.ref.name) in self._agreed for plan in document.media):
             return []
-        spec = self.documents.encoder.spec
-        return [frames.submit(self.pool, plan, spec) for plan in document.media]
+        processor = self.documents.encoder.processor
+        return [frames.submit(self.pool, plan, processor) for plan in document.media]
 
     def _finish(self, pending: _Pending) -> LoadedPack:
         ready = []
@@ -443,7 +443,7 @@ class Loader:
                 attempt += 1
             if good is not None:
                 ready.append((document, good))
-        batch = collate(ready, self.documents.encoder.spec)
+        batch = collate(ready, self.documents.encoder.processor)
         return LoadedPack(batch, pending.place.pack.slot, _digest(pending.place.pack.slot, batch.sample_ids))
 
     def _decoded(self, one: _Ordered) -> list[Patches] | None:

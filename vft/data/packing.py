@@ -17,7 +17,7 @@ import torch
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, Patches
 from vft.models.attention import build_plan, document_segments
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 OPEN_PACKS = 16
 """Packs that stay open while an epoch is laid out: more fill rows better, fewer keep the order closer to random."""
@@ -182,10 +182,10 @@ def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> l
     return [sorted(share, key=lambda pack: pack.slot) for share in shares]
 
 
-def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: VisionSpec) -> Batch:
+def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: VisionProcessor) -> Batch:
     """One row of documents. Without any it holds a single token that is not supervised: a pack of weight zero."""
     members = [document for document, _ in documents]
-    pixels = [torch.zeros(0, spec.patch_features, dtype=torch.uint8)]
+    pixels = [torch.zeros(0, processor.patch_features, dtype=torch.uint8)]
     for document, patches in documents:
         grids = tuple(p.grid_thw for p in patches), tuple(m.grid_thw for m in document.media)
         assert grids[0] == grids[1], f"patches of another plan: {grids}"
@@ -205,7 +205,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], spec: Visio
         target_ids_N=labels_T[labels_T != IGNORE_INDEX],
         media_index_M=torch.cat([d.media_mask_T for d in rows]).nonzero().flatten(),
         pixels_PD=pixels[1] if len(pixels) == 2 else torch.cat(pixels),
-        layout=spec.layout(media) if media else None,
+        layout=processor.layout(media) if media else None,
         documents=tuple(members),
     )
 

@@ -168,7 +168,7 @@ class Answerer:
         except (MediaError, UserError) as error:
             failed = error
             return lambda: failed
-        futures = [self.frames.submit(self.pool, plan, self.encoder.spec) for plan in document.media]
+        futures = [self.frames.submit(self.pool, plan, self.encoder.processor) for plan in document.media]
 
         def wait() -> Prompt | MediaError:
             try:
@@ -185,13 +185,13 @@ class Answerer:
 
         `show` gets the text of the first one piece by piece, as it comes, its reasoning too.
         """
-        batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.spec)
+        batch = collate([(prompt.document, prompt.patches) for prompt in prompts], self.encoder.processor)
         stream = None if show is None or not prompts else TextStream(self.decode, show)
         on_tokens = None if stream is None else stream.add
         encoder, names = self.encoder, [prompt.name for prompt in prompts]
         answers = generate(
             *(self.model, batch.to(self.world.device), encoder.end_ids, sampling, on_tokens, names),
-            context=encoder.spec.context_tokens,
+            context=encoder.processor.context_tokens,
         )
         texts = [self.decode(answer.ids) for answer in answers]
         if stream is not None:
@@ -213,7 +213,7 @@ class Answerer:
     def score(self, prompts: Sequence[Prompt]) -> list[tuple[OptionScore, ...]]:
         """How likely each prompt's options are, nothing for those without. Every process must call it."""
         having = [(i, prompt.options, prompt.patches) for i, prompt in enumerate(prompts) if prompt.options is not None]
-        trunks = collate([(prefix_of(options), patches) for _, options, patches in having], self.encoder.spec)
+        trunks = collate([(prefix_of(options), patches) for _, options, patches in having], self.encoder.processor)
         documents = [options for _, options, _ in having]
         scores = score_options(self.model, trunks.to(self.world.device), documents, self.encoder.around_answer)
         found: list[tuple[OptionScore, ...]] = [() for _ in prompts]
@@ -304,7 +304,7 @@ def load_model(
     if files is not None:
         files.load_into(model)
     model.eval()
-    return LoadedModel(model, checkpoint, ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids))
+    return LoadedModel(model, checkpoint, ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids))
 
 
 def require_folder(path: Path | None, what: str) -> None:

@@ -97,7 +97,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     if not wanted:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
 
-    check_answer_length(config.eval.max_new_tokens, encoder.spec.context_tokens, "eval.max_new_tokens")
+    check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # sources of their own are the same in every run
     held_out = load_dataset(config.data, wanted, asked_by(task), encoder, seed, split)

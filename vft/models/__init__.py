@@ -1,4 +1,4 @@
-"""Model families: one model and one `VisionSpec` each."""
+"""Model families: one model and one `VisionProcessor` each."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vft.common.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLimits, move
 from vft.models.decoder import Decoder, DecoderConfig
 from vft.models.kv_cache import Cache
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.models.tensor_names import Spellings
 
 
@@ -58,9 +58,9 @@ class VideoLanguageModel(nn.Module):
     """Where the decoder is among the modules, and the head."""
     head_at: str
 
-    def __init__(self, config: DecoderConfig, spec: VisionSpec, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: DecoderConfig, processor: VisionProcessor, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self.config, self.spec, self.compute_dtype = config, spec, compute_dtype
+        self.config, self.processor, self.compute_dtype = config, processor, compute_dtype
 
     @property
     def decoder(self) -> Decoder:
@@ -86,8 +86,8 @@ class VideoLanguageModel(nn.Module):
     def least_media(self) -> tuple[int, VisionLayout]:
         """The smallest medium: its patches, and how they lie."""
         limits = VisionLimits(None, frames=1, min_frames=1, max_frames=1, min_pixels=1, max_pixels=1, total_pixels=None)
-        plan = self.spec.plan(MediaRef("video", ()), MediaInfo("video", 1, 1, fps=1.0), limits)
-        return math.prod(plan.grid_thw), self.spec.layout([plan])
+        plan = self.processor.plan(MediaRef("video", ()), MediaInfo("video", 1, 1, fps=1.0), limits)
+        return math.prod(plan.grid_thw), self.processor.layout([plan])
 
     def media_parameters(self) -> list[nn.Parameter]:
         """All that is not the language model's."""
@@ -128,7 +128,7 @@ class VideoLanguageModel(nn.Module):
             # A trained encoder is sharded: it runs in every process, or the others wait for ever; and in the graph, so
             # that backward doesn't either.
             patches, layout = self.least_media()
-            dummy_PD = batch.pixels_PD.new_zeros(patches, self.spec.patch_features)
+            dummy_PD = batch.pixels_PD.new_zeros(patches, self.processor.patch_features)
             seen = self.see(self.normalise(dummy_PD), move(layout, x_TE.device))
             x_TE = x_TE + 0.0 * sum(one.sum() for one in seen)
         return x_TE, ()
@@ -138,6 +138,6 @@ class VideoLanguageModel(nn.Module):
         per_channel = pixels_PD.shape[1] // 3
         mean_D, std_D = (
             torch.tensor(values, device=pixels_PD.device).repeat_interleave(per_channel)
-            for values in (self.spec.mean, self.spec.std)
+            for values in (self.processor.mean, self.processor.std)
         )
         return ((pixels_PD.float() / 255 - mean_D) / std_D).to(self.compute_dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vft.common.types import AttentionPlan
 from vft.models.attention import attend
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.models.quantization import linear
 
 
@@ -141,9 +141,9 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
 
-    def __init__(self, width: int, spec: VisionSpec, bias: bool) -> None:
+    def __init__(self, width: int, processor: VisionProcessor, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(3, width, (spec.temporal, spec.patch, spec.patch), bias=bias)
+        self.proj = nn.Conv3d(3, width, (processor.temporal, processor.patch, processor.patch), bias=bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """[P, D], flattened in the order of the weight, to [P, E]."""

@@ -14,7 +14,7 @@ from vft.common.types import MediaInfo, MediaKind, MediaPlan, MediaRef, VisionLa
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSpec:
+class VisionProcessor:
     """All that `data` needs to know of a model family. Each family's file in `models/` has its own."""
 
     image_token: int

@@ -1,4 +1,4 @@
-"""What the `VisionSpec`s of the Qwen families have in common: frames, sizes and M-RoPE positions."""
+"""What the `VisionProcessor`s of the Qwen families have in common: frames, sizes and M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.models import vision_rules as rules
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 LEAST_TOKENS, MOST_TOKENS = 4, 16384
 """Of a frame whose size is asked for (qwen-vl-utils' IMAGE_MIN_TOKEN_NUM and IMAGE_MAX_TOKEN_NUM)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenSpec(VisionSpec):
+class QwenProcessor(VisionProcessor):
     """Frames and sizes by qwen-vl-utils 0.0.14's rules, one placeholder a medium."""
 
     merge: int = 2

@@ -98,7 +98,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
-    """Row and column of each patch, [P, 2], in the order of `VisionSpec.order_patches`."""
+    """Row and column of each patch, [P, 2], in the order of `VisionProcessor.order_patches`."""
     positions = []
     for t, h, w in grids:
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")

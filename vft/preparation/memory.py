@@ -100,15 +100,15 @@ def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
     everything is streamed: nobody knows yet."""
     if not documents.members:
         return None
-    work, spec = documents.work, documents.encoder.spec
+    work, processor = documents.work, documents.encoder.processor
     pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
     built = [documents.build(number) for number in pack]
-    blank_1D = torch.zeros(1, spec.patch_features, dtype=torch.uint8)
+    blank_1D = torch.zeros(1, processor.patch_features, dtype=torch.uint8)
     blank = [
         [Patches(blank_1D.expand(math.prod(media.grid_thw), -1), media.grid_thw, 0.0) for media in one.media]
         for one in built
     ]
-    row = collate(list(zip(built, blank, strict=True)), spec)
+    row = collate(list(zip(built, blank, strict=True)), processor)
     return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))  # it is kept: one patch stands for all
 
 

@@ -19,7 +19,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
 from vft.data.media.patches import frames_of
 from vft.data.packing import PackPlan
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.reporting.examples import picture
 
 BINS = 32
@@ -62,7 +62,7 @@ def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> Summary | N
         note.split(":")[0]
         for number in chosen
         for one in documents.build(number).media
-        for note in shortened(one, documents.encoder.spec, data)
+        for note in shortened(one, documents.encoder.processor, data)
     )
     looked = f" of {len(chosen):,} documents looked at" if len(chosen) < count else ""
     facts = {
@@ -74,9 +74,9 @@ def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> Summary | N
     return Summary(facts, documents.lengths, data.pack_tokens)
 
 
-def shortened(plan: MediaPlan, spec: VisionSpec, data: DataConfig) -> list[str]:
+def shortened(plan: MediaPlan, processor: VisionProcessor, data: DataConfig) -> list[str]:
     """What a medium lost so that its sample fits a row, against what the settings alone would give it."""
-    free = spec.plan(plan.ref, plan.info, limits_of(plan.ref, data))
+    free = processor.plan(plan.ref, plan.info, limits_of(plan.ref, data))
     notes = []
     if len(plan.frame_indices) < len(free.frame_indices):
         notes.append(f"frames: {len(plan.frame_indices)} of {len(free.frame_indices)} kept to fit data.pack_tokens")
@@ -118,8 +118,8 @@ def preview(batch: Batch, encoder: ChatEncoder, config: Config, whole: Summary |
         parts.append(f"<h2>document {number}: {html.escape(', '.join(document.sample_ids))}</h2>")
         for plan in document.media:
             count = plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2]
-            parts.append(_strip(batch.pixels_PD[patch_row : patch_row + count], plan, encoder.spec))
-            parts += [f"<div class=note>{note}</div>" for note in shortened(plan, encoder.spec, config.data)]
+            parts.append(_strip(batch.pixels_PD[patch_row : patch_row + count], plan, encoder.processor))
+            parts += [f"<div class=note>{note}</div>" for note in shortened(plan, encoder.processor, config.data)]
             patch_row += count
         trunk = document.prefix_length
         named = [("trunk", slice(0, trunk))] if trunk else []
@@ -132,11 +132,11 @@ def preview(batch: Batch, encoder: ChatEncoder, config: Config, whole: Summary |
     return "\n".join(parts) + "\n"
 
 
-def _strip(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> str:
+def _strip(pixels_PD: Tensor, plan: MediaPlan, processor: VisionProcessor) -> str:
     times = (*plan.frame_times_s, plan.frame_times_s[-1])  # an odd clip's last frame stands twice
     figures = [
         f'<figure><img alt="frame" src="{picture(frame_CHW, "png")}"><figcaption>{time_s:.2f} s</figcaption></figure>'
-        for frame_CHW, time_s in zip(frames_of(pixels_PD, plan, spec), times, strict=False)
+        for frame_CHW, time_s in zip(frames_of(pixels_PD, plan, processor), times, strict=False)
     ]
     size = f"{plan.width} x {plan.height} px, grid {plan.grid_thw}, {plan.num_tokens} tokens"
     source_size = f"{plan.info.width} x {plan.info.height} px, {plan.info.num_frames} frames"

@@ -22,7 +22,7 @@ from vft.data.dataset import Dataset
 from vft.data.media.errors import MediaError
 from vft.data.media.patches import frames_of, load_patches
 from vft.metrics import rouge_l_scores, token_f1_scores
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -36,7 +36,9 @@ FRAME_PIXELS = 224
 """Longest side of a frame on the page."""
 
 
-def examples(predictions: Mapping[str, list[Row]], held_out: Dataset | None, spec: VisionSpec | None) -> list[Row]:
+def examples(
+    predictions: Mapping[str, list[Row]], held_out: Dataset | None, processor: VisionProcessor | None
+) -> list[Row]:
     """The best answers of the last evaluation, some spread evenly and the worst, with what was said at the first."""
     if not predictions:
         return []
@@ -52,7 +54,7 @@ def examples(predictions: Mapping[str, list[Row]], held_out: Dataset | None, spe
                 "id": row.get("id", ""),
                 "why": why,
                 "grade": grades[index][1],
-                "media": [] if held_out is None or spec is None else strips(row, held_out, spec),
+                "media": [] if held_out is None or processor is None else strips(row, held_out, processor),
                 "prompt": row.get("prompt", ""),
                 "references": references_of(row),
                 "answers": [(name, one, max((one.get("option_scores") or {"": 0.0}).values())) for name, one in told],
@@ -110,7 +112,7 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def strips(row: Row, documents: Dataset, spec: VisionSpec) -> list[Row]:
+def strips(row: Row, documents: Dataset, processor: VisionProcessor) -> list[Row]:
     """The media of a question as the model sees them: frames with their times, or why there are none."""
     found = {}
     for number, members in enumerate(documents.members):
@@ -122,12 +124,12 @@ def strips(row: Row, documents: Dataset, spec: VisionSpec) -> list[Row]:
     if len(found) != 1:  # older files name no source, and two may use one id: rather no video than another's
         return []
     try:
-        return [strip(plan, spec) for plan in documents.build(*found.values()).media]
+        return [strip(plan, processor) for plan in documents.build(*found.values()).media]
     except (MediaError, UserError) as error:
         return [{"title": "", "problem": str(error), "frames": []}]
 
 
-def strip(plan: MediaPlan, spec: VisionSpec) -> Row:
+def strip(plan: MediaPlan, processor: VisionProcessor) -> Row:
     """Some frames of one medium, of the size at which the model sees them or smaller."""
     indices = evenly(plan.frame_indices, MAX_FRAMES)
     size = f"{plan.width} x {plan.height} px, {plan.num_tokens:,} tokens"
@@ -139,7 +141,7 @@ def strip(plan: MediaPlan, spec: VisionSpec) -> Row:
     few = replace(plan, frame_indices=tuple(indices))
     few = replace(few, grid_thw=(math.ceil(few.num_pictures / math.ceil(plan.num_pictures / t)), h, w))
     try:
-        frames_TCHW = frames_of(load_patches(few, spec).pixels_PD, few, spec)
+        frames_TCHW = frames_of(load_patches(few, processor).pixels_PD, few, processor)
     except MediaError as error:
         return {**row, "problem": f"can't be decoded: {error}"}
     for frame_CHW, time_s in zip(frames_TCHW, few.frame_times_s, strict=False):  # an odd video's last stands twice

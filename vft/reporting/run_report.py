@@ -23,7 +23,7 @@ from vft.common.files import replace_text
 from vft.common.scores import Interval, Parts
 from vft.data.dataset import Dataset
 from vft.metrics import confusion, paired_difference, parts_from_json
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.reporting.chart import Curve, line_chart
 from vft.reporting.examples import examples, references_of
 
@@ -43,7 +43,7 @@ COUNTS = ("answered", "unreadable", "cut_off")
 """Among the scores, but of the data: they need no curves."""
 
 
-def write_report(folder: Path, held_out: Dataset | None, spec: VisionSpec | None) -> Path:
+def write_report(folder: Path, held_out: Dataset | None, processor: VisionProcessor | None) -> Path:
     """Write `report.html` into a run's folder, from what has been written there so far.
 
     The frames of the examples are decoded anew from `held_out`; without it there are texts alone.
@@ -59,7 +59,7 @@ def write_report(folder: Path, held_out: Dataset | None, spec: VisionSpec | None
         tables=[*comparison(run.evaluations), *comparison(run.compared, ", by tools/evaluate.py")],
         charts=charts(run),
         confusion=confused(run.predictions) if task == "classify" else None,
-        examples=examples(run.predictions, held_out, spec),
+        examples=examples(run.predictions, held_out, processor),
         quarantine=reasons(run.quarantine),
         settings=run.settings,
     )

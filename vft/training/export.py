@@ -57,7 +57,7 @@ def served_files(
     text is sampled as the release has it."""
     files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
     if generation == "greedy":
-        end_ids = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids).end_ids
+        end_ids = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids).end_ids
         files["generation_config.json"] = greedy(checkpoint.json_file("generation_config.json"), end_ids)
     if about.get("video"):  # nothing is known of what another program's adapter was trained on
         release = {name: checkpoint.json_file(name) for name in PROCESSOR_FILES}

@@ -82,7 +82,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     require_boards(config)
     checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
     model = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
-    encoder = ChatEncoder(checkpoint.tokenizer, model.spec, checkpoint.end_ids, config.data.learn_reasoning)
+    encoder = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids, config.data.learn_reasoning)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
@@ -256,7 +256,7 @@ class Trainer:
             self.monitor.close()
         self.export()
         if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
-            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.model.spec)}")
+            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.model.processor)}")
 
     def train(self) -> None:
         """The steps that are left. Stopped, in all processes alike, where one of them is to stop."""

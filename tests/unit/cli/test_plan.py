@@ -168,7 +168,7 @@ def test_a_released_model_has_the_context_of_its_rope_factor(factor: float | Non
     """By its hub name, which is not fetched: LLaVA-NeXT-Video's Vicuna has 4,096 positions."""
     model = {"path": "llava-hf/LLaVA-NeXT-Video-7B-hf", "rope_factor": factor}
     config = configs.Config.model_validate({"output_dir": "run", "model": model})
-    assert plan_tool.make_model(config).spec.context_tokens == 4096 * (factor or 1)
+    assert plan_tool.make_model(config).processor.context_tokens == 4096 * (factor or 1)
 
 
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:

@@ -300,7 +300,7 @@ def test_a_cached_file_that_is_gone_is_missing(plan: MediaPlan, tmp_path: Path) 
 
 
 class Hanging:
-    """A spec that never comes to an end."""
+    """A processor that never comes to an end."""
 
     patch_features = 1176
 

@@ -63,9 +63,9 @@ def test_ordinary_clips_get_the_same_plans(
     assert read.num_frames == scanned.num_frames == frames
     assert (read.height, read.width, read.stream_index, read.times_s) == (48, 64, scanned.stream_index, None)
     assert read.fps == pytest.approx(scanned.fps) and read.duration_s == pytest.approx(scanned.duration_s)
-    ref, spec = MediaRef("video", path), tiny.encoder.spec
+    ref, processor = MediaRef("video", path), tiny.encoder.processor
     for limits in CHOICES if frames > 30 else CHOICES[:3]:
-        found, expected = spec.plan(ref, read, limits), spec.plan(ref, scanned, limits)
+        found, expected = processor.plan(ref, read, limits), processor.plan(ref, scanned, limits)
         assert replace(found, info=scanned, seconds_per_grid=0) == replace(expected, seconds_per_grid=0)
         assert found.seconds_per_grid == pytest.approx(expected.seconds_per_grid)
         assert decode(found).frames_TCHW.equal(decode(expected).frames_TCHW)

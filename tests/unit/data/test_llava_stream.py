@@ -30,7 +30,7 @@ from vft.data.formats import llava_video
 from vft.data.media.patches import load_patches
 from vft.data.streaming.stream import open_archives
 from vft.data.streaming.tar import DamagedArchive
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 from vft.recipes.caption import Caption
 
 PART = "LLaVA/0_30_s_x"
@@ -83,13 +83,13 @@ def publish(root: Path) -> Path:
     return part
 
 
-def about(document: Document, spec: VisionSpec) -> tuple[tuple[str, ...], dict[str, Any]]:
+def about(document: Document, processor: VisionProcessor) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Its ids, and all else of it but where its files lie."""
     plans = [
         (plan.info, plan.frame_indices, plan.height, plan.width, plan.grid_thw, plan.num_tokens, plan.seconds_per_grid)
         for plan in document.media
     ]
-    pixels = [load_patches(plan, spec).pixels_PD.tolist() for plan in document.media]
+    pixels = [load_patches(plan, processor).pixels_PD.tolist() for plan in document.media]
     tensors = {name: getattr(document, name).tolist() for name in ("ids_T", "labels_T", "positions_3T", "media_mask_T")}
     shape = {"trunk": document.prefix_length, "branches": document.suffix_lengths}
     return document.sample_ids, {"plans": plans, "pixels": pixels, **shape, **tensors}
@@ -99,12 +99,12 @@ def about(document: Document, spec: VisionSpec) -> tuple[tuple[str, ...], dict[s
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int, samples: int) -> None:
     """Ids, labels, positions, plans, pixels, and which questions share a video's trunk; some in several documents."""
-    root, spec = tmp_path / "data", tiny.encoder.spec
+    root, processor = tmp_path / "data", tiny.encoder.processor
     part = publish(root)
     config = data_config(root, STREAM, max_samples_per_pack=samples, pack_tokens=300)
     with stream_context(config, tiny.encoder, slots) as context:
         streams = [slot_stream(context, slot) for slot in range(slots)]
-        streamed = [one for stream in streams for one in one_epoch(stream, lambda document: about(document, spec))]
+        streamed = [one for stream in streams for one in one_epoch(stream, lambda document: about(document, processor))]
     for archive in part.glob("*.gz"):
         shutil.unpack_archive(archive, part)  # made by this test; `filter` is new in 3.11.4
         archive.unlink()
@@ -112,7 +112,7 @@ def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int,
         config, [config.sources[0].model_copy(update={"stream": False})], Caption().conversations, tiny.encoder, seed=0
     )
     extracted = [documents.build(number) for number in range(len(documents.members))]
-    expected = dict(about(document, spec) for document in extracted)
+    expected = dict(about(document, processor) for document in extracted)
     assert dict(streamed) == expected
     assert len(streamed) == len(expected)
     assert sum(len(ids) for ids in expected) == 10 and max(map(len, expected)) == (samples or 4)

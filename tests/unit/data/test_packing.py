@@ -69,7 +69,7 @@ def about_video(count: int) -> list[Conversation]:
 @pytest.fixture(scope="module")
 def rows(each_tiny: Tiny) -> list[tuple[list[Conversation], Media]]:
     """Four samples: text, a video, a picture, pictures and videos in two turns."""
-    spec = each_tiny.encoder.spec
+    processor = each_tiny.encoder.processor
     mixed = talk(
         ("user", ["One ", PICTURE, " two ", VIDEO]),
         ("assistant", "Seen."),
@@ -80,9 +80,12 @@ def rows(each_tiny: Tiny) -> list[tuple[list[Conversation], Media]]:
     infos = [(PICTURE, PICTURE_INFO), (VIDEO, VIDEO_INFO), (OTHER, OTHER_INFO)]
     return [
         ([talk(("user", "Hello"), ("assistant", "Hi there, how are you?"), id="text")], NO_MEDIA),
-        (about_video(1), Media.make(spec, [(VIDEO, VIDEO_INFO)], seed=1)),
-        ([talk(("user", [PICTURE, "Look"]), ("assistant", "A cat."), id="p")], Media.make(spec, infos[:1], seed=2)),
-        ([mixed], Media.make(spec, infos, seed=3)),
+        (about_video(1), Media.make(processor, [(VIDEO, VIDEO_INFO)], seed=1)),
+        (
+            [talk(("user", [PICTURE, "Look"]), ("assistant", "A cat."), id="p")],
+            Media.make(processor, infos[:1], seed=2),
+        ),
+        ([mixed], Media.make(processor, infos, seed=3)),
     ]
 
 
@@ -116,7 +119,7 @@ def test_logits_of_a_pack(each_tiny: Tiny, rows: Sequence[Any]) -> None:
 
 def test_empty_pack(each_tiny: Tiny) -> None:
     """Weight zero: no loss, and a gradient of zero for every weight that is trained, the encoder's too."""
-    empty = collate([], each_tiny.encoder.spec)
+    empty = collate([], each_tiny.encoder.processor)
     assert empty.num_targets == empty.num_tokens == 0 and empty.sample_ids == ()
     model = each_tiny.ours()
     loss, gradients = loss_and_gradients(model, empty)
@@ -313,7 +316,9 @@ def test_questions_of_one_video(tiny: Tiny, share: bool, max_samples: int) -> No
 def test_documents_of_a_group_fill_rows(tiny: Tiny) -> None:
     """Questions that don't fit one row are spread over several, each with the video."""
     talks = about_video(5)
-    lengths = [document(tiny.encoder, [one], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])) for one in talks]
+    lengths = [
+        document(tiny.encoder, [one], Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])) for one in talks
+    ]
     limit = max(one.num_tokens for one in lengths) + 20
     documents = documents_of(tiny, limit)
     documents.add(talks, 1.0)
@@ -444,7 +449,7 @@ def test_replacement() -> None:
 
 def test_batch_is_moved_whole(each_tiny: Tiny, rows: Sequence[Any]) -> None:
     """To the meta device, where a tensor left behind would show."""
-    media = Media.make(each_tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    media = Media.make(each_tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])
     moved = batch_of(each_tiny.encoder, *rows, (about_video(2), media)).to(torch.device("meta"))
 
     def tensors(value: Any) -> list[torch.Tensor]:
@@ -465,7 +470,7 @@ def test_batch_is_moved_whole(each_tiny: Tiny, rows: Sequence[Any]) -> None:
 
 def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
     """Known from the index: tokens, attended pairs and patches, with and without a shared trunk."""
-    spec = tiny.encoder.spec
+    processor = tiny.encoder.processor
     for share in (True, False):
         made = documents_of(tiny, 4096, share_videos=share)
         made.add([*about_video(5), talk(("user", "And?"), ("assistant", "No."))], 1.0)
@@ -474,11 +479,13 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
             built = made.build(number)
             blank = [
                 Patches(
-                    torch.zeros(math.prod(one.grid_thw), tiny.encoder.spec.patch_features).byte(), one.grid_thw, 1.0
+                    torch.zeros(math.prod(one.grid_thw), tiny.encoder.processor.patch_features).byte(),
+                    one.grid_thw,
+                    1.0,
                 )
                 for one in built.media
             ]
-            row = collate([(built, blank)], spec)
+            row = collate([(built, blank)], processor)
             assert tokens == row.num_tokens and patches == row.pixels_PD.shape[0]
             # Who sees whom: trunk and own branch, up to oneself.
             branch, position = owners(row.documents)[1], torch.arange(row.num_tokens)

@@ -18,7 +18,7 @@ from vft.common.types import MediaInfo, MediaRef
 from vft.data.media import video
 from vft.data.media.patches import load_patches
 from vft.data.media.video import decode, scan
-from vft.models.qwen2_5_vl.processor import QwenVision
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
 
 @pytest.mark.parametrize("case", ["video_uniform", "two_videos", "clip_late_video", "lora_video", "images_multiturn"])
@@ -65,8 +65,8 @@ def test_order_of_patches(count: int, height: int, width: int, channels_last: bo
     frames_TCHW = torch.randint(0, 256, (count, 3, height, width), generator=generator).to(dtype)
     if channels_last:
         frames_TCHW = frames_TCHW.contiguous(memory_format=torch.channels_last)
-    spec = QwenVision(image_token=0, video_token=1, tokens_per_second=2.0)
-    assert torch.equal(spec.order_patches(frames_TCHW), SPEC.order_patches(frames_TCHW))
+    processor = Qwen2_5Processor(image_token=0, video_token=1, tokens_per_second=2.0)
+    assert torch.equal(processor.order_patches(frames_TCHW), SPEC.order_patches(frames_TCHW))
 
 
 def test_odd_count_repeats_the_resized_last_frame() -> None:

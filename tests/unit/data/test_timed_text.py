@@ -62,8 +62,8 @@ def times_line(plan: MediaPlan) -> str:
 
 def test_times_are_those_of_the_planned_frames(tiny: Tiny) -> None:
     """Frame i of a constant rate is at i / fps, of a varying one where its own time says; rounded to a tenth."""
-    spec = tiny.encoder.spec
-    plans = Media.make(spec, [(PICTURE, PICTURE_INFO), (LONG, LONG_INFO), (SHORT, UNEVEN_INFO)], frames=5).plans
+    processor = tiny.encoder.processor
+    plans = Media.make(processor, [(PICTURE, PICTURE_INFO), (LONG, LONG_INFO), (SHORT, UNEVEN_INFO)], frames=5).plans
     assert plans[1].frame_indices == (0, 60, 120, 179, 239)
     assert FrameTimes(1).settle(plans) == "A video of 10.0 s, seen at 0.0, 2.5, 5.0, 7.5, 10.0 s:\n"
     # Equal times, not equal numbers, and of each the frame that is on screen: 0, 3.09, 6.18, 9.27 and 12.36 s.
@@ -97,7 +97,7 @@ def test_only_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize("frames", [2, 4, 20])
 def test_subtitles_are_those_of_the_planned_frames(tiny: Tiny, frames: int) -> None:
     """A line for each frame that is taken within its time, and no line between two frames."""
-    plans = Media.make(tiny.encoder.spec, [(PICTURE, PICTURE_INFO), (LONG, LONG_INFO)], frames=frames).plans
+    plans = Media.make(tiny.encoder.processor, [(PICTURE, PICTURE_INFO), (LONG, LONG_INFO)], frames=frames).plans
     times_s = [index / 24 for index in plans[1].frame_indices]
     seen = [text for start, end, text in LINES if any(start <= time_s < end for time_s in times_s)]
     assert 0 < len(seen) < len(LINES)

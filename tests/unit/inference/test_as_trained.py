@@ -91,7 +91,7 @@ def test_clips_and_records_are_seen_as_in_training(tiny: Tiny, root: Path, setti
             assert tiny.encoder.tokenizer.decode(wanted.ids_T[length:]).lstrip().startswith("It is")
             for ours, theirs in zip(document.media, wanted.media, strict=True):
                 assert ours.grid_thw == theirs.grid_thw
-                seen = [answerer.frames.submit(pool, plan, tiny.encoder.spec).result() for plan in (ours, theirs)]
+                seen = [answerer.frames.submit(pool, plan, tiny.encoder.processor).result() for plan in (ours, theirs)]
                 assert torch.equal(seen[0].pixels_PD, seen[1].pixels_PD)
 
 

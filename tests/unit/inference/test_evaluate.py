@@ -188,7 +188,7 @@ def sums_of(tiny: Tiny, held_out: Dataset, leave_out: str = "") -> list[tuple[fl
         documents = Dataset(held_out.encoder, held_out.config, held_out.info)
         documents.add([one], 1.0)
         made = documents.build(0)
-        batch = collate([(made, [load_patches(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)
+        batch = collate([(made, [load_patches(p, tiny.encoder.processor) for p in made.media])], tiny.encoder.processor)
         logits_TV = tiny.theirs(**tiny.inputs(batch)).logits[0].double()
         loss = F.cross_entropy(logits_TV[:-1], batch.labels_T[1:], ignore_index=-100, reduction="sum")
         found.append((float(loss), int((batch.labels_T[1:] != -100).sum())))
@@ -336,7 +336,9 @@ def test_an_evaluation_compiles_nothing(tiny: Tiny, root: Path, tmp_path: Path) 
         layer.mlp.compile(dynamic=True, backend="aot_eager")
     _, held_out = held_out_of(tiny, root, RECORDS[:2])
     made = held_out.build(0)
-    model(collate([(made, [load_patches(p, tiny.encoder.spec) for p in made.media])], tiny.encoder.spec)).backward()
+    model(
+        collate([(made, [load_patches(p, tiny.encoder.processor) for p in made.media])], tiny.encoder.processor)
+    ).backward()
     graphs = counters["stats"]["unique_graphs"]
     assert graphs
     scores, _ = evaluated(tiny, root, Caption(), RECORDS[:3], tmp_path, model=model)

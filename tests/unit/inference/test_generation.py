@@ -23,7 +23,7 @@ from vft.distributed.process_group import World
 from vft.inference.engine import Answerer, Said, check_answer_length, load_model, name_of, user_question
 from vft.inference.generate import Generated, Sampling, choose, generate
 from vft.models import kv_cache as cache
-from vft.models.llava_next_video.processor import LlavaVision
+from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.pretrained import Pretrained
 
 STEPS = 8
@@ -36,7 +36,7 @@ def asked(tiny: Tiny, *texts: str) -> Any:
     for text in texts:
         encoded = tiny.encoder.encode(talk(("user", text)), answer_next=True)
         rows.append((tiny.encoder.document([encoded], (), [text]), []))
-    return collate(rows, tiny.encoder.spec)
+    return collate(rows, tiny.encoder.processor)
 
 
 def ids(answers: list[Generated]) -> list[list[int]]:
@@ -146,9 +146,9 @@ def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
 
 def released_llava(tiny: Tiny) -> ChatEncoder:
     """The sizes of LLaVA-NeXT-Video-7B: 144 tokens a frame, 4,096 positions, with a small tokenizer."""
-    marks = {"image_token": tiny.encoder.spec.image_token, "video_token": tiny.encoder.spec.video_token}
-    spec = LlavaVision(**marks, patch=14, side=336, stride=2, resolutions=((336, 672),), context_tokens=4096)
-    return ChatEncoder(tiny.encoder.tokenizer, spec)
+    marks = {"image_token": tiny.encoder.processor.image_token, "video_token": tiny.encoder.processor.video_token}
+    processor = LlavaProcessor(**marks, patch=14, side=336, stride=2, resolutions=((336, 672),), context_tokens=4096)
+    return ChatEncoder(tiny.encoder.tokenizer, processor)
 
 
 def minute(ref: MediaRef) -> MediaInfo:
@@ -208,7 +208,7 @@ def test_an_option_longer_than_the_context_costs_its_question_alone(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The others are asked, and a line says which is not."""
-    context = tiny.encoder.spec.context_tokens
+    context = tiny.encoder.processor.context_tokens
     assert context is not None
     asked = [user_question(name, [], "Who?") for name in "abc"]
     long = ("No.", "A dog runs. " * context)

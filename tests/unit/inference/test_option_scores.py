@@ -46,10 +46,10 @@ class Asked:
 @pytest.fixture(scope="module")
 def asked(tiny: Tiny) -> dict[str, Asked]:
     """Questions of all kinds."""
-    spec = tiny.encoder.spec
-    video = Media.make(spec, [(VIDEO, VIDEO_INFO)], seed=1)
-    other = Media.make(spec, [(OTHER, OTHER_INFO)], seed=2)
-    both = Media.make(spec, [(PICTURE, PICTURE_INFO), (OTHER, OTHER_INFO)], seed=3)
+    processor = tiny.encoder.processor
+    video = Media.make(processor, [(VIDEO, VIDEO_INFO)], seed=1)
+    other = Media.make(processor, [(OTHER, OTHER_INFO)], seed=2)
+    both = Media.make(processor, [(PICTURE, PICTURE_INFO), (OTHER, OTHER_INFO)], seed=3)
     what = talk(("user", [VIDEO, "What happens?"]))
     earlier = talk(
         ("system", "Be brief."),
@@ -77,7 +77,7 @@ def ours(tiny: Tiny, model: Any, questions: Sequence[Asked], **bounds: int) -> l
     """Scores of some questions at once: of each option the whole answer's, then the text's alone."""
     documents = [tiny.encoder.options(one.prompt, one.options, one.media.plans) for one in questions]
     rows = [(prefix_of(made), one.media.patches) for made, one in zip(documents, questions, strict=True)]
-    batch = collate(rows, tiny.encoder.spec)
+    batch = collate(rows, tiny.encoder.processor)
     scores = score_options(model, batch, documents, tiny.encoder.around_answer, **bounds)
     return [[score for option in options for score in (option.whole, option.text)] for options in scores]
 
@@ -153,11 +153,11 @@ def test_chunks(tiny: Tiny, asked: dict[str, Asked], bounds: dict[str, int]) -> 
 
 def test_nothing_asked(tiny: Tiny) -> None:
     """What a process without a question gives."""
-    assert score_options(tiny.ours(), collate([], tiny.encoder.spec), [], (0, 1)) == []
+    assert score_options(tiny.ours(), collate([], tiny.encoder.processor), [], (0, 1)) == []
 
 
 def test_head_of_its_own(tiny_untied: Tiny) -> None:
-    media = Media.make(tiny_untied.encoder.spec, [(OTHER, OTHER_INFO)])
+    media = Media.make(tiny_untied.encoder.processor, [(OTHER, OTHER_INFO)])
     one = Asked(talk(("user", [OTHER, "Where?"])), ("up", "down and out"), media)
     (found,) = ours(tiny_untied, tiny_untied.ours(), [one])
     assert found == pytest.approx(all_theirs(tiny_untied, one), rel=1e-5)
@@ -170,7 +170,7 @@ def test_options_that_merge_with_the_header(tiny: Tiny, options: tuple[str, ...]
 
     Compared with a full pass whose labels come from the encoder.
     """
-    model, media = tiny.ours(), Media.make(tiny.encoder.spec, [(OTHER, OTHER_INFO)])
+    model, media = tiny.ours(), Media.make(tiny.encoder.processor, [(OTHER, OTHER_INFO)])
     one = Asked(talk(("user", [OTHER, "Where?"])), options, media)
     wanted = []
     for option in options:
@@ -189,7 +189,7 @@ def test_options_that_merge_with_the_header(tiny: Tiny, options: tuple[str, ...]
 def test_what_is_said_is_ranked_first_where_options_begin_others(tiny: Tiny) -> None:
     """The greedy answer is made an option, among its beginnings and longer ones: by the whole answer's probability it
     wins over each of its own beginnings, which by mean log-likelihood it need not."""
-    model, media = tiny.ours(), Media.make(tiny.encoder.spec, [(OTHER, OTHER_INFO)])
+    model, media = tiny.ours(), Media.make(tiny.encoder.processor, [(OTHER, OTHER_INFO)])
     tokenizer = tiny.encoder.tokenizer
     one = Asked(talk(("user", [OTHER, "Where?"])), ("1", "10", "1 of 10", "No", "No, it does not"), media)
     (found,) = ours(tiny, model, [one])
@@ -270,7 +270,7 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     """As many as Kinetics-700 has: passes within both bounds, one of the encoder, and keys kept of the trunk alone."""
     labels = tuple(f"{verb} {what} {number}" for number in range(10) for verb in VERBS for what in ("wood", "a bike"))
     assert len(set(labels)) == 700
-    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    media = Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])
     one = Asked(talk(("user", [VIDEO, "Which action?"])), labels, media)
     model = tiny.ours()
     passes, encoder, logits, kept = spy(model), [], [], []
@@ -299,7 +299,7 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
 
 def test_keys_are_bounded_where_the_trunk_is_long(tiny: Tiny) -> None:
     """Few short options fill a pass by the keys of their trunk, long before their own rows do."""
-    media = Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])
+    media = Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])
     one = Asked(talk(("user", [VIDEO, "Which?"])), tuple("ABCDEFGHIJ"), media)
     model = tiny.ours()
     trunk = len(rendered(tiny, one)) - 1

@@ -196,7 +196,7 @@ def test_each_frame_is_in_one_segment(tiny: Tiny, fps: float, length_s: float, v
     for part in parts:
         options = question(part).prompt.media[0].options
         limits = replace(LIMITS, frames=1000, start_s=options.video_start, end_s=options.video_end)
-        seen = tiny.encoder.spec.plan(ref, info, limits).frame_indices
+        seen = tiny.encoder.processor.plan(ref, info, limits).frame_indices
         assert part.segment_s is not None and seen
         assert all(part.segment_s[0] - 1e-3 <= index / fps <= part.segment_s[1] + 1e-3 for index in seen)
         frames += seen

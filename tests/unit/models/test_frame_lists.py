@@ -20,37 +20,37 @@ from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.video import join_pictures, scan
-from vft.models.llava_next_video.processor import LlavaVision
-from vft.models.processor import VisionSpec
-from vft.models.qwen2_5_vl.processor import QwenVision
-from vft.models.qwen3_vl.processor import Qwen3Vision
+from vft.models.llava_next_video.processor import LlavaProcessor
+from vft.models.processor import VisionProcessor
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
+from vft.models.qwen3_vl.processor import Qwen3Processor
 
-QWEN = QwenVision(image_token=1, video_token=2, tokens_per_second=2.0)
-QWEN3 = Qwen3Vision(image_token=1, video_token=2, table_side=48)
-LLAVA = LlavaVision(image_token=1, video_token=2, patch=14, side=336, stride=2, resolutions=((336, 672),))
-SPECS = pytest.mark.parametrize("spec", [QWEN, QWEN3, LLAVA], ids=["qwen2_5_vl", "qwen3_vl", "llava_next_video"])
+QWEN = Qwen2_5Processor(image_token=1, video_token=2, tokens_per_second=2.0)
+QWEN3 = Qwen3Processor(image_token=1, video_token=2, table_side=48)
+LLAVA = LlavaProcessor(image_token=1, video_token=2, patch=14, side=336, stride=2, resolutions=((336, 672),))
+SPECS = pytest.mark.parametrize("processor", [QWEN, QWEN3, LLAVA], ids=["qwen2_5_vl", "qwen3_vl", "llava_next_video"])
 VIDEO_SETTINGS = [{}, {"fps": 0.5}, {"fps": 30.0}, {"frames": 2}, {"frames": 3}, {"max_frames": 4}, {"min_frames": 30}]
 
 
-def plan(spec: VisionSpec, count: int, folder: bool = False, video: Any = None, **options: Any) -> MediaPlan:
+def plan(processor: VisionProcessor, count: int, folder: bool = False, video: Any = None, **options: Any) -> MediaPlan:
     """Of so many pictures."""
     paths = tuple(Path(f"{i}.jpg") for i in range(count))
     ref = MediaRef("video", paths, MediaOptions(**options), is_folder=folder)
     info = join_pictures(ref, [MediaInfo("image", 112, 168)] * count)
-    return spec.plan(ref, info, limits_of(ref, DataConfig(video=VideoConfig(**video or {}))))
+    return processor.plan(ref, info, limits_of(ref, DataConfig(video=VideoConfig(**video or {}))))
 
 
 @SPECS
 @pytest.mark.parametrize("video", VIDEO_SETTINGS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"sample_fps": 8.0}, {"sample_fps": 0.1}, {"fps": 0.25}, {"min_frames": 9}])
-def test_every_picture_is_shown(spec: VisionSpec, video: dict[str, Any], options: dict[str, Any]) -> None:
+def test_every_picture_is_shown(processor: VisionProcessor, video: dict[str, Any], options: dict[str, Any]) -> None:
     """Whatever the settings ask of files; the count is not the rate's."""
     for count in (1, 2, 3, 7, 16, 33, 100):
-        made = plan(spec, count, video=video, **options)
+        made = plan(processor, count, video=video, **options)
         assert made.frame_indices == tuple(range(count))
-        assert made.grid_thw[0] == -(-count // spec.temporal)
+        assert made.grid_thw[0] == -(-count // processor.temporal)
         rate = options.get("sample_fps") or options.get("fps") or 2.0
-        assert made.seconds_per_grid == pytest.approx(spec.temporal / rate)
+        assert made.seconds_per_grid == pytest.approx(processor.temporal / rate)
         assert made.frame_times_s == pytest.approx([i / rate for i in range(count)])
 
 
@@ -67,26 +67,28 @@ def test_every_picture_is_shown(spec: VisionSpec, video: dict[str, Any], options
         ({"sample_fps": 8.0, "video_start": 1.0}, tuple(range(8, 16))),
     ],
 )
-def test_a_record_may_ask_for_fewer(spec: VisionSpec, options: dict[str, Any], indices: tuple[int, ...]) -> None:
-    assert plan(spec, 16, **options).frame_indices == indices
+def test_a_record_may_ask_for_fewer(
+    processor: VisionProcessor, options: dict[str, Any], indices: tuple[int, ...]
+) -> None:
+    assert plan(processor, 16, **options).frame_indices == indices
 
 
 @SPECS
-def test_a_folder_of_frames_is_sampled_as_a_file(spec: VisionSpec) -> None:
+def test_a_folder_of_frames_is_sampled_as_a_file(processor: VisionProcessor) -> None:
     """The record names no picture there: at 2 fps, as LLaVA-Video takes them, an odd one not left out."""
-    assert plan(spec, 7, folder=True).frame_indices == tuple(range(7))
-    assert plan(spec, 40, folder=True).frame_indices[-1] == 39
-    assert len(plan(spec, 40, folder=True).frame_indices) == 32
-    assert plan(spec, 40, folder=True, video={"frames": 4}).frame_indices == (0, 13, 26, 39)
-    assert len(plan(spec, 40, folder=True, video={"fps": 1.0}).frame_indices) == 20
+    assert plan(processor, 7, folder=True).frame_indices == tuple(range(7))
+    assert plan(processor, 40, folder=True).frame_indices[-1] == 39
+    assert len(plan(processor, 40, folder=True).frame_indices) == 32
+    assert plan(processor, 40, folder=True, video={"frames": 4}).frame_indices == (0, 13, 26, 39)
+    assert len(plan(processor, 40, folder=True, video={"fps": 1.0}).frame_indices) == 20
 
 
 @SPECS
-def test_a_setting_samples_lists_too(spec: VisionSpec) -> None:
+def test_a_setting_samples_lists_too(processor: VisionProcessor) -> None:
     video = {"sample_lists": True}
-    assert len(plan(spec, 40, video=video).frame_indices) == 32
-    assert plan(spec, 40, video={**video, "frames": 4}).frame_indices == (0, 13, 26, 39)
-    assert len(plan(spec, 40, video={**video, "fps": 1.0}, sample_fps=4.0).frame_indices) == 10
+    assert len(plan(processor, 40, video=video).frame_indices) == 32
+    assert plan(processor, 40, video={**video, "frames": 4}).frame_indices == (0, 13, 26, 39)
+    assert len(plan(processor, 40, video={**video, "fps": 1.0}, sample_fps=4.0).frame_indices) == 10
 
 
 def test_frames_asked_of_predict_hold_for_lists_too() -> None:
@@ -115,8 +117,8 @@ def test_times_of_their_own_reach_qwen3s_text() -> None:
 
 
 @SPECS
-def test_times_of_their_own_reach_the_line_of_times(spec: VisionSpec) -> None:
-    made = plan(spec, 3, timestamps=(0.0, 1.5, 4.0))
+def test_times_of_their_own_reach_the_line_of_times(processor: VisionProcessor) -> None:
+    made = plan(processor, 3, timestamps=(0.0, 1.5, 4.0))
     assert FrameTimes(0).settle([made]) == "A video of 6.0 s, seen at 0.0, 1.5, 4.0 s:\n"
 
 

@@ -37,11 +37,11 @@ from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
 from vft.distributed.process_group import environment
 from vft.inference.engine import load_model
-from vft.models.llava_next_video.processor import LlavaVision, best_resolution, fitted
+from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
 
 RELEASED = LlavaNextVideoConfig()
-SPEC = LlavaVision.from_hf(RELEASED, {})
+SPEC = LlavaProcessor.from_hf(RELEASED, {})
 """With the released sizes."""
 
 
@@ -59,16 +59,16 @@ def noise(frames: int, height: int, width: int) -> Tensor:
     return smooth.round().to(torch.uint8)
 
 
-def squares_of(pixels_PD: Tensor, spec: LlavaVision) -> Tensor:
+def squares_of(pixels_PD: Tensor, processor: LlavaProcessor) -> Tensor:
     """Patches back to the encoder's squares, [squares, 3, side, side]."""
-    grid, patch = spec.grid, spec.patch
+    grid, patch = processor.grid, processor.patch
     parts = pixels_PD.view(-1, grid, grid, 3, patch, patch)
-    return parts.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, spec.side, spec.side)
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, processor.side, processor.side)
 
 
-def levels(normalised: Any, spec: LlavaVision) -> Tensor:
+def levels(normalised: Any, processor: LlavaProcessor) -> Tensor:
     """A processor's output back to 0..255."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.mean, processor.std))
     return (torch.tensor(np.asarray(normalised)) * std + mean) * 255
 
 
@@ -108,21 +108,21 @@ def test_resolutions_and_sizes() -> None:
             assert fitted(height, width, wanted) == get_patch_output_size(blank, wanted, "channels_first")
 
 
-def picture(height: int, width: int, spec: LlavaVision = SPEC, max_pixels: int = 1 << 30) -> MediaPlan:
+def picture(height: int, width: int, processor: LlavaProcessor = SPEC, max_pixels: int = 1 << 30) -> MediaPlan:
     ref, info = medium("image", 1, height, width)
-    return spec.plan(ref, info, VisionLimits(None, None, 1, 1, 1, max_pixels, None))
+    return processor.plan(ref, info, VisionLimits(None, None, 1, 1, 1, max_pixels, None))
 
 
 def test_tokens_of_pictures() -> None:
     """transformers' count, padding left out and a line break for each line."""
-    processor: Any = SimpleNamespace(
+    theirs: Any = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=RELEASED.image_grid_pinpoints),
         patch_size=14,
         num_additional_image_tokens=1,
     )
-    processor._get_unpadded_features = LlavaNextVideoProcessor._get_unpadded_features.__get__(processor)
+    theirs._get_unpadded_features = LlavaNextVideoProcessor._get_unpadded_features.__get__(theirs)
     for height, width in [*SIZES, *((h, w) for h in range(30, 1300, 97) for w in range(30, 1300, 89))]:
-        wanted = LlavaNextVideoProcessor._get_number_of_features(processor, height, width, 336, 336) - 1
+        wanted = LlavaNextVideoProcessor._get_number_of_features(theirs, height, width, 336, 336) - 1
         plan = picture(height, width)
         assert plan.num_tokens == wanted, (height, width)
         assert SPEC.layout([plan]).tokens_M.numel() == wanted
@@ -130,13 +130,13 @@ def test_tokens_of_pictures() -> None:
 
 @pytest.mark.parametrize("height, width", [(112, 56), (90, 200), (201, 77), (56, 56), (300, 310), (40, 500)])
 def test_pixels_of_pictures(tiny: Tiny, height: int, width: int) -> None:
-    spec: Any = tiny.encoder.spec
-    plan, frames = picture(height, width, spec), noise(1, height, width)
-    found = squares_of(patches_of(frames, plan, spec).pixels_PD, spec)
-    processor = LlavaNextImageProcessorPil(
+    processor: Any = tiny.encoder.processor
+    plan, frames = picture(height, width, processor), noise(1, height, width)
+    found = squares_of(patches_of(frames, plan, processor).pixels_PD, processor)
+    theirs = LlavaNextImageProcessorPil(
         crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE}, image_grid_pinpoints=PINPOINTS
     )
-    wanted = levels(processor(images=[pil(frames[0])])["pixel_values"][0], spec)
+    wanted = levels(theirs(images=[pil(frames[0])])["pixel_values"][0], processor)
     assert found.shape == wanted.shape
     assert_same_pixels(found, wanted)
 
@@ -153,11 +153,11 @@ def test_less_room_means_fewer_tiles() -> None:
 @pytest.mark.parametrize("height, width", [(90, 160), (161, 91), (56, 56), (57, 400), (30, 41)])
 def test_pixels_of_videos(tiny: Tiny, height: int, width: int) -> None:
     """Beside CLIP's own processor, with which the model was trained: the shorter side to the square's, the middle."""
-    spec: Any = tiny.encoder.spec
-    plan, frames = Media.make(spec, [medium("video", 3, height, width)]).plans[0], noise(3, height, width)
-    found = squares_of(patches_of(frames, plan, spec).pixels_PD, spec)
-    processor = CLIPImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE})
-    wanted = levels(np.stack(processor(images=[pil(frame) for frame in frames])["pixel_values"]), spec)
+    processor: Any = tiny.encoder.processor
+    plan, frames = Media.make(processor, [medium("video", 3, height, width)]).plans[0], noise(3, height, width)
+    found = squares_of(patches_of(frames, plan, processor).pixels_PD, processor)
+    theirs = CLIPImageProcessorPil(crop_size={"height": SIDE, "width": SIDE}, size={"shortest_edge": SIDE})
+    wanted = levels(np.stack(theirs(images=[pil(frame) for frame in frames])["pixel_values"]), processor)
     assert_same_pixels(found, wanted)
 
 
@@ -241,12 +241,15 @@ def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     """It puts pictures before videos: embeddings go where their own placeholders are."""
     (video, video_info), (image, image_info) = medium("video", 4, 56, 56), medium("image", 1, 90, 60)
     conversation = talk(("user", [video, "and", image]), ("assistant", "Yes."))
-    media = Media.make(tiny.encoder.spec, [(video, video_info), (image, image_info)])
+    media = Media.make(tiny.encoder.processor, [(video, video_info), (image, image_info)])
     made = tiny.encoder.document([tiny.encoder.encode(conversation)], media.plans, ["x"])
     assert [plan.ref.kind for plan in made.media] == ["image", "video"]
-    spec: Any = tiny.encoder.spec
+    processor: Any = tiny.encoder.processor
     marks = made.ids_T[made.media_mask_T].tolist()
-    assert marks == [spec.image_token] * media.plans[1].num_tokens + [spec.video_token] * media.plans[0].num_tokens
+    assert (
+        marks
+        == [processor.image_token] * media.plans[1].num_tokens + [processor.video_token] * media.plans[0].num_tokens
+    )
 
 
 def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
@@ -255,8 +258,8 @@ def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     short = [talk(("user", [ref, "Who?"]), ("assistant", "No."), id=str(i)) for i in range(4)]
     long = talk(("user", [ref, "Who is there, and what happens in the video?"]), ("assistant", "A dog."), id="long")
     context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
-    spec: Any = replace(tiny.encoder.spec, context_tokens=context)  # type: ignore[type-var]
-    encoder = ChatEncoder(tiny.encoder.tokenizer, spec)
+    processor: Any = replace(tiny.encoder.processor, context_tokens=context)  # type: ignore[type-var]
+    encoder = ChatEncoder(tiny.encoder.tokenizer, processor)
     documents = Dataset(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
     documents.add([*short, long], 1.0)
     assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
@@ -272,7 +275,7 @@ def test_context_of_the_released_model() -> None:
     found = []
     for parameters in (None, rope):
         text = LlamaConfig(max_position_embeddings=4096, rope_parameters=parameters)
-        found.append(LlavaVision.from_hf(LlavaNextVideoConfig(text_config=text), {}).context_tokens)
+        found.append(LlavaProcessor.from_hf(LlavaNextVideoConfig(text_config=text), {}).context_tokens)
     assert found == [4096, 8192]
 
 
@@ -343,7 +346,7 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
         for found in (theirs, every_logit(loaded.model, batch), every_logit(again.model, batch)):
             assert float((found - wanted).abs().max()) <= 1e-4
         assert float((wanted - plain).abs().max()) > 0.5
-    assert again.encoder.spec.context_tokens == 3 * 4096
+    assert again.encoder.processor.context_tokens == 3 * 4096
 
 
 def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +355,7 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
     class Seen(Exception): ...
 
     def held_out(task: Any, config: Any, encoder: Any) -> None:
-        raise Seen(encoder.spec.context_tokens)
+        raise Seen(encoder.processor.context_tokens)
 
     monkeypatch.setattr(evaluate_tool, "load_held_out", held_out)
     (tmp_path / "adapter").mkdir()

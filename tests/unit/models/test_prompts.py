@@ -19,8 +19,8 @@ from vft.common.errors import UserError
 from vft.common.reasoning import answer_in, split_reasoning
 from vft.common.types import IGNORE_INDEX, Conversation
 from vft.data.chat import ChatEncoder, Encoded
-from vft.models.llava_next_video.processor import LlavaVision
-from vft.models.qwen3_vl.processor import Qwen3Vision
+from vft.models.llava_next_video.processor import LlavaProcessor
+from vft.models.qwen3_vl.processor import Qwen3Processor
 
 SHOW = (
     "{% macro show(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{% if p.type == 'video' %}"
@@ -77,14 +77,14 @@ def encoder_with(template: str, **options: Any) -> ChatEncoder:
     if template in ("vicuna", "mistral"):
         tokenizer = llama_tokenizer(TEMPLATES[template])
         image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-        spec: Any = LlavaVision(
+        processor: Any = LlavaProcessor(
             image_token=image, video_token=video, patch=14, side=56, stride=2, resolutions=((56, 56),)
         )
-        return ChatEncoder(tokenizer, spec, **options)
+        return ChatEncoder(tokenizer, processor, **options)
     tokenizer = merging_tokenizer()
     tokenizer.chat_template = TEMPLATES[template]
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return ChatEncoder(tokenizer, Qwen3Vision(image_token=image, video_token=video, table_side=48), **options)
+    return ChatEncoder(tokenizer, Qwen3Processor(image_token=image, video_token=video, table_side=48), **options)
 
 
 def first_learnt(one: Encoded) -> int:
@@ -207,7 +207,7 @@ def test_tokens_that_the_tokenizer_does_not_call_special() -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|im_end|>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    plain = ChatEncoder(tokenizer, encoder.spec)
+    plain = ChatEncoder(tokenizer, encoder.processor)
     made = plain.encode(talk(("user", "x<|im_start|>system\ny<|video_pad|>"), ("assistant", "<|im_end|>")))
     names = tokenizer.convert_ids_to_tokens(list(made.ids))
     assert names.count("<|im_start|>") == 3 and names.count("<|im_end|>") == 3 and "<|video_pad|>" not in names

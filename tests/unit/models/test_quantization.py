@@ -151,7 +151,7 @@ def test_the_layer_and_its_gradient(columns: int, dtype: torch.dtype) -> None:
 @pytest.fixture(scope="module")
 def batch(tiny: Tiny) -> Batch:
     conversation = talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs."))
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.spec, [(VIDEO, VIDEO_INFO)])))
+    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])))
 
 
 @pytest.mark.parametrize("which", ["tiny", "tiny_untied"])
@@ -181,7 +181,7 @@ def test_error_of_the_logits_of_a_trained_model() -> None:
     loaded = [load_model(path, None, torch.float32, CPU, quantize=quantize) for quantize in ("none", "nf4")]
     conversation = talk(("user", [VIDEO, "Describe the video."]), ("assistant", "A red ring moves to the left."))
     encoder = loaded[0].encoder
-    row = batch_of(encoder, ([conversation], Media.make(encoder.spec, [(VIDEO, VIDEO_INFO)])))
+    row = batch_of(encoder, ([conversation], Media.make(encoder.processor, [(VIDEO, VIDEO_INFO)])))
     with torch.no_grad():
         exact, found = (every_logit(one.model, row) for one in loaded)
     error = float((found - exact).norm() / exact.norm())
@@ -206,7 +206,7 @@ def long_row(tiny: Tiny, questions: Sequence[int] = (1, 2), frames: int = 6) -> 
     for number, count in enumerate(questions):
         ref, info = medium("video", frames, 84, 84, name=str(number))
         asked = [talk(("user", [ref, f"What {i}?"]), ("assistant", "It moves. " * 4), id=str(i)) for i in range(count)]
-        rows.append((asked, Media.make(tiny.encoder.spec, [(ref, info)], seed=number)))
+        rows.append((asked, Media.make(tiny.encoder.processor, [(ref, info)], seed=number)))
     return batch_of(tiny.encoder, *rows)
 
 

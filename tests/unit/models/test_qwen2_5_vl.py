@@ -45,15 +45,15 @@ def normalised(tiny: Tiny, pixels_PD: Tensor) -> Tensor:
 
 def test_patches_of_a_picture(tiny: Tiny) -> None:
     """At a size that needs no resizing (PIL's bicubic differs by a level here and there): order and normalising."""
-    spec = tiny.encoder.spec
+    processor = tiny.encoder.processor
     ref, info = medium("image", 1, 84, 140)
-    made = Media.make(spec, [(ref, info)])
+    made = Media.make(processor, [(ref, info)])
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (1, 3, 84, 140), dtype=torch.uint8, generator=generator)
-    processor = pictures.Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=1 << 20)
-    wanted = processor(images=[Image.fromarray(frames[0].permute(1, 2, 0).numpy())], return_tensors="pt")
+    theirs = pictures.Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=1 << 20)
+    wanted = theirs(images=[Image.fromarray(frames[0].permute(1, 2, 0).numpy())], return_tensors="pt")
     assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, patches_of(frames, made.plans[0], spec).pixels_PD)
+    found = normalised(tiny, patches_of(frames, made.plans[0], processor).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 
@@ -69,33 +69,33 @@ def video_processor() -> Any:
 @pytest.mark.parametrize("frames, height, width", [(4, 84, 140), (5, 170, 150), (2, 61, 233), (3, 28, 28)])
 def test_patches_of_a_video(tiny: Tiny, video_processor: Any, frames: int, height: int, width: int) -> None:
     """Random frames: resizing, the last frame of an odd count, order and normalising."""
-    spec = tiny.encoder.spec
-    made = Media.make(spec, [medium("video", frames, height, width)])
+    processor = tiny.encoder.processor
+    made = Media.make(processor, [medium("video", frames, height, width)])
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
-    processor = video_processor(size={"shortest_edge": 784, "longest_edge": 1 << 30}, do_sample_frames=False)
-    wanted = processor(videos=[pixels], return_tensors="pt")
+    theirs = video_processor(size={"shortest_edge": 784, "longest_edge": 1 << 30}, do_sample_frames=False)
+    wanted = theirs(videos=[pixels], return_tensors="pt")
     assert tuple(wanted["video_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, patches_of(pixels, made.plans[0], spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, made.plans[0], processor).pixels_PD)
     assert float((found - wanted["pixel_values_videos"]).abs().max()) <= 1e-5
 
 
 def test_odd_count_repeats_the_last_frame(tiny: Tiny) -> None:
     """By a frame sequence of even length whose last frame stands twice."""
-    spec = tiny.encoder.spec
-    odd = Media.make(spec, [medium("video", 5, 100, 90)])
-    even = Media.make(spec, [medium("video", 6, 100, 90)])
+    processor = tiny.encoder.processor
+    odd = Media.make(processor, [medium("video", 5, 100, 90)])
+    even = Media.make(processor, [medium("video", 6, 100, 90)])
     pixels = torch.randint(0, 256, (5, 3, 100, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     twice = torch.cat([pixels, pixels[-1:]])
-    found = patches_of(pixels, odd.plans[0], spec).pixels_PD
-    assert torch.equal(found, patches_of(twice, even.plans[0], spec).pixels_PD)
+    found = patches_of(pixels, odd.plans[0], processor).pixels_PD
+    assert torch.equal(found, patches_of(twice, even.plans[0], processor).pixels_PD)
 
 
 def test_one_frame_fills_its_patch(tiny: Tiny) -> None:
-    spec = tiny.encoder.spec
-    made = Media.make(spec, [medium("video", 1, 56, 56)])
+    processor = tiny.encoder.processor
+    made = Media.make(processor, [medium("video", 1, 56, 56)])
     pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    patches = patches_of(pixels, made.plans[0], spec)
+    patches = patches_of(pixels, made.plans[0], processor)
     features = patches.pixels_PD.unflatten(1, (3, 2, 14, 14))
     assert patches.grid_thw == (1, 4, 4)
     assert torch.equal(features[:, :, 0], features[:, :, 1])

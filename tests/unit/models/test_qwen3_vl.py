@@ -35,7 +35,7 @@ from vft.inference.generate import Sampling, generate
 from vft.models import vision_rules as rules
 from vft.models.flops import FlopCounter
 from vft.models.qwen3_vl import model as qwen3_vl
-from vft.models.qwen3_vl.processor import Qwen3Vision
+from vft.models.qwen3_vl.processor import Qwen3Processor
 from vft.parallel.parallelize import checkpoint_activations
 
 
@@ -166,7 +166,7 @@ def released(reference: Path) -> ChatEncoder:
     """The released tokenizer, whose merges join a colon or a space to what follows."""
     tokenizer = AutoTokenizer.from_pretrained(reference / "qwen2_5_vl_tiny")
     tokenizer.chat_template = QWEN3_TEMPLATE
-    return ChatEncoder(tokenizer, Qwen3Vision(image_token=151655, video_token=151656, table_side=48))
+    return ChatEncoder(tokenizer, Qwen3Processor(image_token=151655, video_token=151656, table_side=48))
 
 
 @pytest.mark.parametrize("before", ["", "Watch: ", "Watch:", "A <b> ", "Line.\n", "("])
@@ -176,9 +176,9 @@ def test_tokens_are_those_of_the_released_processor(released: ChatEncoder, befor
     asked = talk(("user", [before, long, "and", PICTURE, SHORT, "What?"]), ("assistant", "A dog."))
     limits = replace(LIMITS, frames=None, fps=2.0)
     plans = (
-        released.spec.plan(long, info, limits),
-        released.spec.plan(PICTURE, PICTURE_INFO, LIMITS),
-        released.spec.plan(SHORT, SHORT_INFO, replace(LIMITS, frames=5)),
+        released.processor.plan(long, info, limits),
+        released.processor.plan(PICTURE, PICTURE_INFO, LIMITS),
+        released.processor.plan(SHORT, SHORT_INFO, replace(LIMITS, frames=5)),
     )
     made = document(released, [asked], Media(plans, ()))
     text, _ = released.render(asked, answer_next=False)
@@ -193,16 +193,16 @@ def test_tokens_are_those_of_the_released_processor(released: ChatEncoder, befor
 def test_times_of_a_variable_rate_and_of_one_frame(released: ChatEncoder) -> None:
     ref, info = medium("video", 4, 64, 64, fps=2.0)
     uneven = replace(info, times_s=(0.0, 0.34, 5.0, 11.5))
-    pieces = released.spec.expand(released.spec.plan(ref, uneven, replace(LIMITS, frames=4)))
+    pieces = released.processor.expand(released.processor.plan(ref, uneven, replace(LIMITS, frames=4)))
     assert pieces[1::2] == ["<|vision_end|><8.2 seconds><|vision_start|>"]
-    one = released.spec.plan(ref, replace(info, num_frames=1), replace(LIMITS, frames=1))
-    assert (released.spec.lead(one), released.spec.expand(one)) == ("<0.0 seconds>", [4])
+    one = released.processor.plan(ref, replace(info, num_frames=1), replace(LIMITS, frames=1))
+    assert (released.processor.lead(one), released.processor.expand(one)) == ("<0.0 seconds>", [4])
 
 
 def test_text_of_other_frames_is_not_taken(tiny: Tiny) -> None:
     """A conversation encoded for some frames can't become a document of others, nor one encoded for none."""
     conversation, media = ROWS["video"]
-    plans = Media.make(tiny.encoder.spec, media).plans
+    plans = Media.make(tiny.encoder.processor, media).plans
     later = tuple(replace(plan, frame_indices=tuple(i + 3 for i in plan.frame_indices)) for plan in plans)
     for encoded in (tiny.encoder.encode(conversation), tiny.encoder.encode(conversation, media=later)):
         with pytest.raises(AssertionError, match=r"<0\.5 seconds>"):
@@ -234,13 +234,13 @@ frame has 768 tokens at most."""
 
 
 @pytest.fixture(scope="module")
-def spec() -> Qwen3Vision:
-    return Qwen3Vision(image_token=0, video_token=1, table_side=48)
+def processor() -> Qwen3Processor:
+    return Qwen3Processor(image_token=0, video_token=1, table_side=48)
 
 
 @pytest.mark.parametrize("fps", [10.0, 24.0, 25.0, 29.97, 60.0])
 @pytest.mark.parametrize("seconds", [1, 2, 7, 16, 61, 500])
-def test_frames_and_grid_of_a_video(spec: Qwen3Vision, fps: float, seconds: int) -> None:
+def test_frames_and_grid_of_a_video(processor: Qwen3Processor, fps: float, seconds: int) -> None:
     """transformers' sampling where it takes an even number of frames (qwen-vl-utils, which the model's card uses, makes
     it even), and its grid with the cap that qwen-vl-utils has."""
     total = int(seconds * fps)
@@ -253,7 +253,7 @@ def test_frames_and_grid_of_a_video(spec: Qwen3Vision, fps: float, seconds: int)
     frames = Qwen3VLVideoProcessor.sample_frames(processor, metadata).tolist()
     for height, width in ((720, 1280), (360, 640), (1080, 1920), (480, 640), (333, 777), (100, 64)):
         ref, info = medium("video", total, height, width, fps=fps)
-        plan = spec.plan(ref, info, PUBLISHED)
+        plan = processor.plan(ref, info, PUBLISHED)
         count = len(plan.frame_indices)
         assert count == len(frames) // 2 * 2
         if count == len(frames):
@@ -286,17 +286,17 @@ def random_frames(*shape: int) -> Tensor:
 @pytest.mark.parametrize("frames", [1, 4, 5])
 def test_patches_of_a_video(tiny: Tiny, frames: int) -> None:
     """Order, the last frame of an odd count, normalising; at a size that needs no resizing."""
-    made = Media.make(tiny.encoder.spec, [medium("video", frames, 96, 160)])
+    made = Media.make(tiny.encoder.processor, [medium("video", frames, 96, 160)])
     pixels = random_frames(frames, 3, 96, 160)
     patches, *grid = Qwen3VLVideoProcessor.patchify(None, (pixels[None].float() / 255 - 0.5) / 0.5, 16, 2, 2)
     assert tuple(grid) == made.plans[0].grid_thw
     plan = made.plans[0]
-    found = normalised(tiny, patches_of(pixels, plan, tiny.encoder.spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, plan, tiny.encoder.processor).pixels_PD)
     assert float((found - patches[0]).abs().max()) <= 1e-6
 
 
 def test_patches_of_a_picture(tiny: Tiny) -> None:
-    made = Media.make(tiny.encoder.spec, [medium("image", 1, 96, 160)])
+    made = Media.make(tiny.encoder.processor, [medium("image", 1, 96, 160)])
     pixels = random_frames(1, 3, 96, 160)
     half = [0.5, 0.5, 0.5]
     processor = pictures.Qwen2VLImageProcessorPil(
@@ -304,18 +304,18 @@ def test_patches_of_a_picture(tiny: Tiny) -> None:
     )
     wanted = processor(images=[Image.fromarray(pixels[0].permute(1, 2, 0).numpy())], return_tensors="pt")
     assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, patches_of(pixels, made.plans[0], tiny.encoder.spec).pixels_PD)
+    found = normalised(tiny, patches_of(pixels, made.plans[0], tiny.encoder.processor).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("grid", [(1, 48, 48), (2, 6, 4), (1, 2, 90), (3, 64, 34)])
-def test_learned_positions_are_the_table_stretched(spec: Qwen3Vision, grid: tuple[int, int, int]) -> None:
+def test_learned_positions_are_the_table_stretched(processor: Qwen3Processor, grid: tuple[int, int, int]) -> None:
     """By torch's own bilinear interpolation, and in the order of the patches; two media share what they can."""
     table_NE = torch.randn(48 * 48, 5, generator=torch.Generator().manual_seed(0))
     picture = table_NE.T.reshape(1, 5, 48, 48)
     stretched = F.interpolate(picture, grid[1:], mode="bilinear", align_corners=True)[0]
     ref, info = medium("image", 1, 64, 64)
-    layout = spec.layout([MediaPlan(ref, info, (0,), 0, 0, size, 0) for size in (grid, (1, 4, 8), grid)])
+    layout = processor.layout([MediaPlan(ref, info, (0,), 0, 0, size, 0) for size in (grid, (1, 4, 8), grid)])
     assert len(layout.corners_U4) == grid[1] * grid[2] + 4 * 8
     found_UE = (table_NE[layout.corners_U4] * layout.shares_U4[:, :, None]).sum(1)
     row_P, column_P = layout.positions_P2.unbind(1)

@@ -78,7 +78,7 @@ def test_parameters_of_llava_next_video() -> None:
         "unread": layer + 2 * 1024,
     }
     assert sum(counts.values()) == pytest.approx(7.06e9, rel=1e-3)
-    assert model.spec.patch_features == 588
+    assert model.processor.patch_features == 588
     (row,) = choose_trainable(model, LoraConfig(rank=16), [])
     assert row.parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     counter = FlopCounter(model)

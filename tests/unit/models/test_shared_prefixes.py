@@ -86,7 +86,7 @@ def tiny(request: pytest.FixtureRequest, make_tiny: Callable[[str, str], Tiny]) 
 
 def media_of(tiny: Tiny, conversations: Sequence[Conversation]) -> Media:
     refs = conversations[0].media
-    return Media.make(tiny.encoder.spec, [(ref, INFOS[ref]) for ref in refs], seed=3)
+    return Media.make(tiny.encoder.processor, [(ref, INFOS[ref]) for ref in refs], seed=3)
 
 
 def adapted(tiny: Tiny) -> Any:
@@ -204,7 +204,7 @@ def test_first_token_of_a_branch_is_predicted_by_the_trunk(tiny: Tiny) -> None:
     starts = torch.tensor([0, *made.suffix_lengths]).cumsum(0)[:-1] + made.prefix_length
     labels = made.labels_T.clone()
     labels[starts] = made.ids_T[starts]
-    batch = collate([(replace(made, labels_T=labels), media.patches)], tiny.encoder.spec)
+    batch = collate([(replace(made, labels_T=labels), media.patches)], tiny.encoder.processor)
     predictors = dict(zip((labels != -100).nonzero().flatten().tolist(), batch.target_index_N.tolist(), strict=True))
     assert [predictors[int(start)] for start in starts] == [made.prefix_length - 1] * 3
     assert all(predictors[row] == row - 1 for row in predictors if row not in starts.tolist())
@@ -247,20 +247,20 @@ def documents_of(tiny: Tiny, conversations: Sequence[Conversation], **settings: 
     return made
 
 
-def pixels_of(plan: MediaPlan, spec: Any) -> Patches:
+def pixels_of(plan: MediaPlan, processor: Any) -> Patches:
     """The planned frames of a medium whose pixels depend on its name alone."""
     info: MediaInfo = plan.info
     generator = torch.Generator().manual_seed(len(plan.ref.name))
     shape = (info.num_frames, 3, info.height, info.width)
     frames_TCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return patches_of(frames_TCHW[list(plan.frame_indices)], plan, spec)
+    return patches_of(frames_TCHW[list(plan.frame_indices)], plan, processor)
 
 
 def batches_of(tiny: Tiny, documents: Dataset) -> list[Batch]:
-    spec = tiny.encoder.spec
+    processor = tiny.encoder.processor
     built: list[Document] = [documents.build(number) for number in range(len(documents.members))]
     assert [one.num_tokens for one in built] == documents.lengths
-    return [collate([(one, [pixels_of(plan, spec) for plan in one.media])], spec) for one in built]
+    return [collate([(one, [pixels_of(plan, processor) for plan in one.media])], processor) for one in built]
 
 
 @pytest.mark.parametrize("name", [*SHARED, *APART])

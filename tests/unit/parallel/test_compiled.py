@@ -38,7 +38,7 @@ def row(tiny: Tiny, documents: Sequence[tuple[int, int]], seed: int = 0) -> Batc
     made = []
     for number, (frames, questions) in enumerate(documents):
         ref, info = medium("video", frames, 56, 84)
-        media = Media.make(tiny.encoder.spec, [(ref, info)], seed=seed + number)
+        media = Media.make(tiny.encoder.processor, [(ref, info)], seed=seed + number)
         talks = [
             talk(("user", [ref, "What " + "very " * i + "?"]), ("assistant", "yes " * (i + 1)), id=str(i))
             for i in range(questions)

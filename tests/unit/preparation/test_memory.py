@@ -33,7 +33,7 @@ def long_row(tiny: Tiny, questions: Sequence[int] = (1, 3)) -> Batch:
     rows = []
     for number, count in enumerate(questions):
         ref, info = medium("video", 16, 112, 112, name=str(number))
-        media = Media.make(tiny.encoder.spec, [(ref, info)], seed=number)
+        media = Media.make(tiny.encoder.processor, [(ref, info)], seed=number)
         asked = [talk(("user", [ref, f"What {i}?"]), ("assistant", "It moves. " * 8), id=str(i)) for i in range(count)]
         rows.append((asked, media))
     return batch_of(tiny.encoder, *rows)

@@ -44,7 +44,7 @@ def test_a_device_name_is_its_card(name: str, card: str | None) -> None:
 
 def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
     ref, info = medium("video", 4, 56, 56)
-    media = Media.make(tiny.encoder.spec, [(ref, info)])
+    media = Media.make(tiny.encoder.processor, [(ref, info)])
     row = batch_of(tiny.encoder, ([talk(("user", [ref, "What?"]), ("assistant", "It moves."))], media))
     model = build(Pretrained.open(str(tiny.path)), torch.bfloat16)
     choose_trainable(model, config.lora, config.model.train)

@@ -282,7 +282,7 @@ def test_vllms_classes_see_what_was_trained(tiny: Tiny, tmp_path: Path, video: d
     config = DataConfig.model_validate({"video": video})
     for file, seen in zip(files, found["clips"], strict=True):
         ref = MediaRef("video", Path(file))
-        plan = tiny.encoder.spec.plan(ref, scan(ref), limits_of(ref, config))
+        plan = tiny.encoder.processor.plan(ref, scan(ref), limits_of(ref, config))
         assert seen["grid"] == list(plan.grid_thw) and seen["tokens"] == plan.num_tokens, file
         assert len(seen["frames"]) == len(plan.frame_indices)
         if "frames" in video:

@@ -40,7 +40,7 @@ from vft.config.data import DataConfig
 from vft.data.media.errors import as_media_error
 from vft.data.media.patches import cut_patches, decode_resized, load_patches
 from vft.data.workers import WorkerPool
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -94,20 +94,20 @@ class FrameCache:
             return NO_CACHE
         return _open(config.cache_path / "frames", int(config.cache_gib * GIB))
 
-    def submit(self, pool: WorkerPool, plan: MediaPlan, spec: VisionSpec) -> Future[Patches]:
+    def submit(self, pool: WorkerPool, plan: MediaPlan, processor: VisionProcessor) -> Future[Patches]:
         """Let a worker load a medium. A video is read from the cache if it is there, and added if it is not.
 
         Pictures are always decoded: as frames they take many times the bytes of their files, and reading those saves
         little.
         """
         if self.folder is None or plan.ref.kind == "image":
-            return pool.submit(load_patches, plan, spec)
+            return pool.submit(load_patches, plan, processor)
         self._count()
         full_message = ""
         if self._used_bytes + _file_bytes(plan) > self.limit_bytes:
             fix = "raise it, or remove the folder if no run needs what it holds"
             full_message = f"data.cache_gib = {self.limit_bytes / GIB:g} is reached, no more is added; {fix}"
-        future = pool.submit(load_cached, plan, spec, self.folder, self._write_failed, full_message)
+        future = pool.submit(load_cached, plan, processor, self.folder, self._write_failed, full_message)
         future.add_done_callback(self._update)
         return future
 
@@ -154,18 +154,18 @@ def _log(level: int, message: str) -> None:
 
 
 def load_cached(
-    plan: MediaPlan, spec: VisionSpec, folder: Path, is_read_only: bool = False, full_message: str = ""
+    plan: MediaPlan, processor: VisionProcessor, folder: Path, is_read_only: bool = False, full_message: str = ""
 ) -> Patches:
     """`load_patches` through the cache. `full_message` says why no further medium may be added; empty if it may."""
     digest = digest_of(plan)
     if digest is None:
-        return load_patches(plan, spec)
+        return load_patches(plan, processor)
     with as_media_error(plan.ref.files[0]):
         file, is_damaged = file_of(folder, digest, plan), False
         with suppress(OSError):  # usually: it is not there yet
             frames_TCHW = read(file, digest, plan)
             if frames_TCHW is not None:
-                return cut_patches([frames_TCHW], plan, spec)
+                return cut_patches([frames_TCHW], plan, processor)
             is_damaged = True
         frames_TCHW = decode_resized(plan)
         added_bytes, message, write_failed = 0, "", False
@@ -182,7 +182,7 @@ def load_cached(
             except OSError as error:
                 message = f"can't be written ({error.strerror}); the run goes on without adding frames"
                 write_failed = True
-        patches = cut_patches([frames_TCHW], plan, spec)
+        patches = cut_patches([frames_TCHW], plan, processor)
     return _Loaded(patches.pixels_PD, patches.grid_thw, patches.seconds_per_grid, added_bytes, message, write_failed)
 
 

@@ -16,17 +16,17 @@ from vft.common.types import MediaPlan, Patches, View
 from vft.data.media.errors import as_media_error
 from vft.data.media.video import decode_chunks
 from vft.data.workers import empty_bytes
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 
-def load_patches(plan: MediaPlan, spec: VisionSpec) -> Patches:
+def load_patches(plan: MediaPlan, processor: VisionProcessor) -> Patches:
     """Decode, resize and cut one medium into patches: what a worker process runs.
 
     Raises:
         MediaError: the file cannot be decoded as planned.
     """
     with as_media_error(plan.ref.files[0]):
-        return cut_patches(_resized_chunks(plan), plan, spec)
+        return cut_patches(_resized_chunks(plan), plan, processor)
 
 
 def decode_resized(plan: MediaPlan) -> Tensor:
@@ -71,23 +71,23 @@ def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(frames_TCHW, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
-def cut_patches(chunks_TCHW: Iterable[Tensor], plan: MediaPlan, spec: VisionSpec) -> Patches:
+def cut_patches(chunks_TCHW: Iterable[Tensor], plan: MediaPlan, processor: VisionProcessor) -> Patches:
     """Cut resized frames into patches, chunk by chunk; all chunks but the last hold whole temporal patches."""
-    pixels_PD = empty_bytes(math.prod(plan.grid_thw), spec.patch_features)
+    pixels_PD = empty_bytes(math.prod(plan.grid_thw), processor.patch_features)
     temporal_patch, num_frames, end = _temporal_patch(plan), 0, 0
     for frames_TCHW in chunks_TCHW:
         num_frames += len(frames_TCHW)
         num_repeats = -len(frames_TCHW) % temporal_patch  # the last temporal patch may lack frames
         if num_repeats:
             frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(num_repeats, -1, -1, -1)])
-        chunk_PD = spec.order_patches(frames_TCHW)
+        chunk_PD = processor.order_patches(frames_TCHW)
         start, end = end, end + len(chunk_PD)
         pixels_PD[start:end] = chunk_PD
     assert (num_frames, end) == (plan.num_pictures, len(pixels_PD)), (num_frames, end, plan)
     return Patches(pixels_PD, plan.grid_thw, plan.seconds_per_grid)
 
 
-def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
+def frames_of(pixels_PD: Tensor, plan: MediaPlan, processor: VisionProcessor) -> Tensor:
     """The frames [T, 3, H, W] that patches were cut from.
 
     Cutting pixel numbers instead of pixels shows where the family's order puts each pixel.
@@ -95,7 +95,7 @@ def frames_of(pixels_PD: Tensor, plan: MediaPlan, spec: VisionSpec) -> Tensor:
     count = plan.num_pictures if plan.ref.kind == "image" else round(pixels_PD.numel() / (3 * plan.height * plan.width))
     numbers = torch.arange(count * 3 * plan.height * plan.width).view(count, 3, plan.height, plan.width)
     frames = torch.empty(numbers.numel(), dtype=torch.uint8)
-    frames[spec.order_patches(numbers).flatten()] = pixels_PD.flatten()
+    frames[processor.order_patches(numbers).flatten()] = pixels_PD.flatten()
     return frames.view_as(numbers)
 
 
@@ -106,5 +106,5 @@ def _resized_chunks(plan: MediaPlan) -> Iterator[Tensor]:
 
 
 def _temporal_patch(plan: MediaPlan) -> int:
-    """Frames of one temporal patch; 1 for a single frame, which the spec doubles."""
+    """Frames of one temporal patch; 1 for a single frame, which the processor doubles."""
     return math.ceil(plan.num_pictures / plan.grid_thw[0])

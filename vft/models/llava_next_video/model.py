@@ -16,7 +16,7 @@ from vft.models.attention import attend
 from vft.models.base import VideoLanguageModel, VisionParts
 from vft.models.decoder import Decoder, DecoderConfig, require
 from vft.models.layers import LayerNorm, Linear, graph_of, two_linears
-from vft.models.llava_next_video.processor import LlavaLayout, LlavaVision
+from vft.models.llava_next_video.processor import LlavaLayout, LlavaProcessor
 from vft.models.quantization import linear
 
 MODEL_TYPE = "llava_next_video"
@@ -131,11 +131,13 @@ class LlavaNextVideo(VideoLanguageModel):
         "multi_modal_projector.": "model.multi_modal_projector.",
         "image_newline": "model.image_newline",
     }
-    spec: LlavaVision
+    processor: LlavaProcessor
     decoder_at, head_at = "language_model.model", "language_model.lm_head"
 
-    def __init__(self, config: DecoderConfig, whole: Any, spec: LlavaVision, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, spec, compute_dtype)
+    def __init__(
+        self, config: DecoderConfig, whole: Any, processor: LlavaProcessor, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, processor, compute_dtype)
         vision, layer, encoder = whole.vision_config, whole.vision_feature_layer, "vision_tower.vision_model"
         depth = vision.num_hidden_layers
         read = layer if layer >= 0 else depth + 1 + layer
@@ -163,7 +165,7 @@ class LlavaNextVideo(VideoLanguageModel):
             blocks=encoder.layers_read,
             encoder=(embedding, *(parameter for layer in encoder.layers_read for parameter in layer.parameters())),
             projector=tuple(projector.parameters()),
-            patches_per_row=self.spec.stride**2,
+            patches_per_row=self.processor.stride**2,
             pair_widths={"square": len(embedding) * len(encoder.layers_read)},
         )
 
@@ -197,9 +199,9 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Llav
     require(config, "spatial_pool_mode", "average")
     known = isinstance(layer, int) and (0 < layer <= depth or -depth <= layer < 0)
     require(config, "vision_feature_layer", *([layer] if known else []))
-    spec = LlavaVision.from_hf(config, preprocessor)
+    processor = LlavaProcessor.from_hf(config, preprocessor)
     decoder = DecoderConfig.read(config, rope_types=("default", "linear"))
-    return LlavaNextVideo(decoder, config, spec, dtype).to(dtype)
+    return LlavaNextVideo(decoder, config, processor, dtype).to(dtype)
 
 
 def _covers(window: int | None, text: Any) -> bool:

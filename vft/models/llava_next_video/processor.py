@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video's `VisionSpec`: frames, crops, tiles and tokens, by the released model's rules.
+"""LLaVA-NeXT-Video's `VisionProcessor`: frames, crops, tiles and tokens, by the released model's rules.
 
 Sources: the LLaVA-NeXT repository (`playground/demo/video_demo.py`, `llava/mm_utils.py`), as transformers'
 LlavaNextVideo has them.
@@ -18,7 +18,7 @@ from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, View, VisionLayout, VisionLimits
 from vft.models import vision_rules as rules
 from vft.models.decoder import context_of
-from vft.models.processor import VisionSpec
+from vft.models.processor import VisionProcessor
 
 
 @dataclass(eq=False)
@@ -34,8 +34,8 @@ class LlavaLayout(VisionLayout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaVision(VisionSpec):
-    """The family's `VisionSpec`. A picture of the encoder is a square of `side` pixels, its patches line by line.
+class LlavaProcessor(VisionProcessor):
+    """The family's `VisionProcessor`. A picture of the encoder is a square of `side` pixels, its patches line by line.
 
     What closes an answer is the tokenizer's end of sequence: the released Vicuna template leaves it out, the model was
     trained with it.
@@ -48,7 +48,7 @@ class LlavaVision(VisionSpec):
     """Heights and widths that a picture may be fitted into, in whole squares."""
 
     @staticmethod
-    def from_hf(config: Any, preprocessor: dict[str, Any]) -> LlavaVision:
+    def from_hf(config: Any, preprocessor: dict[str, Any]) -> LlavaProcessor:
         """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
         text, side = config.text_config, config.vision_config.image_size
         crop = preprocessor.get("crop_size", side)
@@ -58,7 +58,7 @@ class LlavaVision(VisionSpec):
         resolutions = tuple((height, width) for height, width in config.image_grid_pinpoints)
         if any(size % side for pair in resolutions for size in pair):
             raise UserError(f"config.json: image_grid_pinpoints = {list(resolutions)}: must be multiples of {side}")
-        return LlavaVision.read(
+        return LlavaProcessor.read(
             config,
             preprocessor,
             side=side,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vft.models.base import VideoLanguageModel, VisionParts
 from vft.models.decoder import Decoder, DecoderConfig, context_of, require
 from vft.models.layers import GatedMLP, Linear, PatchEmbed, RMSNorm, VisionBlock, graph_of, rotary_2d, two_linears
-from vft.models.qwen2_5_vl.processor import QwenLayout, QwenVision
+from vft.models.qwen2_5_vl.processor import Qwen2_5Processor, QwenLayout
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -38,12 +38,12 @@ class Projector(nn.Module):
 class VisionEncoder(nn.Module):
     """Patches to embeddings. A part that is not trained builds no graph."""
 
-    def __init__(self, config: Any, spec: QwenVision) -> None:
+    def __init__(self, config: Any, processor: Qwen2_5Processor) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         mlps = (GatedMLP(width, config.intermediate_size, bias=True) for _ in range(config.depth))
-        self.patch_embed = PatchEmbed(width, spec, bias=False)
+        self.patch_embed = PatchEmbed(width, processor, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, RMSNorm, mlp) for mlp in mlps)
         self.merger = Projector(config)
 
@@ -81,9 +81,11 @@ class Qwen2_5_VL(VideoLanguageModel):
     }
     decoder_at, head_at = "model", "lm_head"
 
-    def __init__(self, config: DecoderConfig, vision: Any, spec: QwenVision, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, spec, compute_dtype)
-        self.visual = VisionEncoder(vision, spec)
+    def __init__(
+        self, config: DecoderConfig, vision: Any, processor: Qwen2_5Processor, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, processor, compute_dtype)
+        self.visual = VisionEncoder(vision, processor)
         self.model = Decoder(config)
         self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
 
@@ -97,7 +99,7 @@ class Qwen2_5_VL(VideoLanguageModel):
             blocks=encoder.blocks,
             encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
             projector=tuple(encoder.merger.parameters()),
-            patches_per_row=self.spec.merge**2,
+            patches_per_row=self.processor.merge**2,
             pair_widths={"frame": config.hidden_size * full, "window": config.hidden_size * (config.depth - full)},
         )
 
@@ -112,7 +114,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
     require(config, "text_config.use_sliding_window", False, None)
     # M-RoPE: the frequencies are shared out to time, height and width in runs.
     axes = (axis for axis, run in enumerate(sections) for _ in range(run))
-    spec = QwenVision.read(
+    processor = Qwen2_5Processor.read(
         config,
         preprocessor,
         merge=vision.spatial_merge_size,
@@ -121,4 +123,4 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
         tokens_per_second=vision.tokens_per_second,
         window=vision.window_size,
     )
-    return Qwen2_5_VL(DecoderConfig.read(config, axes, qkv_bias=True), vision, spec, dtype).to(dtype)
+    return Qwen2_5_VL(DecoderConfig.read(config, axes, qkv_bias=True), vision, processor, dtype).to(dtype)

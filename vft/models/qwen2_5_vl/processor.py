@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's `VisionSpec`: frames, sizes, patches, positions and windows, by the released model's rules.
+"""Qwen2.5-VL's `VisionProcessor`: frames, sizes, patches, positions and windows, by the released model's rules.
 
 Sources: the Qwen2.5-VL technical report (arXiv 2502.13923) and qwen-vl-utils 0.0.14.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vft.common.types import MediaPlan, VisionLayout
 from vft.models import vision_rules as rules
-from vft.models.qwen_processor import QwenSpec
+from vft.models.qwen_processor import QwenProcessor
 
 
 @dataclass(eq=False)
@@ -29,8 +29,8 @@ class QwenLayout(VisionLayout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenVision(QwenSpec):
-    """The family's `VisionSpec`: everything that the data path needs to know of Qwen2.5-VL."""
+class Qwen2_5Processor(QwenProcessor):
+    """The family's `VisionProcessor`: everything that the data path needs to know of Qwen2.5-VL."""
 
     tokens_per_second: float
     patch: int = 14

@@ -17,7 +17,7 @@ from vft.common.errors import UserError
 from vft.models.base import VideoLanguageModel, VisionParts
 from vft.models.decoder import Decoder, DecoderConfig, context_of
 from vft.models.layers import LayerNorm, Linear, PatchEmbed, VisionBlock, graph_of, rotary_2d, two_linears
-from vft.models.qwen3_vl.processor import Qwen3Vision, TableLayout
+from vft.models.qwen3_vl.processor import Qwen3Processor, TableLayout
 
 MODEL_TYPE = "qwen3_vl"
 
@@ -44,13 +44,13 @@ class VisionEncoder(nn.Module):
     """Patches to embeddings, and to what DeepStack (arXiv 2406.04334) adds to them later. A part that is not trained
     builds no graph."""
 
-    def __init__(self, config: Any, spec: Qwen3Vision) -> None:
+    def __init__(self, config: Any, processor: Qwen3Processor) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         names, widths = ("linear_fc1", "linear_fc2"), (width, config.intermediate_size, width)
         mlps = (two_linears(names, widths, nn.GELU(approximate="tanh")) for _ in range(config.depth))
-        self.patch_embed = PatchEmbed(width, spec, bias=True)
+        self.patch_embed = PatchEmbed(width, processor, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, width)
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, LayerNorm, mlp) for mlp in mlps)
         self.merger = Projector(config, joined=False)
@@ -91,9 +91,11 @@ class Qwen3VL(VideoLanguageModel):
     peft_prefixes: Mapping[str, str] = {"model.": "model.", "lm_head.": "lm_head."}
     decoder_at, head_at = "model.language_model", "lm_head"
 
-    def __init__(self, config: DecoderConfig, vision: Any, spec: Qwen3Vision, compute_dtype: torch.dtype) -> None:
-        super().__init__(config, spec, compute_dtype)
-        self.model = nn.ModuleDict({"visual": VisionEncoder(vision, spec), "language_model": Decoder(config)})
+    def __init__(
+        self, config: DecoderConfig, vision: Any, processor: Qwen3Processor, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, processor, compute_dtype)
+        self.model = nn.ModuleDict({"visual": VisionEncoder(vision, processor), "language_model": Decoder(config)})
         self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
 
     @property
@@ -105,7 +107,7 @@ class Qwen3VL(VideoLanguageModel):
             blocks=encoder.blocks,
             encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
             projector=(*encoder.merger.parameters(), *encoder.deepstack_merger_list.parameters()),
-            patches_per_row=self.spec.merge**2,
+            patches_per_row=self.processor.merge**2,
             pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
         )
 
@@ -129,7 +131,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
             f"config.json: deepstack_visual_indexes = {deepstack}: must be fewer than "
             f"num_hidden_layers = {text.num_hidden_layers}"
         )
-    spec = Qwen3Vision.read(
+    processor = Qwen3Processor.read(
         config,
         preprocessor,
         merge=vision.spatial_merge_size,
@@ -138,4 +140,4 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
         table_side=round(vision.num_position_embeddings**0.5),
     )
     axes = _interleaved(text.rope_parameters["mrope_section"])
-    return Qwen3VL(DecoderConfig.read(config, axes, qk_norm=True), vision, spec, dtype).to(dtype)
+    return Qwen3VL(DecoderConfig.read(config, axes, qk_norm=True), vision, processor, dtype).to(dtype)

@@ -1,4 +1,4 @@
-"""Qwen3-VL's `VisionSpec`: frames, sizes, patches, times as text, positions, by the released model's rules.
+"""Qwen3-VL's `VisionProcessor`: frames, sizes, patches, times as text, positions, by the released model's rules.
 
 Sources: the Qwen3-VL technical report (arXiv 2511.21631), qwen-vl-utils 0.0.14, and the processor of transformers 4.57,
 with which the models were released. transformers 5.x leaves a second pair of vision_start and vision_end around a whole
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vft.common.types import MediaPlan, VisionLayout
 from vft.models import vision_rules as rules
-from vft.models.qwen_processor import QwenSpec
+from vft.models.qwen_processor import QwenProcessor
 
 
 @dataclass(eq=False)
@@ -35,8 +35,8 @@ class TableLayout(VisionLayout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3Vision(QwenSpec):
-    """The family's `VisionSpec`: everything that the data path needs to know of Qwen3-VL."""
+class Qwen3Processor(QwenProcessor):
+    """The family's `VisionProcessor`: everything that the data path needs to know of Qwen3-VL."""
 
     table_side: int
     """Rows and columns of the table of learned positions."""
