@@ -15,10 +15,10 @@ from torchcodec.encoders import VideoEncoder
 from tests.helpers.patches import SPEC, plan_of
 from vft.common.types import MediaPlan, MediaRef
 from vft.config.data import DataConfig
-from vft.data.media import video
+from vft.data.media.decode import decode_chunks
 from vft.data.media.frame_cache import FrameCache
 from vft.data.media.patches import load_patches
-from vft.data.media.video import scan
+from vft.data.media.scan import scan
 from vft.data.workers import WorkerPool
 
 GIB = 2**30
@@ -67,11 +67,10 @@ def overwrite(path: Path) -> None:
 def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[MediaPlan]:
     """The plans that are decoded from now on, in this process."""
     seen: list[MediaPlan] = []
-    decode = video.decode_chunks
 
     def counted(plan: MediaPlan, *args: Any, **more: Any) -> Any:
         seen.append(plan)
-        return decode(plan, *args, **more)
+        return decode_chunks(plan, *args, **more)
 
     monkeypatch.setattr("vft.data.media.patches.decode_chunks", counted)
     return seen

@@ -27,8 +27,8 @@ from vft.common.types import Batch
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import load_dataset
+from vft.data.media.decode import decode
 from vft.data.media.patches import load_patches
-from vft.data.media.video import decode
 from vft.data.packing import collate
 from vft.inference.engine import load_model
 from vft.models.base import VideoLanguageModel

@@ -37,7 +37,7 @@ from vft.data.formats import (
 from vft.data.formats.records import BadRecord
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
-from vft.data.media.video import scan_file
+from vft.data.media.scan import scan_file
 from vft.data.streaming.tar import members
 
 Records = tuple[list[Sample], list[BadRecord]]

@@ -41,7 +41,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
-from vft.data.media.video import scan_file
+from vft.data.media.scan import scan_file
 from vft.data.packing import Cursor
 from vft.data.workers import WorkerPool
 from vft.models import build

@@ -39,7 +39,7 @@ from vft.data.formats.rows import SUFFIXES
 from vft.data.frame_times import with_frame_times
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
-from vft.data.media.video import scan
+from vft.data.media.scan import scan
 from vft.data.spans import check_spans
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of, environment, make_mesh, process_group

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tests.helpers.clips import make_clip
 from tests.helpers.patches import SPEC, patches_of, plan_of
 from vft.common.types import MediaInfo, MediaRef
-from vft.data.media import video
+from vft.data.media.decode import decode, decode_chunks
 from vft.data.media.patches import load_patches
-from vft.data.media.video import decode, scan
+from vft.data.media.scan import scan
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
 
@@ -50,7 +50,7 @@ def test_load_in_chunks(
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", range(20), size=(96, 64)))
     plan = plan_of(ref, scan(ref), indices, 28, 56)
     whole = patches_of(decode(plan).frames_TCHW, plan, SPEC)
-    monkeypatch.setattr(video.decode_chunks, "__defaults__", (round(chunk_frames * 3 * 96 * 64),))
+    monkeypatch.setattr(decode_chunks, "__defaults__", (round(chunk_frames * 3 * 96 * 64),))
     patches = load_patches(plan, SPEC)
     assert torch.equal(patches.pixels_PD, whole.pixels_PD)
     assert (patches.grid_thw, patches.seconds_per_grid) == ((math.ceil(len(indices) / 2), 2, 4), 1.5)

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from transformers.image_utils import load_image
 
 from vft.common.types import MediaInfo, MediaPlan, MediaRef
+from vft.data.media.decode import decode
 from vft.data.media.errors import MediaError
-from vft.data.media.video import decode, scan
+from vft.data.media.scan import scan
 
 
 def noise(mode: str = "RGB", height: int = 24, width: int = 40) -> Image.Image:

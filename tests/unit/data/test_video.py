@@ -19,9 +19,10 @@ from PIL import Image
 
 from tests.helpers.clips import level, make_clip, make_sound
 from vft.common.types import MediaInfo, MediaOptions, MediaPlan, MediaRef
-from vft.data.media import video
+from vft.data.media import errors
+from vft.data.media.decode import decode, decode_chunks, decode_in_sequence
 from vft.data.media.errors import MediaError
-from vft.data.media.video import decode, decode_chunks, frame_times, scan
+from vft.data.media.scan import frame_times, open_container, scan
 
 
 def planned(ref: MediaRef, info: MediaInfo, indices: list[int] | range) -> MediaPlan:
@@ -160,13 +161,13 @@ def test_mirrored(
 def test_a_file_that_can_not_be_sought_in_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many pieces it is wanted in: a long recording would be read from its start for each."""
     ref = MediaRef("video", make_clip(tmp_path / "a.ts", range(30)))
-    info, real, opened = scan(ref), video._open, []
+    info, real, opened = scan(ref), open_container, []
 
     def spy(path: Path) -> Any:
         opened.append(path)
         return real(path)
 
-    monkeypatch.setattr(video, "_open", spy)
+    monkeypatch.setattr("vft.data.media.decode.open_container", spy)
     wanted = [0, 3, 3, 8, 8, 20, 29]
     pieces = list(decode_chunks(planned(ref, info, wanted), chunk_bytes=1))
     assert [len(piece.frames_TCHW) for piece in pieces] == [1] * 7 and len(opened) == 1
@@ -184,7 +185,7 @@ def test_rotation(tmp_path: Path) -> None:
     upright_TCHW = decode(planned(ref, info, [2])).frames_TCHW
     flat_TCHW = decode(planned(flat, scan(flat), [2])).frames_TCHW
     assert torch.equal(upright_TCHW, torch.rot90(flat_TCHW, -1, (2, 3)))
-    in_sequence = next(video._decode_in_sequence(turned, info, [[2]])).frames_TCHW
+    in_sequence = next(decode_in_sequence(turned, info, [[2]])).frames_TCHW
     assert (in_sequence.int() - upright_TCHW.int()).abs().max() <= 4
 
 
@@ -192,7 +193,7 @@ def test_in_sequence_equals_seeking(videos: Path) -> None:
     path = videos / "mllm_demo_data" / "3.mp4"
     info = scan(MediaRef("video", path))
     plan = planned(MediaRef("video", path), info, [0, 70, 145])
-    a, b = decode(plan), next(video._decode_in_sequence(path, info, [plan.frame_indices]))
+    a, b = decode(plan), next(decode_in_sequence(path, info, [plan.frame_indices]))
     assert (a.frames_TCHW.int() - b.frames_TCHW.int()).abs().max() <= 4
     assert a.timestamps_s == pytest.approx(b.timestamps_s)
 
@@ -322,12 +323,12 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_picture(tmp_path / "p.png", 100, 100)
     ref = MediaRef("image", path)
     info = scan(ref)
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 9_999)
+    monkeypatch.setattr(errors, "MAX_FRAME_PIXELS", 9_999)
     assert fail(ref).reason == "too_large"
     with pytest.raises(MediaError) as caught:
         decode(planned(ref, info, [0]))
     assert caught.value.reason == "too_large"
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 10_000)
+    monkeypatch.setattr(errors, "MAX_FRAME_PIXELS", 10_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
     assert fail(ref).reason == "too_large"
 

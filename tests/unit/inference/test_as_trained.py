@@ -17,7 +17,7 @@ from vft.common.task import Question
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import with_frame_times
-from vft.data.media.video import scan
+from vft.data.media.scan import scan
 from vft.data.training_prompts import Asked
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World

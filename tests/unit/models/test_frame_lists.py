@@ -19,7 +19,7 @@ from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media.patches import frames_of, load_patches
-from vft.data.media.video import join_pictures, scan
+from vft.data.media.scan import join_pictures, scan
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.processor import VisionProcessor
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor

@@ -129,7 +129,7 @@ def _rate(base: Row, root: Path) -> float:
     if not key:
         raise RecordError("data", f"has no video under {', '.join(MEDIA)}, whose frames are counted; rename its key")
     path = resolve_media(root, local_path(root, base[key]), key)
-    from vft.data.media.video import scan_file  # with torchcodec, which few who read records need
+    from vft.data.media.scan import scan_file  # with torchcodec, which few who read records need
 
     try:
         return scan_file("video", path, headers=True).fps

@@ -1,4 +1,4 @@
-"""What can be wrong with a media file: `MediaError`, with a reason from a fixed set."""
+"""`MediaError`: what can be wrong with a media file, with a reason from a fixed set; and the checks that raise it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from os import stat_result
 from pathlib import Path
 from typing import Literal
+
+MAX_FRAME_PIXELS = 89_478_485
+"""Pixels of a frame or picture above which it is refused (PIL's own limit against decompression bombs)."""
 
 Reason = Literal[
     "missing",
@@ -28,10 +31,10 @@ Reason = Literal[
 
 
 class MediaError(Exception):
-    """One medium can't be used; the run can go on. `str()` is one line: the path, what is wrong, the mend."""
+    """One medium cannot be used; the run can go on. `str()` is one line: the path, what is wrong, how to fix it."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(reason, message)  # both in args: pickling between processes calls __init__(*args)
+        super().__init__(reason, message)  # both in args: unpickling in another process calls __init__(*args)
         self.reason: Reason = reason
         self.message = message
 
@@ -41,7 +44,10 @@ class MediaError(Exception):
 
 @contextmanager
 def as_media_error(path: Path) -> Iterator[None]:
-    """Make whatever a damaged file brings about a MediaError: one odd clip must not end a run. Our own bugs stay."""
+    """Turn any exception that a damaged file causes into a MediaError: one odd clip must not end a run.
+
+    AssertionErrors pass through: they are bugs of our own.
+    """
     try:
         yield
     except (MediaError, AssertionError):
@@ -52,16 +58,16 @@ def as_media_error(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path) -> stat_result:
-    """The status of a regular file that isn't empty; a FIFO, say, would block whoever opens it.
+    """The status of a regular file that is not empty. (Opening a FIFO, for instance, would block.)
 
-    Paths of records have their links followed, so that a link is what somebody put there since.
+    Links in the paths of records have been resolved, so a link here was put in the file's place later.
 
     Raises:
         MediaError: `missing`, `unreadable`, `not_a_file` or `empty`.
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError:  # the index can't hold it, nor a terminal show it
+    except UnicodeEncodeError:  # the index cannot hold such a name, nor a terminal show it
         raise MediaError("unreadable", f"{str(path)!a}: its name is not UTF-8; rename the file") from None
     try:
         status = path.lstat()
@@ -77,7 +83,18 @@ def check_file(path: Path) -> stat_result:
     return status
 
 
+def check_size(path: Path, width: int, height: int) -> None:
+    """MediaError `too_large` if a frame of this size has more pixels than is allowed."""
+    if width * height > MAX_FRAME_PIXELS:
+        raise too_large(path, f"{width}x{height}")
+
+
+def too_large(path: Path, what: str) -> MediaError:
+    """The error for a frame or picture with too many pixels."""
+    return MediaError("too_large", f"{path}: {what} is over the limit of {MAX_FRAME_PIXELS} pixels; make it smaller")
+
+
 def first_line(error: BaseException) -> str:
-    """What it says, without the place in FFmpeg's or PIL's code."""
+    """What an error says, without the place in FFmpeg's or PIL's code."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return (text.splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ from vft.common.errors import UserError
 from vft.common.files import cannot_write, flush
 from vft.common.types import MediaInfo, MediaKind, MediaRef
 from vft.data.media.errors import MediaError, check_file
-from vft.data.media.video import join_pictures, scan_file
+from vft.data.media.scan import join_pictures, scan_file
 from vft.data.workers import WorkerPool
 
 Key = tuple[MediaKind, str]

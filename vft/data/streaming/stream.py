@@ -33,7 +33,7 @@ from vft.data.formats import llava_video, locate, pe_video
 from vft.data.formats.records import Group
 from vft.data.formats.unread_keys import tell, tell_new
 from vft.data.media.errors import MediaError
-from vft.data.media.video import join_pictures, scan_file
+from vft.data.media.scan import join_pictures, scan_file
 from vft.data.quarantine import ArchivePass, BadItem, check_bad
 from vft.data.streaming.tar import BarrenArchive, DamagedArchive
 from vft.data.training_prompts import Asked
