@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,40 @@ def make_mesh(world: World, shard: int) -> DeviceMesh | None:
     if not dist.is_initialized():
         return None
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallel:
+    """The part of the data that this process works on: number `rank` of `size`.
+
+    Packs, questions and gradients are divided by it, never by the number of processes: those that differ in another
+    axis of the mesh alone work on the same part.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """The processes that have one part each; None: all processes."""
+
+    AXES: ClassVar = ("replicate", "shard")
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None) -> DataParallel:
+        """By the axes of the mesh that divide the data; without a mesh, which means one process, all of it."""
+        if mesh is None:
+            return cls()
+        data = mesh[cls.AXES]
+        rank = 0
+        for axis in cls.AXES:
+            rank = rank * data[axis].size() + data.get_local_rank(axis)
+        group = None if data.size() == dist.get_world_size() else data._flatten("data").get_group()
+        return cls(rank, data.size(), group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all parts, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(values, group=self.group)
+        return values
 
 
 def place() -> tuple[int, int]:
