@@ -1,8 +1,8 @@
 """How likely a model finds each of a closed set of answers: labels of a data set, options of a question.
 
-The prompt runs once, its keys and values are kept, and the options run upon them as branches, in chunks of bounded
-size. The token that closes the answer counts: where one option begins another ("basketball", "basketball dunk"), it
-alone says that the answer ends there.
+The prompt runs once and its keys and values are kept. The options run on this shared prefix as suffixes, in chunks of
+bounded size. The token that ends an answer counts: if one option begins another ("basketball", "basketball dunk"), that
+token alone says that the answer ends there.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import PrefixCache
 
 MAX_ROWS = 1024
-"""Tokens of options in a pass: their logits over the vocabulary are what takes memory."""
+"""Tokens of options in a pass, which bounds the memory of their logits over the vocabulary."""
 MAX_KEY_ROWS = 1 << 18
-"""Keys of a pass, each branch's trunk counted: where they are gathered, they take memory too."""
+"""Keys of a pass, the prefix counted once for each suffix, which bounds the memory of gathered keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
 class OptionScore:
-    """How likely one option is as the answer, natural logarithms."""
+    """How likely one option is as the answer: summed natural log-probabilities."""
 
     whole: float
-    """Of all that the model has to say, the closing token included, summed: the probability of giving this answer."""
+    """Of the whole answer, its end token included: the log-probability of giving this answer."""
     text: float
-    """Of the option's own tokens alone, summed."""
+    """Of the option's own tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Branch:
-    """One option: where it stands in its document, and which rows of kept keys are its trunk."""
+class _Suffix:
+    """One option of a question."""
 
     question: int
+    """Index of its document; -1 for a suffix that only keeps a process busy."""
     document: Document
     rows: slice
-    trunk: tuple[int, int]
+    """Its rows in the document."""
+    prefix: tuple[int, int]
+    """First row of its prefix in the prefix cache, and the prefix's length."""
 
     @property
     def length(self) -> int:
@@ -53,12 +56,12 @@ class _Branch:
 
     @property
     def labels_T(self) -> Tensor:
-        """Of these tokens."""
+        """Labels of its tokens."""
         return self.document.labels_T[self.rows]
 
 
 def prefix_of(document: Document) -> Document:
-    """The trunk alone, as a document with nothing to learn."""
+    """The shared prefix of `document`, as a document of its own without labels."""
     end = document.prefix_length
     return replace(
         document,
@@ -75,7 +78,7 @@ def prefix_of(document: Document) -> Document:
 @torch.no_grad()
 def score_options(
     model: VideoLanguageModel,
-    trunks: Batch,
+    prefixes: Batch,
     documents: Sequence[Document],
     around: tuple[int, int],
     max_rows: int = MAX_ROWS,
@@ -83,68 +86,68 @@ def score_options(
 ) -> list[list[OptionScore]]:
     """Scores of every option of `documents` (from `ChatEncoder.options`), in order.
 
-    `trunks` is their trunks as one batch, on the model's device, `around` is `ChatEncoder.around_answer`. All processes
-    must call it, with an empty batch where they have no question: a sharded model needs every one in each pass.
+    `prefixes` holds `prefix_of` of each document, on the model's device; `around` is `ChatEncoder.around_answer`. Every
+    process must call it, with an empty batch if it has no question: a sharded model needs all of them in each pass.
     """
-    device = trunks.input_ids_T.device
+    device = prefixes.input_ids_T.device
     cache = PrefixCache(model.config.layers)
-    model(trunks, cache)
-    kept = trunks.input_ids_T.numel()
-    chunks = _chunks(_branches(documents), max_rows, max_keys)
+    model(prefixes, cache)
+    past = prefixes.input_ids_T.numel()
+    chunks = _chunks(_suffixes(documents), max_rows, max_keys)
     scores: list[list[OptionScore]] = [[] for _ in documents]
     before, behind = around
-    idle = [_Branch(-1, Document.blank(), slice(0, 1), (0, 1))]
+    idle = [_Suffix(-1, Document.blank(), slice(0, 1), (0, 1))]
     for number in range(largest_over_ranks(len(chunks), device)):
         chunk = chunks[number] if number < len(chunks) else idle
-        batch = _batch(chunk, trunks, kept).to(device)
+        batch = _batch(chunk, prefixes, past).to(device)
         logits_NV = model.logits(batch, cache)
         losses = iter(F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none").tolist())
-        for branch in chunk:
-            said = [-next(losses) for _ in range(int((branch.labels_T != IGNORE_INDEX).sum()))]
-            if branch.question >= 0:
-                text = said[before : len(said) - behind]
-                scores[branch.question].append(OptionScore(math.fsum(said), math.fsum(text)))
+        for suffix in chunk:
+            log_probs = [-next(losses) for _ in range(int((suffix.labels_T != IGNORE_INDEX).sum()))]
+            if suffix.question >= 0:
+                text = log_probs[before : len(log_probs) - behind]
+                scores[suffix.question].append(OptionScore(math.fsum(log_probs), math.fsum(text)))
     return scores
 
 
-def _branches(documents: Sequence[Document]) -> list[_Branch]:
-    branches, row = [], 0
+def _suffixes(documents: Sequence[Document]) -> list[_Suffix]:
+    suffixes, row = [], 0
     for number, document in enumerate(documents):
-        trunk = row, document.prefix_length
-        branches += [_Branch(number, document, rows, trunk) for rows in document.suffix_rows]
+        prefix = row, document.prefix_length
+        suffixes += [_Suffix(number, document, rows, prefix) for rows in document.suffix_rows]
         row += document.prefix_length
-    return branches
+    return suffixes
 
 
-def _chunks(branches: Sequence[_Branch], max_rows: int, max_keys: int) -> list[list[_Branch]]:
-    """In order, as many at a time as the bounds allow, and at least one."""
-    chunks: list[list[_Branch]] = []
+def _chunks(suffixes: Sequence[_Suffix], max_rows: int, max_keys: int) -> list[list[_Suffix]]:
+    """Consecutive suffixes, as many in a chunk as both bounds allow, and at least one."""
+    chunks: list[list[_Suffix]] = []
     rows = keys = 0
-    for branch in branches:
-        more = branch.trunk[1] + branch.length
-        if not chunks or rows + branch.length > max_rows or keys + more > max_keys:
+    for suffix in suffixes:
+        more_keys = suffix.prefix[1] + suffix.length
+        if not chunks or rows + suffix.length > max_rows or keys + more_keys > max_keys:
             chunks.append([])
             rows = keys = 0
-        chunks[-1].append(branch)
-        rows, keys = rows + branch.length, keys + more
+        chunks[-1].append(suffix)
+        rows, keys = rows + suffix.length, keys + more_keys
     return chunks
 
 
-def _batch(chunk: Sequence[_Branch], trunks: Batch, kept: int) -> Batch:
-    """A row of branches. The row before a labelled one predicts it; a branch's first row is never labelled."""
-    labels_T = torch.cat([branch.labels_T for branch in chunk])
+def _batch(chunk: Sequence[_Suffix], prefixes: Batch, past: int) -> Batch:
+    """A row of suffixes. The row before a label predicts it; the first row of a suffix never has a label."""
+    labels_T = torch.cat([suffix.labels_T for suffix in chunk])
     segments, row = [], 0
-    for branch in chunk:
-        segments.append(Segment(row, branch.length, *branch.trunk))
-        row += branch.length
+    for suffix in chunk:
+        segments.append(Segment(row, suffix.length, *suffix.prefix))
+        row += suffix.length
     targets_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
     return Batch(
-        input_ids_T=torch.cat([branch.document.ids_T[branch.rows] for branch in chunk]),
-        positions_3T=torch.cat([branch.document.positions_3T[:, branch.rows] for branch in chunk], dim=1),
-        plan=build_plan(segments, causal=True, kept=kept),
+        input_ids_T=torch.cat([suffix.document.ids_T[suffix.rows] for suffix in chunk]),
+        positions_3T=torch.cat([suffix.document.positions_3T[:, suffix.rows] for suffix in chunk], dim=1),
+        plan=build_plan(segments, causal=True, kept=past),
         target_index_N=targets_N - 1,
         target_ids_N=labels_T[targets_N],
         media_index_M=targets_N[:0],
-        pixels_PD=trunks.pixels_PD[:0],
+        pixels_PD=prefixes.pixels_PD[:0],
         continues=True,
     )

@@ -38,22 +38,28 @@ class Classify:
         if not answers:
             return {}
         scores = {}
-        ranked = [answer for answer in answers if answer.choice is not None]
         by_class: dict[str, float] = {}
+        ranked = [answer for answer in answers if answer.choice is not None]
         if ranked:
             samples = samples_of(ranked)
             kinds = {"": [one.option_scores for one in ranked], "_norm": [one.option_scores_norm for one in ranked]}
-            for kind, each in kinds.items():
-                for k in (1, 5) if all(each) else ():
-                    right = [float(top_k(own, one.right_options, k)) for own, one in zip(each, ranked, strict=True)]
-                    scores[f"top{k}{kind}"] = mean_interval(right, samples=samples)
-            labels = [(one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)]
-            first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer, _ in labels]
-            by_class = accuracy_by_class(first, [label for _, label in labels])
-            of_labels = samples_of([answer for answer, _ in labels])
-            scores["mean_per_class"] = class_mean_interval(first, [label for _, label in labels], of_labels)
-        asked = [(one.text, one.question.references, one.question.prompt.options) for one in answers]
-        exact = [float(is_right_option(*one)) for one in asked]
+            for kind, option_scores in kinds.items():
+                for k in (1, 5) if all(option_scores) else ():
+                    pairs = zip(option_scores, ranked, strict=True)
+                    correct = [float(top_k(own, answer.right_options, k)) for own, answer in pairs]
+                    scores[f"top{k}{kind}"] = mean_interval(correct, samples=samples)
+            # A clip with several right labels is in the class of each.
+            pairs_of_class = [
+                (one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)
+            ]
+            members, labels = zip(*pairs_of_class, strict=True)
+            first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer in members]
+            by_class = accuracy_by_class(first, labels)
+            scores["mean_per_class"] = class_mean_interval(first, labels, samples_of(members))
+        exact = [
+            float(is_right_option(answer.text, answer.question.references, answer.question.prompt.options))
+            for answer in answers
+        ]
         scores["exact_match"] = mean_interval(exact, samples=samples_of(answers))
         scores |= {f"top1/{name}": Interval(share, share, share) for name, share in by_class.items()}
         return scores

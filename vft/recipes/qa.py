@@ -47,7 +47,7 @@ class QuestionAnswering:
     main_metric = "accuracy"
 
     def conversations(self, sample: Sample) -> list[Conversation]:
-        """The record as it is; its last question is multiple choice where the record or its text gives options."""
+        """The record as it is. Its last question is multiple choice if the record or its text gives options."""
         turns = with_prompt(sample.turns, self.prompt)
         given = options_of(sample)
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
@@ -61,54 +61,65 @@ class QuestionAnswering:
         `choice_...` are questions with options: by the probability of each as the whole answer, `_generated` by the
         letter or the words of the text, and `_official` as Video-MME's script has it: over the answers that hold a
         letter, `choice_with_letter` of all. `open_...` are the others: exact match, token F1, ANLS. `..._norm` take an
-        option's probability a character on average. `NAME/KEY/VALUE` are the groups that the data set names.
+        option's log-probability per character. `NAME/KEY/VALUE` are the groups that the data set names.
         """
         if not answers:
             return {}
-        choice = [answer for answer in answers if answer.choice is not None]
-        rest = [answer for answer in answers if answer.choice is None]
-        normed = bool(choice) and all(answer.option_scores_norm for answer in choice)
-        right = {id(answer): float(top_k(answer.option_scores, answer.right_options, 1)) for answer in choice}
-        right_norm = {
-            id(answer): float(top_k(answer.option_scores_norm, answer.right_options, 1)) for answer in choice * normed
+        choices = [answer for answer in answers if answer.choice is not None]
+        open_answers = [answer for answer in answers if answer.choice is None]
+        correct = [_correct(answer) for answer in answers]
+        scores = {"accuracy": _mean(correct, answers)}
+        if choices and all(answer.option_scores_norm for answer in choices):
+            scores["accuracy_norm"] = _mean([_correct(answer, norm=True) for answer in answers], answers)
+        by_group = _by_group("accuracy", answers, correct)
+        if choices:
+            choice_scores, choice_groups = _score_choices(choices)
+            scores |= choice_scores
+            by_group |= choice_groups
+        if open_answers:
+            scores |= self._score_open(open_answers)
+        return {**scores, **by_group}
+
+    def _score_open(self, answers: Sequence[Answer]) -> dict[str, Interval]:
+        predictions, references = texts_of(answers)
+        token_f1 = _mean(token_f1_scores(predictions, references, self.japanese), answers)
+        return {
+            "open_exact_match": _mean(exact_match_scores(predictions, references), answers),
+            "open_token_f1": token_f1.cut_by(word_tokenizer(refs, self.japanese) for refs in references),
+            "open_anls": _mean(anls_scores(predictions, references), answers),
         }
-        scores: dict[str, Interval] = {}
-        parts: dict[str, Interval] = {}
-        if choice:
-            samples = samples_of(choice)
-            generated = [float(_generated_right(answer)) for answer in choice]
-            scores["choice_accuracy"] = mean_interval(list(right.values()), samples=samples)
-            if normed:
-                scores["choice_accuracy_norm"] = mean_interval(list(right_norm.values()), samples=samples)
-            scores["choice_accuracy_generated"] = mean_interval(generated, samples=samples)
-            parts |= _by_group("choice_accuracy_generated", choice, generated)
-            lettered = [(answer, letters) for answer in choice if (letters := _letters_of(answer))]
-            taken = [(answer, official_letter(answer.text, letters)) for answer, letters in lettered]
-            named = [(answer, letter) for answer, letter in taken if letter is not None]
-            if lettered:
-                held = [float(letter is not None) for _, letter in taken]
-                official, those = [float(_is_right(*one)) for one in named], [answer for answer, _ in named]
-                # Of none it is 0, as in the script.
-                scores["choice_accuracy_official"] = (
-                    mean_interval(official, samples=samples_of(those)) if named else Interval(0.0, 0.0, 0.0)
-                )
-                scores["choice_with_letter"] = mean_interval(held, samples=samples_of([a for a, _ in taken]))
-                parts |= _by_group("choice_accuracy_official", those, official)
-        if rest:
-            samples = samples_of(rest)
-            predictions, references = texts_of(rest)
-            exact = exact_match_scores(predictions, references)
-            right |= {id(answer): score for answer, score in zip(rest, exact, strict=True)}
-            scores["open_exact_match"] = mean_interval(exact, samples=samples)
-            token_f1 = mean_interval(token_f1_scores(predictions, references, self.japanese), samples=samples)
-            scores["open_token_f1"] = token_f1.cut_by(word_tokenizer(refs, self.japanese) for refs in references)
-            scores["open_anls"] = mean_interval(anls_scores(predictions, references), samples=samples)
-        everything = [right[id(answer)] for answer in answers]
-        whole = {"accuracy": mean_interval(everything, samples=samples_of(answers))}
-        if normed:
-            also = [(right | right_norm)[id(answer)] for answer in answers]
-            whole["accuracy_norm"] = mean_interval(also, samples=samples_of(answers))
-        return {**whole, **scores, **_by_group("accuracy", answers, everything), **parts}
+
+
+def _mean(scores: Sequence[float], answers: Sequence[Answer]) -> Interval:
+    return mean_interval(scores, samples=samples_of(answers))
+
+
+def _correct(answer: Answer, norm: bool = False) -> float:
+    """1 if the likeliest option is right (`norm`: per character), or an open answer matches exactly; else 0."""
+    if answer.choice is None:
+        return exact_match_scores([answer.text], [answer.question.references])[0]
+    return float(top_k(answer.option_scores_norm if norm else answer.option_scores, answer.right_options, 1))
+
+
+def _score_choices(answers: Sequence[Answer]) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Scores of questions with options, and some of them by group."""
+    scores = {"choice_accuracy": _mean([_correct(answer) for answer in answers], answers)}
+    if all(answer.option_scores_norm for answer in answers):
+        scores["choice_accuracy_norm"] = _mean([_correct(answer, norm=True) for answer in answers], answers)
+    generated = [float(_generated_right(answer)) for answer in answers]
+    scores["choice_accuracy_generated"] = _mean(generated, answers)
+    by_group = _by_group("choice_accuracy_generated", answers, generated)
+    lettered = [answer for answer in answers if _letters_of(answer)]
+    if lettered:
+        letters = [official_letter(answer.text, _letters_of(answer)) for answer in lettered]
+        named = [(answer, letter) for answer, letter in zip(lettered, letters, strict=True) if letter is not None]
+        official = [float(_is_right(answer, letter)) for answer, letter in named]
+        with_letter = [answer for answer, _ in named]
+        # 0 if no answer holds a letter, as in the script.
+        scores["choice_accuracy_official"] = _mean(official, with_letter) if named else Interval(0.0, 0.0, 0.0)
+        scores["choice_with_letter"] = _mean([float(letter is not None) for letter in letters], lettered)
+        by_group |= _by_group("choice_accuracy_official", with_letter, official)
+    return scores, by_group
 
 
 def _by_group(name: str, answers: Sequence[Answer], correct: Sequence[float]) -> dict[str, Interval]:
@@ -120,18 +131,18 @@ def _by_group(name: str, answers: Sequence[Answer], correct: Sequence[float]) ->
 def written_options(question: str, answer: str) -> tuple[str, ...]:
     """The options that a question lists line by line, in the form in which it is answered.
 
-    LLaVA-Video-178K answers `B. green.` to an option `B. green`; others with the letter alone. Empty where the text
-    lists fewer than two, or the answer is none of them.
+    LLaVA-Video-178K answers `B. green.` to an option `B. green`, others with the letter alone. Empty if the text lists
+    fewer than two, or if the answer is none of them.
     """
     lines = OPTION_LINE.findall(question)
     letters = [letter for _, letter, _ in lines]
     if len(lines) < 2 or letters[0] not in "AaＡ" or letters != [chr(ord(letters[0]) + i) for i in range(len(lines))]:
         return ()
-    said = answer.strip()
+    answer = answer.strip()
     forms = ("{1}", "{1}.", "({1})", "{0}", "{1}. {2}", "{1}. {2}.", "({1}) {2}", "{1}) {2}", "{1}: {2}", "{2}", "{2}.")
     for form in forms:
         options = tuple(form.format(*line) for line in lines)
-        if said in options and len(set(options)) == len(options):
+        if answer in options and len(set(options)) == len(options):
             return options
     return ()
 
@@ -145,18 +156,18 @@ def _generated_right(answer: Answer) -> bool:
 
 
 def _is_right(answer: Answer, letter: str | None) -> bool:
-    """Whether it is the letter of a right option."""
+    """Whether `letter` is that of a right option."""
     return letter is not None and letter in map(_letter_of, answer.question.references)
 
 
 def _letters_of(answer: Answer) -> str:
-    """`ABC` of three options that are lettered so; nothing of others."""
+    """`ABC` for three options with these letters; empty for other options."""
     letters = "".join(map(_letter_of, answer.question.prompt.options))
     return letters if letters == string.ascii_uppercase[: len(answer.question.prompt.options)] else ""
 
 
 def _letter_of(option: str) -> str:
-    """`B` of `B`, `(b) green` and `B. green`; of a text that only begins with a letter nothing."""
+    """`B` for `B`, `(b) green` and `B. green`; empty for a text that only begins with a letter."""
     found = LETTER.match(option)
     return unicodedata.normalize("NFKC", found[1]).upper() if found else ""
 

@@ -21,7 +21,7 @@ from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.engine import Answerer, Said, check_answer_length, load_model, name_of, user_question
-from vft.inference.generate import Generated, Sampling, choose, generate
+from vft.inference.generate import GeneratedIds, Sampling, choose, generate
 from vft.models import kv_cache as cache
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.pretrained import Pretrained
@@ -39,7 +39,7 @@ def asked(tiny: Tiny, *texts: str) -> Any:
     return collate(rows, tiny.encoder.processor)
 
 
-def ids(answers: list[Generated]) -> list[list[int]]:
+def ids(answers: list[GeneratedIds]) -> list[list[int]]:
     return [one.ids for one in answers]
 
 
@@ -104,7 +104,7 @@ def test_room_for_answers_grows(tiny_untied: Tiny, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cache, "ROWS_AHEAD", 2)
     assert ids(generate(model, batch, (), Sampling(STEPS))) == wanted
     found = generate(model, asked(tiny_untied, TEXTS[0]), (stop,), Sampling(2_000_000_000))
-    assert found == [Generated(wanted[0][: wanted[0].index(stop)], True)]
+    assert found == [GeneratedIds(wanted[0][: wanted[0].index(stop)], True)]
 
 
 def test_an_answer_ends_with_the_context(tiny_untied: Tiny) -> None:
