@@ -52,7 +52,7 @@ class Classify:
             pairs_of_class = [
                 (one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)
             ]
-            members, labels = zip(*pairs_of_class, strict=True)
+            members, labels = zip(*labelled, strict=True)
             first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer in members]
             by_class = accuracy_by_class(first, labels)
             scores["mean_per_class"] = class_mean_interval(first, labels, samples_of(members))
