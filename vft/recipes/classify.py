@@ -49,9 +49,7 @@ class Classify:
                     correct = [float(top_k(own, answer.right_options, k)) for own, answer in pairs]
                     scores[f"top{k}{kind}"] = mean_interval(correct, samples=samples)
             # A clip with several right labels is in the class of each.
-            pairs_of_class = [
-                (one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)
-            ]
+            labelled = [(one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)]
             members, labels = zip(*labelled, strict=True)
             first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer in members]
             by_class = accuracy_by_class(first, labels)
