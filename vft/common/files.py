@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,11 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from vft.common.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 PARTIAL = ".partial-"
+LOCK_PATIENCE_S = 2.0
+"""Seconds of waiting for a lock after which a message is logged."""
 
 
 @contextmanager
@@ -52,18 +58,48 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: can't be written ({reason}); free space, or name a folder that can be written")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written. UserError where it can't be written."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write; at the end the file takes the place of `path`. After an error nothing of it is left.
+
+    UserError if it cannot be written.
+    """
     partial = partial_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         flush(partial)
         partial.replace(path)
+        flush(path.parent)  # the rename itself
     except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written. UserError if it cannot be written."""
+    with whole_file(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path, waiting_for: str) -> Iterator[None]:
+    """Hold a lock file, and log what it is `waiting_for` if that takes long. UserError if it cannot be written."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=LOCK_PATIENCE_S)
+        except Timeout:
+            logger.info("waiting for %s (%s)", waiting_for, path, extra={"all_ranks": True})
+            lock.acquire()
+    except OSError as error:
         raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def append_text(path: Path, text: str) -> None:

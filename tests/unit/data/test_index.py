@@ -16,6 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from tests.helpers.clips import make_clip
+from vft.common import files
 from vft.common.types import MediaInfo, MediaKind, MediaOptions, MediaRef
 from vft.data.media import index
 from vft.data.media.errors import MediaError
@@ -38,7 +39,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def build_here(refs: list[MediaRef], cache: Path) -> Index:
-    return build(refs, cache, workers=0, deadline_s=10.0, show_progress=False)
+    return build(refs, cache, workers=0, timeout_s=10.0, show_progress=False)
 
 
 def reason(found: Index, ref: MediaRef) -> str:
@@ -80,7 +81,7 @@ def test_in_workers(tmp_path: Path) -> None:
     refs = [MediaRef("video", make_clip(tmp_path / f"{i}.mp4", range(i + 1))) for i in range(6)]
     (tmp_path / "bad.mp4").write_text("no video")
     bad = MediaRef("video", tmp_path / "bad.mp4")
-    found = build([*refs, bad], tmp_path / "cache", workers=2, deadline_s=30.0)
+    found = build([*refs, bad], tmp_path / "cache", workers=2, timeout_s=30.0)
     assert [found.info(ref).num_frames for ref in refs] == [1, 2, 3, 4, 5, 6]
     assert reason(found, bad) == "not_a_video"
 
@@ -139,7 +140,7 @@ def test_what_may_pass_is_scanned_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert reason(build_here([ref], tmp_path / "cache"), ref) == "deadline"
     monkeypatch.setattr(index, "scan_file", real)
     assert reason(build_here([ref], tmp_path / "cache"), ref) == "deadline"
-    found = build([ref], tmp_path / "cache", workers=0, deadline_s=11.0)
+    found = build([ref], tmp_path / "cache", workers=0, timeout_s=11.0)
     assert found.info(ref).num_frames == 2
 
 
@@ -159,9 +160,10 @@ def test_a_cache_that_cannot_be_used(tmp_path: Path, damage: str, scanned: list[
 
 
 def test_waits_for_another_process(
-    tmp_path: Path, scanned: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scanned: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(index, "LOCK_PATIENCE_S", 0.05)
+    caplog.set_level("INFO", "vft")
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.05)
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", [0, 1]))
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -172,5 +174,5 @@ def test_waits_for_another_process(
         assert other.is_alive() and not scanned
     other.join(10)
     assert scanned == ["a.mp4"]
-    assert "waiting for another process" in capsys.readouterr().err
+    assert "waiting for another process" in caplog.text
     FileLock(cache / "media.lock").acquire(timeout=0).lock.release()  # given back
