@@ -19,10 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.formats import (
+    read_llava_instruct,
+    read_llava_video,
+    read_messages,
+    read_ssv2,
+    read_story,
+    read_video_mme,
+)
 from tests.helpers.tars import write_entries, write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef
-from vft.data.formats import llava_instruct, llava_video, messages, pe_video, ssv2, story, video_mme
+from vft.data.formats import pe_video, video_mme
 from vft.data.media.index import build
 from vft.data.streaming import tar as archives
 from vft.data.streaming.tar import DamagedArchive, copied, members
@@ -160,18 +168,18 @@ def test_more_members_of_one_video_than_any_has(tmp_path: Path, monkeypatch: pyt
 def test_a_record_in_an_archive_that_is_too_large(tmp_path: Path) -> None:
     text = b'{"human_caption": "' + b"a" * pe_video.MAX_RECORD_BYTES + b'"}'
     write_tar(tmp_path / "a.tar", {"a.mp4": b"x", "a.json": text})
-    (group,) = pe_video.groups(str(tmp_path / "a.tar"), 0, tmp_path)
+    (group,) = pe_video.read_clips(str(tmp_path / "a.tar"), 0, tmp_path)
     assert group.samples == [] and "bytes, more than" in str(group.bad[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- nesting
 
 READERS = {
-    "messages": messages.read,
-    "llava_video": llava_video.read,
-    "llava_instruct": llava_instruct.read,
-    "story": story.read,
-    "ssv2": ssv2.read,
+    "messages": read_messages,
+    "llava_video": read_llava_video,
+    "llava_instruct": read_llava_instruct,
+    "story": read_story,
+    "ssv2": read_ssv2,
 }
 DEPTHS = (100, 500, *range(900, 1010, 5), 100_000)
 FIELDS = ("messages", "conversations", "video", "image", "images", "id", "segments", "text", "template", "other")
@@ -202,7 +210,7 @@ def test_nesting_in_an_archive(tmp_path: Path) -> None:
         files[f"{depth}.mp4"] = b"x"
         files[f"{depth}.json"] = b'{"human_caption": ' + b"[" * depth + b"]" * depth + b"}"
     write_tar(tmp_path / "a.tar", files)
-    groups = list(pe_video.groups(str(tmp_path / "a.tar"), 0, tmp_path))
+    groups = list(pe_video.read_clips(str(tmp_path / "a.tar"), 0, tmp_path))
     assert [len(group.bad) for group in groups] == [1] * (len(files) // 2)
 
 
@@ -220,7 +228,7 @@ def test_a_table_of_absurdly_many_rows(tmp_path: Path) -> None:
     assert path.stat().st_size < 1 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=rf"a\.parquet: can't be read .*{count} rows, more than {video_mme.MAX_ROWS}"):
-        video_mme.read(path, tmp_path)
+        read_video_mme(path, tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB, of datasets' import in the main
 
 
@@ -245,7 +253,7 @@ def test_a_table_that_lies_about_its_rows(tmp_path: Path, rows: int) -> None:
     assert changed != content[start:-8]
     path.write_bytes(content[:start] + changed + len(changed).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(UserError) as caught:
-        video_mme.read(path, tmp_path)
+        read_video_mme(path, tmp_path)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 

@@ -21,11 +21,12 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.formats import read_kinetics, read_ucf101, read_video_mme
 from tests.unit.data import test_fuzzed_records as records
 from tests.unit.data.test_fuzzed_records import CUTS, EDITS, Records, check, check_samples, cut, damaged, is_line
 from vft.common.errors import UserError
 from vft.config import run as configs
-from vft.data.formats import kinetics, pe_video, ucf101, video_mme
+from vft.data.formats import pe_video
 from vft.data.streaming.tar import DamagedArchive
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
@@ -97,7 +98,7 @@ def of_parquet(root: Path, drawn: Any) -> str:
         return "no table"
     if cuts:
         path.write_bytes(cut(path.read_bytes(), cuts))
-    check(lambda file, top: video_mme.read(file, top), path, root)
+    check(lambda file, top: read_video_mme(file, top), path, root)
     return "read"
 
 
@@ -115,7 +116,7 @@ def of_tar(root: Path, drawn: Any) -> str:
     (root / "a.tar").write_bytes(cut(content.getvalue(), cuts) if cuts else content.getvalue())
     (root / "spool").mkdir(exist_ok=True)
     try:
-        for group in pe_video.groups(str(root / "a.tar"), 0, root / "spool"):
+        for group in pe_video.read_clips(str(root / "a.tar"), 0, root / "spool"):
             assert all(is_line(str(one)) and one.origin.startswith("a.tar/") for one in group.bad)
             check_samples(group.samples, root)
             for file in group.files:
@@ -129,13 +130,13 @@ def of_tar(root: Path, drawn: Any) -> str:
 def of_ucf101(root: Path, cuts: Any) -> str:
     (root / "classInd.txt").write_bytes(records.UCF101_CLASSES)
     (root / "list.txt").write_bytes(cut(records.UCF101, cuts))
-    check(ucf101.read, root / "list.txt", root, "classInd.txt")
+    check(read_ucf101, root / "list.txt", root, "classInd.txt")
     return "read"
 
 
 def of_kinetics(root: Path, cuts: Any) -> str:
     (root / "val.csv").write_bytes(cut(records.KINETICS, cuts))
-    check(kinetics.read, root / "val.csv", root)
+    check(read_kinetics, root / "val.csv", root)
     return "read"
 
 

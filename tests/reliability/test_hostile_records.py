@@ -19,25 +19,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.formats import (
+    read_folders,
+    read_kinetics,
+    read_llava_instruct,
+    read_llava_video,
+    read_messages,
+    read_ssv2,
+    read_story,
+    read_ucf101,
+    read_video_mme,
+)
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
+from vft.data import formats
 from vft.data.formats import (
-    folders,
     kinetics,
-    llava_instruct,
-    llava_video,
-    messages,
     pe_video,
-    ssv2,
-    story,
-    ucf101,
     video_mme,
 )
-from vft.data.formats.records import BadRecord
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.scan import scan_file
+from vft.data.records.record import BadRecord
 from vft.data.streaming.tar import members
 
 Records = tuple[list[Sample], list[BadRecord]]
@@ -57,7 +62,7 @@ def write_json(root: Path, records: list[Any]) -> Path:
 
 def of_messages(root: Path, names: list[str]) -> Records:
     asked = {"role": "user", "content": "<video>What?"}
-    return messages.read(write_json(root, [{"messages": [asked, ANSWER], "videos": [name]} for name in names]), root)
+    return read_messages(write_json(root, [{"messages": [asked, ANSWER], "videos": [name]} for name in names]), root)
 
 
 def of_typed_parts(root: Path, names: list[str]) -> Records:
@@ -65,47 +70,47 @@ def of_typed_parts(root: Path, names: list[str]) -> Records:
         parts = [{"type": "video_url", "video_url": {"url": name}}, {"type": "text", "text": "What?"}]
         return {"messages": [{"role": "user", "content": parts}, ANSWER]}
 
-    return messages.read(write_json(root, [record(name) for name in names]), root)
+    return read_messages(write_json(root, [record(name) for name in names]), root)
 
 
 def of_frames(root: Path, names: list[str]) -> Records:
     asked = {"role": "user", "content": [{"type": "video", "video": ["good.jpg", "NAME"]}]}
     records = [json.loads(json.dumps({"messages": [asked, ANSWER]}).replace('"NAME"', json.dumps(n))) for n in names]
-    return messages.read(write_json(root, records), root)
+    return read_messages(write_json(root, records), root)
 
 
 def of_llava_video(root: Path, names: list[str]) -> Records:
-    return llava_video.read(write_json(root, [{"conversations": SAID, "video": name} for name in names]), root)
+    return read_llava_video(write_json(root, [{"conversations": SAID, "video": name} for name in names]), root)
 
 
 def of_data_source(root: Path, names: list[str]) -> Records:
     records = [{"conversations": SAID, "video": "only-there.mp4", "data_source": name} for name in names]
-    return llava_video.read(write_json(root, records), root)
+    return read_llava_video(write_json(root, records), root)
 
 
 def of_llava_instruct(root: Path, names: list[str]) -> Records:
-    return llava_instruct.read(write_json(root, [{"conversations": SAID, "image": name} for name in names]), root)
+    return read_llava_instruct(write_json(root, [{"conversations": SAID, "image": name} for name in names]), root)
 
 
 def of_story(root: Path, names: list[str]) -> Records:
-    return story.read(write_json(root, [{"video": name, "text": "A cat."} for name in names]), root)
+    return read_story(write_json(root, [{"video": name, "text": "A cat."} for name in names]), root)
 
 
 def of_story_pictures(root: Path, names: list[str]) -> Records:
-    return story.read(write_json(root, [{"images": ["good.jpg", name], "text": "A cat."} for name in names]), root)
+    return read_story(write_json(root, [{"images": ["good.jpg", name], "text": "A cat."} for name in names]), root)
 
 
 def of_ssv2(root: Path, names: list[str]) -> Records:
     (root / "labels.json").write_text(json.dumps({"Holding something": "0"}))
     one = {"label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
-    return ssv2.read(write_json(root, [{"id": name, **one} for name in names]), root)
+    return read_ssv2(write_json(root, [{"id": name, **one} for name in names]), root)
 
 
 def of_ucf101(root: Path, names: list[str]) -> Records:
     (root / "classInd.txt").write_text("1 good\n2 ..\n")
     path = root / "trainlist01.txt"
     path.write_text("".join(f"{name}\n" for name in names))
-    return ucf101.read(path, root)
+    return read_ucf101(path, root)
 
 
 def of_kinetics(root: Path, names: list[str]) -> Records:
@@ -114,7 +119,7 @@ def of_kinetics(root: Path, names: list[str]) -> Records:
     table.writerow([*kinetics.COLUMNS, "split"])
     table.writerows([["yoga", name, 0, 10, "val"] for name in names])
     (root / "val.csv").write_text(text.getvalue())
-    return kinetics.read(root / "val.csv", root)
+    return read_kinetics(root / "val.csv", root)
 
 
 def of_video_mme(root: Path, names: list[str]) -> Records:
@@ -122,7 +127,7 @@ def of_video_mme(root: Path, names: list[str]) -> Records:
     row = dict.fromkeys(video_mme.TEXTS, "x") | {"options": ["A. 1", "B. 2"], "answer": "A"}
     path = root / "mme.parquet"
     pq.write_table(pa.Table.from_pylist([row | {"videoID": name} for name in names]), path)
-    return video_mme.read(path, root, subtitles=True)
+    return read_video_mme(path, root, subtitles=True)
 
 
 FORMATS: dict[str, Callable[[Path, list[str]], Records]] = {
@@ -237,11 +242,11 @@ def test_paths_that_are_no_file(root: Path, name: str) -> None:
 
 
 def test_folders_of_clips_with_links_pipes_and_sockets(root: Path) -> None:
-    samples, bad = folders.read(root, root)
+    samples, bad = read_folders(root, root)
     assert {path for sample in samples for path in paths_of(sample)} <= {root / "good.jpg"}  # through `up`, back in
     assert {one.origin.rpartition("/")[2] for one in bad} >= {"linked.mp4", "zero.mp4", "pipe.mp4", "socket.mp4"}
     (root / "good" / "inner").symlink_to(root.parent / "secret")  # a folder that is a link isn't entered
-    assert len(folders.read(root, root)[1]) == len(bad)
+    assert len(read_folders(root, root)[1]) == len(bad)
 
 
 def test_a_name_in_a_record_is_never_opened_as_a_url(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,16 +266,16 @@ def test_lists_that_are_pipes(root: Path) -> None:
     for name in ("list.json", "val.csv", "trainlist01.txt", "labels.json", "classInd.txt", "classes.txt", "a.parquet"):
         os.mkfifo(root / name)
     readers: list[tuple[Callable[[Path, Path], Records], str]] = [
-        (messages.read, "list.json"),
-        (llava_video.read, "list.json"),
-        (llava_instruct.read, "list.json"),
-        (story.read, "list.json"),
-        (ssv2.read, "list.json"),
-        (kinetics.read, "val.csv"),
-        (ucf101.read, "trainlist01.txt"),
-        (video_mme.read, "a.parquet"),
-        (llava_video.read, ""),
-        (llava_instruct.read, ""),
+        (read_messages, "list.json"),
+        (read_llava_video, "list.json"),
+        (read_llava_instruct, "list.json"),
+        (read_story, "list.json"),
+        (read_ssv2, "list.json"),
+        (read_kinetics, "val.csv"),
+        (read_ucf101, "trainlist01.txt"),
+        (read_video_mme, "a.parquet"),
+        (read_llava_video, ""),
+        (read_llava_instruct, ""),
     ]
     for read, name in readers:
         with pytest.raises(UserError) as caught:
@@ -324,13 +329,13 @@ def test_names_in_archives(root: Path, tmp_path: Path) -> None:
     records += [{"id": "out", "video": str(root.parent / "secret" / "file.mp4"), "conversations": SAID}]
     (location / "a.json").write_text(json.dumps(records))
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(spool)}
-    archives = llava_video.Archives.open(str(location))
-    groups = list(archives.groups(archives.shards[0], 0, spool, lambda number: True))
+    archives = formats.find("llava_video").open_archives(str(location))
+    groups = list(archives.clips(archives.shards[0], 0, spool, lambda number: True))
     found = [path for group in groups for sample in group.samples for path in paths_of(sample)]
     assert len(found) == len(files) and all(path.parent == spool for path in found)
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(spool)} == before
     clips = [("../../up.mp4", b"clip"), ("../../up.json", b'{"human_caption": "x", "video": "/etc/passwd"}')]
     write_tar(location / "b.tar", clips)
-    (group,) = pe_video.groups(str(location / "b.tar"), 0, spool)
+    (group,) = pe_video.read_clips(str(location / "b.tar"), 0, spool)
     assert [path.parent for path in paths_of(group.samples[0])] == [spool]
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(spool)} == before | {location / "b.tar"}

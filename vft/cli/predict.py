@@ -35,11 +35,11 @@ from vft.common.rules import VERSION
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, SourceConfig
 from vft.config.toml import explain
-from vft.data.formats.rows import SUFFIXES
 from vft.data.frame_times import with_frame_times
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.scan import scan
+from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.spans import check_spans
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of, environment, make_mesh, process_group
@@ -150,7 +150,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} = {value}: must be above 0")
     if arguments.json and arguments.output:
         raise UserError("--json prints, --output writes JSON to a file; leave one out")
-    if arguments.root and not any(path.suffix.lower() in SUFFIXES for path in arguments.videos):
+    if arguments.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in arguments.videos):
         raise UserError("--root is where the media of records lie, but no file of records is named; leave it out")
     require_folder(arguments.adapter, "--adapter")
     require_folder(arguments.root, "--root")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,32 +24,8 @@ from vft.config.fields import (
 )
 from vft.config.toml import show
 
-SourceFormat = Literal[
-    "messages",
-    "llava_video",
-    "llava_instruct",
-    "video_mme",
-    "pe_video",
-    "ucf101",
-    "kinetics",
-    "ssv2",
-    "folders",
-    "story",
-]
-HAVE_MEDIA_FOLDER = frozenset({"llava_instruct", "video_mme", "ucf101", "kinetics", "ssv2"})
-"""Formats whose records name files in a folder that may lie elsewhere."""
-CAN_STREAM = frozenset({"llava_video", "pe_video"})
-"""Formats that come as tar archives, which can be read in sequence without unpacking them."""
-
-
-COLUMNS = frozenset(
-    {"messages", "conversations", "video", "videos", "image", "images", "question", "answer", "label", "system", "id"}
-    | {"input", "history", "options", "labels", "start", "end", "video_start", "video_end", "fps", "nframes"}
-    | {"min_frames", "max_frames", "min_pixels", "max_pixels", "sample_fps", "timestamps"}
-)
-"""What `columns` maps in `messages`."""
-STORY_COLUMNS = frozenset({"video", "images", "question", "text", "segments", "speech", "system", "id"})
-"""The same in `story`."""
+OPTIONAL_SETTINGS = ("media", "stream", "columns", "subtitles")
+"""Settings of a source that only some formats have."""
 
 
 def _check_take(text: str) -> str:
@@ -61,8 +37,9 @@ def _check_take(text: str) -> str:
 class SourceConfig(Section):
     """One entry of `data.sources` or `eval.sources`."""
 
-    format: SourceFormat
-    """How the records are laid out. `messages` also reads ShareGPT and LLaVA records."""
+    format: Name
+    """How the records are laid out: a module of `vft/data/formats/`, or `module:Class` of your own. `messages` also
+    reads ShareGPT and LLaVA records."""
     path: Name
     """A file or folder, relative to `data.root`."""
     repeats: Annotated[float, Field(ge=0.001)] | None = None
@@ -107,31 +84,20 @@ class SourceConfig(Section):
             raise ValueError(
                 f"repeats = {self.repeats:g} counts in epochs, and stream = true has none; give every source a share"
             )
-        if self.media and self.format not in HAVE_MEDIA_FOLDER:
-            raise ValueError(
-                f"media = {show(self.media)} goes with {', '.join(sorted(HAVE_MEDIA_FOLDER))}; take it out"
-            )
-        if self.stream and self.format not in CAN_STREAM:
-            raise ValueError(f"stream = true goes with {' and '.join(sorted(CAN_STREAM))}; take it out")
         if self.stream and self.take != "all":
             raise ValueError(f"stream = true and take = {show(self.take)} contradict each other; take one out")
-        if self.format == "pe_video" and not self.stream and not self.take.startswith("first"):
-            raise ValueError(
-                'format = "pe_video" needs stream = true, or take = "first:N" to unpack N clips into the cache'
-            )
-        mapped = {"messages": COLUMNS, "story": STORY_COLUMNS}.get(self.format, frozenset())
-        if self.columns and not mapped:
-            raise ValueError(f"columns = {show(self.columns)} goes with messages and story; take it out")
-        for name in self.columns:
-            if name not in mapped:
-                raise ValueError(
-                    f"columns.{name}: is not known to {self.format}; known are {', '.join(sorted(mapped))}"
-                )
-        if {"answer", "label"} <= set(self.columns):
-            raise ValueError("columns: answer and label are both what is learnt; keep one")
-        if self.subtitles and self.format != "video_mme":
-            raise ValueError("subtitles = true goes with video_mme; take it out")
+        for check in _source_checks:
+            check(self)
         return self
+
+
+_source_checks: list[Callable[[SourceConfig], None]] = []
+
+
+def register_source_check(check: Callable[[SourceConfig], None]) -> None:
+    """From now on `check` sees every source; it raises ValueError. `vft.data.formats` checks so what a format takes,
+    since this folder, which is below it, knows none."""
+    _source_checks.append(check)
 
 
 def check_shares(sources: Sequence[SourceConfig]) -> None:

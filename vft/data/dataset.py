@@ -21,12 +21,12 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
 from vft.data.budget import fit, plan_within
 from vft.data.chat import ChatEncoder, Encoded
-from vft.data.formats.unread_keys import tell
 from vft.data.frame_times import with_frame_times
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
+from vft.data.records.unread_keys import report_unread_keys
 from vft.data.spans import check_spans
 from vft.data.split import Split
 from vft.distributed.process_group import environment
@@ -254,7 +254,7 @@ def load_dataset(
         samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
         if environment().is_main:
-            tell(source.path, [sample.unread for sample in samples])
+            report_unread_keys(source.path, [sample.unread for sample in samples])
         chosen = take(samples, source.take, seed)
         passed_over += len(samples) - len(chosen)
         read += [(number, sample) for sample in chosen]

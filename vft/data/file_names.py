@@ -8,6 +8,11 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".wmv", ".flv", ".3gp"}
+    | {".ogv"}
+)
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
 _ON_A_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out")
 """What folders and files of the splits of a data set are called."""

@@ -27,13 +27,13 @@ from vft.data.media.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad_of_stream
 from vft.data.streaming.stream import (
-    Archives,
     Position,
     SearchStopped,
     SlotStream,
     Spooled,
     StreamContext,
     StreamedPack,
+    StreamSource,
     name_members,
     open_archives,
 )
@@ -126,7 +126,7 @@ class _Pending:
 class Streams:
     """The archives of a run, what it takes to read them, and how often the index comes beside them."""
 
-    archives: Sequence[Archives]
+    archives: Sequence[StreamSource]
     context: StreamContext
     index_weight: float
     by_share: bool = False

@@ -12,22 +12,15 @@ from vft.common.errors import UserError
 from vft.common.reasoning import split_reasoning
 from vft.common.task import Question, narrate, with_prompt
 from vft.common.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample
+from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
-from vft.data.formats.records import (
-    PICTURE_SUFFIXES,
-    TURN_KEYS,
-    RecordError,
-    as_object,
-    resolve_media,
-    sample_id_of,
-    shown,
-    unique,
-)
-from vft.data.formats.rows import SUFFIXES, read_rows
-from vft.data.formats.shapes import ANSWERS, QUESTIONS, Shapes
-from vft.data.formats.unread_keys import tell
 from vft.data.media.errors import MediaError
+from vft.data.records.files import RECORD_SUFFIXES, read_records
+from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
+from vft.data.records.paths import resolve_media
+from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id, short_repr, unique_id
+from vft.data.records.unread_keys import report_unread_keys
 from vft.data.spans import check_spans
 from vft.distributed.process_group import environment
 from vft.inference.engine import user_question
@@ -85,8 +78,10 @@ def read_items(
         return user_question(name, media, prompt, before, system)
 
     for path in paths:
-        if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            found = list(_records(path, prompt, Shapes(root or path.parent, columns or {}, answered=False), seen))
+        if path.suffix.lower() in RECORD_SUFFIXES and not path.is_dir():
+            found = list(
+                _records(path, prompt, Normalizer(root or path.parent, columns or {}, needs_answer=False), seen)
+            )
         elif path.is_dir():
             found = [_clip(file, path, seen, ask) for file in clips_below(path)]
         else:
@@ -102,7 +97,7 @@ def _clip(
     file: Path, folder: Path | None, seen: dict[str, int], ask: Callable[[str, list[MediaRef]], Question]
 ) -> Item:
     """A file, which may not lead out of the `folder` in which it was found."""
-    name = unique(str(file) if str(file).isprintable() else shown(str(file)), seen)
+    name = unique_id(str(file) if str(file).isprintable() else short_repr(str(file)), seen)
     if folder is not None:
         try:
             resolve_media(folder, str(file.relative_to(folder)), "file")
@@ -114,42 +109,42 @@ def _clip(
     return Item(name, ask(name, [ref]))
 
 
-def _records(path: Path, prompt: str, shapes: Shapes, seen: dict[str, int]) -> Iterator[Item]:
+def _records(path: Path, prompt: str, normalizer: Normalizer, seen: dict[str, int]) -> Iterator[Item]:
     unread: list[tuple[str, ...]] = []
-    for number, (line, record) in enumerate(read_rows(path), 1):
+    for number, (line, record) in enumerate(read_records(path), 1):
         name, origin, asks = f"{path.stem}-{number}", f"{path}:{line}", True
         asked: Question | Failure
         try:
             record = as_object(record)
-            name = sample_id_of(shapes.renamed(record), name)
-            asked, passed_over, asks = _question(record, path, shapes, name, origin, prompt)
+            name = record_id(normalizer.rename_columns(record), name)
+            asked, passed_over, asks = _question(record, path, normalizer, name, origin, prompt)
             unread.append(passed_over)
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
             asked = Failure(origin, "record", f"{origin}: {field}{error.message}")
-        yield Item(unique(name, seen), asked, is_record=True, asks=asks)
-    shapes.check_columns(path)
+        yield Item(unique_id(name, seen), asked, is_record=True, asks=asks)
+    normalizer.check_columns(path)
     if environment().is_main:
-        tell(str(path), unread)
+        report_unread_keys(str(path), unread)
 
 
 def _question(
-    record: dict[str, Any], path: Path, shapes: Shapes, name: str, origin: str, prompt: str
+    record: dict[str, Any], path: Path, normalizer: Normalizer, name: str, origin: str, prompt: str
 ) -> tuple[Question, tuple[str, ...], bool]:
     """What a record asks, read as in training: all before its last answer, which is the reference; `prompt` where it
     asks nothing. Also its keys that are not read, and whether it asks something itself."""
     if isinstance(record.get("video"), str) and record.get("data_source"):
-        record = llava_video.located(record, path, shapes.root)
+        record = llava_video.locate_video(record, path, normalizer.root)
     if is_story(record):
-        record = shapes.as_named(record, path)[0]
-        parsed = story.parse(record, shapes.root)
+        record = normalizer.rename(record, path)[0]
+        parsed = story.parse(record, normalizer.root)
         told = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
         asked = replace(told, turns=told.turns[:-1])
         asks = any(turn.role == "user" and turn.text.strip() for turn in parsed.turns)
         return Question(name, asked, (split_reasoning(parsed.turns[-1].text)[1],)), parsed.unread, asks
     references: list[str] = []
-    for one in shapes(record, path):  # they differ in their answers alone, each of which is right
-        parsed = messages.parse(one, shapes.root, answered=False)
+    for one in normalizer.normalize(record, path):  # they differ in their answers alone, each of which is right
+        parsed = messages.parse(one, normalizer.root, needs_answer=False)
         turns = parsed.turns
         answered = turns[-1].role == "assistant"
         before = turns[:-1] if answered else turns

@@ -20,11 +20,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.formats import (
+    read_folders,
+    read_kinetics,
+    read_llava_instruct,
+    read_llava_video,
+    read_messages,
+    read_ssv2,
+    read_story,
+    read_ucf101,
+    read_video_mme,
+)
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import folders, kinetics, llava_instruct, llava_video, messages, ssv2, story, ucf101, video_mme
-from vft.data.formats.records import BadRecord
+from vft.data.formats import video_mme
 from vft.data.media.subtitles import Subtitles, parse_srt
+from vft.data.records.record import BadRecord
 
 Records = tuple[list[Sample], list[BadRecord]]
 Read = Callable[[Path, Path], Records]
@@ -145,22 +156,22 @@ TYPED = [{"type": "video", "video": "a.mp4", "fps": 1.5, "video_start": 0}, {"ty
 ANSWER = {"role": "assistant", "content": "A cat."}
 JSON: dict[str, tuple[Read, list[Any]]] = {
     "messages": (
-        messages.read,
+        read_messages,
         [
             {"id": "x", "messages": [{"role": "user", "content": TYPED}, ANSWER]},
             {"messages": [{"role": "user", "content": "<video>?"}, ANSWER], "videos": [["0.jpg", "1.jpg"]]},
         ],
     ),
     "llava_video": (
-        llava_video.read,
+        read_llava_video,
         [
             {"id": "1", "conversations": SAID, "data_source": "s", "video": "a.mp4"},
             {"id": "2", "conversations": SAID, "data_source": "s", "video": "frames"},
         ],
     ),
-    "llava_instruct": (llava_instruct.read, [{"id": "1", "image": "0.jpg", "conversations": SAID}]),
+    "llava_instruct": (read_llava_instruct, [{"id": "1", "image": "0.jpg", "conversations": SAID}]),
     "story": (
-        story.read,
+        read_story,
         [
             {
                 "video": "a.mp4",
@@ -172,7 +183,7 @@ JSON: dict[str, tuple[Read, list[Any]]] = {
         ],
     ),
     "ssv2": (
-        ssv2.read,
+        read_ssv2,
         [
             {"id": "7", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]},
             {"id": "8", "label": "cup falling", "template": "[Something] falling", "placeholders": ["cup"]},
@@ -223,7 +234,7 @@ def test_damaged_labels_of_ssv2(root: Path, edits: Any) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "labels.json").write_text("\n".join(map(json.dumps, damaged([SSV2_LABELS], edits))))
     (folder / "train.json").write_text(json.dumps(JSON["ssv2"][1]))
-    check(ssv2.read, folder / "train.json", root, "labels.json")
+    check(read_ssv2, folder / "train.json", root, "labels.json")
 
 
 # --------------------------------------------------------------------------------------------------- lists and tables
@@ -244,7 +255,7 @@ def test_damaged_ucf101(root: Path, damage: str, cuts: Any) -> None:
     path = folder / "trainlist01.txt"
     path.write_bytes(cut(UCF101, cuts) if damage == "list" else UCF101)
     (folder / "classInd.txt").write_bytes(UCF101_CLASSES if damage == "list" else cut(UCF101_CLASSES, cuts))
-    check(ucf101.read, path, root, "classInd.txt")
+    check(read_ucf101, path, root, "classInd.txt")
 
 
 @examples(600)
@@ -253,7 +264,7 @@ def test_damaged_kinetics(root: Path, cuts: Any) -> None:
     folder = root / "kinetics"
     folder.mkdir(exist_ok=True)
     (folder / "val.csv").write_bytes(cut(KINETICS, cuts))
-    check(kinetics.read, folder / "val.csv", root)
+    check(read_kinetics, folder / "val.csv", root)
 
 
 @examples(150)
@@ -264,8 +275,8 @@ def test_damaged_classes(root: Path, cuts: Any) -> None:
     (folder / "all" / "jump_rope" / "a.mp4").write_bytes(b"x")
     (folder / "classes.txt").write_bytes(cut(b'yoga\njump rope\r\na "b", c', cuts))
     (folder / "val.csv").write_bytes(KINETICS)
-    check(kinetics.read, folder / "val.csv", root, "classes.txt")
-    check(folders.read, folder / "all", root, "classes.txt")
+    check(read_kinetics, folder / "val.csv", root, "classes.txt")
+    check(read_folders, folder / "all", root, "classes.txt")
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=5)
@@ -280,7 +291,7 @@ def test_odd_folders(root: Path, names: list[tuple[str, str, str]]) -> None:
             path = root / "folders" / "train" / folder / (name + suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x")
-    check(folders.read, root / "folders" / "train", root, "")
+    check(read_folders, root / "folders" / "train", root, "")
 
 
 # ---------------------------------------------------------------------------------------------------------- Video-MME
@@ -291,8 +302,8 @@ SRT = (
 )
 
 
-def read_video_mme(path: Path, root: Path) -> Records:
-    return video_mme.read(path, root, subtitles=True)
+def read_with_subtitles(path: Path, root: Path) -> Records:
+    return read_video_mme(path, root, subtitles=True)
 
 
 @examples(120)
@@ -303,7 +314,7 @@ def test_damaged_rows(root: Path, edits: Any) -> None:
         pq.write_table(pa.Table.from_pylist([row for row in damaged([ROW], edits) if isinstance(row, dict)]), path)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
         return  # what Parquet can't hold is no danger
-    check(read_video_mme, path, root)
+    check(read_with_subtitles, path, root)
 
 
 @examples(100)
@@ -312,7 +323,7 @@ def test_damaged_parquet(root: Path, cuts: Any) -> None:
     path = root / "mme.parquet"
     pq.write_table(pa.Table.from_pylist([ROW, ROW]), path)
     path.write_bytes(cut(path.read_bytes(), cuts))
-    check(read_video_mme, path, root)
+    check(read_with_subtitles, path, root)
 
 
 @examples(100)
@@ -323,7 +334,7 @@ def test_damaged_subtitles_of_a_video(root: Path, cuts: Any) -> None:
         (path.parent / "subtitle").mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist([ROW | {"videoID": "s"}]), path)
     (path.parent / "subtitle" / "s.srt").write_bytes(cut(SRT.encode(), cuts))
-    samples, bad = read_video_mme(path, root)
+    samples, bad = read_with_subtitles(path, root)
     assert len(samples) + len(bad) == 1
     assert all(one.field == "subtitles" and re.search(r"/s\.srt:[0-9]+: ", str(one)) for one in bad)
     check_samples(samples, root)

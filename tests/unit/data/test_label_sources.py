@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_folders, read_kinetics, read_ssv2, read_ucf101
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample, Turn
-from vft.data.formats import folders, kinetics, ssv2, ucf101
-from vft.data.formats.records import BadRecord
+from vft.data.formats import ucf101
+from vft.data.records.record import BadRecord
 
 Records = tuple[list[Sample], list[BadRecord]]
 
@@ -70,7 +71,7 @@ def lay_out_folders(root: Path) -> Path:
 
 def test_a_folder_a_class(tmp_path: Path) -> None:
     path = lay_out_folders(tmp_path)
-    records = folders.read(path, tmp_path)
+    records = read_folders(path, tmp_path)
     assert found(records, tmp_path) == [
         ("chess/c.jpg", "train/chess/c.jpg", "chess", "train/chess/c.jpg"),
         ("riding_a_bike/a.mp4", "train/riding_a_bike/a.mp4", "riding a bike", "train/riding_a_bike/a.mp4"),
@@ -92,20 +93,20 @@ def test_splits_share_their_labels(tmp_path: Path) -> None:
     write(tmp_path / "other" / "cooking" / "e.mp4")
     expected = ("chess", "diving", "riding a bike", "waving hands")
     for split in ("train", "Val", "held_out"):
-        assert folders.read(tmp_path / split, tmp_path)[0][0].fields["labels"] == expected
-    assert folders.read(tmp_path / "other", tmp_path)[0][0].fields["labels"] == ("cooking",)
+        assert read_folders(tmp_path / split, tmp_path)[0][0].fields["labels"] == expected
+    assert read_folders(tmp_path / "other", tmp_path)[0][0].fields["labels"] == ("cooking",)
     write(path.parent / "classes.txt", "\ufeffwaving hands\r\n\r\ndiving\nchess\nriding_a_bike\nnever seen\n")
     expected = ("waving hands", "diving", "chess", "riding a bike", "never seen")
-    assert folders.read(path, tmp_path)[0][0].fields["labels"] == expected
+    assert read_folders(path, tmp_path)[0][0].fields["labels"] == expected
     write(path / "classes.txt", "chess\nriding_a_bike\nwaving__hands\n")
-    assert folders.read(path, tmp_path)[0][0].fields["labels"] == ("chess", "riding a bike", "waving hands")
+    assert read_folders(path, tmp_path)[0][0].fields["labels"] == ("chess", "riding a bike", "waving hands")
 
 
 def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lay_out_folders(tmp_path)
     write(tmp_path / "val" / "diving" / "d.mp4")
     monkeypatch.chdir(path)
-    samples, _ = folders.read(Path(), Path())
+    samples, _ = read_folders(Path(), Path())
     assert samples[0].fields["labels"] == ("chess", "diving", "riding a bike", "waving hands")
     assert media_of(samples[0], path) == ("image", "chess/c.jpg")
 
@@ -113,24 +114,24 @@ def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_mistakes_in_folders(tmp_path: Path) -> None:
     path = lay_out_folders(tmp_path)
     write(path.parent / "classes.txt", "chess\nriding_a_bike\n")
-    fail(lambda: folders.read(path, tmp_path), tmp_path / "classes.txt", "'waving__hands'", "add it")
+    fail(lambda: read_folders(path, tmp_path), tmp_path / "classes.txt", "'waving__hands'", "add it")
     write(path.parent / "classes.txt", "chess\nriding a bike\nriding_a_bike\n")
-    fail(lambda: folders.read(path, tmp_path), tmp_path / "classes.txt", "'riding a bike' and 'riding_a_bike'")
+    fail(lambda: read_folders(path, tmp_path), tmp_path / "classes.txt", "'riding a bike' and 'riding_a_bike'")
     write(path.parent / "classes.txt", " \n")
-    fail(lambda: folders.read(path, tmp_path), tmp_path / "classes.txt", "holds no names")
+    fail(lambda: read_folders(path, tmp_path), tmp_path / "classes.txt", "holds no names")
     (path.parent / "classes.txt").unlink()
-    fail(lambda: folders.read(tmp_path, tmp_path), tmp_path, "holds splits (train)")
+    fail(lambda: read_folders(tmp_path, tmp_path), tmp_path, "holds splits (train)")
     write(tmp_path / "test" / "Riding a bike" / "a.mp4")
-    assert len(folders.read(path, tmp_path)[0][0].fields["labels"]) == 4  # another spelling is another class
+    assert len(read_folders(path, tmp_path)[0][0].fields["labels"]) == 4  # another spelling is another class
     write(tmp_path / "dev" / "riding a bike" / "a.mp4")
-    fail(lambda: folders.read(path, tmp_path), tmp_path, "'riding a bike' and 'riding_a_bike'", "rename")
+    fail(lambda: read_folders(path, tmp_path), tmp_path, "'riding a bike' and 'riding_a_bike'", "rename")
     write(tmp_path / "all" / "_" / "a.mp4")
-    fail(lambda: folders.read(tmp_path / "all", tmp_path), tmp_path / "all", "'_' gives an empty label")
-    fail(lambda: folders.read(tmp_path / "gone", tmp_path), tmp_path / "gone", "No such file")
-    fail(lambda: folders.read(path / "readme.mp4", tmp_path), path / "readme.mp4", "Not a directory")
-    fail(lambda: folders.read(path / "chess", tmp_path), path / "chess", "holds no folders")
+    fail(lambda: read_folders(tmp_path / "all", tmp_path), tmp_path / "all", "'_' gives an empty label")
+    fail(lambda: read_folders(tmp_path / "gone", tmp_path), tmp_path / "gone", "No such file")
+    fail(lambda: read_folders(path / "readme.mp4", tmp_path), path / "readme.mp4", "Not a directory")
+    fail(lambda: read_folders(path / "chess", tmp_path), path / "chess", "holds no folders")
     write(tmp_path / "none" / "chess" / "notes.txt")
-    fail(lambda: folders.read(tmp_path / "none", tmp_path), tmp_path / "none", "no videos or pictures in its 1 class")
+    fail(lambda: read_folders(tmp_path / "none", tmp_path), tmp_path / "none", "no videos or pictures in its 1 class")
 
 
 def test_links_and_odd_names(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_links_and_odd_names(tmp_path: Path) -> None:
     (root / "all" / "ok" / "leak.mp4").symlink_to(outside)
     (root / "all" / "linked").symlink_to(outside.parent)
     Path(os.fsdecode(os.fsencode(root / "all" / "ok") + b"/b\xff\n.mp4")).write_bytes(b"x")
-    records = folders.read(root / "all", root)
+    records = read_folders(root / "all", root)
     assert [sample.id for sample in records[0]] == ["ok/a.mp4"]
     assert mistakes(records) == [
         ("all/linked/a.mp4", "file"),
@@ -179,13 +180,13 @@ def lay_out_ucf101(root: Path, folder: str = "ucfTrainTestlist") -> Path:
 def test_ucf101(tmp_path: Path) -> None:
     lists = lay_out_ucf101(tmp_path)
     write(tmp_path / "UCF-101/YoYo/v_YoYo_g08_c01.avi")
-    train = ucf101.read(lists / "trainlist01.txt", tmp_path)
+    train = read_ucf101(lists / "trainlist01.txt", tmp_path)
     pushups = "UCF-101/HandstandPushups/v_HandStandPushups_g08_c02.avi"  # a class that the files spell otherwise
     assert found(train, tmp_path) == [
         ("v_YoYo_g08_c01", "UCF-101/YoYo/v_YoYo_g08_c01.avi", "yo yo", "trainlist01.txt:1"),
         ("v_HandStandPushups_g08_c02", pushups, "handstand pushups", "trainlist01.txt:3"),
     ]
-    test = ucf101.read(lists / "testlist01.txt", tmp_path)
+    test = read_ucf101(lists / "testlist01.txt", tmp_path)
     assert found(test, tmp_path) == [
         ("v_TaiChi_g01_c01", "UCF-101/TaiChi/v_TaiChi_g01_c01.avi", "tai chi", "testlist01.txt:1")
     ]
@@ -217,14 +218,14 @@ def test_words_of_other_names() -> None:
 def test_where_ucf101_lies(tmp_path: Path, place: str, media: str) -> None:
     lists = lay_out_ucf101(tmp_path, "sets/ucfTrainTestlist")
     file = write(tmp_path / place / "TaiChi/v_TaiChi_g01_c01.avi")
-    (sample,), _ = ucf101.read(lists / "testlist01.txt", tmp_path, media)
+    (sample,), _ = read_ucf101(lists / "testlist01.txt", tmp_path, media=media)
     assert sample.turns[0].parts[0].path == file.resolve()
 
 
 def test_lists_outside_of_the_root(tmp_path: Path) -> None:
     lists = lay_out_ucf101(tmp_path / "lists")
     write(lists / "UCF-101/TaiChi/v_TaiChi_g01_c01.avi")
-    (sample,), bad = ucf101.read(lists / "testlist01.txt", tmp_path / "root")
+    (sample,), bad = read_ucf101(lists / "testlist01.txt", tmp_path / "root")
     assert not bad and media_of(sample, tmp_path / "root")[1] == "TaiChi/v_TaiChi_g01_c01.avi"
 
 
@@ -239,7 +240,7 @@ def test_mistakes_in_ucf101(tmp_path: Path) -> None:
         "YoYo/../../../a",
     ]
     path = write(lists / "trainlist02.txt", "\n".join(lines))
-    records = ucf101.read(path, tmp_path)
+    records = read_ucf101(path, tmp_path)
     assert mistakes(records) == [
         (f"trainlist02.txt:{i}", "label" if i == 1 else "video") for i in range(1, len(lines) + 1)
     ]
@@ -250,13 +251,13 @@ def test_mistakes_in_ucf101(tmp_path: Path) -> None:
     classes = lists / "classInd.txt"
     for text, line in (("1 A\nB\n", 2), ("1 A\n1 B", 2), ("1 A\n\n2 A", 3), ("A 1", 1)):
         write(classes, text)
-        fail(lambda: ucf101.read(path, tmp_path), Path(f"{classes}:{line}"))
+        fail(lambda: read_ucf101(path, tmp_path), Path(f"{classes}:{line}"))
     write(classes, "1 YoYo\n2 Yo_yo\n")
-    fail(lambda: ucf101.read(path, tmp_path), classes, "same label 'yo yo'")
+    fail(lambda: read_ucf101(path, tmp_path), classes, "same label 'yo yo'")
     classes.write_bytes(b"1 A\n2 \xff\n")
-    fail(lambda: ucf101.read(path, tmp_path), Path(f"{classes}:2"), "not UTF-8")
+    fail(lambda: read_ucf101(path, tmp_path), Path(f"{classes}:2"), "not UTF-8")
     classes.unlink()
-    fail(lambda: ucf101.read(path, tmp_path), classes, "No such file")
+    fail(lambda: read_ucf101(path, tmp_path), classes, "No such file")
 
 
 # --------------------------------------------------------------------------------------------------------- Kinetics
@@ -278,7 +279,7 @@ def test_kinetics(tmp_path: Path) -> None:
     for place in ("val/-3B32lodo2M_000059_000069.mp4", "zzz_000007_000017.mp4"):
         write(tmp_path / "k400" / place)
     write(tmp_path / "k400/val/petting animal (not cat)/--07_000001_000011.mp4")
-    records = kinetics.read(path, tmp_path)
+    records = read_kinetics(path, tmp_path)
     petting = "petting animal (not cat)"
     assert found(records, tmp_path) == [
         ("-3B32lodo2M_000059_000069", "k400/val/-3B32lodo2M_000059_000069.mp4", "abseiling", "val.csv:2"),
@@ -293,7 +294,7 @@ def test_kinetics(tmp_path: Path) -> None:
 def test_unread_columns_of_kinetics(tmp_path: Path) -> None:
     """Those that the releases have are no surprise; a cell without a value says nothing."""
     text = f",{HEADER},is_cc,start,weight\n0,yoga,b,1,11,val,1,2.5,\n1,yoga,c,1,11,val,1,2.5,3\n"
-    samples, bad = kinetics.read(write(tmp_path / "val.csv", text), tmp_path)
+    samples, bad = read_kinetics(write(tmp_path / "val.csv", text), tmp_path)
     assert not bad and [sample.unread for sample in samples] == [("start",), ("start", "weight")]
 
 
@@ -301,7 +302,7 @@ def test_labels_and_folder_of_kinetics(tmp_path: Path) -> None:
     path = write(tmp_path / "annotations/val.csv", f"{HEADER}\nskiing,a,1,11,val\nyoga,b,1,11,val\n")
     classes = write(tmp_path / "annotations/classes.txt", "yoga\nzumba\nskiing\n")
     write(tmp_path / "clips/yoga/b_000001_000011.mp4")
-    samples, bad = kinetics.read(path, tmp_path, "clips")
+    samples, bad = read_kinetics(path, tmp_path, media="clips")
     assert not bad
     assert [media_of(s, tmp_path)[1] for s in samples] == [
         "clips/a_000001_000011.mp4",
@@ -309,14 +310,14 @@ def test_labels_and_folder_of_kinetics(tmp_path: Path) -> None:
     ]
     assert samples[0].fields["labels"] == ("yoga", "zumba", "skiing")
     write(classes, "yoga\nzumba\n")
-    records = kinetics.read(path, tmp_path, "clips")
+    records = read_kinetics(path, tmp_path, media="clips")
     assert mistakes(records) == [("val.csv:2", "label")]
     assert "'skiing' is no label of classes.txt" in records[1][0].message
 
 
 def test_columns_in_another_order(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "time_end, time_start,split,youtube_id,label\n 11,1,val,b, yoga \n")
-    assert found(kinetics.read(path, tmp_path), tmp_path) == [
+    assert found(read_kinetics(path, tmp_path), tmp_path) == [
         ("b_000001_000011", "b_000001_000011.mp4", "yoga", "a.csv:2")
     ]
 
@@ -326,7 +327,7 @@ def test_mistakes_in_kinetics(tmp_path: Path) -> None:
     rows += ["y,b,1,9999999,val", "../../out,b,1,11,val", "yoga,b,1,11,val"]
     write(tmp_path.parent / "out" / "b_000001_000011.mp4")
     path = write(tmp_path / "sub" / "a.csv", "\n".join([HEADER, *rows]))
-    records = kinetics.read(path, tmp_path)
+    records = read_kinetics(path, tmp_path)
     fields = ["youtube_id", "time_start", "time_end", "", "label", "time_end", "youtube_id"]
     assert mistakes(records) == [(f"a.csv:{i}", field) for i, field in enumerate(fields, 2)]
     assert "out of data.root" in records[1][-1].message
@@ -334,15 +335,15 @@ def test_mistakes_in_kinetics(tmp_path: Path) -> None:
     assert len(records[0]) == 1
 
     write(path, "youtube_id,time_start,time_end,split\nb,1,11,test\n")
-    fail(lambda: kinetics.read(path, tmp_path), path, "no column 'label'", "test")
+    fail(lambda: read_kinetics(path, tmp_path), path, "no column 'label'", "test")
     for text in ("", "yoga,b,1,11,val\n"):
         write(path, text)
-        fail(lambda: kinetics.read(path, tmp_path), Path(f"{path}:1"), "expected label,youtube_id")
+        fail(lambda: read_kinetics(path, tmp_path), Path(f"{path}:1"), "expected label,youtube_id")
     write(path, f'{HEADER}\nyoga,b,1,11,val\n"yoga,b,1,11,val\nyoga,b,1,11,val\n')
-    fail(lambda: kinetics.read(path, tmp_path), Path(f"{path}:3"), "quotes")
+    fail(lambda: read_kinetics(path, tmp_path), Path(f"{path}:3"), "quotes")
     path.write_bytes(f"{HEADER}\nyog\xe4,b,1,11,val".encode("latin-1"))
-    fail(lambda: kinetics.read(path, tmp_path), Path(f"{path}:2"), "not UTF-8")
-    fail(lambda: kinetics.read(tmp_path / "no.csv", tmp_path), tmp_path / "no.csv", "No such file")
+    fail(lambda: read_kinetics(path, tmp_path), Path(f"{path}:2"), "not UTF-8")
+    fail(lambda: read_kinetics(tmp_path / "no.csv", tmp_path), tmp_path / "no.csv", "No such file")
 
 
 # --------------------------------------------------------------------------------------------------------------- SSv2
@@ -370,7 +371,7 @@ def test_ssv2(tmp_path: Path) -> None:
     }
     path = lay_out_ssv2(tmp_path, POTATO, coins)
     write(tmp_path / "ssv2/20bn-something-something-v2/78687.webm")
-    records = ssv2.read(path, tmp_path)
+    records = read_ssv2(path, tmp_path)
     folder = "ssv2/20bn-something-something-v2"
     assert found(records, tmp_path) == [
         ("78687", f"{folder}/78687.webm", "Holding something next to something", "train.json:2"),
@@ -378,7 +379,7 @@ def test_ssv2(tmp_path: Path) -> None:
     ]
     assert records[0][0].fields["labels"] == tuple(sorted(CLASSES, key=lambda name: CLASSES[name]))
     assert records[0][0].fields["caption"] == POTATO["label"]
-    samples, _ = ssv2.read(lay_out_ssv2(tmp_path, {**POTATO, "video_start": 1, "end": None}, POTATO), tmp_path)
+    samples, _ = read_ssv2(lay_out_ssv2(tmp_path, {**POTATO, "video_start": 1, "end": None}, POTATO), tmp_path)
     assert [sample.unread for sample in samples] == [("video_start",), ()]
 
 
@@ -390,7 +391,7 @@ def test_where_ssv2_lies(tmp_path: Path, place: str, media: str) -> None:
     path = lay_out_ssv2(tmp_path, POTATO)
     write(tmp_path / place / "78687.webm")
     (path.parent / "labels.json").rename(path.parent / "something-something-v2-labels.json")  # as first released
-    assert found(ssv2.read(path, tmp_path, media), tmp_path)[0][1] == f"{place}/78687.webm".lstrip("/")
+    assert found(read_ssv2(path, tmp_path, media=media), tmp_path)[0][1] == f"{place}/78687.webm".lstrip("/")
 
 
 def test_mistakes_in_ssv2(tmp_path: Path) -> None:
@@ -404,7 +405,7 @@ def test_mistakes_in_ssv2(tmp_path: Path) -> None:
         {"id": "78687"},
         [],
     ]
-    records = ssv2.read(lay_out_ssv2(tmp_path, *bad, POTATO), tmp_path)
+    records = read_ssv2(lay_out_ssv2(tmp_path, *bad, POTATO), tmp_path)
     assert [field for _, field in mistakes(records)] == [
         "template",
         "template",
@@ -419,12 +420,12 @@ def test_mistakes_in_ssv2(tmp_path: Path) -> None:
     assert len(records[0]) == 1 and records[1][1].origin == "train.json:11"
 
     path = lay_out_ssv2(tmp_path, {"id": "1420"}, {"id": "3095"})
-    fail(lambda: ssv2.read(path, tmp_path), path, "no record has a 'template'", "test")
+    fail(lambda: read_ssv2(path, tmp_path), path, "no record has a 'template'", "test")
     labels = tmp_path / "ssv2/labels.json"
     for table in ([], {}, ["Holding something"], {"Holding something": None}, {"": "0"}, {"\ud800": 1}, 1e999, None):
         path = lay_out_ssv2(tmp_path, POTATO, labels=table)
-        fail(lambda: ssv2.read(path, tmp_path), labels)  # noqa: B023
+        fail(lambda: read_ssv2(path, tmp_path), labels)  # noqa: B023
     write(labels, '{"a": 1e999}')
-    fail(lambda: ssv2.read(path, tmp_path), labels, "with their numbers")
+    fail(lambda: read_ssv2(path, tmp_path), labels, "with their numbers")
     labels.unlink()
-    fail(lambda: ssv2.read(path, tmp_path), labels, "No such file")
+    fail(lambda: read_ssv2(path, tmp_path), labels, "No such file")

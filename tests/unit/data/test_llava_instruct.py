@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_llava_instruct
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import llava_instruct
-from vft.data.formats.records import BadRecord
+from vft.data.records.record import BadRecord
 
 NAME = "000000033471.jpg"
 
@@ -35,7 +35,7 @@ def touch(path: Path) -> Path:
 def read(tmp_path: Path, *records: Any, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
     path = tmp_path / "llava_instruct_150k.json"
     path.write_text(json.dumps(list(records), indent=1), encoding="utf-8")
-    return llava_instruct.read(path, tmp_path, media)
+    return read_llava_instruct(path, tmp_path, media=media)
 
 
 def picture(sample: Sample) -> Path:
@@ -136,11 +136,11 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
         path = tmp_path / "instruct" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([record()]))
-    samples, bad = llava_instruct.read(tmp_path / "instruct", tmp_path)
+    samples, bad = read_llava_instruct(tmp_path / "instruct", tmp_path)
     assert not bad
     assert [sample.origin for sample in samples] == ["conversation_58k.json:1", "more/detail_23k.json:1"]
     assert [sample.id for sample in samples] == ["000000033471", "000000033471#2"]
     with pytest.raises(UserError, match=r"no \.json files"):
-        llava_instruct.read(touch(tmp_path / "empty/x.txt").parent, tmp_path)
+        read_llava_instruct(touch(tmp_path / "empty/x.txt").parent, tmp_path)
     with pytest.raises(UserError, match=r"gone\.json: No such file"):
-        llava_instruct.read(tmp_path / "gone.json", tmp_path)
+        read_llava_instruct(tmp_path / "gone.json", tmp_path)

@@ -9,12 +9,23 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import (
+    read_folders,
+    read_kinetics,
+    read_llava_instruct,
+    read_llava_video,
+    read_messages,
+    read_ssv2,
+    read_story,
+    read_ucf101,
+)
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.data.file_names import is_stray, spellings
-from vft.data.formats import folders, kinetics, llava_instruct, llava_video, messages, pe_video, ssv2, story, ucf101
-from vft.data.formats.records import BadRecord, spelt
+from vft.data.formats import pe_video
+from vft.data.records.paths import find_path
+from vft.data.records.record import BadRecord
 from vft.data.streaming.tar import list_files
 from vft.inference.requests import read_items
 
@@ -63,26 +74,26 @@ def test_other_spellings_are_tried(format: str, there: str, tmp_path: Path) -> N
             continue
         listed = write(tmp_path / "list.json", [said(written)])
         if format == "messages":
-            found = messages.read(listed, tmp_path)
+            found = read_messages(listed, tmp_path)
         elif format == "llava_video":
-            found = llava_video.read(listed, tmp_path)
+            found = read_llava_video(listed, tmp_path)
         elif format == "llava_instruct":
-            found = llava_instruct.read(write(listed, [said(written, "image")]), tmp_path)
+            found = read_llava_instruct(write(listed, [said(written, "image")]), tmp_path)
         else:
-            found = story.read(write(listed, [{"video": written, "text": "!"}]), tmp_path)
+            found = read_story(write(listed, [{"video": written, "text": "!"}]), tmp_path)
         assert media(found, tmp_path) == [there], written
 
 
 def test_the_spelling_as_written_goes_first(tmp_path: Path) -> None:
     for name in (NFC, NFD, "b.mp4", "b.MP4", "a\\b.mp4", "a/b.mp4"):
         touch(tmp_path / name)
-        assert media(messages.read(write(tmp_path / "list.json", [said(name)]), tmp_path), tmp_path) == [name]
+        assert media(read_messages(write(tmp_path / "list.json", [said(name)]), tmp_path), tmp_path) == [name]
 
 
 def test_spellings_stay_in_the_root(tmp_path: Path) -> None:
     touch(tmp_path / "out.mp4")
     listed = write(tmp_path / "root/list.json", [said("..\\out.mp4")])
-    assert "out of data.root" in fail(messages.read(listed, tmp_path / "root"))
+    assert "out of data.root" in fail(read_messages(listed, tmp_path / "root"))
 
 
 def test_lists_name_files_with_suffixes_in_upper_case(tmp_path: Path) -> None:
@@ -90,22 +101,22 @@ def test_lists_name_files_with_suffixes_in_upper_case(tmp_path: Path) -> None:
     for name in ("v/b_000001_000011.MP4", "20bn-something-something-v2/7.WEBM", "UCF-101/YoYo/v_YoYo_g01_c01.AVI"):
         touch(tmp_path / name)
     rows = write(tmp_path / "v.csv", "label,youtube_id,time_start,time_end,split\nyoga,b,1,11,val\n")
-    assert media(kinetics.read(rows, tmp_path), tmp_path) == ["v/b_000001_000011.MP4"]
+    assert media(read_kinetics(rows, tmp_path), tmp_path) == ["v/b_000001_000011.MP4"]
     write(tmp_path / "labels.json", {"Holding something": "0"})
     row = {"id": "7", "label": "holding x", "template": "Holding [something]"}
-    assert media(ssv2.read(write(tmp_path / "t.json", [row]), tmp_path), tmp_path) == [
+    assert media(read_ssv2(write(tmp_path / "t.json", [row]), tmp_path), tmp_path) == [
         "20bn-something-something-v2/7.WEBM"
     ]
     write(tmp_path / "classInd.txt", "1 YoYo\n")
     clips = write(tmp_path / "trainlist01.txt", "YoYo/v_YoYo_g01_c01.avi 1\n")
-    assert media(ucf101.read(clips, tmp_path), tmp_path) == ["UCF-101/YoYo/v_YoYo_g01_c01.AVI"]
+    assert media(read_ucf101(clips, tmp_path), tmp_path) == ["UCF-101/YoYo/v_YoYo_g01_c01.AVI"]
 
 
 def test_a_sources_own_path_has_spellings(tmp_path: Path) -> None:
     touch(tmp_path / NFD)
     touch(tmp_path / "a/b.jsonl")
-    assert spelt(tmp_path, NFC) == tmp_path / NFD and spelt(tmp_path, "a\\b.jsonl") == tmp_path / "a/b.jsonl"
-    assert spelt(tmp_path, "gone") == tmp_path / "gone"
+    assert find_path(tmp_path, NFC) == tmp_path / NFD and find_path(tmp_path, "a\\b.jsonl") == tmp_path / "a/b.jsonl"
+    assert find_path(tmp_path, "gone") == tmp_path / "gone"
     assert len(list(spellings("plain.mp4"))) == 2
 
 
@@ -114,14 +125,14 @@ def test_a_sources_own_path_has_spellings(tmp_path: Path) -> None:
 )
 def test_paths_from_elsewhere_name_the_path_that_works(written: str, tmp_path: Path) -> None:
     listed = write(tmp_path / "list.json", [said(written)])
-    message = fail(messages.read(listed, tmp_path))
+    message = fail(read_messages(listed, tmp_path))
     assert message.startswith("list.json:1: video: ") and "relative to data.root" in message
     touch(tmp_path / "clips/c.mp4")
     other = tmp_path / "other"
     other.symlink_to(tmp_path)  # a root of another name: what was looked up before is remembered
-    message = fail(messages.read(listed, other))
+    message = fail(read_messages(listed, other))
     mend = message.rpartition("write ")[2].strip("'")
-    assert media(messages.read(write(listed, [said(mend)]), other), tmp_path) == ["clips/c.mp4"]
+    assert media(read_messages(write(listed, [said(mend)]), other), tmp_path) == ["clips/c.mp4"]
 
 
 # ----------------------------------------------------------------------------------------------------------- strays
@@ -149,7 +160,7 @@ def test_strays_are_no_class_and_no_clip(tmp_path: Path) -> None:
         touch(tmp_path / "set" / name)
     for name in ("run/Thumbs.db", "run/desktop.ini", ".DS_Store", "run/.DS_Store", "._run/x.mp4"):
         touch(tmp_path / "set" / name)
-    samples, bad = folders.read(tmp_path / "set", tmp_path)
+    samples, bad = read_folders(tmp_path / "set", tmp_path)
     assert not bad and [sample.id for sample in samples] == ["jump/b.mp4", "run/a.mp4"]
     assert samples[0].fields["labels"] == ("jump", "run")
     assert [item.id for item in read_items([tmp_path / "set"], "?", None)] == [
@@ -162,10 +173,10 @@ def test_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
     for name in (f"set/train/{nfd}/a.mp4", f"set/test/{nfc}/b.mp4", "set/test/bar/c.mp4", "set/train/bar/d.mp4"):
         touch(tmp_path / name)
     for split in ("train", "test"):
-        samples, _ = folders.read(tmp_path / "set" / split, tmp_path)
+        samples, _ = read_folders(tmp_path / "set" / split, tmp_path)
         assert {sample.fields["labels"] for sample in samples} == {("bar", nfc)}
     write(tmp_path / "set/classes.txt", f"{nfd}\nbar\n")
-    assert folders.read(tmp_path / "set/test", tmp_path)[0][0].fields["labels"] == (nfc, "bar")
+    assert read_folders(tmp_path / "set/test", tmp_path)[0][0].fields["labels"] == (nfc, "bar")
 
 
 def test_strays_are_no_records_no_frames_and_no_archives(tmp_path: Path) -> None:
@@ -175,9 +186,9 @@ def test_strays_are_no_records_no_frames_and_no_archives(tmp_path: Path) -> None
     write(part / "a.json", [said("v")])
     for name in ("._a.json", "__MACOSX/._a.json", ".cache/huggingface/b.json"):
         touch(part / name, b"\0\5\26\7")
-    assert media(llava_video.read(part, tmp_path), tmp_path) == ["part/v/2.jpg", "part/v/10.jpg"]
+    assert media(read_llava_video(part, tmp_path), tmp_path) == ["part/v/2.jpg", "part/v/10.jpg"]
     with pytest.raises(UserError, match="has no"):
-        llava_video.read(part / "v", tmp_path)
+        read_llava_video(part / "v", tmp_path)
 
     write_tar(part / "b.TAR", [("x.mp4", b"x")])
     for name in ("._b.tar", "__MACOSX/._b.tar"):
@@ -191,7 +202,7 @@ def test_strays_in_an_archive_are_no_clips_and_suffixes_have_any_case(tmp_path: 
     members = [("._1.mp4", b"?"), ("1.MP4", b"x"), ("1.JSON", record), ("__MACOSX/._1.json", b"?"), (".DS_Store", b"?")]
     write_tar(shard, members)
     (tmp_path / "spool").mkdir()
-    (group,) = pe_video.groups(str(shard), 0, tmp_path / "spool")
+    (group,) = pe_video.read_clips(str(shard), 0, tmp_path / "spool")
     assert not group.bad and [sample.id for sample in group.samples] == ["1"]
 
 
@@ -211,4 +222,4 @@ def test_kinetics_as_cvdfoundation_unpacks_it(tmp_path: Path) -> None:
     expected = ["k400/train/riding_a_bike/a_000001_000011.mp4", "k400/train/riding a bike/b_000001_000011.mp4"]
     expected += [good, "k400/train/d_000001_000011.mp4"]
     for folder in ("", "k400/train"):
-        assert media(kinetics.read(path, tmp_path, folder), tmp_path) == expected
+        assert media(read_kinetics(path, tmp_path, media=folder), tmp_path) == expected

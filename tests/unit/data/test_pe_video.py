@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_pe_video
 from tests.helpers.streaming import clip, damaged_clip, data_config, pe_pair, pe_shards, running, spools
 from tests.helpers.tars import cut, write_tar
 from tests.helpers.tiny import Tiny
@@ -20,19 +21,19 @@ from vft.data import formats as sources
 from vft.data.dataset import load_dataset
 from vft.data.formats import pe_video
 from vft.data.formats.pe_video import TOGETHER
-from vft.data.formats.records import Group
+from vft.data.records.record import ClipRecords
 from vft.data.streaming.tar import DamagedArchive
 from vft.recipes.caption import Caption
 
 VIDEO = b"not looked at here"
 
 
-def groups_of(archive: Path, spool: Path, place: int = 0) -> list[Group]:
+def groups_of(archive: Path, spool: Path, place: int = 0) -> list[ClipRecords]:
     spool.mkdir(exist_ok=True)
-    return list(pe_video.groups(str(archive), place, spool))
+    return list(pe_video.read_clips(str(archive), place, spool))
 
 
-def group_of(tmp_path: Path, *members: tuple[str, bytes]) -> Group:
+def group_of(tmp_path: Path, *members: tuple[str, bytes]) -> ClipRecords:
     """The only clip of an archive with these members."""
     (group,) = groups_of(write_tar(tmp_path / "s.tar", members), tmp_path / "spool")
     return group
@@ -112,7 +113,7 @@ def test_videos_of_other_endings(tmp_path: Path, ending: str) -> None:
     archive = write_tar(tmp_path / "pe" / "s.tar", [(f"a{ending}", video), about])
     (group,) = groups_of(archive, tmp_path / "spool")
     assert not group.bad and medium(group.samples[0]).name == f"s.tar/a{ending}"
-    samples, bad = pe_video.unpack(str(tmp_path / "pe"), "first:1", tmp_path / "cache")
+    samples, bad = read_pe_video(str(tmp_path / "pe"), Path(), tmp_path / "cache", take="first:1")
     assert not bad and medium(samples[0]).name == f"s.tar/a{ending}"
     path = medium(samples[0]).path
     assert isinstance(path, Path) and path.read_bytes() == video
@@ -140,9 +141,9 @@ def test_a_shard_that_is_cut_off(tmp_path: Path, name: str) -> None:
     spool.mkdir()
     for at in range(0, len(content) - 1100 if name == "s.tar" else len(content), 257):
         (tmp_path / name).write_bytes(content[:at])
-        groups: list[Group] = []
+        groups: list[ClipRecords] = []
         with pytest.raises(DamagedArchive, match=rf"{name}: .*download it again"):
-            for group in pe_video.groups(str(tmp_path / name), 0, spool):
+            for group in pe_video.read_clips(str(tmp_path / name), 0, spool):
                 groups.append(group)
         assert not [bad for group in groups for bad in group.bad]
         ids = "".join(sample.id for group in groups for sample in group.samples)
@@ -212,7 +213,7 @@ def test_the_same_name_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for place, name in (("one", "a"), ("two", "b")):
         write_tar(tmp_path / place / "pe" / "s.tar", pe_pair(name))
         monkeypatch.chdir(tmp_path / place)
-        samples, _ = pe_video.unpack("pe", "first:1", cache)
+        samples, _ = read_pe_video("pe", Path(), cache, take="first:1")
         assert [sample.id for sample in samples] == [name]
 
 
@@ -220,11 +221,11 @@ def test_a_cache_that_can_not_be_written(tmp_path: Path) -> None:
     pe_shards(tmp_path / "pe", [1])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"can't be written .*data\.cache_dir"):
-        pe_video.unpack(str(tmp_path / "pe"), "first:1", tmp_path / "file")
+        read_pe_video(str(tmp_path / "pe"), Path(), tmp_path / "file", take="first:1")
 
 
 def unpack_there(folder: Path, answers: Any) -> None:
-    samples, bad = pe_video.unpack(str(folder / "pe"), "first:40", folder / "cache")
+    samples, bad = read_pe_video(str(folder / "pe"), Path(), folder / "cache", take="first:40")
     paths = [medium(sample).path for sample in samples]
     answers.put((len(bad), [sample.id for sample in samples], all(isinstance(p, Path) and p.exists() for p in paths)))
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_messages, read_source
 from vft.common.types import MediaOptions, MediaRef, Sample
-from vft.config.data import DataConfig, SourceConfig
-from vft.data import formats as sources
-from vft.data.formats import messages, unread_keys
-from vft.data.formats.records import BadRecord
+from vft.data.records import unread_keys
+from vft.data.records.record import BadRecord
 from vft.inference.requests import Failure, read_items
 
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -23,8 +23,7 @@ SHOWN = MediaOptions(video_start=6.0, video_end=9.0)
 def read(root: Path, format: str, *records: Any) -> tuple[list[Sample], list[BadRecord]]:
     path = root / "train.json"
     path.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    source = SourceConfig(format=format, path=str(path))  # type: ignore[arg-type]
-    return sources.FORMATS[format](source, DataConfig(root=root))
+    return read_source(format, path, root)
 
 
 def options_of(root: Path, record: Any, format: str = "messages") -> list[MediaOptions]:
@@ -278,7 +277,7 @@ def test_options_in_two_places_of_one_part(tmp_path: Path) -> None:
     assert not bad and samples[0].unread == ("content[].image_url.detail",)
 
 
-def test_what_names_no_other_medium(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_names_no_other_medium(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The file that is read already, ids, pages, and texts that only speak of one."""
     record = asked(
         videos=["clips/a.mp4"],
@@ -291,8 +290,9 @@ def test_what_names_no_other_medium(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     samples, bad = read(tmp_path, "messages", record)
     assert not bad and samples[0].unread == ("original", "video_id", "url", "metadata", "note")
-    unread_keys.tell(str(tmp_path), [samples[0].unread])
-    assert "video_id (1)" in capsys.readouterr().err  # no misspelt `video_end`
+    caplog.set_level(logging.INFO)
+    unread_keys.report_unread_keys(str(tmp_path), [samples[0].unread])
+    assert "video_id (1)" in caplog.messages[0]  # no misspelt `video_end`
 
 
 @pytest.mark.parametrize("format", ["messages", "llava_instruct"])
@@ -339,7 +339,7 @@ def test_a_folder_of_frames_under_an_unknown_key(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- all others
 
 
-def test_unread_keys_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unread_keys_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     named = {"role": "user", "content": [{"type": "text", "text": "?", "cache_control": 1}], "name": "Eve"}
     records = [
         asked(videos=["a.mp4"], source="web", max_frame=8),
@@ -350,13 +350,14 @@ def test_unread_keys_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not bad
     told = [sample.unread for sample in samples]
     assert told == [("source", "max_frame"), ("source",), ("messages[].name", "content[].cache_control", "fps")]
-    unread_keys.tell(str(tmp_path), told)
-    unread_keys.tell(str(tmp_path), told)
-    (line,) = capsys.readouterr().err.splitlines()
+    caplog.set_level(logging.INFO)
+    unread_keys.report_unread_keys(str(tmp_path), told)
+    unread_keys.report_unread_keys(str(tmp_path), told)
+    (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: keys that are not read, of 3 records: source (2), ")
     assert "max_frame [did you mean max_frames?] (1)" in line and "fps [no medium there takes it] (1)" in line
-    unread_keys.tell(str(tmp_path), [(), ()])
-    assert capsys.readouterr().err == ""
+    unread_keys.report_unread_keys(str(tmp_path), [(), ()])
+    assert caplog.messages == [line]
 
 
 def test_lists_of_right_answers_are_read(tmp_path: Path) -> None:
@@ -364,7 +365,7 @@ def test_lists_of_right_answers_are_read(tmp_path: Path) -> None:
     made = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]}
     lists = {"answers": ["a", "b"], "references": ["c"], "answer": ["d"], "label": ["e"]}
     (tmp_path / "a.jsonl").write_text(json.dumps({**made, **lists}) + "\n" + json.dumps({**made, "label": "a"}) + "\n")
-    samples, bad = messages.read(tmp_path / "a.jsonl", tmp_path)
+    samples, bad = read_messages(tmp_path / "a.jsonl", tmp_path)
     assert not bad and [sample.unread for sample in samples] == [(), ("label",)]
 
 

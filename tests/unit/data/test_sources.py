@@ -11,17 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.formats import read_source
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
-from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
-from vft.data.formats.records import BadRecord, Malformed, read_json
+from vft.data.records.files import read_json
+from vft.data.records.record import BadRecord, MalformedRecord
 from vft.inference.requests import read_items
 
 
 def read(format: str, path: Path, root: Path) -> sources.Records:
-    return sources.FORMATS[format](SourceConfig(format=format, path=str(path)), DataConfig(root=root))  # type: ignore[arg-type]
+    return read_source(format, path, root)
 
 
 def write(path: Path, value: Any) -> Path:
@@ -108,7 +109,7 @@ def test_a_malformed_line_is_one_bad_record(tmp_path: Path, text: str, after: st
     path = write(tmp_path / "a.jsonl", '{"a": 1}\n' + text + after)
     records = list(read_json(path))
     assert records[0] == (1, {"a": 1})
-    assert records[1][0] == 2 and isinstance(records[1][1], Malformed)
+    assert records[1][0] == 2 and isinstance(records[1][1], MalformedRecord)
     assert [record for _, record in records[2:]] == ([{"c": 3}] if "c" in after else [])
     assert all(path.read_text().split("\n")[line - 1] == '{"c": 3}' for line, _ in records[2:])
     samples, bad = read("messages", path, tmp_path)

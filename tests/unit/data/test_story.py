@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_story
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import story
-from vft.data.formats.records import BadRecord
+from vft.data.records.record import BadRecord
 
 
 def read(tmp_path: Path, *records: Any) -> tuple[list[Sample], list[BadRecord]]:
     path = tmp_path / "s.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return story.read(path, tmp_path)
+    return read_story(path, tmp_path)
 
 
 def segment(start_s: Any, end_s: Any, text: Any = "He cuts.") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_pictures(tmp_path: Path) -> None:
 def test_json_list(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps([{"video": "a.mp4", "text": "x"}] * 2, indent=1))
-    samples, _ = story.read(path, tmp_path)
+    samples, _ = read_story(path, tmp_path)
     assert [sample.origin for sample in samples] == ["s.json:2", "s.json:6"]
 
 

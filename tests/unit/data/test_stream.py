@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import shutil
 from collections import Counter
@@ -422,16 +423,16 @@ def test_names_of_a_pair_apart(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_keys_that_a_stream_does_not_read_are_told_once(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of PE-Video as they come; of LLaVA-Video, whose records are read at the start, then."""
+    caplog.set_level(logging.INFO)
     clips = [pe_pair("a"), pe_pair("b", start=1), pe_pair("c", start=2, end=3)]
     write_tar(tmp_path / "data" / "pe" / "0.tar", [member for pair in clips for member in pair])
     config = data_config(tmp_path / "data", PE)
     with stream_context(config, tiny.encoder, 1) as context:
         one_epoch(slot_stream(context, 0))
-    told = capsys.readouterr().err.splitlines()
-    assert [line.partition(": keys that are not read, ")[2] for line in told] == [
+    assert [line.partition(": keys that are not read, ")[2] for line in caplog.messages] == [
         "from 0.tar/b.json on: start [no medium there takes it]",
         "from 0.tar/c.json on: end [no medium there takes it]",
     ]

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.clips import make_clip
+from tests.helpers.formats import read_messages
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
-from vft.data.formats import messages
-from vft.data.formats.records import BadRecord, RecordError
-from vft.data.formats.shapes import ANSWERS, FILES, QUESTIONS, VIDEOS, Shapes
+from vft.data.records.foreign_records import ANSWERS, FILES, QUESTIONS, VIDEOS, Normalizer
+from vft.data.records.record import BadRecord, RecordError
 from vft.inference.requests import Failure, read_items
 
 Records = tuple[list[Sample], list[BadRecord]]
@@ -476,7 +476,7 @@ def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
     ):
         path = tmp_path / "clips" / "train" / f"{table}.csv"
         path.write_text(rows)
-        samples, bad = messages.read(path, tmp_path, columns)
+        samples, bad = read_messages(path, tmp_path, columns=columns)
         media = [sample.turns[0].parts[0] for sample in samples]
         assert [ref.name for ref in media if isinstance(ref, MediaRef)] == [str(tmp_path / n) for n in wanted if n]
         assert len(bad) == wanted.count("")
@@ -506,10 +506,10 @@ def test_an_origin_is_a_place_below_the_root(tmp_path: Path, path: str, origins:
 def test_whatever_records_hold_is_a_sample_or_a_bad_record(
     tmp_path_factory: pytest.TempPathFactory, records: list[Any], answered: bool
 ) -> None:
-    shapes = Shapes(tmp_path_factory.getbasetemp(), answered=answered)
+    normalizer = Normalizer(tmp_path_factory.getbasetemp(), {}, needs_answer=answered)
     for record in records:
         try:
-            made = shapes(record, Path("records.jsonl"))
+            made = normalizer.normalize(record, Path("records.jsonl"))
         except RecordError as error:
             assert "\n" not in error.message
             continue

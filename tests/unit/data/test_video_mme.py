@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.formats import read_video_mme
 from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, Sample, Turn
-from vft.data.formats import video_mme
-from vft.data.formats.records import BadRecord
 from vft.data.media.subtitles import Subtitles, parse_srt
+from vft.data.records.record import BadRecord
 
 ROW = {
     "video_id": "001",
@@ -77,7 +77,7 @@ def one(records: tuple[list[Sample], list[BadRecord]]) -> Sample:
 
 def fail(path: Any, root: Path, *words: str) -> None:
     with pytest.raises(UserError) as caught:
-        video_mme.read(path, root)
+        read_video_mme(path, root)
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message
     assert all(word in message for word in words), message
@@ -88,7 +88,7 @@ def test_a_row(tmp_path: Path) -> None:
     path = parquet(tmp_path / "videomme/test-00000-of-00001.parquet", *rows)
     file = touch(tmp_path / "data/fFjv93ACGo8.mp4")
     touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
-    (sample, other), bad = video_mme.read(path, tmp_path)
+    (sample, other), bad = read_video_mme(path, tmp_path)
     assert not bad
     assert (sample.id, sample.origin) == ("001-1", "test-00000-of-00001.parquet:1")
     assert sample.unread == ("start",)
@@ -115,7 +115,7 @@ def test_where_a_video_lies(tmp_path: Path, place: str, media: str) -> None:
     file = touch(tmp_path / place)
     touch((tmp_path / place).parent.parent / "subtitle/fFjv93ACGo8.srt", SRT)
     for path in ("sets/Video-MME", "sets/Video-MME/videomme/test.parquet"):
-        sample = one(video_mme.read(tmp_path / path, tmp_path, media, subtitles=True))
+        sample = one(read_video_mme(tmp_path / path, tmp_path, media=media, subtitles=True))
         assert sample.turns[0].parts[0].path == file.resolve()
         assert isinstance(sample.turns[0].parts[1], Subtitles)
 
@@ -126,20 +126,20 @@ def test_a_folder_of_files_and_odd_paths(tmp_path: Path) -> None:
         parquet(folder / f"part-{i}.parquet", ROW | {"question_id": str(i)})
     touch(folder / "readme.md")
     for path in (tmp_path / "a [1]*?", str(folder)):
-        samples, bad = video_mme.read(path, tmp_path)
+        samples, bad = read_video_mme(path, tmp_path)
         assert not bad
         assert [(s.id, s.origin) for s in samples] == [("1", "part-1.parquet:1"), ("2", "part-2.parquet:1")]
 
 
 def test_a_missing_video_is_not_the_readers_problem(tmp_path: Path) -> None:
     path = parquet(tmp_path / "test.parquet", ROW)
-    sample = one(video_mme.read(path, tmp_path, "clips"))
+    sample = one(read_video_mme(path, tmp_path, media="clips"))
     assert sample.turns[0].parts[0].path == tmp_path.resolve() / "clips/data/fFjv93ACGo8.mp4"
 
 
 def test_other_numbers_of_options(tmp_path: Path) -> None:
     row = ROW | {"options": ["A. Yes", "B. No", "C. 3.14"], "answer": "B"}
-    sample = one(video_mme.read(parquet(tmp_path / "t.parquet", row), tmp_path))
+    sample = one(read_video_mme(parquet(tmp_path / "t.parquet", row), tmp_path))
     assert sample.fields["options"] == ("A", "B", "C")
     assert "the letter (A, B, or C) of" in sample.turns[0].text
 
@@ -164,17 +164,17 @@ def test_other_numbers_of_options(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], field: str) -> None:
-    samples, bad = video_mme.read(parquet(tmp_path / "t.parquet", ROW, ROW | change), tmp_path)
+    samples, bad = read_video_mme(parquet(tmp_path / "t.parquet", ROW, ROW | change), tmp_path)
     assert len(samples) == 1
     assert [(one.origin, one.field) for one in bad] == [("t.parquet:2", field)] and "\n" not in str(bad[0])
 
 
 def test_other_types(tmp_path: Path) -> None:
     path = parquet(tmp_path / "t.parquet", ROW | {"question_id": 1}, ROW | {"question_id": 2})
-    samples, bad = video_mme.read(path, tmp_path)
+    samples, bad = read_video_mme(path, tmp_path)
     assert not samples and [one.field for one in bad] == ["question_id"] * 2 and "of type int" in bad[0].message
     path = parquet(tmp_path / "t.parquet", ROW | {"options": "A. 1.\nB. 2."})
-    assert video_mme.read(path, tmp_path)[1][0].field == "options"
+    assert read_video_mme(path, tmp_path)[1][0].field == "options"
 
 
 def test_files_that_are_no_video_mme(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_with_subtitles(tmp_path: Path) -> None:
     rows = (ROW, ROW | {"question_id": "001-2"}, ROW | {"question_id": "002-1", "videoID": "other"})
     path = parquet(tmp_path / "t.parquet", *rows)
     touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
-    (sample, same, without), bad = video_mme.read(path, tmp_path, subtitles=True)
+    (sample, same, without), bad = read_video_mme(path, tmp_path, subtitles=True)
     assert not bad
     lines = ((0.5, 2.0, "Hello there."), (2.0, 4.0, "General Kenobi!"))
     assert sample.turns[0].parts[1:] == (Subtitles(lines), SUBTITLED)
@@ -222,12 +222,12 @@ def test_with_subtitles(tmp_path: Path) -> None:
 def test_a_bad_subtitle_file(tmp_path: Path) -> None:
     path = parquet(tmp_path / "t.parquet", ROW)
     file = touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT + "\n3\n00:00:05 --> 7\nHi\n")
-    samples, (bad,) = video_mme.read(path, tmp_path, subtitles=True)
+    samples, (bad,) = read_video_mme(path, tmp_path, subtitles=True)
     assert not samples and (bad.origin, bad.field) == ("t.parquet:1", "subtitles")
     assert bad.message.startswith(f"{file.resolve()}:11: '00:00:05 --> 7' must be times")
-    assert one(video_mme.read(path, tmp_path)).id == "001-1"
+    assert one(read_video_mme(path, tmp_path)).id == "001-1"
     file.write_bytes(b"1\n\xff\xfe")
-    assert f"{file.resolve()}:2: byte 2 is not UTF-8" in video_mme.read(path, tmp_path, subtitles=True)[1][0].message
+    assert f"{file.resolve()}:2: byte 2 is not UTF-8" in read_video_mme(path, tmp_path, subtitles=True)[1][0].message
 
 
 def test_lines_that_overlap_a_frame() -> None:

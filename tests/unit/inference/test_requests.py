@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import pytest
 
+from tests.helpers.formats import read_story
 from tests.helpers.tiny import LIMITS, Tiny
 from vft.cli.predict import load
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaInfo, MediaOptions, MediaRef
 from vft.config.data import DataConfig
-from vft.data.formats import story
 from vft.data.media.errors import MediaError
 from vft.inference.engine import Answerer, TextStream
 from vft.inference.requests import Failure, Item, read_items, split
@@ -114,7 +114,7 @@ def test_a_storys_own_question_is_asked_as_trained(tmp_path: Path) -> None:
         {**told, "query": "Who?", "segments": [{"start_s": 0, "end_s": 1, "text": "It runs."}]},
     ]
     path = records(tmp_path, *records_)
-    samples, bad = story.read(path, tmp_path)
+    samples, bad = read_story(path, tmp_path)
     trained = [Story().conversations(sample)[0] for sample in samples]
     items = read_items([path], "Describe it.", None)
     assert [one.turns[0].text for one in trained] == ["Who runs?", "Who runs?\nWhat is said: Run!", "Who?"]

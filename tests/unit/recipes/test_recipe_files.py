@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vft.config import run as config
-from vft.data.formats import FORMATS
+from vft.data import formats
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -44,7 +44,7 @@ def test_recipe(path: Path) -> None:
     assert recipe.task in TASKS
     if not path.stem.startswith("pretrain") and path.parent.name != "image_then_video":
         assert path.stem.partition("_")[0] == recipe.task
-    assert {source.format for source in (*recipe.data.sources, *recipe.eval.sources)} <= set(FORMATS)
+    assert {source.format for source in (*recipe.data.sources, *recipe.eval.sources)} <= set(formats.names())
     assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines())
 
 

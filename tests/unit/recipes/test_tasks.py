@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_folders
 from vft.common.errors import UserError
 from vft.common.task import Answer, Question, Task, main_conversation, samples_of, with_prompt
 from vft.common.types import Conversation, MediaOptions, MediaRef, Role, Sample, Turn
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig
-from vft.data.formats import folders
 from vft.data.frame_times import FrameTimes
 from vft.data.media.subtitles import Subtitles
 from vft.inference.evaluate import questions
@@ -693,7 +693,7 @@ def test_a_clip_that_two_class_folders_link_to_has_both_labels(tmp_path: Path) -
         (tmp_path / "test" / name).mkdir(parents=True)
         (tmp_path / "test" / name / f"{name}.mp4").write_bytes(b"x")
     (tmp_path / "test" / "reading" / "again.mp4").symlink_to(tmp_path / "test" / "eating" / "eating.mp4")
-    samples, bad = folders.read(tmp_path / "test", tmp_path)
+    samples, bad = read_folders(tmp_path / "test", tmp_path)
     found = questions([one for each in samples for one in Classify().conversations(each)])
     assert not bad and sorted(question.references for question in found) == [
         ("eating", "reading"),

@@ -1,4 +1,4 @@
-"""Converters to stories: a small file of each set's shape goes through the command, and story.read takes the result."""
+"""Converters to stories: a small file of each set's shape goes through the command and is read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import converter
 import pytest
 
 from tests.helpers.clips import make_clip
+from tests.helpers.formats import read_story
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import story
 
 FOLDER = Path(__file__).parents[3] / "tools" / "convert"
 
@@ -55,7 +55,7 @@ def convert(name: str, root: Path, annotations: Any, media: str) -> tuple[list[S
         name, str(root / "in.json"), option(name), media, "--root", str(root), "--output", str(output)
     )
     assert status == 0, errors
-    samples, bad = story.read(output, root)
+    samples, bad = read_story(output, root)
     assert not bad
     return samples, printed
 

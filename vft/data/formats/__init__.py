@@ -1,70 +1,146 @@
-"""Dataset formats: one module each, all read by `read`."""
+"""Formats of data sets: a module of this folder for each, called as in `format = "NAME"`, with one subclass of Format.
+
+`docs/new_format.md` adds one step by step. What formats share is in `vft/data/records/`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
+from vft.common.errors import UserError
+from vft.common.plugins import load_object
 from vft.common.types import Sample
-from vft.config.data import DataConfig, SourceConfig
-from vft.data.formats import (
-    folders,
-    kinetics,
-    llava_instruct,
-    llava_video,
-    messages,
-    pe_video,
-    ssv2,
-    story,
-    ucf101,
-    video_mme,
-)
-from vft.data.formats.records import BadRecord, spelt
+from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_check
+from vft.config.toml import show
+from vft.data.records.files import read_records, record_files
+from vft.data.records.paths import find_path
+from vft.data.records.record import BadRecord, ClipRecords, ParsedRecord, Record, Records, read_samples
 
-Records = tuple[list[Sample], list[BadRecord]]
-"""The samples of a source, and the records that can't be used."""
 
-FORMATS: dict[str, Callable[[SourceConfig, DataConfig], Records]] = {
-    "messages": lambda source, data: messages.read(spelt(data.root, source.path), data.root, source.columns),
-    "llava_video": lambda source, data: llava_video.read(spelt(data.root, source.path), data.root),
-    "llava_instruct": lambda source, data: llava_instruct.read(spelt(data.root, source.path), data.root, source.media),
-    "video_mme": lambda source, data: video_mme.read(
-        locate(source.path, data.root), data.root, source.media, source.subtitles
-    ),
-    "ucf101": lambda source, data: ucf101.read(spelt(data.root, source.path), data.root, source.media),
-    "kinetics": lambda source, data: kinetics.read(spelt(data.root, source.path), data.root, source.media),
-    "ssv2": lambda source, data: ssv2.read(spelt(data.root, source.path), data.root, source.media),
-    "folders": lambda source, data: folders.read(spelt(data.root, source.path), data.root),
-    "story": lambda source, data: story.read(spelt(data.root, source.path), data.root, source.columns),
-    "pe_video": lambda source, data: pe_video.unpack(locate(source.path, data.root), source.take, data.cache_path),
-}
-"""By name. Archives read as they come, `stream = true`, are the matter of `vft.data.streaming.stream`."""
+@dataclass(frozen=True)
+class Archives:
+    """The archives of a source with `stream = true`."""
 
-__all__ = ["FORMATS", "BadRecord", "Records", "locate", "read"]
+    shards: Sequence[str]
+    """Their paths or URLs."""
+    clips: Callable[[str, int, Path, Callable[[int], bool]], Iterator[ClipRecords]]
+    """`clips(shard, place, spool, is_wanted)`: the clips of a shard from a place on, their files copied into the folder
+    `spool`. A clip whose number is not wanted comes empty."""
+    digest: str = ""
+    """Of the records, if they are files beside the archives."""
+    bad: Sequence[BadRecord] = ()
+    """Records that no clip can have."""
+    unread: Sequence[tuple[str, ...]] = ()
+    """Keys that are not read, of each record that is known before the archives are read."""
+    warning: str = ""
+    """What looks wrong about the archives."""
+
+
+class Format:
+    """How the records of a data set become samples. A subclass gives `parse`, or reads in its own way with `read`."""
+
+    settings: ClassVar[frozenset[str]] = frozenset()
+    """Which of `OPTIONAL_SETTINGS` a source of this format may have."""
+    columns: ClassVar[frozenset[str]] = frozenset()
+    """With the setting `columns`: the keys that it may rename."""
+
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """The samples of a source, and the records that cannot be used.
+
+        Raises:
+            UserError: a file as a whole cannot be read; names file and line.
+        """
+        files = record_files(find_path(data.root, source.path))
+        return read_samples(files, read_records, lambda record, _: self.parse(record, source, data))
+
+    def parse(self, record: Record, source: SourceConfig, data: DataConfig) -> ParsedRecord:
+        """The turns of one record of a JSON, CSV or Parquet file. RecordError names the field that is wrong."""
+        raise NotImplementedError(f"{type(self).__name__} has neither parse nor read")
+
+    def open_archives(self, location: str) -> Archives:
+        """The archives at a path or URL, for `stream = true`. UserError if there are none."""
+        raise NotImplementedError(f"{type(self).__name__} has the setting stream and no open_archives")
+
+    def check(self, source: SourceConfig) -> None:
+        """ValueError if the settings of a source do not fit the format."""
+
+
+def names() -> list[str]:
+    """All formats of this package, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@cache
+def find(name: str) -> Format:
+    """The format called `name`: one of `names`, or `module:Class` from elsewhere. UserError if there is none."""
+    if ":" in name:
+        found = load_object(name)
+        if not (isinstance(found, type) and issubclass(found, Format)):
+            raise UserError(f"{name}: is no subclass of vft.data.formats.Format")
+        return found()
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(map(repr, names()))
+        raise UserError(f"must be one of {listed}, or 'module:Class' of your own{meant}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    (found,) = (
+        one
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, Format) and one.__module__ == module.__name__
+    )
+    return found()
+
+
+def check(source: SourceConfig) -> None:
+    """ValueError if the format of a source does not exist, or its other settings do not fit it."""
+    try:
+        format = find(source.format)
+    except UserError as error:
+        raise ValueError(f"format = {show(source.format)}: {error}") from None
+    for setting in OPTIONAL_SETTINGS:
+        if getattr(source, setting) and setting not in format.settings:
+            *takers, last = [name for name in names() if setting in find(name).settings]
+            listed = f"{', '.join(takers)} and {last}" if takers else last
+            raise ValueError(f"{setting} = {show(getattr(source, setting))} goes with {listed}; take it out")
+    for name in source.columns:
+        if name not in format.columns:
+            known = ", ".join(sorted(format.columns))
+            raise ValueError(f"columns.{name}: is not known to {source.format}; known are {known}")
+    format.check(source)
+
+
+register_source_check(check)
 
 
 def read(source: SourceConfig, data: DataConfig) -> Records:
-    """The samples of a source, and the records there that can't be used, both with their place below `data.root`. Media
+    """The samples of a source, and its records that cannot be used; origins are relative to `data.root`, and media
     are looked for there alone.
 
     Raises:
-        UserError: a file that can't be read or is not in the source's format; names file and line.
+        UserError: a file that cannot be read, or is not in the source's format; names file and line.
     """
-    samples, bad = FORMATS[source.format](source, data)
-    samples = [replace(one, origin=_placed(source.path, one.origin)) for one in samples]
-    return samples, [replace(one, origin=_placed(source.path, one.origin)) for one in bad]
+    samples, bad = find(source.format).read(source, data)
+    samples = [replace(sample, origin=_below_root(source.path, sample.origin)) for sample in samples]
+    return samples, [replace(error, origin=_below_root(source.path, error.origin)) for error in bad]
 
 
-def _placed(path: str, origin: str) -> str:
-    """`train.json:12` of a source `a/train.json` as `a/train.json:12`: files of one name in two folders are two."""
+def _below_root(path: str, origin: str) -> str:
+    """`train.json:12` of a source `a/train.json` as `a/train.json:12`: two folders may have a file of that name."""
     folder, _, name = path.rstrip("/").rpartition("/")
     has_name = origin.startswith(name) and origin[len(name) :][:1] in (":", "/")
-    if has_name or "*" in name:  # the files that a pattern fits lie in its folder
+    if has_name or "*" in name:  # the files that a pattern matches are in its folder
         return f"{folder}/{origin}" if folder else origin
     return f"{path.rstrip('/')}/{origin}"
 
 
 def locate(path: str, root: Path) -> str:
     """A path below `root`, or a URL as it is."""
-    return path if path.startswith("hf://") else str(spelt(root, path))
+    return path if path.startswith("hf://") else str(find_path(root, path))

@@ -1,8 +1,8 @@
-"""A folder a class: `train/riding_a_bike/clip.mp4`, with videos or pictures at any depth below the class.
+"""A folder for each class: `train/riding_a_bike/clip.mp4`, with videos or pictures at any depth below the class.
 
 A class's label is its folder's name with underscores as spaces. All splits of a set have the same labels: those of a
-`classes.txt` (a name a line) in the folder or the one above; without it, those of the class folders, and of the other
-splits beside this one where its own name is that of a split.
+`classes.txt` (a name a line) in the folder or the one above it. Without that file, those of the class folders; and if
+the folder is called as a split is, also those of the other splits beside it.
 """
 
 from __future__ import annotations
@@ -15,37 +15,40 @@ from typing import NoReturn
 
 from vft.common.errors import UserError
 from vft.common.types import MediaKind, MediaRef, Sample
-from vft.data.file_names import SPLITS, is_stray
-from vft.data.formats.records import PICTURE_SUFFIXES, VIDEO_SUFFIXES, BadRecord, gather, resolve_media, shown
-from vft.data.formats.tables import label_classes, labelled, read_classes
+from vft.config.data import DataConfig, SourceConfig
+from vft.data.file_names import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
+from vft.data.formats import Format
+from vft.data.records.classes import label_classes, labelled_sample, read_classes
+from vft.data.records.paths import find_path, resolve_media
+from vft.data.records.record import Records, make_samples, short_repr
 
 
-def read(path: Path, root: Path) -> tuple[list[Sample], list[BadRecord]]:
-    """The clips in the folder `path`, and the files there that can't be used (links that lead out of `root`).
+class Folders(Format):
+    """The clips in a folder.
 
-    Left out are hidden files and what systems leave behind (`__MACOSX`), files that are neither video nor picture, and
-    folders that are links, below a class.
-
-    Raises:
-        UserError: no folder, no classes, no clips, or class names that don't go together.
+    Left out are hidden files and what systems leave behind (`__MACOSX`), files that are neither video nor picture, and,
+    below a class, folders that are links. A link to a file outside `data.root` is a bad record.
     """
-    path = Path(os.path.abspath(path))  # `.` has no name of its own
-    classes = _class_folders(path)
-    label_of = label_classes(classes, _label, path)
-    labels = _labels(path, label_of)
 
-    def parse(file: Path, origin: str) -> list[Sample]:
-        kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
-        ref = MediaRef(kind, resolve_media(root, str(file), "file"), field="file")
-        name = file.relative_to(path)
-        return [labelled(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)]
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """As `Format.read`. UserError also if there are no classes or clips, or classes that contradict each other."""
+        path = Path(os.path.abspath(find_path(data.root, source.path)))  # `.` has no name of its own
+        classes = _class_folders(path)
+        label_of = label_classes(classes, _label, path)
+        labels = _labels(path, label_of)
 
-    files = [file for name in classes for file in clips_below(path / name)]
-    if not files:
-        raise UserError(f"{path}: no videos or pictures in its {len(classes)} class folder(s); put clips there")
-    origins = (f"{path.name}/{file.relative_to(path).as_posix()}" for file in files)
-    rows = zip((origin if origin.isprintable() else shown(origin) for origin in origins), files, strict=True)
-    return gather(rows, parse)
+        def parse(file: Path, origin: str) -> list[Sample]:
+            kind: MediaKind = "image" if file.suffix.lower() in PICTURE_SUFFIXES else "video"
+            ref = MediaRef(kind, resolve_media(data.root, str(file), "file"), field="file")
+            name = file.relative_to(path)
+            return [labelled_sample(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)]
+
+        files = [file for name in classes for file in clips_below(path / name)]
+        if not files:
+            raise UserError(f"{path}: no videos or pictures in its {len(classes)} class folder(s); put clips there")
+        origins = (f"{path.name}/{file.relative_to(path).as_posix()}" for file in files)
+        printable = (origin if origin.isprintable() else short_repr(origin) for origin in origins)
+        return make_samples(zip(printable, files, strict=True), parse)
 
 
 def _class_folders(path: Path) -> list[str]:
@@ -62,24 +65,24 @@ def _class_folders(path: Path) -> list[str]:
 
 
 def _labels(path: Path, label_of: dict[str, str]) -> tuple[str, ...]:
-    """All labels of the set, those of the class folders in `path` among them."""
+    """All labels of the set, among them those of the class folders in `path`."""
     if listed := read_classes(path, path.parent):
         file, names = listed
         labels = tuple(label_classes(names, _label, file).values())
         for name, label in label_of.items():
             if label not in labels:
-                raise UserError(f"{file}: the class folder {shown(name)} of {path} is not listed; add it")
+                raise UserError(f"{file}: the class folder {short_repr(name)} of {path} is not listed; add it")
         return labels
     classes = {unicodedata.normalize("NFC", name) for name in label_of}
     if path.name.lower() in SPLITS:
-        beside = [entry for entry in path.parent.iterdir() if entry.name.lower() in SPLITS and entry.is_dir()]
-        others = (name for split in beside if split != path for name in _class_folders(split))
+        siblings = [entry for entry in path.parent.iterdir() if entry.name.lower() in SPLITS and entry.is_dir()]
+        others = (name for split in siblings if split != path for name in _class_folders(split))
         classes.update(unicodedata.normalize("NFC", name) for name in others)
     return tuple(sorted(label_classes(sorted(classes), _label, path.parent).values()))
 
 
 def _label(name: str) -> str:
-    return unicodedata.normalize("NFC", " ".join(name.replace("_", " ").split()))  # macOS's own names are in NFD
+    return unicodedata.normalize("NFC", " ".join(name.replace("_", " ").split()))  # macOS writes names in NFD
 
 
 def clips_below(folder: Path) -> Iterator[Path]:

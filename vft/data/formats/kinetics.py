@@ -13,76 +13,88 @@ from pathlib import Path
 
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import tables
-from vft.data.formats.records import BadRecord, RecordError, gather, shown
-from vft.data.formats.rows import split_rows
+from vft.config.data import DataConfig, SourceConfig
+from vft.data.formats import Format
+from vft.data.records.classes import labelled_sample, read_classes
+from vft.data.records.files import csv_rows, read_text
+from vft.data.records.paths import find_path, first_present, media_folders
+from vft.data.records.record import RecordError, Records, make_samples, short_repr
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 MORE_COLUMNS = frozenset({"split", "is_cc", ""})
-"""Others that releases have; a table that pandas wrote has row numbers under no name."""
+"""Others that releases have; a table that pandas wrote has row numbers without a name."""
 REPLACEMENTS = ("replacement/replacement_for_corrupted_k400", "replacement")
-"""Where cvdfoundation's scripts unpack the clips of Kinetics-400 that were published anew, because the first were
+"""Where cvdfoundation's scripts unpack the clips of Kinetics-400 that were published again, because the first were
 damaged (kinetics-dataset, k400_extractor.sh)."""
 _VIDEO = re.compile("[A-Za-z0-9_-]+")
 _SECONDS = re.compile("[0-9]{1,6}")
 
 
-def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
-    """The clips of one CSV file, and its rows that can't be used.
+class Kinetics(Format):
+    """The clips of one CSV file.
 
-    A file lies in `media` or in a folder with the label's name there (with spaces or underscores); without `media`, in
-    a folder called as the CSV file is, or beside it. One in `replacement`, in or beside that folder, goes before it.
-    All labels are those of `classes.txt` (a name a line) beside the CSV file, else those that occur in it: a list to
+    A clip is in `media`, or in a folder with the label's name there (with spaces or underscores); without `media`, in a
+    folder called as the CSV file is, or beside it. A file in `replacement`, in or beside that folder, is preferred. All
+    labels are those of `classes.txt` (a name a line) beside the CSV file, else those that occur in it: a list to
     validate on may lack some.
-
-    Raises:
-        UserError: the file or `classes.txt` can't be read, or has no labels.
     """
-    (_, header), *rows = _read_rows(path)
-    column = header.index("label")
-    unread = [name for name in header if name not in COLUMNS and name not in MORE_COLUMNS]
-    occurring = {row[column] for _, row in rows if len(row) == len(header)} - {""}
-    file, names = tables.read_classes(path.parent) or (path, sorted(occurring))
-    labels = tuple(names)
-    known = frozenset(labels)
-    folders = tables.media_folders(path, root, media, path.stem, "")
-    folders = [*_replacements(folders, root), *folders]
-    classes = {folder: _folders_in(folder) for folder in folders}
 
-    def parse(row: list[str], origin: str) -> list[Sample]:
-        if len(row) != len(header):
-            raise RecordError("", f"{len(row)} values under {len(header)} columns; put quotes around commas in a value")
-        values = dict(zip(header, row, strict=True))
-        label, video, *seconds = (values[name] for name in COLUMNS)
-        if label not in known:
-            raise RecordError("label", f"{shown(label)} is no label of {file.name}; mend either")
-        if not _VIDEO.fullmatch(video):
-            raise RecordError("youtube_id", f"{shown(video)} must be letters, digits, '-' and '_'; mend the id")
-        for name, value in zip(COLUMNS[2:], seconds, strict=True):
-            if not _SECONDS.fullmatch(value):
-                raise RecordError(name, f"{shown(value)} must be a whole number of seconds, of up to six digits")
-        clip = "_".join([video, *(f"{int(value):06d}" for value in seconds)])
-        names = dict.fromkeys((label, label.replace(" ", "_")))
-        inner = ((folder, name) for folder in folders for name in names if "/" in name or name in classes[folder])
-        places = [f"{folder}/{clip}.mp4" for folder in folders] + [f"{f}/{name}/{clip}.mp4" for f, name in inner]
-        ref = MediaRef("video", tables.first_present(root, places, "youtube_id"), field="youtube_id")
-        unknown = (name for name in unread if values[name])
-        return [tables.labelled(clip, ref, label, labels, origin, unknown)]
+    settings = frozenset({"media"})
 
-    return gather(rows, parse)
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """As `Format.read`. UserError also if `classes.txt` cannot be read, or the list has no labels."""
+        path, root = find_path(data.root, source.path), data.root
+        (_, header), *rows = _read_rows(path)
+        column = header.index("label")
+        unread = [name for name in header if name not in COLUMNS and name not in MORE_COLUMNS]
+        occurring = {row[column] for _, row in rows if len(row) == len(header)} - {""}
+        file, names = read_classes(path.parent) or (path, sorted(occurring))
+        labels = tuple(names)
+        known = frozenset(labels)
+        folders = media_folders(path, root, source.media, path.stem, "")
+        folders = [*_replacements(folders, root), *folders]
+        inner_folders = {folder: _folders_in(folder) for folder in folders}
+
+        def parse(row: list[str], origin: str) -> list[Sample]:
+            if len(row) != len(header):
+                counts = f"{len(row)} values under {len(header)} columns"
+                raise RecordError("", f"{counts}; put quotes around commas in a value")
+            values = dict(zip(header, row, strict=True))
+            label, video, *seconds = (values[name] for name in COLUMNS)
+            if label not in known:
+                raise RecordError("label", f"{short_repr(label)} is no label of {file.name}; correct one of them")
+            if not _VIDEO.fullmatch(video):
+                raise RecordError("youtube_id", f"{short_repr(video)} must be letters, digits, '-' and '_'; correct it")
+            for name, value in zip(COLUMNS[2:], seconds, strict=True):
+                if not _SECONDS.fullmatch(value):
+                    raise RecordError(
+                        name, f"{short_repr(value)} must be a whole number of seconds, of up to six digits"
+                    )
+            clip = "_".join([video, *(f"{int(value):06d}" for value in seconds)])
+            labels_as_folders = dict.fromkeys((label, label.replace(" ", "_")))
+            places = [f"{folder}/{clip}.mp4" for folder in folders] + [
+                f"{folder}/{name}/{clip}.mp4"
+                for folder in folders
+                for name in labels_as_folders
+                if "/" in name or name in inner_folders[folder]
+            ]
+            ref = MediaRef("video", first_present(root, places, "youtube_id"), field="youtube_id")
+            return [labelled_sample(clip, ref, label, labels, origin, (name for name in unread if values[name]))]
+
+        return make_samples(rows, parse)
 
 
 def _replacements(folders: list[str], root: Path) -> list[str]:
-    """The folders of files published in the place of damaged ones, in or beside those of the clips."""
+    """The folders of clips that replace damaged ones, in or beside those of the clips."""
     top = os.path.realpath(root)
     places = dict.fromkeys(place for folder in folders for place in (folder, os.path.dirname(folder)))
     inside = [place for place in places if os.path.commonpath([top, place]) == top]
-    found = [os.path.join(place, name) for place in inside for name in REPLACEMENTS]
-    return [folder for folder in found if os.path.isdir(folder)]
+    candidates = [os.path.join(place, name) for place in inside for name in REPLACEMENTS]
+    return [folder for folder in candidates if os.path.isdir(folder)]
 
 
 def _folders_in(folder: str) -> frozenset[str]:
-    """Names of the folders in a folder, if it is there: to ask for each label's in vain takes long."""
+    """Names of the folders in a folder, if it exists: to look for each label's for each clip takes long."""
     with suppress(OSError):
         return frozenset(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return frozenset()
@@ -90,12 +102,14 @@ def _folders_in(folder: str) -> frozenset[str]:
 
 def _read_rows(path: Path) -> list[tuple[str, list[str]]]:
     """The rows, without space around their values, and the origin of each; the first is the header."""
-    split = split_rows(tables.read_text(path), ",", str(path))
-    rows = [(f"{path.name}:{line}", [value.strip() for value in row]) for line, row in split]
+    rows = [
+        (f"{path.name}:{line}", [value.strip() for value in row])
+        for line, row in csv_rows(read_text(path), ",", str(path))
+    ]
     header = rows[0][1] if rows else []
     missing = [name for name in COLUMNS if name not in header]
     if missing == ["label"]:
         raise UserError(f"{path}: no column 'label', as in the lists to test on; give the list to train or validate on")
     if missing:
-        raise UserError(f"{path}:1: columns {shown(header)}; expected {','.join(COLUMNS)},split in the first line")
+        raise UserError(f"{path}:1: columns {short_repr(header)}; expected {','.join(COLUMNS)},split in the first line")
     return rows

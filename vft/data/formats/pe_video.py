@@ -1,8 +1,8 @@
-"""PE-Video: WebDataset tars, in each of which a clip is a pair `ID.mp4`, `ID.json` one behind the other; videos may
-also have another ending.
+"""PE-Video: WebDataset tars in which each clip is a pair `ID.mp4`, `ID.json`, one after the other; videos may also have
+another suffix.
 
-The caption is `human_caption`, where people wrote one, else `model_caption`, else `description` (the split `extended`
-has none by people). The dataset's card is the source of the layout and of the keys.
+The caption is `human_caption` if people wrote one, else `model_caption`, else `description` (the split `extended` has
+none by people). The data set's card is the source of the layout and of the keys.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from filelock import FileLock
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.common.types import MediaRef, Sample, Turn
-from vft.data.file_names import is_stray
-from vft.data.formats.records import VIDEO_SUFFIXES, BadRecord, Group, RecordError, check_text, shown
+from vft.config.data import DataConfig, SourceConfig
+from vft.data.file_names import VIDEO_SUFFIXES, is_stray
+from vft.data.formats import Archives, Format, locate
+from vft.data.records.record import BadRecord, ClipRecords, RecordError, Records, check_text, list_keys, short_repr
 from vft.data.streaming.tar import SUFFIXES, BarrenArchive, DamagedArchive, Run, copied, list_files
 
 MAX_RECORD_BYTES = 16 << 20
@@ -36,110 +38,63 @@ CARD = frozenset(
     {*CAPTIONS, "category", "category_name", "video_duration_in_s", "fps", "num_frames", "height", "width", "keywords"}
     | {"has_face"}
 )
-"""Keys that the dataset's card names: of the file and its subject, none of them asks for anything."""
+"""Keys that the data set's card names. They describe the file and its subject; none of them changes the sample."""
 _MEMBER = re.compile(
     rf"((?:.*/)?[^/]+)(?:\.json|{'|'.join(map(re.escape, sorted(VIDEO_SUFFIXES)))})", re.DOTALL | re.IGNORECASE
 )
 TOGETHER = "the two must stand one behind the other in the archive, under one name; pack them so, or download it again"
 
 
-def shards(location: str) -> list[str]:
-    """The tars at a folder or file, local or `hf://datasets/facebook/PE-Video/train`. UserError where there is none."""
-    return list_files(location, SUFFIXES)
+class PEVideo(Format):
+    """Clips with captions, read as a stream; or the first N, unpacked into the cache once, for evaluation."""
+
+    settings = frozenset({"stream"})
+
+    def check(self, source: SourceConfig) -> None:
+        """ValueError if the clips are neither streamed nor counted."""
+        if not source.stream and not source.take.startswith("first"):
+            raise ValueError(
+                'format = "pe_video" needs stream = true, or take = "first:N" to unpack N clips into the cache'
+            )
+
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """As `Format.read`."""
+        count = int(source.take.partition(":")[2])
+        return _read_unpacked(_unpack(locate(source.path, data.root), count, data.cache_path))
+
+    def open_archives(self, location: str) -> Archives:
+        """The tars at a folder, file or `hf://datasets/facebook/PE-Video/train`."""
+        return Archives(list_files(location, SUFFIXES), read_clips)
 
 
-def groups(shard: str, place: int, spool: Path, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Group]:
-    """The clips of a shard from `place` on, those whose number is `wanted` copied into `spool`, others empty.
+def read_clips(
+    shard: str, place: int, spool: Path, is_wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[ClipRecords]:
+    """The clips of a shard, as `Archives.clips`.
 
     Raises:
         DamagedArchive: after the last clip that can be read.
-        BarrenArchive: at the end of a shard that holds none.
+        BarrenArchive: at the end of a shard without clips.
     """
-    for run in copied(shard, place, spool, _key, wanted, "a video ID.mp4 (or .webm, ...) or its record ID.json"):
+    for run in copied(shard, place, spool, _key, is_wanted, "a video ID.mp4 (or .webm, ...) or its record ID.json"):
         if run.passed_over:
-            yield Group(run.place, [], [], ())
+            yield ClipRecords(run.place, [], [], ())
         elif run.cut_off and len(run.files) < 2:
-            run.remove()  # the other half lies behind the damage, which is no fault of the clip's
+            run.remove()  # its other half is behind the damage; the clip itself is not bad
         else:
-            yield _group(run)
-
-
-def unpack(location: str, take: str, cache: Path) -> tuple[list[Sample], list[BadRecord]]:
-    """The first clips, `take` = `first:N`, unpacked into `cache` once and kept there: what evaluation reads."""
-    count = int(take.partition(":")[2])
-    where = location if "://" in location else os.path.abspath(location)
-    folder = cache / "unpacked" / hashlib.sha256(f"{UNPACKED_VERSION}:{where}:{count}".encode()).hexdigest()[:16]
-    with _locked(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with whole_folder(folder) as partial:
-                for number, group in enumerate(islice(_all_groups(location, partial), count)):
-                    for file in group.files:
-                        if file.suffix == ".json":
-                            file.unlink()
-                        else:  # FFmpeg goes by the content
-                            file.rename(partial / f"{number:06d}.mp4")
-                    (partial / f"{number:06d}.json").write_text(json.dumps(_kept(group)), encoding="utf-8")
-    samples: list[Sample] = []
-    bad: list[BadRecord] = []
-    for file in sorted(folder.glob("*.json")):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        bad += [BadRecord(**one) for one in kept["bad"]]
-        if kept["record"] is not None:
-            video = file.with_suffix(".mp4")
-            samples.append(_sample(kept["key"], kept["record"], video, kept["origin"], kept["member"]))
-    return samples, bad
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock; another process that unpacks the same is waited for."""
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); name another data.cache_dir") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _all_groups(location: str, spool: Path) -> Iterator[Group]:
-    barren: list[str] = []
-    archives = shards(location)
-    for shard in archives:
-        try:
-            yield from groups(shard, 0, spool)
-        except DamagedArchive as error:
-            raise UserError(str(error)) from None
-        except BarrenArchive as error:
-            barren.append(str(error))
-    if len(barren) == len(archives):
-        raise UserError(f"{location}: no clip in {len(archives)} archive(s): {barren[0]}")
-
-
-def _kept(group: Group) -> dict[str, Any]:
-    """What `unpack` writes beside a clip."""
-    sample = group.samples[0] if group.samples else None
-    about: dict[str, Any] = {"bad": [asdict(one) for one in group.bad], "record": None}
-    if sample is not None:
-        ref = sample.turns[0].parts[0]
-        assert isinstance(ref, MediaRef)
-        about |= {"key": sample.id, "record": dict(sample.fields), "origin": sample.origin, "member": ref.member}
-    return about
+            yield _read_clip(run)
 
 
 def _key(name: str) -> str | None:
-    """The clip that a member belongs to: its name without the ending; None of other files, and of hidden ones.
+    """The clip to which a member belongs: its name without the suffix. None for other files, and for hidden ones.
 
-    Two programs may have spelt the accents of one name in two ways, so a pair is told by NFC.
+    In NFC, since two programs may have written the accents of one name in two ways.
     """
-    found = None if is_stray(name) else _MEMBER.fullmatch(name)
-    return normalize("NFC", found[1]) if found else None
+    match = None if is_stray(name) else _MEMBER.fullmatch(name)
+    return normalize("NFC", match[1]) if match else None
 
 
-def _group(run: Run) -> Group:
+def _read_clip(run: Run) -> ClipRecords:
     by_kind = {os.path.splitext(name)[1].lower() == ".json": name for name in run.files}
     video, about = by_kind.get(False, f"{run.key}.mp4"), by_kind.get(True, f"{run.key}.json")
     files, origin = tuple(run.files.values()), run.title(about if about in run.files else video)
@@ -155,11 +110,11 @@ def _group(run: Run) -> Group:
         except (ValueError, RecursionError) as error:
             raise RecordError("", f"is not JSON ({str(error)[:60]}); download the archive again") from None
         if not isinstance(record, dict):
-            raise RecordError("", f"{shown(record)} is no JSON object; it must be one with a caption")
+            raise RecordError("", f"{short_repr(record)} is no JSON object; it must be one with a caption")
         sample = _sample(run.key.rpartition("/")[2], record, run.files[video], origin, run.title(video))
-        return Group(run.place, [sample], [], files)
+        return ClipRecords(run.place, [sample], [], files)
     except RecordError as error:
-        return Group(run.place, [], [BadRecord(origin, error.field, error.message)], files)
+        return ClipRecords(run.place, [], [error.at(origin)], files)
 
 
 def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title: str) -> Sample:
@@ -168,7 +123,78 @@ def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title
             caption = check_text(record[name], name)
             ref = MediaRef("video", video, field="mp4", member=title)
             turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
-            return Sample(key, turns, origin, record, tuple(one for one in record if one not in CARD))
-    found = f"the keys {', '.join(map(shown, record))}" if record else "no keys"
+            return Sample(key, turns, origin, record, tuple(name for name in record if name not in CARD))
+    keys = f"the keys {list_keys(record)}" if record else "no keys"
     empty = " (empty here)" if any(name in record for name in CAPTIONS) else ""
-    raise RecordError("", f"no caption; the record has {found}, read are {', '.join(CAPTIONS)}{empty}")
+    raise RecordError("", f"no caption; the record has {keys}, read are {', '.join(CAPTIONS)}{empty}")
+
+
+# --------------------------------------------------------------------------------------------------- the first clips
+
+
+def _unpack(location: str, count: int, cache: Path) -> Path:
+    """Unpack the first `count` clips into a folder of the cache, unless they are there already; that folder."""
+    where = location if "://" in location else os.path.abspath(location)
+    folder = cache / "unpacked" / hashlib.sha256(f"{UNPACKED_VERSION}:{where}:{count}".encode()).hexdigest()[:16]
+    with _locked(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            with whole_folder(folder) as partial:
+                for number, clip in enumerate(islice(_all_clips(location, partial), count)):
+                    for file in clip.files:
+                        if file.suffix == ".json":
+                            file.unlink()
+                        else:  # FFmpeg looks at the content
+                            file.rename(partial / f"{number:06d}.mp4")
+                    (partial / f"{number:06d}.json").write_text(json.dumps(_to_json(clip)), encoding="utf-8")
+    return folder
+
+
+def _to_json(clip: ClipRecords) -> dict[str, Any]:
+    """What is written beside an unpacked clip."""
+    about: dict[str, Any] = {"bad": [asdict(error) for error in clip.bad], "record": None}
+    for sample in clip.samples:
+        ref = sample.turns[0].parts[0]
+        assert isinstance(ref, MediaRef)
+        about |= {"key": sample.id, "record": dict(sample.fields), "origin": sample.origin, "member": ref.member}
+    return about
+
+
+def _read_unpacked(folder: Path) -> Records:
+    samples: list[Sample] = []
+    bad: list[BadRecord] = []
+    for file in sorted(folder.glob("*.json")):
+        about = json.loads(file.read_text(encoding="utf-8"))
+        bad += [BadRecord(**error) for error in about["bad"]]
+        if about["record"] is not None:
+            video = file.with_suffix(".mp4")
+            samples.append(_sample(about["key"], about["record"], video, about["origin"], about["member"]))
+    return samples, bad
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock, so that only one process unpacks the same clips."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); name another data.cache_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _all_clips(location: str, spool: Path) -> Iterator[ClipRecords]:
+    barren: list[str] = []
+    shards = list_files(location, SUFFIXES)
+    for shard in shards:
+        try:
+            yield from read_clips(shard, 0, spool)
+        except DamagedArchive as error:
+            raise UserError(str(error)) from None
+        except BarrenArchive as error:
+            barren.append(str(error))
+    if len(barren) == len(shards):
+        raise UserError(f"{location}: no clip in {len(shards)} archive(s): {barren[0]}")

@@ -11,55 +11,51 @@ from typing import Any
 
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
-from vft.data.formats import tables
-from vft.data.formats.records import (
-    BadRecord,
-    RecordError,
-    as_object,
-    check_text,
-    gather,
-    read_json,
-    sample_id_of,
-    shown,
-)
+from vft.config.data import DataConfig, SourceConfig
+from vft.data.formats import Format
+from vft.data.records.classes import labelled_sample
+from vft.data.records.files import read_json
+from vft.data.records.paths import find_path, first_present, media_folders
+from vft.data.records.record import RecordError, Records, as_object, check_text, make_samples, record_id, short_repr
 
 LABELS = ("labels.json", "something-something-v2-labels.json")
 """Names of the file of classes in the releases of this set."""
 KEYS = frozenset({"id", "label", "template", "placeholders"})
-"""Of a record in the releases of this set."""
+"""Keys of a record in the releases of this set."""
 _NO_BRACKETS = str.maketrans("", "", "[]")
 
 
-def read(path: Path, root: Path, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
-    """The clips of one list, and its records that can't be used; files lie in `media` or `20bn-something-something-v2`.
+class SomethingSomethingV2(Format):
+    """The clips of one list; files are in `media` or `20bn-something-something-v2`. The filled-in template is kept as
+    `fields["caption"]`."""
 
-    The filled-in template is kept as `fields["caption"]`.
+    settings = frozenset({"media"})
 
-    Raises:
-        UserError: the list or `labels.json` can't be read, or the list has no classes.
-    """
-    rows = [(f"{path.name}:{line}", record) for line, record in read_json(path)]
-    if rows and not any(isinstance(record, dict) and "template" in record for _, record in rows):
-        raise UserError(f"{path}: no record has a 'template', as in the list to test on; give one with classes")
-    labels = _read_labels(path.parent)
-    known = frozenset(labels)
-    folders = tables.media_folders(path, root, media, "20bn-something-something-v2", "")
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """As `Format.read`. UserError also if `labels.json` cannot be read, or the list has no classes."""
+        path = find_path(data.root, source.path)
+        rows = [(f"{path.name}:{line}", record) for line, record in read_json(path)]
+        if rows and not any(isinstance(record, dict) and "template" in record for _, record in rows):
+            raise UserError(f"{path}: no record has a 'template', as in the list to test on; give one with classes")
+        labels = _read_labels(path.parent)
+        known = frozenset(labels)
+        folders = media_folders(path, data.root, source.media, "20bn-something-something-v2", "")
 
-    def parse(record: Any, origin: str) -> list[Sample]:
-        record = as_object(record)
-        video = sample_id_of(record, "")
-        template, caption = (check_text(record.get(key), key) for key in ("template", "label"))
-        label = template.translate(_NO_BRACKETS).strip()
-        if label not in known:
-            raise RecordError("template", f"{shown(label)} is no class of labels.json; mend either")
-        if not video:
-            raise RecordError("id", "is missing or empty; give the name of the video's file")
-        file = tables.first_present(root, [f"{folder}/{video}.webm" for folder in folders], "id")
-        ref = MediaRef("video", file, field="id")
-        unread = (key for key, value in record.items() if key not in KEYS and value is not None)
-        return [tables.labelled(video, ref, label, labels, origin, unread, caption=caption)]
+        def parse(record: Any, origin: str) -> list[Sample]:
+            record = as_object(record)
+            video = record_id(record, "")
+            template, caption = (check_text(record.get(key), key) for key in ("template", "label"))
+            label = template.translate(_NO_BRACKETS).strip()
+            if label not in known:
+                raise RecordError("template", f"{short_repr(label)} is no class of labels.json; correct one of them")
+            if not video:
+                raise RecordError("id", "is missing or empty; give the name of the video's file")
+            file = first_present(data.root, [f"{folder}/{video}.webm" for folder in folders], "id")
+            ref = MediaRef("video", file, field="id")
+            unread = (key for key, value in record.items() if key not in KEYS and value is not None)
+            return [labelled_sample(video, ref, label, labels, origin, unread, caption=caption)]
 
-    return gather(rows, parse)
+        return make_samples(rows, parse)
 
 
 def _read_labels(folder: Path) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
 """Summaries and stories: the project's own JSON or JSONL, which `tools/convert/` writes from public sets.
 
 `{"id"?, "video": path | "images": [paths], "segments"?: [{"start_s", "end_s", "text"}], "text", "speech"?}`: `text` is
-what is to be said about the video or the run of pictures, `segments` tell parts of it, `speech` is what is heard in it.
-A `question` (`prompt`, `query`, ...) is asked in the place of the task's. `system` and the keys of
-`vft.data.formats.media_options` are read as in messages. Segments count from the beginning of the file. Other keys stay
-in the sample's fields.
+the answer about the video or the pictures, `segments` describe parts of it, `speech` is what is heard in it. A
+`question` (`prompt`, `query`, ...) replaces the task's. `system` and the keys of `media_options` are read as in
+messages. Segments count from the beginning of the file. Other keys stay in the sample's fields.
 """
 
 from __future__ import annotations
@@ -15,88 +14,103 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vft.common.types import MediaRef, Sample, Turn
-from vft.data.formats.media_options import MAX_S, lay_under
+from vft.common.types import MediaRef, Turn
+from vft.config.data import DataConfig, SourceConfig
+from vft.data.formats import Format
 from vft.data.formats.messages import with_system
-from vft.data.formats.records import BadRecord, Parsed, RecordError, check_text, collect, names_in, resolve_media, shown
-from vft.data.formats.rows import files_of, read_rows
-from vft.data.formats.shapes import QUESTIONS, Shapes
-from vft.data.formats.unread_keys import answer_lists, unread
+from vft.data.records.files import read_records, record_files
+from vft.data.records.foreign_records import QUESTIONS, Normalizer
+from vft.data.records.media_options import MAX_S, apply_options
+from vft.data.records.paths import find_path, resolve_media
+from vft.data.records.record import (
+    ParsedRecord,
+    RecordError,
+    Records,
+    check_text,
+    list_keys,
+    read_samples,
+    short_repr,
+)
+from vft.data.records.unread_keys import answer_lists, find_unread_keys
 
 KEYS = ("video", "images", "segments", "text", "speech")
 SEGMENT_KEYS = ("start_s", "end_s", "text")
 
 
-def read(path: Path, root: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Sample], list[BadRecord]]:
-    """The samples of a file (or of a folder, see `files_of`) and the records that can't be used.
-
-    Media are relative to `root`; `columns` says how keys are called, by their name here.
+class Story(Format):
+    """The samples of a file, of the files that a pattern matches, or of a folder (see `record_files`).
 
     The user's turn holds the media and the record's own question; without one the task asks. Fields: `segments` is a
-    tuple of (start_s, end_s, text) by start, empty where there are none; `speech` a text, empty where there is none.
-
-    Raises:
-        UserError: the file as a whole can't be read.
+    tuple of (start_s, end_s, text) by start; `speech` a text, empty if there is none.
     """
-    shapes = Shapes(root, columns or {})
-    samples, bad = collect(files_of(path), lambda record, _: parse(record, root), read_rows, shapes.as_named)
-    shapes.check_columns(path)
-    return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
+
+    settings = frozenset({"columns"})
+    columns = frozenset({*KEYS, "question", "system", "id"})
+
+    def read(self, source: SourceConfig, data: DataConfig) -> Records:
+        """As `Format.read`. UserError also if no record has a column that `columns` names."""
+        path = find_path(data.root, source.path)
+        normalizer = Normalizer(data.root, source.columns)
+        samples, bad = read_samples(
+            record_files(path), read_records, lambda record, _: parse(record, data.root), normalizer.rename
+        )
+        normalizer.check_columns(path)
+        return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
 
 
-def parse(record: Mapping[str, Any], root: Path) -> Parsed:
-    """The turns of a record. RecordError names the field."""
+def parse(record: Mapping[str, Any], root: Path) -> ParsedRecord:
+    """The turns of a record. RecordError names the field that is wrong."""
     for key in record:
-        # Left alone, a misspelt key would silently lose what it holds.
+        # If it passed, a misspelt key would silently lose its content.
         meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if key not in KEYS and meant and record.get(meant[0]) is None:
             raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
-    text = _text(record.get("text"), "text", f"the record has {names_in(record)}; call what is to be said 'text'")
+    text = _text(record.get("text"), "text", f"the record has {list_keys(record)}; call what is to be said 'text'")
     segments = facts(record)["segments"]
-    question, asking = _question(record)
-    asked, used = lay_under([("user", [*_media(record, root), *question])], record, "")
-    refs = [part for part in asked[0][1] if isinstance(part, MediaRef)]
+    question, question_keys = _question(record)
+    turns, used = apply_options([("user", [*_media(record, root), *question])], record, "")
+    refs = [part for part in turns[0][1] if isinstance(part, MediaRef)]
     if segments and (start_s := refs[0].options.video_start):
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
-    rest = unread(record, {*KEYS, "id", "system", *asking, *used, *answer_lists(record)}, refs)
+    unread = find_unread_keys(record, {*KEYS, "id", "system", *question_keys, *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(record.get("segments") or ()):
-        unknown = unread(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
-        rest += [f"segments[].{key.rpartition('.')[2]}" for key in unknown]
-    turns = (*(Turn(role, tuple(parts)) for role, parts in with_system(record, asked)), Turn("assistant", (text,)))
-    return Parsed(turns, tuple(dict.fromkeys(rest)))
+        names = find_unread_keys(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
+        unread += [f"segments[].{key.rpartition('.')[2]}" for key in names]
+    asked = [Turn(role, tuple(parts)) for role, parts in with_system(record, turns)]
+    return ParsedRecord((*asked, Turn("assistant", (text,))), tuple(dict.fromkeys(unread)))
 
 
 def _question(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The record's own question, if it has one, and the keys that hold it. RecordError where two differ."""
-    asking = [key for key in QUESTIONS if record.get(key) not in (None, "")]
-    said = {check_text(record[key], key) for key in asking}
-    if len(said) > 1:
-        raise RecordError(asking[1], f"is another question than {asking[0]!r}; keep one of the two")
-    return [text for text in said if text.strip()], asking
+    """The record's own question, if it has one, and the keys that hold it. RecordError if two differ."""
+    keys = [key for key in QUESTIONS if record.get(key) not in (None, "")]
+    texts = {check_text(record[key], key) for key in keys}
+    if len(texts) > 1:
+        raise RecordError(keys[1], f"is another question than {keys[0]!r}; keep one of the two")
+    return [text for text in texts if text.strip()], keys
 
 
 def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
     video, images = record.get("video"), record.get("images")
     if (video is None) == (images is None):
-        found = names_in(record) if video is None else "both"
-        raise RecordError("video", f"the record needs either 'video' or 'images'; it has {found}")
+        has = list_keys(record) if video is None else "both"
+        raise RecordError("video", f"the record needs either 'video' or 'images'; it has {has}")
     if video is not None:
         if isinstance(video, list):
-            raise RecordError("video", f"{shown(video)} must be one file; a run of pictures goes under 'images'")
+            raise RecordError("video", f"{short_repr(video)} must be one file; a run of pictures goes under 'images'")
         return (MediaRef("video", resolve_media(root, video, "video"), field="video"),)
     if record.get("segments"):
         raise RecordError("segments", "stand beside 'images', and a run of pictures has no seconds; take them out")
     if not isinstance(images, list) or not images:
-        raise RecordError("images", f"{shown(images)} must be a list with at least one picture")
+        raise RecordError("images", f"{short_repr(images)} must be a list with at least one picture")
     named = [(f"images[{i}]", image) for i, image in enumerate(images)]
     return tuple(MediaRef("image", resolve_media(root, image, field), field=field) for field, image in named)
 
 
 def facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`segments` and `speech`, checked."""
+    """`segments` and `speech`, checked. RecordError names the field that is wrong."""
     segments, speech = record.get("segments"), record.get("speech")
     if segments is not None and not isinstance(segments, list):
-        raise RecordError("segments", f'{shown(segments)} must be a list of {{"start_s", "end_s", "text"}}')
+        raise RecordError("segments", f'{short_repr(segments)} must be a list of {{"start_s", "end_s", "text"}}')
     parsed = [_segment(segment, f"segments[{i}]") for i, segment in enumerate(segments or [])]
     return {
         "segments": tuple(sorted(parsed, key=lambda segment: segment[:2])),
@@ -106,7 +120,7 @@ def facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _segment(value: object, field: str) -> tuple[float, float, str]:
     if not isinstance(value, dict):
-        raise RecordError(field, f"{shown(value)} must be an object with 'start_s', 'end_s' and 'text'")
+        raise RecordError(field, f"{short_repr(value)} must be an object with 'start_s', 'end_s' and 'text'")
     start_s, end_s = (_seconds(value, name, f"{field}.{name}") for name in ("start_s", "end_s"))
     if start_s >= end_s:
         raise RecordError(f"{field}.start_s", f"{start_s:g} is not below end_s = {end_s:g}; give seconds, start first")
@@ -116,15 +130,15 @@ def _segment(value: object, field: str) -> tuple[float, float, str]:
 def _seconds(segment: Mapping[str, Any], name: str, field: str) -> float:
     value = segment.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_S:
-        has = f"; the segment has {names_in(segment)}" if name not in segment else ""
-        raise RecordError(field, f"{shown(value)} must be a number of seconds, from 0{has}")
+        has = f"; the segment has {list_keys(segment)}" if name not in segment else ""
+        raise RecordError(field, f"{short_repr(value)} must be a number of seconds, from 0{has}")
     return float(value)
 
 
-def _text(value: object, field: str, mend: str) -> str:
+def _text(value: object, field: str, fix: str) -> str:
     if value is None:
-        raise RecordError(field, f"is missing; {mend}")
+        raise RecordError(field, f"is missing; {fix}")
     text = check_text(value, field)
     if not text.strip():
-        raise RecordError(field, f"is empty; {mend}")
+        raise RecordError(field, f"is empty; {fix}")
     return text

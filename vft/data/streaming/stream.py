@@ -27,14 +27,14 @@ from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.types import Document, MediaInfo, MediaRef
 from vft.config.data import DataConfig, SourceConfig
+from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, MakeConversations, converse
-from vft.data.formats import llava_video, locate, pe_video
-from vft.data.formats.records import Group
-from vft.data.formats.unread_keys import tell, tell_new
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import join_pictures, scan_file
 from vft.data.quarantine import ArchivePass, BadItem, check_bad
+from vft.data.records.record import ClipRecords
+from vft.data.records.unread_keys import report_new_unread_keys, report_unread_keys
 from vft.data.streaming.tar import BarrenArchive, DamagedArchive
 from vft.data.training_prompts import Asked
 from vft.data.workers import WorkerPool
@@ -73,13 +73,13 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Archives:
+class StreamSource:
     """A source that streams: its shards, and how the clips of one are read from a place on."""
 
     name: str
     weight: float
     shards: Sequence[str]
-    groups: Callable[[str, int, Path, Callable[[int], bool]], Iterator[Group]]
+    groups: Callable[[str, int, Path, Callable[[int], bool]], Iterator[ClipRecords]]
     """Of an archive from a place on; copied into a folder where their number is wanted, else empty."""
     digest: str
     """Tells these archives and their records from others, wherever they lie."""
@@ -91,19 +91,16 @@ class Archives:
     """Keys of records that nothing reads, that the user was told of."""
 
 
-def open_archives(source: SourceConfig, config: DataConfig) -> Archives:
+def open_archives(source: SourceConfig, config: DataConfig) -> StreamSource:
     """List the shards of a source with `stream = true`. UserError where there are none."""
-    location = locate(source.path, config.root)
-    if source.format == "pe_video":
-        shards = pe_video.shards(location)
-        return Archives(source.path, source.of_rows, shards, pe_video.groups, _digest(shards, ""))
-    opened = llava_video.Archives.open(location)
+    opened = formats.find(source.format).open_archives(formats.locate(source.path, config.root))
     if environment().is_main:
-        tell(source.path, opened.unread)
+        report_unread_keys(source.path, opened.unread)
     bad = [BadItem(error.origin, "", "record", str(error)) for error in opened.bad]
-    check_bad(bad, sum(map(len, opened.records.values())) + len(bad), config.max_bad_fraction)
-    told, known = _digest(opened.shards, opened.digest), set(chain.from_iterable(opened.unread))
-    return Archives(source.path, source.of_rows, opened.shards, opened.groups, told, bad, opened.misnamed(), known)
+    check_bad(bad, len(opened.unread) + len(bad), config.max_bad_fraction)
+    name = _digest(opened.shards, opened.digest)
+    known = set(chain.from_iterable(opened.unread))
+    return StreamSource(source.path, source.of_rows, opened.shards, opened.clips, name, bad, opened.warning, known)
 
 
 def _digest(shards: Sequence[str], records: str) -> str:
@@ -168,7 +165,7 @@ class _Read:
     """A clip that has been copied out, its media being scanned."""
 
     position: Position
-    group: Group
+    group: ClipRecords
     scans: dict[Path, Future[MediaInfo]]
 
 
@@ -223,7 +220,7 @@ class StreamContext:
 class SlotStream:
     """One slot's share of one source, as packs."""
 
-    def __init__(self, archives: Archives, slot: int, context: StreamContext, start: Position) -> None:
+    def __init__(self, archives: StreamSource, slot: int, context: StreamContext, start: Position) -> None:
         self.archives, self.slot, self.context = archives, slot, context
         self._position = start
         self._clips = self._read(start)
@@ -335,7 +332,7 @@ class SlotStream:
         conversations = []
         for sample in group.samples:
             if environment().is_main:
-                tell_new(self.archives.name, sample.origin, sample.unread, self.archives.told)
+                report_new_unread_keys(self.archives.name, sample.origin, sample.unread, self.archives.told)
             made, wrong = converse(sample, context.make_conversations, context.config)
             conversations += made
             documents.bad += wrong
@@ -416,7 +413,7 @@ class SlotStream:
         mine = self.slot % count
         return [order[mine]], len(range(mine, slots, count)), self.slot // count
 
-    def _scan(self, group: Group) -> dict[Path, Future[MediaInfo]]:
+    def _scan(self, group: ClipRecords) -> dict[Path, Future[MediaInfo]]:
         refs = [ref for s in group.samples for turn in s.turns for ref in turn.parts if isinstance(ref, MediaRef)]
         scans: dict[Path, Future[MediaInfo]] = {}
         for ref in refs:

@@ -1,9 +1,9 @@
 """Keys by which a record says how its media are shown: frames, pixels, and which part of a video.
 
-The names are qwen-vl-utils' (`fps`, `nframes`, `max_pixels`, `video_start`, ...). Other spellings are read where they
-can mean nothing else: `max-pixels`, `maxFrames`, `start` and `end`, `clip_start`, `end_time`, `start_ms`,
-`trim = [start, end]`. What stands in a part, or in an object of a list of media, is about that medium; what stands in a
-message about the media there, and in the record about all of its media. The nearest one counts.
+The names are qwen-vl-utils' (`fps`, `nframes`, `max_pixels`, `video_start`, ...). Other spellings are read if they can
+mean nothing else: `max-pixels`, `maxFrames`, `start` and `end`, `clip_start`, `end_time`, `start_ms`,
+`trim = [start, end]`. A key in a part, or in an object of a list of media, is about that medium; a key in a message is
+about the media there, and one of the record about all its media. The nearest one counts.
 """
 
 from __future__ import annotations
@@ -19,50 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from vft.common.types import MediaKind, MediaOptions, MediaRef, Role
-from vft.data.formats.records import RecordError, shown
+from vft.data.records.record import RecordError, short_repr
 
 OPTIONS: dict[MediaKind, frozenset[str]] = {
     "video": frozenset(option.name for option in fields(MediaOptions)),
     "image": frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"}),
 }
 OF_FRAME_LISTS = frozenset({"sample_fps", "timestamps"})
-"""Options of a video that is a list of pictures; a file has frames and times of its own."""
+"""Options of a video that is a list of pictures; a file has its own frames and times."""
 REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
 LIST_OPTIONS = frozenset({"trim", "timestamps"})
-"""Of which one value is a list itself."""
+"""Options of which one value is itself a list."""
 MAX_S = 1e9
-"""Times from here on are no seconds."""
+"""Times from here on are not seconds."""
 ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"), ("sample_fps", "timestamps"))
-"""Options of which one that is given nearer to the medium replaces the other, too."""
+"""If one of a pair is given nearer to the medium, it replaces the other too."""
 ORDERED = (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("video_start", "video_end"))
 
 _EDGE = re.compile(
     r"(?:video|clip|trim|segment|frame|time|t)?(start|begin|end|finish|stop(?=.))(?:time|timestamp|offset|in)?"
     r"(s|secs?|seconds?|ms|msecs?|millis|milliseconds?|frames?|frameid|(?:frame)?(?:idx|index))?"
 )
-"""Of keys without their separators. `stop` alone is a word of those who sample texts."""
+"""Keys, without separators, for where a part begins or ends. `stop` alone is a setting of text generation."""
 _TRIMS = frozenset({"trim", "videotrim", "trimrange", "videorange", "cliprange"})
-_UNCLEAR = frozenset(
-    {
-        "timestamp",
-        "timestamps",
-        "timespan",
-        "timerange",
-        "times",
-        "cliptime",
-        "cliptimes",
-        "clip",
-        "segment",
-        "interval",
-    }
-    | {"span", "window", "moment", "range"}
+_AMBIGUOUS = frozenset(
+    {"timestamp", "timestamps", "timespan", "timerange", "times", "cliptime", "cliptimes", "clip", "segment"}
+    | {"interval", "span", "window", "moment", "range"}
 )
 """Keys under which some sets keep the part of the video to show, and others the times that are the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Meaning:
-    """What a key sets: an option, or with `trim` two of them."""
+class KeyMeaning:
+    """What a key sets: an option, or `trim`, which is two of them."""
 
     option: str
     unit_s: float = 1.0
@@ -73,81 +62,79 @@ def _compact(key: str) -> str:
     return re.sub(r"[^a-z0-9]", "", key.lower())
 
 
-_BY_NAME = {_compact(option): option for option in OPTIONS["video"]}
+_BY_COMPACT_NAME = {_compact(option): option for option in OPTIONS["video"]}
 
 
 @lru_cache(maxsize=4096)  # records of a source have the same keys
-def meaning_of(key: str) -> _Meaning | None:
-    """What a key says of a medium; None where it is no such key."""
+def key_meaning(key: str) -> KeyMeaning | None:
+    """What a key says about a medium. None if it says nothing."""
     compact = _compact(key)
-    if compact in _BY_NAME:
-        return _Meaning(_BY_NAME[compact])
+    if compact in _BY_COMPACT_NAME:
+        return KeyMeaning(_BY_COMPACT_NAME[compact])
     if compact in _TRIMS:
-        return _Meaning("trim")
+        return KeyMeaning("trim")
     edge = _EDGE.fullmatch(compact)
     if edge is None:
         return None
     option = "video_start" if edge[1] in ("start", "begin") else "video_end"
     unit = edge[2] or ""
-    return _Meaning(
-        option, 1e-3 if unit[:1] == "m" else 1.0, in_frames="frame" in compact or unit[:3] in ("idx", "ind")
-    )
+    in_frames = "frame" in compact or unit[:3] in ("idx", "ind")
+    return KeyMeaning(option, 1e-3 if unit[:1] == "m" else 1.0, in_frames)
 
 
 def options_of_part(given: Mapping[str, Any], kind: MediaKind, is_list: bool, name: str) -> MediaOptions:
-    """The options that stand with one medium, at `name` in the record.
+    """The options in the object of one medium, called `name` in the record.
 
     Raises:
         RecordError: an unknown key, a value of another type or out of range, or two that contradict each other.
     """
-    found = _Found(name)
+    builder = _OptionsBuilder(name)
     allowed = OPTIONS[kind] if is_list else OPTIONS[kind] - OF_FRAME_LISTS
     for key, value in given.items():
-        meaning = meaning_of(key)
+        meaning = key_meaning(key)
         if meaning is None or meaning.option not in {*allowed, *(["trim"] if kind == "video" else [])}:
             near = difflib.get_close_matches(key, sorted(allowed), n=1)
             meant = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(sorted(allowed))}"
             raise RecordError(_at(name, key), f"unknown key{meant}")
-        found.put(key, meaning, value)
-    return found.options()
+        builder.add(key, meaning, value)
+    return builder.build()
 
 
 Turns = list[tuple[Role, list[str | MediaRef]]]
 
 
-def lay_under(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Turns, frozenset[str]]:
-    """The turns whose media have the options in `given` where they have none of their own; and the keys that were read.
+def apply_options(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Turns, frozenset[str]]:
+    """The turns, with the options in `given` for media that have none of their own; and the keys that were used.
 
-    A value is for all media that can take it, a list holds one for each of them, in reading order. `name` is where the
-    keys stand in the record, empty for the record itself.
+    A value is for all media that can take it; a list holds one for each of them, in reading order. `name` is the object
+    that has the keys, empty for the record itself.
 
     Raises:
         RecordError: as `options_of_part`; or a list of another length.
     """
     media = [part for _, parts in turns for part in parts if isinstance(part, MediaRef)]
-    about = [(key, value) for key, value in given.items() if value is not None and _is_about_media(key)]
-    if not media or not (about or any(ref.options.timestamps for ref in media)):
+    about_media = [(key, value) for key, value in given.items() if value is not None and _is_about_media(key)]
+    if not media or not (about_media or any(ref.options.timestamps for ref in media)):
         return turns, frozenset()
-    found = [_Found(name) for _ in media]
+    builders = [_OptionsBuilder(name) for _ in media]
     used: set[str] = set()
-    for key, value in about:
-        meaning = meaning_of(key)
-        takers = [one for one, ref in zip(found, media, strict=True) if meaning and _takes(ref, meaning.option)]
+    for key, value in about_media:
+        meaning = key_meaning(key)
+        takers = [b for b, ref in zip(builders, media, strict=True) if meaning and _takes(ref, meaning.option)]
         if meaning is None or not takers:
-            _refuse_unclear(key, value, media, _at(name, key))
+            _refuse_ambiguous(key, value, media, _at(name, key))
             continue
         used.add(key)
-        for one, its_value in zip(takers, _spread(value, len(takers), meaning, _at(name, key)), strict=True):
-            if its_value is not None:
-                one.put(key, meaning, its_value)
-    laid = [replace(ref, options=one.options(ref.options)) for one, ref in zip(found, media, strict=True)]
-    for ref in laid:
+        for builder, own_value in zip(takers, _spread(value, len(takers), meaning, _at(name, key)), strict=True):
+            if own_value is not None:
+                builder.add(key, meaning, own_value)
+    refs = [replace(ref, options=b.build(ref.options)) for b, ref in zip(builders, media, strict=True)]
+    for ref in refs:
         times_s = ref.options.timestamps
         if times_s is not None and isinstance(ref.path, tuple) and len(times_s) != len(ref.path):
-            raise RecordError(
-                ref.field, f"has {len(ref.path)} pictures but {len(times_s)} timestamps; give one for each"
-            )
-    rest = iter(laid)
+            counts = f"has {len(ref.path)} pictures but {len(times_s)} timestamps"
+            raise RecordError(ref.field, f"{counts}; give one for each")
+    rest = iter(refs)
     filled: Turns = [
         (role, [next(rest) if isinstance(part, MediaRef) else part for part in parts]) for role, parts in turns
     ]
@@ -156,7 +143,7 @@ def lay_under(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Turns,
 
 @lru_cache(maxsize=4096)
 def _is_about_media(key: str) -> bool:
-    return meaning_of(key) is not None or _compact(key) in _UNCLEAR
+    return key_meaning(key) is not None or _compact(key) in _AMBIGUOUS
 
 
 def _takes(ref: MediaRef, option: str) -> bool:
@@ -165,99 +152,103 @@ def _takes(ref: MediaRef, option: str) -> bool:
     return option in OPTIONS[ref.kind] or (option == "trim" and ref.kind == "video")
 
 
-def _spread(value: Any, count: int, meaning: _Meaning, field: str) -> Sequence[Any]:
+def _spread(value: Any, count: int, meaning: KeyMeaning, field: str) -> Sequence[Any]:
     """The value for each of `count` media."""
+    is_one_each = isinstance(value, list)
     if meaning.option in LIST_OPTIONS:
-        is_one_each = isinstance(value, list) and all(one is None or isinstance(one, list) for one in value)
-    else:
-        is_one_each = isinstance(value, list)
+        is_one_each = is_one_each and all(one is None or isinstance(one, list) for one in value)
     if not is_one_each:
         return [value] * count
     if len(value) != count:
-        raise RecordError(field, f"{shown(value)} has {len(value)} values for {count} media; give one, or one for each")
+        counts = f"has {len(value)} values for {count} media"
+        raise RecordError(field, f"{short_repr(value)} {counts}; give one, or one for each")
     return list(value)
 
 
-def _refuse_unclear(key: str, value: Any, media: Sequence[MediaRef], field: str) -> None:
-    """Two numbers under `timestamp` and the like: to show that part alone gives the answer away where they are it."""
+def _refuse_ambiguous(key: str, value: Any, media: Sequence[MediaRef], field: str) -> None:
+    """RecordError for two numbers under `timestamp` and the like. If they are the answer, a video cut to them would
+    give it away."""
     is_pair = isinstance(value, list) and len(value) == 2 and all(_is_number(one, whole=False) for one in value)
-    if is_pair and _compact(key) in _UNCLEAR and any(r.kind == "video" and isinstance(r.path, Path) for r in media):
+    if is_pair and _compact(key) in _AMBIGUOUS and any(r.kind == "video" and isinstance(r.path, Path) for r in media):
         raise RecordError(
             field,
-            f"{shown(value)} may be the part of the video to show, or an answer's times; say 'video_start' and "
+            f"{short_repr(value)} may be the part of the video to show, or an answer's times; say 'video_start' and "
             "'video_end' to show that part alone, else take the key out",
         )
 
 
-class _Found:
-    """The options of one medium as they are found at one place, each with the key that it was called."""
+class _OptionsBuilder:
+    """Collects the options of one medium from one object, with the key of each for messages."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.values: dict[str, tuple[str, Any]] = {}
 
-    def put(self, key: str, meaning: _Meaning, value: Any) -> None:
+    def add(self, key: str, meaning: KeyMeaning, value: Any) -> None:
         """Check and keep a value. RecordError names the key."""
         field = _at(self.name, key)
-        for option, one in _settings(meaning, value, field):
+        for option, number in _settings(meaning, value, field):
             if option == "timestamps":
-                self.values[option] = (key, _times(one, field))
+                self.values[option] = (key, _times(number, field))
                 continue
             at_least = 0 if option == "video_start" else 1e-6 if option in REAL_OPTIONS else 1
-            if not _is_number(one, whole=option not in REAL_OPTIONS) or one < at_least:
+            if not _is_number(number, whole=option not in REAL_OPTIONS) or number < at_least:
                 what = "a number" if option in REAL_OPTIONS else "a whole number"
-                raise RecordError(field, f"{shown(one)} must be {what} of at least {at_least:g}")
-            one = one if meaning.unit_s == 1.0 else one * meaning.unit_s
+                raise RecordError(field, f"{short_repr(number)} must be {what} of at least {at_least:g}")
+            number = number if meaning.unit_s == 1.0 else number * meaning.unit_s
             before = self.values.get(option)
-            if before is not None and before[1] != one:
-                raise RecordError(field, f"{shown(value)} contradicts {before[0]} = {before[1]}; keep one of the two")
-            self.values[option] = (key, one)
+            if before is not None and before[1] != number:
+                both = f"{short_repr(value)} contradicts {before[0]} = {before[1]}"
+                raise RecordError(field, f"{both}; keep one of the two")
+            self.values[option] = (key, number)
 
-    def options(self, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
-        """All of them, beneath the medium's `own`. RecordError where they contradict each other."""
+    def build(self, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
+        """The options; the medium's `own` take precedence. RecordError if they contradict each other."""
         if not self.values:
             return own
         inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
         replaced = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
-        called = {option: key for option, (key, _) in self.values.items()}
-        found = {option: value for option, (_, value) in self.values.items() if option not in replaced} | inner
+        keys = {option: key for option, (key, _) in self.values.items()}
+        options = {option: value for option, (_, value) in self.values.items() if option not in replaced} | inner
 
         def fail(option: str, message: str) -> None:
-            raise RecordError(_at(self.name, called.get(option, option)), message)
+            raise RecordError(_at(self.name, keys.get(option, option)), message)
 
         for low, high in ORDERED:
-            if low in found and high in found:
-                a, b, other = found[low], found[high], called.get(high, high)
+            if low in options and high in options:
+                a, b, other = options[low], options[high], keys.get(high, high)
                 if a > b or (low == "video_start" and a == b):
                     fail(low, f"{a} is {'above' if a > b else 'no earlier than'} {other} = {b}; exchange them")
-        if "fps" in found and "nframes" in found:
-            fail("nframes", f"{found['nframes']} stands beside fps = {found['fps']}; keep one of the two")
-        times_s, rate = found.get("timestamps", ()), found.get("sample_fps")
+        if "fps" in options and "nframes" in options:
+            fail("nframes", f"{options['nframes']} stands beside fps = {options['fps']}; keep one of the two")
+        times_s, rate = options.get("timestamps", ()), options.get("sample_fps")
         if rate and len(times_s) > 1 and abs((len(times_s) - 1) / (times_s[-1] - times_s[0]) / rate - 1) > 0.1:
             stated = f"{len(times_s)} timestamps in {times_s[-1] - times_s[0]:g} s"
             fail("sample_fps", f"{rate} a second contradicts {stated}; keep one of the two")
-        if ("resized_height" in found) != ("resized_width" in found):
+        if ("resized_height" in options) != ("resized_width" in options):
             fail("resized_height", "goes with resized_width; give both or neither")
-        return MediaOptions(**found)
+        return MediaOptions(**options)
 
 
-def _settings(meaning: _Meaning, value: Any, field: str) -> Iterator[tuple[str, Any]]:
+def _settings(meaning: KeyMeaning, value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    """The options that a key sets, each with its value."""
     if meaning.in_frames:
-        raise RecordError(field, f"{shown(value)}: frame numbers are not read; give seconds, as video_start, video_end")
+        fix = "give seconds, as video_start, video_end"
+        raise RecordError(field, f"{short_repr(value)}: frame numbers are not read; {fix}")
     if meaning.option != "trim":
         yield meaning.option, value
         return
     if not isinstance(value, list) or len(value) != 2:
-        raise RecordError(field, f"{shown(value)} must be [start, end] in seconds")
+        raise RecordError(field, f"{short_repr(value)} must be [start, end] in seconds")
     for option, one in zip(("video_start", "video_end"), value, strict=True):
         if one is not None:
             yield option, one
 
 
 def _times(value: Any, field: str) -> tuple[float, ...]:
-    """Seconds of pictures, none before the one ahead of it."""
+    """The times of pictures, in seconds and in order."""
     if not isinstance(value, list) or not all(_is_number(one, whole=False) and 0 <= one < MAX_S for one in value):
-        raise RecordError(field, f"{shown(value)} must be a list of seconds from 0, one for each picture")
+        raise RecordError(field, f"{short_repr(value)} must be a list of seconds from 0, one for each picture")
     for i, (before, after) in enumerate(pairwise(value), 1):
         if after < before:
             raise RecordError(f"{field}[{i}]", f"{after} comes before {before}; give the times in order")

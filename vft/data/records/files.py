@@ -1,0 +1,335 @@
+"""Files of records (JSON, JSONL, CSV, TSV, Parquet, Arrow), each record with the line or row where it begins."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import io
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vft.common.errors import UserError
+from vft.data.file_names import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
+from vft.data.records.record import MalformedRecord, short_repr
+from vft.data.streaming.tar import opened_file
+
+TABLES = frozenset({".csv", ".tsv", ".tab"})
+COLUMNAR = frozenset({".parquet", ".arrow"})
+RECORD_SUFFIXES = frozenset({".json", ".jsonl"}) | TABLES | COLUMNAR
+EMPTY = frozenset({"", "nan", "NaN", "null", "NULL", "#N/A"})
+"""Cells without a value, as pandas, SQL and Excel write them."""
+DELIMITERS = ",;\t|"
+MAX_ROWS = 10_000_000
+"""Rows of a Parquet or Arrow file. A few kilobytes may announce any number, and records are held in memory."""
+SNIFFED_CHARACTERS = 4096
+"""Characters of a text in which another encoding is looked for."""
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SPLIT = re.compile(f"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
+
+
+def record_files(path: Path) -> list[tuple[Path, str]]:
+    """The files of records at `path`, each with its name for messages.
+
+    That is a file, the files that a pattern with `*` matches, or the Parquet or Arrow files in a data set's folder, as
+    the hub and `save_to_disk` of datasets lay it out.
+
+    Raises:
+        UserError: there are none, or a folder holds several splits.
+    """
+    if not path.is_dir():
+        if path.exists() or "*" not in path.name:
+            return [(path, path.name)]
+        matches = [Path(name) for name in sorted(glob.glob(str(path)))]
+        if not matches:
+            raise UserError(f"{path}: no file has such a name; check data.root and the source's path")
+        return [(file, file.name) for file in matches if not is_stray(file.name)] or [(path, path.name)]
+    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in COLUMNAR)
+    named = [(file, file.relative_to(path).as_posix()) for file in inside if not file.name.startswith("cache-")]
+    named = [(file, name) for file, name in named if not is_stray(name)]
+    if not named:
+        raise UserError(f"{path}: is a folder without .parquet or .arrow files; name a file of records")
+    splits = {split.lower(): file for file, name in named for split in _split_of(name)}
+    if len(splits) > 1:
+        file = next(iter(splits.values()))
+        one = file.parent if not _split_of(file.name) else file.with_name(f"{_SPLIT.split(file.name)[1]}*{file.suffix}")
+        raise UserError(f'{path}: holds the splits {", ".join(splits)}; name one of them, such as "{one}"')
+    return named
+
+
+def _split_of(name: str) -> list[str]:
+    """The split with which a file's name begins, or else the nearest folder's."""
+    return [match[1] for part in name.split("/")[::-1] if (match := _SPLIT.match(part))][:1]
+
+
+def json_files(path: Path) -> list[tuple[Path, str]]:
+    """The file at `path`, or all JSON files below that folder; each with its name for messages, sorted by path.
+
+    UserError if there are none.
+    """
+    if not path.is_dir():
+        return [(path, path.name)]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".json")
+    named = [(file, file.relative_to(path).as_posix()) for file in files]
+    chosen = [(file, name) for file, name in named if not is_stray(name)]
+    if not chosen:
+        raise UserError(f"{path}: the folder has no .json files; give a file, or the folder that holds them")
+    return chosen
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records of a file, each with the line where it begins, or its row in Parquet and Arrow, from 1.
+
+    The file's suffix says its format; an unknown suffix means JSON. Empty cells are None. A line that is not a record
+    comes as MalformedRecord.
+
+    Raises:
+        UserError: the file cannot be read, or is not what its suffix says; names file and line.
+    """
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        yield from _read_table(path)
+    elif suffix in COLUMNAR:
+        if not path.is_file():
+            read_file(path, "a table")  # says what is wrong
+        with opened_file(str(path)) as file:
+            yield from enumerate(read_columnar(file, str(path)), 1)
+    else:
+        yield from read_json(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The content of a regular file; opening a FIFO would block. UserError if it cannot be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path}: is no regular file; give the path of {what}")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of {what}") from None
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """The text of a file, without its byte-order mark: UTF-8, or UTF-16 with a mark, as Excel writes it.
+
+    Raises:
+        UserError: another encoding; names file and line.
+    """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+        start = text[:SNIFFED_CHARACTERS]
+        if start.count("\0") > len(start) / 4:
+            raise UserError(f"{name}:1: holds zero bytes, as UTF-16 without its mark does; save the file as UTF-8")
+        return text
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        fix = "save the file as UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8"
+        raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; {fix}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. UserError if it cannot be read or is not UTF-8; names file and line."""
+    return decode_text(read_file(path, "a text file"), str(path))
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, stripped, with their numbers from 1."""
+    return [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+
+
+# --------------------------------------------------------------------------------------------------- JSON and JSONL
+
+
+def read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records of a JSON list, or of JSON objects one after another (JSONL), each with its first line, from 1.
+
+    A line of JSONL that is not JSON comes as MalformedRecord if a good one came before it.
+
+    Raises:
+        UserError: the file cannot be read, or is not JSON; names file and line.
+    """
+    yield from parse_json(read_file(path, "a JSON or JSONL file"), str(path))
+
+
+def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
+    """As `read_json`, for the content of a file called `name`."""
+    text = decode_text(content, name)
+    line, counted = 1, 0
+
+    def skip_space(position: int) -> int:
+        match = _SPACE.match(text, position)
+        assert match is not None
+        return match.end()
+
+    def fail(position: int, what: str) -> NoReturn:
+        at = line + text.count("\n", counted, position)
+        raise UserError(f"{name}:{at}: {what}; each record must be a JSON object, in a list or on a line of its own")
+
+    position = skip_space(0)
+    in_list = text[position : position + 1] == "["
+    position = skip_space(position + in_list)
+    is_first = True
+    while position < len(text) and not (in_list and text[position] == "]"):
+        if in_list and not is_first:
+            if text[position] != ",":
+                fail(position, f"expected ',' or ']', found {short_repr(text[position : position + 20])}")
+            position = skip_space(position + 1)
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            record, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:  # also a constant that JSON does not have, absurd nesting
+            at, what = position, str(error)
+            if isinstance(error, json.JSONDecodeError):
+                at, what = error.pos, f"{error.msg}, found {short_repr(text[error.pos : error.pos + 20])}"
+            if in_list or is_first:
+                fail(at, what)
+            # One broken line among many is one bad record.
+            end = text.find("\n", position) % (len(text) + 1)
+            record = MalformedRecord(f"{what}; each line must be a JSON object")
+        yield line, record
+        position, is_first = skip_space(end), False
+    if in_list:
+        if position == len(text):
+            fail(position, "the list is not closed: the file is cut off")
+        position = skip_space(position + 1)
+        if position < len(text):
+            fail(position, f"text after the end of the list: {short_repr(text[position : position + 20])}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+# ------------------------------------------------------------------------------------------------------ CSV and TSV
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
+    text = decode_text(read_file(path, "a table"), str(path))
+    separator = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
+    start = separator.end() if separator else 0
+    delimiter = separator[1] if separator else _delimiter(text)
+    rows = csv_rows(text[start:], delimiter, str(path), 2 if separator else 1)
+    line, header = next(rows, (1, []))
+    names = [name.strip() for name in header]
+    if values := [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES | PICTURE_SUFFIXES]:
+        first = f"the first line holds {short_repr(values[0])} and no names of columns"
+        raise UserError(
+            f"{path}:{line}: {first}; put a line before it, such as video{delimiter}question{delimiter}answer"
+        )
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{path}:{line}: two columns are called {short_repr(twice[0])}; rename one of them")
+    if not any(names):
+        raise UserError(f"{path}: has no line of column names; write one, such as video,question,answer")
+    for line, row in rows:
+        cells = [cell.strip(" \t") for cell in row]
+        if len(cells) != len(names):
+            what = f"{len(cells)} values under {len(names)} columns"
+            yield line, MalformedRecord(f"{what}; put quotes around a value that holds {delimiter!r}")
+        elif any(cells):
+            values_or_none = (None if cell in EMPTY else cell for cell in cells)
+            yield line, {name: value for name, value in zip(names, values_or_none, strict=True) if name}
+
+
+def csv_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV text that are not blank, each with its first line; quoted values may hold line breaks.
+
+    Raises:
+        UserError: broken quotes; names file and line.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    first = line
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = first + reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{name}:{line}: {error}; fix the quotes of this row") from None
+
+
+def _delimiter(text: str) -> str:
+    """The character that separates the names in the first line, outside of quotes."""
+    header = re.sub(r'"[^"]*"', "", text[: text.find("\n") % (len(text) + 1)])
+    return max(DELIMITERS, key=header.count)
+
+
+# ------------------------------------------------------------------------------------------------ Parquet and Arrow
+
+
+def read_columnar(
+    file: IO[bytes], name: str, columns: tuple[str, ...] = (), max_rows: int = MAX_ROWS
+) -> Iterator[dict[str, Any]]:
+    """The rows of an open Parquet or Arrow file called `name`, with values as JSON has them: no NaN, a class by name.
+
+    Raises:
+        UserError: damaged, more than `max_rows`, or without one of `columns`.
+    """
+    try:
+        schema, num_rows, batches = (_open_arrow if name.lower().endswith(".arrow") else _open_parquet)(file)
+        if num_rows > max_rows:
+            raise ValueError(f"{num_rows} rows, more than {max_rows}; split it")
+        if missing := [column for column in columns if column not in schema.names]:
+            raise UserError(f"{name}: no column {', '.join(missing)}; found {str(schema.names)[:300]}")
+        classes = _class_names(schema)
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield {key: _json_value(value, classes.get(key)) for key, value in row.items()}
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow, odd times and texts, the hub's client, its network: no class in common
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{name}: can't be read ({reason}); download or write it again, or check the network") from None
+
+
+Table = tuple[Any, int, Iterator[Any]]
+"""Schema, number of rows (0 if it is not known), batches."""
+
+
+def _open_parquet(file: Any) -> Table:
+    opened = pq.ParquetFile(file)
+    return opened.schema_arrow, opened.metadata.num_rows, opened.iter_batches(batch_size=1024)
+
+
+def _open_arrow(file: Any) -> Table:
+    """A stream, as `save_to_disk` of datasets writes it, or Arrow's file format."""
+    try:
+        stream = pa.ipc.open_stream(file)
+        return stream.schema, 0, iter(stream)
+    except pa.ArrowInvalid:
+        opened = pa.ipc.open_file(file)
+        return opened.schema, 0, map(opened.get_batch, range(opened.num_record_batches))
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """The class names of each `ClassLabel` column, as datasets keeps them in a schema."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"].items()
+    except (ValueError, LookupError, TypeError, AttributeError):  # not written by datasets
+        return {}
+    return {
+        name: feature["names"]
+        for name, feature in features
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+    }
+
+
+def _json_value(value: Any, names: list[str] | None) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    return value

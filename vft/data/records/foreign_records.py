@@ -1,0 +1,293 @@
+"""Records of other layouts, made into those that `messages` reads: with renamed columns, or by the usual other names.
+
+A record with turns (`messages`, `conversations`) stays as it is. Another has a medium, an answer and mostly a question
+under keys of its own: tables, alpaca (`instruction`, `input`, `output`), ms-swift (`query`, `response`, `history`), TRL
+(`prompt`, `completion`), exports of Label Studio. The names follow LLaMA-Factory's alpaca converter and ms-swift's
+ResponsePreprocessor.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vft.common.errors import UserError
+from vft.data.file_names import PICTURE_SUFFIXES
+from vft.data.records import label_studio
+from vft.data.records.media_options import LIST_OPTIONS, REAL_OPTIONS, key_meaning
+from vft.data.records.paths import path_exists
+from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, short_repr
+from vft.data.records.unread_keys import FILES, IMAGES, MEDIA_KEYS, VIDEOS
+
+QUESTIONS = ("question", "query", "prompt", "instruction", "problem")
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = (
+    ("answer", "answers", "response", "output", "completion", "target", "solution"),
+    ("caption", "captions", "description", "summary", "text"),
+    ("label", "class", "category", "action", "choice"),
+)
+"""Names of the answer. A later row counts if a record has no name of an earlier one; the last row are labels."""
+LABELS = ANSWERS[-1]
+LISTS = frozenset({*TURN_KEYS, *MEDIA_KEYS, "answers", "captions", "options", "history", "segments"})
+"""Keys whose cell in a table may be the text of a list, in JSON or as Python writes it."""
+METADATA = "metadata"
+"""Name of a table that is among the files it describes."""
+EXPECTED = "a record has 'messages' or 'conversations', or an answer, and a medium or a question"
+
+
+class Normalizer:
+    """Makes the records of one source into those that `messages` reads.
+
+    Args:
+        root: `data.root`.
+        columns: Keys of these records, by the names that this module knows.
+        needs_answer: Whether a record without an answer is refused.
+        classes: All labels, if a file lists them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        columns: Mapping[str, str],
+        needs_answer: bool = True,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.root, self.columns, self.needs_answer, self.classes = root, columns, needs_answer, classes
+        self.labels: list[str] = []
+        """Labels of the records so far; a record with a label and no question has this list itself as its `labels`."""
+        self.keys: dict[str, None] = {}
+        """All keys of the records so far."""
+        self.addresses: dict[str, str] = {}
+        """Files that a record names by an address instead of a path: the address, by the path."""
+
+    def normalize(self, record: Record, file: Path) -> list[Record]:
+        """One record of `file`; or several, if it has several answers or parts. RecordError names the field that is
+        wrong."""
+        normalized: list[Record] = []
+        for row in label_studio.annotated_rows(self._located(record, file), self.root):
+            normalized += self._with_turns(self._renamed(row.record), row.controls, row.is_label)
+        return normalized
+
+    def rename(self, record: Record, file: Path) -> list[Record]:
+        """The one record, with only its columns renamed, its media located, and the values of its cells read."""
+        return [self._renamed(self._located(record, file))]
+
+    def rename_columns(self, record: Record) -> Record:
+        """The record with the keys that `columns` names under our names. Another key of such a name is dropped."""
+        rest = {key: value for key, value in record.items() if key not in (*self.columns, *self.columns.values())}
+        return rest | {name: record[column] for name, column in self.columns.items() if column in record}
+
+    def check_columns(self, path: Path) -> None:
+        """UserError if no record had a column that `columns` names."""
+        for name, column in self.columns.items():
+            if self.keys and column not in self.keys:
+                near = difflib.get_close_matches(column, self.keys, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                keys = f"{', '.join(map(short_repr, self.keys)):.300}"
+                raise UserError(f"{path}: columns.{name} = {column!r}: no record has it; they have {keys}{meant}")
+
+    def _located(self, record: Record, file: Path) -> Record:
+        """The record with its files named from `root`. A table called `metadata` names them from its own folder: the
+        layout of videofolder and imagefolder (https://huggingface.co/docs/datasets/video_dataset)."""
+        if file.stem.lower() != METADATA:
+            return record
+        folder = os.path.relpath(os.path.realpath(file.parent), os.path.realpath(self.root))
+
+        def below_root(name: Any) -> Any:
+            if not isinstance(name, str) or not name or "\0" in name:
+                return name
+            beside = os.path.normpath(f"{folder}/{name}")
+            is_beside = path_exists(self.root, beside) or not path_exists(self.root, name)
+            return beside if is_beside and not beside.startswith("..") else name
+
+        return {key: below_root(value) if key.endswith("file_name") else value for key, value in record.items()}
+
+    def _renamed(self, record: Record) -> Record:
+        """The record with renamed columns and the values of its cells read."""
+        self.keys.update(dict.fromkeys(record))
+        return {key: _read_cell(key, value) for key, value in self.rename_columns(record).items()}
+
+    def _with_turns(self, row: Record, controls: Sequence[str], is_label: bool) -> list[Record]:
+        """A record with `messages` for each answer of the row."""
+        has_turns = any(row.get(key) is not None for key in TURN_KEYS)
+        row = row if has_turns else self._with_media_keys(row)
+        row = {key: self._media_path(value, key) if key in MEDIA_KEYS else value for key, value in row.items()}
+        if has_turns:
+            return [row]
+        names = _plain_names(row)
+        question = self._choose(row, _known_in(names, QUESTIONS), "question")
+        answer = self._answer_key(row, names, controls)
+        extra = names.get("input")
+        if "input" not in self.columns and question not in (None, names.get("instruction")):
+            extra = None  # only alpaca's `input` belongs to the question
+        used = {question, answer, names.get("history"), extra}
+        rest = {key: value for key, value in row.items() if key not in used}
+        if (system := self._choose(row, _known_in(names, SYSTEMS), "system")) is not None:
+            rest["system"] = rest.pop(system)
+        has_media = any(rest.get(key) is not None for key in MEDIA_KEYS)
+        if not has_media and question is None and used & set(row) <= {answer}:
+            raise RecordError("messages", f"is missing; {EXPECTED}; it has {list_keys(row)}")
+        before = [*_history(row.get(names.get("history", ""))), *_user_messages(row, question, extra)]
+        if answer is None:
+            return [{**rest, "messages": before}]
+        is_label = is_label or answer in (names.get(name) for name in LABELS) or "label" in self.columns
+        answers = _answers(row[answer], answer)
+        if is_label and not any(turn["role"] != "system" and turn["content"] for turn in before):
+            self._add_labels(answers, answer)
+            rest["labels"] = self.labels
+        return [{**rest, "messages": [*before, *turns]} for turns in answers]
+
+    def _choose(self, row: Record, keys: Sequence[str], role: str) -> str | None:
+        """The key among these that has a value; the first if none has. RecordError if several have different ones."""
+        if role in self.columns:
+            return role if role in row else None
+        filled = [key for key in keys if row[key] not in (None, "", [])]
+        for key in filled[1:]:
+            if row[key] != row[filled[0]]:
+                what = f"may be the {role} as well as {filled[0]!r}"
+                raise RecordError(key, f'{what}; say which on the source: columns = {{ {role} = "{filled[0]}" }}')
+        return next(iter((*filled, *keys)), None)
+
+    def _answer_key(self, row: Record, names: Mapping[str, str], controls: Sequence[str]) -> str | None:
+        """The key of the answer."""
+        if role := next((role for role in ("answer", "label") if role in self.columns), None):
+            tiers = [[role] if role in row else []]
+        else:
+            own = [key for key in controls if key in row and key not in _known_in(names, (*QUESTIONS, *SYSTEMS))]
+            tiers = [own if len(own) == 1 else [], *(_known_in(names, tier) for tier in ANSWERS)]
+        for keys in filter(None, tiers):
+            key = self._choose(row, keys, "answer")
+            assert key is not None
+            if not self.needs_answer and row[key] in (None, "", []):
+                return None
+            return key
+        if not self.needs_answer:
+            return None
+        fix = f'{EXPECTED}; it has {list_keys(row)}: say which it is on the source, columns = {{ answer = "..." }}'
+        raise RecordError("answer", f"is missing; {fix}")
+
+    def _with_media_keys(self, row: Record) -> Record:
+        """The row with its medium under `video` or `image`, found under other names too."""
+        if any(row.get(key) is not None for key in MEDIA_KEYS):
+            return row
+        names = {name: key for name, key in _plain_names(row).items() if isinstance(row[key], str | dict)}
+        media = {
+            kind: self._choose(row, _known_in(names, known), kind)
+            for kind, known in (("video", ("video", "videos", *VIDEOS)), ("image", ("image", "images", *IMAGES)))
+        }
+        if not any(media.values()) and (key := self._choose(row, _known_in(names, FILES), "video")):
+            is_picture = isinstance(row[key], str) and Path(row[key]).suffix.lower() in PICTURE_SUFFIXES
+            media = {"image" if is_picture else "video": key}
+        rest = {key: value for key, value in row.items() if key not in media.values()}
+        return rest | {kind: row[key] for kind, key in media.items() if key}
+
+    def _media_path(self, value: Any, key: str) -> Any:
+        """A medium's path: the hub's tables have it beside the file's content, Label Studio has addresses instead."""
+        if isinstance(value, list):
+            return [self._media_path(one, key) for one in value]
+        if isinstance(value, dict) and "bytes" in value:
+            if value["bytes"] is not None:
+                raise RecordError(key, "holds the file itself rather than its path; write it to a file and name that")
+            return value.get("path")
+        if not isinstance(value, str):
+            return value
+        path = label_studio.local_path(self.root, value)
+        if path != value and self.addresses.setdefault(path, value) != value:
+            both = f"{short_repr(self.addresses[path])} and {short_repr(value)}"
+            fix = "keep the names that Label Studio gave them"
+            raise RecordError(key, f"{both} would both be {short_repr(path)}; {fix}")
+        return path
+
+    def _add_labels(self, answers: Iterable[Sequence[Record]], key: str) -> None:
+        """Add the labels of a record to `labels`. RecordError if one is not in the file that lists them."""
+        for turns in answers:
+            label = turns[-1]["content"]
+            if self.classes and label not in self.classes:
+                raise RecordError(key, f"{short_repr(label)} is no label of classes.txt; correct one of them")
+            self.labels.append(label)
+
+
+def _plain_names(row: Record) -> dict[str, str]:
+    """The keys of a row by their names in lower case with `_` for spaces and hyphens. Of two equal ones the first."""
+    return {key.strip().lower().replace(" ", "_").replace("-", "_"): key for key in reversed(row)}
+
+
+def _known_in(names: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """The keys that a row has, in the order of the `known` names."""
+    return [names[name] for name in known if name in names]
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+def _read_cell(key: str, value: Any) -> Any:
+    """The text of a cell as what the key holds: a list, a number."""
+    if not isinstance(value, str):
+        return value
+    meaning = key_meaning(key)
+    is_list = key in LISTS or (meaning is not None and meaning.option in LIST_OPTIONS)
+    if (is_list or meaning is not None) and value.lstrip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value)
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if meaning is not None and not is_list:
+        try:
+            return float(value) if meaning.option in REAL_OPTIONS else int(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _user_messages(row: Record, question: str | None, extra: str | None) -> list[Record]:
+    """The user's turn: the question, and alpaca's `input` on a line after its `instruction`."""
+    if question is not None and isinstance(row[question], list):
+        return _messages(row[question], question)
+    texts = [check_text(row[key], key) for key in (question, extra) if key is not None and row[key] is not None]
+    return [{"role": "user", "content": "\n".join(filter(None, texts))}]
+
+
+def _history(value: Any) -> Iterator[Record]:
+    """Earlier turns, pairs of a question and an answer."""
+    if value is None or value == "":
+        return
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise RecordError("history", f"{short_repr(value)} must be a list of pairs, a question and its answer")
+    for i, pair in enumerate(value):
+        yield {"role": "user", "content": check_text(pair[0], f"history[{i}][0]")}
+        yield {"role": "assistant", "content": check_text(pair[1], f"history[{i}][1]")}
+
+
+def _messages(value: list[Any], key: str) -> list[Record]:
+    if not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value):
+        what = f"{short_repr(value)} must be a text, or a list of messages with 'role' and 'content'"
+        raise RecordError(key, what)
+    return value
+
+
+def _answers(value: Any, key: str) -> list[list[Record]]:
+    """The turns of each different answer: a list of texts holds several right ones."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # as SQuAD has it
+        value = value["text"]
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value):
+        return [_messages(value, key)]
+    texts = []
+    for i, one in enumerate(value if isinstance(value, list) else [value]):
+        name = f"{key}[{i}]" if isinstance(value, list) else key
+        if isinstance(one, dict) and "answer" in one:  # as VQA has it
+            one = one["answer"]
+        if isinstance(one, int) and not isinstance(one, bool):
+            one = str(one)
+        text = "" if one is None else check_text(one, name)
+        if not text.strip():
+            raise RecordError(name, "is empty; give the answer to learn")
+        texts.append(text)
+    if not texts:
+        raise RecordError(key, "is empty; give the answer to learn")
+    return [[{"role": "assistant", "content": text}] for text in dict.fromkeys(texts)]

@@ -1,0 +1,181 @@
+"""One record: the errors that name its fields, its id and texts, and the loop that turns records into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vft.common.types import Sample, Turn
+
+Row = TypeVar("Row")
+Record = dict[str, Any]
+
+TURN_KEYS = ("messages", "conversations")
+"""Keys that may hold a record's turns."""
+TOO_DEEP = "is nested too deeply; each record must be a JSON object of a few levels"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that cannot be used."""
+
+    origin: str
+    """Where it is, such as `train.json:12`."""
+    field: str
+    """The field that is wrong; empty for the record as a whole."""
+    message: str
+    """What is wrong, and how to fix it."""
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.field}: {self.message}" if self.field else f"{self.origin}: {self.message}"
+
+
+Records = tuple[list[Sample], list[BadRecord]]
+"""The samples of a source, and the records that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRecord:
+    """What a format makes of one record."""
+
+    turns: tuple[Turn, ...]
+    unread: tuple[str, ...] = ()
+    """Keys that the format does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecords:
+    """One clip of an archive: the samples about it, and its files, which are temporary copies."""
+
+    place: int
+    """Where the clip begins in its archive."""
+    samples: list[Sample]
+    bad: list[BadRecord]
+    files: tuple[Path, ...]
+
+
+class RecordError(Exception):
+    """A field of a record is wrong. The reader turns it into a BadRecord."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        # A user's key may hold line breaks, or characters that cannot be encoded.
+        self.field, self.message = field if field.isprintable() else ascii(field), message
+
+    def at(self, origin: str) -> BadRecord:
+        """The bad record, given where it is."""
+        return BadRecord(origin, self.field, self.message)
+
+
+class MalformedRecord(str):
+    """A line that is not a record: takes its place, and says what is wrong with it."""
+
+
+def short_repr(value: object) -> str:
+    """A value for a message: the start of it, on one line."""
+    text = ascii(value) if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def list_keys(record: Mapping[str, Any]) -> str:
+    """The keys of a record for a message."""
+    return f"{', '.join(map(short_repr, record)):.300}" or "no fields"
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def read_samples(
+    files: Iterable[tuple[Path, str]],
+    read: Callable[[Path], Iterable[tuple[int, Any]]],
+    parse: Callable[[Record, Path], ParsedRecord],
+    normalize: Callable[[Record, Path], list[Record]] = lambda record, _: [record],
+) -> Records:
+    """Turn every record of `files` into a sample or a BadRecord.
+
+    Args:
+        files: Each file with its name for messages.
+        read: Gives the records of a file, each with its line.
+        parse: Makes the turns of a record of a file; raises RecordError.
+        normalize: Makes one or more records in the form that `parse` knows out of a record; raises RecordError.
+
+    Ids are as in `make_samples`; a record without one is called by its file and number.
+    """
+
+    def samples_of(row: tuple[Path, int, Any], origin: str) -> Iterator[Sample]:
+        path, number, value = row
+        for record in normalize(as_object(value), path):
+            sample_id = record_id(record, f"{path.stem}-{number}")
+            fields = {key: value for key, value in record.items() if key not in TURN_KEYS}
+            parsed = parse(record, path)
+            yield Sample(sample_id, parsed.turns, origin, fields, parsed.unread)
+
+    rows = (
+        (f"{name}:{line}", (path, number, record))
+        for path, name in files
+        for number, (line, record) in enumerate(read(path), 1)
+    )
+    return make_samples(rows, samples_of)
+
+
+def make_samples(rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Iterable[Sample]]) -> Records:
+    """Turn rows, each given with its origin, into samples, or into a BadRecord if `parse(row, origin)` raises
+    RecordError. A sample whose id has occurred before gets a number: `x`, `x#2`, ..."""
+    samples: list[Sample] = []
+    bad: list[BadRecord] = []
+    seen: dict[str, int] = {}
+    for origin, row in rows:
+        try:
+            parsed = list(parse(row, origin))
+        except RecordError as error:
+            bad.append(error.at(origin))
+        except RecursionError:
+            bad.append(BadRecord(origin, "", TOO_DEEP))
+        else:
+            samples += [replace(sample, id=unique_id(sample.id, seen)) for sample in parsed]
+    return samples, bad
+
+
+def unique_id(sample_id: str, seen: dict[str, int]) -> str:
+    """`x`; or `x#2`, `x#3`, ... if it is among the `seen` ids. Adds the result to them."""
+    name = sample_id
+    while name in seen:
+        seen[sample_id] += 1
+        name = f"{sample_id}#{seen[sample_id]}"
+    seen[name] = 1
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------- fields
+
+
+def as_object(record: object) -> Record:
+    """`record`, if it is a JSON object. RecordError if not."""
+    if isinstance(record, MalformedRecord):
+        raise RecordError("", str(record))
+    if not isinstance(record, dict):
+        raise RecordError("", f"{short_repr(record)} is no JSON object; each record must be one")
+    return record
+
+
+def record_id(record: Mapping[str, Any], default: str) -> str:
+    """The record's `id`, a text or a number, or the default. RecordError if it is something else."""
+    value = record.get("id")
+    if value is None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, "id") or default
+
+
+def check_text(value: object, field: str) -> str:
+    """`value`, if it is a text that can be written as UTF-8. RecordError if not."""
+    if not isinstance(value, str):
+        raise RecordError(field, f"{short_repr(value)} is of type {type(value).__name__}; it must be a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(field, f"half a surrogate pair at character {error.start}; write the text as UTF-8") from None
+    return value
