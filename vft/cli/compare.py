@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
+from vft.cli.arguments import parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -67,12 +68,9 @@ Rows = dict[str, list[str]]
 """A table: a label to a cell for each run."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves of all")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         runs = read(arguments.runs)
         tables = {
@@ -92,6 +90,12 @@ def main() -> None:
             charts = {title: chart for title, chart in curves(runs).items() if chart["names"]}
             replace_text(arguments.html, page.render(names=list(runs), tables=tables, charts=charts))
             print(f"wrote {arguments.html}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves of all")
 
 
 def read(folders: list[Path]) -> dict[str, Run]:

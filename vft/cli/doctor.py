@@ -1,7 +1,8 @@
-"""What is wrong with this machine's set-up, and how to mend it: python tools/doctor.py [CONFIG.toml]
+"""Check this machine's set-up and say how to fix it.
 
-Packages, FFmpeg, GPUs, a sum over two processes, shared memory, disk, hub, processors. Exit status 1 where something
-would stop or spoil a run. With a configuration its model, data and folders are looked at too.
+Looks at packages, FFmpeg, GPUs, a sum over two processes, shared memory, disk space, processors and the hub; with a
+configuration also at its model, data and folders. Needs nothing but Python itself. The exit status is 1 if something
+would stop or spoil a run.
 """
 
 from __future__ import annotations
@@ -10,88 +11,90 @@ import argparse
 import json
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.cli.doctor_checks.finding import Finding
-from vft.cli.doctor_checks.packages import decoding, packages, torch_loads
+from vft.cli.doctor_checks.packages import NOT_INSTALLED, check_decoding, check_packages, check_torch
+
+COLOURS = {"ok": 32, "warning": 33, "error": 31}
+"""ANSI's number for the colour of a status."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", type=Path, nargs="?", help="TOML file of a training run to look at too")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the configuration's output_dir)")
-    parser.add_argument("--processes", type=int, default=1, help="training processes on this host (default 1)")
-    parser.add_argument("--shared-memory", type=Path, default=Path("/dev/shm"), help="its folder (default /dev/shm)")
-    parser.add_argument("--json", action="store_true", help="print findings as JSON")
-    arguments = parser.parse_intermixed_args()
-    findings = list(examine(arguments))
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
+    findings = examine(arguments)
     if arguments.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        findings = list(findings)
+        # "mend" is the earlier name of "fix".
+        print(json.dumps([asdict(finding) | {"mend": finding.fix} for finding in findings], indent=1))
     else:
-        show(findings)
+        findings = list(show(findings))
     raise SystemExit(any(finding.status == "error" for finding in findings))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_config_arguments(parser, optional=True)
+    parser.add_argument("--output", type=Path, help="folder of the run (default: output_dir of the configuration)")
+    parser.add_argument("--processes", type=int, default=1, help="training processes on this host (default 1)")
+    parser.add_argument(
+        "--shared-memory", type=Path, default=Path("/dev/shm"), help="folder of shared memory (default /dev/shm)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, in the order in which a user would mend them."""
-    yield from packages()
-    loads = list(torch_loads())
-    yield from loads
-    if any(finding.status == "error" for finding in loads):
-        return  # all that follows needs it
+    """All findings, in the order in which a user would fix them."""
+    basics = [*check_packages(), *check_torch()]
+    yield from basics
+    if any(
+        (finding.what == "torch" and finding.status == "error") or NOT_INSTALLED in finding.found for finding in basics
+    ):
+        return  # the other checks need torch and the packages
 
     import torch
 
-    from vft.cli.doctor_checks.devices import devices, round_trip
-    from vft.cli.doctor_checks.machine import (
-        data_of,
-        descriptors,
-        folder,
-        hub,
-        pending_bytes,
-        processors,
-        shared_memory,
-    )
+    from vft.cli.doctor_checks import devices, machine
     from vft.common.console import user_errors
     from vft.config import run as configs
     from vft.config.data import DataConfig
 
     with user_errors():
         config = configs.load(arguments.config, arguments.overrides) if arguments.config else None
-    yield from decoding()
-    yield from devices(torch)
-    yield from round_trip(torch.cuda.device_count())
+    yield from check_decoding()
+    yield from devices.check_gpus(torch)
+    yield from devices.check_two_processes(torch.cuda.device_count())
     data = config.data if config else DataConfig()
-    yield from shared_memory(arguments.shared_memory, arguments.processes * pending_bytes(data))
-    yield from folder("cache folder", data.cache_path, "set VFT_CACHE or data.cache_dir to another folder")
+    yield from machine.check_shared_memory(
+        arguments.shared_memory, arguments.processes * machine.max_pending_bytes(data)
+    )
+    yield from machine.check_folder(
+        "cache folder", data.cache_path, "set VFT_CACHE or data.cache_dir to another folder"
+    )
     output = arguments.output or (config.output_dir if config else None)
     if output is not None:
-        yield from folder("output folder", output, "name another output_dir")
-    yield from processors(arguments.processes)
-    yield from descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    yield from hub(config)
+        yield from machine.check_folder("output folder", output, "name another output_dir")
+    yield from machine.check_processors(arguments.processes)
+    yield from machine.check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    yield from machine.check_hub(config)
     if config is not None:
-        yield from data_of(config)
+        yield from machine.check_data(config)
 
 
-def show(findings: Sequence[Finding]) -> None:
-    """The report as a table."""
-    table = Table(title="doctor", show_lines=False)
-    for name in ("", "what", "found", "mend"):
-        table.add_column(name, overflow="fold")
-    colour = {"ok": "green", "warning": "yellow", "error": "red"}
-    for one in findings:
-        # Text, not markup: brackets in a message are no styles.
-        table.add_row(Text(one.status, colour[one.status]), Text(one.what), Text(one.found), Text(one.mend))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def show(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Print each finding as soon as it is known, in plain text: fixes are commands to copy."""
+    for finding in findings:
+        status = f"{finding.status:8}"
+        if sys.stdout.isatty():
+            status = f"\033[{COLOURS[finding.status]}m{status}\033[0m"
+        print(f"{status} {finding.what:14} {finding.found}")
+        if finding.fix:
+            print(f"{'':23} fix: {finding.fix}", flush=True)
+        yield finding
 
 
 if __name__ == "__main__":

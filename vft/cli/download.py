@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vft.cli.arguments import parse_arguments
 from vft.common.console import first_line, user_errors
 from vft.common.errors import UserError
 
@@ -281,14 +282,9 @@ def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> 
         ) from error
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
-    parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the configurations (data)")
-    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="this part alone; can be repeated")
-    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         dataset: DataSet = SETS[arguments.set]
         folder = arguments.root / dataset.source.partition('path = "')[2].partition("/")[0]
@@ -302,6 +298,14 @@ def main() -> None:
             print(f"{'Then' if parts else 'By hand'}, in {folder} unless it is a command of tools/:")
             print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
         print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
+    parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the configurations (data)")
+    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="this part alone; can be repeated")
+    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vft.adapters.peft_format import recorded, trained_rope_factor
+from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -47,16 +48,9 @@ from vft.reporting.run_report import COUNTS, DIFFERENCE, changed, shown
 Scores = dict[str, Interval]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", type=Path, help="TOML file of a training run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: the base model alone)")
-    parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="also print N of the answers")
-    parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
-    arguments = parser.parse_intermixed_args()  # settings may stand behind options
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         require_folder(arguments.adapter, "--adapter")
         if arguments.compare_base and arguments.adapter is None:
@@ -79,6 +73,15 @@ def main() -> None:
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
     show_answers({name: folder / f"{name}.jsonl" for name in scores}, arguments.show)
     show_scores(scores, f"{task_of(config).name}: answers in {folder}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_config_arguments(parser)
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: the base model alone)")
+    parser.add_argument("--compare-base", action="store_true", help="score the base model too, side by side")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="also print N of the answers")
+    parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
 
 
 def as_trained(config: Config, adapter: Path | None) -> Config:

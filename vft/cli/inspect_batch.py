@@ -7,12 +7,14 @@ supervised, trunk and branches) and batch.safetensors.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
@@ -35,16 +37,18 @@ from vft.training.checks import tell_of_weights
 from vft.training.losses import cross_entropy
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", type=Path, help="TOML file of a training run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write, new or written by this tool")
-    parser.add_argument("--forward", action="store_true", help="run the model too, in fp32 (for small models)")
-    arguments = parser.parse_intermixed_args()  # settings may stand behind options
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         inspect(configs.load(arguments.config, arguments.overrides), arguments.output, arguments.forward)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_config_arguments(parser)
+    parser.add_argument("--output", required=True, type=Path, help="folder to write, new or written by this tool")
+    parser.add_argument("--forward", action="store_true", help="run the model too, in fp32 (for small models)")
 
 
 def inspect(config: Config, output: Path, forward: bool) -> None:

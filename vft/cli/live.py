@@ -11,12 +11,14 @@ import io
 import json
 import re
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 
+from vft.cli.arguments import parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -28,15 +30,9 @@ from vft.training.checkpoint import list_checkpoints
 POLL_S = 0.2
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, at work or done")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture instead")
-    parser.add_argument(
-        "--step", type=int, default=0, metavar="N", help="with --svg: when the run has done so many steps"
-    )
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
         console = paper if arguments.svg else Console(stderr=True)
@@ -46,6 +42,15 @@ def main() -> None:
             fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # from a server; any font of equal widths will do
             replace_text(arguments.svg, fonts.sub("", picture))
             print(f"wrote {arguments.svg}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, at work or done")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture instead")
+    parser.add_argument(
+        "--step", type=int, default=0, metavar="N", help="with --svg: when the run has done so many steps"
+    )
 
 
 def read(folder: Path) -> configs.Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, merged_into, recorded
+from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
@@ -109,19 +110,22 @@ def _header(file: Path) -> dict[str, Any]:
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
+    with user_errors():
+        changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
+        print(f"merged {changed} layers into {arguments.output}")
+        print(f"with vLLM: {serve_command(arguments.output)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     parser.add_argument("--base", required=True, help="folder or hub name of the adapter's base model")
     parser.add_argument("--adapter", required=True, type=Path, help="its folder, such as runs/caption/adapter")
     parser.add_argument("--output", required=True, type=Path, help="folder to write, new or empty")
     what = "generation_config.json: greedy, as evaluation is (default), or as the base has it"
     parser.add_argument("--generation", choices=["greedy", "base"], default="greedy", help=what)
-    arguments = parser.parse_args()
-    with user_errors():
-        changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
-        print(f"merged {changed} layers into {arguments.output}")
-        print(f"with vLLM: {serve_command(arguments.output)}")
 
 
 def serve_command(folder: Path) -> str:

@@ -28,6 +28,7 @@ from rows import row_of, video_document
 from workload import MODELS, RELEASED, build_model
 
 from vft.adapters.lora import choose_trainable
+from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.device_specs import CARDS, Card
 from vft.common.errors import UserError
@@ -123,11 +124,23 @@ class Memory:
         return self.total <= self.setting.usable
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", type=Path, help="TOML file of a training run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
+    with user_errors():
+        check(arguments)
+        config = configs.load(arguments.config, arguments.overrides)
+        config.require_training()
+        check_shares(config, arguments.gpus)
+        cluster = Cluster(arguments.gpus, arguments.gpus_per_host, arguments.network_gb_s)
+        card = CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None
+        setting = Setting(config, cluster, arguments.gpu_memory_gib, arguments.text_tokens, card, arguments.efficiency)
+        show(setting, arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, required=True, help="processes, one a GPU")
     parser.add_argument("--gpu-memory-gib", type=float, required=True, help="of each")
     parser.add_argument("--gpu", choices=sorted(CARDS), help="the card, for times; without it there are none")
@@ -139,16 +152,6 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=300, help="of a sample, beside its video (default 300)")
     parser.add_argument("--samples", type=int, help="of an epoch; without it they are counted in data.sources")
     parser.add_argument("--disk-gb-s", type=float, default=2.0, help="reading speed, 10^9 bytes a second (default 2)")
-    arguments = parser.parse_intermixed_args()
-    with user_errors():
-        check(arguments)
-        config = configs.load(arguments.config, arguments.overrides)
-        config.require_training()
-        check_shares(config, arguments.gpus)
-        cluster = Cluster(arguments.gpus, arguments.gpus_per_host, arguments.network_gb_s)
-        card = CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None
-        setting = Setting(config, cluster, arguments.gpu_memory_gib, arguments.text_tokens, card, arguments.efficiency)
-        show(setting, arguments)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ import torch
 from pydantic import ValidationError
 
 from vft.adapters.peft_format import WEIGHTS_FILE, recorded, trained_rope_factor
+from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
 from vft.common.rules import VERSION
@@ -70,9 +71,9 @@ DECODE_TIMEOUT_S = 600.0
 Info = Callable[[MediaRef], MediaInfo]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    arguments = parse()
+    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
         try:
             failed = predict(arguments)
@@ -82,9 +83,8 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def parse() -> argparse.Namespace:
-    """Arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     parser.add_argument("--model", required=True, help="folder or hub name of a base or merged model")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter on it")
     parser.add_argument("--prompt", help=f"what to ask (default: that of the training task, or {DEFAULT_PROMPT!r})")
@@ -116,7 +116,6 @@ def parse() -> argparse.Namespace:
     )
     what = "videos or pictures, folders of them, or files of records (JSON, JSONL, CSV, TSV, Parquet)"
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help=what)
-    return parser.parse_intermixed_args()  # options may stand between videos
 
 
 def columns_of(text: str | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The command that trains a task: `python -m vft.recipes TASK CONFIG.toml [section.key=value ...]`.
+"""Fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]
 
-`python -m vft.recipes.caption CONFIG.toml ...` and the like are the same with the task given. Several processes:
-`torchrun --nproc-per-node N -m ...`.
+TASK is caption, qa, classify, summarize or story, or a task of your own as module:Class. The same command again
+resumes the run. On several GPUs: torchrun --nproc-per-node N -m vft.recipes TASK CONFIG.toml
 """
 
 from __future__ import annotations
@@ -20,18 +20,27 @@ from vft.training import trainer
 from vft.training.checks import check_shares
 
 
-def main(task: str | None = None, arguments: Sequence[str] | None = None) -> None:
-    """Train `task` (by default the first argument) with a configuration; `arguments` are those of the process."""
+def main(task: str | None = None, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Train `task` (by default the first argument) with a configuration. `prog` is the program's name in usage lines;
+    by default that of `python -m vft.recipes.TASK`, which calls this with its task."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m vft.recipes{f'.{task}' if task else ''}", description=f"Fine-tune for {task or 'a task'}."
+        prog=prog or f"python -m vft.recipes{f'.{task}' if task else ''}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if task is None:
         names = f"{', '.join(TASKS)}, or module:Class for one of your own"
         parser.add_argument("task", metavar="TASK", help=names)
     parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--dry-run", action="store_true", help="all but training: nothing is written but the cache")
-    parsed = parser.parse_intermixed_args(arguments)  # settings may stand behind options
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="prepare everything and try the longest row, then stop; writes nothing but the cache",
+    )
+    parsed = parser.parse_intermixed_args(argv)  # settings may stand behind options
     name = task or parsed.task
     with user_errors(), signals_stop():
         config = configs.load(parsed.config, parsed.overrides)

@@ -1,4 +1,4 @@
-"""tools/doctor.py: set-ups that are broken on purpose, each named with its mend."""
+"""tools/doctor.py: set-ups that are broken on purpose, each named with its fix."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_machine_in_order(config: Path, tmp_path: Path) -> None:
     expected = {"packages", "torch", "decoding", "GPUs", "two processes", "shared memory", "cache folder"}
     expected |= {"output folder", "processors", "open files", "hub", "model", "data"}
     assert set(found) == expected
-    assert all(one["mend"] for one in found.values() if one["status"] != "ok")
+    assert all(one["fix"] for one in found.values() if one["status"] != "ok")
     for what in expected - {"GPUs", "processors", "cache folder", "output folder"}:  # those hang on the machine
         assert found[what]["status"] == "ok", found[what]
     assert not list(tmp_path.iterdir())  # what it tried to write is gone
@@ -78,17 +78,17 @@ def test_much_that_is_broken_at_once(world: World, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     found = findings(done)
     pinned = next(line for line in (REPOSITORY / "constraints.txt").read_text().split() if "torchcodec" in line)
-    for what, said, mend in (
+    for what, said, fix in (
         ("decoding", "undefined symbol", f"pip install '{pinned}'"),
         ("two processes", "nosuch0", "GLOO_SOCKET_IFNAME=nosuch0"),
-        ("cache folder", "/dev/null/cache: can't be written", "VFT_CACHE"),
+        ("cache folder", "/dev/null/cache: cannot be written", "VFT_CACHE"),
         ("model", "nobody/nothing: neither a folder nor in the hub's cache", "hf download nobody/nothing"),
         ("data", f"{tmp_path / 'none'}", "data.root=DIR"),
     ):
         assert found[what]["status"] == "error" and said in found[what]["found"], found[what]
-        assert mend in found[what]["mend"], found[what]
+        assert fix in found[what]["fix"] and found[what]["mend"] == found[what]["fix"], found[what]
     assert found["hub"]["status"] == "warning" and "does not answer" in found["hub"]["found"]
-    assert "HTTPS_PROXY" in found["hub"]["mend"]
+    assert "HTTPS_PROXY" in found["hub"]["fix"]
 
 
 @pytest.mark.slow
@@ -108,15 +108,15 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    one = the_only(packages.decoding(lambda: []))
-    assert one.status == "error" and "no FFmpeg of version 4 to 8" in one.found and "apt-get install ffmpeg" in one.mend
+    one = the_only(packages.check_decoding(lambda: []))
+    assert one.status == "error" and "no FFmpeg of version 4 to 8" in one.found and "apt-get install ffmpeg" in one.fix
 
 
 def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     version = packages.metadata.version
     monkeypatch.setattr(packages.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
-    one = the_only(packages.packages())
-    assert (one.status, one.found) == ("error", "torch 2.6.0") and one.mend.startswith("pip install 'torch>=2.11")
+    one = the_only(packages.check_packages())
+    assert (one.status, one.found) == ("error", "torch 2.6.0") and one.fix.startswith("pip install 'torch>=2.11")
 
 
 @pytest.fixture
@@ -139,9 +139,9 @@ def test_a_full_disk_and_little_shared_memory(full_disk: Path, config: Path) -> 
     assert done.returncode == 1, done.stderr
     found = findings(done)
     assert found["cache folder"]["status"] == "error" and "No space left" in found["cache folder"]["found"]
-    assert "free space" in found["cache folder"]["mend"]
+    assert "free space" in found["cache folder"]["fix"]
     assert found["shared memory"]["status"] == "error" and "0.00 GiB free" in found["shared memory"]["found"]
-    assert "--shm-size" in found["shared memory"]["mend"]
+    assert "--shm-size" in found["shared memory"]["fix"]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_a_full_disk_and_little_shared_memory(full_disk: Path, config: Path) -> 
 def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gib: float, status: str) -> None:
     free = int(free_gib * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert the_only(machine.folder("output folder", tmp_path / "not" / "yet", "name another")).status == status
-    assert the_only(machine.shared_memory(tmp_path, free + 1)).status == "error"
-    assert the_only(machine.shared_memory(tmp_path, free)).status == "ok"
+    assert the_only(machine.check_folder("output folder", tmp_path / "not" / "yet", "name another")).status == status
+    assert the_only(machine.check_shared_memory(tmp_path, free + 1)).status == "error"
+    assert the_only(machine.check_shared_memory(tmp_path, free)).status == "ok"
 
 
 def test_shared_memory_that_workers_need() -> None:
@@ -161,9 +161,9 @@ def test_shared_memory_that_workers_need() -> None:
 
     assert machine.MAX_PENDING_BYTES == MAX_PENDING_BYTES
     few = DataConfig(pack_tokens=1000, prefetch_packs=2)
-    assert machine.pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
-    assert machine.pending_bytes(few.model_copy(update={"workers": 0})) == 0
-    assert machine.pending_bytes(few.model_copy(update={"pack_tokens": 10**7})) == 2 << 30
+    assert machine.max_pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
+    assert machine.max_pending_bytes(few.model_copy(update={"workers": 0})) == 0
+    assert machine.max_pending_bytes(few.model_copy(update={"pack_tokens": 10**7})) == 2 << 30
 
 
 def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) -> Any:
@@ -181,20 +181,20 @@ def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) 
 
 
 def test_a_hip_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "_attention", lambda torch: devices.Finding("ok", "attention", ""))
-    found = list(devices.devices(torch_with("7.0.2", None, 2)))
+    monkeypatch.setattr(devices, "_check_attention", lambda torch: devices.Finding("ok", "attention", ""))
+    found = list(devices.check_gpus(torch_with("7.0.2", None, 2)))
     assert [one.status for one in found] == ["ok"] * 3
     assert found[1].found == "1: AMD Instinct MI300X, 192 GiB, ROCm 7.0.2, bf16"
     (kfd := tmp_path / "kfd").touch()
     monkeypatch.setattr(devices, "DRIVERS", {str(kfd): "ROCm"})
-    one = the_only(devices.devices(torch_with("7.0.2", None, 0)))
-    assert one.status == "error" and "ROCm 7.0.2 can't use it" in one.found and "video and render" in one.mend
+    one = the_only(devices.check_gpus(torch_with("7.0.2", None, 0)))
+    assert one.status == "error" and "ROCm 7.0.2 can't use it" in one.found and "video and render" in one.fix
 
 
 def test_a_gpu_that_this_build_can_not_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (kfd := tmp_path / "kfd").touch()
     (nvidia := tmp_path / "nvidia0").touch()
-    for build, node, said, mend in (
+    for build, node, said, fix in (
         ((None, None), nvidia, "built for CPUs only", "pytorch.org's index for CUDA"),
         ((None, None), kfd, "built for CPUs only", "pytorch.org's index for ROCm"),
         ((None, "12.8"), nvidia, "CUDA 12.8 can't use it", "update the driver"),
@@ -202,26 +202,26 @@ def test_a_gpu_that_this_build_can_not_use(monkeypatch: pytest.MonkeyPatch, tmp_
         (("7.0", None), nvidia, "ROCm 7.0 can't use it", "install a torch for CUDA"),
     ):
         monkeypatch.setattr(devices, "DRIVERS", {str(node): "ROCm" if node is kfd else "CUDA"})
-        one = the_only(devices.devices(torch_with(*build, gpus=0)))
-        assert one.status == "error" and said in one.found and mend in one.mend, one
+        one = the_only(devices.check_gpus(torch_with(*build, gpus=0)))
+        assert one.status == "error" and said in one.found and fix in one.fix, one
     monkeypatch.setattr(devices, "DRIVERS", {str(tmp_path / "none"): "CUDA"})
-    one = the_only(devices.devices(torch_with(None, "12.8", 0)))
-    assert one.status == "warning" and "--gpus all" in one.mend
+    one = the_only(devices.check_gpus(torch_with(None, "12.8", 0)))
+    assert one.status == "warning" and "--gpus all" in one.fix
 
 
 def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_attention", lambda torch: devices.Finding("ok", "attention", ""))
-    one = next(iter(devices.devices(torch_with(None, "12.8", 1, bf16=False))))
-    assert one.status == "warning" and "emulated" in one.found and 'train.precision = "fp32"' in one.mend
+    monkeypatch.setattr(devices, "_check_attention", lambda torch: devices.Finding("ok", "attention", ""))
+    one = next(iter(devices.check_gpus(torch_with(None, "12.8", 1, bf16=False))))
+    assert one.status == "warning" and "emulated" in one.found and 'train.precision = "fp32"' in one.fix
 
 
 def test_threads_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", str(count + 1))
-    one = the_only(machine.processors(1))
-    assert one.status == "warning" and one.mend.endswith("OMP_NUM_THREADS=" + one.mend.rpartition("=")[2])
-    assert 1 <= int(one.mend.rpartition("=")[2]) <= count
+    one = the_only(machine.check_processors(1))
+    assert one.status == "warning" and one.fix.endswith("OMP_NUM_THREADS=" + one.fix.rpartition("=")[2])
+    assert 1 <= int(one.fix.rpartition("=")[2]) <= count
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert the_only(machine.processors(1)).status == "ok"
-    assert the_only(machine.descriptors(1024)).status == "error"
-    assert the_only(machine.descriptors(resource.RLIM_INFINITY)).status == "ok"
+    assert the_only(machine.check_processors(1)).status == "ok"
+    assert the_only(machine.check_open_files(1024)).status == "error"
+    assert the_only(machine.check_open_files(resource.RLIM_INFINITY)).status == "ok"

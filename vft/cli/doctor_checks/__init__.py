@@ -1,0 +1,1 @@
+"""The checks of `vft doctor`: each is a function check_*(...) that yields findings."""

@@ -1,0 +1,113 @@
+"""The command `vft`: its help, misspelt names, and a Python without vft's packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vft.cli import app
+
+REPOSITORY = Path(__file__).parents[3]
+BARE = (sys.executable, "-I", "-S")
+"""This Python without any installed package."""
+
+
+def run(*words: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the package and the tools, without a .venv."""
+    shutil.copytree(REPOSITORY / "vft", tmp_path / "vft", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tools").mkdir()
+    for file in (*(REPOSITORY / "tools").glob("*.py"), REPOSITORY / "tools" / "setup", REPOSITORY / "pyproject.toml"):
+        shutil.copy(file, tmp_path / file.relative_to(REPOSITORY))
+    shutil.copy(REPOSITORY / "constraints.txt", tmp_path)
+    return tmp_path
+
+
+def test_help_lists_every_command_and_imports_no_torch() -> None:
+    code = "import sys; from vft.cli.app import usage; print(usage()); print('torch' in sys.modules)"
+    done = run(sys.executable, "-c", code)
+    *lines, torch_is_imported = done.stdout.splitlines()
+    assert torch_is_imported == "False"
+    for name, (module, _) in app.COMMANDS.items():
+        assert any(line.startswith(f"  {name} ") for line in lines)
+        assert (REPOSITORY / "vft" / "cli" / f"{module}.py").is_file()
+
+
+def test_every_command_is_a_tool_too() -> None:
+    """Except those that are new with `vft`."""
+    for name, (module, _) in app.COMMANDS.items():
+        if name not in ("train", "new"):
+            assert f'run_tool("{name}")' in (REPOSITORY / "tools" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["evalute"], 2, "did you mean `vft evaluate`?"),
+        (["zzz"], 2, "vft has no command 'zzz': `vft --help` lists all of them"),
+        (["--version"], 0, ""),
+        ([], 2, ""),
+    ],
+)
+def test_names(words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        app.main(words)
+        found = 0
+    except SystemExit as stop:
+        found = int(stop.code or 0)
+    assert found == status and message in capsys.readouterr().err
+
+
+def test_usage_lines_have_the_name_that_was_called() -> None:
+    for words, name in (
+        ((sys.executable, "-m", "vft.cli.app", "download"), "vft download"),
+        ((sys.executable, "tools/download.py"), "python tools/download.py"),
+    ):
+        done = run(*words, "--help")
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} "), done.stdout + done.stderr
+
+
+def test_without_packages_the_checkouts_venv_runs_the_command(checkout: Path) -> None:
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "in the venv: $@"\n')
+    python.chmod(0o755)
+    script = checkout / "tools" / "predict.py"
+    done = run(*BARE, script, "--model", "my model", "clip.mp4")
+    assert done.stdout == f"in the venv: {script} --model my model clip.mp4\n" and not done.stderr
+
+
+def test_without_packages_or_venv_there_is_one_line(checkout: Path) -> None:
+    done = run(*BARE, checkout / "tools" / "predict.py", "--model", "m", "clip.mp4")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and f"Run {checkout / 'tools' / 'setup'} once" in line and "lacks the package" in line
+
+
+def test_a_venv_without_packages_does_not_start_itself_again(checkout: Path) -> None:
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    python.chmod(0o755)
+    done = run(*BARE, checkout / "tools" / "plan.py", "--help")
+    assert done.returncode == 2 and "lacks the package" in done.stderr
+
+
+def test_doctor_needs_no_packages(checkout: Path) -> None:
+    done = run(*BARE, checkout / "tools" / "doctor.py", "--json")
+    assert done.returncode == 1 and not done.stderr
+    packages = json.loads(done.stdout)[0]
+    assert "packages not installed" in packages["found"] and "torchcodec" in packages["found"]
+    assert packages["fix"] == f"run {checkout / 'tools' / 'setup'}"
+    shown = run(*BARE, checkout / "tools" / "doctor.py")
+    assert shown.returncode == 1 and f"fix: {packages['fix']}" in shown.stdout

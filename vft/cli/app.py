@@ -1,0 +1,123 @@
+"""The command `vft`: finds the command that is named, runs it, and says what is missing instead of a traceback.
+
+Only the standard library is imported here, and nothing newer than Python 3.7: `vft --help` is quick, and a Python
+without vft's packages gets a message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import vft
+
+COMMANDS = {
+    "train": ("train", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
+    "predict": ("predict", "answer a prompt about videos, pictures or files of records"),
+    "evaluate": ("evaluate", "score a model on held-out samples, with 95 % intervals"),
+    "merge": ("merge_lora", "merge an adapter into its base model"),
+    "plan": ("plan", "memory and time of a run, before any GPU is rented"),
+    "inspect": ("inspect_batch", "write the first pack of a run as the model gets it"),
+    "compare": ("compare", "lay runs side by side: settings, course, scores"),
+    "live": ("live", "follow a run from another terminal"),
+    "doctor": ("doctor", "check this machine's set-up and say how to fix it"),
+    "download": ("download", "fetch a public data set, or say how to get it"),
+}
+"""Module in vft/cli and a line of help, by the name of the command."""
+CHECKOUT = Path(__file__).resolve().parents[2]
+RERUN = "VFT_RERUN_IN_VENV"
+"""Set in the environment of a process that `run_in_venv` started, so that it does not start another."""
+OLD_PYTHON = tuple(sys.version_info) < (3, 11)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line `vft COMMAND ...`; `argv` is without the program's own name."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        print(f"vft {vft.__version__}")
+    elif words[0] in COMMANDS:
+        run(words[0], words[1:], f"vft {words[0]}")
+    else:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean `vft {close[0]}`? " if close else ""
+        fail(f"vft has no command {words[0]!r}: {hint}`vft --help` lists all of them")
+
+
+def usage() -> str:
+    """The help text."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    head = ["usage: vft COMMAND ...", "", "Fine-tuning of video language models.", "", "commands:"]
+    return "\n".join(
+        [*head, *lines, "", "`vft COMMAND --help` describes a command; `vft --version` shows the version."]
+    )
+
+
+def run_tool(command: str) -> None:
+    """The command line of `python tools/NAME.py`, which is the same as `vft COMMAND`."""
+    run(command, sys.argv[1:], f"python tools/{COMMANDS[command][0]}.py")
+
+
+def run(command: str, argv: Sequence[str], prog: str) -> None:
+    """Run a command with the arguments `argv`; `prog` is its name in usage lines.
+
+    If this Python lacks vft's packages, the checkout's .venv runs the command. Without a .venv the process ends with
+    one line and exit status 2.
+    """
+    if OLD_PYTHON or importlib.util.find_spec("torch") is None:
+        run_in_venv()
+    if OLD_PYTHON:
+        fail(f"vft needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. {how_to_install()}")
+    try:
+        module = importlib.import_module(f"vft.cli.{COMMANDS[command][0]}")
+    except ModuleNotFoundError as error:
+        if is_ours(error):
+            raise
+        run_in_venv()
+        fail(f"{sys.executable} lacks the package {error.name!r}. {how_to_install()}")
+    try:
+        module.main(argv, prog)
+    except ModuleNotFoundError as error:  # a package that is imported only where it is used
+        if is_ours(error):
+            raise
+        fail(f"{sys.executable} lacks the package {error.name!r}. {how_to_install()}")
+
+
+def is_ours(error: ModuleNotFoundError) -> bool:
+    """Whether the missing module is part of vft: then the traceback is wanted."""
+    return error.name is None or error.name.partition(".")[0] == "vft"
+
+
+def run_in_venv() -> None:
+    """Replace this process by the same command in the Python of the checkout's .venv. Returns if there is no .venv, or
+    if it is the Python that runs now."""
+    venv = CHECKOUT / ".venv"
+    python = venv / "bin" / "python"
+    if python.exists() and Path(sys.prefix).resolve() != venv.resolve() and RERUN not in os.environ:
+        os.execve(str(python), [str(python), *sys.argv], {**os.environ, RERUN: "1"})
+
+
+def how_to_install() -> str:
+    """One sentence: how to get the packages."""
+    if (CHECKOUT / "tools" / "setup").is_file():
+        return f"Run {CHECKOUT / 'tools' / 'setup'} once; after that this command finds them by itself."
+    return "Install vft with its packages: pip install PATH_TO_VFT"
+
+
+def fail(message: str) -> NoReturn:
+    """End with `message` on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
