@@ -26,13 +26,10 @@ COLOURS = {"ok": 32, "warning": 33, "error": 31}
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    findings = examine(arguments)
+    findings = list(examine(arguments) if arguments.json else show(examine(arguments)))
     if arguments.json:
-        findings = list(findings)
         # "mend" is the earlier name of "fix".
         print(json.dumps([asdict(finding) | {"mend": finding.fix} for finding in findings], indent=1))
-    else:
-        findings = list(show(findings))
     raise SystemExit(any(finding.status == "error" for finding in findings))
 
 
