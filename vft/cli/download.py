@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vft.cli.arguments import parse_arguments
-from vft.common.console import first_line, user_errors
-from vft.common.errors import UserError
+from vft.common.console import user_errors
+from vft.common.errors import UserError, first_line
 
 
 @dataclass(frozen=True)

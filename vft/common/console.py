@@ -73,11 +73,6 @@ def user_errors() -> Iterator[None]:
         sys.exit(getattr(stop, "status", 130))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 _show: Callable[[str], None] | None = None
 
 

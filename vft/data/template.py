@@ -14,8 +14,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any
 
-from vft.common.console import first_line
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.common.reasoning import CLOSE, OPEN, split_reasoning
 from vft.common.types import MediaKind, Role
 from vft.data.trial import exceeds

@@ -1,4 +1,4 @@
-"""Processes, devices and the few collectives that a step needs. One process needs no process group at all."""
+"""Processes, devices, the mesh, and the few collectives that a step needs. One process needs no process group."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from vft.common.errors import UserError
 from vft.distributed.heartbeat import barrier, current
-from vft.distributed.rendezvous import group_store, link_check, watched
+from vft.distributed.link_check import link_check
+from vft.distributed.rendezvous import connected, group_store
 
 T = TypeVar("T")
 
 SILENCE_S, TIMEOUT_S = 60.0, 600.0
-"""Where no `[parallel]` table says otherwise; `vft/config/run.py` has what they mean."""
+"""Defaults of `parallel.silence_s` and `parallel.timeout_s` (`vft/config/run.py`)."""
 BACKGROUND = timedelta(hours=1)
-"""Time-out of what threads beside the loop wait for: others that write a large file."""
+"""Timeout of the collectives of background threads, which wait for others to write large files."""
 LATER_S = 30.0
-"""By which a collective's own time-out comes after `TIMEOUT_S`: it ends a process, but can't say why."""
+"""A collective's own timeout comes this much later than `timeout_s`: it ends a process, but can't say why."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of them, as torchrun's environment says."""
+    """The place of this process among all processes, from the environment that torchrun sets."""
 
     rank: int
     size: int
@@ -41,12 +42,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes."""
+        """Whether this is the process that writes files and shows messages."""
         return self.rank == 0
 
 
 def environment() -> World:
-    """This process's place, before any process group exists."""
+    """The place of this process. Needs no process group."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
@@ -54,55 +55,57 @@ def environment() -> World:
 
 @contextmanager
 def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
-    """All processes know of each other from here on (`hosts.watched`); the process group comes when data are ready."""
+    """Connect all processes and start their heartbeats (`rendezvous.connected`).
+
+    The process group is made later, when the data are ready. Raises UserError if this process has no GPU.
+    """
     world, device = environment(), "CPU"
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            error = UserError(
+            raise UserError(
                 f"process {world.local_rank} of this host has no GPU, there are {torch.cuda.device_count()}; "
-                "lower --nproc-per-node"
+                "lower --nproc-per-node",
+                on_one_rank=True,
             )
-            error.on_one_rank = True
-            raise error
         torch.cuda.set_device(world.device)
         device = torch.cuda.get_device_name(world.device)
-    with watched(world.rank, world.size, world.local_rank, device, silence_s, timeout_s):
+    with connected(world.rank, world.size, world.local_rank, device, silence_s, timeout_s):
         yield world
 
 
 @contextmanager
 def process_group(world: World, alone: bool = False) -> Iterator[None]:
-    """The process group of a run: NCCL (RCCL on ROCm) for GPUs with gloo beside it, gloo alone on CPUs.
+    """The process group of a run: NCCL (RCCL on ROCm) and gloo on GPUs, gloo alone on CPUs.
 
-    It begins when all processes have come, and is tried out at once. After an error it is left as it is: taking it down
-    could wait for a process that is gone. One process needs none, unless it is to have a mesh all the same: `alone`.
+    It is made when all processes are here, and tested with a sum. After an error it is not destroyed, since that could
+    wait for a process that is gone. A single process gets a group only if `alone` says so: it then has a mesh, too.
     """
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     with together():
-        watch = current()
-        if watch is None:
+        heartbeat = current()
+        if heartbeat is None:
             with _group_of_one(backend) if alone else nullcontext():
                 yield
             return
-        watch.barrier()
-        limit = timedelta(seconds=watch.timeout_s + LATER_S)
-        with link_check(watch):
+        heartbeat.barrier()
+        limit = timedelta(seconds=heartbeat.members.timeout_s + LATER_S)
+        with link_check(heartbeat):
             dist.init_process_group(
-                backend, store=group_store(watch), rank=world.rank, world_size=world.size, timeout=limit
+                backend, store=group_store(heartbeat.members), rank=world.rank, world_size=world.size, timeout=limit
             )
             for device in dict.fromkeys(("cpu", world.device.type)):  # in the same order everywhere
                 dist.all_reduce(one := torch.ones((), device=device))
                 if int(one) != world.size:
                     raise RuntimeError(f"it gave {int(one)} for {world.size} processes")
         yield
-        watch.barrier()
-        dist.barrier()  # nobody leaves, and takes the store away, before all have met
+        heartbeat.barrier()
+        dist.barrier()  # rank 0 must not leave, and end the store, before all have been here
         dist.destroy_process_group()
 
 
 @contextmanager
 def _group_of_one(backend: str) -> Iterator[None]:
-    # Without others there is nobody to find through torchrun's store, which may not be there.
+    # A store in memory: torchrun's may not exist.
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
@@ -111,9 +114,9 @@ def _group_of_one(backend: str) -> Iterator[None]:
 
 
 def make_mesh(world: World, shard: int) -> DeviceMesh | None:
-    """The (replicate, shard) mesh; None where there is no process group. `shard` = 0 means all processes.
+    """The (replicate, shard) mesh, or None without a process group. `shard` = 0 means all processes.
 
-    UserError where `shard` doesn't divide the number of processes.
+    Raises UserError if `shard` does not divide the number of processes.
     """
     shard = shard or world.size
     if world.size % shard:
@@ -160,12 +163,12 @@ class DataParallel:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank in the process group, and how many there are."""
+    """Rank of this process in the process group, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def broadcast(values: Tensor, source: int) -> Tensor:
-    """What process `source` has in `values`, in place."""
+    """Overwrite `values` with those of process `source`."""
     if dist.is_initialized():
         dist.broadcast(values, source)
     return values
@@ -179,7 +182,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def largest_over_ranks(value: int, device: torch.device) -> int:
-    """The largest of all processes' values."""
+    """The largest value of all processes."""
     if not dist.is_initialized():
         return value
     values = torch.tensor(value, device=device)
@@ -188,23 +191,25 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
 
 
 def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's value, by rank."""
+    """The values of all processes, by rank. They are pickled: for small objects."""
     if not dist.is_initialized():
         return [value]
-    barrier()  # one of them may still be writing or reading what it is asked about
+    barrier()  # without a timeout: a process may still be reading or writing a large file
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group)
     return values
 
 
 def background_group() -> dist.ProcessGroup | None:
-    """All processes once more, for threads beside the loop: its collectives may cross those of the loop. Every process
-    calls it."""
+    """A second group of all processes, for background threads, whose collectives run beside those of the loop.
+
+    Every process must call it.
+    """
     return dist.new_group(backend="gloo", timeout=BACKGROUND) if dist.is_initialized() else None
 
 
 def same_on_all_ranks(what: str, digest: str) -> None:
-    """UserError where `digest` (of a configuration, an index) differs between processes."""
+    """Raise UserError if `digest` (of a configuration or an index) differs between processes."""
     digests = all_of(digest)
     for rank, other in enumerate(digests):
         if other != digests[0]:
@@ -212,7 +217,7 @@ def same_on_all_ranks(what: str, digest: str) -> None:
 
 
 def local_rows(parameter: Tensor) -> slice:
-    """The rows (of the first axis) of the whole tensor that this process holds."""
+    """Which rows (of the first axis) of a sharded tensor this process holds; all, if it is not sharded."""
     if not isinstance(parameter, DTensor):
         return slice(None)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -220,8 +225,8 @@ def local_rows(parameter: Tensor) -> slice:
 
 
 def writes_rows(tensor: Tensor) -> bool:
-    """Whether this process is the one to write the rows that it holds, if any: the first of all replicas, and rank 0
-    where a tensor isn't sharded."""
+    """Whether this process writes the rows that it holds: of all replicas the first, and rank 0 for a tensor that is
+    not sharded."""
     if not isinstance(tensor, DTensor):
         return not dist.is_initialized() or dist.get_rank() == 0
     place = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
@@ -229,7 +234,7 @@ def writes_rows(tensor: Tensor) -> bool:
 
 
 def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """This process's `rows` [r, n] as a part of a whole that is sharded as `tensor` is; themselves where it isn't."""
+    """A tensor sharded as `tensor` is, of which this process holds `rows` [r, n]; `rows` if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return rows
     shape = torch.Size((tensor.shape[0], rows.shape[1]))
@@ -239,10 +244,10 @@ def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The plain tensor behind a sharded one."""
+    """This process's part of a sharded tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    """A sharded tensor gathered (a collective); the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

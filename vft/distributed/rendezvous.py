@@ -1,18 +1,18 @@
-"""How the processes of a run meet: who is there, whether they run the same code, whether they reach each other.
+"""The processes of a run find each other, and compare their versions, before there is a process group.
 
-torchrun starts the processes and gives them a store; all that is said before the first collective is said through it.
+torch's own rendezvous (`torch.distributed.rendezvous`) does less: it does not say which process is missing, and it
+reads what an earlier run left in the store. torchrun keeps one store over restarts, so every run puts its keys under a
+token that rank 0 makes up. A process that joins can't know whether a token in the store is an old one. It therefore
+asks rank 0 for it with a request of its own making, which only the rank 0 of this run answers.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import socket
-import struct
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,211 +24,153 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from vft.common.errors import UserError
-from vft.distributed.heartbeat import Heartbeat, Member, current, linger, names, set_current
+from vft.common.errors import UserError, first_line
+from vft.distributed.heartbeat import LONG_SILENCE_S, Beat, Heartbeat, beat_key, current, linger, running
+from vft.distributed.members import Member, Members, names
 
 logger = logging.getLogger(__name__)
 
-PROBE_S = 3.0
-SAME = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA or ROCm of torch"}
-"""What must be equal in all processes."""
+MUST_AGREE = {"torch": "torch", "code": "vft's own files (a digest)", "runtime": "CUDA or ROCm of torch"}
+"""Fields of a Member that must be equal in all processes, in words."""
+NOTICE_S = 30.0
+"""After which rank 0 says for whom it waits."""
 
 
 @contextmanager
-def watched(rank: int, size: int, local_rank: int, device: str, silence_s: float, timeout_s: float) -> Iterator[None]:
-    """All processes meet, and watch each other until the end. Nothing to do for one process, or within another one.
+def connected(rank: int, size: int, local_rank: int, device: str, silence_s: float, timeout_s: float) -> Iterator[None]:
+    """All processes find each other, and have a heartbeat until the end.
 
-    Raises UserError where a process doesn't come within `timeout_s`, or comes with other versions.
+    Does nothing for one process, or inside another such context. Raises UserError if a process does not join within
+    `timeout_s`, or runs another version.
     """
     if size == 1 or current() is not None:
         yield
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE = {size} and no MASTER_ADDR in the environment: start it with torchrun")
     with socket.socket() as door:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         door.bind(("", 0))
-        door.listen(512)  # never accepted: the kernel answers, which is all that a probe wants to know
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        limit = timedelta(seconds=timeout_s)
-        try:
-            store = TCPStore(host, port, None, rank == 0 and not agent, limit, wait_for_workers=False)
-        except RuntimeError as error:
-            raise _on_one(f"rank {rank} can't reach the rendezvous at {host}:{port} ({_first(error)})") from None
-        me = _introduce(rank, local_rank, device, host, door.getsockname()[1])
-        if rank == 0:
-            watch = _receive(store, me, size, silence_s, timeout_s)
-        else:
-            watch = _knock(store, me, size, silence_s, timeout_s)
-        watch.start()
-        with set_current(watch):
+        door.listen(512)  # never accepted: that the kernel answers is enough for `link_check`
+        store = _connect(rank, size, timeout_s)
+        me = _introduce(rank, local_rank, device, port=door.getsockname()[1])
+        members = (_gather if rank == 0 else _join)(store, me, size, silence_s, timeout_s)
+        heartbeat = Heartbeat(members)
+        with running(heartbeat):
             try:
                 if rank == 0:
-                    _check_versions(list(watch.members.values()))
+                    _check_versions(list(members.known.values()))
                 yield
             except BaseException as error:
-                if _is_broken_link(error):
-                    watch.explain()
-                    error = _on_one(f"{names([watch.me])}: a connection to other processes broke ({_first(error)})")
-                watch.fail(error)
+                if _is_broken_connection(error):
+                    heartbeat.find_cause()
+                    error = UserError(
+                        f"{names([me])}: a connection to other processes broke ({first_line(error)})", on_one_rank=True
+                    )
+                heartbeat.report_failure(error)
                 raise error
 
 
-def group_store(watch: Heartbeat) -> Store:
-    """For a process group: a connection of its own, since an operation of one thread would hold up the other's."""
-    return PrefixStore("group", watch.store.clone())  # type: ignore[attr-defined]
+def group_store(members: Members) -> Store:
+    """A store for a process group, with its own connection: an operation of one thread holds up those of others."""
+    return PrefixStore("group", members.store.clone())  # type: ignore[attr-defined]
 
 
-def _introduce(rank: int, local_rank: int, device: str, rendezvous: str, port: int) -> Member:
+def _connect(rank: int, size: int, timeout_s: float) -> TCPStore:
+    """The store of torchrun's agent, or one that rank 0 serves. Unlike torch's, it does not wait for the others."""
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE = {size} and no MASTER_ADDR in the environment: start it with torchrun")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(host, port, None, serves, timedelta(seconds=timeout_s), wait_for_workers=False)
+    except RuntimeError as error:
+        message = f"rank {rank} can't reach the rendezvous at {host}:{port} ({first_line(error)})"
+        raise UserError(message, on_one_rank=True) from None
+
+
+def _introduce(rank: int, local_rank: int, device: str, port: int) -> Member:
+    host = socket.gethostname()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         try:
-            sender.connect((rendezvous, 1))  # sends nothing: the kernel chooses the address it would send from
+            sender.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing: the kernel chooses the address to send from
             address = sender.getsockname()[0]
         except OSError:
-            address = socket.gethostname()
+            address = host
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    host = socket.gethostname()
     return Member(rank, local_rank, host, os.getpid(), device, torch.__version__, runtime, code, address, port)
 
 
-# A restarted run finds in the store what the run before left there; so keys lie under a token that the first process
-# makes, and a process asks for it under a name that nobody had before.
-
-
-def _receive(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Heartbeat:
-    """The first process: answer those who knock until all have come. UserError, with their names, where some don't."""
-    token, answered, since_s, said = uuid.uuid4().hex, set(), time.monotonic(), False
+def _gather(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Members:
+    """On rank 0: answer the requests of the others until all have joined. UserError names those that have not."""
+    token = uuid.uuid4().hex
     run = PrefixStore(token, store)
     run.set("failed", "")
-    run.set("beat/0", json.dumps([0, 0, timeout_s, "starting"]))
-    missing = set(range(1, size))
+    run.set(beat_key(0), Beat(0, 0, timeout_s, "starting").to_json())
+    answered, missing = set(), set(range(1, size))
+    begin_s, noticed = time.monotonic(), False
     while missing:
         for rank in sorted(missing):
-            if store.check([f"knock/{rank}"]):
-                nonce = store.get(f"knock/{rank}").decode()
-                if nonce not in answered:
-                    answered.add(nonce)
-                    store.set(f"answer/{nonce}", json.dumps([token, asdict(me)]))
+            if store.check([f"request/{rank}"]):
+                request = store.get(f"request/{rank}").decode()
+                if request not in answered:
+                    answered.add(request)
+                    store.set(f"answer/{request}", json.dumps([token, asdict(me)]))
             if run.check([f"member/{rank}"]):
                 missing.discard(rank)
-        waited_s = time.monotonic() - since_s
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        who = ", ".join(f"{rank} (host number {rank // local})" for rank in sorted(missing)[:8])
-        if missing and waited_s > timeout_s:
-            error = _on_one(
-                f"{len(missing)} of {size} processes didn't come within {timeout_s:g} s: rank {who}; look at those "
-                "hosts' output, and at how long importing takes there (parallel.timeout_s)"
+        if missing and time.monotonic() - begin_s > timeout_s:
+            error = UserError(
+                f"{len(missing)} of {size} processes didn't come within {timeout_s:g} s: rank {_places(missing, size)};"
+                " look at those hosts' output, and at how long importing takes there (parallel.timeout_s)",
+                on_one_rank=True,
             )
             run.set("failed", str(error))
             linger(store)
             raise error
-        if missing and waited_s > 30 and not said:
-            logger.info("waiting for rank %s", who)
-            said = True
+        if missing and not noticed and time.monotonic() - begin_s > NOTICE_S:
+            logger.info("waiting for rank %s", _places(missing, size))
+            noticed = True
         time.sleep(0.02)
-    texts = run.multi_get([f"member/{rank}" for rank in range(1, size)])
-    return Heartbeat(run, [me, *(Member(**json.loads(text)) for text in texts)], 0, size, silence_s, timeout_s)
+    others = [Member(**json.loads(text)) for text in run.multi_get([f"member/{rank}" for rank in range(1, size)])]
+    return Members(0, size, {member.rank: member for member in (me, *others)}, run, silence_s, timeout_s)
 
 
-def _knock(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Heartbeat:
-    """Any other process: ask the first for the token, and introduce itself."""
-    nonce = uuid.uuid4().hex
-    store.set(f"knock/{me.rank}", nonce)
+def _places(ranks: set[int], size: int) -> str:
+    """The first few ranks with the number of their host."""
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return ", ".join(f"{rank} (host number {rank // per_host})" for rank in sorted(ranks)[:8])
+
+
+def _join(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Members:
+    """On all other ranks: ask rank 0 for the token, write the first beat, and introduce this process."""
+    request = uuid.uuid4().hex
+    store.set(f"request/{me.rank}", request)
     try:
-        store.wait([f"answer/{nonce}"], timedelta(seconds=timeout_s))
+        store.wait([f"answer/{request}"], timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        raise _on_one(
-            f"{names([me])}: no answer of rank 0 within {timeout_s:g} s ({_first(error)}); look at the output there"
-        ) from None
-    token, first = json.loads(store.get(f"answer/{nonce}"))
-    watch = Heartbeat(PrefixStore(token, store), [Member(**first), me], me.rank, size, silence_s, timeout_s)
-    watch.write()
-    watch.store.set(f"member/{me.rank}", json.dumps(asdict(me)))
-    return watch
+        message = f"{names([me])}: no answer of rank 0 within {timeout_s:g} s ({first_line(error)}); look at the output"
+        raise UserError(f"{message} there", on_one_rank=True) from None
+    token, main = json.loads(store.get(f"answer/{request}"))
+    known = {0: Member(**main), me.rank: me}
+    members = Members(me.rank, size, known, PrefixStore(token, store), silence_s, timeout_s)
+    members.store.set(beat_key(me.rank), Beat(0, 0, LONG_SILENCE_S, "preparing").to_json())
+    members.store.set(f"member/{me.rank}", json.dumps(asdict(me)))
+    return members
 
 
 def _check_versions(members: Sequence[Member]) -> None:
-    for field, what in SAME.items():
+    for field, what in MUST_AGREE.items():
         for member in members:
             ours, theirs = getattr(members[0], field), getattr(member, field)
             if ours != theirs:
-                raise _on_one(
-                    f"{what}: {ours} on {names(members[:1])}, {theirs} on {names([member])}; install the same on both"
+                raise UserError(
+                    f"{what}: {ours} on {names(members[:1])}, {theirs} on {names([member])}; install the same on both",
+                    on_one_rank=True,
                 )
     hosts = {member.host for member in members}
     if len(hosts) > 1:
         logger.info("%d hosts: %s", len(hosts), names(members))
 
 
-# -------------------------------------------------------------------------------------------- the first collective
-
-
-@contextmanager
-def link_check(watch: Heartbeat) -> Iterator[None]:
-    """Around making the group and its first sums: where these fail or outlast `silence_s`, say who isn't reached.
-
-    A thread keeps the time: NCCL connects without a limit of its own.
-    """
-    timer = threading.Timer(watch.silence_s, lambda: _no_link(watch, f"no answer for {watch.silence_s:g} s"))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except RuntimeError as error:
-        _no_link(watch, _first(error))
-    finally:
-        timer.cancel()
-
-
-def _no_link(watch: Heartbeat, why: str) -> None:
-    """End the run: with the host that can't be reached, where one can't."""
-    if watch.rank:
-        time.sleep(2 * PROBE_S)  # the first process knows all addresses; its word is the better one
-    home = (watch.me.host, watch.me.address)
-    others = {(m.host, m.address): m for m in watch.members.values() if (m.host, m.address) != home}
-    unreached = [member for member in others.values() if not _answers(member)]
-    interface = f"{_interface(watch.me.address)} on host {watch.me.host}"
-    name = f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the hosts ({interface})"
-    if unreached:
-        at = ", ".join(f"{names([member])} at {member.address}" for member in unreached)
-        watch.conclude(f"{at} can't be reached from {names([watch.me])}: look at its firewall, and set {name}")
-    watch.conclude(f"the first sum over all processes failed ({why}), though their hosts can be reached: set {name}")
-
-
-def _answers(member: Member) -> bool:
-    try:
-        with socket.create_connection((member.address, member.port), PROBE_S):
-            return True
-    except OSError:
-        return False
-
-
-def _interface(address: str) -> str:
-    """The network interface that has `address`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            try:
-                request = struct.pack("256s", name.encode()[:15])
-                found = fcntl.ioctl(any_socket, 0x8915, request)[20:24]  # SIOCGIFADDR, netdevice(7)
-            except OSError:
-                continue
-            if socket.inet_ntoa(found) == address:
-                return name
-    return address
-
-
-def _is_broken_link(error: BaseException) -> bool:
-    """Whether a collective or the store failed, rather than this process: gloo's errors have no type of their own."""
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective or the store failed, rather than this process. gloo's errors have no type of their own."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _first(error: BaseException) -> str:
-    return str(error).splitlines()[0]
-
-
-def _on_one(text: str) -> UserError:
-    error = UserError(text)
-    error.on_one_rank = True
-    return error

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vft.common.errors import first_line
 from vft.common.types import AttentionPlan, Segment, move
 
 varlen_attn: Callable[..., Any] | None
@@ -125,7 +126,7 @@ def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
         try:
             found = _results(_attend_varlen, inputs, plan)
         except RuntimeError as error:
-            found, trouble = [], f"can't run ({str(error).strip().splitlines()[0]:.200})"
+            found, trouble = [], f"can't run ({first_line(error):.200})"
         # Rounding to 8 bits; one key too many or too few is off by far more.
         if not found or any(
             float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max()) for a, b in zip(found, wanted, strict=True)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from vft.common.console import first_line, progress_bar
-from vft.common.errors import UserError
+from vft.common.console import progress_bar
+from vft.common.errors import UserError, first_line
 from vft.common.files import read_object, whole_folder
 from vft.common.safetensors_io import DTYPES, Layout, file_order, write_tensors
 from vft.distributed.process_group import full_tensor, local_part, local_rows

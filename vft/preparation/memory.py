@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.common.types import AttentionPlan, Batch, Patches, VisionLayout
 from vft.config.run import ParallelConfig
 from vft.data.dataset import Dataset
@@ -81,12 +81,11 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
     try:
         objective(model, row.to(device)).backward()
     except torch.OutOfMemoryError as error:
-        problem = UserError(
+        raise UserError(
             f"the longest row, {size} (samples {', '.join(row.sample_ids)[:80]}), doesn't fit in the memory of "
-            f"{device}: {str(error).splitlines()[0]} Lower data.pack_tokens, or see tools/plan.py for what else helps"
-        )
-        problem.on_one_rank = True
-        raise problem from error
+            f"{device}: {first_line(error)} Lower data.pack_tokens, or see tools/plan.py for what else helps",
+            on_one_rank=True,
+        ) from error
     model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
     told = f"longest row: {size}: forward and backward in {seconds:.1f} s"

@@ -11,8 +11,7 @@ import sys
 from dataclasses import is_dataclass
 from typing import Any, cast
 
-from vft.common.console import first_line
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.common.task import Task, configured
 from vft.config.run import Config
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.common.files import digest
 from vft.config.run import Config
 
@@ -54,8 +54,9 @@ class _WandB:
                 settings=wandb.Settings(console="off"),  # it would take the live view for output
             )
         except wandb.errors.Error as error:
-            text = str(error).splitlines()[0]
-            raise UserError(f"log.wandb = true: {text}; `wandb login`, or WANDB_MODE=offline to upload later") from None
+            raise UserError(
+                f"log.wandb = true: {first_line(error)}; `wandb login`, or WANDB_MODE=offline to upload later"
+            ) from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

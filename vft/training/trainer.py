@@ -25,7 +25,7 @@ from vft.data.packing import Cursor
 from vft.data.quarantine import check_bad, write_quarantine
 from vft.data.training_prompts import Asked
 from vft.data.workers import WorkerPool
-from vft.distributed.heartbeat import beat
+from vft.distributed.heartbeat import report_progress
 from vft.distributed.process_group import (
     World,
     all_of,
@@ -322,9 +322,9 @@ class Trainer:
         packs = self.loader.step()
         while packs_left:
             since = time.perf_counter()
-            beat(f"at step {self.step}, waiting for data")
+            report_progress(f"at step {self.step}, waiting for data")
             pack = next(packs)
-            beat(f"at step {self.step}, computing")
+            report_progress(f"at step {self.step}, computing")
             watch.waiting(since)
             packs_left -= 1
             missing += pack.is_missing
@@ -393,7 +393,7 @@ class Trainer:
         """Scores on held-out samples."""
         assert self.held_out is not None
         settings = self.config.eval
-        beat(f"evaluating after step {self.step}", paced=False)
+        report_progress(f"evaluating after step {self.step}", has_timeout=False)
         answerer = Answerer(
             self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
         )

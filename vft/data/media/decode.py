@@ -19,8 +19,9 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
+from vft.common.errors import first_line
 from vft.common.types import Clip, MediaInfo, MediaPlan
-from vft.data.media.errors import MediaError, check_file, first_line
+from vft.data.media.errors import MediaError, check_file
 from vft.data.media.pictures import load_picture
 from vft.data.media.scan import DECODER_ERRORS, open_container, scan_file
 

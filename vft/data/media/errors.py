@@ -9,6 +9,8 @@ from os import stat_result
 from pathlib import Path
 from typing import Literal
 
+from vft.common.errors import first_line
+
 MAX_FRAME_PIXELS = 89_478_485
 """Pixels of a frame or picture above which it is refused (PIL's own limit against decompression bombs)."""
 
@@ -92,9 +94,3 @@ def check_size(path: Path, width: int, height: int) -> None:
 def too_large(path: Path, what: str) -> MediaError:
     """The error for a frame or picture with too many pixels."""
     return MediaError("too_large", f"{path}: {what} is over the limit of {MAX_FRAME_PIXELS} pixels; make it smaller")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the place in FFmpeg's or PIL's code."""
-    text = getattr(error, "strerror", None) or str(error).strip()
-    return (text.splitlines() or [type(error).__name__])[0]

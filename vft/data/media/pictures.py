@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vft.common.errors import first_line
 from vft.common.types import MediaInfo
-from vft.data.media.errors import MediaError, check_file, check_size, first_line, too_large
+from vft.data.media.errors import MediaError, check_file, check_size, too_large
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that PIL may try: none that runs other programs."""

@@ -38,7 +38,7 @@ from vft.data.records.unread_keys import report_new_unread_keys, report_unread_k
 from vft.data.streaming.tar import BarrenArchive, DamagedArchive
 from vft.data.training_prompts import Asked
 from vft.data.workers import WorkerPool
-from vft.distributed.heartbeat import busy_with
+from vft.distributed.heartbeat import report_detail
 from vft.distributed.process_group import environment
 from vft.distributed.signals import asked
 
@@ -303,7 +303,7 @@ class SlotStream:
             if not wait(futures, POLL_S).not_done:
                 return
             searching, waited_s = True, time.monotonic() - began_s
-            busy_with(f"looking for a clip that can be used in {self._reading}")
+            report_detail(f"looking for a clip that can be used in {self._reading}")
             if waited_s > tell_s:
                 self.context.say(f"row {self.slot + 1}: {waited_s:.0f} s without a clip, reading {self._reading}")
                 tell_s = 2 * waited_s

@@ -21,8 +21,7 @@ from typing import IO, Any, Self
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from vft.common.console import first_line
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.data.file_names import is_stray
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
