@@ -20,7 +20,9 @@ from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import LoadedPack, Loader, Streams, open_streams
 from vft.data.packing import Cursor
 from vft.data.quarantine import BadItem
-from vft.data.streaming.stream import Position, SlotStream, StreamContext, open_archives
+from vft.data.streaming.clips import START, Position
+from vft.data.streaming.reader import StreamContext, open_source
+from vft.data.streaming.stream import SlotStream
 from vft.data.workers import WorkerPool
 from vft.recipes.caption import Caption
 
@@ -99,10 +101,10 @@ def stream_context(config: DataConfig, encoder: ChatEncoder, slots: int, seed: i
             context.close()
 
 
-def slot_stream(context: StreamContext, slot: int, start: Position | None = None) -> SlotStream:
+def slot_stream(context: StreamContext, slot: int, start: Position = START) -> SlotStream:
     """One slot's stream through the first source."""
     source: SourceConfig = context.config.sources[0]
-    return SlotStream(open_archives(source, context.config), slot, context, start or Position())
+    return SlotStream(open_source(source, context.config), slot, context, start)
 
 
 def one_epoch(stream: SlotStream, look: Callable[[Document], Any] = lambda document: document) -> list[Any]:

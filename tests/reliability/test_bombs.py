@@ -32,8 +32,10 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef
 from vft.data.formats import pe_video, video_mme
 from vft.data.media.index import build
+from vft.data.streaming import clips
 from vft.data.streaming import tar as archives
-from vft.data.streaming.tar import DamagedArchive, copied, members
+from vft.data.streaming.clips import copy_clips
+from vft.data.streaming.tar import DamagedArchive, members
 
 GIB = 1 << 30
 
@@ -55,9 +57,9 @@ def damage_of(archive: Path, spool: Path, at_most: int = 2) -> str:
     tracemalloc.start()
     try:
         with pytest.raises(DamagedArchive) as caught:
-            for run in copied(str(archive), 0, spool, lambda name: name):
+            for clip in copy_clips(str(archive), 0, spool, lambda name: name):
                 number += 1
-                run.remove()
+                clip.remove()
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
@@ -156,13 +158,13 @@ def test_text_that_packs_well_is_no_bomb(tmp_path: Path) -> None:
 
 
 def test_more_members_of_one_video_than_any_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_FILES", 50)
+    monkeypatch.setattr(clips, "MAX_FILES", 50)
     spool = tmp_path / "spool"
     spool.mkdir()
     write_tar(tmp_path / "a.tar", ((f"{number}.jpg", b"x") for number in range(60)))
     with pytest.raises(DamagedArchive, match="more than 50 members of 'one'"):
-        for run in copied(str(tmp_path / "a.tar"), 0, spool, lambda name: "one"):
-            assert run.cut_off and len(run.files) == 50
+        for clip in copy_clips(str(tmp_path / "a.tar"), 0, spool, lambda name: "one"):
+            assert clip.is_cut_off and len(clip.files) == 50
 
 
 def test_a_record_in_an_archive_that_is_too_large(tmp_path: Path) -> None:

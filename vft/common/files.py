@@ -20,6 +20,7 @@ from vft.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
+FREE_SPACE = "free space, or name a folder that can be written"
 LOCK_PATIENCE_S = 2.0
 """Seconds of waiting for a lock after which a message is logged."""
 
@@ -52,10 +53,10 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{path.name}")
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """What to tell the user."""
+def cannot_write(path: Path, error: Exception, fix: str = FREE_SPACE) -> UserError:
+    """The error for a file that cannot be written."""
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"{path}: can't be written ({reason}); free space, or name a folder that can be written")
+    return UserError(f"{path}: can't be written ({reason}); {fix}")
 
 
 @contextmanager
@@ -85,17 +86,21 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Hold a lock file, and log what it is `waiting_for` if that takes long. UserError if it cannot be written."""
+def locked(path: Path, waiting_for: str, fix: str = FREE_SPACE) -> Iterator[None]:
+    """Hold a lock file, and log what it is `waiting_for` if that takes long.
+
+    UserError, which proposes the `fix`, if the file cannot be written.
+    """
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             logger.info("waiting for %s (%s)", waiting_for, path, extra={"all_ranks": True})
             lock.acquire()
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, fix) from error
     try:
         yield
     finally:

@@ -26,17 +26,9 @@ from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad_of_stream
-from vft.data.streaming.stream import (
-    Position,
-    SearchStopped,
-    SlotStream,
-    Spooled,
-    StreamContext,
-    StreamedPack,
-    StreamSource,
-    name_members,
-    open_archives,
-)
+from vft.data.streaming.clips import ArchiveClip, Position
+from vft.data.streaming.reader import SearchStopped, StreamContext, StreamSource, open_source
+from vft.data.streaming.stream import SlotStream, StreamedPack, name_members
 from vft.data.workers import WorkerPool
 
 MAX_PENDING_BYTES = 2 << 30
@@ -97,7 +89,7 @@ class _Ordered:
     """In the index; -1: out of a stream."""
     document: Document
     patches: list[Future[Patches]]
-    clip: Spooled | None = None
+    clip: ArchiveClip | None = None
     source: str = ""
     """That it streams out of."""
 
@@ -179,7 +171,7 @@ def open_streams(
     if not config.streamed:
         yield None
         return
-    archives = [open_archives(source, config) for source in config.streamed]
+    archives = [open_source(source, config) for source in config.streamed]
     context = StreamContext(config, encoder, make_conversations, pool, slots, seed)
     try:
         index_weight = sum(source.of_rows for source in config.indexed)

@@ -127,8 +127,6 @@ class Trainer:
         self.documents, self.streams, self.held_out = documents, streams, held_out
         if streams is not None:
             documents.bad += [item for archives in streams.archives for item in archives.bad]
-            if world.is_main:
-                streams.context.say = lambda text: self.monitor.say(text)
         self.folder = config.output_dir
         self.plan = documents.pack_plan(config.seed)
         self.max_steps = self.count_steps(0, Cursor())

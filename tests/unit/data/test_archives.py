@@ -25,7 +25,9 @@ import pytest
 
 from tests.helpers.tars import cut, plain, write_entries, write_tar
 from vft.common.errors import UserError
-from vft.data.streaming.tar import DamagedArchive, Member, copied, list_files, members, read_bytes
+from vft.data.streaming.clips import copy_clips
+from vft.data.streaming.files import list_files, read_bytes
+from vft.data.streaming.tar import DamagedArchive, Member, members
 
 KINDS = ["a.tar", "a.tar.gz", "a.tgz"]
 CONTENTS = {
@@ -142,11 +144,11 @@ def test_a_large_member_is_copied_in_pieces(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "a.tar.gz", {"big.mp4": big, "end.mp4": b"x"}, compresslevel=1)
     tracemalloc.start()
     try:
-        runs = list(copied(str(archive), 0, tmp_path, lambda name: name))
+        clips = list(copy_clips(str(archive), 0, tmp_path, lambda name: name))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [next(iter(run.files.values())).read_bytes() for run in runs] == [big, b"x"]
+    assert [next(iter(clip.files.values())).read_bytes() for clip in clips] == [big, b"x"]
     assert peak < 8 << 20
 
 
@@ -316,9 +318,9 @@ def test_nothing_is_written_outside_the_spool(tmp_path: Path) -> None:
         entries.append((entry, b""))
     archive = write_entries(tmp_path / "a.tar", entries)
     before = set(tmp_path.rglob("*"))
-    runs = list(copied(str(archive), 0, spool, lambda name: name))
-    assert [run.key for run in runs] == names
-    files = [path for run in runs for path in run.files.values()]
+    clips = list(copy_clips(str(archive), 0, spool, lambda name: name))
+    assert [clip.key for clip in clips] == names
+    files = [path for clip in clips for path in clip.files.values()]
     assert [path.read_bytes().decode() for path in files] == names
     assert set(tmp_path.rglob("*")) - before == set(files) and len(set(files)) == len(files)
     assert all(path.parent == spool and not path.is_symlink() for path in files)
@@ -339,11 +341,11 @@ def test_members_that_belong_together(tmp_path: Path) -> None:
     files = [(name, f"{number}".encode()) for number, name in enumerate(names)]
     archive = write_tar(tmp_path / "s.tar", files)
     found = []
-    for run in copied(str(archive), 0, spool, key_of):
-        found.append((run.key, {name: path.read_text() for name, path in run.files.items()}, run.place))
-        assert not run.cut_off and run.title("n") == "s.tar/n"
-        assert len(list(spool.iterdir())) <= 2  # of the next run nothing is there yet
-        run.remove()
+    for clip in copy_clips(str(archive), 0, spool, key_of):
+        found.append((clip.key, {name: path.read_text() for name, path in clip.files.items()}, clip.place))
+        assert not clip.is_cut_off and clip.title("n") == "s.tar/n"
+        assert len(list(spool.iterdir())) <= 2  # of the next clip nothing is there yet
+        clip.remove()
     starts = [start for start, _ in offsets(archive)]
     assert found == [
         ("a", {"a.mp4": "0", "a.json": "2"}, starts[0]),
@@ -351,8 +353,10 @@ def test_members_that_belong_together(tmp_path: Path) -> None:
         ("a", {"a.json": "6"}, starts[6]),
     ]
     assert not list(spool.iterdir())
-    assert [run.place for run in copied(str(archive), starts[4], spool, key_of)] == [starts[4], starts[6]]
-    found = [(run.place, run.passed_over, len(run.files)) for run in copied(str(archive), 0, spool, key_of, bool)]
+    assert [clip.place for clip in copy_clips(str(archive), starts[4], spool, key_of)] == [starts[4], starts[6]]
+    found = [
+        (clip.place, clip.is_skipped, len(clip.files)) for clip in copy_clips(str(archive), 0, spool, key_of, bool)
+    ]
     assert found == [(starts[0], True, 0), (starts[4], False, 1), (starts[6], False, 1)]
 
 
@@ -368,23 +372,23 @@ def test_copies_of_an_archive_that_is_cut_off(tmp_path: Path, name: str) -> None
         left = at if name == "a.tar" else len(zlib.decompressobj(31).decompress(content[:at]))
         spool = tmp_path / f"spool{at}"
         spool.mkdir()
-        runs = []
+        clips = []
         with pytest.raises(DamagedArchive):
-            for run in copied(str(broken), 0, spool, key_of):
-                runs.append(run)
-        got = {name: path.read_bytes() for run in runs for name, path in run.files.items()}
+            for clip in copy_clips(str(broken), 0, spool, key_of):
+                clips.append(clip)
+        got = {name: path.read_bytes() for clip in clips for name, path in clip.files.items()}
         most = sum(end <= left for end in ends)
         assert list(got.items()) == list(files.items())[:most]
-        assert all(len(run.files) == 2 and not run.cut_off for run in runs[:-1])
+        assert all(len(clip.files) == 2 and not clip.is_cut_off for clip in clips[:-1])
         assert len(list(spool.iterdir())) == len(got)
-        assert not runs or runs[-1].cut_off
+        assert not clips or clips[-1].is_cut_off
     assert most >= 7
 
 
 def test_a_spool_that_can_not_be_written(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "a.tar", CONTENTS)
     with pytest.raises(UserError, match=r"gone: can't be written \(No such file.*free space"):
-        list(copied(str(archive), 0, tmp_path / "gone", lambda name: name))
+        list(copy_clips(str(archive), 0, tmp_path / "gone", lambda name: name))
 
 
 # ------------------------------------------------------------------------------------------ listing and the network
@@ -429,7 +433,7 @@ class NetworkError(Exception):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), NetworkError("timed out\nafter 10 s")])
 def test_a_disk_or_network_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """That is no damage of the archive: the run ends with one line and can go on later."""
+    """That is no damage of the archive: the clip ends with one line and can go on later."""
     file = io.BytesIO()
     file.read = raising(error)  # type: ignore[method-assign, assignment]
     with pytest.raises(UserError, match=r"^hf://x/a\.tar: can't be read \((timed out|.*Input/output error)\); check"):
@@ -451,8 +455,9 @@ def test_missing_and_unreadable_archives(tmp_path: Path) -> None:
 
 
 OFFLINE = """
-from vft.data.archives import list_files, members, read_bytes
-from vft.types import UserError
+from vft.common.errors import UserError
+from vft.data.streaming.files import list_files, read_bytes
+from vft.data.streaming.tar import members
 where = "hf://datasets/someone/some-set"
 asks = (lambda at: list_files(at, (".tar",)), lambda at: list(members(at)), read_bytes)
 for ask, name in zip(asks, ("", "/a.tar", "/a")):

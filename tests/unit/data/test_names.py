@@ -26,7 +26,7 @@ from vft.data.file_names import is_stray, spellings
 from vft.data.formats import pe_video
 from vft.data.records.paths import find_path
 from vft.data.records.record import BadRecord
-from vft.data.streaming.tar import list_files
+from vft.data.streaming.files import list_files
 from vft.inference.requests import read_items
 
 NFC, NFD = (unicodedata.normalize(form, "café é.mp4") for form in ("NFC", "NFD"))

@@ -21,19 +21,19 @@ from vft.data import formats as sources
 from vft.data.dataset import load_dataset
 from vft.data.formats import pe_video
 from vft.data.formats.pe_video import TOGETHER
-from vft.data.records.record import ClipRecords
+from vft.data.streaming.clips import ArchiveClip
 from vft.data.streaming.tar import DamagedArchive
 from vft.recipes.caption import Caption
 
 VIDEO = b"not looked at here"
 
 
-def groups_of(archive: Path, spool: Path, place: int = 0) -> list[ClipRecords]:
+def groups_of(archive: Path, spool: Path, place: int = 0) -> list[ArchiveClip]:
     spool.mkdir(exist_ok=True)
     return list(pe_video.read_clips(str(archive), place, spool))
 
 
-def group_of(tmp_path: Path, *members: tuple[str, bytes]) -> ClipRecords:
+def group_of(tmp_path: Path, *members: tuple[str, bytes]) -> ArchiveClip:
     """The only clip of an archive with these members."""
     (group,) = groups_of(write_tar(tmp_path / "s.tar", members), tmp_path / "spool")
     return group
@@ -68,7 +68,7 @@ def test_the_best_caption_there_is(tmp_path: Path, fields: dict[str, Any], capti
     assert sample.unread == tuple(key for key in fields if key == "other")
     ref = medium(sample)
     assert (ref.kind, ref.name) == ("video", "s.tar/x/c1.mp4")
-    assert isinstance(ref.path, Path) and ref.path.read_bytes() == VIDEO and ref.path in group.files
+    assert isinstance(ref.path, Path) and ref.path.read_bytes() == VIDEO and ref.path in group.files.values()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_shard_that_is_cut_off(tmp_path: Path, name: str) -> None:
     spool.mkdir()
     for at in range(0, len(content) - 1100 if name == "s.tar" else len(content), 257):
         (tmp_path / name).write_bytes(content[:at])
-        groups: list[ClipRecords] = []
+        groups: list[ArchiveClip] = []
         with pytest.raises(DamagedArchive, match=rf"{name}: .*download it again"):
             for group in pe_video.read_clips(str(tmp_path / name), 0, spool):
                 groups.append(group)
@@ -149,7 +149,7 @@ def test_a_shard_that_is_cut_off(tmp_path: Path, name: str) -> None:
         ids = "".join(sample.id for group in groups for sample in group.samples)
         assert "abc".startswith(ids)
         seen.add(ids)
-        assert sorted(spool.iterdir()) == sorted(file for group in groups for file in group.files)
+        assert sorted(spool.iterdir()) == sorted(file for group in groups for file in group.files.values())
         for file in spool.iterdir():
             file.unlink()
     assert seen == {"", "a", "ab", "abc"}

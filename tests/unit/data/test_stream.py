@@ -33,7 +33,8 @@ from tests.helpers.tars import write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.config.data import DataConfig
-from vft.data.streaming.stream import Position, _make_spool
+from vft.data.streaming.clips import START, Position
+from vft.data.streaming.reader import make_spool
 from vft.data.streaming.tar import Member
 
 PE = {"format": "pe_video", "path": "pe", "stream": True}
@@ -190,7 +191,7 @@ def test_a_slot_goes_on_from_every_pack(
             return found
 
         count = 14
-        undisturbed = packs_from(Position(), count)
+        undisturbed = packs_from(START, count)
         assert undisturbed[-1][2].epoch >= 1
         if samples and source is LLAVA:
             assert {position.document for _, _, position in undisturbed} == {1, 2, 3}
@@ -376,7 +377,7 @@ def test_slots_copy_their_own_clips_alone(tiny: Tiny, tmp_path: Path, monkeypatc
 def make_and_remove(folder: Path, problems: Any) -> None:
     for _ in range(25):
         try:
-            spool, lock = _make_spool(folder)
+            spool, lock = make_spool(folder)
             (spool / "00000000.mp4").write_bytes(b"x")
             lock.release()
             shutil.rmtree(spool, ignore_errors=True)  # as a run does: others may be at it too

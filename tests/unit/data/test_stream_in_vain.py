@@ -17,7 +17,8 @@ from vft.data import loader as loaders
 from vft.data.dataset import load_dataset
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
 from vft.data.streaming import stream as streams
-from vft.data.streaming.stream import SEARCH, open_archives
+from vft.data.streaming.reader import open_source
+from vft.data.streaming.stream import MAX_MISSES
 
 PE = {"format": "pe_video", "path": "pe", "stream": True}
 LLAVA = {"format": "llava_video", "path": "llava", "stream": True}
@@ -102,7 +103,7 @@ def test_kinds_of_trouble_are_counted() -> None:
 def test_a_long_bad_stretch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay empty and it is said; then all goes on, alike on one and two processes and from every step."""
     monkeypatch.setattr(loaders, "MAX_KEPT", 10)
-    root, bad = tmp_path / "data", 2 * SEARCH + 3
+    root, bad = tmp_path / "data", 2 * MAX_MISSES + 3
     pairs = [pe_pair("a"), *[without_caption(f"b{number:02d}") for number in range(bad)], pe_pair("c"), pe_pair("d")]
     write_pairs(root / "pe" / "0.tar", pairs)
     pe_shards(root / "good", [3, 2])
@@ -276,7 +277,7 @@ NFC, NFD = (unicodedata.normalize(form, "caf\N{LATIN SMALL LETTER E WITH ACUTE}.
 def test_members_named_a_little_unlike_the_records(tiny: Tiny, tmp_path: Path, names: dict[str, str]) -> None:
     llava_set(tmp_path / "data", names)
     config = data_config(tmp_path / "data", LLAVA)
-    assert not open_archives(config.sources[0], config).warning
+    assert not open_source(config.sources[0], config).warning
     assert ids_of(tiny, tmp_path / "data") == {"q0", "q1"}
 
 
@@ -288,10 +289,10 @@ def test_exact_names_go_before_likely_ones(tiny: Tiny, tmp_path: Path) -> None:
         media = {item.path for item in run.bad}
     assert not media and archive.exists()
     config = data_config(tmp_path / "data", LLAVA)
-    opened = open_archives(config.sources[0], config)
+    opened = open_source(config.sources[0], config)
     spool = tmp_path / "spool"
     spool.mkdir()
-    groups = list(opened.groups(opened.shards[0], 0, spool, lambda number: True))
+    groups = list(opened.clips(opened.shards[0], 0, spool, lambda number: True))
     assert [[sample.id for sample in group.samples] for group in groups] == [["q0"]]
 
 
@@ -306,7 +307,7 @@ def test_names_that_no_record_has(tiny: Tiny, tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "llava" / "v.tar", {f"clip{i}.mp4": clip() for i in range(3)})
     (tmp_path / "data" / "llava" / "x.json").write_text(json.dumps([llava_record("a/1.mp4", 0)]))
     config = data_config(tmp_path / "data", LLAVA)
-    warning = open_archives(config.sources[0], config).warning
+    warning = open_source(config.sources[0], config).warning
     assert "v.tar has 'clip0.mp4', the records have 'a/1.mp4'" in warning
     with running(config, tiny.encoder, slots=2) as run:
         run.step()
@@ -327,7 +328,7 @@ def test_one_kind_of_records_alone(tiny: Tiny, tmp_path: Path) -> None:
     for name, ids in (("x_cap", {"q0"}), ("x_oe_qa", {"q11", "q12"}), ("x_mc_qa", {"q20"})):
         assert ids_of(tiny, root, path=f"llava/{name}.json") == ids
     one, all_of_them = (
-        open_archives(config.sources[0], config).digest
+        open_source(config.sources[0], config).digest
         for config in (data_config(root, {**LLAVA, "path": path}) for path in ("llava/x_cap.json", "llava"))
     )
     assert one != all_of_them  # a run does not go on with other records

@@ -21,7 +21,8 @@ from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, registe
 from vft.config.toml import show
 from vft.data.records.files import read_records, record_files
 from vft.data.records.paths import find_path
-from vft.data.records.record import BadRecord, ClipRecords, ParsedRecord, Record, Records, read_samples
+from vft.data.records.record import BadRecord, ParsedRecord, Record, Records, read_samples
+from vft.data.streaming.clips import ArchiveClip
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Archives:
 
     shards: Sequence[str]
     """Their paths or URLs."""
-    clips: Callable[[str, int, Path, Callable[[int], bool]], Iterator[ClipRecords]]
+    clips: Callable[[str, int, Path, Callable[[int], bool]], Iterator[ArchiveClip]]
     """`clips(shard, place, spool, is_wanted)`: the clips of a shard from a place on, their files copied into the folder
-    `spool`. A clip whose number is not wanted comes empty."""
+    `spool`. A clip whose number is not wanted comes without files and records."""
     digest: str = ""
     """Of the records, if they are files beside the archives."""
     bad: Sequence[BadRecord] = ()

@@ -29,7 +29,6 @@ from vft.data.records.paths import find_path, natural_order, resolve_path
 from vft.data.records.record import (
     TURN_KEYS,
     BadRecord,
-    ClipRecords,
     ParsedRecord,
     Record,
     RecordError,
@@ -42,7 +41,9 @@ from vft.data.records.record import (
     unique_id,
 )
 from vft.data.records.unread_keys import other_keys
-from vft.data.streaming.tar import SUFFIXES, DamagedArchive, Run, copied, list_files, members, read_bytes
+from vft.data.streaming.clips import ArchiveClip, copy_clips
+from vft.data.streaming.files import list_files, read_bytes
+from vft.data.streaming.tar import SUFFIXES, DamagedArchive, members
 
 KNOWN = messages.FIELDS | {*TURN_KEYS, "data_source"}
 
@@ -145,12 +146,12 @@ class _ArchiveReader:
         self.has_exact_names: dict[str, bool] = {}
         """By archive: whether its members are called exactly as the records' videos."""
 
-    def clips(self, shard: str, place: int, spool: Path, is_wanted: Callable[[int], bool]) -> Iterator[ClipRecords]:
+    def clips(self, shard: str, place: int, spool: Path, is_wanted: Callable[[int], bool]) -> Iterator[ArchiveClip]:
         """The videos of a part that have records, as `Archives.clips`.
 
         Raises:
             DamagedArchive: after the last video that can be read.
-            BarrenArchive: at the end of a part without any.
+            EmptyArchive: at the end of a part without any.
             UserError: two members may both be the video of a record.
         """
         if shard not in self.has_exact_names:
@@ -158,15 +159,14 @@ class _ArchiveReader:
             self.has_exact_names[shard] = any(_of_member(name, self.names.exact) is not None for name in names)
         video_of = self.names.exact if self.has_exact_names[shard] else self.names.likely
         expected = f"the video of a record, such as {next(iter(self.records), '')!r:.200}"
-        for run in copied(shard, place, spool, lambda name: _of_member(name, video_of), is_wanted, expected):
-            if run.passed_over:
-                yield ClipRecords(run.place, [], [], ())
+        for clip in copy_clips(shard, place, spool, lambda name: _of_member(name, video_of), is_wanted, expected):
+            is_video = video_of(next(iter(clip.files), "")) == clip.key
+            if clip.is_cut_off and not clip.is_skipped and not is_video:
+                clip.remove()  # a folder of frames, of which some may be missing
                 continue
-            is_video = video_of(next(iter(run.files), "")) == run.key
-            if run.cut_off and not is_video:
-                run.remove()  # a folder of frames, of which some may be missing
-            else:
-                yield self._clip(run, spool, is_video)
+            if not clip.is_skipped:
+                self._read_clip(clip, spool, is_video)
+            yield clip
 
     def warning(self, shards: Sequence[str]) -> str:
         """What to say if the members of the first archives are not named as the records' videos; empty if they are."""
@@ -181,22 +181,20 @@ class _ArchiveReader:
         record = f"the records have {next(iter(self.records))!r:.200}"
         return f"none of the first {len(seen)} members of the archives is the video of a record: {seen[0]}, {record}"
 
-    def _clip(self, run: Run, spool: Path, is_video: bool) -> ClipRecords:
-        files = [str(run.files[name]) for name in natural_order(run.files)]
-        title = run.title(next(iter(run.files)))
-        samples: list[Sample] = []
-        bad: list[BadRecord] = []
-        for origin, sample_id, record in self.records[run.key]:
+    def _read_clip(self, clip: ArchiveClip, spool: Path, is_video: bool) -> None:
+        """Add the samples about a video, a file or a folder of frames."""
+        files = [str(clip.files[name]) for name in natural_order(clip.files)]
+        title = clip.title(next(iter(clip.files)))
+        for origin, sample_id, record in self.records[clip.key]:
             try:
                 video = files[0] if is_video else files
                 parsed = messages.parse({**record, "video": video, "data_source": None}, spool)
             except RecordError as error:
-                bad.append(error.at(origin))
+                clip.bad.append(error.at(origin))
                 continue
             turns = _with_media(parsed.turns, member=title, is_folder=not is_video)
             fields = {key: value for key, value in record.items() if key != "conversations"}
-            samples.append(Sample(sample_id, turns, origin, fields, parsed.unread))
-        return ClipRecords(run.place, samples, bad, tuple(run.files.values()))
+            clip.samples.append(Sample(sample_id, turns, origin, fields, parsed.unread))
 
 
 class _VideoNames:

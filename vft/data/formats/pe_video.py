@@ -12,25 +12,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from filelock import FileLock
-
 from vft.common.errors import UserError
-from vft.common.files import whole_folder
+from vft.common.files import locked, whole_folder
 from vft.common.types import MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.file_names import VIDEO_SUFFIXES, is_stray
 from vft.data.formats import Archives, Format, locate
-from vft.data.records.record import BadRecord, ClipRecords, RecordError, Records, check_text, list_keys, short_repr
-from vft.data.streaming.tar import SUFFIXES, BarrenArchive, DamagedArchive, Run, copied, list_files
+from vft.data.records.record import BadRecord, RecordError, Records, check_text, list_keys, short_repr
+from vft.data.streaming.clips import ArchiveClip, EmptyArchive, copy_clips
+from vft.data.streaming.files import list_files
+from vft.data.streaming.tar import SUFFIXES, DamagedArchive
 
 MAX_RECORD_BYTES = 16 << 20
+ANOTHER_CACHE = "name another data.cache_dir"
 UNPACKED_VERSION = 2
 """Raise it when other clips of the same archives are unpacked than before, or their records kept in another form."""
 CAPTIONS = ("human_caption", "model_caption", "description")
@@ -69,20 +69,21 @@ class PEVideo(Format):
 
 def read_clips(
     shard: str, place: int, spool: Path, is_wanted: Callable[[int], bool] = lambda number: True
-) -> Iterator[ClipRecords]:
+) -> Iterator[ArchiveClip]:
     """The clips of a shard, as `Archives.clips`.
 
     Raises:
         DamagedArchive: after the last clip that can be read.
-        BarrenArchive: at the end of a shard without clips.
+        EmptyArchive: at the end of a shard without clips.
     """
-    for run in copied(shard, place, spool, _key, is_wanted, "a video ID.mp4 (or .webm, ...) or its record ID.json"):
-        if run.passed_over:
-            yield ClipRecords(run.place, [], [], ())
-        elif run.cut_off and len(run.files) < 2:
-            run.remove()  # its other half is behind the damage; the clip itself is not bad
-        else:
-            yield _read_clip(run)
+    expected = "a video ID.mp4 (or .webm, ...) or its record ID.json"
+    for clip in copy_clips(shard, place, spool, _key, is_wanted, expected):
+        if clip.is_cut_off and len(clip.files) < 2:
+            clip.remove()  # its other half is behind the damage; the clip itself is not bad
+            continue
+        if not clip.is_skipped:
+            _read_clip(clip)
+        yield clip
 
 
 def _key(name: str) -> str | None:
@@ -94,27 +95,28 @@ def _key(name: str) -> str | None:
     return normalize("NFC", match[1]) if match else None
 
 
-def _read_clip(run: Run) -> ClipRecords:
-    by_kind = {os.path.splitext(name)[1].lower() == ".json": name for name in run.files}
-    video, about = by_kind.get(False, f"{run.key}.mp4"), by_kind.get(True, f"{run.key}.json")
-    files, origin = tuple(run.files.values()), run.title(about if about in run.files else video)
+def _read_clip(clip: ArchiveClip) -> None:
+    """Add the sample of a clip, or its bad record."""
+    by_kind = {os.path.splitext(name)[1].lower() == ".json": name for name in clip.files}
+    video, about = by_kind.get(False, f"{clip.key}.mp4"), by_kind.get(True, f"{clip.key}.json")
+    origin = clip.title(about if about in clip.files else video)
     try:
-        if video not in run.files:
+        if video not in clip.files:
             raise RecordError("mp4", f"the clip has no video beside its .json; {TOGETHER}")
-        if about not in run.files:
+        if about not in clip.files:
             raise RecordError("json", f"the clip has no .json beside its video; {TOGETHER}")
-        if (size := run.files[about].stat().st_size) > MAX_RECORD_BYTES:
+        if (size := clip.files[about].stat().st_size) > MAX_RECORD_BYTES:
             raise RecordError("", f"has {size} bytes, more than {MAX_RECORD_BYTES}; download the archive again")
         try:
-            record = json.loads(run.files[about].read_bytes())
+            record = json.loads(clip.files[about].read_bytes())
         except (ValueError, RecursionError) as error:
             raise RecordError("", f"is not JSON ({str(error)[:60]}); download the archive again") from None
         if not isinstance(record, dict):
             raise RecordError("", f"{short_repr(record)} is no JSON object; it must be one with a caption")
-        sample = _sample(run.key.rpartition("/")[2], record, run.files[video], origin, run.title(video))
-        return ClipRecords(run.place, [sample], [], files)
+        key = clip.key.rpartition("/")[2]
+        clip.samples.append(_sample(key, record, clip.files[video], origin, clip.title(video)))
     except RecordError as error:
-        return ClipRecords(run.place, [], [error.at(origin)], files)
+        clip.bad.append(error.at(origin))
 
 
 def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title: str) -> Sample:
@@ -136,11 +138,11 @@ def _unpack(location: str, count: int, cache: Path) -> Path:
     """Unpack the first `count` clips into a folder of the cache, unless they are there already; that folder."""
     where = location if "://" in location else os.path.abspath(location)
     folder = cache / "unpacked" / hashlib.sha256(f"{UNPACKED_VERSION}:{where}:{count}".encode()).hexdigest()[:16]
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock"), "another process that unpacks the same clips", ANOTHER_CACHE):
         if not folder.is_dir():
             with whole_folder(folder) as partial:
                 for number, clip in enumerate(islice(_all_clips(location, partial), count)):
-                    for file in clip.files:
+                    for file in clip.files.values():
                         if file.suffix == ".json":
                             file.unlink()
                         else:  # FFmpeg looks at the content
@@ -149,7 +151,7 @@ def _unpack(location: str, count: int, cache: Path) -> Path:
     return folder
 
 
-def _to_json(clip: ClipRecords) -> dict[str, Any]:
+def _to_json(clip: ArchiveClip) -> dict[str, Any]:
     """What is written beside an unpacked clip."""
     about: dict[str, Any] = {"bad": [asdict(error) for error in clip.bad], "record": None}
     for sample in clip.samples:
@@ -171,30 +173,15 @@ def _read_unpacked(folder: Path) -> Records:
     return samples, bad
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock, so that only one process unpacks the same clips."""
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); name another data.cache_dir") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _all_clips(location: str, spool: Path) -> Iterator[ClipRecords]:
-    barren: list[str] = []
+def _all_clips(location: str, spool: Path) -> Iterator[ArchiveClip]:
+    empty: list[str] = []
     shards = list_files(location, SUFFIXES)
     for shard in shards:
         try:
             yield from read_clips(shard, 0, spool)
         except DamagedArchive as error:
             raise UserError(str(error)) from None
-        except BarrenArchive as error:
-            barren.append(str(error))
-    if len(barren) == len(shards):
-        raise UserError(f"{location}: no clip in {len(shards)} archive(s): {barren[0]}")
+        except EmptyArchive as error:
+            empty.append(str(error))
+    if len(empty) == len(shards):
+        raise UserError(f"{location}: no clip in {len(shards)} archive(s): {empty[0]}")

@@ -21,7 +21,7 @@ from vft.data.media.subtitles import Line, Subtitles, parse_srt
 from vft.data.records.files import read_columnar, read_text
 from vft.data.records.paths import first_present, media_folders
 from vft.data.records.record import Record, RecordError, Records, check_text, make_samples, short_repr
-from vft.data.streaming.tar import list_files, opened_file
+from vft.data.streaming.files import list_files, open_file
 
 MAX_ROWS = 1_000_000
 """A file of a few kilobytes may announce any number, and rows are held in memory."""
@@ -61,7 +61,7 @@ class VideoMME(Format):
 
 
 def _read_rows(file: str) -> Iterator[Record]:
-    with opened_file(file) as opened:
+    with open_file(file) as opened:
         yield from read_columnar(opened, file, (*TEXTS, "options"), MAX_ROWS)
 
 

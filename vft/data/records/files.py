@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from vft.common.errors import UserError
 from vft.data.file_names import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
 from vft.data.records.record import MalformedRecord, short_repr
-from vft.data.streaming.tar import opened_file
+from vft.data.streaming.files import open_file
 
 TABLES = frozenset({".csv", ".tsv", ".tab"})
 COLUMNAR = frozenset({".parquet", ".arrow"})
@@ -100,7 +100,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     elif suffix in COLUMNAR:
         if not path.is_file():
             read_file(path, "a table")  # says what is wrong
-        with opened_file(str(path)) as file:
+        with open_file(str(path)) as file:
             yield from enumerate(read_columnar(file, str(path)), 1)
     else:
         yield from read_json(path)

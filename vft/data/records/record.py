@@ -45,17 +45,6 @@ class ParsedRecord:
     """Keys that the format does not read."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClipRecords:
-    """One clip of an archive: the samples about it, and its files, which are temporary copies."""
-
-    place: int
-    """Where the clip begins in its archive."""
-    samples: list[Sample]
-    bad: list[BadRecord]
-    files: tuple[Path, ...]
-
-
 class RecordError(Exception):
     """A field of a record is wrong. The reader turns it into a BadRecord."""
 
