@@ -27,12 +27,14 @@ from vft.common.types import (
     Turn,
     VisionLimits,
 )
+from vft.config.data import DataConfig
+from vft.config.run import ModelConfig, ParallelConfig
 from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
-from vft.inference.engine import load_model
 from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, load_weights
+from vft.preparation.run import PreparedModel, load_for_inference, open_for_inference
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -65,7 +67,7 @@ class Tiny:
     @cached_property
     def encoder(self) -> ChatEncoder:
         """Tokenizer, template and the family's rules."""
-        return load_model(str(self.path), None, torch.float32, CPU).encoder
+        return load_model(str(self.path), None, torch.float32, CPU).encoder(DataConfig())
 
     def ours(self) -> VideoLanguageModel:
         """A fresh model in float32 whose every weight is trained that anything reads."""
@@ -73,6 +75,15 @@ class Tiny:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(component_of(name, model.components) in ALL_COMPONENTS)
         return model
+
+
+def load_model(
+    path: str, adapter: Path | None, dtype: torch.dtype, device: torch.device, **settings: Any
+) -> PreparedModel:
+    """A base, or an adapter on it, ready to answer; `settings` are keys of `[model]`."""
+    prepared = open_for_inference(ModelConfig(path=path, **settings), adapter, dtype)
+    load_for_inference(prepared, device, None, ParallelConfig())
+    return prepared
 
 
 def load_prepared(

@@ -22,6 +22,7 @@ from tests.helpers.tiny import (
     assert_same_gradients,
     batch_of,
     every_logit,
+    load_model,
     loss_and_gradients,
     medium,
     talk,
@@ -29,7 +30,6 @@ from tests.helpers.tiny import (
 from vft.common.errors import UserError
 from vft.common.types import IGNORE_INDEX, Batch, Conversation, MediaRef, Role
 from vft.data.packing import collate
-from vft.inference.engine import load_model
 from vft.inference.generate import Sampling, generate
 from vft.inference.option_scores import prefix_of, score_options
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.tiny import CPU, every_logit, load_prepared
+from tests.helpers.tiny import CPU, every_logit, load_model, load_prepared
 from vft.adapters.lora import choose_trainable, is_adapter
 from vft.cli.merge_lora import merge
 from vft.common.types import Batch
@@ -30,7 +30,6 @@ from vft.data.dataset import load_dataset
 from vft.data.media.decode import decode
 from vft.data.media.patches import load_patches
 from vft.data.packing import collate
-from vft.inference.engine import load_model
 from vft.models.base import VideoLanguageModel
 from vft.models.qwen2_5_vl.model import Qwen2_5_VL
 from vft.recipes.caption import Caption
@@ -92,7 +91,7 @@ def trained(base: str) -> VideoLanguageModel:
 
 @pytest.fixture(scope="module")
 def encoder(base: str) -> ChatEncoder:
-    return load_model(base, None, torch.float32, CPU).encoder
+    return load_model(base, None, torch.float32, CPU).encoder(DataConfig())
 
 
 @pytest.fixture(scope="module")

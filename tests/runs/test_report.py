@@ -26,11 +26,12 @@ from vft.common.types import Conversation, MediaRef, Turn
 from vft.config import run as configs
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
-from vft.inference.evaluate import keep_parts, load_held_out
+from vft.inference.evaluate import keep_parts
 from vft.metrics import mean_interval
 from vft.models import build
 from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
+from vft.preparation.documents import load_held_out
 from vft.recipes import task_of
 from vft.reporting import examples, write_report
 

@@ -37,15 +37,14 @@ from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
-from vft.data.chat import ChatEncoder
+from vft.config.run import ModelConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import scan_file
 from vft.data.packing import Cursor
 from vft.data.workers import WorkerPool
-from vft.models import build
-from vft.models.pretrained import Pretrained
+from vft.preparation.run import open_for_inference
 from vft.recipes.caption import Caption
 
 SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts"})
@@ -183,8 +182,7 @@ def table(case: Case, cores: int, sides: Sequence[Side]) -> list[dict[str, Any]]
 
 def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
     """Every size at every rate."""
-    model = build(Pretrained.open(str(DEMO_BASE)), torch.float32)
-    encoder = ChatEncoder(Pretrained.open(str(DEMO_BASE)).tokenizer, model.processor)
+    encoder = open_for_inference(ModelConfig(path=str(DEMO_BASE)), None, torch.float32).encoder(DataConfig())
     root = options.clips or folder
     for size, clips in clips_by_size(options, folder).items():
         questions = -(-options.samples // len(clips))

@@ -36,15 +36,14 @@ import torch
 from measure import median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
-from vft.adapters.lora import LoRALinear, choose_trainable, initialise
+from vft.adapters.lora import LoRALinear, initialise
 from vft.adapters.peft_format import export_adapter
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config import run as configs
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.config.run import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
-from vft.models import build
-from vft.models.pretrained import Pretrained
+from vft.preparation.run import open_for_training
 
 WARM_UP = 2
 """Steps before the timed ones."""
@@ -271,8 +270,7 @@ def write_adapter(config: Config, folder: Path) -> None:
     """The adapter that both sides start from. Its B is not zero, as a fresh one's is: else A would have no gradient,
     and the first losses would be those of the base alone."""
     assert config.lora is not None
-    model = build(Pretrained.open(config.model.path), torch.float32)
-    choose_trainable(model, config.lora, ())
+    model = open_for_training(config).model
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     for layer in layers:
         layer.lora_A.to_empty(device="cpu")

@@ -29,12 +29,11 @@ from vft.common.types import IGNORE_INDEX, Conversation, MediaPlan, MediaRef
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import load_dataset
 from vft.data.media.patches import load_patches
 from vft.data.packing import Cursor, take_step
-from vft.models import build
-from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
+from vft.preparation.documents import load_training
+from vft.preparation.run import open_for_training
 from vft.recipes import task_of
 
 Question = tuple[Conversation, MediaPlan]
@@ -54,10 +53,8 @@ def main() -> None:
 
 def planned_steps(config: Config) -> tuple[list[list[Question]], ChatEncoder]:
     """The questions of every step of a vft run with this configuration, in its order."""
-    checkpoint = Pretrained.open(config.model.path)
-    encoder = ChatEncoder(checkpoint.tokenizer, build(checkpoint, torch.float32).processor)
-    make = task_of(config).conversations
-    documents = load_dataset(config.data, config.data.sources, make, encoder, config.seed)
+    encoder = open_for_training(config).encoder(config.data)
+    documents = load_training(task_of(config), config, encoder)
     plan, cursor, steps = documents.pack_plan(config.seed), Cursor(), []
     for _ in range(config.train.max_steps or 0):
         packs, cursor = take_step(plan, cursor, config.train.packs_per_step, None)

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,16 +30,15 @@ from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.config import run as configs
 from vft.config.run import Config
-from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, environment, make_mesh, process_group
-from vft.inference.engine import Answerer, load_model, require_folder
-from vft.inference.evaluate import cut_off_warning, evaluate, load_held_out, overlap_with_training
+from vft.inference.engine import Answerer, require_folder
+from vft.inference.evaluate import cut_off_warning, evaluate
 from vft.inference.generate import Sampling
 from vft.metrics import paired_difference
-from vft.models import build
-from vft.models.pretrained import Pretrained
+from vft.preparation.documents import load_held_out, overlap_with_training
+from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.examples import key_of
 from vft.reporting.run_report import COUNTS, DIFFERENCE, changed, shown
@@ -98,10 +96,10 @@ def as_trained(config: Config, adapter: Path | None) -> Config:
 
 def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
     """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
-    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
+    dtype = DTYPES[config.train.precision]
+    models = {file: open_for_inference(config.model, adapter, dtype) for file, adapter in runs.items()}
     # Before the process group, as in training: a first scan of many files may outlast any time-out.
-    processor, learn_reasoning = build(checkpoint, torch.float32).processor, config.data.learn_reasoning
-    encoder = ChatEncoder(checkpoint.tokenizer, processor, checkpoint.end_ids, learn_reasoning)
+    encoder = next(iter(models.values())).encoder(config.data)
     held_out = load_held_out(task_of(config), config, encoder)
     overlap = overlap_with_training(task_of(config), config, held_out) if world.is_main else ""
     if overlap:
@@ -111,8 +109,8 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
         process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
     ):
-        for file, adapter in runs.items():
-            scores[file.stem] = score(config, adapter, file, held_out, pool, world)
+        for file in runs:
+            scores[file.stem] = score(config, models.pop(file), file, held_out, pool, world)
             line = cut_off_warning(scores[file.stem], config.eval.max_new_tokens)
             if line and world.is_main:
                 print(f"{file.stem}: {line}", file=sys.stderr, flush=True)
@@ -121,14 +119,11 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
 
 
 def score(
-    config: Config, adapter: Path | None, file: Path, held_out: Dataset, pool: WorkerPool, world: World
+    config: Config, prepared: PreparedModel, file: Path, held_out: Dataset, pool: WorkerPool, world: World
 ) -> Scores:
-    """Scores of the base model, or of the adapter on it; its answers go to `file`."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    mesh = make_mesh(world, config.parallel.shard)
-    base = config.model
-    loaded = load_model(base.path, adapter, dtype, world.device, mesh, config.parallel, base.quantize, base.rope_factor)
-    answerer = Answerer(loaded.model, loaded.encoder, config.data, held_out.info, pool, world)
+    """Scores of a model; its answers go to `file`."""
+    load_for_inference(prepared, world.device, make_mesh(world, config.parallel.shard), config.parallel)
+    answerer = Answerer(prepared.model, held_out.encoder, config.data, held_out.info, pool, world)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     return evaluate(
         task_of(config), answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file

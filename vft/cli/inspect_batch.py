@@ -18,19 +18,15 @@ from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
-from vft.common.task import trained_conversations
 from vft.common.types import Batch
 from vft.config import run as configs
-from vft.config.run import Config
-from vft.data.chat import ChatEncoder
-from vft.data.loader import Loader, open_streams
+from vft.config.run import Config, ParallelConfig
+from vft.data.loader import Loader
 from vft.data.packing import owners
 from vft.data.workers import WorkerPool
-from vft.inference.engine import load_model
-from vft.inference.evaluate import load_training
-from vft.models import build
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained
+from vft.preparation.documents import load_training, training_streams
+from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.batch_preview import preview, summary
 from vft.training.checks import tell_of_weights
@@ -59,23 +55,23 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     tell_of_weights(config, print)
-    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
-    model = build(checkpoint, torch.float32)
-    encoder = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids, config.data.learn_reasoning)
-    task, data = task_of(config), config.data
-    documents, make = load_training(task, config, encoder), trained_conversations(task, config.data.segment_questions)
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    prepared = open_for_inference(config.model, adapter if forward else None, torch.float32)
+    task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
+    documents = load_training(task, config, encoder)
     with (
         WorkerPool(data.workers, data.decode_timeout_s) as pool,
-        open_streams(data, make, encoder, pool, config.train.packs_per_step, config.seed) as streams,
+        training_streams(task, config, encoder, pool) as streams,
     ):
         plan = documents.pack_plan(config.seed)
         slots = 1 if streams is None else config.train.packs_per_step
         loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
         batch = first_batch(loader)
     whole = summary(documents, plan, data)
-    tensors = batch_tensors(batch, model)
+    tensors = batch_tensors(batch, prepared.model)
     if forward:
-        tensors |= forward_tensors(batch, config)
+        load_for_inference(prepared, torch.device("cpu"), None, ParallelConfig())
+        tensors |= forward_tensors(batch, prepared.model)
     with whole_folder(output) as folder:
         save_file(tensors, folder / "batch.safetensors")
         (folder / "preview.html").write_text(preview(batch, encoder, config, whole), encoding="utf-8")
@@ -116,12 +112,8 @@ def batch_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def forward_tensors(batch: Batch, config: Config) -> dict[str, Tensor]:
-    """Summed loss, count and logits of the supervised tokens, by the model in float32."""
-    adapter = Path(config.model.adapter) if config.model.adapter else None
-    base, cpu = config.model, torch.device("cpu")
-    loaded = load_model(base.path, adapter, torch.float32, cpu, None, None, base.quantize, base.rope_factor)
-    model = loaded.model
+def forward_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:
+    """Summed loss, count and logits of the supervised tokens."""
     with torch.no_grad():
         return {
             "loss_sum": cross_entropy(model, batch),

@@ -40,13 +40,12 @@ from vft.data import formats as sources
 from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import converse, take
 from vft.distributed.process_group import World, make_mesh
-from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Pretrained
 from vft.models.quantization import is_packed, true_shapes
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step, shares
+from vft.preparation.run import DTYPES, open_for_training
 from vft.preparation.step_time import LINK_SHARE, Cluster, StepTime, step_time, traffic_of
 from vft.recipes import task_of
 from vft.training.checks import check_shares
@@ -340,12 +339,12 @@ def model_of(config: Config) -> VideoLanguageModel:
 
 def make_model(config: Config) -> VideoLanguageModel:
     """A model on the meta device, from its own config.json or that of the released size, with what is trained."""
-    path, dtype = config.model.path, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    path = config.model.path
     released = next((shape for part, shape in RELEASED.items() if part in path), None)
     if Path(path).is_dir() or released is None:
-        model = build(Pretrained.open(path, config.model.rope_factor), dtype, config.model.quantize)
-    else:
-        model = build_model(MODELS[released], dtype, config.model.quantize, config.model.rope_factor)
+        return open_for_training(config).model
+    dtype = DTYPES[config.train.precision]
+    model = build_model(MODELS[released], dtype, config.model.quantize, config.model.rope_factor)
     choose_trainable(model, config.lora, config.model.train)
     return model
 

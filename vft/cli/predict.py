@@ -25,16 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
-from vft.adapters.peft_format import WEIGHTS_FILE, recorded, trained_rope_factor
+from vft.adapters.peft_format import WEIGHTS_FILE, recorded
 from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
 from vft.common.rules import VERSION
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, SourceConfig
+from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import explain
 from vft.data.frame_times import with_frame_times
 from vft.data.media.errors import MediaError
@@ -45,11 +45,12 @@ from vft.data.spans import check_spans
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of, environment, make_mesh, process_group
 from vft.inference.answers_file import AnswersFile, answer_line
-from vft.inference.engine import Answerer, Prompt, Said, check_answer_length, load_model, require_folder
+from vft.inference.engine import Answerer, Prompt, Said, require_folder
 from vft.inference.generate import Sampling
 from vft.inference.requests import Failure, Item, read_items, split
-from vft.models import build as build_model
 from vft.models.pretrained import Pretrained
+from vft.preparation.documents import check_answer_length
+from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 DEFAULT_PROMPT = "Describe the video."
 LIMITS = ("fps", "frames", "max_frames", "max_pixels")
@@ -161,9 +162,11 @@ def predict(arguments: argparse.Namespace) -> int:
     """Print or write an answer to each question; returns how many have none."""
     check(arguments)
     world = environment()
-    checkpoint = Pretrained.open(arguments.model, trained_rope_factor(arguments.adapter, None))
-    context = build_model(checkpoint, torch.float32).processor.context_tokens
-    check_answer_length(arguments.max_new_tokens, context, "--max-new-tokens")
+    precision = arguments.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    base = ModelConfig(path=arguments.model, quantize=arguments.quantize)
+    prepared = open_for_inference(base, arguments.adapter, DTYPES[precision])
+    checkpoint = prepared.pretrained
+    check_answer_length(arguments.max_new_tokens, prepared.model.processor.context_tokens, "--max-new-tokens")
     about = checkpoint.json_file("vft.json") if arguments.adapter is None else recorded(arguments.adapter)
     config = data_config(arguments, about)
     prompt = arguments.prompt or about.get("prompt") or DEFAULT_PROMPT
@@ -174,7 +177,6 @@ def predict(arguments: argparse.Namespace) -> int:
     if silent and arguments.prompt is None and world.is_main:
         told = f"{silent} of {len(items)} records ask nothing themselves: {prompt!r} is asked; --prompt asks another"
         print(told, file=sys.stderr)
-    precision = arguments.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     file = None
     if arguments.output is not None:
         file = AnswersFile(arguments.output, settings_of(arguments, checkpoint, config, precision))
@@ -183,7 +185,6 @@ def predict(arguments: argparse.Namespace) -> int:
     info = scanned(items, config, workers_for(items, arguments), world) if keep else scan
     if arguments.segments is not None:
         items = split(items, arguments.segments, info)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with process_group(world), WorkerPool(workers_for(items, arguments), DECODE_TIMEOUT_S) as pool:
         # The first process's file is the one that counts: others may be on hosts that don't see it.
         done = all_of(None if file is None else [file.has(item) for item in items])[0]
@@ -192,9 +193,8 @@ def predict(arguments: argparse.Namespace) -> int:
             print(f"{arguments.output}: {len(items) - len(left)} of {len(items)} answered before", file=sys.stderr)
         if not left:
             return 0
-        mesh, quantize = make_mesh(world, 0), arguments.quantize
-        loaded = load_model(arguments.model, arguments.adapter, dtype, world.device, mesh, quantize=quantize)
-        answerer = Answerer(loaded.model, loaded.encoder, config, info, pool, world)
+        load_for_inference(prepared, world.device, make_mesh(world, 0), ParallelConfig())
+        answerer = Answerer(prepared.model, prepared.encoder(config), config, info, pool, world)
         return answer_items(answerer, left, arguments, file)
 
 

@@ -11,17 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh
-
-from vft.adapters.peft_format import Adapter, attach, trained_rope_factor
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.reasoning import CLOSE, OPEN, answer_in, split_reasoning
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn
 from vft.config.data import DataConfig
-from vft.config.run import ParallelConfig
 from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
@@ -31,11 +26,7 @@ from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, all_of
 from vft.inference.generate import Sampling, generate
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
-from vft.models import build
-from vft.models.attention import check_kernel
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, load_weights
-from vft.parallel.parallelize import materialise, shard
 
 
 def user_question(
@@ -56,14 +47,6 @@ class Said:
     reasoning: str = ""
     is_cut_off: bool = False
     """Whether it ended at the limit of tokens, or of the model's context."""
-
-
-def check_answer_length(new_tokens: int, context: int | None, name: str) -> None:
-    """UserError where an answer may have as many tokens as the model's context; `name` is that of the setting."""
-    if context is not None and new_tokens >= context:
-        raise UserError(
-            f"{name} = {new_tokens}: the model's context is {context} tokens, question and answer together; take fewer"
-        )
 
 
 def name_of(question: Question) -> str:
@@ -259,52 +242,6 @@ class Answerer:
             (i, (a.text, a.option_scores, a.option_scores_norm, a.reasoning, a.is_cut_off)) for i, a in answers.items()
         ]
         return {i: Answer(asked[i], *said) for i, said in sorted(one for part in all_of(told) for one in part)}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model for use, not for training."""
-
-    model: VideoLanguageModel
-    checkpoint: Pretrained
-    encoder: ChatEncoder
-
-
-def load_model(
-    path: str,
-    adapter: Path | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    mesh: DeviceMesh | None = None,
-    parallel: ParallelConfig | None = None,
-    quantize: str = "none",
-    rope_factor: float | None = None,
-) -> LoadedModel:
-    """A base model with an adapter on it, if one is named, ready to answer; its decoder is sharded over the mesh.
-    `quantize` and `rope_factor` are those of `[model]` (`trained_rope_factor`).
-
-    With a mesh every process must call it, and run the model as often as the others do.
-    """
-    parallel = parallel or ParallelConfig()
-    check_kernel(device, dtype)
-    checkpoint = Pretrained.open(path, trained_rope_factor(adapter, rope_factor))
-    model = build(checkpoint, dtype, quantize)
-    files = None if adapter is None else Adapter.open(adapter, model.spellings)
-    base_names = frozenset(name for name, _ in model.named_parameters())
-    if files is not None:
-        attach(model, files)
-        files.check(model, checkpoint)
-    model.requires_grad_(False)
-    # Whole copies side by side need nothing of each other: nothing is trained.
-    if mesh is not None and (mesh.size(1) > 1 or parallel.offload != "none"):
-        shard(model, mesh, dtype, parallel)
-    materialise(model, device, parallel)
-    extra = frozenset(name for name, _ in model.named_parameters()) - base_names
-    load_weights(model, checkpoint, extra, show_progress=mesh is None or mesh.get_rank() == 0)
-    if files is not None:
-        files.load_into(model)
-    model.eval()
-    return LoadedModel(model, checkpoint, ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids))
 
 
 def require_folder(path: Path | None, what: str) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,117 +16,34 @@ from torch.distributed.fsdp import FSDPModule
 
 from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
-from vft.common.reasoning import split_reasoning
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import (
     Answer,
-    Question,
     Task,
     distinct,
     files_of,
     likeliest,
-    main_conversation,
-    trained_conversations,
 )
-from vft.common.types import IGNORE_INDEX, Conversation, Document, Sample
+from vft.common.types import IGNORE_INDEX, Document
 from vft.config.run import Config
-from vft.data import formats as sources
-from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset, converse, load_dataset, take
+from vft.data.dataset import Dataset
 from vft.data.loader import Loader
-from vft.data.overlap import overlap_warning
 from vft.data.packing import PackPlan
-from vft.data.split import Split
 from vft.data.workers import WorkerPool
 from vft.distributed import signals as stopping
 from vft.distributed.process_group import World, all_of, sum_over_ranks
-from vft.inference.engine import Answerer, check_answer_length
+from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.models.base import VideoLanguageModel
 from vft.models.cross_entropy import token_losses
+from vft.preparation.documents import questions, spread
 
 SCORED_BY = "sum of log-probabilities, closing token included"
 """What the scores of options in a file of predictions are."""
 
 MOST_OPTIONS = 5
 """Options of a question, the likeliest, whose scores stand in a file of predictions; those of right ones stand too."""
-
-
-def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
-    """The last answer of each conversation, without its reasoning, as the reference, with what its record lists beside
-    it as right; equal prompts, media and options (in any order) are one question."""
-    found: dict[object, Question] = {}
-    for one in conversations:
-        if one.is_part:
-            continue
-        last = max(i for i, turn in enumerate(one.turns) if turn.role == "assistant")
-        prompt = Conversation(one.id, one.turns[:last], one.origin, one.options, one.facts)
-        key = (one.media_key, tuple((turn.role, turn.text) for turn in prompt.turns), frozenset(one.options))
-        before = found.get(key)
-        listed = one.facts.get("answers", ())[1:]
-        answer = split_reasoning(one.turns[last].text)[1]
-        # Of an option's text, without the white space that a record may have around it.
-        options = {option.strip(): option for option in one.options}
-        right = (options.get(text.strip(), text) for text in (answer, *listed))
-        references = (*(before.references if before else ()), *right)
-        found[key] = Question(before.id if before else one.id, before.prompt if before else prompt, references)
-    everything = list(found.values())
-    return [everything[i] for i in some(len(everything), limit)]
-
-
-def some(count: int, limit: int) -> list[int]:
-    """`limit` numbers below `count`, in order; all where `limit` is 0. Always the same, and not the first: sets are
-    often sorted."""
-    if not limit or limit >= count:
-        return list(range(count))
-    return sorted(random.Random(f"some:{count}").sample(range(count), limit))
-
-
-def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
-    """What is trained on, but for streams."""
-    make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
-    return load_dataset(config.data, config.data.indexed, make, encoder, config.seed, split)
-
-
-def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
-    """What is evaluated: of each record its main conversation."""
-    wanted = config.eval.sources or config.data.indexed
-    if not wanted:
-        raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
-
-    check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
-    split = held_out_split(config, held_out=True)
-    seed = config.seed if split else 0  # sources of their own are the same in every run
-    held_out = load_dataset(config.data, wanted, asked_by(task), encoder, seed, split)
-    # A metric's package that isn't installed, a reference that can't be scored or a metric that there isn't shows now
-    # and not after hours.
-    asked = questions(held_out.conversations)
-    asked = [asked[i] for i in some(len(asked), 64)]
-    equal = [(0.0,) * len(q.prompt.options) for q in asked]
-    scores = task.score([Answer(q, q.references[0], even, even) for q, even in zip(asked, equal, strict=True)])
-    known, best = [*scores, "loss"], config.eval.best_metric
-    if best and asked and "/" not in best and best not in known:
-        raise UserError(f"eval.best_metric = {best!r}: {task.name} has {', '.join(n for n in known if '/' not in n)}")
-    return held_out
-
-
-def held_out_split(config: Config, held_out: bool) -> Split | None:
-    """The side of `eval.split` to read; None where there is no such setting."""
-    return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)
-
-
-def asked_by(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
-    """What `task` asks of each record in evaluation. UserError where a record asks nothing before its last answer."""
-
-    def make(sample: Sample) -> Sequence[Conversation]:
-        made = main_conversation(task)(sample)
-        for one in made:
-            if [turn.role for turn in one.turns if turn.role != "system"][:1] != ["user"]:
-                raise UserError(f"{sample.origin}: a conversation must begin with a question to be asked in evaluation")
-        return made
-
-    return make
 
 
 def evaluate(
@@ -183,36 +98,6 @@ def questions_digest(held_out: Dataset, limit: int = 0) -> str:
         for q in asked
     ]
     return digest(repr(sorted(map(repr, content))))
-
-
-def overlap_with_training(task: Task, config: Config, held_out: Dataset, training: Dataset | None = None) -> str:
-    """A line that names the held-out samples that are trained on too; empty where there are none, or where it is the
-    training samples themselves that are scored. Without `training` its records are read anew; streams can't be.
-
-    A line that says so where they can't be read.
-    """
-    if not config.eval.sources and config.eval.split is None:
-        return ""
-    if training is not None:
-        trained = training.conversations
-    else:
-        try:
-            trained = list(_training_records(task, config))
-        except UserError as error:
-            return f"warning: held-out samples can't be looked for among those of training: {error}"
-    return overlap_warning([one for one in held_out.conversations if not one.is_part], trained)
-
-
-def _training_records(task: Task, config: Config) -> Iterator[Conversation]:
-    samples = [
-        one
-        for source in config.data.indexed
-        for one in take(sources.read(source, config.data)[0], source.take, config.seed)
-    ]
-    split = held_out_split(config, held_out=False)
-    sides = [True] * len(samples) if split is None else split.select(samples, config.data.root)[0]
-    for sample in itertools.compress(samples, sides):
-        yield from converse(sample, main_conversation(task), config.data)[0]
 
 
 class _NothingInstead(PackPlan):
@@ -290,7 +175,7 @@ def held_out_loss(
     The interval is of documents drawn anew, those about one video together: their losses over their tokens.
     """
     whole = held_out.pack_plan(seed=0)
-    chosen = frozenset(some(len(whole.lengths), limit))
+    chosen = frozenset(spread(len(whole.lengths), limit))
     weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
     plan = _NothingInstead(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
     loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)

@@ -10,17 +10,14 @@ from pathlib import Path
 
 import torch
 
-from vft.adapters.lora import choose_trainable, initialise, is_adapter
-from vft.adapters.peft_format import start_from
 from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
-from vft.common.task import Task, trained_conversations
+from vft.common.task import Task
 from vft.config import run as configs
 from vft.config.run import Config
-from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
-from vft.data.loader import Loader, Streams, open_streams
+from vft.data.loader import Loader, Streams
 from vft.data.packing import Cursor
 from vft.data.quarantine import check_bad, write_quarantine
 from vft.data.training_prompts import Asked
@@ -41,18 +38,14 @@ from vft.inference.evaluate import (
     cut_off_warning,
     evaluate,
     keep_parts,
-    load_held_out,
-    load_training,
-    overlap_with_training,
     questions_digest,
 )
 from vft.inference.generate import Sampling
-from vft.models import build
-from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Pretrained, load_weights
-from vft.parallel.parallelize import materialise, parallelize, sync_gradients
+from vft.parallel.parallelize import sync_gradients
+from vft.preparation.documents import load_held_out, load_training, overlap_with_training, training_streams
 from vft.preparation.memory import longest_row, memory_preflight, resolve_checkpointing
+from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.reporting import write_card, write_report
 from vft.reporting.loggers import require_boards
 from vft.reporting.metrics_log import Monitor, Profiler, StepResult, Stopwatch, Tally, describe_run, describe_step
@@ -72,31 +65,26 @@ from vft.training.export import export
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
     """Train, or go on where a run in the same folder stopped; `dry`: only try the longest row."""
     config.require_training()
     check_output_dir(config)
     require_boards(config)
-    checkpoint = Pretrained.open(config.model.path, config.model.rope_factor)
-    model = build(checkpoint, DTYPES[config.train.precision], config.model.quantize)
-    encoder = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids, config.data.learn_reasoning)
+    prepared = open_for_training(config)
+    encoder = prepared.encoder(config.data)
     # Before the process group: the first scan of a large set may outlast any time-out of a collective.
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
     overlap = overlap_with_training(task, config, held_out, documents) if held_out and world.is_main else ""
     if overlap:
         print(overlap, file=sys.stderr, flush=True)
-    data, slots = config.data, config.train.packs_per_step
-    make = trained_conversations(task, data.segment_questions)
     with (
         process_group(world, alone=config.parallel.offload != "none"),
-        WorkerPool(data.workers, data.decode_timeout_s) as pool,
-        open_streams(data, make, encoder, pool, slots, config.seed) as streams,
+        WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
+        training_streams(task, config, encoder, pool) as streams,
     ):
-        trainer = Trainer(task, config, world, checkpoint, model, documents, streams, held_out, pool)
+        trainer = Trainer(task, config, world, prepared, documents, streams, held_out, pool)
         if dry:
             trainer.memory_preflight()
         else:
@@ -115,15 +103,14 @@ class Trainer:
         task: Task,
         config: Config,
         world: World,
-        checkpoint: Pretrained,
-        model: VideoLanguageModel,
+        prepared: PreparedModel,
         documents: Dataset,
         streams: Streams | None,
         held_out: Dataset | None,
         pool: WorkerPool,
     ) -> None:
         self.task, self.config, self.world, self.pool = task, config, world, pool
-        self.checkpoint, self.model = checkpoint, model
+        self.prepared, self.checkpoint, self.model = prepared, prepared.pretrained, prepared.model
         self.documents, self.streams, self.held_out = documents, streams, held_out
         if streams is not None:
             documents.bad += [item for archives in streams.archives for item in archives.bad]
@@ -166,31 +153,23 @@ class Trainer:
     def prepare_model(self) -> None:
         """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
         config, model = self.config, self.model
-        rows = choose_trainable(model, config.lora, config.model.train)
         shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
         self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
         told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
         self.monitor.say(f"{told}, steps {self.max_steps}")
         tell_of_weights(config, self.monitor.say)
         warn_of_benchmarks(config, self.monitor.say)
-        self.monitor.table_of_trainable(rows, model)
+        self.monitor.table_of_trainable(self.prepared.trainable, model)
         parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
         if parallel.memory_budget_gib is not None:
             parallel = resolve_checkpointing(parallel, model, cross_entropy, self.longest, self.world, say)
         self.flops = FlopCounter(model, parallel.activation_checkpointing)
         self.loader.costs = tuple(self.flops.row(*work) for work in self.documents.work)
-        adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
-        mesh = make_mesh(self.world, config.parallel.shard)
-        parallelize(model, mesh, parallel, DTYPES[config.train.precision], self.world.device)
-        materialise(model, self.world.device, parallel)
-        load_weights(model, self.checkpoint, adapters, show_progress=self.world.is_main)
+        load(self.prepared, self.world.device, make_mesh(self.world, config.parallel.shard), parallel)
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
-            initialise(model, config.seed)
-            if config.model.adapter:
-                start_from(model, config.model, self.checkpoint)
-        model.train()
+            start_adapters(self.prepared, config)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config.train, model.components, config.lora)
+        self.optimizer = build_optimizer(model, config.train, self.model.components, config.lora)
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.identity["data"])
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")

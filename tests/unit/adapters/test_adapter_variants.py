@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.helpers.allocations import allocated_peak
-from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_prepared, loss_and_gradients
+from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
 from vft.adapters.lora import LoRALinear, choose_trainable, fill, is_adapter, is_start, lora_scale, principal_part
 from vft.adapters.peft_format import Adapter, attach, export_adapter
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, TrainConfig
-from vft.inference.engine import load_model
 from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained

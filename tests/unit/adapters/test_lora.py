@@ -16,14 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
-from tests.helpers.tiny import CPU, Media, Tiny, batch_of, load_prepared, loss_and_gradients, talk
+from tests.helpers.tiny import CPU, Media, Tiny, batch_of, load_model, load_prepared, loss_and_gradients, talk
 from vft.adapters.lora import LoRALinear, choose_trainable, fill, initialise, is_adapter, match_targets
 from vft.adapters.peft_format import Adapter, attach, export_adapter
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import LoraConfig
-from vft.inference.engine import load_model
 from vft.models.base import VideoLanguageModel
 
 

@@ -19,7 +19,7 @@ from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import load_dataset
 from vft.data.split import Split, media_of
-from vft.inference.evaluate import held_out_split, load_held_out
+from vft.preparation.documents import held_out_split, load_held_out
 from vft.recipes.caption import Caption
 
 

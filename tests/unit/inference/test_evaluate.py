@@ -33,18 +33,13 @@ from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import (
-    evaluate,
-    held_out_loss,
-    load_held_out,
-    overlap_with_training,
-    prediction_line,
-    questions,
-)
+from vft.inference.evaluate import evaluate, held_out_loss, prediction_line
 from vft.inference.generate import Sampling
+from vft.preparation.documents import load_held_out, overlap_with_training, questions
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
 from vft.recipes.summarize import Summarize
+from vft.training.losses import cross_entropy
 
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 VIDEO = MediaRef("video", Path("a.mp4"))
@@ -336,8 +331,8 @@ def test_an_evaluation_compiles_nothing(tiny: Tiny, root: Path, tmp_path: Path) 
         layer.mlp.compile(dynamic=True, backend="aot_eager")
     _, held_out = held_out_of(tiny, root, RECORDS[:2])
     made = held_out.build(0)
-    model(
-        collate([(made, [load_patches(p, tiny.encoder.processor) for p in made.media])], tiny.encoder.processor)
+    cross_entropy(
+        model, collate([(made, [load_patches(p, tiny.encoder.processor) for p in made.media])], tiny.encoder.processor)
     ).backward()
     graphs = counters["stats"]["unique_graphs"]
     assert graphs

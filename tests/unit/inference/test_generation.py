@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, medium, talk
+from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, load_model, medium, talk
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, VideoConfig
@@ -20,11 +20,12 @@ from vft.data.dataset import Dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
-from vft.inference.engine import Answerer, Said, check_answer_length, load_model, name_of, user_question
+from vft.inference.engine import Answerer, Said, name_of, user_question
 from vft.inference.generate import GeneratedIds, Sampling, choose, generate
 from vft.models import kv_cache as cache
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.pretrained import Pretrained
+from vft.preparation.documents import check_answer_length
 
 STEPS = 8
 TEXTS = ["Hello?", "What is it?", "Who runs?", "A dog or a cat?", "Why?"]
@@ -125,7 +126,7 @@ def test_every_end_token_that_the_checkpoint_names(tiny: Tiny, tmp_path: Any, na
         (folder / file.name).symlink_to(file)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-    encoder = load_model(str(folder), None, torch.float32, CPU).encoder
+    encoder = load_model(str(folder), None, torch.float32, CPU).encoder(DataConfig())
     wanted = {named} if isinstance(named, int) else {*named}
     assert encoder.end_ids == wanted | {tiny.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))

@@ -23,7 +23,7 @@ from transformers.models.llava_next_video.processing_llava_next_video import Lla
 
 from tests.helpers.families import PINPOINTS, SIDE
 from tests.helpers.patches import patches_of
-from tests.helpers.tiny import CPU, Media, Tiny, every_logit, medium, talk
+from tests.helpers.tiny import CPU, Media, Tiny, every_logit, load_model, medium, talk
 from tests.parity.test_against_transformers import row
 from vft.adapters.lora import choose_trainable, is_adapter
 from vft.adapters.peft_format import export_adapter
@@ -36,7 +36,6 @@ from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
 from vft.distributed.process_group import environment
-from vft.inference.engine import load_model
 from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
 
@@ -346,7 +345,7 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
         for found in (theirs, every_logit(loaded.model, batch), every_logit(again.model, batch)):
             assert float((found - wanted).abs().max()) <= 1e-4
         assert float((wanted - plain).abs().max()) > 0.5
-    assert again.encoder.processor.context_tokens == 3 * 4096
+    assert again.model.processor.context_tokens == 3 * 4096
 
 
 def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +365,7 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
             {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
         )
         with pytest.raises(Seen, match=str(wanted * 4096)):
-            evaluate_tool.score_all(evaluate_tool.as_trained(config, adapter), {}, world)
+            evaluate_tool.score_all(evaluate_tool.as_trained(config, adapter), {tmp_path / "base.jsonl": None}, world)
     config = Config.model_validate(
         {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
     )

@@ -13,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.adapters import adapted
-from tests.helpers.tiny import CPU, Tiny
+from tests.helpers.tiny import CPU, Tiny, load_model
 from tests.unit.adapters.test_lora import train_a_little
 from vft.adapters.lora import choose_trainable
 from vft.adapters.peft_format import export_adapter, start_from
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig, ModelConfig
-from vft.inference.engine import load_model
 from vft.models import build
 from vft.models.pretrained import SINGLE_FILE, Pretrained
 

@@ -24,6 +24,7 @@ from tests.helpers.tiny import (
     assert_same_gradients,
     batch_of,
     every_logit,
+    load_model,
     load_prepared,
     loss_and_gradients,
     medium,
@@ -33,8 +34,8 @@ from tests.unit.parallel.test_compiled import compile_with_aot_eager
 from vft.adapters.lora import choose_trainable, fill, initialise, is_adapter
 from vft.common.errors import UserError
 from vft.common.types import Batch
+from vft.config.data import DataConfig
 from vft.config.run import LoraConfig, ParallelConfig
-from vft.inference.engine import load_model
 from vft.models import build
 from vft.models import pretrained as weights
 from vft.models import quantization as nf4
@@ -180,7 +181,7 @@ def test_error_of_the_logits_of_a_trained_model() -> None:
     path = str(Path(__file__).parents[3] / "tools" / "demo_world" / "base")
     loaded = [load_model(path, None, torch.float32, CPU, quantize=quantize) for quantize in ("none", "nf4")]
     conversation = talk(("user", [VIDEO, "Describe the video."]), ("assistant", "A red ring moves to the left."))
-    encoder = loaded[0].encoder
+    encoder = loaded[0].encoder(DataConfig())
     row = batch_of(encoder, ([conversation], Media.make(encoder.processor, [(VIDEO, VIDEO_INFO)])))
     with torch.no_grad():
         exact, found = (every_logit(one.model, row) for one in loaded)

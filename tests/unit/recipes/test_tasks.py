@@ -18,7 +18,7 @@ from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig
 from vft.data.frame_times import FrameTimes
 from vft.data.media.subtitles import Subtitles
-from vft.inference.evaluate import questions
+from vft.preparation.documents import questions
 from vft.recipes import task_of
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify

@@ -1,0 +1,156 @@
+"""The data sets of a run: what is trained on, what is evaluated, and what is in both by mistake."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from vft.common.errors import UserError
+from vft.common.reasoning import split_reasoning
+from vft.common.task import Answer, Question, Task, main_conversation, trained_conversations
+from vft.common.types import Conversation, Sample
+from vft.config.run import Config
+from vft.data import formats
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Dataset, converse, load_dataset, take
+from vft.data.loader import Streams, open_streams
+from vft.data.overlap import overlap_warning
+from vft.data.split import Split
+from vft.data.workers import WorkerPool
+
+
+def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
+    """What is trained on, except streams."""
+    make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
+    return load_dataset(config.data, config.data.indexed, make, encoder, config.seed, split)
+
+
+def training_streams(
+    task: Task, config: Config, encoder: ChatEncoder, pool: WorkerPool
+) -> AbstractContextManager[Streams | None]:
+    """The sources of `data.sources` with `stream = true`, which are read while they are trained on; None if there are
+    none."""
+    make = trained_conversations(task, config.data.segment_questions)
+    return open_streams(config.data, make, encoder, pool, config.train.packs_per_step, config.seed)
+
+
+def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
+    """What is evaluated: the main conversation of each held-out record.
+
+    Raises UserError before the run starts if the task cannot score the references (a metric's package is missing, say),
+    or if `eval.best_metric` is not among its scores.
+    """
+    sources = config.eval.sources or config.data.indexed
+    if not sources:
+        raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
+    check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
+    split = held_out_split(config, held_out=True)
+    seed = config.seed if split else 0  # held-out sources of their own are read alike whatever the run's seed
+    held_out = load_dataset(config.data, sources, evaluated_conversations(task), encoder, seed, split)
+    examples = questions(held_out.conversations)
+    examples = [examples[i] for i in spread(len(examples), 64)]
+    equal_scores = [(0.0,) * len(question.prompt.options) for question in examples]
+    answers = [
+        Answer(question, question.references[0], scores, scores)
+        for question, scores in zip(examples, equal_scores, strict=True)
+    ]
+    metrics, best = [*task.score(answers), "loss"], config.eval.best_metric
+    if best and examples and "/" not in best and best not in metrics:
+        known = ", ".join(name for name in metrics if "/" not in name)
+        raise UserError(f"eval.best_metric = {best!r}: {task.name} has {known}")
+    return held_out
+
+
+def held_out_split(config: Config, held_out: bool) -> Split | None:
+    """One side of `eval.split`; None without that setting."""
+    return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)
+
+
+def evaluated_conversations(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
+    """What `task` asks of each record in evaluation. Raises UserError for a record that asks nothing before its last
+    answer."""
+
+    def make(sample: Sample) -> Sequence[Conversation]:
+        conversations = main_conversation(task)(sample)
+        for conversation in conversations:
+            if [turn.role for turn in conversation.turns if turn.role != "system"][:1] != ["user"]:
+                raise UserError(f"{sample.origin}: a conversation must begin with a question to be asked in evaluation")
+        return conversations
+
+    return make
+
+
+def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Question]:
+    """The questions of an evaluation, at most `limit` of them (0: all).
+
+    The reference is the last answer of a conversation without its reasoning, beside the other right answers that its
+    record lists. Conversations with equal prompts, media and options (in any order) are one question.
+    """
+    by_content: dict[object, Question] = {}
+    for conversation in conversations:
+        if conversation.is_part:
+            continue
+        last = max(i for i, turn in enumerate(conversation.turns) if turn.role == "assistant")
+        turns, options = conversation.turns[:last], conversation.options
+        prompt = Conversation(conversation.id, turns, conversation.origin, options, conversation.facts)
+        key = (conversation.media_key, tuple((turn.role, turn.text) for turn in turns), frozenset(options))
+        question = by_content.get(key, Question(conversation.id, prompt, ()))
+        answer = split_reasoning(conversation.turns[last].text)[1]
+        # An option's text may have white space around it that the answer lacks.
+        as_option = {option.strip(): option for option in options}
+        right = (answer, *conversation.facts.get("answers", ())[1:])
+        references = (*question.references, *(as_option.get(text.strip(), text) for text in right))
+        by_content[key] = Question(question.id, question.prompt, references)
+    everything = list(by_content.values())
+    return [everything[i] for i in spread(len(everything), limit)]
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """`limit` random indices below `count`, in order; all of them if `limit` is 0. The same in every run.
+
+    They are not the first ones, because data sets are often sorted.
+    """
+    if not limit or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"some:{count}").sample(range(count), limit))
+
+
+def check_answer_length(new_tokens: int, context: int | None, setting: str) -> None:
+    """Raises UserError if an answer may be as long as the model's context (in tokens)."""
+    if context is not None and new_tokens >= context:
+        raise UserError(
+            f"{setting} = {new_tokens}: the model's context is {context} tokens, question and answer together; take "
+            "fewer"
+        )
+
+
+def overlap_with_training(task: Task, config: Config, held_out: Dataset, training: Dataset | None = None) -> str:
+    """A warning that names the held-out samples that are also trained on; empty if there are none, or if the training
+    samples themselves are evaluated.
+
+    Without `training` its records are read here; if that fails, the warning says so. Streams cannot be compared.
+    """
+    if not config.eval.sources and config.eval.split is None:
+        return ""
+    if training is not None:
+        trained = training.conversations
+    else:
+        try:
+            trained = list(_training_records(task, config))
+        except UserError as error:
+            return f"warning: held-out samples can't be looked for among those of training: {error}"
+    return overlap_warning([one for one in held_out.conversations if not one.is_part], trained)
+
+
+def _training_records(task: Task, config: Config) -> Iterator[Conversation]:
+    samples = [
+        sample
+        for source in config.data.indexed
+        for sample in take(formats.read(source, config.data)[0], source.take, config.seed)
+    ]
+    split = held_out_split(config, held_out=False)
+    sides = [True] * len(samples) if split is None else split.select(samples, config.data.root)[0]
+    for sample in itertools.compress(samples, sides):
+        yield from converse(sample, main_conversation(task), config.data)[0]

@@ -1,0 +1,104 @@
+"""The one preparation of a model, for training, evaluation, prediction, inspection, planning and the benches alike.
+
+A setting that one of them forgets cannot exist then. In this order:
+
+    open_for_training | open_for_inference   open the base, build the model on the meta device, attach adapters, choose
+                                             what is trained
+    PreparedModel.encoder                    tokenizer and chat template, with which `documents` builds the data sets
+    load                                     parallelize, allocate memory, read the weights
+    start_adapters                           values of fresh adapters, in a training run that does not resume
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from vft.adapters.lora import TrainableRow, choose_trainable, initialise, is_adapter
+from vft.adapters.peft_format import Adapter, attach, start_from, trained_rope_factor
+from vft.config.data import DataConfig
+from vft.config.run import Config, ModelConfig, ParallelConfig
+from vft.data.chat import ChatEncoder
+from vft.distributed.process_group import place
+from vft.models import build
+from vft.models.base import VideoLanguageModel
+from vft.models.pretrained import Pretrained, load_weights
+from vft.parallel.parallelize import materialise, parallelize
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Values of `train.precision`."""
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model and the files that it is read from. The model is on the meta device until `load` has read its weights."""
+
+    model: VideoLanguageModel
+    pretrained: Pretrained
+    adapter: Adapter | None = None
+    """The adapter that `load` reads into the model; None for the base alone and in training."""
+    trainable: Sequence[TrainableRow] = ()
+    """What is trained, for the table that is shown at the start; empty for inference."""
+
+    def encoder(self, data: DataConfig) -> ChatEncoder:
+        """The tokenizer with its chat template and the family's rules. UserError if the base lacks one of them."""
+        pretrained = self.pretrained
+        return ChatEncoder(pretrained.tokenizer, self.model.processor, pretrained.end_ids, data.learn_reasoning)
+
+
+def open_for_training(config: Config) -> PreparedModel:
+    """The model that a configuration trains: fresh adapters or whole components are trainable, the rest is frozen."""
+    pretrained = Pretrained.open(config.model.path, config.model.rope_factor)
+    model = build(pretrained, DTYPES[config.train.precision], config.model.quantize)
+    trainable = choose_trainable(model, config.lora, config.model.train)
+    return PreparedModel(model.train(), pretrained, trainable=trainable)
+
+
+def open_for_inference(base: ModelConfig, adapter: Path | None, dtype: torch.dtype) -> PreparedModel:
+    """The base, or an adapter on it. `base.adapter` and `base.train`, which are settings of training, are not used.
+
+    Raises UserError if the adapter does not fit the base.
+    """
+    pretrained = Pretrained.open(base.path, trained_rope_factor(adapter, base.rope_factor))
+    model = build(pretrained, dtype, base.quantize)
+    files = None
+    if adapter is not None:
+        files = Adapter.open(adapter, model.spellings)
+        attach(model, files)
+        files.check(model, pretrained)
+    model.requires_grad_(False)
+    return PreparedModel(model.eval(), pretrained, files)
+
+
+def load(prepared: PreparedModel, device: torch.device, mesh: DeviceMesh | None, parallel: ParallelConfig) -> None:
+    """Parallelize the model, allocate it on `device` and read its weights, and those of `prepared.adapter`.
+
+    With a mesh every process must call it, and run the model as often as the others do.
+    """
+    model = prepared.model
+    parallelize(model, mesh, parallel, model.compute_dtype, device)
+    materialise(model, device, parallel)
+    adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
+    load_weights(model, prepared.pretrained, adapters, show_progress=place()[0] == 0)
+    if prepared.adapter is not None:
+        prepared.adapter.load_into(model)
+
+
+def start_adapters(prepared: PreparedModel, config: Config) -> None:
+    """Give a training run's adapters the values that they start from: fresh ones, or those of `model.adapter`."""
+    initialise(prepared.model, config.seed)
+    if config.model.adapter:
+        start_from(prepared.model, config.model, prepared.pretrained)
+
+
+def load_for_inference(
+    prepared: PreparedModel, device: torch.device, mesh: DeviceMesh | None, parallel: ParallelConfig
+) -> None:
+    """`load` without the settings that only a backward pass needs."""
+    parallel = parallel.model_copy(update={"activation_checkpointing": "none", "compile": False})
+    is_replicated = mesh is None or (mesh["shard"].size() == 1 and parallel.offload == "none")
+    load(prepared, device, None if is_replicated else mesh, parallel)  # replicas do not communicate in inference
