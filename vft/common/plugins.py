@@ -1,37 +1,30 @@
-"""Objects that the user names as `module:Name`, such as a format or a task of their own."""
+"""Classes that a configuration names as `module:Class`, such as a task or a format of the user's own."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-from typing import Any
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 
 
-def load_object(name: str) -> Any:
-    """What is called `Name` in a module, by `module:Name`. The current folder can be imported from.
+def load_class(name: str) -> type:
+    """The class `module:Class` of an installed package or of the current folder.
 
-    UserError, one line, if the module or the name is not there, or the module cannot be imported.
+    Raises:
+        UserError, one line: there is no such module or class, or the module cannot be imported.
     """
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # `vft` and tools/NAME.py do not have it, as `python -m` does
-        sys.path.append(os.getcwd())
-    importlib.invalidate_caches()  # the file may be new
+    module_name, _, class_name = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a file there hides no installed package
+        importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{name}: {module_name} needs the module {error.name}, which is not installed") from error
-        where = f"{module_name.replace('.', '/')}.py in {os.getcwd()}"
-        raise UserError(f"{name}: there is no module {module_name}; put {where}, or install it") from None
-    except Exception as error:  # whatever the user's module raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{name}: the module {module_name} cannot be imported ({reason})") from error
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{name}: the module {module_name} ({module.__file__}) has no {attribute}{meant}")
-    return getattr(module, attribute)
+    except Exception as error:  # whatever the user's file raises
+        where = "looked in the current folder and among the installed packages"
+        raise UserError(f"cannot import {module_name}: {first_line(error)}; {where}") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise UserError(f"{module_name} has no class {class_name!r}; name it as module:Class")
+    return found

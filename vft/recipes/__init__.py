@@ -5,13 +5,11 @@ A task is named by a key of `TASKS`, or as `module:Class` if it lives outside th
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from dataclasses import is_dataclass
 from typing import Any, cast
 
-from vft.common.errors import UserError, first_line
+from vft.common.errors import UserError
+from vft.common.plugins import load_class
 from vft.common.task import Task, configured
 from vft.config.run import Config
 
@@ -31,30 +29,24 @@ def load_task(name: str) -> Task:
     Raises:
         UserError: there is no such module or class, or the class is not a task.
     """
-    module_name, colon, class_name = TASKS.get(name, name).partition(":")
-    if not colon:
+    path = TASKS.get(name, name)
+    if ":" not in path:
         raise UserError(f"task = {name!r}: must be {', '.join(TASKS)}, or module:Class for a task of your own")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a file there hides no installed package
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's file raises
-        raise UserError(
-            f"task = {name!r}: cannot import {module_name}: {first_line(error)}; looked in the current folder and "
-            "among the installed packages"
-        ) from error
-    task_class: Any = getattr(module, class_name, None)
-    if not isinstance(task_class, type):
-        raise UserError(f"task = {name!r}: {module_name} has no class {class_name!r}; name it as module:Class")
+        task_class = load_class(path)
+    except UserError as error:
+        raise UserError(f"task = {name!r}: {error}") from error.__cause__
     if not is_dataclass(task_class):
-        raise UserError(f"task = {name!r}: {class_name} must be a dataclass, with a field `prompt`")
+        raise UserError(f"task = {name!r}: {task_class.__name__} must be a dataclass, with a field `prompt`")
     try:
         task: Any = task_class()
     except TypeError as error:
-        raise UserError(f"task = {name!r}: {class_name}() fails: {error}; give every field a default") from error
+        raise UserError(
+            f"task = {name!r}: {task_class.__name__}() fails: {error}; give every field a default"
+        ) from error
     parts = ("name", "prompt", "main_metric", "conversations", "score")
     if missing := [part for part in parts if not hasattr(task, part)]:
-        raise UserError(f"task = {name!r}: {class_name} has no {', '.join(missing)}; see vft.common.task.Task")
+        raise UserError(f"task = {name!r}: {task_class.__name__} has no {', '.join(missing)}; see vft.common.task.Task")
     return cast(Task, task)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vft.common.errors import UserError
-from vft.common.plugins import load_object
+from vft.common.plugins import load_class
 from vft.common.types import Sample
 from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_check
 from vft.config.toml import show
@@ -82,15 +82,15 @@ def names() -> list[str]:
 def find(name: str) -> Format:
     """The format called `name`: one of `names`, or `module:Class` from elsewhere. UserError if there is none."""
     if ":" in name:
-        found = load_object(name)
-        if not (isinstance(found, type) and issubclass(found, Format)):
-            raise UserError(f"{name}: is no subclass of vft.data.formats.Format")
+        found = load_class(name)
+        if not issubclass(found, Format):
+            raise UserError(f"{found.__name__} is not a subclass of vft.data.formats.Format")
         return found()
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(map(repr, names()))
-        raise UserError(f"must be one of {listed}, or 'module:Class' of your own{meant}")
+        raise UserError(f"must be one of {listed}, or module:Class for a format of your own{meant}")
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (
         one
