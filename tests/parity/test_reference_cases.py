@@ -110,7 +110,7 @@ def load_case(
         source = SourceConfig(format="messages", path=str(file))
         documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
         document = documents.build(0)
-        assert documents.lengths == [document.num_tokens]
+        assert documents.lengths == (document.num_tokens,)
         patches = [load_patches(plan, encoder.processor) for plan in document.media]
         tensors = load_file(reference / "cases" / f"{name}.safetensors")
         return Case(facts, tensors, collate([(document, patches)], encoder.processor))

@@ -78,19 +78,18 @@ def loader_of(documents: Dataset, pool: WorkerPool, **more: Any) -> Loader:
 
 def in_millions(documents: Dataset, number: int) -> Dataset:
     """As many documents as that, made of the same conversations over and over, each with a name of its own."""
-    times = number // len(documents.members)
-    members = [
-        tuple(replace(one, id=f"{one.id}-{again}") for one in group)
+    times = number // len(documents.documents)
+    planned = [
+        replace(one, conversations=tuple(replace(talk, id=f"{talk.id}-{again}") for talk in one.conversations))
         for again in range(times)
-        for group in documents.members
+        for one in documents.documents
     ]
-    lists = {name: getattr(documents, name) * times for name in ("lengths", "rooms", "weights", "work")}
-    return replace(documents, members=members, num_samples=len(members), **lists)
+    return replace(documents, documents=planned)
 
 
 def test_in_a_small_set_after_millions_of_epochs(few: Dataset) -> None:
     pool = CountingPool()
-    epoch, pack = divmod(FAR, len(few.members))
+    epoch, pack = divmod(FAR, len(few.documents))
     ids, by_clock_s, busy_s = first_step(loader_of(few, pool), Cursor(epoch, pack, FAR // PACKS_PER_STEP), {})
     assert sorted(ids) == ["blue", "green", "red", "yellow"]  # an epoch begins there, and a step is all of it
     assert pool.asked == ["load"] * PACKS_PER_STEP
@@ -105,7 +104,7 @@ def test_in_a_large_index(few: Dataset, count: Callable[[int], int]) -> None:
     ids, by_clock_s, busy_s = first_step(loader_of(documents, pool), Cursor(epoch, pack, FAR // PACKS_PER_STEP), {})
     # One sample a pack: the epoch's order is that of the packs.
     order = documents.pack_plan(seed=0).documents(epoch)[pack : pack + PACKS_PER_STEP]
-    assert ids == [documents.members[one][0].id for one in order]
+    assert ids == [documents.documents[one].conversations[0].id for one in order]
     assert pool.asked == ["load"] * PACKS_PER_STEP
     print(
         f"{number:,} documents, sample {FAR + number // 3:,}, epoch {epoch}: "

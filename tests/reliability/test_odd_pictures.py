@@ -217,7 +217,7 @@ def test_a_picture_too_narrow_for_the_model_is_named(folder: Path, indexed: Inde
     processor = Qwen2_5Processor(image_token=1, video_token=2, tokens_per_second=2.0)
     ref = MediaRef("image", folder / "a_line.png")
     with pytest.raises(UserError) as caught:
-        plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], processor, 1000, "records.jsonl:3")
+        plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], processor, "records.jsonl:3")
     message = str(caught.value)
     assert message.startswith(f"records.jsonl:3: {ref.path}: ") and "10000 x 1" in message
 

@@ -198,7 +198,7 @@ def cases(options: argparse.Namespace, folder: Path) -> Iterator[Case]:
                 video=VideoConfig(fps=rate, max_frames=options.max_frames, max_pixels=options.max_pixels),
             )
             documents = load_dataset(config, config.sources, Caption().conversations, encoder, seed=0)
-            plans = [plan for number in range(len(documents.members)) for plan in documents.build(number).media]
+            plans = [plan for number in range(len(documents.documents)) for plan in documents.build(number).media]
             yield Case(f"{size}, {rate:g} fps", documents, tuple(plans))
 
 

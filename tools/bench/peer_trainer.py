@@ -60,7 +60,7 @@ def planned_steps(config: Config) -> tuple[list[list[Question]], ChatEncoder]:
         packs, cursor = take_step(plan, cursor, config.train.packs_per_step, None)
         numbers = [number for pack in packs for number in pack.documents]
         media = {number: documents.build(number).media[0] for number in numbers}
-        steps.append([(one, media[number]) for number in numbers for one in documents.members[number]])
+        steps.append([(one, media[number]) for number in numbers for one in documents.documents[number].conversations])
     return steps, encoder
 
 

@@ -37,7 +37,7 @@ from vft.common.types import Batch, MediaInfo, MediaRef
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data import formats as sources
-from vft.data.budget import limits_of, plan_media
+from vft.data.budget import limits_of, plan_media, shrink
 from vft.data.dataset import converse, take
 from vft.distributed.process_group import World, make_mesh
 from vft.models.base import VideoLanguageModel
@@ -358,7 +358,8 @@ def longest_row(setting: Setting) -> Batch:
     length = 10 * (limits.frames or 1)
     large = MediaInfo("video", *FILMED, length, 10.0, duration_s=length / 10)
     room = data.pack_tokens - setting.text_tokens - 20
-    (media,) = plan_media([(ref, large, limits)], processor, room, str(setting.config.model.path))
+    name = str(setting.config.model.path)
+    (media,) = shrink(plan_media([(ref, large, limits)], processor, name), processor, room, name).plans
     one = video_document(processor, media, 1, setting.text_tokens, setting.text_tokens // 2)
     count = max(1, data.pack_tokens // one.num_tokens)
     return row_of(processor, [one] * min(count, data.max_samples_per_pack or count))

@@ -1,4 +1,8 @@
-"""How many frames and pixels a medium may take: configuration, the record's own options, and the room in a row."""
+"""How many frames and pixels a medium may take: the configuration, the record's own options, and the tokens that fit.
+
+Media are planned without a limit on their tokens first. Where a row or the model's context is too short for them and
+the text, they are planned again with fewer frames, then with a lower resolution.
+"""
 
 from __future__ import annotations
 
@@ -9,138 +13,166 @@ from dataclasses import dataclass, replace
 from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.config.data import DataConfig
-from vft.data.chat import ChatEncoder
+from vft.data.chat import ChatEncoder, Encoded
 from vft.data.spans import check_spans
 from vft.models.processor import VisionProcessor
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """Tokens that something may take, and what says so."""
+class TokenLimit:
+    """Tokens that something may take, with the name of the setting behind it and what to do about it, for messages."""
 
     tokens: int
     name: str
     fix: str
 
     @staticmethod
-    def of_row(config: DataConfig) -> Bound:
-        """A row of training."""
-        return Bound(config.pack_tokens, f"data.pack_tokens = {config.pack_tokens}", "raise it or shorten the text")
+    def of_row(config: DataConfig) -> TokenLimit:
+        """The length of a training row."""
+        return replace(ROW, tokens=config.pack_tokens, name=f"{ROW.name} = {config.pack_tokens}")
 
     @staticmethod
-    def of_context(processor: VisionProcessor, new_tokens: int) -> Bound:
-        """The model's context, of which `new_tokens` are kept for an answer that is yet to come."""
+    def of_context(processor: VisionProcessor, new_tokens: int) -> TokenLimit:
+        """The model's context, less `new_tokens` for an answer that is still to be generated."""
         if processor.context_tokens is None:
-            return Bound(sys.maxsize, "", "")
-        kept = f" less {new_tokens} for the answer" if new_tokens else ""
+            return TokenLimit(sys.maxsize, "", "")
+        reserved = f" less {new_tokens} for the answer" if new_tokens else ""
         longer = "or a shorter answer" if new_tokens else "or set model.rope_factor"
-        name = f"the model's context of {processor.context_tokens}{kept}"
-        return Bound(processor.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
+        name = f"the model's context of {processor.context_tokens}{reserved}"
+        return TokenLimit(processor.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
 
 
-ROW = Bound(sys.maxsize, "data.pack_tokens", "raise it or shorten the text")
+ROW = TokenLimit(sys.maxsize, "data.pack_tokens", "raise it or shorten the text")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMedia:
+    """Plans of the media of one sample, and the limits from which `VisionProcessor.plan` makes them."""
+
+    plans: tuple[MediaPlan, ...]
+    limits: tuple[VisionLimits, ...]
+    is_shortened: bool = False
+    """Whether there are fewer frames or pixels than the configuration and the record allow."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Vision tokens of all media."""
+        return sum(plan.num_tokens for plan in self.plans)
+
+
+class Candidate:
+    """A conversation and its text as tokens, before the plans of its media are fixed."""
+
+    def __init__(self, conversation: Conversation, encoder: ChatEncoder, answer_next: bool = False) -> None:
+        """UserError if the text cannot be encoded."""
+        self.conversation = conversation
+        self.text = encoder.encode(conversation, answer_next)
+        """Without the parts that depend on the plans (times of frames, subtitles)."""
+        self._encoder, self._answer_next = encoder, answer_next
+
+    def with_plans(self, plans: Sequence[MediaPlan]) -> Encoded:
+        """The whole text. It is encoded a second time only if it depends on the plans."""
+        if self._encoder.depends_on_plans(self.conversation, plans):
+            return self._encoder.encode(self.conversation, self._answer_next, plans)
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Candidates that see the same media, the media shrunk until they fit, and the texts with them."""
+
+    candidates: tuple[Candidate, ...]
+    media: PlannedMedia
+    encoded: tuple[Encoded, ...]
+
+    def joined_by(self, other: Fit) -> Fit:
+        """Both, given that their media have equal plans."""
+        return Fit(self.candidates + other.candidates, self.media, self.encoded + other.encoded)
 
 
 def fit(
-    conversations: Sequence[Conversation],
+    candidates: Sequence[Candidate],
+    media: PlannedMedia,
     encoder: ChatEncoder,
     config: DataConfig,
-    info: Callable[[MediaRef], MediaInfo],
-    answer_next: bool = False,
     together: int = 1,
     new_tokens: int = 0,
-) -> tuple[tuple[MediaPlan, ...], int]:
-    """Plans of the media that some conversations have in common, such that any `together` of them fit `pack_tokens`,
-    and each fits the model's context with `new_tokens` more.
+) -> Fit:
+    """Shrink the `media` that some conversations share until any `together` of these fit a row of `pack_tokens`, and
+    each of them the model's context with `new_tokens` more.
 
-    Several share one copy of the media and of the text up to it. Also the tokens that the media were planned to fit
-    into: with them `plan_within` gives the same plans. Text that depends on the plans (times of frames, subtitles) is
-    counted as it will be. UserError where nothing fits.
+    Conversations in one row share one copy of the media and of the text up to them. Raises UserError if nothing fits.
     """
-    row, context = Bound.of_row(config), Bound.of_context(encoder.processor, new_tokens)
+    processor, origin = encoder.processor, candidates[0].conversation.origin
+    row, context = TokenLimit.of_row(config), TokenLimit.of_context(processor, new_tokens)
 
-    def planned(room: int) -> tuple[tuple[MediaPlan, ...], int, Bound]:
-        """Plans for this room, and by how many tokens they and their text are too long for which bound."""
-        plans = plan_within(room, conversations[0], encoder.processor, config, info, tightest()[1])
-        vision = sum(len(encoder.media_tokens(plan)[0]) for plan in plans)
-        room_left, bound = tightest(plans)
-        return plans, vision - room_left, bound
-
-    def tightest(plans: Sequence[MediaPlan] | None = None) -> tuple[int, Bound]:
-        """Room that the texts leave: that of the longest `together` in a row, or of the longest in the context."""
-        encoded = [encoder.encode(one, answer_next, plans) for one in conversations]
-        shared = encoded[0].prefix_tokens if together > 1 else 0
-        texts = sorted(one.text_tokens for one in encoded)
-        in_row = row.tokens - shared - sum(text - shared for text in texts[-together:])
-        in_context = context.tokens - texts[-1]
+    def tokens_left(texts: Sequence[Encoded]) -> tuple[int, TokenLimit]:
+        """Tokens that the texts leave for media, and which of the two limits says so."""
+        shared = texts[0].prefix_tokens if together > 1 else 0
+        lengths = sorted(text.text_tokens for text in texts)
+        in_row = row.tokens - shared - sum(length - shared for length in lengths[-together:])
+        in_context = context.tokens - lengths[-1]
         return (in_row, row) if in_row <= in_context else (in_context, context)
 
-    high, _ = tightest()
-    plans, over, bound = planned(high)
-    if over <= 0:
-        return plans, high
-    # Fewer frames have less text of their own, by how much nobody knows: search for the most room that fits.
-    low, found = 0, None
+    budget, first_limit = tokens_left([one.text for one in candidates])
+    if budget < 0:
+        text = first_limit.tokens - budget
+        raise UserError(f"{origin}: {text} tokens of text, more than {first_limit.name}; {first_limit.fix}")
+
+    def attempt(token_budget: int) -> tuple[Fit, int, TokenLimit]:
+        """Media of at most so many vision tokens; by how many tokens they and all text exceed which limit."""
+        smaller = shrink(media, processor, token_budget, origin, first_limit)
+        texts = tuple(one.with_plans(smaller.plans) for one in candidates)
+        left, limit = tokens_left(texts)
+        return Fit(tuple(candidates), smaller, texts), sum(map(encoder.media_length, smaller.plans)) - left, limit
+
+    best, excess, limit = attempt(budget)
+    if excess <= 0:
+        return best
+    # Text that depends on the plans gets shorter with fewer frames, so the largest budget that fits is searched for.
+    low, high, fits = 0, budget, False
     while low < high:
-        room = (low + high) // 2
+        middle = (low + high) // 2
         try:
-            plans, over_now, bound = planned(room)
+            tried, excess_now, limit = attempt(middle)
         except UserError:  # less than the smallest size of these media
-            low = room + 1
+            low = middle + 1
             continue
-        if over_now > 0:
-            high, over = room, over_now
+        if excess_now > 0:
+            high, excess = middle, excess_now
         else:
-            low, found = room + 1, (plans, room)
-    if found is None:
+            low, best, fits = middle + 1, tried, True
+    if not fits:
         raise UserError(
-            f"{conversations[0].origin}: {bound.tokens + over} tokens with the fewest and smallest frames, more than "
-            f"{bound.name}; {bound.fix}"
+            f"{origin}: {limit.tokens + excess} tokens with the fewest and smallest frames, more than {limit.name}; "
+            f"{limit.fix}"
         )
-    return found
-
-
-def plan_within(
-    room: int,
-    conversation: Conversation,
-    processor: VisionProcessor,
-    config: DataConfig,
-    info: Callable[[MediaRef], MediaInfo],
-    bound: Bound | None = None,
-) -> tuple[MediaPlan, ...]:
-    """Plans of a conversation's media that together take at most `room` tokens, what `bound` leaves of its own (by
-    default that of a row); UserError where they can't, and where the conversation tells of parts that its video doesn't
-    have."""
-    bound = bound or Bound.of_row(config)
-    if room < 0:
-        text = bound.tokens - room
-        raise UserError(f"{conversation.origin}: {text} tokens of text, more than {bound.name}; {bound.fix}")
-    check_spans(conversation, info)
-    media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
-    return plan_media(media, processor, room, conversation.origin, bound)
+    return best
 
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
-    """The configuration's limits with the record's own options laid over them."""
+    """The configuration's limits, overridden by the record's own options."""
     options, video = ref.options, config.video
     pixels = video if ref.kind == "video" else config.image
-    # Pictures that a record names are all shown, unless it asks for less itself. Of pictures whose rate isn't given
-    # `fps` is the rate that they have (`video.join_pictures`), and asks for nothing.
-    whole = ref.is_list and not (ref.is_folder or video.sample_lists)
-    asks_rate = options.fps is not None and (not whole or bool(options.sample_fps or options.timestamps))
-    asks_count = options.nframes is not None
-    least = options.min_frames or video.min_frames
-    # A record's own minimum goes before the configuration's maximum, and the other way round.
-    most = options.max_frames or (sys.maxsize if whole else max(video.max_frames, least if options.min_frames else 0))
-    smallest = options.min_pixels or min(pixels.min_pixels, options.max_pixels or pixels.max_pixels)
+    # Pictures that a record names are all shown, unless the record limits them. If it does not give their own rate,
+    # `fps` is taken for that (`video.join_pictures`) and asks for nothing.
+    show_all = ref.is_list and not (ref.is_folder or video.sample_lists)
+    sets_rate = options.fps is not None and (not show_all or bool(options.sample_fps or options.timestamps))
+    sets_count = options.nframes is not None
+    min_frames = options.min_frames or video.min_frames
+    # A record's own minimum overrides the configuration's maximum, and the other way round.
+    max_frames = options.max_frames or (
+        sys.maxsize if show_all else max(video.max_frames, min_frames if options.min_frames else 0)
+    )
+    min_pixels = options.min_pixels or min(pixels.min_pixels, options.max_pixels or pixels.max_pixels)
     return VisionLimits(
-        fps=options.fps if asks_rate else None if asks_count or whole else video.fps,
-        # As many as are asked for: of an odd number the last is shown twice. (qwen-vl-utils makes it even.)
-        frames=options.nframes if asks_count else None if asks_rate or whole else video.frames,
-        min_frames=min(least, most),
-        max_frames=most,
-        min_pixels=smallest,
-        max_pixels=options.max_pixels or max(pixels.max_pixels, smallest),
+        fps=options.fps if sets_rate else None if sets_count or show_all else video.fps,
+        # Exactly this many. The last frame of an odd number is shown twice; qwen-vl-utils makes the number even.
+        frames=options.nframes if sets_count else None if sets_rate or show_all else video.frames,
+        min_frames=min(min_frames, max_frames),
+        max_frames=max_frames,
+        min_pixels=min_pixels,
+        max_pixels=options.max_pixels or max(pixels.max_pixels, min_pixels),
         total_pixels=options.total_pixels or (video.total_pixels if ref.kind == "video" else None),
         resized_height=options.resized_height,
         resized_width=options.resized_width,
@@ -149,55 +181,73 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     )
 
 
-def plan_media(
-    media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]],
-    processor: VisionProcessor,
-    room_tokens: int,
-    origin: str,
-    bound: Bound = ROW,
-) -> tuple[MediaPlan, ...]:
-    """Plans of a sample's media that together take at most `room_tokens`.
+def plan_conversation(
+    conversation: Conversation, processor: VisionProcessor, config: DataConfig, info: Callable[[MediaRef], MediaInfo]
+) -> PlannedMedia:
+    """Plan the media of a conversation without a limit on their tokens.
 
-    Too long a sample loses frames, evenly over its videos and down to `min_frames`, then resolution. It never loses
-    vision tokens or text. UserError names the sample where even the smallest pictures don't fit.
+    Raises UserError if a medium cannot be planned within its own limits, or if the conversation describes parts that
+    its video does not have.
     """
-    limits = [limit for _, _, limit in media]
+    check_spans(conversation, info)
+    media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
+    return plan_media(media, processor, conversation.origin)
+
+
+def plan_media(
+    media: Sequence[tuple[MediaRef, MediaInfo, VisionLimits]], processor: VisionProcessor, origin: str
+) -> PlannedMedia:
+    """Plan media within their own limits. UserError names the sample's `origin` and the medium whose limits cannot be
+    met."""
     plans = []
-    for ref, info, limit in media:
+    for ref, info, limits in media:
         try:
-            plans.append(processor.plan(ref, info, limit))
-        except UserError as error:  # of what is asked of this medium
+            plans.append(processor.plan(ref, info, limits))
+        except UserError as error:
             raise UserError(f"{origin}: {ref.name}: {error}") from None
-    while (total := sum(plan.num_tokens for plan in plans)) > room_tokens:
-        share = max(room_tokens, 0) / total
-        shorter = [_fewer_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
-        if shorter == limits:
-            shorter = [_smaller_frames(plan, limit, share) for plan, limit in zip(plans, limits, strict=True)]
-        smaller = [processor.plan(plan.ref, plan.info, limit) for plan, limit in zip(plans, shorter, strict=True)]
-        if shorter == limits or sum(plan.num_tokens for plan in smaller) >= total:
+    return PlannedMedia(tuple(plans), tuple(limits for _, _, limits in media))
+
+
+def shrink(
+    media: PlannedMedia, processor: VisionProcessor, token_budget: int, origin: str, limit: TokenLimit = ROW
+) -> PlannedMedia:
+    """Plan media again so that together they take at most `token_budget` tokens, which is what `limit` leaves them.
+
+    Frames go first, evenly over the videos and down to `min_frames`, then resolution; never vision tokens or text.
+    Raises UserError with the sample's `origin` if even the smallest pictures do not fit.
+    """
+    while (total := media.num_tokens) > token_budget:
+        share = max(token_budget, 0) / total
+        pairs = list(zip(media.plans, media.limits, strict=True))
+        limits = tuple(_fewer_frames(plan, own, share) for plan, own in pairs)
+        if limits == media.limits:
+            limits = tuple(_smaller_frames(plan, own, share) for plan, own in pairs)
+        plans = (processor.plan(plan.ref, plan.info, own) for plan, own in zip(media.plans, limits, strict=True))
+        smaller = PlannedMedia(tuple(plans), limits, is_shortened=True)
+        if limits == media.limits or smaller.num_tokens >= total:
             raise UserError(
-                f"{origin}: {total} tokens of video and pictures at the smallest size, but {bound.name} leaves room "
-                f"for {max(room_tokens, 0)}; {bound.fix}"
+                f"{origin}: {total} tokens of video and pictures at the smallest size, but {limit.name} leaves room "
+                f"for {max(token_budget, 0)}; {limit.fix}"
             )
-        plans, limits = smaller, shorter
-    return tuple(plans)
+        media = smaller
+    return media
 
 
 def _fewer_frames(plan: MediaPlan, limits: VisionLimits, share: float) -> VisionLimits:
     frames = len(plan.frame_indices)
-    wanted = max(int(frames * share) // 2 * 2, min(limits.min_frames, frames), 1)
-    if plan.ref.kind == "image" or wanted >= frames:
+    fewer = max(int(frames * share) // 2 * 2, min(limits.min_frames, frames), 1)
+    if plan.ref.kind == "image" or fewer >= frames:
         return limits
-    return replace(limits, fps=None, frames=wanted)
+    return replace(limits, fps=None, frames=fewer)
 
 
 def _smaller_frames(plan: MediaPlan, limits: VisionLimits, share: float) -> VisionLimits:
     area = plan.height * plan.width
-    wanted = max(1, min(area - 1, int(area * share)))
+    smaller = max(1, min(area - 1, int(area * share)))
     return replace(
         limits,
-        min_pixels=min(limits.min_pixels, wanted),
-        max_pixels=wanted,
+        min_pixels=min(limits.min_pixels, smaller),
+        max_pixels=smaller,
         total_pixels=None,
         resized_height=None,
         resized_width=None,

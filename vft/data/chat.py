@@ -110,6 +110,10 @@ class ChatEncoder:
         except UserError as error:
             raise UserError(f"{conversation.origin}: {error}") from None
 
+    def depends_on_plans(self, conversation: Conversation, media: Sequence[MediaPlan]) -> bool:
+        """Whether the text has parts that the plans of the media determine, such as times of frames."""
+        return any(map(self.processor.lead, media)) or conversation.settled(media) is not conversation
+
     def learnt_apart(self, conversation: Conversation) -> list[Conversation]:
         """The conversation, behind one for each earlier answer that can't be learnt in it: the template would show
         that answer, or what stands before it, otherwise than when it is asked for."""
@@ -250,6 +254,12 @@ class ChatEncoder:
         heads = {self.shareable_head(one) for one in encoded}
         assert len(heads) == 1 and None not in heads, "these conversations share no trunk"
         return int(wholes[0][2].nonzero()[-1]) + 2
+
+    def media_length(self, plan: MediaPlan) -> int:
+        """Tokens that replace a medium's placeholder: vision embeddings and the text between them."""
+        return sum(
+            len(self._ids_of(piece)) if isinstance(piece, str) else piece for piece in self.processor.expand(plan)
+        )
 
     def media_tokens(self, plan: MediaPlan) -> tuple[list[int], list[bool]]:
         """The ids that replace a medium's placeholder, and which of them are vision embeddings."""

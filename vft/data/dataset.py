@@ -1,236 +1,115 @@
-"""All the documents of a run: sources read, media looked up, videos shared, lengths known, nothing decoded yet."""
+"""All documents of a run: sources read, media looked up, videos shared, lengths known. Nothing is decoded yet."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 
-from vft.common.console import progress_bar
 from vft.common.errors import UserError
-from vft.common.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample
+from vft.common.types import Conversation, Document, MediaInfo, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
-from vft.data.budget import fit, plan_within
-from vft.data.chat import ChatEncoder, Encoded
+from vft.data.budget import limits_of
+from vft.data.chat import ChatEncoder
+from vft.data.document_planner import DocumentPlanner, PlannedDocument
 from vft.data.frame_times import with_frame_times
-from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.records.unread_keys import report_unread_keys
-from vft.data.spans import check_spans
 from vft.data.split import Split
 from vft.distributed.process_group import environment
-from vft.models.attention import attended_pairs, document_segments
+
+logger = logging.getLogger(__name__)
 
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
-Plans = tuple[MediaPlan, ...]
-PlannedGroup = tuple[list[Conversation], Plans, int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Dataset:
-    """What the documents of a run, or of one streamed clip, are made of, and how long each one is."""
+    """The documents of a run, or of one streamed clip, planned and ready to be built."""
 
     encoder: ChatEncoder
     config: DataConfig
     info: Callable[[MediaRef], MediaInfo]
-    """What a scan of a medium found; MediaError where it can't be used."""
-    members: list[tuple[Conversation, ...]] = field(default_factory=list)
-    """The conversations of each document."""
-    lengths: list[int] = field(default_factory=list)
-    rooms: list[int] = field(default_factory=list)
-    """Tokens that the media of each document were planned to fit into."""
-    weights: list[float] = field(default_factory=list)
-    work: list[tuple[int, int, int]] = field(default_factory=list)
-    """Tokens, attended pairs and vision patches of each document: what it costs."""
-    bad: list[BadItem] = field(default_factory=list)
-    num_samples: int = 0
+    """What a scan of a medium found; raises MediaError if the medium cannot be used."""
+    documents: list[PlannedDocument]
+    bad: list[BadItem]
+    """Samples that cannot be used."""
     num_shortened: int = 0
     """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
-    ends: list[int] = field(default_factory=list)
-    """Numbers of the documents before which those of each source end, where these are kept apart."""
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Samples of all documents."""
+        return sum(len(document.conversations) for document in self.documents)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(document.num_tokens for document in self.documents)
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """Conversations of all documents, in order."""
+        return [one for document in self.documents for one in document.conversations]
 
     @cached_property
     def _samples_by_medium(self) -> Counter[str]:
         return Counter(name for one in self.conversations for name in {ref.name for ref in one.media})
 
-    @property
-    def conversations(self) -> list[Conversation]:
-        """Those of all documents, in order."""
-        return [one for members in self.members for one in members]
-
     def samples_with(self, name: str) -> int:
-        """How many samples show the medium of this name, all of which are lost where it fails."""
+        """How many samples show the medium of this name: all of them are lost if it cannot be decoded."""
         return max(1, self._samples_by_medium[name])
 
     def build(self, number: int) -> Document:
-        """Ids, labels, positions and media plans of one document: always the same ones."""
-        conversations = self.members[number]
-        plans = plan_within(self.rooms[number], conversations[0], self.encoder.processor, self.config, self.info)
-        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
-        return self.encoder.document(encoded, plans, [one.id for one in conversations])
+        """Ids, labels, positions and media plans of one document, the same in every call."""
+        planned, processor = self.documents[number], self.encoder.processor
+        refs = planned.conversations[0].media
+        limits = planned.media_limits or [limits_of(ref, self.config) for ref in refs]
+        plans = [processor.plan(ref, self.info(ref), own) for ref, own in zip(refs, limits, strict=True)]
+        encoded = [self.encoder.encode(one, media=plans) for one in planned.conversations]
+        return self.encoder.document(encoded, plans, [one.id for one in planned.conversations])
 
     def pack_plan(self, seed: int) -> PackPlan:
         """How these documents are laid out in packs."""
         return PackPlan(
-            lengths=tuple(self.lengths),
-            samples=tuple(len(conversations) for conversations in self.members),
-            weights=tuple(self.weights),
+            lengths=self.lengths,
+            samples=tuple(len(document.conversations) for document in self.documents),
+            weights=tuple(document.weight for document in self.documents),
             pack_tokens=self.config.pack_tokens,
             max_samples=self.config.max_samples_per_pack,
             seed=seed,
         )
 
-    def weights_of(self, wanted: Sequence[SourceConfig]) -> list[float]:
-        """How often each document comes in an epoch so that every source has its share of the samples, and the epoch
-        as many of them as there are. UserError where a source has none."""
-        own = [self.members[start:end] for start, end in pairwise((0, *self.ends))]
-        counts = [sum(map(len, members)) for members in own]
-        shares = [source.share or 0.0 for source in wanted]
-        weights: list[float] = []
-        for source, share, count, members in zip(wanted, shares, counts, own, strict=True):
-            if not count:
-                raise UserError(f"{source.path}: share = {share:g}, but it has no samples; take the source out")
-            weights += [share / sum(shares) * sum(counts) / count] * len(members)
-        return weights
-
     @property
     def digest(self) -> str:
-        """Tells two data indexes apart: ids, texts, media (by name below `data.root` and what is taken of them)
-        and lengths of all documents, wherever `data.root` lies."""
+        """A digest of ids, texts, media (by their names below `data.root` and what is taken of them) and lengths of all
+        documents, wherever `data.root` lies."""
         content, root = hashlib.sha256(), os.path.realpath(self.config.root)
-        for conversations, length in zip(self.members, self.lengths, strict=True):
-            said = [(one.id, one.content(root), one.options) for one in conversations]
-            content.update(f"{said}:{length};".encode(errors="replace"))
+        for document in self.documents:
+            shown = [(one.id, one.content(root), one.options) for one in document.conversations]
+            content.update(f"{shown}:{document.num_tokens};".encode(errors="replace"))
         return content.hexdigest()[:16]
 
-    def add_all(self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool) -> None:
-        """Take in conversations with their weights, those about the same media together."""
-        groups: dict[object, list[tuple[Conversation, float]]] = {}
-        parts = [(part, weight) for one, weight in conversations for part in self.encoder.learnt_apart(one)]
-        for number, (one, weight) in enumerate(parts):
-            key = (one.media_key, weight) if one.media and self.config.share_videos else number
-            groups.setdefault(key, []).append((one, weight))
-        with progress_bar(len(groups), "counting tokens", "document", show_progress) as bar:
-            for group in groups.values():
-                self.add([one for one, _ in group], group[0][1])
-                bar.update()
 
-    def add(self, conversations: Sequence[Conversation], weight: float) -> None:
-        """Take in conversations that have the same media: one document where they can share a trunk and fit."""
-        good = [(one, encoded) for one in conversations if (encoded := self._try_encode(one)) is not None]
-        groups: dict[object, list[Conversation]] = {}
-        for number, (one, encoded) in enumerate(good):
-            head = self.encoder.shareable_head(encoded) if self.config.share_videos else None
-            groups.setdefault(number if head is None else head, []).append(one)
-        for group in groups.values():
-            for members, plans, room in self._plan_group(group):
-                self._add_group(members, plans, room, weight)
-
-    def _plan_group(self, conversations: Sequence[Conversation]) -> list[PlannedGroup]:
-        """The conversations in groups that see the same frames, with their plans and the room that these fit into.
-
-        Each sees what it would see alone, unless `frames_for_sharing` allows less.
-        """
-        free: Plans | None = None
-        with suppress(UserError):  # told where they are planned one by one
-            free = plan_within(sys.maxsize, conversations[0], self.encoder.processor, self.config, self.info)
-        groups = self._trade_frames(self._plan_alone(conversations, free))
-        self.num_shortened += sum(len(members) for members, plans, _ in groups if plans != free)
-        return groups
-
-    def _plan_alone(self, conversations: Sequence[Conversation], free: Plans | None) -> list[PlannedGroup]:
-        """Groups of those whose plans are equal where each is planned by itself; `free` are plans without a limit."""
-        if len(conversations) > 1:
-            with suppress(UserError):  # the longest text may have no room at all
-                plans, room = fit(conversations, self.encoder, self.config, self.info)
-                if plans == free:  # most often: the row limits none of them
-                    return [([*conversations], plans, room)]
-        alone: dict[Plans, PlannedGroup] = {}
-        for one in conversations:
-            try:
-                plans, room = fit([one], self.encoder, self.config, self.info)
-            except UserError as error:
-                self.reject(one, "unfit", str(error))
-                continue
-            alone.setdefault(plans, ([], plans, room))[0].append(one)
-        return list(alone.values())
-
-    def _trade_frames(self, groups: list[PlannedGroup]) -> list[PlannedGroup]:
-        """One group in the place of several, with a few frames less, where `frames_for_sharing` allows that."""
-        members = [one for group, _, _ in groups for one in group]
-        together = min(len(members), self.config.max_samples_per_pack or len(members))
-        if together > 1 and self.config.frames_for_sharing:
-            with suppress(UserError):
-                plans, room = fit(members, self.encoder, self.config, self.info, together=together)
-                most = max(_vision_tokens(own) for _, own, _ in groups)
-                if _vision_tokens(plans) >= (1 - self.config.frames_for_sharing) * most:
-                    return [(members, plans, room)]
-        return groups
-
-    def _add_group(self, conversations: Sequence[Conversation], plans: Plans, room: int, weight: float) -> None:
-        """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
-        encoded = [self.encoder.encode(one, media=plans) for one in conversations]
-        shared = encoded[0].prefix_tokens
-        trunk = shared + sum(len(self.encoder.media_tokens(plan)[0]) for plan in plans)
-        patches = sum(math.prod(plan.grid_thw) for plan in plans)
-        members: list[Conversation] = []
-        texts: list[int] = []
-        for one, text in zip(conversations, (one.text_tokens - shared for one in encoded), strict=True):
-            full = 0 < self.config.max_samples_per_pack <= len(members)
-            if members and (full or trunk + sum(texts) + text > self.config.pack_tokens):
-                self._close(members, (trunk, texts, patches), room, weight)
-                members, texts = [], []
-            members.append(one)
-            texts.append(text)
-        if members:
-            self._close(members, (trunk, texts, patches), room, weight)
-
-    def _close(
-        self, conversations: Sequence[Conversation], size: tuple[int, list[int], int], room: int, weight: float
-    ) -> None:
-        trunk, texts, patches = size
-        tokens = trunk + sum(texts)
-        pairs = attended_pairs(document_segments(0, trunk, texts), causal=True)
-        self.members.append(tuple(conversations))
-        self.lengths.append(tokens)
-        self.work.append((tokens, pairs, patches))
-        self.rooms.append(room)
-        self.weights.append(weight)
-        self.num_samples += len(conversations)
-
-    def _try_encode(self, conversation: Conversation) -> Encoded | None:
-        """None, and an entry in `bad`, where a medium is bad or the text can't be used."""
-        for ref in conversation.media:
-            try:
-                self.info(ref)
-            except MediaError as error:
-                self.reject(conversation, error.reason, f"{conversation.origin}: {ref.field}: {error}", ref)
-                return None
-        try:
-            check_spans(conversation, self.info)
-            return self.encoder.encode(conversation)
-        except UserError as error:
-            self.reject(conversation, "record", str(error))
-            return None
-
-    def reject(self, conversation: Conversation, reason: str, message: str, ref: MediaRef | None = None) -> None:
-        """Keep a conversation out of training, with its reason."""
-        self.bad.append(BadItem(conversation.id, "" if ref is None else ref.name, reason, message))
-
-
-def _vision_tokens(plans: Sequence[MediaPlan]) -> int:
-    return sum(plan.num_tokens for plan in plans)
+def make_dataset(
+    conversations: Sequence[Conversation],
+    encoder: ChatEncoder,
+    config: DataConfig,
+    info: Callable[[MediaRef], MediaInfo],
+) -> Dataset:
+    """A dataset of conversations that each come once in an epoch."""
+    planner = DocumentPlanner(encoder, config, info)
+    documents = planner.plan([(one, 1.0) for one in conversations])
+    return Dataset(encoder, config, info, documents, planner.bad, planner.num_shortened)
 
 
 def load_dataset(
@@ -241,65 +120,110 @@ def load_dataset(
     seed: int,
     split: Split | None = None,
 ) -> Dataset:
-    """Read the sources, scan their media once and lay conversations of the same media together.
+    """Read the sources, scan their media once and plan documents, those about the same media together.
 
-    With a `split` the samples of its side alone.
-
-    UserError where more than `max_bad_fraction` of the samples can't be used: the first reasons and their counts.
+    With a `split`, only the samples of its side. Raises UserError if more than `max_bad_fraction` of the samples cannot
+    be used, with the counts by reason and the first message, or if there are none.
     """
-    read: list[tuple[int, Sample]] = []
-    bad: list[BadItem] = []
-    passed_over = 0
-    for number, source in enumerate(wanted):
-        samples, errors = sources.read(source, config)
-        bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
-        if environment().is_main:
-            report_unread_keys(source.path, [sample.unread for sample in samples])
-        chosen = take(samples, source.take, seed)
-        passed_over += len(samples) - len(chosen)
-        read += [(number, sample) for sample in chosen]
-    if split is not None:
-        sides, on_neither = split.select([sample for _, sample in read], config.root)
-        if on_neither and environment().is_main:
-            told = f"eval.split: {on_neither} records to train on show media of held-out ones too"
-            print(f"{told}, and are left out", file=sys.stderr, flush=True)
-        passed_over += sides.count(False)
-        read = [one for one, is_ours in zip(read, sides, strict=True) if is_ours]
-    conversations: list[list[tuple[Conversation, float]]] = [[] for _ in wanted]
-    for number, sample in read:
-        made, wrong = converse(sample, make_conversations, config)
-        conversations[number] += [(one, wanted[number].times) for one in made]
-        bad += wrong
+    records = _read_records(config, wanted, seed, split)
+    bad = records.bad
+    conversations: list[list[tuple[Conversation, float]]] = []
+    for source, samples in zip(wanted, records.samples, strict=True):
+        made = [converse(sample, make_conversations, config) for sample in samples]
+        conversations.append([(one, source.times) for own, _ in made for one in own])
+        bad += [item for _, wrong in made for item in wrong]
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
-    documents = Dataset(encoder, config, index.info, bad=bad)
-    # Documents of sources that have a share of their own are theirs alone.
+
+    planner, is_main = DocumentPlanner(encoder, config, index.info), environment().is_main
+    # Sources that have a share each keep their documents to themselves.
     has_shares = any(source.share is not None for source in wanted)
-    for together in conversations if has_shares else [list(chain.from_iterable(conversations))]:
-        documents.add_all(together, environment().is_main)
-        documents.ends.append(len(documents.members))
-    check_bad(documents.bad, documents.num_samples + len(documents.bad) + passed_over, config.max_bad_fraction)
-    if wanted and not documents.members:
-        if bad and (split is None or read):
-            where = ", ".join(source.path for source in wanted)
-            raise UserError(f"{where}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
-        raise UserError(_nothing_read(wanted, split, len(sides) if split is not None else 0))
+    apart = conversations if has_shares else [list(chain.from_iterable(conversations))]
+    planned = [planner.plan(together, is_main) for together in apart]
+    dataset = Dataset(
+        encoder, config, index.info, list(chain.from_iterable(planned)), bad + planner.bad, planner.num_shortened
+    )
+    check_bad(dataset.bad, dataset.num_samples + len(dataset.bad) + records.num_left_out, config.max_bad_fraction)
+    if wanted and not dataset.documents:
+        raise _no_documents(wanted, dataset.bad, records, split)
     if has_shares:
-        documents.weights = documents.weights_of(wanted)
-    if documents.num_shortened and environment().is_main:
-        count = f"{documents.num_shortened:,} of {documents.num_samples:,} samples"
+        dataset.documents = _weighted_by_share(wanted, planned)
+    if dataset.num_shortened:
+        count = f"{dataset.num_shortened:,} of {dataset.num_samples:,} samples"
         text = f"fewer frames or pixels than asked for, to fit data.pack_tokens = {config.pack_tokens}"
-        where = ", ".join(source.path for source in wanted)
-        print(f"{where}: {count} have {text}; tools/inspect_batch.py shows them", file=sys.stderr, flush=True)
-    return documents
+        logger.info("%s: %s have %s; tools/inspect_batch.py shows them", _paths(wanted), count, text)
+    return dataset
 
 
-def _nothing_read(wanted: Sequence[SourceConfig], split: Split | None, of: int) -> str:
-    paths = ", ".join(source.path for source in wanted)
-    if split is None or not of:
-        return f"{paths}: no samples; data.sources must name files with records"
+@dataclass
+class _Records:
+    """What the sources hold."""
+
+    samples: list[list[Sample]]
+    """Samples to use, of each source."""
+    bad: list[BadItem]
+    """Records that cannot be read."""
+    num_taken: int
+    """Samples before the split."""
+    num_left_out: int
+    """Samples that `take` or the split leaves out."""
+
+
+def _read_records(config: DataConfig, wanted: Sequence[SourceConfig], seed: int, split: Split | None) -> _Records:
+    records = _Records([], [], 0, 0)
+    for source in wanted:
+        samples, errors = sources.read(source, config)
+        records.bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
+        if environment().is_main:
+            report_unread_keys(source.path, [sample.unread for sample in samples])
+        taken = take(samples, source.take, seed)
+        records.samples.append(taken)
+        records.num_taken += len(taken)
+        records.num_left_out += len(samples) - len(taken)
+    if split is not None:
+        sides, num_on_neither = split.select(list(chain.from_iterable(records.samples)), config.root)
+        if num_on_neither:
+            text = "eval.split: %d records to train on show media of held-out ones too, and are left out"
+            logger.info(text, num_on_neither)
+        records.num_left_out += sides.count(False)
+        each = iter(sides)
+        records.samples = [[sample for sample in samples if next(each)] for samples in records.samples]
+    return records
+
+
+def _weighted_by_share(
+    wanted: Sequence[SourceConfig], planned: Sequence[Sequence[PlannedDocument]]
+) -> list[PlannedDocument]:
+    """The documents of all sources, weighted so that each source has its share of an epoch's samples, and an epoch as
+    many samples as there are. UserError if a source has none."""
+    counts = [sum(len(document.conversations) for document in documents) for documents in planned]
+    shares = [source.share or 0.0 for source in wanted]
+    weighted = []
+    for source, share, count, documents in zip(wanted, shares, counts, planned, strict=True):
+        if not count:
+            raise UserError(f"{source.path}: share = {share:g}, but it has no samples; take the source out")
+        weight = share / sum(shares) * sum(counts) / count
+        weighted += [replace(document, weight=weight) for document in documents]
+    return weighted
+
+
+def _no_documents(
+    wanted: Sequence[SourceConfig], bad: Sequence[BadItem], records: _Records, split: Split | None
+) -> UserError:
+    paths = _paths(wanted)
+    if bad and (split is None or any(records.samples)):
+        return UserError(f"{paths}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
+    if split is None or not records.num_taken:
+        return UserError(f"{paths}: no samples; data.sources must name files with records")
     side = "is held out" if split.held_out else "is left to train on"
-    return f"eval.split = {split.share:g}: none of {of} samples of {paths} {side}; change it, or name eval.sources"
+    return UserError(
+        f"eval.split = {split.share:g}: none of {records.num_taken} samples of {paths} {side}; change it, or name "
+        "eval.sources"
+    )
+
+
+def _paths(wanted: Sequence[SourceConfig]) -> str:
+    return ", ".join(source.path for source in wanted)
 
 
 def converse(

@@ -17,7 +17,7 @@ from vft.common.reasoning import CLOSE, OPEN, answer_in, split_reasoning
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, Document, MediaInfo, MediaRef, Patches, Turn
 from vft.config.data import DataConfig
-from vft.data.budget import fit
+from vft.data.budget import Candidate, fit, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import FrameCache
@@ -126,13 +126,15 @@ class Answerer:
         """
         prompt = question.prompt
         longest = max(map(self.encoder.answer_tokens, prompt.options), default=1)
+        candidate = Candidate(prompt, self.encoder, answer_next=True)
+        media = plan_conversation(prompt, self.encoder.processor, self.config, self.info)
         try:
-            plans, _ = fit([prompt], self.encoder, self.config, self.info, True, new_tokens=max(longest, new_tokens))
+            fitted = fit([candidate], media, self.encoder, self.config, new_tokens=max(longest, new_tokens))
         except UserError:  # then the answer is cut off where the context ends
-            plans, _ = fit([prompt], self.encoder, self.config, self.info, True, new_tokens=longest)
-        encoded = self.encoder.encode(prompt, answer_next=True, media=plans)
+            fitted = fit([candidate], media, self.encoder, self.config, new_tokens=longest)
+        plans = fitted.media.plans
         options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
-        return self.encoder.document([encoded], plans, [question.id]), options
+        return self.encoder.document(fitted.encoded, plans, [question.id]), options
 
     def load(
         self, asked: Sequence[Question], new_tokens: int = 1

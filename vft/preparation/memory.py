@@ -97,9 +97,9 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
 def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
     """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
     everything is streamed: nobody knows yet."""
-    if not documents.members:
+    if not documents.documents:
         return None
-    work, processor = documents.work, documents.encoder.processor
+    work, processor = [planned.work for planned in documents.documents], documents.encoder.processor
     pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
     built = [documents.build(number) for number in pack]
     blank_1D = torch.zeros(1, processor.patch_features, dtype=torch.uint8)

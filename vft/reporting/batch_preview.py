@@ -52,9 +52,9 @@ class Summary:
 
 def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> Summary | None:
     """None where everything is streamed: then nobody knows yet."""
-    if not documents.members:
+    if not documents.documents:
         return None
-    count = len(documents.members)
+    count = len(documents.documents)
     packs = plan.first_packs
     tokens = sum(documents.lengths[number] for pack in packs for number in pack)
     chosen = range(0, count, -(-count // LOOKED_AT))

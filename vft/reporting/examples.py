@@ -115,8 +115,8 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 def strips(row: Row, documents: Dataset, processor: VisionProcessor) -> list[Row]:
     """The media of a question as the model sees them: frames with their times, or why there are none."""
     found = {}
-    for number, members in enumerate(documents.members):
-        for one in members:
+    for number, planned in enumerate(documents.documents):
+        for one in planned.conversations:
             names = [ref.name for ref in one.media]
             told = row.get("source", one.origin) == one.origin and row.get("media", names) == names
             if one.id == row.get("id") and told:

@@ -191,7 +191,7 @@ def facts(run: Run, held_out: Dataset | None) -> dict[str, str]:
     if run.last_written is not None:
         found["last written"] = f"{run.last_written:%Y-%m-%d %H:%M} UTC"
     if held_out is not None:
-        found["held out"] = f"{held_out.num_samples:,} samples in {len(held_out.members):,} documents"
+        found["held out"] = f"{held_out.num_samples:,} samples in {len(held_out.documents):,} documents"
     found["left out"] = f"{len(run.quarantine):,} samples" if run.quarantine else "nothing"
     return {name: value for name, value in found.items() if value}
 

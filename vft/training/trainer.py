@@ -164,7 +164,7 @@ class Trainer:
         if parallel.memory_budget_gib is not None:
             parallel = resolve_checkpointing(parallel, model, cross_entropy, self.longest, self.world, say)
         self.flops = FlopCounter(model, parallel.activation_checkpointing)
-        self.loader.costs = tuple(self.flops.row(*work) for work in self.documents.work)
+        self.loader.costs = tuple(self.flops.row(*planned.work) for planned in self.documents.documents)
         load(self.prepared, self.world.device, make_mesh(self.world, config.parallel.shard), parallel)
         if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
             start_adapters(self.prepared, config)

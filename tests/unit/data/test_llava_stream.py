@@ -112,7 +112,7 @@ def test_the_same_documents_as_extracted(tiny: Tiny, tmp_path: Path, slots: int,
     documents = load_dataset(
         config, [config.sources[0].model_copy(update={"stream": False})], Caption().conversations, tiny.encoder, seed=0
     )
-    extracted = [documents.build(number) for number in range(len(documents.members))]
+    extracted = [documents.build(number) for number in range(len(documents.documents))]
     expected = dict(about(document, processor) for document in extracted)
     assert dict(streamed) == expected
     assert len(streamed) == len(expected)

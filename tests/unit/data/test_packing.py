@@ -37,7 +37,7 @@ from vft.common.errors import UserError
 from vft.common.types import Batch, Conversation, MediaOptions, Patches
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, make_dataset
 from vft.data.loader import Loader
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
 from vft.data.workers import WorkerPool
@@ -218,11 +218,11 @@ def test_a_conversation_without_an_answer_is_refused(tiny: Tiny) -> None:
 LONG, LONG_INFO = medium("video", 240, 280, 280, fps=24.0, name="long")
 
 
-def documents_of(tiny: Tiny, pack_tokens: int, **settings: Any) -> Dataset:
+def documents_of(tiny: Tiny, talks: Sequence[Conversation], pack_tokens: int, **settings: Any) -> Dataset:
     video = VideoConfig(fps=2.0, min_frames=4, max_frames=32, max_pixels=280 * 280)
     config = DataConfig(pack_tokens=pack_tokens, video=video, **settings)
     infos = {ref.path: info for ref, info in ((LONG, LONG_INFO), (VIDEO, VIDEO_INFO), (PICTURE, PICTURE_INFO))}
-    return Dataset(tiny.encoder, config, lambda ref: infos[ref.path])
+    return make_dataset(talks, tiny.encoder, config, lambda ref: infos[ref.path])
 
 
 def text_of(made: Any) -> tuple[list[int], list[int]]:
@@ -233,17 +233,14 @@ def text_of(made: Any) -> tuple[list[int], list[int]]:
 def test_too_long_a_sample_loses_frames_then_pixels_never_text(tiny: Tiny) -> None:
     """20 frames of 100 tokens a pair: 1000 tokens, less and less room, until not even the smallest fit."""
     conversation = talk(("user", [LONG, "What happens in the video?"]), ("assistant", "A dog runs, and runs."))
-    whole = documents_of(tiny, 4096)
-    whole.add([conversation], 1.0)
-    full = whole.build(0)
+    full = documents_of(tiny, [conversation], 4096).build(0)
     assert len(full.media[0].frame_indices) == 20 and full.media[0].num_tokens == 1000
     text_tokens = full.num_tokens - 1000
     seen = []
     for room in (1000, 999, 700, 400, 250, 200, 199, 100, 30, 8, 2):
-        documents = documents_of(tiny, text_tokens + room)
-        documents.add([conversation], 1.0)
+        documents = documents_of(tiny, [conversation], text_tokens + room)
         made = documents.build(0)
-        assert not documents.bad and documents.lengths == [made.num_tokens]
+        assert not documents.bad and documents.lengths == (made.num_tokens,)
         assert made.media[0].num_tokens == int(made.media_mask_T.sum()) <= room
         assert text_of(made) == text_of(full)
         frames, pixels = len(made.media[0].frame_indices), made.media[0].height * made.media[0].width
@@ -255,9 +252,8 @@ def test_too_long_a_sample_loses_frames_then_pixels_never_text(tiny: Tiny) -> No
         # Not more is given up than needed: a pair of frames more, or a size more, would not fit.
         assert room < 200 or (frames + 2) // 2 * 100 > room or frames == 20
     assert seen == sorted(seen, reverse=True) and seen[0] == (20, 280 * 280)
-    none = documents_of(tiny, text_tokens + 1)
-    none.add([conversation], 1.0)
-    assert not none.members and [item.reason for item in none.bad] == ["unfit"]
+    none = documents_of(tiny, [conversation], text_tokens + 1)
+    assert not none.documents and [item.reason for item in none.bad] == ["unfit"]
     assert "sample.json:1" in none.bad[0].message and "data.pack_tokens" in none.bad[0].message
 
 
@@ -268,9 +264,9 @@ def test_the_digest_tells_edits_of_equal_length(tiny: Tiny, tmp_path: Path) -> N
         path: str, text: Sequence[str] = ("What?",), root: Path = tmp_path, first: bool = True, **changes: Any
     ) -> str:
         ref = replace(LONG, path=root / path, **changes)
-        documents = Dataset(tiny.encoder, DataConfig(root=root), lambda _: LONG_INFO)
         parts = [ref, *text] if first else [*text, ref]
-        documents.add([talk(("user", parts), ("assistant", "A dog."))], 1.0)
+        asked = talk(("user", parts), ("assistant", "A dog."))
+        documents = make_dataset([asked], tiny.encoder, DataConfig(root=root), lambda _: LONG_INFO)
         assert not documents.bad
         return documents.digest
 
@@ -289,9 +285,8 @@ def test_the_digest_tells_edits_of_equal_length(tiny: Tiny, tmp_path: Path) -> N
 
 
 def test_too_long_a_text_is_refused(tiny: Tiny) -> None:
-    documents = documents_of(tiny, 40)
-    documents.add([talk(("user", [LONG, "What?"]), ("assistant", "A dog. " * 40), id="long")], 1.0)
-    assert not documents.members and documents.bad[0].id == "long" and "40" in documents.bad[0].message
+    documents = documents_of(tiny, [talk(("user", [LONG, "What?"]), ("assistant", "A dog. " * 40), id="long")], 40)
+    assert not documents.documents and documents.bad[0].id == "long" and "40" in documents.bad[0].message
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -299,13 +294,12 @@ def test_too_long_a_text_is_refused(tiny: Tiny) -> None:
 def test_questions_of_one_video(tiny: Tiny, share: bool, max_samples: int) -> None:
     """All samples are there once, in documents within both limits whose planned length is the true one; all see the
     frames that the longest text leaves room for."""
-    documents = documents_of(tiny, 300, share_videos=share, max_samples_per_pack=max_samples)
     talks = about_video(5)
-    documents.add(talks, 1.0)
-    made = [documents.build(i) for i in range(len(documents.members))]
+    documents = documents_of(tiny, talks, 300, share_videos=share, max_samples_per_pack=max_samples)
+    made = [documents.build(i) for i in range(len(documents.documents))]
     assert sorted(i for one in made for i in one.sample_ids) == sorted(t.id for t in talks)
     assert documents.num_samples == 5 and not documents.bad
-    assert [one.num_tokens for one in made] == documents.lengths and max(documents.lengths) <= 300
+    assert tuple(one.num_tokens for one in made) == documents.lengths and max(documents.lengths) <= 300
     assert all(len(one.sample_ids) <= (max_samples or 5) for one in made)
     assert len(made) == {(True, 0): 1, (True, 2): 3, (True, 4): 2}.get((share, max_samples), 5)
     assert documents.pack_plan(0).samples == tuple(len(one.sample_ids) for one in made)
@@ -320,10 +314,9 @@ def test_documents_of_a_group_fill_rows(tiny: Tiny) -> None:
         document(tiny.encoder, [one], Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])) for one in talks
     ]
     limit = max(one.num_tokens for one in lengths) + 20
-    documents = documents_of(tiny, limit)
-    documents.add(talks, 1.0)
-    made = [documents.build(i) for i in range(len(documents.members))]
-    assert 1 < len(made) < 5 and [one.num_tokens for one in made] == documents.lengths
+    documents = documents_of(tiny, talks, limit)
+    made = [documents.build(i) for i in range(len(documents.documents))]
+    assert 1 < len(made) < 5 and tuple(one.num_tokens for one in made) == documents.lengths
     assert max(documents.lengths) <= limit
     assert [i for one in made for i in one.sample_ids] == [t.id for t in talks]
 
@@ -472,11 +465,11 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
     """Known from the index: tokens, attended pairs and patches, with and without a shared trunk."""
     processor = tiny.encoder.processor
     for share in (True, False):
-        made = documents_of(tiny, 4096, share_videos=share)
-        made.add([*about_video(5), talk(("user", "And?"), ("assistant", "No."))], 1.0)
-        assert len(made.members) == (2 if share else 6)
-        for number, (tokens, pairs, patches) in enumerate(made.work):
-            built = made.build(number)
+        talks = [*about_video(5), talk(("user", "And?"), ("assistant", "No."))]
+        made = documents_of(tiny, talks, 4096, share_videos=share)
+        assert len(made.documents) == (2 if share else 6)
+        for number, planned in enumerate(made.documents):
+            (tokens, pairs, patches), built = planned.work, made.build(number)
             blank = [
                 Patches(
                     torch.zeros(math.prod(one.grid_thw), tiny.encoder.processor.patch_features).byte(),
@@ -495,14 +488,19 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
 
 def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
     """Rows of equal length, some of video and some of text: by tokens one process could get all the video."""
-    documents = documents_of(tiny, 400, share_videos=False, max_samples_per_pack=1)
     long = "word " * 30
-    for number in range(8):
-        talks = [talk(("user", [VIDEO, "What?"]), ("assistant", "A dog."), id=f"v{number}")]
-        documents.add(talks if number % 2 else [talk(("user", long), ("assistant", long), id=f"t{number}")], 1.0)
-    assert len(documents.members) == 8
+    talks = [
+        talk(("user", [VIDEO, "What?"]), ("assistant", "A dog."), id=f"v{number}")
+        if number % 2
+        else talk(("user", long), ("assistant", long), id=f"t{number}")
+        for number in range(8)
+    ]
+    documents = documents_of(tiny, talks, 400, share_videos=False, max_samples_per_pack=1)
+    assert len(documents.documents) == 8
     encoder = 20.0
-    costs = tuple(tokens + encoder * patches for tokens, _, patches in documents.work)
+    costs = tuple(
+        tokens + encoder * patches for tokens, _, patches in (planned.work for planned in documents.documents)
+    )
     with WorkerPool(0, 60.0) as pool:
         shares: dict[bool, list[float]] = {}
         for by_cost in (False, True):

@@ -35,7 +35,7 @@ def load(root: Path, tiny: Tiny, **keys: dict[str, Any]) -> Dataset:
 
 
 def ids_of(documents: Dataset, numbers: Any) -> Counter[str]:
-    return Counter(one.id for number in numbers for one in documents.members[number])
+    return Counter(one.id for number in numbers for one in documents.documents[number].conversations)
 
 
 def test_repeats_count_each_record_in_an_epoch(tiny: Tiny, tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_records_of_one_video_in_sources_with_shares_stay_apart(tiny: Tiny, tmp_
         (tmp_path / f"{name}.jsonl").write_text(
             json.dumps({"id": name, "image": "x.jpg", "question": name, "answer": "x"})
         )
-    assert len(load(tmp_path, tiny, a={}, b={}).members) == 1
-    assert len(load(tmp_path, tiny, a={"share": 0.5}, b={"share": 0.5}).members) == 2
+    assert len(load(tmp_path, tiny, a={}, b={}).documents) == 1
+    assert len(load(tmp_path, tiny, a={"share": 0.5}, b={"share": 0.5}).documents) == 2
 
 
 def test_a_source_without_samples_has_no_share(tiny: Tiny, tmp_path: Path) -> None:

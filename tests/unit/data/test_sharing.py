@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.tiny import Tiny, medium, talk
 from vft.common.types import Conversation
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, make_dataset
 from vft.data.frame_times import with_frame_times
 
 INFOS = dict(
@@ -27,15 +27,13 @@ def documents_of(tiny: Tiny, talks: list[Conversation], pack_tokens: int, **sett
     """All the documents of the conversations."""
     video = VideoConfig(min_frames=2, max_frames=24, max_pixels=140 * 140)
     data = DataConfig(pack_tokens=pack_tokens, video=video, image=ImageConfig(max_pixels=140 * 140), **settings)
-    documents = Dataset(tiny.encoder, data, INFOS.__getitem__)
-    documents.add_all([(one, 1.0) for one in talks], show_progress=False)
-    return documents
+    return make_dataset(talks, tiny.encoder, data, INFOS.__getitem__)
 
 
 def seen_by_each(documents: Dataset) -> Seen:
     """Of each sample: frames and sizes of its media, and its ids and labels, the shared ones before its own."""
     seen: Seen = {}
-    for number in range(len(documents.members)):
+    for number in range(len(documents.documents)):
         made = documents.build(number)
         assert made.num_tokens == documents.lengths[number] <= documents.config.pack_tokens
         for sample, rows in zip(made.sample_ids, made.suffix_rows, strict=True):
@@ -72,9 +70,9 @@ def test_random_samples_see_the_same_with_and_without(make_tiny: Any, family: st
         with_it, without = seen_by_each(on), seen_by_each(off)
         assert with_it == without, (pack_tokens, limit)
         assert sorted(item.id for item in on.bad) == sorted(item.id for item in off.bad)
-        assert all(len(members) <= (limit or 99) for members in on.members)
+        assert all(len(planned.conversations) <= (limit or 99) for planned in on.documents)
         # What this is about must have been there.
-        shared += len(off.members) - len(on.members)
+        shared += len(off.documents) - len(on.documents)
         refused += len(off.bad)
         frames: dict[Any, set[Any]] = {}
         for media, _, _ in without.values():
@@ -91,5 +89,5 @@ def test_frames_are_given_up_for_sharing_where_it_is_asked_for(tiny: Tiny) -> No
     talks = [talk(("user", [ref, text]), ("assistant", "Yes."), id=text) for text in texts]
     for share, documents_made, frames in ((0.0, 3, 20), (0.02, 3, 20), (0.3, 1, 16)):
         documents = documents_of(tiny, talks, 310, frames_for_sharing=share)
-        assert len(documents.members) == documents_made, share
+        assert len(documents.documents) == documents_made, share
         assert [len(media[0][1]) for media, _, _ in seen_by_each(documents).values()] == [frames] * 3, share

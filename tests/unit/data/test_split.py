@@ -125,7 +125,7 @@ def test_training_and_evaluation_read_the_two_sides(tiny: Tiny, tmp_path: Path) 
         held_out_split(config, held_out=False),
     )
     held = load_held_out(task, config, tiny.encoder)
-    ids = [{one.id for members in documents.members for one in members} for documents in (train, held)]
+    ids = [{one.id for one in documents.conversations} for documents in (train, held)]
     assert ids[0] | ids[1] == {f"{name}{i}" for name in "ab" for i in range(12)} and not ids[0] & ids[1]
     assert len(ids[0]) + len(ids[1]) == 24 and 0 < len(ids[1]) < 16
     for side in ids:  # both questions about a clip

@@ -272,9 +272,13 @@ def test_a_mixture_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Pa
             undisturbed.append(run.step())
             states.append(run.state())
         plan = run.documents.pack_plan(0)
-        members = run.documents.members
+        planned = run.documents.documents
     texts = [ids for step in undisturbed for _, (ids, _, _) in sorted(step.items()) if ids[0].startswith("t")]
-    packs = [tuple(one.id for n in pack for one in members[n]) for epoch in range(3) for pack in plan.packs(epoch)]
+    packs = [
+        tuple(one.id for n in pack for one in planned[n].conversations)
+        for epoch in range(3)
+        for pack in plan.packs(epoch)
+    ]
     assert len(texts) > 11 and texts == packs[: len(texts)]
     with running(config, tiny.encoder, 2, slots) as run:
         assert run.steps(8) == undisturbed
@@ -319,10 +323,14 @@ def test_shares_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Path)
         for _ in range(6):
             undisturbed.append(run.step())
             states.append(run.state())
-        members = run.documents.members
+        planned = run.documents.documents
         plan = run.documents.pack_plan(0)
     # The first slot's rows of the index are every fourth of the sequence that they have without streams.
-    packs = [tuple(one.id for n in pack for one in members[n]) for epoch in range(20) for pack in plan.packs(epoch)]
+    packs = [
+        tuple(one.id for n in pack for one in planned[n].conversations)
+        for epoch in range(20)
+        for pack in plan.packs(epoch)
+    ]
     texts = [step[0][0] for step in undisturbed if step[0][0][0].startswith("t")]
     assert len(texts) > 1 and texts == packs[::slots][: len(texts)]
     with running(config, tiny.encoder, 2, slots, prefetch=1) as run:

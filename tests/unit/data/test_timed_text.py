@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiny import Media, Tiny, document, medium, talk
+from tests.helpers.tiny import Media, Tiny, document, medium, plans_that_fit, talk
 from vft.common.errors import UserError
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaInfo, MediaPlan, Sample, Turn
 from vft.config.data import DataConfig, VideoConfig
-from vft.data.budget import fit
-from vft.data.dataset import Dataset, converse
+from vft.data.dataset import converse, make_dataset
 from vft.data.frame_times import FrameTimes, with_frame_times
 from vft.data.media.subtitles import HEADING, Subtitles
 from vft.inference.engine import user_question
@@ -120,8 +119,7 @@ def test_text_is_settled_with_the_plans_that_are_built(tiny: Tiny) -> None:
     planned = Counting()
     conversation = Conversation("c", (Turn("user", (LONG, planned, "?")), Turn("assistant", ("x",))), "c")
     assert isinstance(planned.settle([]), str) and planned.seen.pop() == ()
-    documents = Dataset(tiny.encoder, config_of(150), info_of)
-    documents.add([conversation], 1.0)
+    documents = make_dataset([conversation], tiny.encoder, config_of(150), info_of)
     made = documents.build(0)
     count = len(made.media[0].frame_indices)
     assert 4 <= count < 20
@@ -164,20 +162,19 @@ def test_rows_keep_within_their_tokens(tiny: Tiny, name: str) -> None:
     conversations = RECORDS[name]
     refused, kept, frames = [], [], []
     for pack_tokens in [1, *range(20, 1000, 23), 5000]:
-        documents = Dataset(tiny.encoder, config_of(pack_tokens), info_of)
-        documents.add(conversations, 1.0)
+        documents = make_dataset(conversations, tiny.encoder, config_of(pack_tokens), info_of)
         if documents.bad:
-            assert not documents.members and {item.reason for item in documents.bad} == {"unfit"}
+            assert not documents.documents and {item.reason for item in documents.bad} == {"unfit"}
             for item in documents.bad:
                 assert "data.pack_tokens" in item.message and len(item.message.splitlines()) == 1
             refused.append(pack_tokens)
             continue
         kept.append(pack_tokens)
-        for number, members in enumerate(documents.members):
+        for number, planned in enumerate(documents.documents):
             made = documents.build(number)
             assert made.num_tokens == documents.lengths[number] <= pack_tokens
             assert_same_document(made, documents.build(number))
-            for branch, one in enumerate(members):
+            for branch, one in enumerate(planned.conversations):
                 assert_whole_text(tiny, told(tiny, made, branch), one, made.media)
         frames.append(len(made.media[0].frame_indices))
     assert refused and kept and max(refused) < min(kept)
@@ -213,7 +210,8 @@ def test_no_more_frames_are_given_up_than_needed(tiny: Tiny, name: str) -> None:
     smallest = VideoConfig(frames=4, min_frames=4, min_pixels=1, max_pixels=28 * 28)
 
     def planned(video: VideoConfig) -> tuple[MediaPlan, ...]:
-        return fit(conversations, tiny.encoder, DataConfig(pack_tokens=100_000, video=video), info_of)[0]
+        config = DataConfig(pack_tokens=100_000, video=video)
+        return plans_that_fit(conversations, tiny.encoder, config, info_of)
 
     least = tokens_of(tiny, conversations, planned(smallest))
     needed = {
@@ -224,9 +222,9 @@ def test_no_more_frames_are_given_up_than_needed(tiny: Tiny, name: str) -> None:
     for pack_tokens in sorted({least - 1, least, *needed.values(), *(n - 1 for n in needed.values()), 5000}):
         if pack_tokens < least:
             with pytest.raises(UserError, match=r"data\.pack_tokens"):
-                fit(conversations, tiny.encoder, config_of(pack_tokens), info_of)
+                plans_that_fit(conversations, tiny.encoder, config_of(pack_tokens), info_of)
             continue
-        plans, _ = fit(conversations, tiny.encoder, config_of(pack_tokens), info_of)
+        plans = plans_that_fit(conversations, tiny.encoder, config_of(pack_tokens), info_of)
         most = max((count for count, tokens in needed.items() if tokens <= pack_tokens), default=4)
         assert len(plans[0].frame_indices) == most, pack_tokens
 
@@ -236,15 +234,15 @@ def test_what_is_refused_is_counted(tiny: Tiny, name: str) -> None:
     """The message names the record and its tokens at the smallest size: with as many in a row it is taken."""
     for pack_tokens in (60, 80, 100, 120):
         with pytest.raises(UserError) as caught:
-            fit(RECORDS[name], tiny.encoder, config_of(pack_tokens), info_of)
+            plans_that_fit(RECORDS[name], tiny.encoder, config_of(pack_tokens), info_of)
         message = str(caught.value)
         assert message.startswith(f"{RECORDS[name][0].origin}: ") and "data.pack_tokens" in message
         counted = re.search(r"(\d+) tokens with the fewest and smallest frames", message)
         if counted:
             assert message.endswith(f"data.pack_tokens = {pack_tokens}; raise it or shorten the text")
-            fit(RECORDS[name], tiny.encoder, config_of(int(counted[1])), info_of)
+            plans_that_fit(RECORDS[name], tiny.encoder, config_of(int(counted[1])), info_of)
             with pytest.raises(UserError):
-                fit(RECORDS[name], tiny.encoder, config_of(int(counted[1]) - 1), info_of)
+                plans_that_fit(RECORDS[name], tiny.encoder, config_of(int(counted[1]) - 1), info_of)
             return
     raise AssertionError("no record was too long by the text of its frames")
 
@@ -252,7 +250,7 @@ def test_what_is_refused_is_counted(tiny: Tiny, name: str) -> None:
 def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> None:
     """For a question to answer, `fit` counts up to where the answer begins."""
     prompt = with_frame_times(user_question("q", [LONG], "What happens?").prompt)
-    plans, _ = fit([prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
+    plans = plans_that_fit([prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
     encoded = tiny.encoder.encode(prompt.settled(plans), answer_next=True)
     made = tiny.encoder.document([encoded], plans, ["q"])
     assert made.num_tokens <= 200 and times_line(plans[0]) in told(tiny, made)
@@ -266,15 +264,15 @@ def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> No
 def test_branches_share_the_trunk_with_timestamps(tiny: Tiny, pack_tokens: int) -> None:
     """The times stand before the video, once, in the trunk; each question reads them as if it were alone."""
     config = config_of(pack_tokens, share_videos=True, frames_for_sharing=0.5)
-    documents = Dataset(tiny.encoder, config, info_of)
-    documents.add_all([(one, 1.0) for one in RECORDS["several questions"]], show_progress=False)
-    assert len(documents.members[0]) > 1 and max(documents.lengths) <= pack_tokens
+    documents = make_dataset(RECORDS["several questions"], tiny.encoder, config, info_of)
+    shared = documents.documents[0].conversations
+    assert len(shared) > 1 and max(documents.lengths) <= pack_tokens
     made = documents.build(0)
     trunk = slice(0, made.prefix_length)
     text = tiny.encoder.tokenizer.decode(made.ids_T[trunk][~made.media_mask_T[trunk]])
     assert times_line(made.media[0]) in text
     assert (len(made.media[0].frame_indices) == 20) == (pack_tokens == 5000)
-    for branch, one in enumerate(documents.members[0]):
+    for branch, one in enumerate(shared):
         alone = document(tiny.encoder, [one.settled(made.media)], Media(made.media, ()))
         assert told(tiny, made, branch) == told(tiny, alone)
         assert told(tiny, made, branch).count("seen at") == 1
@@ -286,10 +284,9 @@ def test_branches_share_the_trunk_with_subtitles(tiny: Tiny) -> None:
     asked = [
         replace(one, id=f"q{i}", turns=(Turn("user", (*one.turns[0].parts, f" {i}?")), one.turns[1])) for i in (1, 2)
     ]
-    documents = Dataset(tiny.encoder, config_of(2000), info_of)
-    documents.add_all([(conversation, 1.0) for conversation in asked], show_progress=False)
+    documents = make_dataset(asked, tiny.encoder, config_of(2000), info_of)
     made = documents.build(0)
-    assert len(documents.members) == 1 and len(made.suffix_lengths) == 2 and len(made.media) == 1
+    assert len(documents.documents) == 1 and len(made.suffix_lengths) == 2 and len(made.media) == 1
     assert made.num_tokens == documents.lengths[0]
     for branch, conversation in enumerate(asked):
         assert_whole_text(tiny, told(tiny, made, branch), conversation, made.media)

@@ -55,7 +55,7 @@ def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Dataset, dict[str,
     )
     documents = load_dataset(config, config.sources, QuestionAnswering().conversations, tiny.encoder, 0)
     asked = Asked()
-    asked.add(one for members in documents.members for one in members)
+    asked.add(documents.conversations)
     limits = {"video": config.video.model_dump(mode="json", exclude_none=True), "pack_tokens": config.pack_tokens}
     return documents, json.loads(json.dumps({**asked.facts(), **limits}))
 

@@ -27,7 +27,7 @@ from vft.common.task import Answer, Question, Task
 from vft.common.types import Conversation, MediaOptions, MediaRef, Turn
 from vft.config.data import DataConfig, ImageConfig, SourceConfig
 from vft.config.run import Config, EvalConfig, ModelConfig
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, make_dataset
 from vft.data.media.patches import load_patches
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
@@ -177,12 +177,10 @@ def held_out_of(
 def sums_of(tiny: Tiny, held_out: Dataset, leave_out: str = "") -> list[tuple[float, int]]:
     """Summed loss and supervised tokens of each readable sample alone, by transformers."""
     found = []
-    for one in (one for members in held_out.members for one in members):
+    for one in held_out.conversations:
         if leave_out and any(leave_out in ref.name for ref in one.media):
             continue
-        documents = Dataset(held_out.encoder, held_out.config, held_out.info)
-        documents.add([one], 1.0)
-        made = documents.build(0)
+        made = make_dataset([one], held_out.encoder, held_out.config, held_out.info).build(0)
         batch = collate([(made, [load_patches(p, tiny.encoder.processor) for p in made.media])], tiny.encoder.processor)
         logits_TV = tiny.theirs(**tiny.inputs(batch)).logits[0].double()
         loss = F.cross_entropy(logits_TV[:-1], batch.labels_T[1:], ignore_index=-100, reduction="sum")
@@ -199,7 +197,7 @@ def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: b
     """Over all supervised tokens, however they are packed; the model is left in the mode in which it was."""
     _, held_out = held_out_of(tiny, root, RECORDS, share_videos=share)
     packs = held_out.pack_plan(0).packs(0)
-    assert len(held_out.members) == (5 if share else 6) and 1 < len(packs) < 5 and max(map(len, packs)) > 1
+    assert len(held_out.documents) == (5 if share else 6) and 1 < len(packs) < 5 and max(map(len, packs)) > 1
     model, modes = tiny.ours().train(), []
     model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     with WorkerPool(0, 60.0) as pool:
@@ -357,14 +355,14 @@ def test_segments_are_not_asked_about(tiny: Tiny, root: Path) -> None:
     data = DataConfig(root=root, sources=(source,), workers=0, cache_dir=str(root / "cache"))
     config = Config(output_dir=root / "run", model=ModelConfig(path=str(tiny.path)), data=data)
     held_out = load_held_out(Summarize(), config, tiny.encoder)
-    assert [[one.id for one in members] for members in held_out.members] == [["story-1"]]
+    assert [[one.id for one in planned.conversations] for planned in held_out.documents] == [["story-1"]]
 
 
 def test_what_can_not_be_asked_or_kept_shows_at_the_start(tiny: Tiny, root: Path) -> None:
     """A conversation that begins with an answer asks nothing; a metric that the task hasn't can't choose the best."""
     monologue = {"messages": [{"role": "assistant", "content": "I see."}], "id": "monologue"}
     config, held_out = held_out_of(tiny, root, [RECORDS[0], monologue, RECORDS[1]], max_bad_fraction=0.5)
-    assert len(held_out.members) == 2
+    assert len(held_out.documents) == 2
     assert [item.reason for item in held_out.bad] == ["record"] and "begin with a question" in held_out.bad[0].message
     for metric, known in (("cider_d", True), ("loss", True), ("cider", False)):
         chosen = config.model_copy(update={"eval": EvalConfig(every_steps=1, best_metric=metric)})

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, load_model, medium, talk
+from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, load_model, medium, plans_that_fit, talk
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, VideoConfig
-from vft.data.budget import fit
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset
+from vft.data.dataset import make_dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
@@ -163,11 +162,10 @@ def test_a_minute_fits_at_the_defaults(make_tiny: Any) -> None:
     prompt, answered = talk(("user", [ref, "Who?"])), talk(("user", [ref, "Who?"]), ("assistant", "A dog."))
     text = encoder.encode(prompt, answer_next=True).text_tokens
     for new_tokens in (1, 128, 256, 2000):
-        (plan,), _ = fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
+        (plan,) = plans_that_fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
         room = (4096 - text - new_tokens) // 144
         assert len(plan.frame_indices) in (room, room - 1) and plan.num_tokens == 144 * len(plan.frame_indices)
-    documents = Dataset(encoder, DataConfig(), minute)
-    documents.add([answered], 1.0)
+    documents = make_dataset([answered], encoder, DataConfig(), minute)
     assert not documents.bad and 4096 - 2 * 144 < documents.lengths[0] <= 4096
     assert documents.build(0).num_tokens == documents.lengths[0]
 
@@ -178,11 +176,11 @@ def test_nothing_runs_past_the_context_unsaid(make_tiny: Any) -> None:
     ref, _ = medium("video", 1500, 360, 640, fps=25.0)
     prompt = talk(("user", [ref, "Who?"]))
     with pytest.raises(UserError, match=r"the model's context of 4096 less 4000 for the answer leaves room for \d+"):
-        fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=4000)
+        plans_that_fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=4000)
     with pytest.raises(UserError, match=r"tokens of text, more than the model's context of 4096; "):
-        fit([talk(("user", "Who? " * 4000))], encoder, DataConfig(pack_tokens=1 << 20), minute, True)
+        plans_that_fit([talk(("user", "Who? " * 4000))], encoder, DataConfig(pack_tokens=1 << 20), minute, True)
     with pytest.raises(UserError, match=r"more than data.pack_tokens = 50; "):
-        fit([talk(("user", "Who? " * 100))], encoder, DataConfig(pack_tokens=50), minute, True)
+        plans_that_fit([talk(("user", "Who? " * 100))], encoder, DataConfig(pack_tokens=50), minute, True)
     with pytest.raises(UserError, match=r"--max-new-tokens = 4096: the model's context is 4096 tokens"):
         check_answer_length(4096, 4096, "--max-new-tokens")
     check_answer_length(4095, 4096, "--max-new-tokens")
@@ -229,8 +227,7 @@ def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:
     encoder = released_llava(make_tiny("llava_next_video", "tied"))
     ref, _ = medium("video", 1500, 360, 640, fps=25.0)
     talks = [talk(("user", [ref, "Who? " * 50]), ("assistant", "A dog."), id=str(i)) for i in range(20)]
-    documents = Dataset(encoder, DataConfig(), minute)
-    documents.add(talks, 1.0)
+    documents = make_dataset(talks, encoder, DataConfig(), minute)
     assert not documents.bad and max(documents.lengths) > 4096
     for number in range(len(documents.lengths)):
         made = documents.build(number)

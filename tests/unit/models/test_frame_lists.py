@@ -16,7 +16,7 @@ from vft.common.types import Conversation, MediaInfo, MediaOptions, MediaPlan, M
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.data import formats as sources
 from vft.data.budget import limits_of, plan_media
-from vft.data.dataset import Dataset, load_dataset
+from vft.data.dataset import Dataset, load_dataset, make_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.scan import join_pictures, scan
@@ -172,7 +172,7 @@ def test_all_seven_are_seen_whatever_the_record(tmp_path: Path, tiny: Tiny, name
     assert not bad
     (ref,) = (part for turn in samples[0].turns for part in turn.parts if isinstance(part, MediaRef))
     config = DataConfig(video=VideoConfig(max_frames=8, max_pixels=56 * 56))
-    (made,) = plan_media([(ref, scan(ref), limits_of(ref, config))], QWEN, 1000, "train.jsonl:1")
+    (made,) = plan_media([(ref, scan(ref), limits_of(ref, config))], QWEN, "train.jsonl:1").plans
     patches = load_patches(made, QWEN)
     frames = frames_of(patches.pixels_PD, made, QWEN)
     assert frames[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80, 100, 120, 120]
@@ -191,9 +191,7 @@ def test_a_row_too_short_for_them_takes_frames_and_says_so(tiny: Tiny) -> None:
     info = join_pictures(ref, [MediaInfo("image", 56, 56)] * 16)
 
     def documents(pack_tokens: int) -> Dataset:
-        made = Dataset(tiny.encoder, DataConfig(pack_tokens=pack_tokens), lambda _: info)
-        made.add([asked], 1.0)
-        return made
+        return make_dataset([asked], tiny.encoder, DataConfig(pack_tokens=pack_tokens), lambda _: info)
 
     whole = documents(1000)
     assert whole.num_shortened == 0 and len(whole.build(0).media[0].frame_indices) == 16
@@ -204,13 +202,15 @@ def test_a_row_too_short_for_them_takes_frames_and_says_so(tiny: Tiny) -> None:
     assert kept.seconds_per_grid == pytest.approx(2 / (10 / 16))
 
 
-def test_what_a_row_costs_is_told(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_row_costs_is_told(tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     """Once for all sources, with both numbers; nothing where all fits."""
     lines = [json.dumps(FORMATS["one video"](frames_in(tmp_path / "frames", 7))), json.dumps(SHORT_TALK)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    caplog.set_level("INFO")
     for pack_tokens, told in ((1000, ""), (45, "train.jsonl: 1 of 2 samples have fewer frames or pixels than asked")):
         config = DataConfig(root=tmp_path, workers=0, cache_dir=str(tmp_path / "cache"), pack_tokens=pack_tokens)
         source = SourceConfig(format="messages", path="train.jsonl")
         load_dataset(config, [source], lambda s: [Conversation(s.id, s.turns, s.origin)], tiny.encoder, 0)
-        said = [line for line in capsys.readouterr().err.splitlines() if "fewer frames" in line]
-        assert len(said) == bool(told) and all(line.startswith(told) and "45" in line for line in said)
+        messages = [message for message in caplog.messages if "fewer frames" in message]
+        assert len(messages) == bool(told) and all(line.startswith(told) and "45" in line for line in messages)
+        caplog.clear()

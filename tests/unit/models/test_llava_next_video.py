@@ -34,7 +34,7 @@ from vft.common.types import MediaPlan, VisionLimits
 from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset
+from vft.data.dataset import make_dataset
 from vft.distributed.process_group import environment
 from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
@@ -259,8 +259,8 @@ def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:
     context = 4 * 4 + tiny.encoder.encode(short[0]).text_tokens
     processor: Any = replace(tiny.encoder.processor, context_tokens=context)  # type: ignore[type-var]
     encoder = ChatEncoder(tiny.encoder.tokenizer, processor)
-    documents = Dataset(encoder, DataConfig(video=VideoConfig(frames=4)), lambda ref: info)
-    documents.add([*short, long], 1.0)
+    config = DataConfig(video=VideoConfig(frames=4))
+    documents = make_dataset([*short, long], encoder, config, lambda ref: info)
     assert documents.lengths[0] > context and documents.build(0).sample_ids == ("0", "1", "2", "3")
     (bad,) = documents.bad
     assert bad.reason == "unfit" and re.search(

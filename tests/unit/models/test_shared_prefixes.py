@@ -28,7 +28,7 @@ from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.common.types import Batch, Conversation, Document, MediaInfo, MediaPlan, Patches
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
 from vft.config.run import LoraConfig
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, make_dataset
 from vft.data.packing import collate, owners
 from vft.models.base import VideoLanguageModel
 
@@ -241,8 +241,7 @@ def documents_of(tiny: Tiny, conversations: Sequence[Conversation], **settings: 
     video = VideoConfig(frames=6, max_pixels=150 * 150)
     config = DataConfig(video=video, image=ImageConfig(max_pixels=90 * 130), **{"pack_tokens": 4096} | settings)
     infos = {ref.path: info for ref, info in INFOS.items()}
-    made = Dataset(tiny.encoder, config, lambda ref: infos[ref.path])
-    made.add_all([(one, 1.0) for one in conversations], show_progress=False)
+    made = make_dataset(conversations, tiny.encoder, config, lambda ref: infos[ref.path])
     assert not made.bad and made.num_samples == len(conversations)
     return made
 
@@ -258,8 +257,8 @@ def pixels_of(plan: MediaPlan, processor: Any) -> Patches:
 
 def batches_of(tiny: Tiny, documents: Dataset) -> list[Batch]:
     processor = tiny.encoder.processor
-    built: list[Document] = [documents.build(number) for number in range(len(documents.members))]
-    assert [one.num_tokens for one in built] == documents.lengths
+    built: list[Document] = [documents.build(number) for number in range(len(documents.documents))]
+    assert tuple(one.num_tokens for one in built) == documents.lengths
     return [collate([(one, [pixels_of(plan, processor) for plan in one.media])], processor) for one in built]
 
 
@@ -268,9 +267,9 @@ def test_sharing_changes_no_training(tiny: Tiny, model: Any, name: str) -> None:
     """Records to documents to batches with `share_videos` on and off: one document or several, the same training."""
     talks = SHARED.get(name) or APART[name]
     on, off = (documents_of(tiny, talks, share_videos=share) for share in (True, False))
-    assert len(off.members) == len(talks)
-    assert len(on.members) == (1 if name in SHARED else len(talks))
-    assert sorted(one.id for members in on.members for one in members) == sorted(one.id for one in talks)
+    assert len(off.documents) == len(talks)
+    assert len(on.documents) == (1 if name in SHARED else len(talks))
+    assert sorted(one.id for one in on.conversations) == sorted(one.id for one in talks)
     assert sum(on.lengths) < sum(off.lengths) if name in SHARED else sum(on.lengths) == sum(off.lengths)
     assert_same_training(model, batches_of(tiny, on), batches_of(tiny, off))
 
@@ -280,8 +279,8 @@ def test_a_group_over_several_documents(tiny: Tiny, model: Any, settings: dict[s
     """Eight questions that one row can't take: several trunks of the same frames, the same training."""
     talks = SHARED["8 questions"]
     on, off = (documents_of(tiny, talks, share_videos=share, **settings) for share in (True, False))
-    assert 1 < len(on.members) < 8 and max(map(len, on.members)) > 1
-    built = [on.build(number) for number in range(len(on.members))]
+    assert 1 < len(on.documents) < 8 and max(len(planned.conversations) for planned in on.documents) > 1
+    built = [on.build(number) for number in range(len(on.documents))]
     assert max(on.lengths) <= settings.get("pack_tokens", 4096)
     assert len({one.media[0].frame_indices for one in built}) == 1
     # Alone a sample may have room for more frames: both are to have the same here.
@@ -314,5 +313,5 @@ def test_one_that_cannot_share_leaves_the_others_together(tiny: Tiny, model: Any
     first, *rest = about([VIDEO], 3)
     talks = [first, talk(("user", ["Where?", VIDEO]), ("assistant", "In a park."), id="before"), *rest]
     on, off = (documents_of(tiny, talks, share_videos=share) for share in (True, False))
-    assert [on.build(number).sample_ids for number in range(len(on.members))] == [("q0", "q1", "q2"), ("before",)]
+    assert [on.build(number).sample_ids for number in range(len(on.documents))] == [("q0", "q1", "q2"), ("before",)]
     assert_same_training(model, batches_of(tiny, on), batches_of(tiny, off))

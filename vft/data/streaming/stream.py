@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vft.common.types import Document, MediaInfo, MediaRef
-from vft.data.dataset import Dataset, converse
+from vft.data.dataset import converse, make_dataset
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import join_pictures
 from vft.data.quarantine import ArchivePass, BadItem
@@ -186,18 +186,17 @@ def _documents_of(
         made, unusable = converse(sample, context.make_conversations, context.config)
         conversations += made
         bad += unusable
-    dataset = Dataset(context.encoder, context.config, info)
-    dataset.add_all([(conversation, 1.0) for conversation in conversations], show_progress=False)
+    dataset = make_dataset(conversations, context.encoder, context.config, info)
     bad = _join_by_key(bad + dataset.bad, source.name)
     first = clip.position.document
-    clip.num_documents = len(dataset.members) - first
+    clip.num_documents = len(dataset.documents) - first
     if clip.num_documents <= 0:
         clip.remove()
-    if not dataset.members and not first:
+    if not dataset.documents and not first:
         return [UnusableClip(clip.position._replace(document=1), bad)]
     documents: list[StreamedDocument | UnusableClip] = []
-    for number in range(first, len(dataset.members)):
-        context.asked.add(dataset.members[number])
+    for number in range(first, len(dataset.documents)):
+        context.asked.add(dataset.documents[number].conversations)
         after = clip.position._replace(document=number + 1)
         documents.append(StreamedDocument(dataset.build(number), clip, after, () if number else bad))
     return documents
