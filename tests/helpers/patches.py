@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
 
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, Patches
+from vft.data.media.decode import decode_chunks
 from vft.data.media.patches import cut_patches, resize_views
 from vft.models.processor import VisionProcessor
 
@@ -33,6 +35,12 @@ SPEC = cast(VisionProcessor, Spec())
 def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: int, width: int) -> MediaPlan:
     grid = (math.ceil(len(indices) / 2), height // 14, width // 14)
     return MediaPlan(ref, info, indices, height, width, grid, math.prod(grid) // 4, seconds_per_grid=1.5)
+
+
+def decode(plan: MediaPlan) -> Tensor:
+    """All planned frames, uint8 [T, 3, H, W] at the size of the source."""
+    (frames_TCHW,) = decode_chunks(plan, sys.maxsize)
+    return frames_TCHW
 
 
 def patches_of(frames_TCHW: Tensor, plan: MediaPlan, processor: VisionProcessor) -> Patches:

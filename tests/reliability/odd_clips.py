@@ -286,6 +286,7 @@ NO_VIDEO: Corpus = {
     "png.mp4": (picture("PNG"), Refused("not_a_video", "is a picture")),
     "webp.mp4": (picture("WEBP"), Refused("not_a_video", "is a picture")),
     "gone.mp4": (lambda path: None, Refused("missing")),
+    "h264.mp4/in_a_file.mp4": (lambda path: None, Refused("missing")),
     "link_to_nothing.mp4": (lambda path: path.symlink_to("gone"), Refused("not_a_file", "has become a link")),
     "link_to_itself.mp4": (lambda path: path.symlink_to(path.name), Refused("not_a_file", "has become a link")),
     "link.mp4": (lambda path: path.symlink_to("h264.mp4"), Refused("not_a_file", "has become a link")),

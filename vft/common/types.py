@@ -75,6 +75,11 @@ class MediaRef:
         return isinstance(self.path, tuple)
 
     @property
+    def file_kind(self) -> MediaKind:
+        """What each of its files is: a video may be kept as pictures."""
+        return "image" if self.is_list else self.kind
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Its file, or its pictures in order."""
         return self.path if isinstance(self.path, tuple) else (self.path,)
@@ -256,15 +261,6 @@ class MediaPlan:
     def frame_times_s(self) -> tuple[float, ...]:
         """Presentation times of the sampled frames."""
         return tuple(self.info.time_of(i) for i in self.frame_indices)
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """Decoded frames at the size of the source."""
-
-    frames_TCHW: Tensor
-    """uint8, RGB."""
-    timestamps_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

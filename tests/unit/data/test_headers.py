@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from tests.helpers.clips import make_clip
+from tests.helpers.patches import decode
 from tests.helpers.streaming import MAKE, data_config, running
 from tests.helpers.tiny import Tiny
 from vft.common.types import MediaInfo, MediaRef, VisionLimits
 from vft.data.dataset import load_dataset
 from vft.data.media import scan
-from vft.data.media.decode import decode
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.scan import scan_file
@@ -69,7 +69,7 @@ def test_ordinary_clips_get_the_same_plans(
         found, expected = processor.plan(ref, read, limits), processor.plan(ref, scanned, limits)
         assert replace(found, info=scanned, seconds_per_grid=0) == replace(expected, seconds_per_grid=0)
         assert found.seconds_per_grid == pytest.approx(expected.seconds_per_grid)
-        assert decode(found).frames_TCHW.equal(decode(expected).frames_TCHW)
+        assert decode(found).equal(decode(expected))
 
 
 def jitter(count: int, seed: int = 3) -> list[int]:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.helpers.clips import make_clip
-from tests.helpers.patches import SPEC, patches_of, plan_of
+from tests.helpers.patches import SPEC, decode, patches_of, plan_of
 from vft.common.types import MediaInfo, MediaRef
-from vft.data.media.decode import decode, decode_chunks
+from vft.data.media.decode import decode_chunks
 from vft.data.media.patches import load_patches
 from vft.data.media.scan import scan
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
@@ -32,7 +32,7 @@ def test_reference_pixels(reference: Path, videos: Path, case: str) -> None:
         plan = plan_of(ref, scan(ref), indices, medium["resized_height"], medium["resized_width"])
         patches = load_patches(plan, SPEC)
         assert patches.grid_thw == tuple(medium["grid_thw"]) and patches.pixels_PD.dtype == torch.uint8
-        assert torch.equal(patches.pixels_PD, patches_of(decode(plan).frames_TCHW, plan, SPEC).pixels_PD)
+        assert torch.equal(patches.pixels_PD, patches_of(decode(plan), plan, SPEC).pixels_PD)
         found.append(patches.pixels_PD)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).repeat_interleave(392)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).repeat_interleave(392)
@@ -49,7 +49,7 @@ def test_load_in_chunks(
     """Whatever is decoded at a time, patches are those of the whole clip; a temporal patch is never split."""
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", range(20), size=(96, 64)))
     plan = plan_of(ref, scan(ref), indices, 28, 56)
-    whole = patches_of(decode(plan).frames_TCHW, plan, SPEC)
+    whole = patches_of(decode(plan), plan, SPEC)
     monkeypatch.setattr(decode_chunks, "__defaults__", (round(chunk_frames * 3 * 96 * 64),))
     patches = load_patches(plan, SPEC)
     assert torch.equal(patches.pixels_PD, whole.pixels_PD)

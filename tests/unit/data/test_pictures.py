@@ -15,8 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers.image_utils import load_image
 
+from tests.helpers.patches import decode
 from vft.common.types import MediaInfo, MediaPlan, MediaRef
-from vft.data.media.decode import decode
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import scan
 
@@ -40,8 +40,8 @@ def seen(*paths: Path) -> np.ndarray:
     ref = MediaRef("video", paths) if len(paths) > 1 else MediaRef("image", paths[0])
     info = scan(ref)
     clip = decode(MediaPlan(ref, info, tuple(range(info.num_frames)), info.height, info.width, (1, 1, 1), 1))
-    assert clip.frames_TCHW.shape[-2:] == (info.height, info.width)
-    return clip.frames_TCHW.permute(0, 2, 3, 1).numpy()
+    assert clip.shape[-2:] == (info.height, info.width)
+    return clip.permute(0, 2, 3, 1).numpy()
 
 
 def save_plain(file: Path, orientation: int) -> None:

@@ -19,7 +19,7 @@ from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import Dataset, load_dataset, make_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media.patches import frames_of, load_patches
-from vft.data.media.scan import join_pictures, scan
+from vft.data.media.scan import join_scans, scan
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.processor import VisionProcessor
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
@@ -36,7 +36,7 @@ def plan(processor: VisionProcessor, count: int, folder: bool = False, video: An
     """Of so many pictures."""
     paths = tuple(Path(f"{i}.jpg") for i in range(count))
     ref = MediaRef("video", paths, MediaOptions(**options), is_folder=folder)
-    info = join_pictures(ref, [MediaInfo("image", 112, 168)] * count)
+    info = join_scans(ref, [MediaInfo("image", 112, 168)] * count)
     return processor.plan(ref, info, limits_of(ref, DataConfig(video=VideoConfig(**video or {}))))
 
 
@@ -188,7 +188,7 @@ def test_a_row_too_short_for_them_takes_frames_and_says_so(tiny: Tiny) -> None:
     """16 pictures of 4 tokens a pair, and 20 tokens too few for all of them: six less."""
     ref = MediaRef("video", tuple(Path(f"{i}.png") for i in range(16)), MediaOptions(sample_fps=1.0))
     asked = talk(("user", [ref, "When?"]), ("assistant", "Late."))
-    info = join_pictures(ref, [MediaInfo("image", 56, 56)] * 16)
+    info = join_scans(ref, [MediaInfo("image", 56, 56)] * 16)
 
     def documents(pack_tokens: int) -> Dataset:
         return make_dataset([asked], tiny.encoder, DataConfig(pack_tokens=pack_tokens), lambda _: info)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
 from vft.common.errors import first_line
-from vft.common.types import Clip, MediaInfo, MediaPlan
+from vft.common.types import MediaInfo, MediaPlan
 from vft.data.media.errors import MediaError, check_file
 from vft.data.media.pictures import load_picture
 from vft.data.media.scan import DECODER_ERRORS, open_container, scan_file
@@ -30,44 +30,35 @@ CHUNK_BYTES = 8 * 2**20
 fresh memory for every chunk costs as much time as the resize."""
 
 
-def decode(plan: MediaPlan) -> Clip:
-    """The planned frames at the size of the source.
+def decode_chunks(plan: MediaPlan, chunk_bytes: int = CHUNK_BYTES, *, multiple: int = 1) -> Iterator[Tensor]:
+    """The planned frames in order, uint8 [T, 3, H, W] at the size of the source, in chunks of at most `chunk_bytes`.
+
+    All chunks but the last have a number of frames that is divisible by `multiple`, and at least that many.
 
     Raises:
         MediaError: `changed` if the file is not the one that was planned for; otherwise what is wrong with it.
     """
-    (clip,) = decode_chunks(plan, chunk_bytes=None)
-    return clip
-
-
-def decode_chunks(plan: MediaPlan, chunk_bytes: int | None = CHUNK_BYTES, *, multiple: int = 1) -> Iterator[Clip]:
-    """`decode` in chunks, in order, of at most `chunk_bytes` of pixels (None: one chunk).
-
-    All chunks but the last have a number of frames that is divisible by `multiple`, and at least that many.
-    """
     indices, path, info = plan.frame_indices, plan.ref.path, plan.info
-    step = len(indices) if chunk_bytes is None else max(1, chunk_bytes // (3 * info.height * info.width * multiple))
-    step *= multiple
+    step = multiple * max(1, chunk_bytes // (3 * info.height * info.width * multiple))
     chunks = [indices[i : i + step] for i in range(0, len(indices), step)]
     if isinstance(path, tuple):
         if len(path) != info.num_frames:
             raise MediaError("changed", f"{path[0].parent}: {len(path)} pictures, {info.num_frames} when indexed")
         for chunk in chunks:
-            frames_TCHW = torch.stack([load_picture(path[i], info) for i in chunk])
-            yield Clip(frames_TCHW, tuple(info.time_of(i) for i in chunk))
+            yield torch.stack([load_picture(path[i], info) for i in chunk])
     elif plan.ref.kind == "image":
-        yield Clip(load_picture(path, info)[None], (0.0,))
+        yield load_picture(path, info)[None]
     else:
         check_file(path)
         decoder = _open_decoder(path, info)
         if decoder is None:
             _check_unchanged(path, info)
         for number, chunk in enumerate(chunks):
-            clip = None if decoder is None else _seek(decoder, info, chunk)
-            if clip is None:
+            frames_TCHW = None if decoder is None else _seek(decoder, info, chunk)
+            if frames_TCHW is None:
                 yield from decode_in_sequence(path, info, chunks[number:])
                 return
-            yield clip
+            yield frames_TCHW
 
 
 def _open_decoder(path: Path, info: MediaInfo) -> VideoDecoder | None:
@@ -103,7 +94,7 @@ def _check_unchanged(path: Path, info: MediaInfo) -> None:
         raise MediaError("changed", f"{path}: has {has}, when indexed {had}; index it again")
 
 
-def _seek(decoder: VideoDecoder, info: MediaInfo, indices: Sequence[int]) -> Clip | None:
+def _seek(decoder: VideoDecoder, info: MediaInfo, indices: Sequence[int]) -> Tensor | None:
     """The frames at `indices`; None if the decoder cannot get them.
 
     torchcodec 0.13 cannot seek in MPEG-TS. If packets of B-frames carry no presentation time (AVI), it returns other
@@ -114,16 +105,15 @@ def _seek(decoder: VideoDecoder, info: MediaInfo, indices: Sequence[int]) -> Cli
     except DECODER_ERRORS:
         return None
     begin_s = decoder.metadata.begin_stream_seconds or 0.0
-    times_s = tuple(t - begin_s for t in batch.pts_seconds.tolist())
     half_frame_s = 0.5 / info.fps if info.fps else 1.0
-    for index, time_s in zip(indices, times_s, strict=True):
+    for index, time_s in zip(indices, batch.pts_seconds.tolist(), strict=True):
         expected_s = info.time_of(index)  # from the container's rate, which is right within 1 %
-        if abs(time_s - expected_s) > half_frame_s + 0.01 * expected_s:
+        if abs(time_s - begin_s - expected_s) > half_frame_s + 0.01 * expected_s:
             return None
-    return Clip(batch.data, times_s)
+    return batch.data
 
 
-def decode_in_sequence(path: Path, info: MediaInfo, chunks: Sequence[Sequence[int]]) -> Iterator[Clip]:
+def decode_in_sequence(path: Path, info: MediaInfo, chunks: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Chunks of ascending frames from one pass through the whole file by PyAV, which needs no seeking.
 
     Pixels are those of torchcodec, except for 10 bits a channel: there the edges of colours differ, as chroma is scaled
@@ -141,7 +131,7 @@ def decode_in_sequence(path: Path, info: MediaInfo, chunks: Sequence[Sequence[in
                 count += 1
                 while waiting and waiting[0][-1] < count:
                     chunk = waiting.popleft()
-                    yield Clip(torch.stack([frames[i] for i in chunk]), tuple(info.time_of(i) for i in chunk))
+                    yield torch.stack([frames[i] for i in chunk])
                     frames = {i: frames[i] for i in chunk if waiting and i in waiting[0]}
     except (av.FFmpegError, ValueError) as error:
         text = f"frame {count} of {info.num_frames}: {first_line(error)}"

@@ -83,7 +83,8 @@ class FrameCache:
         """Earliest time of the next count, in `time.monotonic` seconds."""
         self._has_missed = True
         """A medium was not in the cache since the last count; without misses nothing needs counting."""
-        self._write_failed = False
+        self._failure = ""
+        """The message about a write that failed: nothing more is added."""
         self._messages: set[str] = set()
         """Messages that have been logged."""
 
@@ -103,11 +104,11 @@ class FrameCache:
         if self.folder is None or plan.ref.kind == "image":
             return pool.submit(load_patches, plan, processor)
         self._count()
-        full_message = ""
-        if self._used_bytes + _file_bytes(plan) > self.limit_bytes:
+        refusal = self._failure
+        if not refusal and self._used_bytes + _file_bytes(plan) > self.limit_bytes:
             fix = "raise it, or remove the folder if no run needs what it holds"
-            full_message = f"data.cache_gib = {self.limit_bytes / GIB:g} is reached, no more is added; {fix}"
-        future = pool.submit(load_cached, plan, processor, self.folder, self._write_failed, full_message)
+            refusal = f"data.cache_gib = {self.limit_bytes / GIB:g} is reached, no more is added; {fix}"
+        future = pool.submit(load_cached, plan, processor, self.folder, refusal)
         future.add_done_callback(self._update)
         return future
 
@@ -128,7 +129,7 @@ class FrameCache:
             return
         self._has_missed = True
         self._used_bytes += loaded.added_bytes
-        self._write_failed |= loaded.write_failed
+        self._failure = loaded.message if loaded.write_failed else self._failure
         if loaded.message and loaded.message not in self._messages:
             self._messages.add(loaded.message)
             _log(logging.WARNING, f"{self.folder}: {loaded.message}")
@@ -153,10 +154,8 @@ def _log(level: int, message: str) -> None:
 # ---------------------------------------------------------------------------------------------- in a worker process
 
 
-def load_cached(
-    plan: MediaPlan, processor: VisionProcessor, folder: Path, is_read_only: bool = False, full_message: str = ""
-) -> Patches:
-    """`load_patches` through the cache. `full_message` says why no further medium may be added; empty if it may."""
+def load_cached(plan: MediaPlan, processor: VisionProcessor, folder: Path, refusal: str = "") -> Patches:
+    """`load_patches` through the cache. `refusal` says why nothing may be added; empty if it may."""
     digest = digest_of(plan)
     if digest is None:
         return load_patches(plan, processor)
@@ -170,15 +169,14 @@ def load_cached(
         frames_TCHW = decode_resized(plan)
         added_bytes, message, write_failed = 0, "", False
         # If the file has changed meanwhile, nobody knows which version was decoded.
-        if not is_read_only and digest_of(plan) == digest:
+        if digest_of(plan) == digest:
             try:
                 if is_damaged:
-                    message = "held a damaged file, made anew"
-                else:
-                    message = full_message or _disk_message(folder, _file_bytes(plan))
-                if is_damaged or not message:
                     write(file, digest, frames_TCHW)
-                    added_bytes = 0 if is_damaged else _file_bytes(plan)
+                    message = "held a damaged file, made anew"
+                elif not (message := refusal or _disk_message(folder, _file_bytes(plan))):
+                    write(file, digest, frames_TCHW)
+                    added_bytes = _file_bytes(plan)
             except OSError as error:
                 message = f"can't be written ({error.strerror}); the run goes on without adding frames"
                 write_failed = True

@@ -24,7 +24,7 @@ from vft.common.errors import UserError
 from vft.common.files import locked, whole_file
 from vft.common.types import MediaInfo, MediaKind, MediaRef
 from vft.data.media.errors import MediaError, check_file
-from vft.data.media.scan import join_pictures, scan_file
+from vft.data.media.scan import join_scans, scan_file
 from vft.data.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ class Index:
             MediaError: the file cannot be used.
             KeyError: `ref` was not among those for which the index was built.
         """
-        infos = [self._info(key) for key in _keys_of(ref)]
-        return join_pictures(ref, infos) if ref.is_list else infos[0]
+        return join_scans(ref, [self._info(key) for key in _keys_of(ref)])
 
     def _info(self, key: Key) -> MediaInfo:
         if key in self._transient:
@@ -135,7 +134,7 @@ def build(
 
 
 def _keys_of(ref: MediaRef) -> list[Key]:
-    return [("image" if ref.is_list else ref.kind, str(file)) for file in ref.files]
+    return [(ref.file_kind, str(file)) for file in ref.files]
 
 
 def _keys(table: pa.Table) -> Iterator[Key]:

@@ -101,8 +101,8 @@ def frames_of(pixels_PD: Tensor, plan: MediaPlan, processor: VisionProcessor) ->
 
 def _resized_chunks(plan: MediaPlan) -> Iterator[Tensor]:
     """Frames [T, 3, height, width], resized as they are decoded: a long video is never held at its source's size."""
-    for clip in decode_chunks(plan, multiple=_temporal_patch(plan)):
-        yield resize_views(clip.frames_TCHW, plan)
+    for frames_TCHW in decode_chunks(plan, multiple=_temporal_patch(plan)):
+        yield resize_views(frames_TCHW, plan)
 
 
 def _temporal_patch(plan: MediaPlan) -> int:

@@ -35,12 +35,11 @@ def scan(ref: MediaRef) -> MediaInfo:
     Raises:
         MediaError: the medium cannot be used.
     """
-    infos = [scan_file("image" if ref.is_list else ref.kind, file) for file in ref.files]
-    return join_pictures(ref, infos) if ref.is_list else infos[0]
+    return join_scans(ref, [scan_file(ref.file_kind, file) for file in ref.files])
 
 
-def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
-    """The video that consists of pictures.
+def join_scans(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
+    """The result for a medium, given the scans of its files. Several pictures are one video.
 
     Their times are the record's `timestamps`, or follow from its `sample_fps`; without both, `fps` is their rate, as in
     qwen-vl-utils before 0.0.12.
@@ -48,8 +47,9 @@ def join_pictures(ref: MediaRef, infos: Sequence[MediaInfo]) -> MediaInfo:
     Raises:
         MediaError: `mixed_sizes` if the pictures differ in size.
     """
-    assert isinstance(ref.path, tuple) and len(ref.path) == len(infos) > 0
     first, options = infos[0], ref.options
+    if not isinstance(ref.path, tuple):
+        return first
     for path, info in zip(ref.path, infos, strict=True):
         if (info.height, info.width) != (first.height, first.width):
             sizes = f"{info.width}x{info.height} but {ref.path[0].name} is {first.width}x{first.height}"

@@ -228,5 +228,4 @@ class SlotReader:
             if isinstance(ref, MediaRef):
                 for path in ref.files:
                     if path not in clip.scans:
-                        kind = "image" if ref.is_list else ref.kind
-                        clip.scans[path] = self.context.pool.submit(scan_file, kind, path)
+                        clip.scans[path] = self.context.pool.submit(scan_file, ref.file_kind, path)

@@ -18,7 +18,7 @@ from typing import Any
 from vft.common.types import Document, MediaInfo, MediaRef
 from vft.data.dataset import converse, make_dataset
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import join_pictures
+from vft.data.media.scan import join_scans
 from vft.data.quarantine import ArchivePass, BadItem
 from vft.data.records.unread_keys import report_new_unread_keys
 from vft.data.streaming.clips import ArchiveClip, Position
@@ -173,8 +173,7 @@ def _documents_of(
 
     def info(ref: MediaRef) -> MediaInfo:
         try:
-            infos = [clip.scans[path].result() for path in ref.files]
-            return join_pictures(ref, infos) if ref.is_list else infos[0]
+            return join_scans(ref, [clip.scans[path].result() for path in ref.files])
         except MediaError as error:
             raise MediaError(error.reason, name_members(str(error), ref)) from None
 
