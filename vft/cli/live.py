@@ -23,7 +23,7 @@ from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
-from vft.reporting.progress import LiveView
+from vft.reporting.progress import LiveView, RunState
 from vft.reporting.run_report import scores_of
 from vft.training.checkpoint import list_checkpoints
 
@@ -63,19 +63,20 @@ def read(folder: Path) -> configs.Config:
 def watch(folder: Path, step: int, console: Console, once: bool) -> None:
     """Show the run until it is done; `once`: print it when it has done `step` steps."""
     config = read(folder)
-    view = LiveView(f"{config.task}: {config.output_dir}", config.train.max_steps or 0, console)
+    state = RunState(f"{config.task}: {config.output_dir}", config.train.max_steps or 0)
+    view = LiveView(state, console)
     started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
     if not once:
         view.start()
-    view.begun_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
+    state.begin_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             while True:
-                take_in(view, folder, lines)
-                if once and view.line["step"] >= step:
-                    console.print(view)
+                take_in(state, folder, lines)
+                if once and state.line["step"] >= step:
+                    console.print(state)
                     return
-                if view.line["step"] == view.max_steps:
+                if state.line["step"] == state.max_steps:
                     return
                 time.sleep(POLL_S)
     except FileNotFoundError:
@@ -84,20 +85,20 @@ def watch(folder: Path, step: int, console: Console, once: bool) -> None:
         view.stop()
 
 
-def take_in(view: LiveView, folder: Path, lines: IO[str]) -> None:
+def take_in(state: RunState, folder: Path, lines: IO[str]) -> None:
     """What the run has written since the last time."""
     while line := lines.readline():
         told: dict[str, Any] = json.loads(line)
         if "loss" in told:
-            view.step(told)
-            view.mark((view.marks[-1][0] if view.marks else 0.0) + told["step_time_s"])
+            before_s = state.step_ends[-1][0] if state.step_ends else 0.0
+            state.add_step(told, before_s + told["step_time_s"])
         else:
-            view.scores(told["step"], scores_of(told))
+            state.add_scores(told["step"], scores_of(told))
     for newest in list_checkpoints(folder / "checkpoints")[:1]:
         age_s = time.time() - newest.stat().st_mtime
-        view.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
+        state.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
     bad = folder / "quarantine.jsonl"
-    view.quarantined = bad.read_text(encoding="utf-8").count("\n") if bad.is_file() else 0
+    state.num_quarantined = bad.read_text(encoding="utf-8").count("\n") if bad.is_file() else 0
 
 
 if __name__ == "__main__":

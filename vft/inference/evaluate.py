@@ -185,7 +185,7 @@ def held_out_loss(
     model.eval()
     try:
         for step in range(math.ceil(packs / world.size)):
-            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.asked(), device=world.device))))
+            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=world.device))))
             for pack in loader.step():
                 batch = pack.batch.to(world.device)
                 losses_N = token_losses(model(batch), model.head, model.config.vocabulary, batch.target_ids_N)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vft.common.types import Batch
 from vft.distributed.process_group import sum_over_ranks
-from vft.distributed.signals import asked, stop_if
+from vft.distributed.signals import stop_if, stop_requested
 from vft.models.attention import build_plan, document_segments
 from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import KeyValueCache
@@ -89,7 +89,7 @@ def generate(
                 running[index] = len(ids[index]) < limits[index]
         if on_tokens is not None:
             on_tokens(new_tokens)
-        left, stop = sum_over_ranks(torch.tensor([sum(running), asked()], device=device)).tolist()
+        left, stop = sum_over_ranks(torch.tensor([sum(running), stop_requested()], device=device)).tolist()
         stop_if(stop)
         if not left:
             break

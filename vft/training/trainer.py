@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vft.common.console import STDERR
 from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
@@ -31,7 +32,7 @@ from vft.distributed.process_group import (
     same_on_all_ranks,
     sum_over_ranks,
 )
-from vft.distributed.signals import Stopped, asked, deferred, stop_if, stopped_by
+from vft.distributed.signals import Stopped, deferred, stop_if, stop_requested, stopped_by
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import (
     Best,
@@ -48,7 +49,10 @@ from vft.preparation.memory import longest_row, memory_preflight, resolve_checkp
 from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.reporting import write_card, write_report
 from vft.reporting.loggers import require_boards
-from vft.reporting.metrics_log import Monitor, Profiler, StepResult, Stopwatch, Tally, describe_run, describe_step
+from vft.reporting.metrics_log import Monitor
+from vft.reporting.profiler import Profiler
+from vft.reporting.run_facts import describe_run, trainable_table
+from vft.reporting.step_metrics import StepResult, Stopwatch, Tally, describe_step
 from vft.training import checkpoint as checkpoints
 from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.checks import (
@@ -132,7 +136,7 @@ class Trainer:
             streams=streams,
         )
         self.monitor = Monitor(config, self.max_steps, world.is_main)
-        self.profiler = Profiler.asked_for(config.log, self.folder, world)
+        self.profiler = Profiler.of(config.log, self.folder, world)
         self.not_finite = NotFinite(self.monitor.say)
         self.has_updated = False
         """Whether a step has changed the weights, in this process or before it."""
@@ -159,7 +163,8 @@ class Trainer:
         self.monitor.say(f"{told}, steps {self.max_steps}")
         tell_of_weights(config, self.monitor.say)
         warn_of_benchmarks(config, self.monitor.say)
-        self.monitor.table_of_trainable(self.prepared.trainable, model)
+        if self.world.is_main:
+            STDERR.print(trainable_table(self.prepared.trainable, model))
         parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
         if parallel.memory_budget_gib is not None:
             parallel = resolve_checkpointing(parallel, model, cross_entropy, self.longest, self.world, say)
@@ -196,7 +201,7 @@ class Trainer:
             self.saved = self.step
             self.has_updated = True
             self.loader.restore(state)
-            self.max_steps = self.monitor.max_steps = self.count_steps(self.step, self.loader.cursor)
+            self.max_steps = self.count_steps(self.step, self.loader.cursor)
             self.write_bad()
             self.monitor.say(f"going on from {found}")
         elif self.world.is_main:
@@ -205,7 +210,7 @@ class Trainer:
             root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say
         )
         self.saver.expect(self.max_steps - self.step)
-        self.monitor.resume_at(self.step)
+        self.monitor.resume_at(self.step, self.max_steps)
 
     # ------------------------------------------------------------------------------------------------------ loop
 
@@ -315,7 +320,7 @@ class Trainer:
             loss_sum += loss.detach()
         next(packs, None)  # lets the loader note that the step is over
         found = {"bad": len(self.loader.found.bad), "found": len(self.loader.found), "missing": missing}
-        tally.counts |= {**found, "failed_saves": int(self.saver.failed), "stop": asked()}
+        tally.counts |= {**found, "failed_saves": int(self.saver.failed), "stop": stop_requested()}
         totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))
         total_loss = float(sum_over_ranks(loss_sum))
@@ -364,7 +369,7 @@ class Trainer:
         if self.world.is_main:
             bad = [*self.documents.bad, *self.loader.known_bad.values()]
             write_quarantine(self.folder, bad)
-            self.monitor.view.quarantined = len(bad)
+            self.monitor.state.num_quarantined = len(bad)
 
     def evaluate(self) -> None:
         """Scores on held-out samples."""
@@ -409,7 +414,7 @@ class Trainer:
         state = {"rules": VERSION, **self.identity, **loader, "samples": self.samples}
         self.saver.save(self.step, state)
         self.saved = self.step
-        self.monitor.view.checkpoint = (self.step, time.monotonic())
+        self.monitor.state.checkpoint = (self.step, time.monotonic())
 
     def asked(self) -> Asked:
         """What the records ask; of streams those that came since the start. Every process calls it."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vft.common.console import progress_bar
 from vft.common.scores import Interval
-from vft.reporting.progress import BLOCKS, POINTS, SHARE, Course, LiveView
+from vft.reporting.progress import BLOCKS, MAX_CPU_SHARE, MAX_MEANS, LiveView, RunState, Sparkline
 
 STEP: dict[str, Any] = {
     **{"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_s": 1234.0, "samples_per_s": 5.0, "frames_per_s": 7.0},
@@ -26,27 +26,25 @@ def screen(width: int = 100, height: int = 30) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
 
 
-def view_of(console: Console, steps: int = 120) -> LiveView:
+def run_state(steps: int = 120) -> RunState:
     """In the middle of a run of 200 steps."""
-    view = LiveView("caption: runs/here", 200, console)
+    state = RunState("caption: runs/here", 200)
     for step in range(1, steps + 1):
-        view.step({**STEP, "step": step, "loss": 10.0 / step})
-        view.mark(2.0 * step)
-    view.scores(100, {"rouge_l": Interval(0.75, 0.7, 0.8), "top1/cat": Interval(1, 1, 1)})
-    view.checkpoint, view.quarantined = (100, time.monotonic() - 42), 3
-    return view
+        state.add_step({**STEP, "step": step, "loss": 10.0 / step}, end_s=2.0 * step)
+    state.add_scores(100, {"rouge_l": Interval(0.75, 0.7, 0.8), "top1/cat": Interval(1, 1, 1)})
+    state.checkpoint, state.num_quarantined = (100, time.monotonic() - 42), 3
+    return state
 
 
-def plain(view: LiveView) -> list[str]:
-    """The same without colours and frame."""
-    console = Console(file=io.StringIO(), width=view.console.width, height=view.console.height)
-    view.console = console
-    console.print(view)
+def plain(state: RunState, width: int = 100, height: int = 30) -> list[str]:
+    """What a terminal shows, without colours."""
+    console = Console(file=io.StringIO(), width=width, height=height)
+    console.print(state)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
 def test_everything_is_shown() -> None:
-    text = "\n".join(plain(view_of(screen())))
+    text = "\n".join(plain(run_state()))
     for part in (
         *("step 120/200", "60%", "0:02:40 left", "0.0833", "1.00e-04", "1,234 tokens/s", "5.00 samples/s"),
         *("waiting for data 25%", "memory 3.0 GiB", "MFU 40.0%", "HFU 50.0%", "step 100: rouge_l 0.75"),
@@ -60,40 +58,42 @@ def test_everything_is_shown() -> None:
 @pytest.mark.parametrize("height", [1, 2, 5, 13, 14, 50])
 def test_it_fits_any_terminal(width: int, height: int) -> None:
     for steps in (0, 1, 120):
-        lines = plain(view_of(screen(width, height), steps))
+        lines = plain(run_state(steps), width, height)
         assert len(lines) <= max(1, height - 1) and max(map(len, lines)) <= width
     assert width < 8 or lines[0].strip("╭─ ")
 
 
 def test_a_step_that_is_no_number_and_a_run_without_an_end() -> None:
-    view = LiveView("", 0, screen())
-    view.step({**STEP, "step": 3, "loss": None})
-    text = "\n".join(plain(view))
+    state = RunState("", max_steps=0)
+    state.add_step({**STEP, "step": 3, "loss": None})
+    text = "\n".join(plain(state))
     assert "not finite, skipped" in text and "step 3  ━" in text and "left" not in text
 
 
-def test_a_course_keeps_its_means_and_its_shape() -> None:
-    course, values = Course(), [float(i % 7) for i in range(10_000)]
+def test_a_sparkline_keeps_its_means_and_its_shape() -> None:
+    line, values = Sparkline(), [float(i % 7) for i in range(10_000)]
     for value in values:
-        course.add(value)
-    assert len(course.means) < 2 * POINTS and course.each * len(course.means) <= 10_000
-    for place, mean in enumerate(course.means):
-        part = values[place * course.each : (place + 1) * course.each]
+        line.add(value)
+    size = line.values_per_mean
+    assert len(line.means) < MAX_MEANS and size * len(line.means) <= 10_000
+    for place, mean in enumerate(line.means):
+        part = values[place * size : (place + 1) * size]
         assert mean == pytest.approx(sum(part) / len(part))
-    falling = Course()
+    falling = Sparkline()
     for i in range(1000):
         falling.add(-float(i))
-    spark = falling.spark(30)
-    assert len(spark) == 30 and spark[0] == BLOCKS[-1] and spark[-1] == BLOCKS[0]
-    assert all(BLOCKS.index(a) >= BLOCKS.index(b) for a, b in pairwise(spark))
-    assert Course().spark(30) == ""
+    blocks = falling.text(30)
+    assert len(blocks) == 30 and blocks[0] == BLOCKS[-1] and blocks[-1] == BLOCKS[0]
+    assert all(BLOCKS.index(a) >= BLOCKS.index(b) for a, b in pairwise(blocks))
+    assert Sparkline().text(30) == ""
 
 
 def test_others_may_print_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of others come out whole, bars are a line of the view, and the terminal is left as it was."""
     console = screen()
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    view = view_of(console)
+    state = run_state()
+    view = LiveView(state, console)
     view.start()
     before = sys.stdout
     print("a line of somebody else's")
@@ -101,10 +101,10 @@ def test_others_may_print_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.delay = bar.start_t = 0
         bar.update(4)
         bar.refresh()
-        assert "answering" in view.bar and "4/10" in view.bar
-        assert any("answering" in row.plain for row in view.rows(90))
+        assert "answering" in state.bar and "4/10" in state.bar
+        assert any("answering" in row.plain for row in state.rows(90))
     view.stop()
-    assert sys.stdout is not before and view.bar == ""
+    assert sys.stdout is not before and state.bar == ""
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a line of somebody else's\n" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
@@ -114,18 +114,18 @@ def test_others_may_print_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_drawing_takes_its_share_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow it is: here 20 ms of a core each time."""
-    view, drawn = view_of(screen()), []
-    rows = LiveView.rows
+    view, drawn = LiveView(run_state(), screen()), []
+    rows = RunState.rows
 
-    def slow(self: LiveView, *arguments: Any) -> Any:
+    def slow(self: RunState, *arguments: Any) -> Any:
         drawn.append(time.thread_time())
         while time.thread_time() < drawn[-1] + 0.02:
             pass
         return rows(self, *arguments)
 
-    monkeypatch.setattr(LiveView, "rows", slow)
+    monkeypatch.setattr(RunState, "rows", slow)
     view.start()
     time.sleep(2.0)
     view.stop()
-    # At the start, by the thread, at the end: the next one would come after 0.02 s / SHARE = 4 s.
-    assert 0.02 / SHARE == 4.0 and len(drawn) <= 4
+    # At the start, by the thread, at the end: the next one would come after 0.02 s / MAX_CPU_SHARE = 4 s.
+    assert 0.02 / MAX_CPU_SHARE == 4.0 and len(drawn) <= 4

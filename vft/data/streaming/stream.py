@@ -25,7 +25,7 @@ from vft.data.streaming.clips import ArchiveClip, Position
 from vft.data.streaming.reader import ArchiveEnd, SearchStopped, SlotReader, StreamContext, StreamSource
 from vft.distributed.heartbeat import report_detail
 from vft.distributed.process_group import environment
-from vft.distributed.signals import asked
+from vft.distributed.signals import stop_requested
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class SlotStream:
         """Wait until all are done. SearchStopped if a signal came and the search may take long."""
         report_s = REPORT_S
         while True:
-            if searching and asked():
+            if searching and stop_requested():
                 raise SearchStopped
             if not wait(futures, POLL_S).not_done:
                 return
