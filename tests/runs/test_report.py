@@ -376,12 +376,13 @@ def test_equal_ids_of_two_sources_are_two_questions() -> None:
         built.append(number)
         return SimpleNamespace(media=())
 
-    held_out: Any = SimpleNamespace(members=[(one,) for one in talks], build=build)
+    planned = [SimpleNamespace(conversations=(one,)) for one in talks]
+    held_out: Any = SimpleNamespace(documents=planned, build=build)
     shown = examples.examples(rows, held_out, cast(VisionProcessor, object()))
     assert sorted(built) == [0, 1] and len(shown) == 2
     for one in shown:
-        (source,) = one["references"]
-        assert [row["prediction"] for _, row, _ in one["answers"]] == [f"first {source}", f"last {source}"]
+        (source,) = one.references
+        assert [row["prediction"] for _, row, _ in one.answers] == [f"first {source}", f"last {source}"]
     old = {key: value for key, value in rows["last"][0].items() if key not in ("source", "media")}
     built.clear()
     assert examples.strips(old, held_out, cast(VisionProcessor, object())) == [] and built == []

@@ -25,7 +25,9 @@ from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.config.run import flatten
 from vft.reporting.chart import Curve, line_chart
-from vft.reporting.run_report import CURVES, Run, changed, is_number, point, read_run, shown
+from vft.reporting.run_folder import RecordedRun, is_number, read_run
+from vft.reporting.run_report import CURVES
+from vft.reporting.score_tables import change_text, score_text
 
 MAX_RUNS = 6
 """Colours that a chart has."""
@@ -98,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves of all")
 
 
-def read(folders: list[Path]) -> dict[str, Run]:
+def read(folders: list[Path]) -> dict[str, RecordedRun]:
     """The runs by the shortest names that tell them apart. UserError where one is none, or there are too many."""
     if len(folders) > MAX_RUNS:
         raise UserError(f"{len(folders)} runs: at most {MAX_RUNS} can be told apart side by side")
@@ -112,7 +114,7 @@ def read(folders: list[Path]) -> dict[str, Run]:
     return {os.path.relpath(path, shared): read_run(Path(path)) for path in whole}
 
 
-def settings(runs: Mapping[str, Run]) -> Rows:
+def settings(runs: Mapping[str, RecordedRun]) -> Rows:
     """Settings that are not the same in all; `output_dir` never is."""
     flat = [flatten(run.config) for run in runs.values()]
     keys = sorted({key for one in flat for key in one} - {"output_dir"})
@@ -120,7 +122,7 @@ def settings(runs: Mapping[str, Run]) -> Rows:
     return {key: cells for key, cells in rows.items() if len(set(cells)) > 1}
 
 
-def course(runs: Mapping[str, Run]) -> Rows:
+def course(runs: Mapping[str, RecordedRun]) -> Rows:
     """How far each run came, how fast, and with what losses."""
     rows: Rows = {}
     for number, run in enumerate(runs.values()):
@@ -129,7 +131,7 @@ def course(runs: Mapping[str, Run]) -> Rows:
     return rows
 
 
-def _course(run: Run) -> dict[str, str]:
+def _course(run: RecordedRun) -> dict[str, str]:
     if not run.steps:
         return {"steps": "0"}
     tail = run.steps[-10:]
@@ -149,7 +151,7 @@ def _course(run: Run) -> dict[str, str]:
     }
 
 
-def scores(runs: Mapping[str, Run]) -> Rows:
+def scores(runs: Mapping[str, RecordedRun]) -> Rows:
     """Scores of each run's last evaluation."""
     last = [last_scores(run) for run in runs.values()]
     names = dict.fromkeys(name for one in last for name in one)
@@ -161,31 +163,31 @@ def scores(runs: Mapping[str, Run]) -> Rows:
 
 def told(score: Interval | None) -> str:
     """A score with its interval, and how its texts were cut where it is one of texts."""
-    return "" if score is None else " ".join(shown(score)).strip() + score.how_cut
+    return "" if score is None else " ".join(score_text(score)).strip() + score.how_cut
 
 
-def differences(runs: Mapping[str, Run]) -> Rows:
+def differences(runs: Mapping[str, RecordedRun]) -> Rows:
     """Of the others' last scores from the first run's; none where no two runs kept what they were computed from."""
     first, *others = [last_scores(run) for run in runs.values()]
     rows = {}
     for name, score in first.items():
         after = [one[name] if name in one and one[name].parts is not None else None for one in others]
         if score.parts is not None and any(after):
-            rows[name] = ["", *(" ".join(changed(score, one)).strip() for one in after)]
+            rows[name] = ["", *(" ".join(change_text(score, one)).strip() for one in after)]
     return rows
 
 
-def last_scores(run: Run) -> Mapping[str, Interval]:
+def last_scores(run: RecordedRun) -> Mapping[str, Interval]:
     """Of the last evaluation; none where there was none."""
     return [*run.evaluations.values()][-1] if run.evaluations else {}
 
 
-def curves(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+def curves(runs: Mapping[str, RecordedRun]) -> dict[str, dict[str, Any]]:
     """Charts by title: of the steps, then of each score that isn't a group's."""
     drawn: dict[str, dict[str, Curve]] = {}
     for name, run in runs.items():
         for key, title in CURVES.items():
-            values = [(row["step"], point(row[key])) for row in run.steps if is_number(row.get(key))]
+            values = [(row["step"], Interval.point(row[key])) for row in run.steps if is_number(row.get(key))]
             drawn.setdefault(title, {})[name] = values
         for when, found in run.evaluations.items():
             for metric, score in found.items():

@@ -41,7 +41,7 @@ from vft.preparation.documents import load_held_out, overlap_with_training
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.examples import key_of
-from vft.reporting.run_report import COUNTS, DIFFERENCE, changed, shown
+from vft.reporting.score_tables import COUNTS, DIFFERENCE, change_text, score_text
 
 Scores = dict[str, Interval]
 
@@ -170,9 +170,9 @@ def show_scores(scores: dict[str, Scores], title: str) -> None:
         table.add_column(name, justify="right" if number else "left")
     for metric in dict.fromkeys(metric for found in scores.values() for metric in found):
         row = [found.get(metric) for found in scores.values()]
-        cells = [" ".join(shown(one)).strip() for one in row]
+        cells = [" ".join(score_text(one)).strip() for one in row]
         if len(row) > 1 and metric not in COUNTS:
-            cells.append(" ".join(changed(row[0], row[1])).strip())
+            cells.append(" ".join(change_text(row[0], row[1])).strip())
         cut = next((one.how_cut.strip() for one in row if one is not None), "")
         table.add_row(f"{metric}\n{cut}".rstrip(), *cells)
     Console(markup=False, emoji=False).print(table)  # brackets and colons of labels are text

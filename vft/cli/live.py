@@ -24,7 +24,7 @@ from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
 from vft.reporting.progress import LiveView, RunState
-from vft.reporting.run_report import scores_of
+from vft.reporting.run_folder import scores_of
 from vft.training.checkpoint import list_checkpoints
 
 POLL_S = 0.2

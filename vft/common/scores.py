@@ -51,6 +51,11 @@ class Interval:
     tokenization: str = ""
     """How the texts were cut, for a score of texts: sacrebleu's name, or what the metric says."""
 
+    @classmethod
+    def point(cls, value: float) -> Interval:
+        """A value without an interval."""
+        return cls(value, value, value)
+
     @property
     def how_cut(self) -> str:
         """`tokenization` to stand behind the score: ` (zh)`, nothing where it isn't one of texts."""

@@ -73,7 +73,7 @@ def evaluate(
     left_out = len(held_out.bad) + len(asked) - len(answers)
     cut_off = sum(answer.is_cut_off for answer in answers.values())
     counts = {"answered": len(answers), "unreadable": left_out, "cut_off": cut_off}
-    return {**scores, **{name: Interval(count, count, count) for name, count in counts.items()}}
+    return {**scores, **{name: Interval.point(count) for name, count in counts.items()}}
 
 
 def keep_parts(file: Path, scores: Mapping[str, Interval]) -> None:

@@ -59,7 +59,7 @@ class Classify:
             for answer in answers
         ]
         scores["exact_match"] = mean_interval(exact, samples=samples_of(answers))
-        scores |= {f"top1/{name}": Interval(share, share, share) for name, share in by_class.items()}
+        scores |= {f"top1/{name}": Interval.point(share) for name, share in by_class.items()}
         return scores
 
 

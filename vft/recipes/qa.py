@@ -125,7 +125,7 @@ def _score_choices(answers: Sequence[Answer]) -> tuple[dict[str, Interval], dict
 def _by_group(name: str, answers: Sequence[Answer], correct: Sequence[float]) -> dict[str, Interval]:
     """A score within each group that the data set names."""
     groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
-    return {f"{name}/{group}": Interval(v, v, v) for group, v in breakdown(correct, groups).items()}
+    return {f"{name}/{group}": Interval.point(v) for group, v in breakdown(correct, groups).items()}
 
 
 def written_options(question: str, answer: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Story:
         return {
             "rouge_l": rouge_l_interval(predictions, references, samples),
             "bleu4": bleu4_interval(predictions, references, samples=samples, japanese=self.japanese),
-            "distinct_2": Interval(distinct, distinct, distinct).cut_by(map(word_tokenizer, references)),
+            "distinct_2": Interval.point(distinct).cut_by(map(word_tokenizer, references)),
         }
 
 
