@@ -14,10 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # its scripts import each other by name
-
-from rows import Video, row_of, text_document, video_document
-
 from tests.distributed.scoring import TARGETS
 from vft.adapters.lora import choose_trainable, initialise, is_adapter
 from vft.common.types import IGNORE_INDEX, Batch
@@ -27,6 +23,7 @@ from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, load_weights
 from vft.parallel.parallelize import materialise, parallelize
+from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
 

@@ -29,8 +29,7 @@ from unittest.mock import patch
 
 import torch
 from measure import default_device, median, report, show_table, synchronise
-from rows import row_of, text_document
-from workload import SHAPES, build_model, fill
+from workload import SHAPES, fill
 
 from vft.adapters.lora import choose_trainable
 from vft.common import safetensors_io as tensor_files
@@ -39,6 +38,8 @@ from vft.common.errors import UserError
 from vft.config.run import CheckpointConfig, LoraConfig, TrainConfig
 from vft.distributed.process_group import environment
 from vft.models.base import VideoLanguageModel
+from vft.models.released import build_from_config
+from vft.preparation.synthetic import row_of, text_document
 from vft.training import checkpoint as checkpoints
 from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.losses import cross_entropy
@@ -103,7 +104,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
 
 def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguageModel, torch.optim.Optimizer]:
     """A model with random weights and its optimizer; no rank: the language model is trained in full."""
-    model = build_model(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
+    model = build_from_config(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
     choose_trainable(model, lora, () if lora else ("language_model",))
     model.to_empty(device=options.device)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from measure import default_device, interleaved, median, report
-from rows import Video, row_of, text_document, video_document
 from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
 from vft.common.console import user_errors
@@ -23,6 +22,7 @@ from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
 from vft.models import attention, layers
 from vft.models.base import VideoLanguageModel
+from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
 WORDS, ANSWER = 25, 10

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from measure import interleaved, median, report
-from rows import Video, row_of, video_document
 from step import make_step
 from workload import SHAPES, adapted_model, add_common_options, shape_and_device
 
@@ -21,6 +20,7 @@ from vft.common.console import user_errors
 from vft.common.types import Batch
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
+from vft.preparation.synthetic import Video, row_of, video_document
 
 WORDS, ANSWER = 25, 10
 """Tokens of a question with its answer, and of the answer."""

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from measure import default_device, median, report, seconds_of
-from rows import Video, plan_of, row_of, text_document, video_document
 from torch._dynamo.utils import counters
-from workload import MODELS, AnyShape, build_model, fill
+from workload import MODELS, fill
 
 from vft.adapters.lora import choose_trainable, initialise
 from vft.common.console import user_errors
@@ -29,8 +28,10 @@ from vft.common.types import Batch
 from vft.config.run import LoraConfig, ParallelConfig, TrainConfig
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
+from vft.models.released import build_from_config
 from vft.parallel.parallelize import checkpoint_activations, parallelize
 from vft.preparation.memory import GIB, MODES, resident_bytes, step_bytes
+from vft.preparation.synthetic import Video, plan_of, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, scale_and_clip
 
@@ -42,7 +43,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Setting:
     """What is measured."""
 
-    shape: AnyShape
+    shape: dict[str, Any]
     dtype: torch.dtype
     device: torch.device
     lora: LoraConfig
@@ -100,7 +101,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
-    model = build_model(setting.shape, setting.dtype, setting.quantize)
+    model = build_from_config(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, setting.lora, ())
     mode = setting.parallel.activation_checkpointing
     flops = FlopCounter(model, mode)
@@ -147,7 +148,7 @@ def make_row(processor: Any, tokens: int, video: float, questions: int) -> Batch
 
 def plan_bytes(setting: Setting, row: Batch) -> int:
     """What vft.preparation.memory says the step will hold."""
-    model = build_model(setting.shape, setting.dtype, setting.quantize)
+    model = build_from_config(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
     return resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, setting.device)

@@ -6,7 +6,6 @@ import json
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,176 +14,50 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from measure import default_device
 from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
-from transformers import AutoConfig
 
-from vft import models
 from vft.adapters.lora import choose_trainable, initialise
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import stretch_positions
+from vft.models.released import RELEASED, build_from_config, qwen2_5_vl
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen2.5-VL."""
-
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    mlp: int
-    vocabulary: int
-    tied: bool
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    vision_mlp: int
-    vision_full: tuple[int, ...]
-
-    def config(self) -> dict[str, Any]:
-        """The demo base's config.json with these sizes."""
-        config = json.loads((DEMO_BASE / "config.json").read_text(encoding="utf-8"))
-        config |= {
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_heads,
-            "intermediate_size": self.mlp,
-            "vocab_size": self.vocabulary,
-            "tie_word_embeddings": self.tied,
-            "max_window_layers": self.layers,
-        }
-        half = self.width // self.heads // 2
-        config["rope_scaling"] = {"type": "mrope", "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
-        config["vision_config"] |= {
-            "depth": self.vision_depth,
-            "hidden_size": self.vision_width,
-            "intermediate_size": self.vision_mlp,
-            "num_heads": self.vision_heads,
-            "out_hidden_size": self.width,
-            "fullatt_block_indexes": list(self.vision_full),
-        }
-        return config
+_SEVEN_B, _SEVENTY_TWO_B = RELEASED["Qwen2.5-VL-7B-"], RELEASED["Qwen2.5-VL-72B-"]
+_LLAVA_7B = RELEASED["LLaVA-NeXT-Video-7B"]
 
 
-_LARGE_ENCODER = {"vision_depth": 32, "vision_width": 1280, "vision_heads": 16, "vision_full": (7, 15, 23, 31)}
-_SEVEN_B = Shape(3584, 28, 28, 4, 18944, 152064, False, vision_mlp=3420, **_LARGE_ENCODER)  # type: ignore[arg-type]
-SHAPES = {
-    "tiny": Shape(128, 3, 4, 2, 384, 640, True, 64, 2, 2, 192, (1,)),
+def _encoder(hidden_size: int, depth: int, heads: int, mlp: int, full: list[int]) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": heads, "intermediate_size": mlp}
+    return {**sizes, "fullatt_block_indexes": full}
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": qwen2_5_vl(128, 3, 4, 2, 384, 640, True, _encoder(64, 2, 2, 192, [1])),
     # A hundredth of the 7B, with its proportions of encoder, decoder and head.
-    "small": Shape(640, 14, 10, 2, 1728, 7680, False, 224, 8, 4, 608, (1, 3, 5, 7)),
-    "3b": Shape(2048, 36, 16, 2, 11008, 151936, True, vision_mlp=3420, **_LARGE_ENCODER),  # type: ignore[arg-type]
-    "7b": _SEVEN_B,
-    "32b": Shape(5120, 64, 40, 8, 27648, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
-    "72b": Shape(8192, 80, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
-    # The 72B's layers, key heads, head of its own and proportions, at a 43rd of its width.
-    "72b-thin": Shape(192, 80, 6, 1, 692, 3564, False, 32, 32, 2, 86, (7, 15, 23, 31)),
-    "7b-slice": replace(_SEVEN_B, layers=4),
-    "72b-slice": Shape(8192, 4, 64, 8, 29568, 152064, False, vision_mlp=3456, **_LARGE_ENCODER),  # type: ignore[arg-type]
+    "small": qwen2_5_vl(640, 14, 10, 2, 1728, 7680, False, _encoder(224, 8, 4, 608, [1, 3, 5, 7])),
+    **{size.lower(): RELEASED[f"Qwen2.5-VL-{size}-"] for size in ("3B", "7B", "32B", "72B")},
+    # The 72B's number of layers, key heads and untied head, at a 43rd of its width.
+    "72b-thin": qwen2_5_vl(192, 80, 6, 1, 692, 3564, False, _encoder(32, 32, 2, 86, [7, 15, 23, 31])),
+    "7b-slice": {**_SEVEN_B, "num_hidden_layers": 4, "max_window_layers": 4},
+    "72b-slice": {**_SEVENTY_TWO_B, "num_hidden_layers": 4, "max_window_layers": 4},
 }
-"""Released sizes, slices of them with few decoder layers, and small ones for a CPU."""
-
-
-@dataclass(frozen=True)
-class LlavaShape:
-    """Sizes of a LLaVA-NeXT-Video, whose encoder is always CLIP's large one at 336 pixels."""
-
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    mlp: int
-    vocabulary: int
-
-    def config(self) -> dict[str, Any]:
-        """A config.json with these sizes; the encoder's are the class's defaults."""
-        text = {
-            "model_type": "llama",
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_heads,
-            "intermediate_size": self.mlp,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 4096,
-        }
-        return {"model_type": "llava_next_video", "text_config": text}
-
-
-@dataclass(frozen=True)
-class Qwen3Shape:
-    """Sizes of a Qwen3-VL."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    tied: bool
-    vision_depth: int
-    vision_width: int
-    vision_mlp: int
-    deepstack: tuple[int, ...]
-
-    def config(self) -> dict[str, Any]:
-        """A config.json with these sizes; the encoder's others are the class's defaults."""
-        text = {
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": 8,
-            "intermediate_size": self.mlp,
-            "vocab_size": 151936,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
-        }
-        vision = {
-            "depth": self.vision_depth,
-            "hidden_size": self.vision_width,
-            "intermediate_size": self.vision_mlp,
-            "out_hidden_size": self.width,
-            "deepstack_visual_indexes": list(self.deepstack),
-        }
-        whole = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
-        return {**whole, "tie_word_embeddings": self.tied}
-
-
-AnyShape = Shape | LlavaShape | Qwen3Shape
-MODELS: dict[str, AnyShape] = {
+"""config.json of Qwen2.5-VL in released sizes, in slices of them with few decoder layers, and in sizes for a CPU."""
+MODELS: dict[str, dict[str, Any]] = {
     **SHAPES,
-    "llava-7b": LlavaShape(4096, 32, 32, 32, 11008, 32064),
-    "llava-34b": LlavaShape(7168, 60, 56, 8, 20480, 64064),
-    "llava-7b-slice": LlavaShape(4096, 4, 32, 32, 11008, 32064),
-    "qwen3-2b": Qwen3Shape(2048, 28, 16, 6144, True, 24, 1024, 4096, (5, 11, 17)),
-    "qwen3-4b": Qwen3Shape(2560, 36, 32, 9728, True, 24, 1024, 4096, (5, 11, 17)),
-    "qwen3-8b": Qwen3Shape(4096, 36, 32, 12288, False, 27, 1152, 4304, (8, 16, 24)),
-    "qwen3-32b": Qwen3Shape(5120, 64, 64, 25600, False, 27, 1152, 4304, (8, 16, 24)),
+    **{f"llava-{size.lower()}": RELEASED[f"LLaVA-NeXT-Video-{size}"] for size in ("7B", "34B")},
+    "llava-7b-slice": {**_LLAVA_7B, "text_config": {**_LLAVA_7B["text_config"], "num_hidden_layers": 4}},
+    **{f"qwen3-{size.lower()}": RELEASED[f"Qwen3-VL-{size}-"] for size in ("2B", "4B", "8B", "32B")},
 }
-"""Those of other families too, for what needs no files."""
-RELEASED = {
-    **{f"Qwen2.5-VL-{size}-": size.lower() for size in ("3B", "7B", "32B", "72B")},
-    **{f"LLaVA-NeXT-Video-{size}": f"llava-{size.lower()}" for size in ("7B", "34B")},
-    **{f"Qwen3-VL-{size}-": f"qwen3-{size.lower()}" for size in ("2B", "4B", "8B", "32B")},
-}
-"""Parts of hub names, and the shapes that they mean."""
+"""Also those of other families, for benchmarks that need no files."""
 
 
-def build_model(
-    shape: AnyShape, dtype: torch.dtype, quantize: str = "none", rope_factor: float | None = None
-) -> VideoLanguageModel:
-    """A model of this shape on the meta device; `quantize` and `rope_factor` are those of `[model]`."""
-    config = AutoConfig.for_model(**shape.config())
-    stretch_positions(config, rope_factor)
-    processor = json.loads((DEMO_BASE / "preprocessor_config.json").read_text(encoding="utf-8"))
-    return models.build_model(config, processor, dtype, quantize)
-
-
-def adapted_model(shape: AnyShape, device: torch.device) -> VideoLanguageModel:
+def adapted_model(config: dict[str, Any], device: torch.device) -> VideoLanguageModel:
     """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
-    model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = build_from_config(config, torch.bfloat16 if device.type == "cuda" else torch.float32)
     choose_trainable(model, LoraConfig(), ())
     model.to_empty(device=device)
     fill(model)
@@ -223,15 +96,16 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_checkpoint(
-    folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, file_bytes: int = 0
+    folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, file_bytes: int = 0
 ) -> Path:
     """A checkpoint with random weights in the released layout; with `file_bytes` in several files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in DEMO_BASE.glob("*.json"):
         if file.name not in ("config.json", "vft.json"):
             shutil.copy(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), encoding="utf-8")
-    model = build_model(shape, dtype)
+    base = json.loads((DEMO_BASE / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**base, **config}, indent=1), encoding="utf-8")
+    model = build_from_config(config, dtype)
     model.to_empty(device="cpu")
     fill(model, seed)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())

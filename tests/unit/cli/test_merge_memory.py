@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ def with_adapter(base: Path) -> Path:
 
 def test_the_peak_is_that_of_a_tensor(tmp_path: Path) -> None:
     """The resident set, pages of mapped files among it, grows by far less than the one file of the model."""
-    shapes = {"small": SHAPES["tiny"], "large": replace(SHAPES["small"], layers=8, vocabulary=25_000)}
+    shapes = {"small": SHAPES["tiny"], "large": {**SHAPES["small"], "num_hidden_layers": 8, "vocab_size": 25_000}}
     bases = [with_adapter(write_checkpoint(tmp_path / name, one, torch.bfloat16)) for name, one in shapes.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROGRAM, *map(str, bases)]

@@ -16,6 +16,7 @@ from tests.runs.fixtures import commands as commands
 from tests.runs.processes import run_together
 from vft.cli import plan as plan_tool
 from vft.config import run as configs
+from vft.preparation.planning import build_planned
 
 ROOT = Path(__file__).parents[3]
 
@@ -168,7 +169,7 @@ def test_a_released_model_has_the_context_of_its_rope_factor(factor: float | Non
     """By its hub name, which is not fetched: LLaVA-NeXT-Video's Vicuna has 4,096 positions."""
     model = {"path": "llava-hf/LLaVA-NeXT-Video-7B-hf", "rope_factor": factor}
     config = configs.Config.model_validate({"output_dir": "run", "model": model})
-    assert plan_tool.make_model(config).processor.context_tokens == 4096 * (factor or 1)
+    assert build_planned(config).processor.context_tokens == 4096 * (factor or 1)
 
 
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGene
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pictures
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
-from workload import MODELS
 
 from tests.helpers.families import QWEN3_TEMPLATE
 from tests.helpers.patches import patches_of
@@ -36,6 +35,7 @@ from vft.models import vision_rules as rules
 from vft.models.flops import FlopCounter
 from vft.models.qwen3_vl import model as qwen3_vl
 from vft.models.qwen3_vl.processor import Qwen3Processor
+from vft.models.released import RELEASED
 from vft.parallel.parallelize import checkpoint_activations
 
 
@@ -334,7 +334,7 @@ def test_learned_positions_are_the_table_stretched(processor: Qwen3Processor, gr
 )
 def test_released_sizes(size: str, whole: float, lora: float) -> None:
     """Every name and shape is transformers'; adapters of rank 16 on each linear of the language model."""
-    config = Qwen3VLConfig(**MODELS[f"qwen3-{size.lower()}"].config())
+    config = Qwen3VLConfig(**RELEASED[f"Qwen3-VL-{size}-"])
     with torch.device("meta"):
         model = qwen3_vl.build(config, {}, torch.bfloat16)
         theirs = Qwen3VLForConditionalGeneration(config)

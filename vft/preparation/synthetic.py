@@ -1,4 +1,4 @@
-"""Rows for benchmarks of a step: documents with random words and random pixels, made without files."""
+"""Documents and rows of random words and pixels, made without files, for planning and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vft.common.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaPlan
 from vft.data.packing import collate
 
 SYSTEM_TOKENS = 15
-"""Before the video, as the chat template has them."""
+"""Tokens before the video, as many as the chat template writes."""
 TIME_TOKENS = 9
-"""Of the time between two pairs of frames, where the model reads times as text."""
+"""Tokens of the time between two pairs of frames, for models that read times as text."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """Size of a video; as Qwen2.5-VL sees it where the pixels are multiples of 28."""
+    """Size of a video in pixels. Qwen2.5-VL keeps it if height and width are multiples of 28."""
 
     frames: int = 8
     height: int = 224
@@ -28,7 +28,7 @@ class Video:
 
 
 def plan_of(processor: Any, video: Video) -> MediaPlan:
-    """All frames of the video, in its own size as far as the family lets it."""
+    """Plan to take all frames of the video in its own size, as far as the family allows it."""
     ref = MediaRef("video", Path("video.mp4"))
     info = MediaInfo("video", video.height, video.width, video.frames, 2.0, duration_s=video.frames / 2)
     pixels = video.height * video.width
@@ -36,7 +36,7 @@ def plan_of(processor: Any, video: Video) -> MediaPlan:
 
 
 def media_rows(processor: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
-    """Ids of a video's rows, and which of them are embeddings; a time between frames is so many tokens."""
+    """Ids of a video's tokens, and a mask of those that are embeddings. Times in between are `TIME_TOKENS` tokens."""
     (mark,) = processor.placeholder("video")
     ids: list[int] = []
     for piece in processor.expand(plan):
@@ -47,7 +47,7 @@ def media_rows(processor: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
 def video_document(
     processor: Any, video: Video | MediaPlan, questions: int, words: int, answer: int, seed: int = 0
 ) -> Document:
-    """One video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
+    """A video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
     generator = torch.Generator().manual_seed(seed)
     plan = plan_of(processor, video) if isinstance(video, Video) else video
     vision_ids, vision_mask = media_rows(processor, plan)
@@ -77,7 +77,7 @@ def video_document(
 
 
 def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
-    """`tokens` of text, of which the last `answer` are supervised."""
+    """A text of `tokens` tokens, of which the last `answer` are supervised."""
     ids = torch.randint(20, 500, (tokens,), generator=torch.Generator().manual_seed(seed))
     labels = torch.where(torch.arange(tokens) >= tokens - answer, ids, IGNORE_INDEX)
     positions_3T = torch.arange(tokens).expand(3, -1).contiguous()
@@ -85,7 +85,7 @@ def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
 
 
 def row_of(processor: Any, documents: list[Document], seed: int = 0) -> Batch:
-    """One pack of them, with random pixels, the same for videos of one size."""
+    """One pack of `documents` with random pixels, which are the same for videos of one size."""
     members = []
     for document in documents:
         patches = []

@@ -1,0 +1,327 @@
+"""Which settings of a run fit a GPU's memory, before any GPU is rented.
+
+`Planner` runs the trainer's own sharding, forward and backward on tensors without values, in a fake process group, and
+counts what they hold. What to change is tried, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from vft.adapters.lora import choose_trainable
+from vft.common.device_specs import Card
+from vft.common.types import Batch, MediaInfo, MediaRef
+from vft.config import run as configs
+from vft.config.run import Config
+from vft.data.budget import limits_of, plan_media, shrink
+from vft.distributed.process_group import World, make_mesh
+from vft.models.base import Objective, VideoLanguageModel
+from vft.models.flops import FlopCounter
+from vft.models.quantization import is_packed
+from vft.models.released import build_from_config, released_config
+from vft.parallel.parallelize import checkpoint_activations
+from vft.preparation.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step, shares
+from vft.preparation.run import DTYPES, open_for_training
+from vft.preparation.step_time import Cluster, StepTime, step_time, traffic_of
+from vft.preparation.synthetic import row_of, video_document
+
+VIDEO_SIZE = (1080, 1920)
+"""Height and width of the videos before they are fitted into the limits."""
+RESERVE = 0.05
+"""Share of the memory that is left to the allocator, to kernels' workspaces and to the communication library."""
+MAX_GPUS = 512
+"""Largest number of GPUs that is tried."""
+WORTH_IT = 0.97
+"""A faster setting is proposed if a step takes at most this share of the time."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run and the GPUs that it is planned for."""
+
+    config: Config
+    cluster: Cluster
+    memory_gib: float
+    """Of one GPU."""
+    text_tokens: int
+    """Tokens of a sample beside its video."""
+    card: Card | None
+    """None: no times are computed."""
+    efficiency: float
+    """Assumed share of the card's peak, above 0 and at most 1."""
+
+    @property
+    def gpus(self) -> int:
+        """Number of processes, one a GPU."""
+        return self.cluster.gpus
+
+    @property
+    def shards(self) -> int:
+        """Number of processes over which the weights are sharded."""
+        return self.config.parallel.shard or self.gpus
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of one GPU without the reserve."""
+        return self.memory_gib * (1 - RESERVE) * GIB
+
+    def changed(self, model: dict[str, Any] | None = None, **parallel: Any) -> Setting:
+        """The same with other values in `[model]` and `[parallel]`."""
+        config = self.config
+        tables = {
+            "model": config.model.model_copy(update=model or {}),
+            "parallel": config.parallel.model_copy(update=parallel),
+        }
+        return replace(self, config=config.model_copy(update=tables))
+
+    def on_gpus(self, count: int) -> Setting:
+        """The same on another number of GPUs."""
+        return replace(self, cluster=replace(self.cluster, gpus=count))
+
+    def overrides_to(self, other: Setting) -> str:
+        """The settings of `other` that differ from these, as overrides of a command line."""
+        changes = configs.differences(self.config, other.config, ignore=("parallel.memory_budget_gib",))
+        return " ".join(f"{key}={str(value).lower()}" for key, _, value in changes)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a step, by what they hold."""
+
+    setting: Setting
+    packed: int
+    """Frozen weights in 4 bits."""
+    weights: int
+    """Other frozen weights."""
+    trained: int
+    """Trained weights."""
+    optimizer: int
+    gathered: int
+    """Weights that are gathered from the other GPUs, or copied from the host, for the layers at work."""
+    activations: int
+    """Activations and gradients."""
+    host: int
+    """Pinned for this GPU in its host's memory; not part of the total."""
+
+    @property
+    def total(self) -> int:
+        """All bytes on the GPU."""
+        return self.resident + self.gathered + self.activations
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay from step to step."""
+        return self.packed + self.weights + self.trained + self.optimizer
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU's memory is enough."""
+        return self.total <= self.setting.usable_bytes
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `Planner.search` tried."""
+
+    tried: list[Memory]
+    """The settings as they are, then with one change after another."""
+    faster: Memory | None = None
+    """Faster settings that fit too."""
+    enough_gpus: Memory | None = None
+    """If nothing fits: the smallest number of GPUs that was found to hold the run."""
+
+    @property
+    def fitting(self) -> list[Memory]:
+        """Those of `tried` that fit; the first one is to be taken."""
+        return [memory for memory in self.tried if memory.fits]
+
+    @property
+    def smallest(self) -> Memory:
+        """That of `tried` with the least memory."""
+        return min(self.tried, key=lambda memory: memory.total)
+
+
+@dataclass
+class Planner:
+    """Counts memory and time of settings whose longest row is the same."""
+
+    objective: Objective
+    """The loss that is minimised."""
+    models: dict[str, VideoLanguageModel] = field(default_factory=dict)
+    """Models that have been built, by their settings; `model_of` gives them out to be looked at only."""
+
+    def model_of(self, config: Config) -> VideoLanguageModel:
+        """The model on the meta device, for reading only: it is built once."""
+        key = config.model_dump_json(include={"model", "lora", "train"})
+        if key not in self.models:
+            self.models[key] = build_planned(config)
+        return self.models[key]
+
+    def longest_row(self, setting: Setting) -> Batch:
+        """A row filled with the largest videos that the limits allow, each with a question."""
+        data, processor = setting.config.data, self.model_of(setting.config).processor
+        ref = MediaRef("video", Path("video.mp4"))
+        limits = limits_of(ref, data)
+        limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
+        length = 10 * (limits.frames or 1)
+        info = MediaInfo("video", *VIDEO_SIZE, length, 10.0, duration_s=length / 10)
+        token_budget = data.pack_tokens - setting.text_tokens - 20
+        name = str(setting.config.model.path)
+        (media,) = shrink(plan_media([(ref, info, limits)], processor, name), processor, token_budget, name).plans
+        document = video_document(processor, media, 1, setting.text_tokens, setting.text_tokens // 2)
+        count = max(1, data.pack_tokens // document.num_tokens)
+        return row_of(processor, [document] * min(count, data.max_samples_per_pack or count))
+
+    def resident_bytes(self, setting: Setting) -> int:
+        """Bytes that stay on one GPU: no step takes less."""
+        sizes = resident_sizes(setting, self.model_of(setting.config))
+        return sum(size for kind, size in sizes.items() if kind != "host")
+
+    def memory(self, setting: Setting, row: Batch) -> Memory:
+        """What one GPU holds in a step of rows like `row`, counted in a step on tensors without values."""
+        parallel, model = setting.config.parallel, build_planned(setting.config)
+        checkpoint_activations(model, parallel.activation_checkpointing, parallel.vision_checkpointing)
+        sizes = resident_sizes(setting, model)
+        copied = copied_bytes(model, setting.shards, parallel)  # the counted step has nothing to copy
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.gpus)
+        try:
+            world = World(0, setting.gpus, 0, torch.device("cpu"))
+            needs_mesh = setting.gpus > 1 or parallel.offload != "none"
+            mesh = make_mesh(world, setting.shards) if needs_mesh else None
+            live = run_step(model, self.objective, row, torch.device("cuda"), mesh, parallel)
+        finally:
+            dist.destroy_process_group()
+        gathered = live.gathered_at_peak
+        return Memory(setting, **sizes, gathered=gathered + copied, activations=live.peak - gathered)
+
+    def search(self, setting: Setting, row: Batch) -> Search:
+        """Find settings that fit; if there are some, also faster ones, else the number of GPUs that holds the run."""
+        tried: list[Memory] = []
+        for attempt in self._attempts(setting):
+            tried.append(self.memory(attempt, row))
+            if tried[-1].fits:
+                break
+        else:
+            tried += [self.memory(attempt, row) for attempt in self._last_resorts(tried[-1].setting)]
+        search = Search(tried)
+        if search.fitting:
+            return replace(search, faster=self._find_faster(search.fitting[0], row))
+        # Offloading and 4 bits only as far as the user chose them.
+        asked = tried[0].setting.config
+        unchanged = {"quantize": asked.model.quantize}
+        sharded = search.smallest.setting.changed(unchanged, shard=0, offload=asked.parallel.offload)
+        return replace(search, enough_gpus=self._find_enough_gpus(sharded, row))
+
+    def _attempts(self, setting: Setting) -> Iterator[Setting]:
+        """The settings as they are, then, one after another, changes that take less memory and more time."""
+        parallel = setting.config.parallel
+        first = 0 if parallel.activation_checkpointing == "auto" else MODES.index(parallel.activation_checkpointing)
+        setting = setting.changed(activation_checkpointing=MODES[first], memory_budget_gib=None)
+        yield setting
+        if setting.gpus > 1 and parallel.shard not in (0, setting.gpus):
+            setting = setting.changed(shard=0)
+            yield setting
+        if setting.gpus > 1 and not parallel.reshard_after_forward:  # one GPU gathers nothing
+            setting = setting.changed(reshard_after_forward=True)
+            yield setting
+        for mode in MODES[first + 1 :]:
+            setting = setting.changed(activation_checkpointing=mode)
+            yield setting
+
+    def _last_resorts(self, setting: Setting) -> list[Setting]:
+        """Settings for the case that full recomputation is not enough: frozen matrices in the host's memory, or in 4
+        bits. None of them if nothing is frozen."""
+        config = setting.config
+        offloaded, packed = setting.changed(offload="frozen"), setting.changed({"quantize": "nf4"})
+        settings = []
+        if config.parallel.offload == "none" and offloaded_parameters(self.model_of(config), offloaded.config.parallel):
+            settings.append(offloaded)
+        if config.model.quantize == "none" and config.lora is not None:
+            settings.append(packed)
+        return settings
+
+    def _find_faster(self, memory: Memory, row: Batch) -> Memory | None:
+        """The fastest settings with the same results that fit too; None if nothing is gained.
+
+        Traffic beside the products costs no time in the estimate, but does on a real link: of two settings that take
+        equally long, the one with less traffic is taken.
+        """
+        setting, parallel = memory.setting, memory.setting.config.parallel
+        modes = MODES[: MODES.index(parallel.activation_checkpointing) + 1]
+        shards = {parallel.shard, 1} if setting.gpus > 1 else {parallel.shard}
+        resharded = {parallel.reshard_after_forward, False} if setting.gpus > 1 else {parallel.reshard_after_forward}
+        time, traffic = self._cost(setting, row)
+        candidates = []
+        for mode, shard, reshard, offload in product(modes, shards, resharded, {parallel.offload, "none"}):
+            if shard == 1 and reshard != parallel.reshard_after_forward:
+                continue  # nothing is gathered then
+            candidate = setting.changed(
+                activation_checkpointing=mode, shard=shard, reshard_after_forward=reshard, offload=offload
+            )
+            its_time, its_traffic = self._cost(candidate, row)
+            is_better = its_time < WORTH_IT * time or (its_time <= time and its_traffic < traffic / 2)
+            if is_better and self.resident_bytes(candidate) <= candidate.usable_bytes:
+                candidates.append((its_time, its_traffic, candidate))
+        for _, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
+            if (tried := self.memory(candidate, row)).fits:
+                return tried
+        return None
+
+    def _find_enough_gpus(self, setting: Setting, row: Batch) -> Memory | None:
+        """The run on twice as many GPUs, four times as many, and so on, until it fits; None if `MAX_GPUS` do not
+        hold it."""
+        count = setting.gpus * 2
+        while count <= MAX_GPUS:
+            more = setting.on_gpus(count)
+            if self.resident_bytes(more) <= more.usable_bytes and (tried := self.memory(more, row)).fits:
+                return tried
+            count *= 2
+        return None
+
+    def _cost(self, setting: Setting, row: Batch) -> tuple[float, float]:
+        """Seconds of a step (its FLOPs, if no card is named), and the bytes that it moves."""
+        model, config = self.model_of(setting.config), setting.config
+        traffic = traffic_of(model, config, setting.gpus, row)
+        moved = traffic.gathered + traffic.reduced + traffic.replicas + traffic.host
+        if setting.card is not None:
+            return self.step_time(setting, row).seconds, moved
+        return FlopCounter(model, config.parallel.activation_checkpointing).count(row).hardware, moved
+
+    def step_time(self, setting: Setting, row: Batch) -> StepTime:
+        """Seconds of a step on the setting's card."""
+        assert setting.card is not None
+        model = self.model_of(setting.config)
+        return step_time(model, setting.config, row, setting.cluster, setting.card, setting.efficiency)
+
+
+def build_planned(config: Config) -> VideoLanguageModel:
+    """A model on the meta device, with what is trained; from its config.json, or that of the released size."""
+    released = released_config(config.model.path)
+    if Path(config.model.path).is_dir() or released is None:
+        return open_for_training(config).model
+    dtype = DTYPES[config.train.precision]
+    model = build_from_config(released, dtype, config.model.quantize, config.model.rope_factor)
+    choose_trainable(model, config.lora, config.model.train)
+    return model
+
+
+def resident_sizes(setting: Setting, model: VideoLanguageModel) -> dict[str, int]:
+    """Bytes that stay on one GPU, and in its host's memory, by the fields of `Memory`."""
+    sizes = {"packed": 0, "weights": 0, "trained": 0, "optimizer": 0, "host": 0}
+    offloaded = {id(p) for p in offloaded_parameters(model, setting.config.parallel)}
+    for parameter, share in shares(model, setting.shards):
+        if id(parameter) in offloaded:
+            sizes["host"] += 1 << (share - 1).bit_length()  # torch pins memory in powers of two
+        else:
+            kind = "trained" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
+            sizes[kind] += share
+        sizes["optimizer"] += 2 * share if parameter.requires_grad else 0
+    return sizes
