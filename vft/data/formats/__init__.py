@@ -58,8 +58,12 @@ class Format:
         Raises:
             UserError: a file as a whole cannot be read; names file and line.
         """
-        files = record_files(find_path(data.root, source.path))
+        files = self.files(find_path(data.root, source.path))
         return read_samples(files, read_records, lambda record, _: self.parse(record, source, data))
+
+    def files(self, path: Path) -> list[tuple[Path, str]]:
+        """The files at the source's path, each with its name for messages. UserError if there are none."""
+        return record_files(path)
 
     def parse(self, record: Record, source: SourceConfig, data: DataConfig) -> ParsedRecord:
         """The turns of one record of a JSON, CSV or Parquet file. RecordError names the field that is wrong."""

@@ -10,19 +10,20 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
 from vft.data.records.classes import labelled_sample, read_classes
-from vft.data.records.files import csv_rows, read_text
+from vft.data.records.files import read_table
 from vft.data.records.paths import find_path, first_present, media_folders
-from vft.data.records.record import RecordError, Records, make_samples, short_repr
+from vft.data.records.record import RecordError, Records, as_object, make_samples, short_repr
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
-MORE_COLUMNS = frozenset({"split", "is_cc", ""})
-"""Others that releases have; a table that pandas wrote has row numbers without a name."""
+MORE_COLUMNS = ("split", "is_cc")
+"""Others that releases have."""
 REPLACEMENTS = ("replacement/replacement_for_corrupted_k400", "replacement")
 """Where cvdfoundation's scripts unpack the clips of Kinetics-400 that were published again, because the first were
 damaged (kinetics-dataset, k400_extractor.sh)."""
@@ -44,10 +45,16 @@ class Kinetics(Format):
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """As `Format.read`. UserError also if `classes.txt` cannot be read, or the list has no labels."""
         path, root = find_path(data.root, source.path), data.root
-        (_, header), *rows = _read_rows(path)
-        column = header.index("label")
-        unread = [name for name in header if name not in COLUMNS and name not in MORE_COLUMNS]
-        occurring = {row[column] for _, row in rows if len(row) == len(header)} - {""}
+        header, rows = read_table(path)
+        missing = [name for name in COLUMNS if name not in header]
+        if missing == ["label"]:
+            fix = "give the list to train or validate on"
+            raise UserError(f"{path}: no column 'label', as in the lists to test on; {fix}")
+        if missing:
+            expected = f"expected {','.join(COLUMNS)},split in the first line"
+            raise UserError(f"{path}:1: columns {short_repr(header)}; {expected}")
+        records = [(f"{path.name}:{line}", record) for line, record in rows]
+        occurring = {record["label"] for _, record in records if isinstance(record, dict) and record["label"]}
         file, names = read_classes(path.parent) or (path, sorted(occurring))
         labels = tuple(names)
         known = frozenset(labels)
@@ -55,12 +62,9 @@ class Kinetics(Format):
         folders = [*_replacements(folders, root), *folders]
         inner_folders = {folder: _folders_in(folder) for folder in folders}
 
-        def parse(row: list[str], origin: str) -> list[Sample]:
-            if len(row) != len(header):
-                counts = f"{len(row)} values under {len(header)} columns"
-                raise RecordError("", f"{counts}; put quotes around commas in a value")
-            values = dict(zip(header, row, strict=True))
-            label, video, *seconds = (values[name] for name in COLUMNS)
+        def parse(value: Any, origin: str) -> list[Sample]:
+            record = as_object(value)
+            label, video, *seconds = (record[name] or "" for name in COLUMNS)
             if label not in known:
                 raise RecordError("label", f"{short_repr(label)} is no label of {file.name}; correct one of them")
             if not _VIDEO.fullmatch(video):
@@ -79,9 +83,10 @@ class Kinetics(Format):
                 if "/" in name or name in inner_folders[folder]
             ]
             ref = MediaRef("video", first_present(root, places, "youtube_id"), field="youtube_id")
-            return [labelled_sample(clip, ref, label, labels, origin, (name for name in unread if values[name]))]
+            unread = (name for name, value in record.items() if value and name not in (*COLUMNS, *MORE_COLUMNS))
+            return [labelled_sample(clip, ref, label, labels, origin, unread)]
 
-        return make_samples(rows, parse)
+        return make_samples(records, parse)
 
 
 def _replacements(folders: list[str], root: Path) -> list[str]:
@@ -98,18 +103,3 @@ def _folders_in(folder: str) -> frozenset[str]:
     with suppress(OSError):
         return frozenset(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return frozenset()
-
-
-def _read_rows(path: Path) -> list[tuple[str, list[str]]]:
-    """The rows, without space around their values, and the origin of each; the first is the header."""
-    rows = [
-        (f"{path.name}:{line}", [value.strip() for value in row])
-        for line, row in csv_rows(read_text(path), ",", str(path))
-    ]
-    header = rows[0][1] if rows else []
-    missing = [name for name in COLUMNS if name not in header]
-    if missing == ["label"]:
-        raise UserError(f"{path}: no column 'label', as in the lists to test on; give the list to train or validate on")
-    if missing:
-        raise UserError(f"{path}:1: columns {short_repr(header)}; expected {','.join(COLUMNS)},split in the first line")
-    return rows

@@ -7,11 +7,13 @@ some mixes made of this set have, are conversations without a picture.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format, messages
-from vft.data.records.files import json_files, read_json
-from vft.data.records.paths import find_path, first_present
-from vft.data.records.record import ParsedRecord, Record, Records, check_text, read_samples
+from vft.data.records.files import json_files
+from vft.data.records.paths import first_present
+from vft.data.records.record import ParsedRecord, Record, check_text
 
 COCO = ("train2017/", "coco/train2017/", "train2014/COCO_train2014_", "coco/train2014/COCO_train2014_")
 """What comes before a bare name, in the order in which it is tried."""
@@ -23,10 +25,9 @@ class LlavaInstruct(Format):
 
     settings = frozenset({"media"})
 
-    def read(self, source: SourceConfig, data: DataConfig) -> Records:
-        """As `Format.read`."""
-        files = json_files(find_path(data.root, source.path))
-        return read_samples(files, read_json, lambda record, _: self.parse(record, source, data))
+    def files(self, path: Path) -> list[tuple[Path, str]]:
+        """As `Format.files`."""
+        return json_files(path)
 
     def parse(self, record: Record, source: SourceConfig, data: DataConfig) -> ParsedRecord:
         """As `Format.parse`."""

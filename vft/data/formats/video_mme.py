@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -52,67 +52,51 @@ class VideoMME(Format):
         path = locate(source.path, data.root)
         folders = media_folders(Path(path), data.root, source.media, "")
         folders += [os.path.realpath(data.root)] if source.media else []
+
+        @cache  # a video has three questions
+        def subtitles_of(video: str) -> tuple[Line, ...]:
+            file = first_present(data.root, [f"{folder}/subtitle/{video}.srt" for folder in folders], "videoID")
+            try:
+                return parse_srt(read_text(file), str(file)) if os.path.isfile(file) else ()
+            except UserError as error:
+                raise RecordError("subtitles", str(error)) from None
+
+        def parse(row: Record, origin: str) -> list[Sample]:
+            texts = {key: check_text(row[key], key) for key in TEXTS}
+            for key in ("videoID", "question_id", "question"):
+                if not texts[key].strip():
+                    raise RecordError(key, "is empty; give a text")
+            letters = _letters(row["options"])
+            if texts["answer"] not in letters:
+                what = f"{short_repr(texts['answer'])} is none of the options {', '.join(letters)}"
+                raise RecordError("answer", f"{what}; correct it")
+            video = texts["videoID"]
+            names = [f"{folder}/data/{video}{suffix}" for folder in folders for suffix in SUFFIXES]
+            ref = MediaRef("video", first_present(data.root, names, "videoID"), field="videoID")
+            lines = subtitles_of(video) if source.subtitles else ()
+            prompt = PROMPT.format(
+                and_subtitles=" and the subtitles" if lines else "",
+                letters=f"{', '.join(letters[:-1])}, or {letters[-1]}",
+                question=texts["question"],
+                options="\n".join(row["options"]),
+            )
+            user = (ref, Subtitles(lines), prompt) if lines else (ref, prompt)
+            groups = {key: texts[key] for key in GROUPS}
+            fields = {"options": letters, "groups": groups, "question_id": texts["question_id"]}
+            turns = (Turn("user", user), Turn("assistant", (texts["answer"],)))
+            return [Sample(texts["question_id"], turns, origin, fields, tuple(key for key in row if key not in CARD))]
+
         rows = (
             (f"{file.rpartition('/')[2]}:{number}", row)
             for file in list_files(path, (".parquet",))
             for number, row in enumerate(_read_rows(file), 1)
         )
-        return make_samples(rows, _Questions(data.root, folders, source.subtitles).sample)
+        return make_samples(rows, parse)
 
 
 def _read_rows(file: str) -> Iterator[Record]:
     with open_file(file) as opened:
         yield from read_columnar(opened, file, (*TEXTS, "options"), MAX_ROWS)
-
-
-@dataclass
-class _Questions:
-    """Makes samples of rows. Keeps the subtitles of each video, which has three questions."""
-
-    root: Path
-    folders: list[str]
-    with_subtitles: bool
-    subtitles: dict[str, tuple[Line, ...]] = field(default_factory=dict)
-
-    def sample(self, row: Record, origin: str) -> list[Sample]:
-        """The sample of a row. RecordError names the column."""
-        texts = {key: check_text(row[key], key) for key in TEXTS}
-        for key in ("videoID", "question_id", "question"):
-            if not texts[key].strip():
-                raise RecordError(key, "is empty; give a text")
-        letters = _letters(row["options"])
-        if texts["answer"] not in letters:
-            listed = ", ".join(letters)
-            raise RecordError("answer", f"{short_repr(texts['answer'])} is none of the options {listed}; correct it")
-        video = texts["videoID"]
-        names = [f"{folder}/data/{video}{suffix}" for folder in self.folders for suffix in SUFFIXES]
-        ref = MediaRef("video", first_present(self.root, names, "videoID"), field="videoID")
-        lines = self._lines(video) if self.with_subtitles else ()
-        prompt = PROMPT.format(
-            and_subtitles=" and the subtitles" if lines else "",
-            letters=f"{', '.join(letters[:-1])}, or {letters[-1]}",
-            question=texts["question"],
-            options="\n".join(row["options"]),
-        )
-        user = (ref, Subtitles(lines), prompt) if lines else (ref, prompt)
-        fields = {
-            "options": letters,
-            "groups": {key: texts[key] for key in GROUPS},
-            "question_id": texts["question_id"],
-        }
-        turns = (Turn("user", user), Turn("assistant", (texts["answer"],)))
-        return [Sample(texts["question_id"], turns, origin, fields, tuple(key for key in row if key not in CARD))]
-
-    def _lines(self, video: str) -> tuple[Line, ...]:
-        """The subtitles of a video; none if it has no file."""
-        if video not in self.subtitles:
-            names = [f"{folder}/subtitle/{video}.srt" for folder in self.folders]
-            file = first_present(self.root, names, "videoID")
-            try:
-                self.subtitles[video] = parse_srt(read_text(file), str(file)) if os.path.isfile(file) else ()
-            except UserError as error:
-                raise RecordError("subtitles", str(error)) from None
-        return self.subtitles[video]
 
 
 def _letters(options: object) -> tuple[str, ...]:

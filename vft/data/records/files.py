@@ -10,7 +10,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -96,7 +96,10 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     suffix = path.suffix.lower()
     if suffix in TABLES:
-        yield from _read_table(path)
+        names, rows = read_table(path)
+        if not any(names):
+            raise UserError(f"{path}: has no line of column names; write one, such as video,question,answer")
+        yield from rows
     elif suffix in COLUMNAR:
         if not path.is_file():
             read_file(path, "a table")  # says what is wrong
@@ -217,12 +220,13 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 # ------------------------------------------------------------------------------------------------------ CSV and TSV
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
+def read_table(path: Path) -> tuple[list[str], Iterator[tuple[int, Any]]]:
+    """The names of the columns of a CSV or TSV file, and its rows as `read_records` gives them."""
     text = decode_text(read_file(path, "a table"), str(path))
     separator = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
     start = separator.end() if separator else 0
     delimiter = separator[1] if separator else _delimiter(text)
-    rows = csv_rows(text[start:], delimiter, str(path), 2 if separator else 1)
+    rows = _csv_rows(text[start:], delimiter, str(path), 2 if separator else 1)
     line, header = next(rows, (1, []))
     names = [name.strip() for name in header]
     if values := [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES | PICTURE_SUFFIXES]:
@@ -232,8 +236,12 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
         )
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{path}:{line}: two columns are called {short_repr(twice[0])}; rename one of them")
-    if not any(names):
-        raise UserError(f"{path}: has no line of column names; write one, such as video,question,answer")
+    return names, _table_rows(rows, names, delimiter)
+
+
+def _table_rows(
+    rows: Iterable[tuple[int, list[str]]], names: Sequence[str], delimiter: str
+) -> Iterator[tuple[int, Any]]:
     for line, row in rows:
         cells = [cell.strip(" \t") for cell in row]
         if len(cells) != len(names):
@@ -244,7 +252,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
             yield line, {name: value for name, value in zip(names, values_or_none, strict=True) if name}
 
 
-def csv_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV text that are not blank, each with its first line; quoted values may hold line breaks.
 
     Raises:
