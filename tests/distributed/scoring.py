@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from vft.adapters.lora import choose_trainable, fill, initialise, is_adapter
+from vft.adapters.init import initialise
+from vft.adapters.lora import fill, is_adapter
+from vft.adapters.targets import choose_trainable
 from vft.common.task import Question
 from vft.common.types import Conversation, MediaRef, Turn
 from vft.config.data import DataConfig, VideoConfig

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.scoring import TARGETS
-from vft.adapters.lora import choose_trainable, initialise, is_adapter
+from vft.adapters.init import initialise
+from vft.adapters.lora import is_adapter
+from vft.adapters.targets import choose_trainable
 from vft.common.types import IGNORE_INDEX, Batch
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import all_of, environment, full_tensor, local_part, make_mesh, process_group

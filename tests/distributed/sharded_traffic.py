@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.sharded_memory import text_row
-from vft.adapters.lora import choose_trainable, initialise
+from vft.adapters.init import initialise
+from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import environment, make_mesh, process_group
 from vft.models import build

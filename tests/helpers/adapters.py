@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny import Media, Tiny, batch_of, every_logit, load_prepared, medium, talk
-from vft.adapters.lora import choose_trainable, initialise
+from vft.adapters.init import initialise
+from vft.adapters.targets import choose_trainable
 from vft.common.types import Batch
 from vft.config.run import LoraConfig
 from vft.models.base import VideoLanguageModel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers.families import QWEN2_5_VL, Family
 from tests.helpers.patches import patches_of
-from vft.adapters.lora import component_of
+from vft.adapters.targets import component_of
 from vft.common.types import (
     Batch,
     Conversation,

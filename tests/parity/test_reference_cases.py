@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tests.helpers.patches import decode
 from tests.helpers.tiny import CPU, every_logit, load_model, load_prepared
-from vft.adapters.lora import choose_trainable, is_adapter
+from vft.adapters.lora import is_adapter
+from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.types import Batch
 from vft.config.data import DataConfig, SourceConfig

@@ -31,7 +31,7 @@ import torch
 from measure import default_device, median, report, show_table, synchronise
 from workload import SHAPES, fill
 
-from vft.adapters.lora import choose_trainable
+from vft.adapters.targets import choose_trainable
 from vft.common import safetensors_io as tensor_files
 from vft.common.console import user_errors
 from vft.common.errors import UserError

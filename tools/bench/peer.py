@@ -36,7 +36,8 @@ import torch
 from measure import median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
-from vft.adapters.lora import LoRALinear, initialise
+from vft.adapters.init import initialise
+from vft.adapters.lora import LoRALinear
 from vft.adapters.peft_format import export_adapter
 from vft.common.console import user_errors
 from vft.common.errors import UserError

@@ -20,7 +20,8 @@ from measure import default_device, median, report, seconds_of
 from torch._dynamo.utils import counters
 from workload import MODELS, fill
 
-from vft.adapters.lora import choose_trainable, initialise
+from vft.adapters.init import initialise
+from vft.adapters.targets import choose_trainable
 from vft.common.console import user_errors
 from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError

@@ -15,7 +15,8 @@ from measure import default_device
 from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 
-from vft.adapters.lora import choose_trainable, initialise
+from vft.adapters.init import initialise
+from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
 from vft.models import quantization as nf4

@@ -22,7 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vft.adapters.peft_format import recorded, trained_rope_factor
+from vft.adapters.compatibility import trained_rope_factor
+from vft.adapters.peft_format import recorded
 from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError

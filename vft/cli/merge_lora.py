@@ -18,8 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vft.adapters.compatibility import check_adapter, merged_into
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merged
-from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, merged_into, recorded
+from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, recorded
 from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
@@ -41,7 +42,7 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     adapter = Adapter.open(adapter_folder, model.spellings)
     stored = stored_names(model, checkpoint)
     attach(model, adapter)
-    adapter.check(model, checkpoint)
+    check_adapter(adapter, model, checkpoint)
     with whole_folder(output) as folder:
         changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]

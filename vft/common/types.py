@@ -293,7 +293,7 @@ class Segment:
 
 @dataclass(eq=False)
 class AttentionPlan:
-    """Who attends whom in a packed row: made once a batch, used by every layer.
+    """Who attends whom in a packed row (`vft.models.attention_plan`). It is built once a batch and used by every layer.
 
     With `causal`, row i of a segment attends its first `k_length - q_length + i + 1` keys (aligned lower right).
     """
@@ -304,16 +304,16 @@ class AttentionPlan:
     """int32, [segments + 1]."""
     cu_seqlens_k_S: Tensor
     k_index: Tensor | None
-    """Rows of the keys of all segments, in order; None where they are the row itself."""
+    """Rows of the keys of all segments, in order; None if they are the row itself."""
     max_q: int
     max_k: int
-    kept: int = 0
-    """Rows of keys that were kept from an earlier pass and stand before the row's own; prefixes lie among them."""
+    past: int = 0
+    """Rows of keys of earlier passes, which come before the row's own. Prefixes lie among them."""
     groups: list[tuple[Any, Any, int, int, int, Tensor | None]] | None = None
-    """For the SDPA path, made on first use: rows of queries and of keys (slice or index), how many segments, q and k
-    length, mask [Q, K]."""
+    """For SDPA, set on first use: rows of queries and of keys (slice or index), number of segments, q and k length,
+    mask [Q, K]."""
     restore_T: Tensor | None = None
-    """Beside `groups`: where each row stands in the groups' joined outputs; None where they are in order."""
+    """Set with `groups`: index of each row in the groups' joined outputs; None if they are in order."""
 
 
 @dataclass(eq=False)

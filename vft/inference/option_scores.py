@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, Segment
 from vft.distributed.process_group import largest_over_ranks
-from vft.models.attention import build_plan
+from vft.models.attention_plan import build_plan
 from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import PrefixCache
 
@@ -144,7 +144,7 @@ def _batch(chunk: Sequence[_Suffix], prefixes: Batch, past: int) -> Batch:
     return Batch(
         input_ids_T=torch.cat([suffix.document.ids_T[suffix.rows] for suffix in chunk]),
         positions_3T=torch.cat([suffix.document.positions_3T[:, suffix.rows] for suffix in chunk], dim=1),
-        plan=build_plan(segments, causal=True, kept=past),
+        plan=build_plan(segments, causal=True, past=past),
         target_index_N=targets_N - 1,
         target_ids_N=labels_T[targets_N],
         media_index_M=targets_N[:0],

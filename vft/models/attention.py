@@ -1,30 +1,28 @@
-"""Attention over a packed row: a forest of segments, no padding, no mask the size of the row.
+"""Attention of a packed row by its plan (`vft.models.attention_plan`).
 
-A document is a trunk with branches. Trunk rows attend the trunk; a branch attends the trunk and itself. Both are
-`Segment`s, and one `AttentionPlan` a batch says it all: `torch.nn.attention.varlen` runs it as one call a layer on
-CUDA, scaled_dot_product_attention as one call for each pair of lengths elsewhere.
+On CUDA in half precision it is one call of `torch.nn.attention.varlen` for each layer. Elsewhere it is one call of
+scaled_dot_product_attention (SDPA) for each pair of a query and a key length.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.common.errors import first_line
 from vft.common.types import AttentionPlan, Segment, move
+from vft.models.attention_plan import build_plan, document_segments, key_rows
 
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch build without flash attention: the SDPA path serves
+except ImportError:  # torch was built without flash attention
     varlen_attn = None
 
 _planned_device: torch.device | None = None
@@ -32,83 +30,41 @@ _planned_device: torch.device | None = None
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 
-def document_segments(start: int, prefix_length: int, suffix_lengths: Sequence[int]) -> list[Segment]:
-    """Segments of one document whose first token is row `start`. One branch needs no split: it is one segment."""
-    if len(suffix_lengths) == 1:
-        return [Segment(start, prefix_length + suffix_lengths[0])]
-    segments = [Segment(start, prefix_length)]
-    row = start + prefix_length
-    for length in suffix_lengths:
-        segments.append(Segment(row, length, prefix_start=start, prefix_length=prefix_length))
-        row += length
-    return segments
-
-
-def build_plan(segments: Iterable[Segment], causal: bool, kept: int = 0) -> AttentionPlan:
-    """The plan of a row made of `segments`, which must cover its rows in order.
-
-    With `kept` rows of keys from an earlier pass, keys are these and then the row's own, and prefixes lie among these.
-    """
-    segments = tuple(segment for segment in segments if segment.q_length)
-    row = 0
-    for segment in segments:
-        assert segment.q_start == row, f"segment starts at row {segment.q_start}, the one before ended at {row}"
-        row += segment.q_length
-    k_index = None
-    if kept or any(segment.prefix_length for segment in segments):
-        k_index = torch.cat([_key_rows(segment, kept) for segment in segments])
-    return AttentionPlan(
-        segments=segments,
-        causal=causal,
-        cu_seqlens_q_S=_cumulative(segment.q_length for segment in segments),
-        cu_seqlens_k_S=_cumulative(segment.k_length for segment in segments),
-        k_index=k_index,
-        max_q=max((segment.q_length for segment in segments), default=0),
-        max_k=max((segment.k_length for segment in segments), default=0),
-        kept=kept,
-    )
-
-
-def attended_pairs(segments: Iterable[Segment], causal: bool) -> int:
-    """Query-key pairs that are computed: the count behind every FLOP figure (causal part only)."""
-    total = 0
-    for segment in segments:
-        own = segment.q_length * (segment.q_length + 1) // 2 if causal else segment.q_length**2
-        total += own + segment.q_length * segment.prefix_length
-    return total
-
-
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Attention of a packed row [T, H, K]; keys and values may have fewer heads than queries (grouped queries)."""
+    """Attention of a packed row [T, H, K]. Keys and values may have fewer heads than queries (grouped queries)."""
     if has_kernel(q_THK.device, q_THK.dtype):
         return _attend_varlen(q_THK, k_THK, v_THK, plan)
     return _attend_groups(q_THK, k_THK, v_THK, plan)
 
 
 def prepare(plan: AttentionPlan, x: Tensor) -> None:
-    """Make once what the SDPA path needs of a plan, for rows on the device and in the dtype of `x`."""
+    """Add to the plan what SDPA needs, if it is used for rows on the device and in the dtype of `x`."""
     if plan.groups is None and not has_kernel(x.device, x.dtype):
         _prepare_groups(plan, x)
 
 
-def _prepare_groups(plan: AttentionPlan, x: Tensor) -> None:
-    plan.groups = _group(plan, x.device)
-    every = torch.arange(x.shape[0], device=x.device)
-    rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
-    plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
-
-
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows on this device in this precision take one call of `torch.nn.attention.varlen` a layer."""
+    """Whether `attend` uses `torch.nn.attention.varlen` for rows on this device in this dtype."""
     planned = device if _planned_device is None else _planned_device
     return planned.type == "cuda" and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
 
 
-def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the kernel once, forwards and backwards, on a row of an encoder's and on one of a decoder's.
+@contextmanager
+def planning_for(device: torch.device) -> Iterator[None]:
+    """Within it `attend` takes the path of `device`, wherever the tensors are. Memory plans run fake tensors in it."""
+    global _planned_device
+    _planned_device = device
+    try:
+        yield
+    finally:
+        _planned_device = None
 
-    Where it can't run (builds for ROCm may lack parts of it, and not every GPU has it) or is far from
-    scaled_dot_product_attention in float32, the latter serves from then on, and a warning says so.
+
+def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the varlen kernel forward and backward, on a vision encoder's row and on a decoder's.
+
+    If it cannot run (builds for ROCm may lack parts of it, and not every GPU has it), or its results are far from those
+    of SDPA in float32, SDPA is used from then on, and a warning says so.
     """
     global varlen_attn
     if not has_kernel(device, dtype):
@@ -121,18 +77,19 @@ def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
         shapes = [(128, heads, width) for heads in (4, key_heads, key_heads)]
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         _prepare_groups(plan, inputs[0])
-        wanted = _results(_attend_groups, [x.float() for x in inputs], plan)
-        trouble = "gives other results than scaled_dot_product_attention"
+        expected = _results(_attend_groups, [x.float() for x in inputs], plan)
+        reason = "gives other results than scaled_dot_product_attention"
         try:
-            found = _results(_attend_varlen, inputs, plan)
+            results = _results(_attend_varlen, inputs, plan)
         except RuntimeError as error:
-            found, trouble = [], f"can't run ({first_line(error):.200})"
-        # Rounding to 8 bits; one key too many or too few is off by far more.
-        if not found or any(
-            float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max()) for a, b in zip(found, wanted, strict=True)
+            results, reason = [], f"can't run ({str(error).strip().splitlines()[0]:.200})"
+        # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference.
+        if not results or any(
+            float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max())
+            for a, b in zip(results, expected, strict=True)
         ):
             varlen_attn = None
-            warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
+            warnings.warn(f"torch.nn.attention.varlen {reason}: attention takes the slower path", stacklevel=2)
             return
 
 
@@ -144,23 +101,12 @@ def _results(run: Callable[..., Tensor], inputs: list[Tensor], plan: AttentionPl
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-@contextmanager
-def planning_for(device: torch.device) -> Iterator[None]:
-    """Within it tensors without values take the path of `device`, wherever they are said to be."""
-    global _planned_device
-    _planned_device = device
-    try:
-        yield
-    finally:
-        _planned_device = None
-
-
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     assert varlen_attn is not None
     if plan.k_index is not None:
         k_THK, v_THK = k_THK[plan.k_index], v_THK[plan.k_index]
     options: dict[str, Any] = {}
-    # The causal flag became a window, and grouped queries an option, between torch 2.10 and 2.12.
+    # Between torch 2.10 and 2.12 the causal flag became a window, and grouped queries an option.
     if "window_size" in _VARLEN_PARAMETERS:
         options["window_size"] = (-1, 0) if plan.causal else (-1, -1)
     else:
@@ -177,7 +123,7 @@ def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
 
 
 def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Segments of equal lengths are one batched call; the rows are put back in order afterwards."""
+    """SDPA: one batched call for all segments of equal lengths, after which rows are put back in order."""
     prepare(plan, q_THK)
     assert plan.groups is not None
     outputs = []
@@ -194,34 +140,27 @@ def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
     return joined if plan.restore_T is None else joined[plan.restore_T]
 
 
-def _group(plan: AttentionPlan, device: torch.device) -> list[tuple[Any, Any, int, int, int, Tensor | None]]:
+def _prepare_groups(plan: AttentionPlan, x: Tensor) -> None:
     by_length: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan.segments:
         by_length.setdefault((segment.q_length, segment.k_length), []).append(segment)
-    groups = []
+    plan.groups = []
     for (q_length, k_length), members in by_length.items():
         q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
-        k_rows = torch.cat([_key_rows(s, plan.kept) for s in members])
+        k_rows = torch.cat([key_rows(s, plan.past) for s in members])
         mask_QK = None
-        if plan.causal and q_length != k_length:  # aligned lower right; made once, for all layers
-            mask_QK = torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length).to(device)
-        groups.append((_rows(q_rows, device), _rows(k_rows, device), len(members), q_length, k_length, mask_QK))
-    return groups
-
-
-def _key_rows(segment: Segment, kept: int) -> Tensor:
-    prefix = torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
-    own = kept + segment.q_start
-    return torch.cat([prefix, torch.arange(own, own + segment.q_length)])
+        if plan.causal and q_length != k_length:  # aligned lower right, which SDPA's own flag is not
+            mask_QK = torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length).to(x.device)
+        rows = _rows(q_rows, x.device), _rows(k_rows, x.device)
+        plan.groups.append((*rows, len(members), q_length, k_length, mask_QK))
+    every = torch.arange(x.shape[0], device=x.device)
+    rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
+    plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
 
 
 def _rows(index: Tensor, device: torch.device) -> slice | Tensor:
-    """A slice where the rows follow one another: a view instead of a copy."""
+    """A slice if the rows are consecutive, which gives a view instead of a copy."""
     start = int(index[0])
     if torch.equal(index, torch.arange(start, start + index.numel())):
         return slice(start, start + index.numel())
     return index.to(device)
-
-
-def _cumulative(lengths: Iterable[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -34,21 +34,21 @@ class DecoderConfig:
     norm_eps: float
     rope_theta: float
     rope_axes: tuple[int, ...]
-    """For each of the head_width / 2 rotary frequencies the row of positions_3T that turns it; none: the first."""
+    """Row of positions_3T for each of the head_width / 2 rotary frequencies. Empty: row 0 for all."""
     rope_factor: float
-    """Positions are divided by it (linear scaling); 1 leaves them."""
+    """Positions are divided by it (linear scaling)."""
     tied_head: bool
     qkv_bias: bool = False
     qk_norm: bool = False
-    """Queries and keys of each head are normalised before they are rotated."""
+    """Queries and keys of each head are normalised before rotation."""
 
     @staticmethod
     def read(
         config: Any, rope_axes: Iterable[int] = (), rope_types: Sequence[str] = ("default",), **own: bool
     ) -> DecoderConfig:
-        """From transformers' configuration object of a whole model; flat and nested files both arrive nested.
+        """From transformers' configuration object of a complete model. Flat and nested files both arrive nested.
 
-        UserError where positions are scaled in another way than by `rope_types`.
+        Raises UserError if positions are scaled in another way than `rope_types`.
         """
         text, rope = config.text_config, config.text_config.rope_parameters
         if rope["rope_type"] not in rope_types:
@@ -74,18 +74,17 @@ class DecoderConfig:
 
 
 def linear_factor(rope: Mapping[str, Any]) -> float:
-    """By how much `rope_parameters` stretch the positions that a model was trained for; 1 where they don't."""
+    """Factor of linear scaling by which `rope_parameters` extend the positions that a model was trained for, else 1."""
     return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
 
 
 def context_of(text: Any) -> int:
-    """Positions that a model was trained for, by the configuration of its language model, as many more as linear
-    scaling makes of them."""
+    """Positions that a model supports: those of its language model's configuration times the linear scaling."""
     return int(text.max_position_embeddings * linear_factor(text.rope_parameters))
 
 
 def require(config: Any, name: str, *allowed: Any) -> None:
-    """UserError where the field of `config` with this dotted name, None where there is none, is not `allowed`."""
+    """Raises UserError if the value of a field, given by its dotted name, is not `allowed`. A missing field is None."""
     value = reduce(lambda part, key: getattr(part, key, None), name.split("."), config)
     if value not in allowed:
         known = f"must be {' or '.join(map(repr, allowed))}" if allowed else "not known"
@@ -93,7 +92,7 @@ def require(config: Any, name: str, *allowed: Any) -> None:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of the decoder."""
+    """Grouped-query attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -111,17 +110,16 @@ class Attention(nn.Module):
         cos_TK: Tensor,
         sin_TK: Tensor,
         plan: AttentionPlan,
-        attend_kept: Attend | None,
-        wanted_N: Tensor | None,
+        attend_cached: Attend | None,
+        rows_N: Tensor | None,
     ) -> Tensor:
-        """[T, E] to [T, E], or to the rows that are wanted; with `attend_kept` the keys of earlier calls are attended
-        too."""
+        """[T, E] to [T, E], or to [N, E] of these rows. `attend_cached` also attends the keys of earlier passes."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
-        out = (attend_kept or attend)(q, k, v, plan)
-        out = out if wanted_N is None else out[wanted_N]
+        out = (attend_cached or attend)(q, k, v, plan)
+        out = out if rows_N is None else out[rows_N]
         return self.o_proj(out.flatten(1))
 
 
@@ -141,12 +139,12 @@ class DecoderLayer(nn.Module):
         cos_TK: Tensor,
         sin_TK: Tensor,
         plan: AttentionPlan,
-        attend_kept: Attend | None = None,
-        wanted_N: Tensor | None = None,
+        attend_cached: Attend | None = None,
+        rows_N: Tensor | None = None,
     ) -> Tensor:
-        """[T, E] to [T, E], or to [N, E] where only some rows are wanted."""
-        attended = self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_kept, wanted_N)
-        x_TE = (x_TE if wanted_N is None else x_TE[wanted_N]) + attended
+        """[T, E] to [T, E], or to [N, E] of these rows."""
+        attended = self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_cached, rows_N)
+        x_TE = (x_TE if rows_N is None else x_TE[rows_N]) + attended
         return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
 
 
@@ -165,26 +163,26 @@ class Decoder(nn.Module):
         x_TE: Tensor,
         positions_3T: Tensor,
         plan: AttentionPlan,
-        wanted_N: Tensor,
+        rows_N: Tensor,
         cache: Cache | None = None,
-        deeper: Sequence[Tensor] = (),
+        deepstack: Sequence[Tensor] = (),
         media_index_M: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings [T, E] to the hidden states [N, E] of the rows that are wanted, before the final norm.
+        """Embeddings [T, E] to the hidden states [N, E] of the rows `rows_N`, before the final norm.
 
-        What follows the last layer's attention is computed for these rows alone: nothing reads the others. `deeper`,
-        of fewer layers than there are, holds what is added behind each of the first layers to the rows of media [M, E].
+        Everything after the last layer's attention is computed for these rows only. `deepstack` has [M, E] for each of
+        the first layers (but not for the last one), which is added to the rows of media after that layer.
         """
         cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
         prepare(plan, x_TE)  # outside the layers, which may be compiled
         for index, layer in enumerate(self.layers):
-            # Without a cache all layers but the last are called alike: one compiled graph serves them.
-            attend_kept = None if cache is None else partial(cache.attend, index)
-            last = index == len(self.layers) - 1
-            x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_kept, wanted_N if last else None)
-            if index < len(deeper):
+            # Without a cache, all layers but the last have the same arguments, so one compiled graph serves them.
+            attend_cached = None if cache is None else partial(cache.attend, index)
+            is_last = index == len(self.layers) - 1
+            x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_cached, rows_N if is_last else None)
+            if index < len(deepstack):
                 assert media_index_M is not None
-                x_TE = x_TE.index_add(0, media_index_M, deeper[index].to(x_TE.dtype))
+                x_TE = x_TE.index_add(0, media_index_M, deepstack[index].to(x_TE.dtype))
         return x_TE
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

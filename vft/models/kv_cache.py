@@ -1,4 +1,4 @@
-"""Keys and values kept from one pass to the next: while answers are generated, and while options are scored."""
+"""Keys and values of earlier passes (the past): for generation, and for scoring options after a shared prefix."""
 
 from __future__ import annotations
 
@@ -13,69 +13,72 @@ from vft.common.types import AttentionPlan
 from vft.models.attention import attend
 
 ROWS_AHEAD = 512
-"""Tokens of an answer for which there is room at a time: few answers are as long as they may be."""
+"""Tokens by which the cache grows at a time: few answers are as long as they are allowed to be."""
 
 
 class Cache(Protocol):
-    """What an attention layer asks of a cache."""
+    """What an attention layer needs from a cache."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attention of the row to what is kept and to itself."""
+        """Attention of a row to the past and to itself. The row's keys and values may become part of the past."""
         ...
 
 
 class PrefixCache:
-    """Keeps the keys and values of its first pass, a row of trunks; later passes are rows of branches upon them.
+    """Stores the keys and values of its first pass, a row of shared prefixes. Later passes are rows of suffixes.
 
-    Their plans are built with `kept` = the rows of the first pass.
+    Plans of later passes are built with `past` = the rows of the first one.
     """
 
     def __init__(self, layers: int) -> None:
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.past: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-        """The first pass attends as its plan says; a later one sees the kept keys before its own."""
-        kept = self.kept[layer]
-        if kept is None:
-            self.kept[layer] = k_THK, v_THK
+        """The first pass attends by its plan alone. Later ones have the stored keys before their own."""
+        past = self.past[layer]
+        if past is None:
+            self.past[layer] = k_THK, v_THK
             return attend(q_THK, k_THK, v_THK, plan)
-        assert plan.kept == len(kept[0]), (plan.kept, len(kept[0]))
-        return attend(q_THK, torch.cat([kept[0], k_THK]), torch.cat([kept[1], v_THK]), plan)
+        assert plan.past == len(past[0]), (plan.past, len(past[0]))
+        return attend(q_THK, torch.cat([past[0], k_THK]), torch.cat([past[1], v_THK]), plan)
 
 
 class KeyValueCache:
-    """One sequence for each prompt of a packed row.
+    """Keys and values of S sequences, one for each prompt of a packed row.
 
-    The first forward pass takes the packed prompts, each later one a row with one token for each sequence. Call
+    The first pass is the packed row of prompts. Each later pass is a row with one token for each sequence. Call
     `advance` after every pass.
     """
 
     def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, layers: int, device: torch.device) -> None:
-        lengths_S = torch.tensor(prompt_lengths, device=device)
-        self.lengths_S = lengths_S
-        """Tokens kept of each sequence."""
+        self.lengths_S = torch.tensor(prompt_lengths, device=device)
+        """Tokens of each sequence."""
         self.longest = max(prompt_lengths)
         self.capacity = self.longest + min(max_new_tokens, ROWS_AHEAD)
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self.prefilled = False
-        self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), lengths_S)
-        starts_S = torch.cumsum(lengths_S, 0) - lengths_S
-        self.place_T = torch.arange(len(self.sequence_T), device=device) - starts_S[self.sequence_T]
+        """Tokens of each sequence that fit (L)."""
+        self.past: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        """Keys and values of each layer, [S, L, H, K]."""
+        self.is_prefilled = False
+        self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), self.lengths_S)
+        """Sequence of each row of the current pass."""
+        starts_S = torch.cumsum(self.lengths_S, 0) - self.lengths_S
+        self.index_T = torch.arange(len(self.sequence_T), device=device) - starts_S[self.sequence_T]
+        """Index of each row within its sequence."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-        """Keep this pass's keys and values, and attend all that are kept of each sequence."""
-        if not self.prefilled:
+        """Store the keys and values of this pass, and attend all of each sequence."""
+        if not self.is_prefilled:
             shape = (len(self.lengths_S), self.capacity, *k_THK.shape[1:])
-            self.kept[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
-        kept = self.kept[layer]
-        assert kept is not None
-        keys_SLHK, values_SLHK = kept
-        keys_SLHK[self.sequence_T, self.place_T] = k_THK
-        values_SLHK[self.sequence_T, self.place_T] = v_THK
-        if not self.prefilled:
+            self.past[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
+        past = self.past[layer]
+        assert past is not None
+        keys_SLHK, values_SLHK = past
+        keys_SLHK[self.sequence_T, self.index_T] = k_THK
+        values_SLHK[self.sequence_T, self.index_T] = v_THK
+        if not self.is_prefilled:
             return attend(q_THK, k_THK, v_THK, plan)
-        # Row s is the newest token of sequence s: it sees what the sequence holds, itself included.
-        visible_SL = torch.arange(self.capacity, device=q_THK.device) <= self.place_T[:, None]
+        # Row s is the newest token of sequence s. It attends all tokens of the sequence, itself included.
+        visible_SL = torch.arange(self.capacity, device=q_THK.device) <= self.index_T[:, None]
         out = F.scaled_dot_product_attention(
             q_THK.unsqueeze(2),
             keys_SLHK.transpose(1, 2),
@@ -86,16 +89,16 @@ class KeyValueCache:
         return out.squeeze(2)
 
     def advance(self) -> None:
-        """The pass is over in every layer: the next one brings one token for each sequence."""
-        if self.prefilled:
+        """End a pass, after all layers. The next one has one token for each sequence."""
+        if self.is_prefilled:
             self.lengths_S = self.lengths_S + 1
             self.longest += 1
-        self.prefilled = True
+        self.is_prefilled = True
         if self.longest == self.capacity:
             self.capacity += ROWS_AHEAD
-            for layer, kept in enumerate(self.kept):
-                if kept is not None:
-                    keys, values = (F.pad(one, (0, 0, 0, 0, 0, ROWS_AHEAD)) for one in kept)
-                    self.kept[layer] = keys, values
+            for layer, past in enumerate(self.past):
+                if past is not None:
+                    keys, values = (F.pad(x, (0, 0, 0, 0, 0, ROWS_AHEAD)) for x in past)
+                    self.past[layer] = keys, values
         self.sequence_T = torch.arange(len(self.lengths_S), device=self.lengths_S.device)
-        self.place_T = self.lengths_S
+        self.index_T = self.lengths_S

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from vft.common.errors import UserError
-from vft.common.types import AttentionPlan, MediaInfo, MediaRef, Segment, VisionLimits
-from vft.models.attention import build_plan
+from vft.common.types import AttentionPlan, MediaInfo, MediaRef, VisionLimits
+from vft.models.attention_plan import blocks_plan
 
 
 def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
@@ -105,12 +104,6 @@ def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor
         both = torch.stack([rows, columns], dim=-1).reshape(h // merge, merge, w // merge, merge, 2)
         positions.append(both.transpose(1, 2).reshape(-1, 2).repeat(t, 1))
     return torch.cat(positions)
-
-
-def blocks_plan(lengths: Sequence[int]) -> AttentionPlan:
-    """Blocks of these lengths, one behind another, each attending itself alone and all of itself."""
-    blocks = [Segment(end - length, length) for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    return build_plan(blocks, causal=False)
 
 
 def frame_plan(grids: Sequence[tuple[int, int, int]]) -> AttentionPlan:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vft.adapters.lora import choose_trainable
+from vft.adapters.targets import choose_trainable
 from vft.common.device_specs import Card
 from vft.common.types import Batch, MediaInfo, MediaRef
 from vft.config import run as configs

@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from vft.adapters.lora import TrainableRow, choose_trainable, initialise, is_adapter
-from vft.adapters.peft_format import Adapter, attach, start_from, trained_rope_factor
+from vft.adapters.compatibility import check_adapter, start_from, trained_rope_factor
+from vft.adapters.init import initialise
+from vft.adapters.lora import is_adapter
+from vft.adapters.peft_format import Adapter, attach
+from vft.adapters.targets import TrainableRow, choose_trainable
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
 from vft.data.chat import ChatEncoder
@@ -69,7 +72,7 @@ def open_for_inference(base: ModelConfig, adapter: Path | None, dtype: torch.dty
     if adapter is not None:
         files = Adapter.open(adapter, model.spellings)
         attach(model, files)
-        files.check(model, pretrained)
+        check_adapter(files, model, pretrained)
     model.requires_grad_(False)
     return PreparedModel(model.eval(), pretrained, files)
 

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from vft.adapters.lora import TrainableRow
+from vft.adapters.targets import TrainableRow
 from vft.distributed.process_group import World
 from vft.models.quantization import true_shapes
 

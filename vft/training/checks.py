@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from vft.adapters.lora import component_of
+from vft.adapters.targets import component_of
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.adapters.peft_format import ABOUT_FILE, export_adapter, merged_into
+from vft.adapters.compatibility import merged_into
+from vft.adapters.peft_format import ABOUT_FILE, export_adapter
 from vft.common.task import Task
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder

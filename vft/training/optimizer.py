@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vft.adapters.lora import LORA_B, MAGNITUDE, component_of
+from vft.adapters.lora import LORA_B, MAGNITUDE
+from vft.adapters.targets import component_of
 from vft.config.run import LoraConfig, TrainConfig
 from vft.distributed.process_group import full_tensor
 

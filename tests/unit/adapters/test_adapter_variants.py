@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.helpers.allocations import allocated_peak
 from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
-from vft.adapters.lora import LoRALinear, choose_trainable, fill, is_adapter, is_start, lora_scale, principal_part
+from vft.adapters.compatibility import check_adapter
+from vft.adapters.init import principal_part
+from vft.adapters.lora import LoRALinear, fill, is_adapter, is_start, lora_scale
 from vft.adapters.peft_format import Adapter, attach, export_adapter
+from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import Batch
@@ -95,7 +98,7 @@ def test_dora_layer_is_pefts(dropout: float, rslora: bool, training: bool) -> No
     theirs = peft_layer(use_dora=True, use_rslora=rslora, lora_dropout=dropout, init_lora_weights=False)
     base = nn.Linear(48, 32)
     base.load_state_dict(theirs.base_layer.state_dict())
-    ours = LoRALinear(base, 4, lora_scale(4, 6, rslora), dropout, dora=True).requires_grad_(True)
+    ours = LoRALinear(base, LoraConfig(rank=4, alpha=6, rslora=rslora, dropout=dropout, dora=True)).requires_grad_(True)
     change, magnitude = ours.lora_magnitude_change, theirs.lora_magnitude_vector["default"].weight
     assert change is not None
     with torch.no_grad():
@@ -132,7 +135,7 @@ def test_pissa_layer_is_pefts(dropout: float, rslora: bool) -> None:
     # Singular vectors are known up to their signs, their products aren't.
     torch.testing.assert_close(own_b @ own_a, (b @ a).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(own_a.norm(dim=1), own_b.norm(dim=0), rtol=1e-5, atol=1e-6)
-    ours = LoRALinear(plain, 4, scale, dropout, init="pissa")
+    ours = LoRALinear(plain, LoraConfig(rank=4, alpha=6, rslora=rslora, dropout=dropout, init="pissa"))
     assert ours.lora_A0 is not None and ours.lora_B0 is not None
     with torch.no_grad():
         ours.lora_A0.copy_(a)
@@ -233,7 +236,7 @@ def test_every_variant_starts_as_the_base(
     lora = VARIANTS[name]
     plain = load_prepared(tiny.path, lambda it: None, dtype)[0]
     model = load_prepared(tiny.path, lambda it: choose_trainable(it, lora, ()), dtype)[0]
-    from vft.adapters.lora import initialise
+    from vft.adapters.init import initialise
 
     initialise(model, 0)
     assert torch.equal(logits_of(model, batch), logits_of(plain, batch))
@@ -401,9 +404,9 @@ def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, 
         lora = VARIANTS["dora ranks rslora"].model_copy(update=change)
         other, checkpoint = adapted(tiny, lora)
         with pytest.raises(UserError, match=named):
-            files.check(other, checkpoint)
+            check_adapter(files, other, checkpoint)
     again, checkpoint = adapted(tiny, VARIANTS["dora ranks rslora"], seed=4)
-    files.check(again, checkpoint)
+    check_adapter(files, again, checkpoint)
     files.load_into(again)
     attached, _ = load_prepared(tiny.path, lambda it: attach(it, files))
     files.load_into(attached)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from workload import SHAPES, write_checkpoint
 
-from vft.adapters.lora import choose_trainable, fill, is_adapter
+from vft.adapters.lora import fill, is_adapter
 from vft.adapters.peft_format import export_adapter
+from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig
 from vft.models import build
 from vft.models.pretrained import Pretrained

@@ -25,8 +25,9 @@ from tests.helpers.families import PINPOINTS, SIDE
 from tests.helpers.patches import patches_of
 from tests.helpers.tiny import CPU, Media, Tiny, every_logit, load_model, medium, talk
 from tests.parity.test_against_transformers import row
-from vft.adapters.lora import choose_trainable, is_adapter
+from vft.adapters.lora import is_adapter
 from vft.adapters.peft_format import export_adapter
+from vft.adapters.targets import choose_trainable
 from vft.cli import evaluate as evaluate_tool
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError

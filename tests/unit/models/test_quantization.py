@@ -31,7 +31,9 @@ from tests.helpers.tiny import (
     talk,
 )
 from tests.unit.parallel.test_compiled import compile_with_aot_eager
-from vft.adapters.lora import choose_trainable, fill, initialise, is_adapter
+from vft.adapters.init import initialise
+from vft.adapters.lora import fill, is_adapter
+from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.data import DataConfig

@@ -25,7 +25,7 @@ from tests.helpers.patches import patches_of
 from tests.helpers.rows import PICTURE, PICTURE_INFO, ROWS, SHORT, SHORT_INFO, prompt, row
 from tests.helpers.tiny import LIMITS, Media, Tiny, document, every_logit, loss_and_gradients, medium, talk
 from tests.unit.parallel import test_compiled as compiled
-from vft.adapters.lora import choose_trainable
+from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.common.types import Batch, MediaPlan
 from vft.config.run import LoraConfig
@@ -244,13 +244,13 @@ def test_frames_and_grid_of_a_video(processor: Qwen3Processor, fps: float, secon
     """transformers' sampling where it takes an even number of frames (qwen-vl-utils, which the model's card uses, makes
     it even), and its grid with the cap that qwen-vl-utils has."""
     total = int(seconds * fps)
-    processor = SimpleNamespace(
+    theirs = SimpleNamespace(
         **{"fps": 2, "num_frames": None, "min_frames": 4, "max_frames": 768, "patch_size": 16, "merge_size": 2},
         **{"temporal_patch_size": 2, "cap_pixels_per_frame": True, "max_video_tokens": 768},
         size={"shortest_edge": 4096, "longest_edge": 25165824},
     )
     metadata = SimpleNamespace(total_num_frames=total, fps=fps)
-    frames = Qwen3VLVideoProcessor.sample_frames(processor, metadata).tolist()
+    frames = Qwen3VLVideoProcessor.sample_frames(theirs, metadata).tolist()
     for height, width in ((720, 1280), (360, 640), (1080, 1920), (480, 640), (333, 777), (100, 64)):
         ref, info = medium("video", total, height, width, fps=fps)
         plan = processor.plan(ref, info, PUBLISHED)
@@ -260,7 +260,7 @@ def test_frames_and_grid_of_a_video(processor: Qwen3Processor, fps: float, secon
             # Of many frames one falls between two: qwen-vl-utils, as we do, counts in float32.
             off = max(abs(a - b) for a, b in zip(plan.frame_indices, frames, strict=True))
             assert off <= (1 if total > 10_000 else 0)
-        patches = Qwen3VLVideoProcessor.get_num_of_video_patches(processor, count, height, width)
+        patches = Qwen3VLVideoProcessor.get_num_of_video_patches(theirs, count, height, width)
         assert plan.grid_thw[0] * plan.grid_thw[1] * plan.grid_thw[2] == patches, (count, height, width, plan.grid_thw)
         assert plan.height % 32 == plan.width % 32 == 0 and plan.num_tokens == patches // 4
 
@@ -299,10 +299,10 @@ def test_patches_of_a_picture(tiny: Tiny) -> None:
     made = Media.make(tiny.encoder.processor, [medium("image", 1, 96, 160)])
     pixels = random_frames(1, 3, 96, 160)
     half = [0.5, 0.5, 0.5]
-    processor = pictures.Qwen2VLImageProcessorPil(
+    theirs = pictures.Qwen2VLImageProcessorPil(
         patch_size=16, image_mean=half, image_std=half, min_pixels=1024, max_pixels=1 << 20
     )
-    wanted = processor(images=[Image.fromarray(pixels[0].permute(1, 2, 0).numpy())], return_tensors="pt")
+    wanted = theirs(images=[Image.fromarray(pixels[0].permute(1, 2, 0).numpy())], return_tensors="pt")
     assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
     found = normalised(tiny, patches_of(pixels, made.plans[0], tiny.encoder.processor).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5

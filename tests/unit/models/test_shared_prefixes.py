@@ -24,7 +24,9 @@ from tests.helpers.tiny import (
     medium,
     talk,
 )
-from vft.adapters.lora import choose_trainable, initialise, is_adapter
+from vft.adapters.init import initialise
+from vft.adapters.lora import is_adapter
+from vft.adapters.targets import choose_trainable
 from vft.common.types import Batch, Conversation, Document, MediaInfo, MediaPlan, Patches
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
 from vft.config.run import LoraConfig

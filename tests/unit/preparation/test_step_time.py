@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import Media, Tiny, batch_of, medium, talk
-from vft.adapters.lora import choose_trainable
+from vft.adapters.targets import choose_trainable
 from vft.common.device_specs import CARDS, Card, card_of
 from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig

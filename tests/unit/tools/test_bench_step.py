@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tests.runs.commands import Commands
 from tests.runs.fixtures import commands as commands
+from vft.models.attention_plan import blocks_plan
 from vft.models.layers import VisionAttention
-from vft.models.vision_rules import blocks_plan
 
 BENCH = Path(__file__).parents[3] / "tools/bench"
 

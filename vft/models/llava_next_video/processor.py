@@ -17,6 +17,7 @@ from torch import Tensor
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, View, VisionLayout, VisionLimits
 from vft.models import vision_rules as rules
+from vft.models.attention_plan import blocks_plan
 from vft.models.decoder import context_of
 from vft.models.processor import VisionProcessor
 
@@ -152,7 +153,7 @@ class LlavaProcessor(VisionProcessor):
             first += plan.grid_thw[0] * self.grid**2
         tokens_M = torch.cat(tokens)
         return LlavaLayout(
-            plans={"square": rules.blocks_plan([self.grid**2 + 1] * squares)},
+            plans={"square": blocks_plan([self.grid**2 + 1] * squares)},
             projector_rows=picture_row,
             pooled_RG=torch.cat([torch.zeros(0, self.stride**2, dtype=torch.long), *pooled]),
             kept_R=torch.cat([torch.zeros(0, dtype=torch.long), *kept]),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vft.common.types import MediaPlan, VisionLayout
 from vft.models import vision_rules as rules
+from vft.models.attention_plan import blocks_plan
 from vft.models.qwen_processor import QwenProcessor
 
 
@@ -66,6 +67,6 @@ class Qwen2_5Processor(QwenProcessor):
             order_P=order_P,
             positions_P2=rules.patch_positions(grids, self.merge)[order_P],
             projector_rows=len(order_G),
-            plans={"window": rules.blocks_plan(windows), "frame": rules.frame_plan(grids)},
+            plans={"window": blocks_plan(windows), "frame": rules.frame_plan(grids)},
             restore_M=torch.argsort(order_G),
         )

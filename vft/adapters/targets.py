@@ -1,0 +1,148 @@
+"""What is trained: components of the model, or adapters on the linear layers that `lora.targets` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+from vft.adapters.lora import LoRALinear, is_adapter, is_start
+from vft.common.errors import UserError
+from vft.config.run import LoraConfig
+from vft.models.base import VideoLanguageModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableRow:
+    """One line of the table of what is trained."""
+
+    what: str
+    modules: int
+    parameters: int
+    example: str
+
+
+def choose_trainable(model: VideoLanguageModel, lora: LoraConfig | None, train: Sequence[str]) -> list[TrainableRow]:
+    """Freeze all parameters but those of adapters, which are added here, or without `lora` those of the components in
+    `train`. Trainable parameters become float32. Returns the table to print.
+
+    Call it on the meta device, before weights are loaded. Raises UserError for a pattern that matches nothing.
+    """
+    adapted = {} if lora is None else _add_adapters_by_pattern(model, lora)
+    for name, parameter in model.named_parameters():
+        in_component = lora is None and component_of(name, model.components) in train
+        parameter.requires_grad_(in_component or (lora is not None and is_adapter(name) and not is_start(name)))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lora is None:
+        names_of = {
+            f"full {component}": [name for name in sizes if component_of(name, model.components) == component]
+            for component in train
+        }
+    else:
+        names_of = {f"{adapter_kind(lora)} {pattern}": names for pattern, names in adapted.items()}
+    rows = []
+    for what, names in names_of.items():
+        prefixes = tuple(f"{name}." for name in names)
+        count = sum(size for name, size in sizes.items() if f"{name}.".startswith(prefixes))
+        rows.append(TrainableRow(what, len(names), count, names[0]))
+    return rows
+
+
+def _add_adapters_by_pattern(model: VideoLanguageModel, lora: LoraConfig) -> dict[str, list[str]]:
+    matched = match_targets(model, lora.targets)
+    modules = list(dict.fromkeys(name for names in matched.values() for name in names))
+    ranks = _values_by_pattern(model, modules, lora.ranks, "lora.ranks")
+    alphas = _values_by_pattern(model, modules, lora.alphas, "lora.alphas")
+    add_adapters(model, {name: (ranks.get(name, lora.rank), alphas.get(name, lora.alpha)) for name in modules}, lora)
+    return matched
+
+
+def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], config: LoraConfig) -> None:
+    """Replace each named linear layer by a LoRALinear of its own rank and alpha, otherwise as in `config`."""
+    for name, (rank, alpha) in layers.items():
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear), f"{name} is {type(base).__name__}"
+        if config.init != "kaiming" and rank > min(base.in_features, base.out_features):
+            raise UserError(
+                f'lora.rank = {rank} with lora.init = "{config.init}": {name} is {base.out_features} x '
+                f"{base.in_features} and has no more singular vectors than the smaller of the two; lower the rank"
+            )
+        model.set_submodule(name, LoRALinear(base, config, rank, alpha))
+
+
+def match_targets(
+    model: VideoLanguageModel, patterns: Sequence[str], setting: str = "lora.targets"
+) -> dict[str, list[str]]:
+    """Linear layers that each pattern COMPONENT.GLOB matches within its component.
+
+    The glob is compared with the layer's last name and with its path in the model. It takes the output head only if it
+    is exactly `lm_head`. Raises UserError, with the name of the `setting`, for a pattern that matches nothing.
+    """
+    linears: dict[str, list[str]] = {component: [] for component in model.components}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears[component_of(name, model.components)].append(name)
+    matched: dict[str, list[str]] = {}
+    for pattern in patterns:
+        component, _, glob = pattern.partition(".")
+        if component not in linears or not glob:
+            raise UserError(
+                f"{setting} = {pattern!r}: must be COMPONENT.PATTERN with a component of {', '.join(linears)}, "
+                'such as "language_model.*" or "language_model.q_proj"'
+            )
+        matched[pattern] = [
+            name
+            for name in linears[component]
+            if (fnmatchcase(_leaf(name), glob) or fnmatchcase(name, glob))
+            and (_leaf(name) != "lm_head" or glob == "lm_head")
+        ]
+        if not matched[pattern]:
+            leaves = ", ".join(sorted({_leaf(name) for name in linears[component]}))
+            raise UserError(f"{setting} = {pattern!r}: matches no linear layer; {component} has {leaves}")
+    return matched
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _values_by_pattern(
+    model: VideoLanguageModel, modules: Sequence[str], values: Mapping[str, T], setting: str
+) -> dict[str, T]:
+    """The value of the first pattern that matches, for each adapted module that a pattern matches (as in PEFT).
+
+    Raises UserError for a pattern that decides nothing.
+    """
+    chosen: dict[str, T] = {}
+    for pattern, names in match_targets(model, list(values), setting).items():
+        adapted = [name for name in names if name in modules]
+        new = [name for name in adapted if name not in chosen]
+        if not new:
+            reason = (
+                "patterns before it match all of its layers; put it before them"
+                if adapted
+                else "none of its layers is among lora.targets; add them there, or take it out"
+            )
+            raise UserError(f"{setting} = {pattern!r}: {reason}")
+        chosen |= dict.fromkeys(new, values[pattern])
+    return chosen
+
+
+def component_of(name: str, components: Mapping[str, tuple[str, ...]]) -> str:
+    """The component of the model that a parameter or module belongs to: the first with a prefix that fits."""
+    for component, prefixes in components.items():
+        if f"{name}.".startswith(prefixes):  # with the dot, so that the module "lm_head" has the prefix "lm_head."
+            return component
+    raise AssertionError(f"{name} belongs to no component of {list(components)}")
+
+
+def adapter_kind(lora: LoraConfig) -> str:
+    """Name of the method: LoRA, DoRA or PiSSA."""
+    return "DoRA" if lora.dora else "LoRA" if lora.init == "kaiming" else "PiSSA"
