@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,6 +31,18 @@ class Spec:
 
 
 SPEC = cast(VisionProcessor, Spec())
+
+
+class _Hanging:
+    patch_features = 1176
+
+    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
+        time.sleep(600)
+        return frames_TCHW
+
+
+HANGING = cast(VisionProcessor, _Hanging())
+"""Never comes to an end."""
 
 
 def plan_of(ref: MediaRef, info: MediaInfo, indices: tuple[int, ...], height: int, width: int) -> MediaPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -27,6 +27,8 @@ from vft.data.workers import WorkerPool
 from vft.recipes.caption import Caption
 
 MAKE = Caption().conversations
+PE = {"format": "pe_video", "path": "pe", "stream": True}
+LLAVA = {"format": "llava_video", "path": "llava", "stream": True}
 
 
 @cache
@@ -55,8 +57,13 @@ def pe_shards(folder: Path, sizes: Sequence[int], suffix: str = ".tar") -> list[
     """Archives of so many clips each, called `NNN-MM`; their names."""
     names = [[f"{shard:03d}-{number:02d}" for number in range(size)] for shard, size in enumerate(sizes)]
     for shard, members in enumerate(names):
-        write_tar(folder / f"{shard:03d}{suffix}", [member for name in members for member in pe_pair(name)])
+        write_pairs(folder / f"{shard:03d}{suffix}", map(pe_pair, members))
     return [name for members in names for name in members]
+
+
+def write_pairs(path: Path, pairs: Iterable[Iterable[tuple[str, bytes]]]) -> Path:
+    """An archive of clips, each given by its members."""
+    return write_tar(path, [member for pair in pairs for member in pair])
 
 
 def llava_record(video: Any, number: int, **more: Any) -> dict[str, Any]:

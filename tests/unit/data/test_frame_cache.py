@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from tests.helpers.clips import make_clip
 from tests.helpers.frames import cache_in, count_decoding, decoded, files_in, film, loaded, overwrite, plan_for
-from tests.helpers.patches import SPEC, plan_of
+from tests.helpers.patches import HANGING, SPEC, plan_of
 from tests.helpers.streaming import MAKE, damaged_clip, data_config, pe_shards, running
 from tests.helpers.tiny import CPU, Tiny
+from tests.reliability.in_workers import import_all
 from vft.common.types import MediaPlan, MediaRef, Patches
 from vft.config.data import DataConfig
 from vft.config.run import Config, differences
@@ -67,19 +67,16 @@ def write_set(root: Path) -> DataConfig:
     return data_config(root, {"format": "messages", "path": "set.json"})
 
 
-def epochs(config: DataConfig, tiny: Tiny, epochs: int) -> tuple[list[Any], list[str]]:
-    """All that a run gets of its packs, and which clips it found bad and why."""
+def epochs(config: DataConfig, tiny: Tiny, pool: WorkerPool, epochs: int) -> tuple[list[Any], list[str]]:
+    """Everything that a run gets of its packs, and which clips are bad and why."""
     documents = load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0)
     plan, found = documents.pack_plan(seed=0), []
-    steps = sum(len(plan.packs(epoch)) for epoch in range(epochs))
-    with WorkerPool(config.workers, config.decode_timeout_s) as pool:
-        loader = Loader(documents, plan, pool, 1, 0, 1, 1, last_epoch=epochs - 1)
-        for _ in range(steps):
-            for pack in loader.step():
-                batch = pack.batch
-                ids = batch.input_ids_T.tolist()
-                found.append((pack.digest, batch.sample_ids, batch.grids, ids, batch.pixels_PD))
-            loader.learn([loader.found])
+    loader = Loader(documents, plan, pool, 1, 0, 1, 1, last_epoch=epochs - 1)
+    for _ in range(sum(len(plan.packs(epoch)) for epoch in range(epochs))):
+        for pack in loader.step():
+            batch = pack.batch
+            found.append((pack.digest, batch.sample_ids, batch.grids, batch.input_ids_T.tolist(), batch.pixels_PD))
+        loader.learn([loader.found])
     return found, [f"{item.reason} {item.message}" for item in loader.known_bad.values()]
 
 
@@ -90,22 +87,23 @@ def assert_equal(found: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_sees_the_same_with_and_without(tiny: Tiny, tmp_path: Path, workers: int) -> None:
-    """Over two epochs, and in a second run that could not decode a thing; a clip that fails does so every time."""
-    plain = write_set(tmp_path / "data").model_copy(update={"workers": workers})
+    """Over two epochs, and in a second run that could not decode anything; a clip that fails does so every time."""
+    plain = write_set(tmp_path / "data")
     cached = plain.model_copy(update={"cache": "frames"})
-    expected, bad = epochs(plain, tiny, 2)
-    assert len(bad) == 1 and bad[0].startswith("decode_error ")
-    assert sum(len(ids) for _, ids, *_ in expected) > 14
-    found, found_bad = epochs(cached, tiny, 2)
-    assert_equal(found, expected)
-    assert found_bad == bad
-    assert len(files_in(FrameCache.of(cached))) == 5  # three clips, one of varying rate, a list of pictures
-    for path in [*plain.root.glob("*.mp4"), *plain.root.glob("*.mkv"), *plain.root.glob("[0-3].png")]:
-        overwrite(path)
-    found, found_bad = epochs(cached, tiny, 2)
-    assert_equal(found, expected)
-    assert [message.partition(" ")[0] for message in found_bad] == ["not_a_video"]
-    assert len(epochs(plain, tiny, 1)[1]) == 6  # for without the cache it shows
+    with WorkerPool(workers, 60.0) as pool:
+        expected, bad = epochs(plain, tiny, pool, 2)
+        assert len(bad) == 1 and bad[0].startswith("decode_error ")
+        assert sum(len(ids) for _, ids, *_ in expected) > 14
+        found, found_bad = epochs(cached, tiny, pool, 2)
+        assert_equal(found, expected)
+        assert found_bad == bad
+        assert len(files_in(FrameCache.of(cached))) == 5  # three clips, one of varying rate, a list of pictures
+        for path in [*plain.root.glob("*.mp4"), *plain.root.glob("*.mkv"), *plain.root.glob("[0-3].png")]:
+            overwrite(path)
+        found, found_bad = epochs(cached, tiny, pool, 2)
+        assert_equal(found, expected)
+        assert [message.partition(" ")[0] for message in found_bad] == ["not_a_video"]
+        assert len(epochs(plain, tiny, pool, 1)[1]) == 6  # without the cache it shows
 
 
 def test_questions_are_asked_about_the_same_frames(tiny: Tiny, tmp_path: Path) -> None:
@@ -299,20 +297,10 @@ def test_a_cached_file_that_is_gone_is_missing(plan: MediaPlan, tmp_path: Path) 
     assert caught.value.reason == "missing"
 
 
-class Hanging:
-    """A processor that never comes to an end."""
-
-    patch_features = 1176
-
-    def order_patches(self, frames_TCHW: Tensor) -> Tensor:
-        time.sleep(600)
-        return frames_TCHW
-
-
 def test_a_deadline_holds_with_the_cache(plan: MediaPlan, tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
-    with WorkerPool(1, 5.0) as pool:
-        hung = cache.submit(pool, plan, Hanging())  # type: ignore[arg-type]
+    with WorkerPool(1, 5.0, import_all) as pool:
+        hung = cache.submit(pool, plan, HANGING)
         with pytest.raises(MediaError, match=r"clip\.mp4: took longer than the deadline of 5 s") as caught:
             hung.result(60)
         assert caught.value.reason == "deadline"

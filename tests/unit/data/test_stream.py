@@ -12,12 +12,16 @@ import logging
 import multiprocessing
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.streaming import (
+    LLAVA,
+    PE,
+    Step,
     clip,
     data_config,
     llava_record,
@@ -33,20 +37,24 @@ from tests.helpers.tars import write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.config.data import DataConfig
+from vft.data.dataset import Dataset
 from vft.data.streaming.clips import START, Position
 from vft.data.streaming.reader import make_spool
 from vft.data.streaming.tar import Member
 
-PE = {"format": "pe_video", "path": "pe", "stream": True}
-LLAVA = {"format": "llava_video", "path": "llava", "stream": True}
-
-
 # ------------------------------------------------------------------------------------------------- shares of slots
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 @pytest.mark.parametrize(
-    ("sizes", "slots"), [([7], 3), ([4, 6], 5), ([2, 1, 3], 3), ([1, 2, 3, 1, 1, 2, 1], 3), ([0, 4, 0, 2], 1)]
+    ("sizes", "slots", "suffix"),
+    [
+        ([7], 3, ".tar"),
+        ([4, 6], 5, ".tar"),
+        ([4, 6], 5, ".tar.gz"),
+        ([2, 1, 3], 3, ".tar"),
+        ([1, 2, 3, 1, 1, 2, 1], 3, ".tar"),
+        ([0, 4, 0, 2], 1, ".tar.gz"),
+    ],
 )
 def test_every_clip_once_an_epoch(tiny: Tiny, tmp_path: Path, sizes: list[int], slots: int, suffix: str) -> None:
     """With fewer, as many and more archives than slots, also where some hold nothing."""
@@ -190,7 +198,7 @@ def test_a_slot_goes_on_from_every_pack(
                 found.append(([d.sample_ids for d in documents], [d.ids_T.tolist() for d in documents], pack.after))
             return found
 
-        count = 14
+        count = 14 if samples else 9
         undisturbed = packs_from(START, count)
         assert undisturbed[-1][2].epoch >= 1
         if samples and source is LLAVA:
@@ -199,28 +207,36 @@ def test_a_slot_goes_on_from_every_pack(
             assert packs_from(undisturbed[taken - 1][2], min(4, count - taken)) == undisturbed[taken : taken + 4], taken
 
 
-SETS = {"pe": PE, "llava": LLAVA}
+def assert_goes_on_anywhere(
+    config: DataConfig, tiny: Tiny, slots: int, chain: Sequence[tuple[int, int]]
+) -> tuple[list[Step], Dataset]:
+    """The steps of one process are those of two, and of runs (processes, steps) that each go on where another stopped.
 
-
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("slots", [2, 4])
-def test_steps_go_on_on_any_number_of_processes(tiny: Tiny, tmp_path: Path, name: str, slots: int) -> None:
-    """The same rows in every slot, whatever was saved where: 2 processes keep streams that 1 then takes over."""
-    root = tmp_path / "data"
-    pe_shards(root / "pe", [3, 5, 2]) if name == "pe" else llava_set(root, 7, 3)
-    config = data_config(root, SETS[name], max_samples_per_pack=1)
+    Some follow directly on each other: stale positions would show.
+    """
+    total = sum(count for _, count in chain)
     with running(config, tiny.encoder, 1, slots) as run:
-        undisturbed = run.steps(9)
+        undisturbed, dataset = run.steps(total), run.documents
         assert all(step.keys() == set(range(slots)) and all(ids for ids, _, _ in step.values()) for step in undisturbed)
-    with running(config, tiny.encoder, 2, slots) as run:
-        assert run.steps(9) == undisturbed
-    # Each begins where the one before stopped, some right after the other: stale positions would show.
+    with running(config, tiny.encoder, 2, slots, prefetch=1) as run:
+        assert run.steps(total) == undisturbed
     state, done = "", 0
-    for ranks, count in ((1, 2), (2, 1), (2, 2), (1, 1), (2, 1), (1, 2)):
+    for ranks, count in chain:
         with running(config, tiny.encoder, ranks, slots, prefetch=2, state=state) as run:
             assert run.steps(count) == undisturbed[done : done + count], (ranks, done)
             state, done = run.state(), done + count
-    assert done == 9
+    return undisturbed, dataset
+
+
+CHAIN = ((1, 2), (2, 1), (2, 2), (1, 1), (2, 1), (1, 2))
+
+
+@pytest.mark.parametrize(("name", "slots"), [("pe", 2), ("pe", 4), ("llava", 4)])
+def test_steps_go_on_on_any_number_of_processes(tiny: Tiny, tmp_path: Path, name: str, slots: int) -> None:
+    root = tmp_path / "data"
+    pe_shards(root / "pe", [3, 5, 2]) if name == "pe" else llava_set(root, 7, 3)
+    config = data_config(root, PE if name == "pe" else LLAVA, max_samples_per_pack=1)
+    assert_goes_on_anywhere(config, tiny, slots, CHAIN)
 
 
 def test_another_prefetch_and_workers_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
@@ -262,29 +278,19 @@ def test_shares_of_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
     assert [[kinds[step[slot][0][0][0]] for slot in range(3)] for step in rows] == drawn[:8]
 
 
+def packs_of_index(dataset: Dataset, epochs: int) -> list[tuple[str, ...]]:
+    """The ids of each pack of the index, as without streams."""
+    plan, documents = dataset.pack_plan(0), dataset.documents
+    packs = [pack for epoch in range(epochs) for pack in plan.packs(epoch)]
+    return [tuple(one.id for number in pack for one in documents[number].conversations) for pack in packs]
+
+
 def test_a_mixture_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Path) -> None:
     """The index comes in its own order, as without streams; a stop after any step changes nothing."""
     config = mixture(tmp_path / "data", 2.0, 1.0, 1.0)
-    states, slots = [], 4
-    with running(config, tiny.encoder, 1, slots) as run:
-        undisturbed = []
-        for _ in range(8):
-            undisturbed.append(run.step())
-            states.append(run.state())
-        plan = run.documents.pack_plan(0)
-        planned = run.documents.documents
+    undisturbed, dataset = assert_goes_on_anywhere(config, tiny, 4, CHAIN)
     texts = [ids for step in undisturbed for _, (ids, _, _) in sorted(step.items()) if ids[0].startswith("t")]
-    packs = [
-        tuple(one.id for n in pack for one in planned[n].conversations)
-        for epoch in range(3)
-        for pack in plan.packs(epoch)
-    ]
-    assert len(texts) > 11 and texts == packs[: len(texts)]
-    with running(config, tiny.encoder, 2, slots) as run:
-        assert run.steps(8) == undisturbed
-    for done in (1, 2, 4, 7):
-        with running(config, tiny.encoder, 1 + done % 2, slots, state=states[done - 1]) as run:
-            assert run.steps(8 - done) == undisturbed[done:], done
+    assert len(texts) > 11 and texts == packs_of_index(dataset, 3)[: len(texts)]
 
 
 def shared_out(root: Path, *shares: float) -> DataConfig:
@@ -302,7 +308,7 @@ def test_shares_are_of_the_samples_beside_an_index(tiny: Tiny, tmp_path: Path, s
     kinds = {"t": 0, "0": 1, "q": 2}
     counts, most, order = [Counter[int]() for _ in range(3)], Counter[int](), []
     with running(config, tiny.encoder, slots=3) as run:
-        for step in run.steps(40):
+        for step in run.steps(30):
             for slot, (ids, _, _) in step.items():
                 (kind,) = {kinds[name[0]] for name in ids}
                 counts[slot][kind] += len(ids)
@@ -316,28 +322,11 @@ def test_shares_are_of_the_samples_beside_an_index(tiny: Tiny, tmp_path: Path, s
 
 
 def test_shares_on_one_and_two_processes_and_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    """The first slot's rows of the index are every fourth of the sequence that they have without streams."""
     config = shared_out(tmp_path / "data", 0.5, 0.3, 0.2)
-    states, slots = [], 4
-    with running(config, tiny.encoder, 1, slots) as run:
-        undisturbed = []
-        for _ in range(6):
-            undisturbed.append(run.step())
-            states.append(run.state())
-        planned = run.documents.documents
-        plan = run.documents.pack_plan(0)
-    # The first slot's rows of the index are every fourth of the sequence that they have without streams.
-    packs = [
-        tuple(one.id for n in pack for one in planned[n].conversations)
-        for epoch in range(20)
-        for pack in plan.packs(epoch)
-    ]
+    undisturbed, dataset = assert_goes_on_anywhere(config, tiny, 4, ((1, 1), (2, 2), (2, 1), (1, 2)))
     texts = [step[0][0] for step in undisturbed if step[0][0][0].startswith("t")]
-    assert len(texts) > 1 and texts == packs[::slots][: len(texts)]
-    with running(config, tiny.encoder, 2, slots, prefetch=1) as run:
-        assert run.steps(6) == undisturbed
-    for done in (1, 4):
-        with running(config, tiny.encoder, 1 + done % 2, slots, state=states[done - 1]) as run:
-            assert run.steps(6 - done) == undisturbed[done:], done
+    assert len(texts) > 1 and texts == packs_of_index(dataset, 20)[::4][: len(texts)]
 
 
 # ---------------------------------------------------------------------------------------------------- passing copies

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.streaming import MAKE, clip, damaged_clip, data_config, llava_record, pe_pair, pe_shards, running
+from tests.helpers.streaming import (
+    LLAVA,
+    MAKE,
+    PE,
+    clip,
+    damaged_clip,
+    data_config,
+    llava_record,
+    pe_pair,
+    pe_shards,
+    running,
+    write_pairs,
+)
 from tests.helpers.tars import cut, write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
@@ -20,16 +32,9 @@ from vft.data.streaming import stream as streams
 from vft.data.streaming.reader import open_source
 from vft.data.streaming.stream import MAX_MISSES
 
-PE = {"format": "pe_video", "path": "pe", "stream": True}
-LLAVA = {"format": "llava_video", "path": "llava", "stream": True}
-
 
 def without_caption(name: str) -> list[tuple[str, bytes]]:
     return [(f"{name}.mp4", clip()), (f"{name}.json", b'{"duration": 10.0}')]
-
-
-def write_pairs(path: Path, pairs: list[list[tuple[str, bytes]]]) -> Path:
-    return write_tar(path, [member for pair in pairs for member in pair])
 
 
 # ------------------------------------------------------------------------------------------------- nothing at all
