@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,12 +26,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import default_device, median, report, show_table, synchronise
+from measure import benchmark, default_device, median, report, show_table, synchronise
 from workload import SHAPES, fill
 
 from vft.adapters.targets import choose_trainable
 from vft.common import safetensors_io as tensor_files
-from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config.run import CheckpointConfig, LoraConfig, TrainConfig
 from vft.distributed.process_group import environment
@@ -53,40 +50,26 @@ SAVES = ("in the loop", "beside the loop")
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    with benchmark(__doc__, add_arguments, may_be_zero=("steps",)) as (options, folder):
+        if not options.ranks and not options.full:
+            raise UserError("--ranks is empty: name ranks, or add --full")
+        compare(options, folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of a random model (small)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64], help="LoRA ranks on all linears (8 64)")
     parser.add_argument("--full", action="store_true", help="also with the language model trained in full")
     parser.add_argument("--device", default=str(default_device()), help="where the model is (a GPU where there is one)")
     parser.add_argument("--folder", type=Path, help="where to write checkpoints (the folder for temporary files)")
-    parser.add_argument("--repeats", type=int, default=5, help="saves and loads of each, after one that warms up (5)")
     parser.add_argument("--steps", type=int, default=50, help="training steps between two saves; 0: none (50)")
     parser.add_argument("--tokens", type=int, default=256, help="of text in a step: fewer is a harder test (256)")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    with user_errors():
-        check(options)
-        with tempfile.TemporaryDirectory(prefix="vft-checkpoint-", dir=options.folder) as folder:
-            compare(options, Path(folder))
-
-
-def check(options: argparse.Namespace) -> None:
-    """UserError where there is nothing to do, or a number can't be."""
-    for name, values in (("--ranks", options.ranks), ("--repeats", [options.repeats]), ("--tokens", [options.tokens])):
-        for value in values:
-            if value < 1:
-                raise UserError(f"{name} {value}: must be at least 1")
-    if not options.ranks and not options.full:
-        raise UserError("--ranks is empty: name ranks, or add --full")
-    if options.folder is not None and not options.folder.is_dir():
-        raise UserError(f"--folder {str(options.folder)!r}: no such folder")
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Time every kind and report."""
-    load, rows, stalls = os.getloadavg()[0], [], []
+    rows, stalls = [], []
     for rank in [*options.ranks, *([None] if options.full else [])]:
         name = "full" if rank is None else f"LoRA rank {rank}"
         trained, root = trainer(options, rank), folder / name.replace(" ", "-")
@@ -95,9 +78,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         if options.steps:
             stalls += [{"trained": name, **line} for line in stalled(trained, root, options)]
             print(f"{name}: trained", file=sys.stderr)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    facts = {"settings": settings, "load_before": load, "disk": shutil.disk_usage(folder), "stalls": stalls}
-    report("Seconds that a checkpoint takes", rows, options.output, **facts)
+    report("Seconds that a checkpoint takes", rows, options, stalls=stalls)
     if stalls:
         show_table(f"Steps of training with a save every {options.steps}", stalls)
 

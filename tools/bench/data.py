@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,10 +29,9 @@ from typing import Any
 
 import torch
 from data_sides import decode_bare, fetch_and_process, pid_after, start_on, start_processor
-from measure import median, report
+from measure import benchmark, median, report
 from workload import DEMO_BASE, write_clips, write_records
 
-from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
@@ -93,9 +91,18 @@ class Side:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    with benchmark(__doc__, add_arguments) as (options, folder):
+        available = len(os.sched_getaffinity(0))
+        for cores in options.cores:
+            if cores > available:
+                raise UserError(f"--cores {cores}: must be from 1 to {available}, which this process may use")
+        if options.clips is not None and not options.clips.is_dir():
+            raise UserError(f"--clips {str(options.clips)!r}: no such folder")
+        compare(options, folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     parser.add_argument("--clips", type=Path, help="folder of videos; without it H.264 clips are made")
     parser.add_argument(
         "--sizes", nargs="+", default=["640x360", "1280x720"], help="width x height of made clips, pixels"
@@ -109,34 +116,13 @@ def main() -> None:
     available = len(os.sched_getaffinity(0))
     cores = sorted({1, min(available, 8)})
     parser.add_argument("--cores", type=int, nargs="+", default=cores, help=f"CPU cores, each with a worker ({cores})")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (5)")
     parser.add_argument("--without-processor", action="store_true", help="leave out the usual processor, which is slow")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    with user_errors(), tempfile.TemporaryDirectory(prefix="vft-data-") as folder:
-        check(options, available)
-        compare(options, Path(folder))
-
-
-def check(options: argparse.Namespace, available: int) -> None:
-    """UserError where a number can't be."""
-    for name in ("seconds", "count", "samples", "max_frames", "max_pixels", "repeats"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above 0")
-    for rate in options.fps:
-        if rate <= 0:
-            raise UserError(f"--fps {rate}: must be above 0")
-    for cores in options.cores:
-        if not 1 <= cores <= available:
-            raise UserError(f"--cores {cores}: must be from 1 to {available}, which this process may use")
-    if options.clips is not None and not options.clips.is_dir():
-        raise UserError(f"--clips {str(options.clips)!r}: no such folder")
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Time all sides on all cases and report."""
     torch.set_num_threads(1)
-    everywhere, load = os.sched_getaffinity(0), os.getloadavg()[0]
+    everywhere = os.sched_getaffinity(0)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for case in list(cases(options, folder)):
@@ -153,8 +139,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             print(f"{case.name}, {count} core(s): done", file=sys.stderr)
     for note in dict.fromkeys(notes):
         rows.append({"clips": "left out", "side": note})
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    report("Delivered frames", rows, options.output, settings=settings, load_before=load)
+    report("Delivered frames", rows, options)
 
 
 def table(case: Case, cores: int, sides: Sequence[Side]) -> list[dict[str, Any]]:

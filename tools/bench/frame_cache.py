@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, median, report
+from measure import benchmark, interleaved, median, report
 from PIL import Image
 from workload import write_clips
 
@@ -32,18 +31,18 @@ SPEC: Any = Qwen2_5Processor(image_token=0, video_token=1, tokens_per_second=2.0
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clips", type=int, default=8, help="clips, and pictures, at a time (default 8)")
-    parser.add_argument("--repeats", type=int, default=7, help="times that each is measured (default 7)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        clips = write_clips(Path(folder) / "clips", arguments.clips, 360, 640, frames=300)
-        rows = compare("clips", [MediaRef("video", path) for path in clips], Path(folder), arguments.repeats)
-        pictures = write_pictures(Path(folder), arguments.clips)
-        rows += compare("pictures", [MediaRef("image", path) for path in pictures], Path(folder), arguments.repeats)
-    report("Frame cache", rows, arguments.output)
+    with benchmark(__doc__, add_arguments, repeats=7) as (options, folder):
+        clips = write_clips(folder / "clips", options.clips, 360, 640, frames=300)
+        rows = compare("clips", [MediaRef("video", path) for path in clips], folder, options.repeats)
+        pictures = write_pictures(folder, options.clips)
+        rows += compare("pictures", [MediaRef("image", path) for path in pictures], folder, options.repeats)
+        report("Frame cache", rows, options)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--clips", type=int, default=8, help="number of clips, and of pictures (default 8)")
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:

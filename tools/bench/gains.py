@@ -7,17 +7,15 @@ two times.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import default_device, interleaved, median, report
-from workload import SHAPES, adapted_model, add_common_options, shape_and_device
+from measure import benchmark, default_device, interleaved, median, report
+from workload import SHAPES, adapted_model, add_shape, shape_and_device
 
-from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
 from vft.models import attention, layers
@@ -33,14 +31,11 @@ Work = Callable[[], torch.Tensor]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_common_options(parser)
-    arguments = parser.parse_args()
-    with user_errors():
-        name, device = shape_and_device(arguments)
+    with benchmark(__doc__, add_shape) as (options, _):
+        name, device = shape_and_device(options)
         model = adapted_model(SHAPES[name], device)
-        lines = [compare(what, *make(model, device), arguments.repeats) for what, make in GAINS.items()]
-        report(f"what each optimisation is worth: {name}", lines, arguments.output, shape=name)
+        lines = [compare(what, *make(model, device), options.repeats) for what, make in GAINS.items()]
+        report(f"what each optimisation is worth: {name}", lines, options)
 
 
 def compare(what: str, plainly: Work, ours: Work, repeats: int) -> dict[str, Any]:

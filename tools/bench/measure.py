@@ -1,13 +1,16 @@
-"""What the benchmarks share: times as medians of several runs, a table to read and JSON to keep."""
+"""What the benchmarks share: the command line, timing in turns, medians, a table to read and JSON to keep."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,47 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vft.common.console import user_errors
+from vft.common.errors import UserError
+
 Row = Mapping[str, Any]
+LOAD = os.getloadavg()[0]
+"""Load of the machine before the benchmark."""
+
+
+@contextmanager
+def benchmark(
+    text: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    repeats: int = 5,
+    may_be_zero: Collection[str] = (),
+) -> Iterator[tuple[argparse.Namespace, Path]]:
+    """Options and a temporary folder of a benchmark; every benchmark has --repeats and --output.
+
+    UserError, shown as one line, if a number is 0 or below; those in `may_be_zero` may be 0.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed runs of each kind (default {repeats})")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    options = parser.parse_args()
+    with (
+        user_errors(),
+        tempfile.TemporaryDirectory(prefix="vft-bench-", dir=getattr(options, "folder", None)) as folder,
+    ):
+        for name, values in vars(options).items():
+            for value in values if isinstance(values, list) else [values]:
+                least = 0 if name in may_be_zero else 1
+                option = f"--{name.replace('_', '-')} {value}"
+                if type(value) is int and value < least:
+                    raise UserError(f"{option}: must be at least {least}")
+                if isinstance(value, float) and (value < 0 or (least and not value)):
+                    raise UserError(f"{option}: must be above 0")
+        yield options, Path(folder)
 
 
 def seconds_of(work: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> list[float]:
-    """Wall-clock seconds of each of `repeats` runs after `warm_up` that don't count; a GPU's work is waited for."""
+    """Wall-clock seconds of each of `repeats` runs after `warm_up` uncounted ones; waits for the GPU's work."""
     times = []
     for number in range(warm_up + repeats):
         synchronise()
@@ -33,7 +72,7 @@ def seconds_of(work: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> l
 
 
 def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of several kinds of work, taken in turns, so that a machine's moods fall on all of them alike."""
+    """Seconds of several kinds of work, taken in turns, so that other load on the machine affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
@@ -44,7 +83,7 @@ def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dic
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """The median."""
     return statistics.median(values)
 
 
@@ -55,12 +94,12 @@ def synchronise() -> None:
 
 
 def default_device() -> torch.device:
-    """A GPU where there is one."""
+    """The GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def environment() -> dict[str, Any]:
-    """Where the figures were taken."""
+    """The machine that the figures were taken on, and when."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,22 +107,29 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "load": os.getloadavg()[0],
+        "load": LOAD,
     }
 
 
-def report(title: str, rows: Sequence[Row], output: Path | None = None, **facts: Any) -> None:
-    """Print `rows` as a table, and write them with the environment and `facts` as JSON where `output` says so."""
+def report(title: str, rows: Sequence[Row], options: argparse.Namespace, **facts: Any) -> None:
+    """Print `rows` as a table, and write them with options, environment and `facts` to the JSON file `--output`."""
     where = environment()
     show_table(title, rows, ", ".join(f"{name} {value}" for name, value in where.items()))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"title": title, "environment": where, **facts, "rows": [dict(row) for row in rows]}
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        content = {
+            "title": title,
+            "environment": where,
+            "settings": settings,
+            **facts,
+            "rows": [dict(row) for row in rows],
+        }
+        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def show_table(title: str, rows: Sequence[Row], caption: str = "") -> None:
-    """Print `rows` as a table; the first of them to name a column places it."""
+    """Print `rows` as a table; columns are in the order in which the rows first name them."""
     table = Table(title=title, caption=caption)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
@@ -94,7 +140,7 @@ def show_table(title: str, rows: Sequence[Row], caption: str = "") -> None:
 
 
 def shown(value: Any) -> str:
-    """A number with four digits, anything else as it is."""
+    """A float with four significant digits, anything else as it is."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

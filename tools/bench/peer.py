@@ -33,13 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, report, show_table
+from measure import benchmark, median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
 from vft.adapters.init import initialise
 from vft.adapters.lora import LoRALinear
 from vft.adapters.peft_format import export_adapter
-from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config import run as configs
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
@@ -105,9 +104,13 @@ class Run:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    with benchmark(__doc__, add_arguments, repeats=3, may_be_zero=("workers",)) as (options, folder):
+        check(options)
+        compare(options, folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of a random checkpoint (small)")
     model.add_argument("--model", type=Path, help="folder of a Qwen2.5-VL checkpoint instead")
@@ -120,25 +123,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8, help="frames sampled of a video that is not mixed (8)")
     parser.add_argument("--samples-per-step", type=int, default=20, help="questions in an optimizer step (20)")
     parser.add_argument("--steps", type=int, default=3, help=f"timed optimizer steps, besides {WARM_UP} + {AHEAD} (3)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side, taken in turns (3)")
     parser.add_argument("--pack", type=int, default=20, help="questions in a row of vft's (20)")
     # The fastest of 1, 2, 4 and 8 on two cores: larger ones wait for more memory and pad more.
     parser.add_argument("--peer-batch", type=int, default=2, help="questions in a padded batch of the other side (2)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch (all CPUs)")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes of each side (2)")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    with user_errors(), tempfile.TemporaryDirectory(prefix="vft-peer-") as folder:
-        check(options)
-        compare(options, Path(folder))
 
 
 def check(options: argparse.Namespace) -> None:
-    """UserError where steps can't hold equally many samples, or a number is too small."""
-    least = {"workers": 0, **dict.fromkeys(("clips", "questions", "frames", "samples_per_step", "steps"), 1)}
-    for name, minimum in {**least, **dict.fromkeys(("words", "repeats", "pack", "peer_batch", "threads"), 1)}.items():
-        if getattr(options, name) < minimum:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {minimum}")
+    """UserError if steps cannot hold equally many samples, or there is no model."""
     if options.model is not None and not options.model.is_dir():
         raise UserError(f"--model {options.model}: no such folder")
     size, questions, everything = options.samples_per_step, options.questions, options.clips * options.questions
@@ -153,7 +146,6 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     """Run both sides in turns and report."""
     torch.set_num_threads(options.threads)
     config = prepare(options, folder)
-    load = os.getloadavg()[0]
     sides: dict[str, Callable[[], Run]] = {
         "vft": lambda: run_vft(config, options, folder),
         "Trainer + PEFT": lambda: run_peer(config, options, folder),
@@ -170,17 +162,15 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     cpu_ratio = theirs_s / ours_s if ours_s else None  # steps that passed between two looks have no seconds
     largest = max(step["loss, relative difference"] for step in steps)
     show_table(f"losses: largest relative difference {largest:.1e}", steps)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     by_cpu = "too short for CPU seconds" if cpu_ratio is None else f"{cpu_ratio:.2f} times, by CPU seconds"
     title = f"{ratio:.2f} times the samples/s ({by_cpu})"
     facts = {
         "ratio": ratio,
         "cpu_ratio": cpu_ratio,
         "largest_loss_difference": largest,
-        "load_before": load,
         "steps": steps,
     }
-    report(title, rows, options.output, settings=settings, **facts)
+    report(title, rows, options, **facts)
 
 
 def row(name: str, runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import interleaved, median, report
+from measure import benchmark, interleaved, median, report
 from step import make_step
-from workload import SHAPES, adapted_model, add_common_options, shape_and_device
+from workload import SHAPES, adapted_model, add_shape, shape_and_device
 
-from vft.common.console import user_errors
 from vft.common.types import Batch
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
@@ -28,15 +27,17 @@ WORDS, ANSWER = 25, 10
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_common_options(parser)
-    parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="what grows (all)")
-    arguments = parser.parse_args()
-    with user_errors():
-        name, device = shape_and_device(arguments)
+    with benchmark(__doc__, add_arguments) as (options, _):
+        name, device = shape_and_device(options)
         model = adapted_model(SHAPES[name], device)
-        rows = [line for kind in arguments.of for line in measure(kind, model, device, arguments.repeats)]
-        report(f"growth of a step: {name}", rows, arguments.output, shape=name)
+        rows = [line for kind in options.of for line in measure(kind, model, device, options.repeats)]
+        report(f"growth of a step: {name}", rows, options)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_shape(parser)
+    parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="what grows (all)")
 
 
 def measure(kind: str, model: VideoLanguageModel, device: torch.device, repeats: int) -> list[dict[str, Any]]:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import default_device, median, report, seconds_of
+from measure import benchmark, default_device, median, report, seconds_of
 from torch._dynamo.utils import counters
 from workload import MODELS, fill
 
 from vft.adapters.init import initialise
 from vft.adapters.targets import choose_trainable
-from vft.common.console import user_errors
 from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError
 from vft.common.types import Batch
@@ -54,7 +53,32 @@ class Setting:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    with benchmark(__doc__, add_arguments, may_be_zero=("video",)) as (options, _):
+        if options.video > 1:
+            raise UserError(f"--video {options.video}: must be 0 to 1")
+        device = default_device()
+        on_gpu = device.type == "cuda"
+        name = options.shape or ("7b" if on_gpu else "small")
+        precision = options.precision or ("bf16" if on_gpu else "fp32")
+        tokens = options.tokens or (8192 if on_gpu else 1024)
+        rows = []
+        for mode in options.modes:
+            setting = Setting(
+                MODELS[name],
+                torch.bfloat16 if precision == "bf16" else torch.float32,
+                device,
+                LoraConfig(rank=options.rank),
+                ParallelConfig(activation_checkpointing=mode, compile=options.compile),
+                options.quantize,
+            )
+            rows.append(measure(setting, tokens, options.video, options.questions, options.repeats))
+        what = f"{name}, {precision}, LoRA r{options.rank}, {options.video:.0%} video"
+        what += (", NF4" if options.quantize == "nf4" else "") + (", compiled" if options.compile else "")
+        report(f"one step: {what}", rows, options)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
     parser.add_argument("--shape", choices=sorted(MODELS), help="default: 7b on a GPU, small on a CPU")
     parser.add_argument("--tokens", type=int, help="of the row (default: 8192 on a GPU, 1024 on a CPU)")
     parser.add_argument("--video", type=float, default=0.9, metavar="SHARE", help="of the tokens, 0 to 1 (default 0.9)")
@@ -64,40 +88,6 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["none"], choices=MODES, help="of activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
     parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="of the decoder's layers")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    arguments = parser.parse_args()
-    with user_errors():
-        check(arguments)
-        device = default_device()
-        on_gpu = device.type == "cuda"
-        name = arguments.shape or ("7b" if on_gpu else "small")
-        precision = arguments.precision or ("bf16" if on_gpu else "fp32")
-        tokens = arguments.tokens or (8192 if on_gpu else 1024)
-        rows = []
-        for mode in arguments.modes:
-            setting = Setting(
-                MODELS[name],
-                torch.bfloat16 if precision == "bf16" else torch.float32,
-                device,
-                LoraConfig(rank=arguments.rank),
-                ParallelConfig(activation_checkpointing=mode, compile=arguments.compile),
-                arguments.quantize,
-            )
-            rows.append(measure(setting, tokens, arguments.video, arguments.questions, arguments.repeats))
-        what = f"{name}, {precision}, LoRA r{arguments.rank}, {arguments.video:.0%} video"
-        what += (", NF4" if arguments.quantize == "nf4" else "") + (", compiled" if arguments.compile else "")
-        report(f"one step: {what}", rows, arguments.output, shape=name)
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """UserError where a number makes no sense."""
-    if not 0 <= arguments.video <= 1:
-        raise UserError(f"--video {arguments.video}: must be 0 to 1")
-    for name in ("tokens", "questions", "repeats", "rank"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
 
 
 def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torchcodec.encoders import VideoEncoder
 
 from vft.adapters.init import initialise
 from vft.adapters.targets import choose_trainable
-from vft.common.errors import UserError
 from vft.config.run import LoraConfig
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
@@ -66,19 +65,15 @@ def adapted_model(config: dict[str, Any], device: torch.device) -> VideoLanguage
     return model
 
 
-def add_common_options(parser: ArgumentParser) -> None:
-    """What benchmarks of a step's parts are asked for."""
+def add_shape(parser: ArgumentParser) -> None:
+    """The option for the model's size."""
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed (default 5)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
 
 
-def shape_and_device(arguments: Namespace) -> tuple[str, torch.device]:
-    """Name of the shape, and where it runs. UserError where nothing would be timed."""
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
+def shape_and_device(options: Namespace) -> tuple[str, torch.device]:
+    """The name of the model's size, and the device that it runs on."""
     device = default_device()
-    return arguments.shape or ("3b" if device.type == "cuda" else "small"), device
+    return options.shape or ("3b" if device.type == "cuda" else "small"), device
 
 
 @torch.no_grad()

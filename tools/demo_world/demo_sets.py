@@ -28,7 +28,7 @@ SPLITS = ("train", "held_out")
 
 @dataclass
 class Contents:
-    """What a data set consists of."""
+    """The files of a data set."""
 
     jobs: list[Job] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
@@ -137,17 +137,17 @@ def _scene_tags(root: Path, clips: dict[str, list[Clip]]) -> Contents:
 def _qa(root: Path, clips: dict[str, list[Clip]]) -> Contents:
     """A question about each attribute of a clip, asked as multiple choice and openly.
 
-    The options of a question always stand in the same order. In any order, a model of this size learns which option is
-    right (99 % by likelihood), but not to begin its answer with that option's letter (42 %: chance).
+    The options of a question always have the same order. If they are shuffled, a model of this size learns which option
+    is right (99 % by likelihood), but not to begin its answer with that option's letter (42 %: chance).
     """
     contents = Contents()
     for split, members in clips.items():
         choices, opens = [], []
         for clip in members:
-            asked = words.questions(clip.scenes[0])
-            offered = [words.choice(*question) for question in asked]
+            questions = words.questions(clip.scenes[0])
+            offered = [words.choice(*question) for question in questions]
             choices += _video_records("mc", root, split, clip, offered, contents.jobs)
-            answered = [(question, f"{right.capitalize()}.") for question, _, right in asked]
+            answered = [(question, f"{right.capitalize()}.") for question, _, right in questions]
             opens += _video_records("oe", root, split, clip, answered)
         contents.texts[_records_path("mc", split)] = _json(choices)
         contents.texts[_records_path("oe", split)] = _json(opens)

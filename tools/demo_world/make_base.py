@@ -21,6 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from words import tokenizer_texts
 
+from vft.models.released import build_from_config
+
 SEED = 0
 BPE_TOKENS = 618
 """Size of the byte-level vocabulary: with the special tokens at most 640 rows of the embedding."""
@@ -33,7 +35,7 @@ PLAIN_TOKENS = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),
 )
-"""Added, but not skipped when text is decoded without its special tokens: as released."""
+"""Added tokens that stay when text is decoded without its special tokens, as in the released tokenizer."""
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -186,51 +188,19 @@ PREPROCESSOR_CONFIG = {
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by its released name. The head is tied to the embedding and has no tensor."""
-    width, mlp = config["hidden_size"], config["intermediate_size"]
-    kv_width = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
-
-    def linear(name: str, out: int, inner: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (out, inner)
-        if bias:
-            shapes[f"{name}.bias"] = (out,)
-
-    def gated_mlp(name: str, outer: int, inner: int, bias: bool) -> None:
-        linear(f"{name}.gate_proj", inner, outer, bias)
-        linear(f"{name}.up_proj", inner, outer, bias)
-        linear(f"{name}.down_proj", outer, inner, bias)
-
-    for n in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{n}"
-        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
-        for projection, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
-            linear(f"{layer}.self_attn.{projection}", out, width, bias=True)
-        linear(f"{layer}.self_attn.o_proj", width, width, bias=False)
-        gated_mlp(f"{layer}.mlp", width, mlp, bias=False)
-    shapes["model.norm.weight"] = (width,)
-
-    vision = config["vision_config"]
-    eye, merged = vision["hidden_size"], vision["hidden_size"] * vision["spatial_merge_size"] ** 2
-    patch = vision["patch_size"]
-    shapes["visual.patch_embed.proj.weight"] = (eye, 3, vision["temporal_patch_size"], patch, patch)
-    for n in range(vision["depth"]):
-        block = f"visual.blocks.{n}"
-        shapes[f"{block}.norm1.weight"] = shapes[f"{block}.norm2.weight"] = (eye,)
-        linear(f"{block}.attn.qkv", 3 * eye, eye, bias=True)
-        linear(f"{block}.attn.proj", eye, eye, bias=True)
-        gated_mlp(f"{block}.mlp", eye, vision["intermediate_size"], bias=True)
-    shapes["visual.merger.ln_q.weight"] = (eye,)
-    linear("visual.merger.mlp.0", merged, merged, bias=True)
-    linear("visual.merger.mlp.2", vision["out_hidden_size"], merged, bias=True)
-    return shapes
+    """Shape of every tensor by its released name, the language model's first: the order decides what is drawn for each.
+    The head is tied to the embedding and has no tensor."""
+    model = build_from_config(config, torch.bfloat16)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return dict(sorted(shapes.items(), key=lambda item: item[0].startswith("visual.")))
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """bf16 tensors to start training from: ones for norms, zeros for biases, and matrices that keep the scale.
+    """bf16 tensors to start training from: ones for norms, zeros for biases, scaled matrices.
 
     A matrix has the standard deviation MATRIX_GAIN / sqrt(inputs), those that write to the residual stream less by
-    sqrt(2 * layers), as in GPT-2: the release's 0.02 suits widths of thousands and leaves a narrow model silent.
+    sqrt(2 * layers), as in GPT-2. The released 0.02 suits widths of thousands; in a narrow model it gives activations
+    near zero.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}

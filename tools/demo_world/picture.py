@@ -47,7 +47,7 @@ def draw(rows: list[dict[str, Any]], root: Path) -> Image.Image:
 
 
 def frames_of(path: Path) -> Tensor:
-    """Frames spread over the clip, uint8 [T, 3, H, W]."""
+    """`FRAMES` frames spread over the clip, uint8 TCHW."""
     decoder = VideoDecoder(str(path))
     return decoder.get_frames_at(torch.linspace(0, len(decoder) - 1, FRAMES).round().long().tolist()).data
 

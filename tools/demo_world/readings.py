@@ -1,9 +1,9 @@
 """Texts without a video, for the base model: the English that its tags never use.
 
-Tokens that training never shows are all pushed away alike, and adapters of the decoder's linears can hardly tell them
-apart again: a word that begins with one of them stays at a loss above 1.5 however long it is trained. So the base
-reads sentences, summaries and stories of tags, options with their letters, and repeats texts in which every word and
-letter occurs.
+Training lowers the logits of all tokens that it never shows alike, and adapters of the decoder's linears can hardly
+tell these tokens apart again: a word that begins with one of them stays at a loss above 1.5, however long it is
+trained. So the base reads sentences, summaries and stories made of tags, and options with their letters, and it repeats
+texts in which every word and letter occurs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def copies(count: int, rng: random.Random) -> Iterator[Record]:
 
 
 def choices(count: int, rng: random.Random) -> Iterator[Record]:
-    """Options, in any order, to name by what they say or by their letter."""
+    """Options in any order, asked for by their text or by their letter."""
     scenes = world.all_scenes(held_out=False)
     for _ in range(count):
         _, answers, right = rng.choice(words.questions(rng.choice(scenes)))

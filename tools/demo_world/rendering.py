@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import world
 
+from vft.common.console import progress_bar
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One file to make: where to, of what, and the seed of its randomness. A `.jpg` is one frame of the clip."""
+    """One file to make: its path, its scenes and the seed of its randomness. A `.jpg` is one frame of the clip."""
 
     path: Path
     scenes: tuple[world.Scene, ...]
@@ -23,7 +22,7 @@ class Job:
 
 def render(job: Job) -> None:
     """Render and encode one file."""
-    # Imported here: the parent process needs neither.
+    # Imported here, because the parent process needs neither.
     import torch
     from torchcodec.encoders import VideoEncoder
 
@@ -43,28 +42,9 @@ def render(job: Job) -> None:
 
 
 def render_all(jobs: list[Job], processes: int) -> None:
-    """Make every file, spread over processes, with a progress line."""
+    """Make every file, spread over processes, with a progress bar."""
     for folder in {job.path.parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
-    if processes == 1:
-        _exhaust(_progress(map(render, jobs), len(jobs)))
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        _exhaust(_progress(pool.map(render, jobs, chunksize=16), len(jobs)))
-
-
-def _exhaust(items: Iterable[None]) -> None:
-    for _ in items:
-        pass
-
-
-def _progress(items: Iterable[None], total: int) -> Iterator[None]:
-    """Pass the items on and show how many have come: in place on a terminal, else one line at the end."""
-    start = time.monotonic()
-    for done, item in enumerate(items, 1):
-        if done == total or (sys.stdout.isatty() and done % 32 == 0):
-            rate = done / (time.monotonic() - start)
-            mark = "\r" if sys.stdout.isatty() else ""
-            print(f"{mark}rendered {done}/{total} files, {rate:.0f} a second", end="", flush=True)
-        yield item
-    print()
+    with progress_bar(len(jobs), "rendering", "file") as bar, ProcessPoolExecutor(processes) as pool:
+        for _ in map(render, jobs) if processes == 1 else pool.map(render, jobs, chunksize=16):
+            bar.update()

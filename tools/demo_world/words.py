@@ -1,8 +1,8 @@
-"""What is said about the world: tags for the base model, the answers of the five tasks, and the tokenizer's texts.
+"""Texts about the world: tags for the base model, the answers of the five tasks, and the tokenizer's texts.
 
-Tags are the base model's own dry answers about videos. All else is natural English, which the base has read, but
-never together with a video: that is what fine-tuning teaches. Every text is a function of the scenes alone, so what
-is right about a clip is known exactly.
+The base model describes videos by tags. All other texts are natural English, which the base has read, but never
+together with a video: that is what fine-tuning teaches. Every text is a function of the scenes alone, so the right
+answers about a clip are known exactly.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ DEEDS = {
     "grow": "was happy and grew larger",
     "shrink": "grew smaller",
 }
-"""What a story says of a motion."""
+"""A motion in the words of a story."""
 TIMES = {"dark": "in the dark night", "light": "in the light of the sun"}
-"""What a story says of a ground."""
+"""A ground in the words of a story."""
 
 Question = tuple[str, tuple[str, ...], str]
-"""What is asked, every answer that may be offered, the right one."""
+"""The question, all possible answers, and the right one."""
 
 
 def tags(scenes: Sequence[Scene]) -> str:
@@ -99,16 +99,16 @@ def summary(scenes: Sequence[Scene]) -> str:
 
 
 def story(scenes: Sequence[Scene]) -> str:
-    """A small tale with every scene in order, grounds and motions in words of its own."""
+    """A short story with every scene in order, which has its own words for grounds and motions."""
     openings = ["Once upon a time", "Then", "After that", "After that"][: len(scenes)]
     if len(scenes) > 1:
         openings[-1] = "Finally"
     figures = [f"a little {scenes[0].color} {scenes[0].shape}", *(f"a {s.color} {s.shape}" for s in scenes[1:])]
-    told = [
+    sentences = [
         f"{opening}, {TIMES[scene.ground]}, {figure} {DEEDS[scene.motion]}."
         for opening, scene, figure in zip(openings, scenes, figures, strict=True)
     ]
-    return " ".join([*told, "In the end, they all went home."])
+    return " ".join([*sentences, "In the end, they all went home."])
 
 
 def reading(request: str, scenes: Sequence[Scene]) -> str:
@@ -131,7 +131,7 @@ system
 user
 assistant
 """
-"""Words of the tasks that the world also serves, so that none of them falls into single bytes."""
+"""Words of the other tasks, so that the tokenizer does not split them into single bytes."""
 
 
 def vocabulary() -> list[str]:

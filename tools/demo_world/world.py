@@ -1,11 +1,11 @@
-"""A small world of moving shapes: what can happen in it, and its pixels.
+"""A small world of moving shapes: its scenes and their pixels.
 
 A `Scene` is one figure with a colour, a shape and a motion on a dark or light ground. A clip is one scene, or
 several in a row. Pixels are a pure function of the scenes and a seed.
 
 One combination of colour, shape and motion in six is held out (`Scene.held_out`): neither the base model nor the
 fine-tuning data ever shows it, while each pair of its attributes is common in both. So a model that memorises whole
-combinations fails on the held-out clips; one that reads the attributes from the pixels doesn't.
+combinations fails on the held-out clips; one that reads the attributes from the pixels does not.
 
 Axes: T frames, C channels, H height, W width.
 """
@@ -38,11 +38,11 @@ GROUNDS: dict[str, tuple[int, int]] = {"dark": (60, 90), "light": (150, 185)}
 normalising: with black and white grounds a small model learns several times more slowly."""
 
 RADIUS_PX = (19.0, 23.0)
-"""Of a figure that keeps its size, from its centre; about half of the frame's height is figure, for the same reason."""
+"""Radius of a figure that keeps its size. It fills about half of the frame's height, for the same reason."""
 SMALL_RADIUS_PX, LARGE_RADIUS_PX = (11.0, 14.0), (27.0, 32.0)
-"""Ends of growing and shrinking."""
+"""Radii at the ends of growing and shrinking."""
 TRAVEL_PX = (24.0, 28.0)
-"""Distance that a moving figure covers within its scene."""
+"""Distance that a moving figure covers in its scene."""
 REACH = 1.2
 """How far the widest shapes reach from their centre, in radii."""
 
@@ -93,8 +93,8 @@ def _path(motion: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     time_T = np.linspace(0.0, 1.0, FRAMES_PER_SCENE)
     if motion in ("grow", "shrink"):
         small, large = rng.uniform(*SMALL_RADIUS_PX), rng.uniform(*LARGE_RADIUS_PX)
-        room = REACH * large
-        center = rng.uniform(room, SIZE_PX - room, 2)
+        margin = REACH * large
+        center = rng.uniform(margin, SIZE_PX - margin, 2)
         radius_T = small + (large - small) * (time_T if motion == "grow" else 1.0 - time_T)
         return np.tile(center, (FRAMES_PER_SCENE, 1)), radius_T
     radius = rng.uniform(*RADIUS_PX)

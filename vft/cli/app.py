@@ -28,6 +28,7 @@ COMMANDS = {
     "live": ("live", "follow a run from another terminal"),
     "doctor": ("doctor", "check this machine's set-up and say how to fix it"),
     "download": ("download", "fetch a public data set, or say how to get it"),
+    "new": ("new", "write a skeleton of your own task or data format"),
 }
 """Module in vft/cli and a line of help, by the name of the command."""
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -1,8 +1,8 @@
-"""Get a data set: python tools/download.py SET [--root data] [--part NAME ...] [--yes]
+"""Get a public data set: vft download SET [--root data] [--part NAME ...] [--yes]
 
-Without --yes it says what would be fetched, how large that is and how much disk is free, and the licence, and stops.
-With --yes it fetches what is on the Hugging Face hub, and goes on where it stopped when run again. What is to be had
-elsewhere only, it tells how to get. docs/use/data.md says how each set is read.
+Without --yes it prints what would be fetched, its size, the free disk space and the licence, and stops. With --yes it
+fetches what is on the Hugging Face hub; the same command again goes on where it stopped. For what is elsewhere it
+prints the steps. docs/use/data.md says how each set is read.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Part:
     """Names with `*`; a `*` matches `/` too."""
     repository: str
     gb: float = 0.0
-    """About how large, in 10^9 bytes; 0: not known here, the set's page says."""
+    """Approximate size, 10^9 bytes; 0: unknown, see the set's page."""
     kind: Literal["dataset", "model"] = "dataset"
     folder: str = "."
-    """Below the set's own."""
+    """Folder to fetch to, below that of the set."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class DataSet:
     """The entry of `data.sources` that reads it."""
     parts: Mapping[str, Part] = field(default_factory=dict)
     gb: float = 0.0
-    """About how large all of it is, unpacked."""
+    """Approximate size of the whole set, unpacked, 10^9 bytes; 0: unknown."""
     steps: tuple[str, ...] = ()
-    """To be done by hand, in the set's folder, after the parts are there."""
+    """Commands to run by hand in the set's folder, after the parts have been fetched."""
 
 
 LLAVA_VIDEO = "lmms-lab/LLaVA-Video-178K"
@@ -61,7 +61,7 @@ LLAVA_VIDEO_PARTS = (
     "llava_hound",
 )
 VIDEO_MME = "lmms-eval/Video-MME"
-"""It was lmms-lab/Video-MME; the hub leads from there to here."""
+"""Its earlier name, lmms-lab/Video-MME, redirects to this one."""
 ACTIVITYNET_VIDEOS = (
     "ask for ActivityNet's videos at http://activity-net.org/download.html; put them in {root}/ActivityNet/videos"
 )
@@ -210,7 +210,7 @@ SETS: dict[str, DataSet] = {
 
 
 def chosen_parts(dataset: DataSet, names: Sequence[str]) -> dict[str, Part]:
-    """The parts called `names`, all without names. UserError where there is no such part."""
+    """The parts with these names; all parts if `names` is empty. UserError if there is no such part."""
     for name in names:
         if name not in dataset.parts:
             known = ", ".join(dataset.parts) or "none: it is not on the hub"
@@ -219,13 +219,13 @@ def chosen_parts(dataset: DataSet, names: Sequence[str]) -> dict[str, Part]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Space on the disk where `folder` is or would be."""
-    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    return shutil.disk_usage(there).free
+    """Free space on the disk where `folder` is or would be."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def describe(dataset: DataSet, parts: Mapping[str, Part], whole: bool, folder: Path) -> str:
-    """What would be fetched from where, its size beside the free space, and its licence."""
+    """What would be fetched from where, its size, the free space, and the licence."""
     known = dataset.gb if whole and dataset.gb else sum(part.gb for part in parts.values())
     size = f"about {known:,.4g} GB" if known else SEE_PAGE
     lines = [
@@ -240,32 +240,32 @@ def describe(dataset: DataSet, parts: Mapping[str, Part], whole: bool, folder: P
 
 
 def fetch(parts: Mapping[str, Part], folder: Path, page: str) -> None:
-    """Download parts; files that are there already are not fetched again.
+    """Download parts. Files that are there already are not fetched again.
 
-    UserError where the hub can't be reached or refuses, where nothing matches, or the disk is too small.
+    UserError if the hub cannot be reached or refuses, if no file matches, or if the disk is too small.
     """
     planned = {name: _snapshot(name, part, folder, page, dry_run=True) for name, part in parts.items()}
     for name, files in planned.items():
         if not files:
             found = f"{parts[name].repository} has no files {', '.join(parts[name].patterns)}"
             raise UserError(f"--part {name}: {found}; look at {page} for what they are called now")
-    wanted = sum(file.file_size for files in planned.values() for file in files if file.will_download)
+    needed = sum(file.file_size for files in planned.values() for file in files if file.will_download)
     free = free_bytes(folder)
-    if wanted > free:
+    if needed > free:
         raise UserError(
-            f"{folder}: {wanted / 1e9:,.1f} GB are to be fetched and {free / 1e9:,.1f} GB are free; free space, name "
+            f"{folder}: {needed / 1e9:,.1f} GB are to be fetched and {free / 1e9:,.1f} GB are free; free space, name "
             "another --root, or fewer parts with --part"
         )
-    print(f"fetching {wanted / 1e9:,.2f} GB", flush=True)
+    print(f"fetching {needed / 1e9:,.2f} GB", flush=True)
     for name, part in parts.items():
         _snapshot(name, part, folder, page, dry_run=False)
 
 
 def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> Any:
-    from huggingface_hub import snapshot_download  # half a second, which --help need not wait for
+    from huggingface_hub import snapshot_download  # takes half a second, which --help need not wait for
 
     try:
-        # A dry run fails where the hub can't be reached; a real one would take what is on the disk for the whole.
+        # A dry run fails if the hub cannot be reached; a real one would return what is on the disk as if it were all.
         return snapshot_download(
             part.repository,
             repo_type=part.kind,
@@ -273,7 +273,7 @@ def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> 
             local_dir=folder / part.folder,
             dry_run=dry_run,
         )
-    except Exception as error:  # of the hub's client, its network library or the disk: no class in common
+    except Exception as error:  # those of the hub's client, its network library and the disk have no class in common
         cause = error.__cause__ or error
         reason = first_line(cause)
         raise UserError(
@@ -303,9 +303,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
-    parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the configurations (data)")
-    parser.add_argument("--part", action="append", default=[], metavar="NAME", help="this part alone; can be repeated")
-    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("data"),
+        help="folder of all data sets, data.root of the configurations (default data)",
+    )
+    parser.add_argument(
+        "--part", action="append", default=[], metavar="NAME", help="fetch this part alone; can be repeated"
+    )
+    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is fetched")
 
 
 if __name__ == "__main__":

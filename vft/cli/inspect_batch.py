@@ -1,7 +1,7 @@
-"""See the first pack as the model gets it: python tools/inspect_batch.py CONFIG.toml --output DIR [--forward]
+"""Show the first pack as the model gets it: vft inspect CONFIG.toml --output DIR [--forward]
 
-Writes preview.html (how long the samples are, what was dropped to fit, and of the first pack frames, tokens, what is
-supervised, trunk and branches) and batch.safetensors.
+Writes batch.safetensors and preview.html. The page shows the lengths of all samples and what was dropped to fit, and of
+the first pack the frames, the tokens, which of them are supervised, and the shared prefixes with their suffixes.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
     add_config_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, help="folder to write, new or written by this tool")
-    parser.add_argument("--forward", action="store_true", help="run the model too, in fp32 (for small models)")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder to write: a new one, or one that this command wrote"
+    )
+    parser.add_argument("--forward", action="store_true", help="also run the model in fp32 (for small models)")
 
 
 def inspect(config: Config, output: Path, forward: bool) -> None:
-    """Load the first pack of the configured run and write what it holds."""
+    """Load the first pack of the configured run and write it to the folder `output`."""
     config.require_training()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
@@ -67,19 +69,19 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         slots = 1 if streams is None else config.train.packs_per_step
         loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
         batch = first_batch(loader)
-    whole = summary(documents, plan, data)
+    lengths = summary(documents, plan, data)
     tensors = batch_tensors(batch, prepared.model)
     if forward:
         load_for_inference(prepared, torch.device("cpu"), None, ParallelConfig())
         tensors |= forward_tensors(batch, prepared.model)
     with whole_folder(output) as folder:
         save_file(tensors, folder / "batch.safetensors")
-        (folder / "preview.html").write_text(preview(batch, encoder, config, whole), encoding="utf-8")
+        (folder / "preview.html").write_text(preview(batch, encoder, config, lengths), encoding="utf-8")
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
 
 
 def first_batch(loader: Loader) -> Batch:
-    """Of the first row that holds anything. UserError where a stream gives none."""
+    """The first row that is not empty. UserError if a stream gives none."""
     streams = loader.streams
     while True:
         for pack in loader.step():

@@ -1,7 +1,7 @@
-"""Look at a run from another terminal: python tools/live.py RUN [--svg FILE] [--step N]
+"""Follow a run from another terminal: vft live RUN [--svg FILE] [--step N]
 
-Shows what the run itself shows on a terminal, from the files that it writes, until it is done or Ctrl-C. --svg draws it
-once, as a picture; --step waits until the run is there.
+Reads the files that the run writes and shows what its own terminal shows, until the run is done or Ctrl-C is pressed.
+--svg draws one picture instead; --step waits until the run has done that many steps.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         watch(arguments.run, arguments.step, console, once=arguments.svg is not None)
         if arguments.svg is not None:
             picture = paper.export_svg(title=f"python -m vft.recipes.{read(arguments.run).task}")
-            fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # from a server; any font of equal widths will do
+            fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they come from a server; any monospaced font will do
             replace_text(arguments.svg, fonts.sub("", picture))
             print(f"wrote {arguments.svg}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run, at work or done")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture instead")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run that is at work or done")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture into this file instead")
     parser.add_argument(
-        "--step", type=int, default=0, metavar="N", help="with --svg: when the run has done so many steps"
+        "--step", type=int, default=0, metavar="N", help="with --svg: draw it when the run has done N optimizer steps"
     )
 
 
 def read(folder: Path) -> configs.Config:
-    """Settings of a run. UserError where there is none."""
+    """Settings of a run. UserError if the folder is no run."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: no run.json; name the output_dir of a run")
     return configs.load(folder / "config.toml")
 
 
 def watch(folder: Path, step: int, console: Console, once: bool) -> None:
-    """Show the run until it is done; `once`: print it when it has done `step` steps."""
+    """Show the run until it is done, or with `once` print it when it has done `step` steps."""
     config = read(folder)
     state = RunState(f"{config.task}: {config.output_dir}", config.train.max_steps or 0)
     view = LiveView(state, console)
@@ -72,7 +72,7 @@ def watch(folder: Path, step: int, console: Console, once: bool) -> None:
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             while True:
-                take_in(state, folder, lines)
+                update(state, folder, lines)
                 if once and state.line["step"] >= step:
                     console.print(state)
                     return
@@ -85,20 +85,20 @@ def watch(folder: Path, step: int, console: Console, once: bool) -> None:
         view.stop()
 
 
-def take_in(state: RunState, folder: Path, lines: IO[str]) -> None:
-    """What the run has written since the last time."""
+def update(state: RunState, folder: Path, lines: IO[str]) -> None:
+    """Add what the run has written since the last call."""
     while line := lines.readline():
-        told: dict[str, Any] = json.loads(line)
-        if "loss" in told:
+        entry: dict[str, Any] = json.loads(line)
+        if "loss" in entry:
             before_s = state.step_ends[-1][0] if state.step_ends else 0.0
-            state.add_step(told, before_s + told["step_time_s"])
+            state.add_step(entry, before_s + entry["step_time_s"])
         else:
-            state.add_scores(told["step"], scores_of(told))
+            state.add_scores(entry["step"], scores_of(entry))
     for newest in list_checkpoints(folder / "checkpoints")[:1]:
         age_s = time.time() - newest.stat().st_mtime
         state.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
-    bad = folder / "quarantine.jsonl"
-    state.num_quarantined = bad.read_text(encoding="utf-8").count("\n") if bad.is_file() else 0
+    file = folder / "quarantine.jsonl"
+    state.num_quarantined = file.read_text(encoding="utf-8").count("\n") if file.is_file() else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Merge an adapter into its base: python tools/merge_lora.py --base MODEL --adapter RUN/adapter --output DIR
+"""Merge an adapter into its base: vft merge --base MODEL --adapter RUN/adapter --output DIR
 
-Files are copied and the adapted weights in them overwritten one by one, in the memory of one tensor. The result has the
-base's files, tensor names, shapes and dtypes, and loads with transformers' from_pretrained and in vLLM like the base
-does. An adapter trained on a quantised base (model.quantize) is merged into the base as it was before that.
+Copies the base's files and overwrites the adapted weights in them one by one, in the memory of one tensor. The result
+has the base's files, tensor names, shapes and dtypes, and loads in transformers and vLLM like the base. An adapter that
+was trained on a quantised base (model.quantize) is merged into the base without quantisation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vft.training.export import served_files
 
 
 def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:
-    """Write the merged model to `output`, which appears only when it is complete. Returns the layers changed.
+    """Write the merged model to `output`, which appears only when it is complete. Returns the number of changed layers.
     `generation` as for `vft.training.export.served_files`."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
@@ -53,11 +53,11 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
 
 
 def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
-    """`ours` are the model's names of the tensors in the files."""
+    """Copy the files and overwrite the adapted weights. `ours` maps the names in the files to the model's."""
     scales = adapter.scales
     waiting = set(scales)
     files = sorted(set(checkpoint.weight_files.values()))
-    # Of a base in several files, nothing has looked into them so far.
+    # Read first: nothing has looked into the files of a base that has several.
     layouts = {file: _header(file) for file in files}
     with (
         safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
@@ -84,19 +84,19 @@ def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, st
 
 
 def _starts(stream: BinaryIO) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins: 8 bytes with the length of a JSON object, the object, tensors."""
+    """Offset of each tensor in a safetensors file: 8 bytes with the length of a JSON header, the header, tensors."""
     length = int.from_bytes(stream.read(8), "little")
     header = json.loads(stream.read(length))
     return {name: 8 + length + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
 
 
 def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as reader:  # opened for each tensor: what has been read doesn't stay mapped
+    with safe_open(file, framework="pt") as reader:  # anew for each tensor: what was read does not stay mapped
         return reader.get_tensor(name)
 
 
 def _compare(checkpoint: Pretrained, folder: Path) -> None:
-    """Read the headers back: every tensor of the base is there with its shape and dtype, and nothing else."""
+    """UserError if the written files do not hold exactly the tensors of the base, with their shapes and dtypes."""
     for file in sorted(set(checkpoint.weight_files.values())):
         base, written = _header(file), _header(folder / file.name)
         if base != written:
@@ -123,9 +123,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--base", required=True, help="folder or hub name of the adapter's base model")
-    parser.add_argument("--adapter", required=True, type=Path, help="its folder, such as runs/caption/adapter")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write, new or empty")
-    what = "generation_config.json: greedy, as evaluation is (default), or as the base has it"
+    parser.add_argument(
+        "--adapter", required=True, type=Path, help="folder of the adapter, such as runs/caption/adapter"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must be new or empty")
+    what = "decoding in generation_config.json: greedy, as in evaluation (default), or as in the base"
     parser.add_argument("--generation", choices=["greedy", "base"], default="greedy", help=what)
 
 

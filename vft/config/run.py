@@ -10,7 +10,7 @@ A leading `~` is the home folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -368,15 +368,15 @@ class Config(Section):
             raise UserError("data.sources = []: nothing to train on; name a file and its format")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the TOML file at `path`, lay `overrides` (`section.key=value`) over it and check the whole.
+def load(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read the TOML file `source`, or take its tables, lay `overrides` (`section.key=value`) over it and check all.
 
     `strict_toml.load` says how overrides are written. Two examples: `data.video.fps= data.video.frames=8` replaces a
     rate by a count, and `lora= model.train=["language_model"]` an adapter by full fine-tuning.
 
     Raises UserError, one line: where it was written, the key, the value, what is allowed.
     """
-    return strict_toml.load(Config, path, overrides)
+    return strict_toml.load(Config, source, overrides)
 
 
 def dump(config: Config) -> str:

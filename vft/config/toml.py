@@ -6,7 +6,8 @@ import difflib
 import json
 import logging
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -35,8 +36,8 @@ _REASONS = {
 """What pydantic's types of error say in TOML's words; its own message serves for the others."""
 
 
-def load(model: type[_Model], path: Path, overrides: Sequence[str] = ()) -> _Model:
-    """Read the TOML file at `path`, lay `overrides` over it and check the whole against `model`.
+def load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> _Model:
+    """Read the TOML file `source`, or take its tables, lay `overrides` over it and check the whole against `model`.
 
     An override is `section.key=value`, the value in TOML, where a plain word needs no quotes
     (`train.schedule=linear`). Entries of lists are reached by their number (`data.sources.0.path=a.jsonl`). An empty
@@ -45,23 +46,15 @@ def load(model: type[_Model], path: Path, overrides: Sequence[str] = ()) -> _Mod
     Raises UserError, one line: where it was written, the key, the value, what is allowed.
     """
     try:
-        return _load(model, path, overrides)
+        return _load(model, source, overrides)
     except UserError as error:  # a key may hold line breaks
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
         raise UserError(line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 3]}...") from error.__cause__
 
 
-def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
-        raise UserError(f"{path}: not TOML: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+def _load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequence[str]) -> _Model:
+    path = source if isinstance(source, Path) else "configuration"
+    table = _read(source) if isinstance(source, Path) else deepcopy(dict(source))
     lines = list(rename(table))
     overridden = [_override(table, text) for text in overrides]
     lines += rename(table)
@@ -77,6 +70,19 @@ def _load(model: type[_Model], path: Path, overrides: Sequence[str]) -> _Model:
         elif any(k.startswith(f"{key}." if key else "") for k in overridden):  # Either may have upset the table.
             where = f"{path} and command line"
         raise UserError(f"{where}: {message}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
+        raise UserError(f"{path}: not TOML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def covers(keys: Collection[str], key: str) -> bool:

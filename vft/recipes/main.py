@@ -13,6 +13,7 @@ from pathlib import Path
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config import run as configs
+from vft.config.run import Config
 from vft.distributed.process_group import environment, together
 from vft.distributed.signals import signals_stop
 from vft.recipes import TASKS, task_of
@@ -43,10 +44,14 @@ def main(task: str | None = None, argv: Sequence[str] | None = None, prog: str |
     parsed = parser.parse_intermixed_args(argv)  # settings may stand behind options
     name = task or parsed.task
     with user_errors(), signals_stop():
-        config = configs.load(parsed.config, parsed.overrides)
-        if config.task not in (None, name):
-            raise UserError(f"task = {config.task!r}: the command trains {name!r}; change the one or the other")
-        config = config.model_copy(update={"task": name})
-        check_shares(config, environment().size)
-        with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
-            trainer.run(task_of(config), config, world, parsed.dry_run)
+        train_config(configs.load(parsed.config, parsed.overrides), name, parsed.dry_run)
+
+
+def train_config(config: Config, task: str, dry_run: bool = False) -> None:
+    """Train `task` with a configuration, in the processes that the environment says. UserError if it names another."""
+    if config.task not in (None, task):
+        raise UserError(f"task = {config.task!r}: the command trains {task!r}; change the one or the other")
+    config = config.model_copy(update={"task": task})
+    check_shares(config, environment().size)
+    with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
+        trainer.run(task_of(config), config, world, dry_run)

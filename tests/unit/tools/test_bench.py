@@ -39,12 +39,12 @@ def test_data(commands: Commands, tmp_path: Path) -> None:
 
 def test_load(commands: Commands, tmp_path: Path) -> None:
     made = figures(commands, "load.py", tmp_path / "load.json", "--shape", "tiny", "--repeats", "1", "--device", "cpu")
-    rows = {row["side"]: row for row in made["rows"]}
-    assert list(rows) == ["vft", "safetensors", "safetensors, copied", "transformers"]
+    rows = {row["way"]: row for row in made["rows"]}
+    assert list(rows) == ["vft", "safetensors, copied", "transformers"]
     sizes = [row["model GiB"] * 2**30 for row in rows.values()]
     assert max(sizes) - min(sizes) < 4096 and made["file_bytes"] == pytest.approx(sizes[0], rel=0.05)
     for row in rows.values():
-        assert 0 < row["weights, s"] <= row["seconds"] < 60 and row["GiB/s"] > 0
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"] < 60 and row["GiB/s"] > 0
     assert rows["vft"]["time / vft's"] == 1
 
 
@@ -65,7 +65,7 @@ def test_checkpoint(commands: Commands, tmp_path: Path) -> None:
     ]
     for row in made["stalls"]:
         assert (row["stall, s"] == 0) == (row["saves"] == "none") and row["stall, s"] < row["between saves, s"]
-    assert not list(tmp_path.glob("vft-checkpoint-*"))
+    assert not list(tmp_path.glob("vft-bench-*"))
 
 
 @pytest.mark.parametrize(
