@@ -20,7 +20,7 @@ current = 0
 def train_step(trainer: train.Trainer) -> int:
     """Takes note of the step."""
     global current
-    current = trainer.step
+    current = trainer.progress.step
     return original_step(trainer)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vft.common import safetensors_io as tensor_files
+from vft.common.console import setup_logging
 from vft.common.errors import UserError
 from vft.common.files import remove_partials
 from vft.config.run import CheckpointConfig, TrainConfig
@@ -83,7 +84,7 @@ class Trained:
     def saver(self, root: Path, asynchronous: bool, keep_last: int = 3) -> AsyncCheckpointer:
         """With its lines on stdout."""
         config = CheckpointConfig(asynchronous=asynchronous, keep_last=keep_last)
-        return AsyncCheckpointer(root, self.model, self.optimizer, config, self.world, print)
+        return AsyncCheckpointer(root, self.model, self.optimizer, config, self.world)
 
 
 def values(step: int) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def reshard(root: Path, step: str, shard: str, asynchronous: str) -> None:
     read = 0
     with process_group(environment()):
         trained = Trained(int(shard))
-        newest = checkpoints.newest_good(root, trained.world, print)
+        newest = checkpoints.newest_intact(root, trained.world)
         if newest is not None:
             with counted_reads() as count:
                 state = checkpoints.load(newest, trained.model, trained.optimizer)
@@ -247,9 +248,8 @@ def check(folder: Path, trained: Trained) -> int:
     """The step of the checkpoint that a new run chooses; it is whole, bit by bit."""
     remove_partials(folder)
     assert not list(folder.rglob(".partial-*"))
-    told: list[str] = []
-    newest = checkpoints.newest_good(folder, trained.world, told.append)
-    assert newest is not None and not told, told
+    newest = checkpoints.newest_intact(folder, trained.world)
+    assert newest is not None and newest == checkpoints.list_checkpoints(folder)[0]
     trained.fill(0)
     step: int = checkpoints.load(newest, trained.model, trained.optimizer)["step"]
     for name, value in values(step).items():
@@ -310,4 +310,5 @@ def signals(root: Path, name: str, times: str) -> None:
 
 
 if __name__ == "__main__":
+    setup_logging()
     globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

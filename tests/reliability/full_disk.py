@@ -9,6 +9,7 @@ from typing import Any
 
 from vft.recipes.main import main
 from vft.reporting.metrics_log import Monitor
+from vft.training import run_data
 from vft.training import trainer as train
 from vft.training.checkpoint_writer import AsyncCheckpointer
 
@@ -17,7 +18,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "metrics": (Monitor, "step"),
     "checkpoint": (AsyncCheckpointer, "_write"),
     "predictions": (train.Trainer, "evaluate"),
-    "quarantine": (train, "write_quarantine"),
+    "quarantine": (run_data, "write_quarantine"),
     "export": (train, "export"),
     "card": (train, "write_card"),
     "report": (train, "write_report"),

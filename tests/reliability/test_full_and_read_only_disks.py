@@ -18,7 +18,7 @@ import pytest
 from tests.reliability.full_disk import fill
 from tests.runs.commands import CAPTION, Commands, metrics
 from tests.runs.world import World, record, video_record
-from vft.training.checkpoint import list_checkpoints, what_is_broken
+from vft.training.checkpoint import find_damage, list_checkpoints
 
 SCRIPT = str(Path(__file__).with_name("full_disk.py"))
 OFTEN: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up(
     error = result.error
     assert str(run / named) in error and ("No space left" in error or "free space" in error), error
     good = list_checkpoints(run / "checkpoints")
-    assert all(what_is_broken(folder) is None for folder in good)
+    assert all(find_damage(folder) is None for folder in good)
     assert not good or int(good[0].name.removeprefix("step-")) >= least
     assert least == 0 or good
     assert not [path for path in run.rglob(".partial-*") if path.is_dir()]

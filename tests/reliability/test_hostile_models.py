@@ -32,7 +32,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.media.index import build as build_index
 from vft.models import build
 from vft.models.pretrained import Pretrained
-from vft.training.checkpoint import what_is_broken
+from vft.training.checkpoint import find_damage
 
 WATCHED = str(Path(__file__).with_name("watched.py"))
 NEVER_READ = (
@@ -273,7 +273,7 @@ def test_a_checkpoint_with_sums_that_are_right(
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(bad), "sha256": hashlib.sha256(bad).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    assert what_is_broken(folder) is None
+    assert find_damage(folder) is None
     shutil.copytree(learned, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     (tmp_path / "checkpoints").rename(tmp_path / "run" / "checkpoints")
     config = shutil.copy(learned / "config.toml", tmp_path / "run.toml")
@@ -289,9 +289,9 @@ def test_manifests_that_lead_elsewhere(learned: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     for name in ("pipe", "/dev/zero", "../none", ".", ""):
         (folder / "manifest.json").write_text(json.dumps({"step": 60, "files": {name: {"bytes": 1, "sha256": ""}}}))
-        assert what_is_broken(folder) is not None
+        assert find_damage(folder) is not None
     (folder / "manifest.json").write_text(DEEP)
-    assert what_is_broken(folder) is not None
+    assert find_damage(folder) is not None
 
 
 # ------------------------------------------------------------------------------------------------------- custom code

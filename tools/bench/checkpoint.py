@@ -2,7 +2,7 @@
 """What a checkpoint costs: python tools/bench/checkpoint.py [--shape small] [--ranks 8 64] [--full]
 
 First a save of a real model with optimizer state in which training stands still, and of that: copying and writing,
-hashing for the manifest, flushing to the disk. Then what a resumed run waits for: `newest_good` (hashes again) and
+hashing for the manifest, flushing to the disk. Then what a resumed run waits for: `newest_intact` (hashes again) and
 `load`. Last, real training steps with a save every --steps of them: how long the loop stands still, with saves in the
 loop and beside it, and how much longer the steps between two saves take in all. Which disk the folder lies on decides
 about flushing: name one with --folder.
@@ -102,7 +102,7 @@ def timed(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path,
         synchronise()
         with stopwatch() as took:
             took["save"] = seconds(partial(saver.save, number, STATE))
-        took["verify"] = seconds(partial(checkpoints.newest_good, root, saver.world, print))
+        took["verify"] = seconds(partial(checkpoints.newest_intact, root, saver.world))
         newest = checkpoints.list_checkpoints(root)[0]
         took["load"] = seconds(partial(checkpoints.load, newest, model, optimizer))
         if number:  # the first one warms up
@@ -129,9 +129,7 @@ def make_saver(
     trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, asynchronous: bool
 ) -> AsyncCheckpointer:
     """As a run makes it."""
-    return AsyncCheckpointer(
-        root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment(), print
-    )
+    return AsyncCheckpointer(root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment())
 
 
 def stalled(
@@ -184,7 +182,7 @@ def stalled(
 
 def watch(saver: AsyncCheckpointer | None) -> Callable[[], float]:
     """When the save in flight ended; now, where there is none."""
-    thread = saver.thread if saver else None
+    thread = saver.in_flight.thread if saver and saver.in_flight else None
     ended = [time.perf_counter()]
 
     def wait(thread: Thread) -> None:

@@ -29,7 +29,7 @@ from vft.preparation.documents import load_training, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.batch_preview import preview, summary
-from vft.training.checks import tell_of_weights
+from vft.training.checks import warn_of_weights
 from vft.training.losses import cross_entropy
 
 
@@ -56,7 +56,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
-    tell_of_weights(config, print)
+    warn_of_weights(config)
     adapter = Path(config.model.adapter) if config.model.adapter else None
     prepared = open_for_inference(config.model, adapter if forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)

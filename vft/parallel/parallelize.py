@@ -1,7 +1,6 @@
-"""One function that makes a model parallel: checkpoint activations, compile, shard, in that order.
+"""One function that parallelizes a model: activation checkpointing, torch.compile, FSDP2, in this order.
 
-Adapters and frozen parts are chosen before (`vft.adapters.lora.choose_trainable`). Model files know nothing of
-parallelism.
+Adapters and frozen parameters are chosen before (`vft.preparation.run`). Model code knows nothing of parallelism.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ _SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
 }
-if varlen_attn is not None:  # importing it has registered the operator
+if varlen_attn is not None:  # its import has registered the operator
     _SAVED_OPS.add(torch.ops.torch_attn._varlen_attn.default)
 
 
 def parallelize(
     model: VideoLanguageModel, mesh: DeviceMesh | None, config: ParallelConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Change `model`, to be run on `device`, in place; it is still on the meta device. Without a mesh (one process)
-    nothing is sharded."""
+    """Parallelize `model`, which is still on the meta device and will run on `device`, in place.
+
+    Without a mesh, which means one process, nothing is sharded.
+    """
     check_kernel(device, dtype)
     checkpoint_activations(model, config.activation_checkpointing, config.vision_checkpointing)
     if config.compile:
-        # One graph for all layers and lengths, another for rows with shared trunks. Without the kernel attention is a
-        # loop over what a row is made of, which would be compiled for every row.
+        # One graph for all layers and lengths, and another for rows with shared prefixes. Without the kernel, attention
+        # is a loop over the segments of a row, which would be compiled anew for every row.
         for layer in model.decoder.layers:
             (layer if has_kernel(device, dtype) else layer.get_submodule("mlp")).compile(dynamic=True)
     if mesh is not None:
@@ -49,16 +50,16 @@ def parallelize(
 
 
 def checkpoint_activations(model: VideoLanguageModel, decoder: str, encoder: str = "same") -> None:
-    """Recompute in the backward pass: the MLPs (`mlp`), all but attention and every other product (`selective`), or
-    whole layers (`full`). `encoder` is for a trained vision encoder; a frozen one keeps nothing anyway."""
+    """Recompute in the backward pass the MLPs (`mlp`), all but attention and every second matrix product (`selective`),
+    or whole layers (`full`). `encoder` is for a trained vision encoder; a frozen one keeps no activations."""
     _checkpoint_layers(model.decoder.layers, decoder)
     if model.media_trained:
         _checkpoint_layers(model.vision.blocks, decoder if encoder == "same" else encoder)
 
 
 def _checkpoint_layers(layers: Iterable[nn.Module], mode: str) -> None:
-    """Each forward runs under a checkpoint: by a class of its own, as FSDP2 does it, so that no parameter is renamed. A
-    forward bound to each module would be compiled anew for each."""
+    """Run the forward of each layer under a checkpoint. The layer gets another class, as FSDP2 does it: no parameter is
+    renamed, and torch.compile sees one function instead of one for each layer."""
     for layer in layers if mode != "none" else ():
         module: Any = layer.get_submodule("mlp") if mode == "mlp" else layer
         kind: Any = type(module)
@@ -80,7 +81,7 @@ def _selectively(*args: Any, **options: Any) -> Any:
 
 
 def _selective_contexts() -> Any:
-    """Keep attention and every second matrix product (as torchtitan v0.1.0 does), recompute the rest."""
+    """Save attention and every second matrix product, as torchtitan v0.1.0 does, and recompute the rest."""
     products = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -94,17 +95,17 @@ def _selective_contexts() -> Any:
 
 
 def shard(model: VideoLanguageModel, mesh: DeviceMesh, dtype: torch.dtype, config: ParallelConfig) -> None:
-    """FSDP2 over the (replicate, shard) mesh: one group a decoder layer, the rest in the root.
+    """FSDP2 over the (replicate, shard) mesh: one group for each decoder layer, the rest in the root.
 
-    Frozen weights keep their dtype and trainable ones are cast to `dtype` on the way; gradients are reduced in
-    float32. An encoder in which nothing is trained stays whole on every rank and outside: it then needs no collective,
-    so a rank without a video can't hold up the others.
+    Frozen weights keep their dtype, trainable ones are gathered in `dtype`; gradients are reduced in float32. A vision
+    encoder in which nothing is trained is replicated and ignored by FSDP: it needs no collective, so a rank without a
+    video cannot block the others.
     """
     if mesh.size(0) == 1:
-        mesh = mesh["shard"]  # or each layer's gradients would be summed over groups of one
+        mesh = mesh["shard"]  # else gradients would be reduced over groups of one process, too
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    away = offloaded(model, config)
+    on_host = offloaded(model, config)
     layers: list[Any] = list(model.decoder.layers)
     for layer in layers:
         fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
@@ -112,48 +113,50 @@ def shard(model: VideoLanguageModel, mesh: DeviceMesh, dtype: torch.dtype, confi
     for module in () if ignored else model.vision.modules:
         fully_shard(module, **options)
     fully_shard(model, **options, ignored_params=ignored)
-    # The first layer is gathered while the encoder runs, each other one is asked for before the kernels of the layer
-    # before it are. Backwards FSDP2 does so by itself.
+    # Gather the first layer while the vision encoder runs, and each other layer before the kernels of the layer before
+    # it are launched. In the backward pass FSDP2 does so by itself.
     for first, following in pairwise([model, *layers]):
         first.set_modules_to_forward_prefetch([following])
-    _keep_on_host(layers, {id(p) for module in away for p in module.parameters(recurse=False)})
+    _keep_on_host(layers, {id(p) for module in on_host for p in module.parameters(recurse=False)})
 
 
 def offloaded(model: VideoLanguageModel, config: ParallelConfig) -> list[nn.Module]:
-    """Modules of the decoder's layers whose own parameters lie in the host's memory between uses: frozen matrices."""
+    """Modules in the decoder's layers whose own parameters, frozen matrices, are in host memory between uses."""
     if config.offload == "none":
         return []
     inside = (module for layer in model.decoder.layers for module in layer.modules())
-    found = ((module, list(module.parameters(recurse=False))) for module in inside)
-    return [m for m, own in found if any(p.dim() > 1 for p in own) and not any(p.requires_grad for p in own)]
+    with_own = ((module, list(module.parameters(recurse=False))) for module in inside)
+    return [m for m, own in with_own if any(p.dim() > 1 for p in own) and not any(p.requires_grad for p in own)]
 
 
-def _keep_on_host(layers: Iterable[Any], wanted: set[int]) -> None:
-    """FSDP2's offload policy is for whole groups: adapters, their gradients and AdamW's means would go to the host
-    with the weights beside them. What the policy sets for each parameter is set for those that are `wanted`."""
+def _keep_on_host(layers: Iterable[Any], offloaded_ids: set[int]) -> None:
+    """Set for single parameters what FSDP2's offload policy sets for whole groups.
+
+    With the policy the adapters, their gradients and AdamW's moments would go to the host beside the frozen weights.
+    """
     for parameter in (one for layer in layers for group in _groups(layer) for one in group.fsdp_params):
-        if id(parameter.sharded_param) in wanted:
+        if id(parameter.sharded_param) in offloaded_ids:
             parameter.offload_to_cpu = True
             parameter.pin_memory = parameter.device.type == "cuda"
 
 
 def _groups(layer: Any) -> Any:
     state = layer._get_fsdp_state()
-    # Older versions of torch have one group a module.
+    # Older versions of torch have one group for each module.
     return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
 
 
 def materialise(model: VideoLanguageModel, device: torch.device, config: ParallelConfig) -> None:
-    """Memory without values for a model on the meta device: on `device`, in the host's where it is offloaded."""
-    away = set(offloaded(model, config))
-    for module in reversed(list(model.modules())):  # a group's module last: it takes note of its new parameters
-        module.to_empty(device=torch.device("cpu") if module in away else device, recurse=False)
+    """Allocate a model on the meta device, without values: on `device`, or in host memory if it is offloaded."""
+    on_host = set(offloaded(model, config))
+    for module in reversed(list(model.modules())):  # a group's module last: it registers its new parameters
+        module.to_empty(device=torch.device("cpu") if module in on_host else device, recurse=False)
 
 
 def sync_gradients(model: nn.Module, last: bool, adapters_only: bool) -> None:
-    """Reduce the gradients of adapters in the backward pass of a step's last pack alone; the packs before only add up.
+    """Reduce the gradients of adapters only in the backward pass of a step's last pack; before they are accumulated.
 
-    Whole gradients of a model that is trained in full would fill the memory: they are reduced after every pack.
+    In full fine-tuning gradients are reduced after every pack, because unsharded ones would fill the memory.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not adapters_only)

@@ -1,16 +1,17 @@
-"""Memory of a step before it is run: the real forward and backward on tensors without values, every storage counted.
+"""Memory of a training step: planned on fake tensors, or tried with the longest row.
 
-What a device will hold is known to within the allocator's rounding, in seconds, on any machine; no formula has to
-follow the code. tests/unit/preparation/test_memory.py compares with
-what torch's profiler sees allocated in a real step.
+The plan runs the real forward and backward on tensors without values and counts every storage. It takes seconds on any
+machine, is exact up to the allocator's rounding, and needs no formula that has to follow the code.
+tests/unit/preparation/test_memory.py compares it with what torch's profiler sees in a real step.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -34,8 +35,10 @@ from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import RECOMPUTED
 from vft.parallel.parallelize import checkpoint_activations, materialise, offloaded, shard
 
+logger = logging.getLogger(__name__)
+
 MODES = tuple(RECOMPUTED)
-"""Of activation checkpointing, from what keeps most to what keeps least."""
+"""Modes of activation checkpointing, from the one that saves most activations to the one that saves fewest."""
 GIB = 1 << 30
 
 
@@ -45,37 +48,38 @@ def resolve_checkpointing(
     objective: Objective,
     row: Batch | None,
     world: World,
-    say: Callable[[str], None],
 ) -> ParallelConfig:
-    """`activation_checkpointing = "auto"` replaced by the mode that recomputes least and fits the budget.
+    """Replace `activation_checkpointing = "auto"` by the mode that recomputes least and fits the budget.
 
-    `model` is on the meta device, with what is trained settled; `row` is the longest there is. UserError where nothing
-    fits.
+    `model` is on the meta device, and what is trained has been chosen. `row` is the longest one. Raises UserError if no
+    mode fits.
     """
     budget_gib = config.memory_budget_gib
     assert budget_gib is not None
     if row is None:
         raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
-    found: dict[str, float] = {}
+    needed_gib: dict[str, float] = {}
     for mode in MODES:
-        tried = deepcopy(model)
-        checkpoint_activations(tried, mode, config.vision_checkpointing)
-        resident = resident_bytes(tried, config.shard or world.size, config)
-        found[mode] = (resident + step_bytes(tried, objective, row, world.device)) / GIB
-        if found[mode] <= budget_gib:
-            sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
-            say(f"activation_checkpointing = {mode}: {sizes} GiB of {budget_gib:g}")
+        candidate = deepcopy(model)
+        checkpoint_activations(candidate, mode, config.vision_checkpointing)
+        resident = resident_bytes(candidate, config.shard or world.size, config)
+        needed_gib[mode] = (resident + step_bytes(candidate, objective, row, world.device)) / GIB
+        if needed_gib[mode] <= budget_gib:
+            sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in needed_gib.items())
+            logger.info("activation_checkpointing = %s: %s GiB of %g", mode, sizes, budget_gib)
             return config.model_copy(update={"activation_checkpointing": mode})
     raise UserError(
         f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {row.num_tokens} tokens, takes "
-        f"{found['full']:.1f} GiB even with full activation checkpointing; lower data.pack_tokens, shard over more "
-        "devices, or raise it"
+        f"{needed_gib['full']:.1f} GiB even with full activation checkpointing; lower data.pack_tokens, shard over "
+        "more devices, or raise it"
     )
 
 
 def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> str:
-    """Forward and backward of a row whose gradients are thrown away; says what they took. UserError where the device's
-    memory is not enough. With a sharded model every process must call it."""
+    """Run forward and backward of a row, and discard the gradients. Returns a message with time and memory.
+
+    With a sharded model every process must call it. Raises UserError if the device's memory is too small.
+    """
     began = time.perf_counter()
     size = f"{row.num_tokens:,} tokens, {row.pixels_PD.shape[0]:,} vision patches"
     try:
@@ -88,15 +92,17 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
         ) from error
     model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
-    told = f"longest row: {size}: forward and backward in {seconds:.1f} s"
+    message = f"longest row: {size}: forward and backward in {seconds:.1f} s"
     if device.type != "cuda":
-        return told
-    return f"{told}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
+        return message
+    return f"{message}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
 
 
 def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
-    """The first epoch's row with the most tokens, and of these the most patches; its pixels are blank. None where
-    everything is streamed: nobody knows yet."""
+    """The row of the first epoch with the most tokens (and of several the most patches), with blank pixels.
+
+    None if everything is streamed, because the rows of streams are not known in advance.
+    """
     if not documents.documents:
         return None
     work, processor = [planned.work for planned in documents.documents], documents.encoder.processor
@@ -108,53 +114,55 @@ def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
         for one in built
     ]
     row = collate(list(zip(built, blank, strict=True)), processor)
-    return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))  # it is kept: one patch stands for all
+    return replace(
+        row, pixels_PD=blank_1D.expand_as(row.pixels_PD)
+    )  # the row stays in memory: one patch stands for all
 
 
 def resident_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig | None = None) -> int:
-    """What stays on one of `shards` devices from step to step: weights, and AdamW's two means of what is trained.
+    """Bytes that stay on one of `shards` devices from step to step: weights, and AdamW's moments of trained ones.
 
-    With several devices the layer at work and the next are gathered, or all of them; of weights in the host's memory
-    the device's share of two layers is there.
+    With several devices also gathered layers: the current and the next one, or all of them. Of offloaded weights, the
+    device's share of two layers.
     """
     config = config or ParallelConfig()
-    away = {id(p) for p in offloaded_parameters(model, config)}
+    on_host = {id(p) for p in offloaded_parameters(model, config)}
     total = 0
     for parameter, share in shares(model, shards):
         total += 2 * share if parameter.requires_grad else 0
-        total += share if id(parameter) not in away else 0
+        total += share if id(parameter) not in on_host else 0
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder.layers]
-    if shards > 1 or away:
-        ends = sum(p.nbytes for p in model.parameters() if id(p) not in whole_on_each(model)) - sum(layers)
+    if shards > 1 or on_host:
+        ends = sum(p.nbytes for p in model.parameters() if id(p) not in replicated_parameters(model)) - sum(layers)
         total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
     return total + copied_bytes(model, shards, config)
 
 
 def shares(model: VideoLanguageModel, shards: int) -> list[tuple[nn.Parameter, int]]:
-    """Every parameter with the bytes of it that one of `shards` devices has."""
-    whole = whole_on_each(model)
-    return [(p, -(-p.nbytes // (1 if id(p) in whole else shards))) for p in model.parameters()]
+    """Every parameter, and how many bytes of it one of `shards` devices has."""
+    replicated = replicated_parameters(model)
+    return [(p, -(-p.nbytes // (1 if id(p) in replicated else shards))) for p in model.parameters()]
 
 
-def whole_on_each(model: VideoLanguageModel) -> set[int]:
-    """Of parameters that are not sharded, `id`: a vision encoder in which nothing is trained."""
+def replicated_parameters(model: VideoLanguageModel) -> set[int]:
+    """`id` of each parameter that is not sharded: those of a vision encoder in which nothing is trained."""
     return set() if model.media_trained else {id(p) for p in model.media_parameters()}
 
 
 def offloaded_parameters(model: VideoLanguageModel, config: ParallelConfig) -> list[nn.Parameter]:
-    """Weights that lie in the host's memory between uses."""
+    """Weights that are in host memory between uses."""
     return [p for module in offloaded(model, config) for p in module.parameters(recurse=False)]
 
 
 def copied_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig) -> int:
-    """A device's share of two layers from the host's memory: of the one to be gathered, and of the next."""
-    away = {id(p) for p in offloaded_parameters(model, config)}
-    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in away) for layer in model.decoder.layers]
+    """Bytes of a device's share of two offloaded layers: the one that is gathered, and the next."""
+    on_host = {id(p) for p in offloaded_parameters(model, config)}
+    layers = [sum(p.nbytes for p in layer.parameters() if id(p) in on_host) for layer in model.decoder.layers]
     return 2 * -(-max(layers) // shards)
 
 
 def step_bytes(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> int:
-    """Peak of what forward and backward of one row hold beside the weights, gradients among it."""
+    """Peak bytes of forward and backward of one row beside the weights: activations and gradients."""
     return run_step(model, objective, row, device).peak
 
 
@@ -166,16 +174,16 @@ def run_step(
     mesh: DeviceMesh | None = None,
     config: ParallelConfig | None = None,
 ) -> LiveBytes:
-    """Forward and backward of one row as they would be on `device`, and what lived beside the weights.
+    """Run forward and backward of one row on fake tensors, as on `device`. Returns what it allocated.
 
-    With a mesh the model is sharded as in training; the process group behind it may be a fake one. `model` is on the
-    meta device and can't be used afterwards.
+    With a mesh the model is sharded as in training; its process group may be a fake one. `model` is on the meta device,
+    and cannot be used afterwards.
     """
     x = torch.empty(0, dtype=model.compute_dtype)
     with planning_for(device):
         for plan, length in _plans(row):
             prepare(plan, x.new_empty(length))
-        # Real ones: the mesh's own, and tables that are there for good, such as NF4's.
+        # Inputs that are not fake: the mesh's tensors, and constant tables such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             config = config or ParallelConfig()
             if mesh is not None:
@@ -188,16 +196,16 @@ def run_step(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make and that still live; `known` ones don't count.
+    """Counts the bytes of all storages that operators have made and that are alive, except those of `known` tensors.
 
-    FSDP2 empties and refills the storages of gathered weights: what they hold at the time counts.
+    FSDP2 frees and refills the storages of gathered weights: their current size counts.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = self._noted = 0
         self._at_peak: list[tuple[list[int], int]] = []
-        self._sizes = WeakIdKeyDictionary()  # of each storage, in a list of one
+        self._sizes = WeakIdKeyDictionary()  # of each storage, in a list with one element that may change
         for tensor in known:
             self._sizes[tensor.untyped_storage()] = [0]
         self._refilled: list[list[int]] = []
@@ -205,7 +213,7 @@ class LiveBytes(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> LiveBytes:
-        """Begin to count."""
+        """Start counting."""
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             if (known := self._sizes.get(storage)) is not None:
@@ -217,12 +225,12 @@ class LiveBytes(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """Count no more."""
+        """Stop counting."""
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count what it made."""
+        """Run the operator, and count the storages that it made."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._sizes:
@@ -247,20 +255,20 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def gathered_at_peak(self) -> int:
-        """Weights that FSDP2 had gathered when most was held."""
+        """Bytes of weights that FSDP2 had gathered at the peak."""
         refilled = {id(size) for size in self._refilled}
         return sum(held for size, held in self._at_peak if id(size) in refilled)
 
 
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
-    """Every plan of the row, and its rows."""
+    """Every attention plan of the row, and how many rows it has."""
     plans = [] if row.layout is None else list(row.layout.plans.values())
     components = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
     return [(row.plan, row.input_ids_T.numel()), *components]
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """`value` with every tensor in it without values."""
+    """`value` with fake tensors in place of its tensors."""
     if isinstance(value, Tensor):
         return mode.from_tensor(value)
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""How long a step will take, before any GPU is rented: its products, and its traffic between GPUs and hosts.
+"""An estimate of the time of a training step on GPUs that are not there: matrix products, and traffic.
 
-Products follow from FLOPs and an assumed share of the card's peak. Traffic is that of the trainer's own sharding: a
-decoder layer is gathered for each of its passes, gradients are reduced once a step (adapters) or once a row (weights
-trained in full), offloaded weights are copied from the host before they are gathered. All of it runs beside the
-products, so the slowest of them is the step's time.
+The time of the products follows from FLOPs and an assumed share of the card's peak. The traffic is that of the
+trainer's sharding: a decoder layer is gathered for each pass, gradients are reduced once a step (adapters) or once a
+row (full fine-tuning), offloaded weights are copied from the host before they are gathered. All of these overlap, so
+the slowest of them is the time of the step.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from vft.common.types import Batch
 from vft.config.run import Config
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
-from vft.preparation.memory import offloaded_parameters, whole_on_each
+from vft.preparation.memory import offloaded_parameters, replicated_parameters
 
 LINK_SHARE = 0.7
-"""Share of a link's data-sheet rate that collectives and copies reach; assumed."""
+"""Assumed share of a link's data-sheet rate that collectives and copies reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where the processes run, one a GPU."""
+    """GPUs, with one process each, and what connects them."""
 
     gpus: int
     gpus_per_host: int = 8
     network_gb_s: float = 50.0
-    """10^9 bytes a second from host to host, for each GPU and direction (400 Gb/s: 50)."""
+    """10^9 bytes a second between hosts, for each GPU and direction (400 Gb/s: 50)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes of one step, to (and for reductions also from) each GPU."""
+    """Bytes of one step to each GPU; for reductions also from each GPU."""
 
     gathered: float
-    """Weights of layers, for every pass of every row."""
+    """Weights of layers, gathered for every pass of every row."""
     reduced: float
-    """Gradients, within a group that shares the weights."""
+    """Gradients, within a group of GPUs that shares the weights."""
     replicas: float
     """Gradients, between such groups."""
     host: float
-    """From the host's memory: offloaded weights and pixels."""
+    """From host memory: offloaded weights and pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of a step by the resource that they take; all of these overlap."""
+    """Seconds of a step by resource. All of them overlap."""
 
     compute: float
     links: float
@@ -55,20 +55,20 @@ class StepTime:
     network: float
     """Between hosts."""
     host: float
-    """From the host's memory."""
+    """Copies from host memory."""
     alone: bool = False
-    """One process: FSDP2 copies offloaded weights when they are used, not ahead."""
+    """Whether there is one process alone: FSDP2 then copies offloaded weights when they are used, not ahead."""
 
     @property
     def seconds(self) -> float:
-        """Of the whole step: of its slowest part."""
+        """Time of the step, which is that of its slowest part."""
         if self.alone:
             return self.compute + self.host
         return max(self.compute, self.links, self.network, self.host)
 
     @property
     def bound(self) -> str:
-        """The part that limits the step."""
+        """The slowest part."""
         parts = {
             "the products": self.compute,
             "links between GPUs": self.links,
@@ -79,19 +79,19 @@ class StepTime:
 
 
 def traffic_of(model: VideoLanguageModel, config: Config, gpus: int, row: Batch) -> Traffic:
-    """Bytes of one step of rows like `row`. `model` has what is trained settled; it may be on the meta device."""
+    """Bytes of one step of rows like `row`. What `model` trains has been chosen; it may be on the meta device."""
     rows = config.train.packs_per_step // gpus
     shards = config.parallel.shard or gpus
-    whole = whole_on_each(model)
+    replicated = replicated_parameters(model)
     width = model.compute_dtype.itemsize
     in_layers = {id(p) for p in model.decoder.layers.parameters()}
     layers = rest = trained = 0
     for parameter in model.parameters():
-        # What is trained is cast before it is gathered; frozen weights, packed ones too, go as they are.
+        # Trained weights are cast before they are gathered; frozen ones, also packed ones, keep their dtype.
         size = parameter.numel() * width if parameter.requires_grad else parameter.nbytes
         if id(parameter) in in_layers:
             layers += size
-        elif id(parameter) not in whole:
+        elif id(parameter) not in replicated:
             rest += size
         trained += parameter.numel() if parameter.requires_grad else 0
     passes = 2 if config.parallel.reshard_after_forward else 1
@@ -112,7 +112,8 @@ def step_time(
 ) -> StepTime:
     """Seconds of one step of rows like `row`; `efficiency` is the assumed share of the card's peak.
 
-    A ring through hosts of g GPUs with a network card each moves a g-th of its bytes through each of the cards."""
+    A ring through hosts with g GPUs, each with a network card, moves 1/g of its bytes through each card.
+    """
     gpus, per_host = cluster.gpus, cluster.gpus_per_host
     traffic = traffic_of(model, config, gpus, row)
     shards = config.parallel.shard or gpus

@@ -58,10 +58,6 @@ class Monitor:
         self.evaluated = False
         """Whether metrics.jsonl has the scores of the step that the run resumes from."""
 
-    def say(self, text: str) -> None:
-        """A message: `logger.info`."""
-        logger.info(text)
-
     def resume_at(self, step: int, max_steps: int) -> None:
         """Remove what later steps have left."""
         self.state.max_steps = max_steps

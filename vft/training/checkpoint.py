@@ -1,18 +1,20 @@
-"""Resume state: what it takes to go on exactly. Safetensors and JSON only; whole on disk or not there at all.
+"""Checkpoints: the state from which a run resumes exactly. Safetensors and JSON only; complete on disk or absent.
 
     step-000100/   trainable.safetensors  optimizer.safetensors  state.json  manifest.json
 
-Where the model is sharded each process writes its own rows (`trainable-00001-of-00004.safetensors`, ...), and the
-headers say where they belong, as torch's distributed checkpoint says it: its HuggingFaceStorageReader reads them too.
-Any number of processes reads what any number wrote. `checkpoint_writer` says when and by whom it is written.
+If the model is sharded, each process writes its own rows (`trainable-00001-of-00004.safetensors`, ...). Headers say
+where these belong, in the form of torch.distributed.checkpoint, whose HuggingFaceStorageReader can read them. The
+number of processes may change between writing and reading. `checkpoint_writer` decides when and by whom files are
+written.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,33 +31,35 @@ from vft.common.safetensors_io import write_tensors
 from vft.distributed.process_group import World, all_of, local_part, local_rows, writes_rows
 from vft.models.pretrained import open_tensors
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TRAINABLE, OPTIMIZER = "trainable", "optimizer"
-"""Files of tensors."""
+"""Beginnings of the names of tensor files."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARDING = "DCP_SHARDING_INFO"
-"""Key of a header's metadata: `saved_offsets` of each tensor, where in the whole its part begins."""
+"""Key in the metadata of a header: for each tensor `saved_offsets`, where its part begins in the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of a tensor of the state that this process writes."""
+    """Rows of one tensor, which this process writes."""
 
     file: str
-    """TRAINABLE or OPTIMIZER."""
+    """`TRAINABLE` or `OPTIMIZER`."""
     rows: Tensor
     first: int
-    """Number of the first of them in the whole."""
+    """Index of the first row in the whole tensor."""
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
 def parts_to_write(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
-    """This process's part of the state, by tensor name; the tensors are those that training changes, not copies."""
+    """The tensors of the state that this process writes, by name. These are not copies: training changes them."""
     parts = {}
-    for name, parameter in _kept(model):
+    for name, parameter in _state_parameters(model):
         if not writes_rows(parameter):
             continue
         first = local_rows(parameter).start or 0
@@ -71,7 +75,7 @@ def parts_to_write(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def write_parts(folder: Path, parts: Mapping[str, Part], number: int, count: int) -> dict[str, dict[str, Any]]:
-    """Write the files of writer `number` (from 1) of `count`, flushed to the disk. Returns what the manifest says."""
+    """Write the files of writer `number` (from 1) of `count`, flushed to the disk. Returns their manifest entries."""
     described = {}
     for file in (TRAINABLE, OPTIMIZER):
         mine = {name: part for name, part in parts.items() if part.file == file}
@@ -86,7 +90,7 @@ def write_parts(folder: Path, parts: Mapping[str, Part], number: int, count: int
 
 
 def write_rest(folder: Path, step: int, state: str, files: Mapping[str, dict[str, Any]]) -> None:
-    """The state that is no tensor, in JSON, and last the manifest of all `files`."""
+    """Write the state that is not tensors, as JSON, and last the manifest, of `files` and of this one."""
     (folder / STATE).write_text(state, encoding="utf-8")
     text = _manifest(step, {**files, STATE: _describe(folder / STATE)})
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -105,33 +109,33 @@ def _offsets(part: Part) -> list[int]:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Folders of checkpoints, newest first."""
-    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    folders = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)] if root.is_dir() else []
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def newest_good(root: Path, world: World, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are those of its manifest; None where there is none at all.
+def newest_intact(root: Path, world: World) -> Path | None:
+    """The newest checkpoint whose files match its manifest, or None if there are no checkpoints.
 
-    Every process calls it, hashes its share of the files and gets the same answer. A broken one is reported and the one
-    before it taken. UserError where all are broken.
+    Every process calls it, hashes its share of the files, and gets the same answer. If a checkpoint is damaged, a
+    message says so, and the one before it is tried. Raises UserError if all are damaged.
     """
-    found = all_of(list_checkpoints(root))[0]
-    for folder in found:
-        broken = next(filter(None, all_of(what_is_broken(folder, world.rank, world.size))), None)
-        if broken is None:
+    folders = all_of(list_checkpoints(root))[0]
+    for folder in folders:
+        damage = next(filter(None, all_of(find_damage(folder, world.rank, world.size))), None)
+        if damage is None:
             return folder
-        report(f"{folder}: {broken}; trying the checkpoint before it")
-    if found:
-        raise UserError(f"{root}: none of {len(found)} checkpoints is whole; remove the folder to begin anew")
+        logger.info("%s: %s; trying the checkpoint before it", folder, damage)
+    if folders:
+        raise UserError(f"{root}: none of {len(folders)} checkpoints is whole; remove the folder to begin anew")
     return None
 
 
-def what_is_broken(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """The first thing in one of several shares of the files that doesn't fit the manifest, or None."""
+def find_damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What does not match the manifest in one of several shares of the files; None if all of them are intact."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
-        if text != _manifest(int(folder.name.removeprefix("step-")), files):  # the one file that no digest speaks for
+        if text != _manifest(int(folder.name.removeprefix("step-")), files):  # no digest covers the manifest itself
             return f"{MANIFEST} is not what was written for this step"
         for name, expected in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
             if _describe(folder / name) != expected:
@@ -143,7 +147,7 @@ def what_is_broken(folder: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def _describe(path: Path) -> dict[str, Any]:
     digest = sha256()
-    if not path.is_file():  # a FIFO would block whoever opens it, a device has no end
+    if not path.is_file():  # opening a FIFO would block, and a device has no end
         raise OSError(f"{path.name} is no file")
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -155,18 +159,20 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill parameters and optimizer, each process its own rows, and return the rest of the state.
+    """Read the checkpoint into model and optimizer, each process its own rows. Returns the content of state.json.
 
-    UserError where the tensors are not those of the model.
+    Raises UserError if the tensors are not those of the model.
     """
-    named = dict(_kept(model))
+    parameters = dict(_state_parameters(model))
     with ExitStack() as stack:
         stored = _stored(folder, TRAINABLE, stack)
-        if stored.keys() != named.keys():
-            odd = sorted(stored.keys() ^ named.keys())
-            raise UserError(f"{folder}: {len(odd)} trained tensors differ from the model's, {odd[0]} among them")
+        if stored.keys() != parameters.keys():
+            different = sorted(stored.keys() ^ parameters.keys())
+            raise UserError(
+                f"{folder}: {len(different)} trained tensors differ from the model's, {different[0]} among them"
+            )
         moments = _stored(folder, OPTIMIZER, stack)
-        for name, parameter in named.items():
+        for name, parameter in parameters.items():
             _fill(parameter, stored[name], f"{folder}: {name}")
             if not parameter.requires_grad:
                 continue
@@ -178,7 +184,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[int, Any]]]:
-    """By tensor name: its parts in order, each the number of its first row and a slice to read from."""
+    """For each tensor its parts in order: the index of the first row, and a slice to read from."""
     parts: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     for name in names:
@@ -192,7 +198,7 @@ def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[i
 
 
 def _fill(target: Tensor, parts: list[tuple[int, Any]], where: str) -> None:
-    """Copy what this process holds of `target`; UserError unless the parts make up exactly a tensor of its shape."""
+    """Read the rows of `target` that this process has. Raises UserError unless the parts make up exactly its shape."""
     shape, end = list(target.shape), 0
     rows = range(*local_rows(target).indices(shape[0])) if shape else range(1)
     local = local_part(target.detach())
@@ -211,6 +217,6 @@ def _fill(target: Tensor, parts: list[tuple[int, Any]], where: str) -> None:
         raise UserError(f"{where}: the model's has shape {shape}, the files have {', '.join(stored) or 'none'}")
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained, and where PiSSA began: another machine's decomposition might differ in the last bits."""
+def _state_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained, and PiSSA's initial values: another machine's decomposition might differ in the last bits."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad or is_start(name))

@@ -1,20 +1,21 @@
-"""When checkpoints are written, and by whom: each process its own rows, in the background while training goes on.
+"""When checkpoints are written, and by whom: each process writes its own rows in a background thread.
 
-A save copies what training is about to change to host memory and hands it to a thread. Three times the threads of all
-processes wait for each other, in a process group of their own: until rank 0 has made the temporary folder, until
-every file is on the disk (each process hashes its own), and until rank 0 has written the manifest and renamed the
-folder. What fails in one of them fails in all. Writing and hashing don't hold Python's lock.
+A save copies the state to host memory and gives the copy to a thread, while training goes on. The threads of all
+processes wait for each other three times, in a process group of their own: until rank 0 has made the temporary folder,
+until all files are on the disk (each process hashes its own), and until rank 0 has written the manifest and renamed the
+folder. An error in one of them is raised in all. Writing and hashing do not hold the global interpreter lock.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -29,93 +30,100 @@ from vft.distributed.heartbeat import main_process_work
 from vft.distributed.process_group import World, all_of, background_group
 from vft.training.checkpoint import Part, list_checkpoints, parts_to_write, write_parts, write_rest
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
+@dataclass
+class _Save:
+    """A save that a thread is writing."""
+
+    step: int
+    thread: Thread = field(init=False)
+    error: BaseException | None = None
+    """How it failed, if it did."""
+
+
 class AsyncCheckpointer:
-    """Saves one model with its optimizer. Every process makes one, and calls its methods together with the others."""
+    """Saves a model with its optimizer. Every process makes one, and calls its methods together with the others."""
 
     def __init__(
-        self,
-        root: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: CheckpointConfig,
-        world: World,
-        say: Callable[[str], None],
+        self, root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: CheckpointConfig, world: World
     ) -> None:
-        self.root, self.model, self.optimizer = root, model, optimizer
-        self.config, self.world, self.say = config, world, say
+        self.root, self.model, self.optimizer, self.config, self.world = root, model, optimizer, config, world
         self.group = background_group()
         host = platform.node()
-        told = all_of((host, sum(part.rows.nbytes for part in parts_to_write(model, optimizer).values())))
-        sizes = [size for _, size in told]
-        self.writers = [rank for rank, size in enumerate(sizes) if size]
-        """Ranks that hold rows which nobody before them holds."""
-        self.bytes = sum(sizes)
-        """Of a checkpoint, but for a few kilobytes."""
-        copies, free = sum(size for name, size in told if name == host), _available_memory()
+        own_bytes = sum(part.rows.nbytes for part in parts_to_write(model, optimizer).values())
+        by_rank = all_of((host, own_bytes))
+        self.writers = [rank for rank, (_, size) in enumerate(by_rank) if size]
+        """Ranks that have rows which no rank before them has."""
+        self.bytes = sum(size for _, size in by_rank)
+        """Size of a checkpoint without its JSON files."""
+        copies, free = sum(size for name, size in by_rank if name == host), _available_memory()
         self.asynchronous = config.asynchronous and all(all_of(copies <= free))
         if config.asynchronous and not self.asynchronous:
-            say(
-                f"warning: checkpoint.asynchronous = true: the copies take {_size(copies)} of this host's memory, "
-                f"{_size(free)} are free; saves will stop the loop instead"
+            logger.warning(
+                "checkpoint.asynchronous = true: the copies take %s of this host's memory, %s are free; saves will "
+                "stop the loop instead",
+                _size(copies),
+                _size(free),
             )
-        self.host: dict[str, Tensor] = {}
-        """Copies that wait to be written, in memory that is kept from save to save."""
-        self.thread: Thread | None = None
-        self.step = 0
-        """Of the save in flight."""
-        self.error: BaseException | None = None
-        """How the save in flight failed."""
+        self.copies: dict[str, Tensor] = {}
+        """Host memory for copies of the state, reused by every save."""
+        self.in_flight: _Save | None = None
 
     @main_process_work("writing a checkpoint")
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """A checkpoint of now; with `asynchronous` it is on the disk by the next `save` or `wait`.
+        """Save a checkpoint. An asynchronous one is on the disk by the end of the next `save` or `wait`.
 
-        UserError where it can't be written, or the one before couldn't.
+        Raises UserError if this one, or the one before, cannot be written.
         """
         self._join()
-        self.require_room()
-        text = json.dumps({**state, "step": step}, indent=1) + "\n"  # now: training changes what `state` refers to
+        self.check_free_space()
+        text = json.dumps({**state, "step": step}, indent=1) + "\n"  # now, because training changes the state
         parts = parts_to_write(self.model, self.optimizer)
         if not self.asynchronous:
             self._write(step, parts, text)
             return
-        parts = self._copied(parts)
-        self.step, self.thread = step, Thread(target=self._run, args=(step, parts, text), daemon=True)
-        self.thread.start()
+        parts, save = self._copied(parts), _Save(step)
+        save.thread = Thread(target=self._run, args=(save, parts, text), daemon=True)
+        self.in_flight = save
+        save.thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether the save in flight is known to have failed: `wait` then raises, in this process and all others."""
-        return self.error is not None
+        """Whether the save in flight has failed. `wait` then raises its error in all processes."""
+        return self.in_flight is not None and self.in_flight.error is not None
 
     @main_process_work("writing a checkpoint")
     def wait(self) -> None:
-        """Until nothing is in flight any more. UserError where it couldn't be written."""
+        """Wait for the save in flight, if there is one. Raises UserError if it failed."""
         self._join()
 
     def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread, error, self.error = None, self.error, None
+        if self.in_flight is not None:
+            self.in_flight.thread.join()
+            error, self.in_flight = self.in_flight.error, None
             if error is not None:
                 raise error
 
     def close(self) -> None:
-        """Wait after an error of another kind: what is in flight is whole and worth keeping. Ctrl-C leaves it."""
-        if self.thread is not None and self.thread.is_alive():
-            self.say(f"waiting for the checkpoint of step {self.step} to be written; Ctrl-C to go without it")
+        """Wait for the save in flight after an error elsewhere: it is worth having. Ctrl-C ends the wait."""
+        save = self.in_flight
+        if save is None:
+            return
+        if save.thread.is_alive():
+            logger.info("waiting for the checkpoint of step %d to be written; Ctrl-C to go without it", save.step)
         try:
             self._join()
-        except Exception as error:  # the run ends by the other one
-            self.say(f"the checkpoint of step {self.step} was not written: {error}")
+        except Exception as error:  # the run ends with the other error
+            logger.info("the checkpoint of step %d was not written: %s", save.step, error)
 
-    # -------------------------------------------------------------------------------------------------------- the disk
+    # --------------------------------------------------------------------------------------------------- disk space
 
-    def require_room(self) -> int:
-        """Free bytes on the disk. UserError where the next checkpoint wouldn't fit."""
+    def check_free_space(self) -> int:
+        """Free bytes on the disk. Raises UserError if the next checkpoint does not fit."""
         folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         free = min(all_of(shutil.disk_usage(folder).free))
         if free < self.bytes:
@@ -125,38 +133,42 @@ class AsyncCheckpointer:
             )
         return free
 
-    def expect(self, steps: int) -> None:
-        """Before a run of so many more steps: UserError where not even one save fits the disk, a warning where not all
-        do that `checkpoint.keep_last` keeps."""
+    def check_space_for(self, steps: int) -> None:
+        """Before `steps` more steps: raises UserError if not even one checkpoint fits on the disk, and warns if not all
+        of those fit that `checkpoint.keep_last` keeps."""
         if not steps:
             return
-        free, saves = self.require_room(), math.ceil(steps / (self.config.every_steps or steps))
-        if self.config.keep_last:  # one more lies there while the newest is written
+        free, saves = self.check_free_space(), math.ceil(steps / (self.config.every_steps or steps))
+        if self.config.keep_last:  # there is one more while the newest is written
             saves = min(saves, max(1, self.config.keep_last + 1 - len(list_checkpoints(self.root))))
         if free < saves * self.bytes:
-            self.say(
-                f"warning: {saves} more checkpoints of {_size(self.bytes)} come to {_size(saves * self.bytes)}, "
-                f"{_size(free)} are free on the disk: lower checkpoint.keep_last, or free space"
+            logger.warning(
+                "%d more checkpoints of %s come to %s, %s are free on the disk: lower checkpoint.keep_last, or free "
+                "space",
+                saves,
+                _size(self.bytes),
+                _size(saves * self.bytes),
+                _size(free),
             )
 
-    # --------------------------------------------------------------------------------------------------------- writing
+    # ------------------------------------------------------------------------------------------------------ writing
 
     def _copied(self, parts: Mapping[str, Part]) -> dict[str, Part]:
-        """The same parts as they are now, in host memory (pinned, where they come from a GPU)."""
+        """Copies of the parts in host memory, which is pinned if they come from a GPU."""
         for name, part in parts.items():
-            if name not in self.host:
+            if name not in self.copies:
                 pinned = part.rows.is_cuda
-                self.host[name] = torch.empty(part.rows.shape, dtype=part.rows.dtype, pin_memory=pinned)
-            self.host[name].copy_(part.rows, non_blocking=True)
+                self.copies[name] = torch.empty(part.rows.shape, dtype=part.rows.dtype, pin_memory=pinned)
+            self.copies[name].copy_(part.rows, non_blocking=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        return {name: replace(part, rows=self.host[name]) for name, part in parts.items()}
+        return {name: replace(part, rows=self.copies[name]) for name, part in parts.items()}
 
-    def _run(self, step: int, parts: Mapping[str, Part], state: str) -> None:
+    def _run(self, save: _Save, parts: Mapping[str, Part], state: str) -> None:
         try:
-            self._write(step, parts, state)
-        except BaseException as error:  # the loop raises it
-            self.error = error
+            self._write(save.step, parts, state)
+        except BaseException as error:  # raised by `_join` in the main thread
+            save.error = error
 
     def _write(self, step: int, parts: Mapping[str, Part], state: str) -> None:
         folder = self.root / f"step-{step:06d}"
@@ -171,17 +183,17 @@ class AsyncCheckpointer:
 
             def finish() -> None:
                 if self.world.is_main:
-                    every = {name: facts for part in files for name, facts in part.items()}
-                    write_rest(partial_of(folder), step, state, every)
-                    stack.close()  # renames it
+                    files = {name: entry for part in written for name, entry in part.items()}
+                    write_rest(partial_of(folder), step, state, files)
+                    stack.close()  # renames the folder
                     self._prune()
 
             self._together(begin, folder)
-            files = self._together(write, folder)
+            written = self._together(write, folder)
             self._together(finish, folder)
 
     def _write_own(self, partial: Path, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
-        """This process's files, as the manifest is to describe them."""
+        """Write the files of this process. Returns their manifest entries."""
         rank = self.world.rank
         if not partial.is_dir():
             raise UserError(f"{partial}: made by rank 0, not there for rank {rank}; all hosts must share output_dir")
@@ -192,26 +204,26 @@ class AsyncCheckpointer:
             shutil.rmtree(old)
 
     def _together(self, work: Callable[[], T], folder: Path) -> list[T]:
-        """What every process's `work` gives, by rank; where one fails, the same error in all of them."""
+        """Run `work` in every process. Returns the results by rank; an error in one process is raised in all."""
         result: Any = None
         error: Exception | None = None
         try:
             result = work()
         except OSError as caught:
             error = cannot_write(folder, caught)
-        except Exception as caught:  # so that nobody waits for this process
+        except Exception as caught:  # raised below, because the others must not wait for this process
             error = caught
-        told = all_of((result, None if error is None else str(error)), self.group)
+        outcomes = all_of((result, None if error is None else str(error)), self.group)
         if error is not None:
             raise error
-        for _, message in told:
+        for _, message in outcomes:
             if message is not None:
                 raise UserError(message)
-        return [one for one, _ in told]
+        return [outcome for outcome, _ in outcomes]
 
 
 def _available_memory() -> float:
-    """Bytes that this host can give without swapping, as Linux estimates it; elsewhere nobody says."""
+    """Bytes that this host can give without swapping, as Linux estimates them; infinite on other systems."""
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")), math.inf)

@@ -1,11 +1,13 @@
-"""Checks that stop a run before it goes wrong in silence: of its folder, of what it resumes, of its first step."""
+"""Checks that stop a run before it goes wrong unnoticed: of its folder, of what it resumes, of its steps."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ from vft.config.run import Config
 from vft.distributed.process_group import all_of, local_part, sum_over_ranks
 from vft.models.base import VideoLanguageModel
 
+logger = logging.getLogger(__name__)
+
 IDENTITY = {
     "data": "the samples, their texts or lengths",
     "base": "the weights of model.path",
     "held_out": "the held-out samples or their answers",
 }
-"""What the digests in a checkpoint stand for."""
+"""What the digests in a checkpoint are of."""
 
 
 def check_shares(config: Config, processes: int) -> None:
-    """UserError where a step's rows can't be shared out evenly."""
+    """Raises UserError if the packs of a step cannot be divided evenly among the processes."""
     if config.train.packs_per_step % processes:
         raise UserError(
             f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
@@ -39,7 +43,7 @@ def check_shares(config: Config, processes: int) -> None:
 
 
 def check_warmup(config: Config, steps: int) -> None:
-    """UserError where the run is over before the warm-up is."""
+    """Raises UserError if the warm-up is longer than the run."""
     if config.train.warmup_steps > steps:
         raise UserError(
             f"train.warmup_steps = {config.train.warmup_steps}: the run has {steps} steps and would never reach the "
@@ -48,8 +52,8 @@ def check_warmup(config: Config, steps: int) -> None:
 
 
 def check_output_dir(config: Config) -> None:
-    """UserError where the folder can't be written, or holds a run of another configuration or by other rules: two runs
-    would mix."""
+    """Raises UserError if the folder cannot be written, or holds a run with another configuration or other rules: the
+    two would mix."""
     folder = config.output_dir.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -59,10 +63,11 @@ def check_output_dir(config: Config) -> None:
     file = config.output_dir / "config.toml"
     if not file.is_file():
         return
-    # First: what is asked for now may look different only because settings have got other names since.
+    # The rules come first: under other rules the settings may only seem to differ, because their names have changed.
     states = sorted(config.output_dir.glob("checkpoints/step-*/state.json"))
-    for said in [one for one in (config.output_dir / "run.json", *states[-1:]) if one.is_file()][:1]:
-        check_rules(config.output_dir, read_object(said))
+    records = [path for path in (config.output_dir / "run.json", *states[-1:]) if path.is_file()]
+    if records:
+        check_rules(config.output_dir, read_object(records[0]))
     before = configs.load(file)
     for key, old, new in configs.differences(before, config):
         raise UserError(
@@ -71,9 +76,12 @@ def check_output_dir(config: Config) -> None:
         )
 
 
-def take_folder(config: Config, about: Mapping[str, Any]) -> FileLock:
-    """Make a run's folder, write what the run is, and keep it as long as the result. UserError where another run is at
-    work there."""
+@contextmanager
+def locked_folder(config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Make the folder of a run, write what the run is (`facts`), and keep other runs out of it until the end.
+
+    Raises UserError if another run is at work there.
+    """
     folder = config.output_dir
     lock = FileLock(folder / ".lock")
     try:
@@ -85,15 +93,18 @@ def take_folder(config: Config, about: Mapping[str, Any]) -> FileLock:
         ) from None
     except OSError as error:
         raise cannot_write(folder, error) from error
-    remove_partials(folder)
-    if not (folder / "run.json").exists():
-        replace_text(folder / "run.json", json.dumps({**about, "rules": VERSION}, indent=1) + "\n")
-    replace_text(folder / "config.toml", configs.dump(config))
-    return lock
+    try:
+        remove_partials(folder)
+        if not (folder / "run.json").exists():
+            replace_text(folder / "run.json", json.dumps({**facts, "rules": VERSION}, indent=1) + "\n")
+        replace_text(folder / "config.toml", configs.dump(config))
+        yield
+    finally:
+        lock.release()
 
 
 def check_rules(place: Path, state: Mapping[str, Any]) -> None:
-    """UserError where a run was begun under other rules: its second half would be trained on other samples."""
+    """Raises UserError if a run was started under other rules: its second half would be trained on other samples."""
     if changed := changed_since(state):
         raise UserError(
             f"{place}: the run there was begun under {changed}. Name another output_dir to begin anew, or finish it "
@@ -102,11 +113,10 @@ def check_rules(place: Path, state: Mapping[str, Any]) -> None:
 
 
 def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """UserError where the rules, the data or the base are not those that the checkpoint was made with: its cursor would
-    lie.
+    """Raises UserError if the rules, the data or the base have changed since the checkpoint: its cursor would be wrong.
 
-    Nor may the held-out samples be edited, whose scores would be laid beside those of before, but for other settings
-    of them (`held_out_settings`).
+    The held-out samples may not change either, because scores before and after would be compared; but other settings
+    (`held_out_settings`) may choose other ones.
     """
     check_rules(checkpoint, then)
     for what, meaning in IDENTITY.items():
@@ -120,78 +130,80 @@ def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
             )
 
 
-def tell_of_weights(config: Config, say: Callable[[str], None]) -> None:
-    """Say what `weight`, a key of older files, means."""
-    weighed = [source for source in config.data.sources if source.weight is not None]
-    if weighed:
+def warn_of_weights(config: Config) -> None:
+    """A message that says what `weight`, a key of older files, means, and what has taken its place."""
+    weighted = [source for source in config.data.sources if source.weight is not None]
+    if weighted:
         streams = any(source.stream for source in config.data.sources)
         meaning = "rows of a step beside those of other weights" if streams else "how often records come in an epoch"
         instead = "share, its fraction of the samples" if streams else "repeats, the same under a clearer name"
-        told = ", ".join(f"{source.path} {source.weight:g}" for source in weighed)
-        say(f"data.sources: weight ({told}) is read as before, {meaning}; give {instead}")
+        weights = ", ".join(f"{source.path} {source.weight:g}" for source in weighted)
+        logger.info("data.sources: weight (%s) is read as before, %s; give %s", weights, meaning, instead)
 
 
-def warn_of_benchmarks(config: Config, say: Callable[[str], None]) -> None:
-    """Some sets are to be evaluated on."""
+def warn_of_benchmarks(config: Config) -> None:
+    """A warning if a benchmark is trained on."""
     if any(source.format == "video_mme" for source in config.data.sources):
-        say("warning: Video-MME is a benchmark: scores on it mean nothing after training on it")
+        logger.warning("Video-MME is a benchmark: scores on it mean nothing after training on it")
 
 
-class NotFinite:
-    """Steps whose loss or gradient is no number change nothing; some of them in a row end the run.
+class NonFiniteSteps:
+    """Skips steps whose loss or gradient norm is not finite, and ends the run after several in a row.
 
-    Both are sums over all processes, so all of them decide alike.
+    Both numbers are sums over all processes, so all processes decide alike.
     """
 
-    IN_A_ROW = 3
-    NAMED = 20
+    MAX_IN_A_ROW = 3
+    MAX_NAMED = 20
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.in_a_row = say, 0
-        self.skipped = 0
-        """Since this process began."""
+    def __init__(self) -> None:
+        self.in_a_row = 0
 
     def skips(self, step: int, loss: float, norm: float, sample_ids: Sequence[str]) -> bool:
-        """Whether the step is to be left out. UserError where it is one too many; `sample_ids` are this process's."""
+        """Whether to skip the step. `sample_ids` are those of this process.
+
+        Raises UserError if it is one too many.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
             return False
         self.in_a_row += 1
-        ids = [one for part in all_of(tuple(sample_ids)) for one in part]
-        more = f" and {len(ids) - self.NAMED} more" if len(ids) > self.NAMED else ""
-        text = (
+        ids = [id for part in all_of(tuple(sample_ids)) for id in part]
+        more = f" and {len(ids) - self.MAX_NAMED} more" if len(ids) > self.MAX_NAMED else ""
+        message = (
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; nothing was updated. "
-            f"Samples of this step: {', '.join(ids[: self.NAMED])}{more}"
+            f"Samples of this step: {', '.join(ids[: self.MAX_NAMED])}{more}"
         )
-        if self.in_a_row == self.IN_A_ROW:
-            raise UserError(f"{text}. The third in a row: lower train.learning_rate, or look at these samples")
-        self.say(f"warning: {text}")
-        self.skipped += 1
+        if self.in_a_row == self.MAX_IN_A_ROW:
+            raise UserError(f"{message}. The third in a row: lower train.learning_rate, or look at these samples")
+        logger.warning("%s", message)
         return True
 
 
-def check_first_step(model: VideoLanguageModel, loss: float, had_media: bool, say: Callable[[str], None]) -> None:
-    """Weights that were never loaded, and adapters or components that get no gradient: both train on without a word.
+def check_first_step(model: VideoLanguageModel, loss: float, had_media: bool) -> None:
+    """Find weights that were not loaded, and trained parameters that get no gradient.
 
-    Call it between the first backward pass and the first update; every process must. UserError for a sure sign, a
-    warning through `say` for a doubtful one.
+    Every process calls it, between the first backward pass and the first update. Raises UserError for a sure sign, and
+    warns of a doubtful one.
     """
-    chance = math.log(model.config.vocabulary)
-    if loss > 1.05 * chance:  # random weights are a little above it too
-        say(
-            f"warning: the first loss, {loss:.2f}, is above that of guessing, ln(vocabulary) = {chance:.2f}: check "
-            "that model.path is the checkpoint you mean, unless you know that it answers in another form"
+    guessing = math.log(model.config.vocabulary)
+    if loss > 1.05 * guessing:  # the loss of random weights is a little above it, too
+        logger.warning(
+            "the first loss, %.2f, is above that of guessing, ln(vocabulary) = %.2f: check that model.path is the "
+            "checkpoint you mean, unless you know that it answers in another form",
+            loss,
+            guessing,
         )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad != (parameter.grad is not None):
             state = "is trained but has no gradient" if parameter.requires_grad else "is frozen but has a gradient"
             raise UserError(f"{name} {state} after the first step; check lora.targets and model.train")
-    # B's gradient alone: A's is exactly zero as long as B is. Without media nothing reaches the vision encoder.
-    named = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.weight")}
-    if not named:
+    # Only B: A has no gradient as long as B is zero. Without media the vision encoder has none.
+    adapters = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.weight")}
+    if not adapters:
         return
-    sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in named.values() if p.grad is not None])
-    for name, size in zip(named, sum_over_ranks(sizes).tolist(), strict=True):
+    sizes = torch.stack([local_part(p.grad).abs().sum().double() for p in adapters.values() if p.grad is not None])
+    for name, size in zip(adapters, sum_over_ranks(sizes).tolist(), strict=True):
         component = component_of(name, model.components)
         if size == 0 and (component == "language_model" or had_media):
             raise UserError(f"{name}: gradient is 0 everywhere after the first step; check lora.targets ({component})")

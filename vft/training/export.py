@@ -1,4 +1,4 @@
-"""What a run leaves for others: an adapter in PEFT's format, or a whole model in the released layout."""
+"""Export: an adapter in PEFT's format, or the whole model in the layout of its release."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 @main_process_work("writing an export")
 def export(
     model: VideoLanguageModel,
-    checkpoint: Pretrained,
+    pretrained: Pretrained,
     config: Config,
     task: Task,
-    asked: Mapping[str, Any],
+    prompts: Mapping[str, Any],
     step: int,
     target: Path,
     write: bool,
 ) -> None:
-    """Every process calls it (tensors are gathered); the one with `write` writes. Facts of the training lie beside:
-    `asked` is what the records ask (`vft.data.training_prompts`)."""
+    """Write the adapter or the model to `target`, and facts of the training to vft.json beside it.
+
+    Every process calls it, because tensors are gathered; the one with `write` writes. `prompts` are facts about what
+    the records ask (`vft.data.training_prompts`).
+    """
     about: dict[str, Any] = {
-        "base_fingerprint": checkpoint.fingerprint,
+        "base_fingerprint": pretrained.fingerprint,
         "task": config.task,
         "prompt": task.prompt,
-        **asked,
+        **prompts,
         "step": step,
-        "rope_factor": checkpoint.rope_factor,
+        "rope_factor": pretrained.rope_factor,
         "pack_tokens": config.data.pack_tokens,
         "video": config.data.video.model_dump(mode="json", exclude_none=True),
         "image": config.data.image.model_dump(mode="json", exclude_none=True),
@@ -46,21 +49,23 @@ def export(
     if config.lora is not None:
         export_adapter(model, target, config.lora, config.model.path, about, write)
     else:
-        about |= {"merged": merged_into(checkpoint)}
-        export_model(model, checkpoint, target, served_files(checkpoint, model, about), write)
+        about |= {"merged": merged_into(pretrained)}
+        export_model(model, pretrained, target, served_files(pretrained, model, about), write)
 
 
 def served_files(
-    checkpoint: Pretrained, model: VideoLanguageModel, about: Mapping[str, Any], generation: str = "greedy"
+    pretrained: Pretrained, model: VideoLanguageModel, about: Mapping[str, Any], generation: str = "greedy"
 ) -> dict[str, Mapping[str, Any]]:
-    """JSON files, by name, that a whole model has in the place of its release's: `about`, the facts of the training,
-    and what makes others sample text, frames and pixels as training and evaluation did. With `generation` = "base"
-    text is sampled as the release has it."""
+    """JSON files by name, which replace those of the release beside an exported model.
+
+    They have the facts of the training, `about`, and make other programs sample frames and pixels as in training, and
+    generate text greedily as in evaluation. With `generation` = "base" text is generated as the release says.
+    """
     files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
     if generation == "greedy":
-        end_ids = ChatEncoder(checkpoint.tokenizer, model.processor, checkpoint.end_ids).end_ids
-        files["generation_config.json"] = greedy(checkpoint.json_file("generation_config.json"), end_ids)
-    if about.get("video"):  # nothing is known of what another program's adapter was trained on
-        release = {name: checkpoint.json_file(name) for name in PROCESSOR_FILES}
-        files |= processor_files(checkpoint.config.model_type, release, about["video"], about.get("image", {}))
+        end_ids = ChatEncoder(pretrained.tokenizer, model.processor, pretrained.end_ids).end_ids
+        files["generation_config.json"] = greedy(pretrained.json_file("generation_config.json"), end_ids)
+    if about.get("video"):  # unknown for an adapter of another program
+        release = {name: pretrained.json_file(name) for name in PROCESSOR_FILES}
+        files |= processor_files(pretrained.config.model_type, release, about["video"], about.get("image", {}))
     return files

@@ -1,8 +1,8 @@
-"""Objectives: what a step minimises, as functions of the model's hidden states.
+"""Objectives: what a step minimises, as functions of a model and a batch.
 
-A model says nothing about a loss. It returns hidden states at the rows that predict supervised tokens, and its `head`
-makes logits of them. An objective runs the model on a pack and returns a *sum* over the pack; a step divides once, by
-the count over all ranks and packs.
+A model computes no loss. It returns hidden states of the rows that predict supervised tokens, and its `head` makes
+logits of them. An objective returns a *sum* over the batch; a training step divides once, by the number of supervised
+tokens of all packs and processes. `Trainer` takes any `Objective`, so that others can stand beside `cross_entropy`.
 """
 
 from __future__ import annotations

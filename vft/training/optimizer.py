@@ -1,9 +1,10 @@
-"""Optimizer, schedule, and what a step does with the summed gradients."""
+"""Optimizer, learning rate schedule, and gradient clipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ def build_optimizer(
     components: Mapping[str, tuple[str, ...]] | None = None,
     lora: LoraConfig | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (norms, biases, DoRA's magnitudes) are not decayed.
+    """AdamW over the trainable parameters. Vectors (norms, biases, DoRA's magnitudes) have no weight decay.
 
-    A group's `share` is what its learning rate is of the main one: by its component, and with LoRA+ (Hayou et al. 2024,
-    arXiv 2402.12354) by what it is of an adapter; magnitudes go with B, as in PEFT's `create_loraplus_optimizer`.
-    The state is made at once, so that a checkpoint holds every parameter's whatever the first steps used.
+    The learning rate of a group is its `share` of the main one. The share depends on the component, and with LoRA+
+    (Hayou et al. 2024, arXiv 2402.12354) on the matrix of the adapter; magnitudes count as B, as in PEFT's
+    `create_loraplus_optimizer`. The state is made here, so that a checkpoint has it for every parameter, even for those
+    that the first steps do not use.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -44,7 +46,7 @@ def build_optimizer(
         eps=config.eps,
         fused=True,
     )
-    for parameter in (one for members in groups.values() for one in members):
+    for parameter in chain.from_iterable(groups.values()):
         state = optimizer.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter)
@@ -58,13 +60,13 @@ def _share_of_component(name: str, config: TrainConfig, components: Mapping[str,
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """`rate` for the main group, and its share of it for each other."""
+    """Set the learning rate of each group to its share of `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
 
 
 def learning_rate(config: TrainConfig, step: int, max_steps: int) -> float:
-    """Rate of optimizer step `step` (from 1): a line up to the peak over the warm-up, then the schedule down to 0."""
+    """Learning rate of step `step` (from 1): linear warm-up to `train.learning_rate`, then the schedule down to 0."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":
@@ -75,10 +77,10 @@ def learning_rate(config: TrainConfig, step: int, max_steps: int) -> float:
 
 
 def scale_and_clip(parameters: Iterable[nn.Parameter], scale: float, max_norm: float) -> float:
-    """Multiply all gradients by `scale`, then shorten them to `max_norm` (0: never). Returns the norm before that."""
+    """Multiply gradients by `scale`, and clip them to `max_norm` (0: no clipping). Returns the norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))  # of sharded gradients it is sharded too
+    norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))  # a DTensor if the gradients are sharded
     if max_norm and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm

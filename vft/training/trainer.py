@@ -1,12 +1,15 @@
-"""The only loop: a task and a configuration to trained weights. Read it from `run` down."""
+"""The training loop, the only one. `run` makes the parts of a run in order, `Trainer.train` is the loop over steps."""
 
 from __future__ import annotations
 
-import math
-import sys
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,33 +18,24 @@ from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
 from vft.common.task import Task
+from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import Dataset
-from vft.data.loader import Loader, Streams
-from vft.data.packing import Cursor
-from vft.data.quarantine import check_bad, write_quarantine
-from vft.data.training_prompts import Asked
+from vft.data.loader import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.heartbeat import report_progress
 from vft.distributed.process_group import (
+    DataParallel,
     World,
     all_of,
     make_mesh,
     process_group,
     same_on_all_ranks,
-    sum_over_ranks,
 )
 from vft.distributed.signals import Stopped, deferred, stop_if, stop_requested, stopped_by
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import (
-    Best,
-    cut_off_warning,
-    evaluate,
-    keep_parts,
-    questions_digest,
-)
-from vft.inference.generate import Sampling
+from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.parallel.parallelize import sync_gradients
 from vft.preparation.documents import load_held_out, load_training, overlap_with_training, training_streams
@@ -56,380 +50,368 @@ from vft.reporting.step_metrics import StepResult, Stopwatch, Tally, describe_st
 from vft.training import checkpoint as checkpoints
 from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.checks import (
-    NotFinite,
+    NonFiniteSteps,
     check_first_step,
     check_identity,
     check_output_dir,
     check_warmup,
-    take_folder,
-    tell_of_weights,
+    locked_folder,
     warn_of_benchmarks,
+    warn_of_weights,
 )
+from vft.training.evaluator import Evaluator
 from vft.training.export import export
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
+from vft.training.run_data import RunData
+
+logger = logging.getLogger(__name__)
 
 
-def run(task: Task, config: Config, world: World, dry: bool = False) -> None:
-    """Train, or go on where a run in the same folder stopped; `dry`: only try the longest row."""
+def run(task: Task, config: Config, world: World, dry: bool = False, objective: Objective = cross_entropy) -> None:
+    """Train, or resume the run in the same folder. With `dry` only the memory preflight is run, and nothing written."""
     config.require_training()
     check_output_dir(config)
     require_boards(config)
     prepared = open_for_training(config)
     encoder = prepared.encoder(config.data)
-    # Before the process group: the first scan of a large set may outlast any time-out of a collective.
+    # Before the process group: the first scan of a large data set may take longer than any timeout of a collective.
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
-    overlap = overlap_with_training(task, config, held_out, documents) if held_out and world.is_main else ""
-    if overlap:
-        print(overlap, file=sys.stderr, flush=True)
+    if held_out is not None and world.is_main and (line := overlap_with_training(task, config, held_out, documents)):
+        logger.warning("%s", line)
     with (
         process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
         training_streams(task, config, encoder, pool) as streams,
     ):
-        trainer = Trainer(task, config, world, prepared, documents, streams, held_out, pool)
+        trainer = make_trainer(task, config, world, prepared, documents, streams, held_out, pool, objective)
         if dry:
             trainer.memory_preflight()
         else:
             trainer.fit()
 
 
-class Abandoned(Exception):
-    """A signal came while a step waited for data that may be long in coming: in all processes, the step is left."""
+def make_trainer(
+    task: Task,
+    config: Config,
+    world: World,
+    prepared: PreparedModel,
+    documents: Dataset,
+    streams: Streams | None,
+    held_out: Dataset | None,
+    pool: WorkerPool,
+    objective: Objective,
+) -> Trainer:
+    """The parts of a run: data, model with its weights, optimizer, and what records and saves the run."""
+    model, root = prepared.model, config.output_dir / "checkpoints"
+    mesh = make_mesh(world, config.parallel.shard)
+    data_parallel = DataParallel.of(mesh)
+    data = RunData.of(config, documents, streams, pool, data_parallel)
+    max_steps = data.count_steps(0)
+    if not max_steps:
+        raise UserError(f"train.epochs = {config.train.epochs}: by repeats no record comes in so few; raise either")
+    check_warmup(config, max_steps)
+    monitor = Monitor(config, max_steps, world.is_main)
+
+    archives = sum(len(source.shards) for source in streams.archives) if streams is not None else 0
+    facts = describe_run(world, documents.num_samples, documents.lengths, archives)
+    shown = ", ".join(f"{name} {fact}" for name, fact in facts.items() if name != "software")
+    logger.info("%s, steps %d", shown, max_steps)
+    warn_of_weights(config)
+    warn_of_benchmarks(config)
+    if world.is_main:
+        STDERR.print(trainable_table(prepared.trainable, model))
+
+    row, parallel = longest_row(documents, data.plan), config.parallel
+    if parallel.memory_budget_gib is not None:
+        parallel = resolve_checkpointing(parallel, model, objective, row, world)
+    flops = FlopCounter(model, parallel.activation_checkpointing)
+    data.loader.costs = tuple(flops.row(*planned.work) for planned in documents.documents)
+
+    load(prepared, world.device, mesh, parallel)
+    if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
+        start_adapters(prepared, config)
+    optimizer = build_optimizer(model, config.train, model.components, config.lora)
+    evaluator = None
+    if held_out is not None:
+        answerer = Answerer(model, documents.encoder, config.data, held_out.info, pool, world)
+        evaluator = Evaluator(task, config, held_out, answerer)
+
+    same_on_all_ranks("the configuration", digest(configs.dump(config)))
+    same_on_all_ranks("the index of the data", data.digest)
+    same_on_all_ranks("the held-out samples", held_out.digest if held_out is not None else "")
+    return Trainer(
+        task=task,
+        config=config,
+        world=world,
+        data_parallel=data_parallel,
+        prepared=prepared,
+        objective=objective,
+        data=data,
+        optimizer=optimizer,
+        flops=flops,
+        longest_row=row,
+        evaluator=evaluator,
+        checkpointer=AsyncCheckpointer(root, model, optimizer, config.checkpoint, world),
+        monitor=monitor,
+        profiler=Profiler.of(config.log, config.output_dir, world),
+        non_finite=NonFiniteSteps(),
+        facts=facts,
+        progress=Progress(max_steps),
+    )
 
 
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    max_steps: int
+    """Steps of the whole run."""
+    step: int = 0
+    """The step at work, or the last one that was done."""
+    samples: int = 0
+    """Trained on so far."""
+    saved: int = 0
+    """Step of the newest checkpoint; 0 if there is none."""
+    has_updated: bool = False
+    """Whether a step has changed the weights."""
+
+
+class AbandonedStep(Exception):
+    """Raised in all processes if a signal comes while a step waits for data that may be long in coming."""
+
+
+@dataclass(frozen=True)
 class Trainer:
-    """The state of a run; `fit` is the loop."""
+    """The parts of a run. `fit` uses them."""
 
-    def __init__(
-        self,
-        task: Task,
-        config: Config,
-        world: World,
-        prepared: PreparedModel,
-        documents: Dataset,
-        streams: Streams | None,
-        held_out: Dataset | None,
-        pool: WorkerPool,
-    ) -> None:
-        self.task, self.config, self.world, self.pool = task, config, world, pool
-        self.prepared, self.checkpoint, self.model = prepared, prepared.pretrained, prepared.model
-        self.documents, self.streams, self.held_out = documents, streams, held_out
-        if streams is not None:
-            documents.bad += [item for archives in streams.archives for item in archives.bad]
-        self.folder = config.output_dir
-        self.plan = documents.pack_plan(config.seed)
-        self.max_steps = self.count_steps(0, Cursor())
-        if not self.max_steps:
-            raise UserError(f"train.epochs = {config.train.epochs}: by repeats no record comes in so few; raise either")
-        check_warmup(config, self.max_steps)
-        self.loader = Loader(
-            documents=documents,
-            plan=self.plan,
-            pool=pool,
-            ranks=world.size,
-            rank=world.rank,
-            packs_per_step=config.train.packs_per_step,
-            prefetch_packs=config.data.prefetch_packs,
-            last_epoch=None if config.train.epochs is None else config.train.epochs - 1,
-            streams=streams,
-        )
-        self.monitor = Monitor(config, self.max_steps, world.is_main)
-        self.profiler = Profiler.of(config.log, self.folder, world)
-        self.not_finite = NotFinite(self.monitor.say)
-        self.has_updated = False
-        """Whether a step has changed the weights, in this process or before it."""
-        self.step = self.saved = 0
-        self.samples = 0
-        """Trained on so far."""
-        self.prepare_model()
+    task: Task
+    config: Config
+    world: World
+    data_parallel: DataParallel
+    prepared: PreparedModel
+    objective: Objective
+    data: RunData
+    optimizer: torch.optim.Optimizer
+    flops: FlopCounter
+    longest_row: Batch | None
+    """The first epoch's longest row, for the memory preflight; None if everything is streamed."""
+    evaluator: Evaluator | None
+    """None without evaluation."""
+    checkpointer: AsyncCheckpointer
+    monitor: Monitor
+    profiler: Profiler | None
+    non_finite: NonFiniteSteps
+    facts: dict[str, Any]
+    """What the run is, for run.json."""
+    progress: Progress
 
-    def count_steps(self, step: int, cursor: Cursor) -> int:
-        """Steps of the whole run, of which `step` have been done and brought the data to `cursor`."""
-        config = self.config.train
-        if config.epochs is None:
-            return config.max_steps or 0
-        return step + math.ceil(self.plan.packs_left(cursor, config.epochs) / config.packs_per_step)
+    @property
+    def model(self) -> VideoLanguageModel:
+        """What is trained."""
+        return self.prepared.model
 
-    # ------------------------------------------------------------------------------------------------ preparation
+    def fit(self) -> None:
+        """Train up to `max_steps` with evaluations and checkpoints, then export."""
+        with self.start_folder():
+            self.resume()
+            self.memory_preflight()
+            first = self.progress.step
+            if not self.train_and_save():
+                return
+            self.export()
+            report = self.config.output_dir / "report.html"
+            if self.world.is_main and (self.progress.step > first or not report.exists()):
+                held_out = self.evaluator.held_out if self.evaluator is not None else None
+                logger.info("wrote %s", write_report(report.parent, held_out, self.model.processor))
 
-    def prepare_model(self) -> None:
-        """Choose what is trained, shard, read weights, and pick up the newest checkpoint if there is one."""
-        config, model = self.config, self.model
-        shards = sum(len(one.shards) for one in self.streams.archives) if self.streams else 0
-        self.about = describe_run(self.world, self.documents.num_samples, self.documents.lengths, shards)
-        told = ", ".join(f"{name} {fact}" for name, fact in self.about.items() if name != "software")
-        self.monitor.say(f"{told}, steps {self.max_steps}")
-        tell_of_weights(config, self.monitor.say)
-        warn_of_benchmarks(config, self.monitor.say)
-        if self.world.is_main:
-            STDERR.print(trainable_table(self.prepared.trainable, model))
-        parallel, say, self.longest = config.parallel, self.monitor.say, longest_row(self.documents, self.plan)
-        if parallel.memory_budget_gib is not None:
-            parallel = resolve_checkpointing(parallel, model, cross_entropy, self.longest, self.world, say)
-        self.flops = FlopCounter(model, parallel.activation_checkpointing)
-        self.loader.costs = tuple(self.flops.row(*planned.work) for planned in self.documents.documents)
-        load(self.prepared, self.world.device, make_mesh(self.world, config.parallel.shard), parallel)
-        if not all_of(checkpoints.list_checkpoints(self.folder / "checkpoints"))[0]:  # else `resume` fills all of it
-            start_adapters(self.prepared, config)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(model, config.train, self.model.components, config.lora)
-        same_on_all_ranks("the configuration", digest(configs.dump(config)))
-        same_on_all_ranks("the index of the data", self.identity["data"])
-        same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out else "")
+    # ------------------------------------------------------------------------------------------------------- start
 
-    def start_folder(self) -> None:
-        """Write what the run is and which samples it leaves out."""
-        if self.world.is_main:
-            self.lock = take_folder(self.config, self.about)
-            write_quarantine(self.folder, self.documents.bad)
-        for archives in self.streams.archives if self.streams else ():
-            if archives.warning:
-                self.monitor.say(f"warning: {archives.name}: {archives.warning}")
-        if self.documents.bad:
-            self.monitor.say(f"{len(self.documents.bad)} samples can't be used: see {self.folder / 'quarantine.jsonl'}")
+    @contextmanager
+    def start_folder(self) -> Iterator[None]:
+        """Lock the run's folder, write what the run is, and report which samples it leaves out."""
+        with locked_folder(self.config, self.facts) if self.world.is_main else nullcontext():
+            self.data.report_unusable()
+            yield
 
     def resume(self) -> None:
-        """Load the newest whole checkpoint; every process takes the one that the first chose."""
-        root = self.folder / "checkpoints"
-        found = checkpoints.newest_good(root, self.world, self.monitor.say)
+        """Load the newest checkpoint that is intact, if there is one. Every process takes the one that rank 0 chose."""
+        progress, folder = self.progress, self.config.output_dir
+        found = checkpoints.newest_intact(folder / "checkpoints", self.world)
         if found is not None:
             state = checkpoints.load(found, self.model, self.optimizer)
             check_identity(found, state, self.identity)
-            self.step, self.samples = state["step"], state["samples"]
-            self.saved = self.step
-            self.has_updated = True
-            self.loader.restore(state)
-            self.max_steps = self.count_steps(self.step, self.loader.cursor)
-            self.write_bad()
-            self.monitor.say(f"going on from {found}")
+            progress.step = progress.saved = state["step"]
+            progress.samples, progress.has_updated = state["samples"], True
+            self.data.loader.restore(state)
+            progress.max_steps = self.data.count_steps(progress.step)
+            self.show_quarantined()
+            self.data.write_quarantine()
+            logger.info("going on from %s", found)
         elif self.world.is_main:
-            (self.folder / "best.json").unlink(missing_ok=True)  # of a run that left nothing to go on from
-        self.saver = AsyncCheckpointer(
-            root, self.model, self.optimizer, self.config.checkpoint, self.world, self.monitor.say
-        )
-        self.saver.expect(self.max_steps - self.step)
-        self.monitor.resume_at(self.step, self.max_steps)
+            (folder / "best.json").unlink(missing_ok=True)  # of a run that left no checkpoint
+        self.checkpointer.check_space_for(progress.max_steps - progress.step)
+        self.monitor.resume_at(progress.step, progress.max_steps)
 
-    # ------------------------------------------------------------------------------------------------------ loop
+    def memory_preflight(self) -> None:
+        """Run the longest row forward and backward: too little memory shows now, not after hours."""
+        if self.longest_row is not None:
+            sync_gradients(self.model, last=True, adapters_only=self.config.lora is not None)
+            logger.info("%s", memory_preflight(self.model, self.objective, self.longest_row, self.world.device))
 
-    def fit(self) -> None:
-        """Steps, evaluations and checkpoints up to `max_steps`, then the export."""
-        self.start_folder()
-        self.resume()
-        self.memory_preflight()
-        begun, stopped = self.step, False
-        self.monitor.start(self.step)
+    # -------------------------------------------------------------------------------------------------------- loop
+
+    def train_and_save(self) -> bool:
+        """`train`, and a checkpoint of the last step. Returns False if a signal stopped the run."""
+        progress = self.progress
+        self.monitor.start(progress.step)
         try:
             with deferred():
+                is_stopped = False
                 try:
                     self.train()
                 except Stopped:  # in all processes, after the same step
-                    stopped = True
-                if self.saved < self.step:
+                    is_stopped = True
+                if progress.saved < progress.step:
                     self.save()
-                self.saver.wait()
-                if stopped:
-                    self.monitor.say(f"{stopped_by()}: stopped after step {self.step}; the same command goes on there")
-                    return
+                self.checkpointer.wait()
+                if is_stopped:
+                    logger.info(
+                        "%s: stopped after step %d; the same command goes on there", stopped_by(), progress.step
+                    )
+                return not is_stopped
         finally:
-            self.saver.close()
+            self.checkpointer.close()
             self.monitor.close()
-        self.export()
-        if self.world.is_main and (self.step > begun or not (self.folder / "report.html").exists()):
-            self.monitor.say(f"wrote {write_report(self.folder, self.held_out, self.model.processor)}")
 
     def train(self) -> None:
-        """The steps that are left. Stopped, in all processes alike, where one of them is to stop."""
-        config, begun = self.config, self.step
-        # Also where a kill came between a step's checkpoint and the end of its evaluation.
-        due = self.evaluates() and (begun or config.eval.at_start)
-        if due and not any(all_of(self.monitor.evaluated)):
-            self.evaluate()
-        while self.step < self.max_steps:
-            self.step += 1
+        """The steps that are left. Raises Stopped in all processes after the same step if one of them got a signal."""
+        progress, every = self.progress, self.config.checkpoint.every_steps
+        # The evaluation of the step that the run resumes from is missing if it was killed in it.
+        if (progress.step or self.config.eval.at_start) and not any(all_of(self.monitor.evaluated)):
+            self.evaluate_if_due()
+        while progress.step < progress.max_steps:
+            progress.step += 1
             try:
                 stop = self.train_step()
-            except Abandoned:
-                self.step -= 1
-                self.loader.leave_step()
+            except AbandonedStep:
+                progress.step -= 1
+                self.data.loader.leave_step()
                 self.optimizer.zero_grad()
                 stop_if(1)
-            if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+            if every and progress.step % every == 0:
                 self.save()
             stop_if(stop)
-            if self.evaluates():
-                self.evaluate()
-
-    def evaluates(self) -> bool:
-        """Whether an evaluation belongs to this step: every so many, and the last."""
-        every = self.config.eval.every_steps
-        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
-
-    def memory_preflight(self) -> None:
-        """Try the longest row: what doesn't fit in memory shows now, not after hours."""
-        if self.longest is not None:
-            sync_gradients(self.model, last=True, adapters_only=self.config.lora is not None)
-            self.monitor.say(memory_preflight(self.model, cross_entropy, self.longest, self.world.device))
+            self.evaluate_if_due()
 
     def train_step(self) -> int:
-        """One optimizer step over `packs_per_step` packs of all processes together; how many of these are to stop."""
+        """One optimizer step over `packs_per_step` packs of all processes together. Returns how many of these have been
+        asked to stop."""
+        progress, step = self.progress, self.progress.step
         if self.profiler is not None:
-            self.profiler.before(self.step)
+            self.profiler.before(step)
         watch = Stopwatch()
-        rate = learning_rate(self.config.train, self.step, self.max_steps)
+        rate = learning_rate(self.config.train, step, progress.max_steps)
         set_learning_rate(self.optimizer, rate)
         result = self.forward_backward(watch)
-        skipped = self.not_finite.skips(self.step, result.loss, result.grad_norm, result.sample_ids)
+        skipped = self.non_finite.skips(step, result.loss, result.grad_norm, result.sample_ids)
         if not skipped and result.counts["num_targets"]:  # without any, momentum alone would move the weights
-            if not self.has_updated:
-                had_media = result.counts["patches"] > 0
-                check_first_step(self.model, result.loss, had_media, self.monitor.say)
+            if not progress.has_updated:
+                check_first_step(self.model, result.loss, had_media=result.counts["patches"] > 0)
             self.optimizer.step()
-            self.has_updated = True
+            progress.has_updated = True
         self.optimizer.zero_grad()
         line = describe_step(result, watch, rate, self.world.device, self.world.size)
-        self.monitor.step({"step": self.step, "epoch": self.loader.epoch, **line})
-        if self.profiler is not None and self.profiler.after(self.step):
-            self.monitor.say(f"wrote {self.profiler.file}")
+        self.monitor.step({"step": step, "epoch": self.data.loader.epoch, **line})
+        if self.profiler is not None and self.profiler.after(step):
+            logger.info("wrote %s", self.profiler.file)
         return result.counts["stop"]
 
     def forward_backward(self, watch: Stopwatch) -> StepResult:
         """Gradients of the mean loss over the step's supervised tokens, clipped."""
-        device, world = self.world.device, self.world
+        config, device, loader, progress = self.config, self.world.device, self.data.loader, self.progress
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         tally, missing = Tally(), 0
-        packs_left = self.config.train.packs_per_step // world.size
-        packs = self.loader.step()
+        packs_left = config.train.packs_per_step // self.data_parallel.size
+        packs = loader.step()
         while packs_left:
             since = time.perf_counter()
-            report_progress(f"at step {self.step}, waiting for data")
+            report_progress(f"at step {progress.step}, waiting for data")
             pack = next(packs)
-            report_progress(f"at step {self.step}, computing")
+            report_progress(f"at step {progress.step}, computing")
             watch.waiting(since)
             packs_left -= 1
             missing += pack.is_missing
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
             batch = pack.batch.to(device)
-            sync_gradients(self.model, last=packs_left == 0, adapters_only=self.config.lora is not None)
-            # Dropout depends on the pack, not on the process that happens to run it.
-            torch.manual_seed(int(digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
-            loss = cross_entropy(self.model, batch)
+            sync_gradients(self.model, last=packs_left == 0, adapters_only=config.lora is not None)
+            # Dropout depends on the pack, not on the process that runs it.
+            torch.manual_seed(int(digest(f"dropout:{config.seed}:{progress.step}:{pack.slot}"), 16) >> 8)
+            loss = self.objective(self.model, batch)
             loss.backward()
             loss_sum += loss.detach()
-        next(packs, None)  # lets the loader note that the step is over
-        found = {"bad": len(self.loader.found.bad), "found": len(self.loader.found), "missing": missing}
-        tally.counts |= {**found, "failed_saves": int(self.saver.failed), "stop": stop_requested()}
-        totals = sum_over_ranks(torch.tensor(list(tally.counts.values()), device=device))
+        next(packs, None)  # lets the loader note the end of the step
+        tally.counts |= {"bad": len(loader.found.bad), "found": len(loader.found), "missing": missing}
+        tally.counts |= {"failed_saves": int(self.checkpointer.failed), "stop": stop_requested()}
+        totals = self.data_parallel.sum(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))
-        total_loss = float(sum_over_ranks(loss_sum))
+        total_loss = float(self.data_parallel.sum(loss_sum))
         if counts["failed_saves"]:
-            self.saver.wait()  # all processes raise at the same step
+            self.checkpointer.wait()  # raises in all processes at the same step
         if counts["missing"]:
-            raise Abandoned
-        self.samples += counts["samples"]
-        if counts["found"] or not self.samples:
-            self.gather_found()
+            raise AbandonedStep
+        progress.samples += counts["samples"]
+        if counts["found"] or not progress.samples:
+            self.data.exchange_found(progress.samples, progress.step == progress.max_steps)
+            self.show_quarantined()
         targets = max(counts["num_targets"], 1)
-        # FSDP2 averages over the processes: their number makes it a sum again.
-        norm = scale_and_clip(self.trainable, world.size / targets, self.config.train.max_grad_norm)
+        # FSDP2 averages gradients over the parts of the data: times their number it is a sum.
+        scale = self.data_parallel.size / targets
+        norm = scale_and_clip(self.model.parameters(), scale, config.train.max_grad_norm)
         return StepResult(total_loss / targets, counts, norm, tuple(tally.sample_ids))
 
-    # --------------------------------------------------------------------------------------------- what is left
+    # --------------------------------------------------------------------------------------------- what a run leaves
 
-    def gather_found(self) -> None:
-        """What any process found becomes known to all; too much that is bad ends the run, and a stream without
-        anything."""
-        loader, limit = self.loader, self.config.data.max_bad_fraction
-        found = all_of(loader.found)
-        fresh = loader.learn(found)
-        if fresh:
-            self.write_bad()
-        for item in fresh:
-            if item.reason == "archive":
-                self.monitor.say(f"warning: {item.message}")
-        for text in (text for one in found for text in one.notes):
-            self.monitor.say(f"warning: {text}")
-        known = list(loader.known_bad.values())
-        if self.streams is None:
-            bad = [*self.documents.bad, *known]
-            check_bad(bad, self.documents.num_samples + len(self.documents.bad), limit)
-            return
-        exhausted = [source for one in found for source in one.exhausted]
-        if not self.samples and self.step == self.max_steps:
-            exhausted += (one.name for one in self.streams.archives)
-        if exhausted:
-            given = sum(all_of(loader.given[exhausted[0]]))
-            raise self.streams.nothing_in(exhausted[0], known, given)
-        loader.check_streams(self.samples, limit)
+    def evaluate_if_due(self) -> None:
+        """Evaluate if it is time for it after this step."""
+        if self.evaluator is not None and self.evaluator.is_due(self.progress.step, self.progress.max_steps):
+            self.evaluate(self.evaluator)
 
-    def write_bad(self) -> None:
-        """quarantine.jsonl: what reading and scanning left out, then what failed to decode."""
-        if self.world.is_main:
-            bad = [*self.documents.bad, *self.loader.known_bad.values()]
-            write_quarantine(self.folder, bad)
-            self.monitor.state.num_quarantined = len(bad)
+    def evaluate(self, evaluator: Evaluator) -> None:
+        """Record the scores on held-out samples, and export the model if they are the best so far."""
+        step = self.progress.step
+        scores = evaluator.evaluate(step)
+        best = evaluator.best() if step else None
+        if best is not None and best.is_beaten(scores):
+            self.export(self.config.output_dir / "best")
+            best.record(step, scores)
+        self.monitor.evaluation(step, scores)  # last: a resumed run takes this line as a sign that all of it is done
 
-    def evaluate(self) -> None:
-        """Scores on held-out samples."""
-        assert self.held_out is not None
-        settings = self.config.eval
-        report_progress(f"evaluating after step {self.step}", has_timeout=False)
-        answerer = Answerer(
-            self.model, self.documents.encoder, self.config.data, self.held_out.info, self.pool, self.world
-        )
-        sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-        answers = self.folder / "predictions" / f"step-{self.step:06d}.jsonl"
-        scores = evaluate(
-            self.task, answerer, self.held_out, sampling, settings.batch_size, settings.max_samples, answers
-        )
-        if self.world.is_main:
-            keep_parts(self.folder / "scores" / f"step-{self.step:06d}.json", scores)
-        if line := cut_off_warning(scores, settings.max_new_tokens):
-            self.monitor.say(line)
-        if settings.best_metric and self.step:
-            best = Best.of(self.config, self.held_out, self.world, self.monitor.say)
-            if best.is_beaten(scores):
-                self.export(self.folder / "best")
-                best.record(self.step, scores)
-        self.monitor.evaluation(self.step, scores)  # last: a run that goes on takes the line for the whole of it
+    def show_quarantined(self) -> None:
+        """Show in the live view how many items are left out."""
+        self.monitor.state.num_quarantined = len(self.data.bad)
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
-        data = self.documents.digest
-        if self.streams is not None:
-            data = digest(f"{data}{[one.digest for one in self.streams.archives]}")
-        found = {"data": data, "base": self.checkpoint.fingerprint}
-        if self.held_out is not None:
-            settings = self.config.eval.model_dump_json(include={"sources", "split"})
-            found |= {"held_out": questions_digest(self.held_out), "held_out_settings": digest(settings)}
-        return found
+        held_out = self.evaluator.identity if self.evaluator is not None else {}
+        return {"data": self.data.digest, "base": self.prepared.pretrained.fingerprint, **held_out}
 
     def save(self) -> None:
-        """A checkpoint to resume from."""
-        loader = self.loader.state()
-        loader["streams"] = {name: at for part in all_of(loader["streams"]) for name, at in part.items()}
-        state = {"rules": VERSION, **self.identity, **loader, "samples": self.samples}
-        self.saver.save(self.step, state)
-        self.saved = self.step
-        self.monitor.state.checkpoint = (self.step, time.monotonic())
-
-    def asked(self) -> Asked:
-        """What the records ask; of streams those that came since the start. Every process calls it."""
-        asked = Asked()
-        asked.add(self.documents.conversations)
-        if self.streams is not None:
-            for part in all_of(self.streams.context.asked):
-                asked.update(part)
-        return asked
+        """Write a checkpoint to resume from."""
+        progress = self.progress
+        state = {"rules": VERSION, **self.identity, **self.data.state(), "samples": progress.samples}
+        self.checkpointer.save(progress.step, state)
+        progress.saved = progress.step
+        self.monitor.state.checkpoint = (progress.step, time.monotonic())
 
     def export(self, folder: Path | None = None) -> None:
-        """What others read, in `folder` or in the run's own."""
-        target = folder or self.folder / ("model" if self.config.lora is None else "adapter")
-        asked = self.asked().facts()
-        export(self.model, self.checkpoint, self.config, self.task, asked, self.step, target, self.world.is_main)
+        """Export the adapter, or the whole model, to `folder` or to its place in the run's folder."""
+        run_folder, pretrained, step = self.config.output_dir, self.prepared.pretrained, self.progress.step
+        target = folder or run_folder / ("model" if self.config.lora is None else "adapter")
+        prompts = self.data.prompts().facts()
+        export(self.model, pretrained, self.config, self.task, prompts, step, target, self.world.is_main)
         if self.world.is_main:
-            write_card(self.folder, target, self.step, self.checkpoint)
-        self.monitor.say(f"wrote {target}")
+            write_card(run_folder, target, step, pretrained)
+        logger.info("wrote %s", target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from vft.config.run import Config
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.packing import Cursor, PackPlan, take_step
 from vft.recipes.caption import Caption
-from vft.training.checks import tell_of_weights
+from vft.training.checks import warn_of_weights
 
 
 def lay_out(root: Path, **counts: int) -> None:
@@ -147,14 +148,15 @@ def test_shares_have_no_epochs_and_evaluation_asks_once() -> None:
             whole({}, {"sources": sources({key: 1.0})}, {})
 
 
-def test_weight_is_read_as_before_and_says_so() -> None:
-    said: list[str] = []
+def test_weight_is_read_as_before_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vft")
     config = whole({"max_steps": 3}, {}, {"weight": 2.5}, {})
-    tell_of_weights(config, said.append)
-    tell_of_weights(whole({}, {}, {"repeats": 2.5}, {}), said.append)
-    assert len(said) == 1 and "0.jsonl 2.5" in said[0] and "repeats" in said[0]
+    warn_of_weights(config)
+    warn_of_weights(whole({}, {}, {"repeats": 2.5}, {}))
+    (message,) = caplog.messages
+    assert "0.jsonl 2.5" in message and "repeats" in message
     assert [source.times for source in config.data.sources] == [2.5, 1.0]
     streamed = whole({"max_steps": 3}, {}, {**STREAM, "weight": 2.0}, {})
-    tell_of_weights(streamed, said.append)
-    assert "rows of a step" in said[1] and "share" in said[1]
+    warn_of_weights(streamed)
+    assert "rows of a step" in caplog.messages[1] and "share" in caplog.messages[1]
     assert SourceConfig(format="messages", path="x").times == 1.0

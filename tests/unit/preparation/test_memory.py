@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,8 +78,9 @@ def test_what_stays_is_counted(each_tiny: Tiny) -> None:
     assert resident_bytes(built(each_tiny), 1) == weights + state
 
 
-def test_auto_takes_what_fits(tiny: Tiny) -> None:
-    """The mode that recomputes least; the screen tells what was tried; no fit is an error with both numbers."""
+def test_auto_takes_what_fits(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    """The mode that recomputes least. A message says what was tried; if nothing fits, the error has both numbers."""
+    caplog.set_level(logging.INFO, "vft")
     text = [talk(("user", "What?"), ("assistant", "It moves. " * 100), id="text")]
     row, sizes = batch_of(tiny.encoder, (text, Media((), ()))), {}
     for mode in MODES:
@@ -87,17 +89,16 @@ def test_auto_takes_what_fits(tiny: Tiny) -> None:
         sizes[mode] = resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, CPU)
     assert sizes["none"] > sizes["mlp"] > sizes["full"] and sizes["none"] > sizes["selective"] > sizes["full"]
     for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
-        told: list[str] = []
+        caplog.clear()
         config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
-        settled = resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE, told.append)
-        assert settled.activation_checkpointing == wanted and told[0].startswith(
-            f"activation_checkpointing = {wanted}:"
-        )
+        settled = resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE)
+        assert settled.activation_checkpointing == wanted
+        assert caplog.messages[0].startswith(f"activation_checkpointing = {wanted}:")
     config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=(sizes["full"] - 1) / GIB)
     with pytest.raises(
         UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
     ):
-        resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE, told.append)
+        resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])

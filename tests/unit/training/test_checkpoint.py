@@ -207,7 +207,7 @@ def test_one_save_at_a_time_in_memory_that_is_kept(tmp_path: Path, monkeypatch: 
     saver = trained.saver(tmp_path, True)
     trained.fill(1)
     saver.save(1, {})
-    places = {name: tensor.data_ptr() for name, tensor in saver.host.items()}
+    places = {name: tensor.data_ptr() for name, tensor in saver.copies.items()}
     trained.fill(2)
     second = threading.Thread(target=saver.save, args=(2, {}))
     second.start()
@@ -218,12 +218,12 @@ def test_one_save_at_a_time_in_memory_that_is_kept(tmp_path: Path, monkeypatch: 
     saver.wait()
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-000002", "step-000001"]
     assert check(tmp_path, Trained()) == 2
-    assert {name: tensor.data_ptr() for name, tensor in saver.host.items()} == places
+    assert {name: tensor.data_ptr() for name, tensor in saver.copies.items()} == places
     assert len(places) == len(values(1))
 
 
 def test_a_host_without_room_for_copies_saves_in_the_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert 0 < saving._available_memory() < 2**50
     size = sum(value.nbytes for value in values(1).values())
@@ -233,17 +233,17 @@ def test_a_host_without_room_for_copies_saves_in_the_loop(
         monkeypatch.setattr(saving, "_available_memory", lambda free=free: free)
         saver = trained.saver(tmp_path, True)
         saver.save(1, {})
-        assert (saver.thread is not None) == asynchronous
+        assert (saver.in_flight is not None) == asynchronous
         saver.wait()
         assert check(tmp_path, Trained()) == 1
-        assert ("saves will stop the loop" in capsys.readouterr().out) != asynchronous
+        assert ("saves will stop the loop" in caplog.text) != asynchronous
 
 
 def test_saving_in_the_loop_copies_nothing(tmp_path: Path) -> None:
     trained = Trained()
     saver = trained.saver(tmp_path, False)
     assert allocated_peak(lambda: saver.save(1, {})) < 1000
-    assert saver.thread is None and checkpoints.list_checkpoints(tmp_path)
+    assert saver.in_flight is None and checkpoints.list_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -262,31 +262,32 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path, asynchronous: bool) ->
 
 
 def test_too_little_room_is_an_error_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver, free = Trained().saver(tmp_path / "run" / "checkpoints", True), 0
     size = sum(value.nbytes for value in values(1).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     free = size - 1
-    for call in (lambda: saver.expect(100), lambda: saver.save(1, {})):
+    for call in (lambda: saver.check_space_for(100), lambda: saver.save(1, {})):
         with pytest.raises(UserError, match=r"a checkpoint takes 0\.1 MB, 0\.1 MB are free on the disk"):
             call()
     assert not (tmp_path / "run").exists()
     # 3 are kept, and one more lies there while it is written; 2 saves are all that 100 steps make.
     for steps, wanted in ((1000, 4), (100, 2)):
         free = wanted * size
-        saver.expect(steps)
-        assert capsys.readouterr().out == ""
+        saver.check_space_for(steps)
+        assert not caplog.messages
         free = wanted * size - 1
-        saver.expect(steps)
-        assert f"warning: {wanted} more checkpoints of 0.1 MB come to" in capsys.readouterr().out
+        saver.check_space_for(steps)
+        assert f"{wanted} more checkpoints of 0.1 MB come to" in caplog.text
+        caplog.clear()
     saver.save(50, {})
     saver.wait()
     free = 3 * size
-    saver.expect(1000)  # one is there already
+    saver.check_space_for(1000)  # one is there already
     free = 0
-    saver.expect(0)  # a run that is over saves nothing
-    assert capsys.readouterr().out == ""
+    saver.check_space_for(0)  # a run that is over saves nothing
+    assert not caplog.messages
 
 
 # ------------------------------------------------------------------------------------------------------------- exports

@@ -1,0 +1,130 @@
+"""The data of a training run: what is trained on, where the run stands in it, and what cannot be used."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vft.common.files import digest
+from vft.config.run import Config
+from vft.data.dataset import Dataset
+from vft.data.loader import Loader, Streams
+from vft.data.packing import PackPlan
+from vft.data.quarantine import BadItem, check_bad, write_quarantine
+from vft.data.training_prompts import Asked
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel, all_of, environment
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Indexed documents, streams, and the loader that makes packs of both.
+
+    Every process has the same documents and plan; its loader gives the packs of its own part of the data.
+    """
+
+    config: Config
+    documents: Dataset
+    streams: Streams | None
+    plan: PackPlan
+    loader: Loader
+
+    @classmethod
+    def of(
+        cls, config: Config, documents: Dataset, streams: Streams | None, pool: WorkerPool, part: DataParallel
+    ) -> RunData:
+        """The data with a loader that stands at their beginning."""
+        if streams is not None:
+            documents.bad += [item for source in streams.archives for item in source.bad]
+        plan, epochs = documents.pack_plan(config.seed), config.train.epochs
+        loader = Loader(
+            documents=documents,
+            plan=plan,
+            pool=pool,
+            ranks=part.size,
+            rank=part.rank,
+            packs_per_step=config.train.packs_per_step,
+            prefetch_packs=config.data.prefetch_packs,
+            last_epoch=None if epochs is None else epochs - 1,
+            streams=streams,
+        )
+        return cls(config, documents, streams, plan, loader)
+
+    @property
+    def digest(self) -> str:
+        """The same for the same samples, texts and lengths."""
+        if self.streams is None:
+            return self.documents.digest
+        return digest(f"{self.documents.digest}{[source.digest for source in self.streams.archives]}")
+
+    def count_steps(self, done: int) -> int:
+        """Steps of the whole run, if `done` of them have brought the loader to where it is."""
+        train = self.config.train
+        if train.epochs is None:
+            return train.max_steps or 0
+        return done + math.ceil(self.plan.packs_left(self.loader.cursor, train.epochs) / train.packs_per_step)
+
+    def state(self) -> dict[str, Any]:
+        """What `Loader.restore` takes, of all processes. Every process calls it."""
+        state = self.loader.state()
+        state["streams"] = {name: place for part in all_of(state["streams"]) for name, place in part.items()}
+        return state
+
+    def exchange_found(self, samples: int, is_last_step: bool) -> bool:
+        """Tell every process which samples any of them found to be bad. Returns whether some of these are new.
+
+        Every process calls it. `samples` is how many have been trained on. Raises UserError if more than
+        `data.max_bad_fraction` cannot be used, or if a stream has no usable sample at all.
+        """
+        loader, limit = self.loader, self.config.data.max_bad_fraction
+        found = all_of(loader.found)
+        new = loader.learn(found)
+        if new:
+            self.write_quarantine()
+        for message in [item.message for item in new if item.reason == "archive"]:
+            logger.warning("%s", message)
+        for note in [note for one in found for note in one.notes]:
+            logger.warning("%s", note)
+        known = list(loader.known_bad.values())
+        if self.streams is None:
+            check_bad(self.bad, self.documents.num_samples + len(self.documents.bad), limit)
+            return bool(new)
+        exhausted = [source for one in found for source in one.exhausted]
+        if not samples and is_last_step:
+            exhausted += [source.name for source in self.streams.archives]
+        if exhausted:
+            raise self.streams.nothing_in(exhausted[0], known, sum(all_of(loader.given[exhausted[0]])))
+        loader.check_streams(samples, limit)
+        return bool(new)
+
+    @property
+    def bad(self) -> list[BadItem]:
+        """What was left out by reading and scanning, then what could not be decoded."""
+        return [*self.documents.bad, *self.loader.known_bad.values()]
+
+    def write_quarantine(self) -> None:
+        """Write `quarantine.jsonl`."""
+        if environment().is_main:
+            write_quarantine(self.config.output_dir, self.bad)
+
+    def prompts(self) -> Asked:
+        """What the records ask, those of streams since the start of this process. Every process calls it."""
+        prompts = Asked()
+        prompts.add(self.documents.conversations)
+        for part in all_of(self.streams.context.asked) if self.streams is not None else ():
+            prompts.update(part)
+        return prompts
+
+    def report_unusable(self) -> None:
+        """Write `quarantine.jsonl`, and say how many archives and samples cannot be used."""
+        self.write_quarantine()
+        for source in self.streams.archives if self.streams is not None else ():
+            if source.warning:
+                logger.warning("%s: %s", source.name, source.warning)
+        if self.documents.bad:
+            file = self.config.output_dir / "quarantine.jsonl"
+            logger.info("%d samples can't be used: see %s", len(self.documents.bad), file)
