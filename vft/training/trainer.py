@@ -79,7 +79,7 @@ def run(task: Task, config: Config, world: World, dry: bool = False, objective: 
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
     if held_out is not None and world.is_main and (line := overlap_with_training(task, config, held_out, documents)):
-        logger.warning("%s", line)
+        logger.warning("%s", line.removeprefix("warning: "))
     with (
         process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
