@@ -1,4 +1,4 @@
-"""Subtitles: reading SubRip files (.srt), and choosing the lines that are on screen with the sampled frames."""
+"""Subtitles: SubRip files (.srt), and the lines in them that are on screen together with sampled frames."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from vft.common.errors import UserError
 from vft.common.types import MediaPlan
 
 Line = tuple[float, float, str]
-"""When it appears and when it goes, in seconds from the start of the video, and the text, on one line."""
+"""When the line appears and disappears, in seconds from the start of the video; and its text, on one line."""
 
 HEADING = "This video's subtitles are listed below:"
-"""Video-MME's official words."""
+"""The words of Video-MME's official evaluation."""
+EXAMPLE = "00:00:01,000 --> 00:00:02,500"
 
 _TIME = r"(?:([0-9]{1,4}):)?([0-9]{1,2}):([0-9]{1,2})[,.]([0-9]{1,3})"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
@@ -25,36 +26,31 @@ _NUMBER = re.compile(r"\s*[0-9]+\s*")
 
 @dataclass(frozen=True, slots=True)
 class Subtitles:
-    """A `PlannedText`: those of `lines` that are on screen at the time of a sampled frame."""
+    """A `PlannedText`: the `lines` that are on screen at the time of a sampled frame."""
 
     lines: tuple[Line, ...]
     media: int = 0
-    """Position of the video among the conversation's media."""
+    """Number of the video among the conversation's media."""
 
     def settle(self, plans: Sequence[MediaPlan]) -> str:
-        """The heading and the lines, each on a line; empty where there are none.
+        """The heading and the lines, each on a line of its own; empty if there are none.
 
         A line is on screen from its start up to, but not at, its end, as in the official evaluation.
         """
-        times_s = sorted(plans[self.media].frame_times_s)
-        seen = [text for start, end, text in self.lines if _first_from(times_s, start) < end]
-        return "".join(f"{line}\n" for line in (HEADING, *seen)) if seen else ""
-
-
-def _first_from(times_s: Sequence[float], start_s: float) -> float:
-    i = bisect_left(times_s, start_s)
-    return times_s[i] if i < len(times_s) else float("inf")
+        times_s = [*sorted(plans[self.media].frame_times_s), float("inf")]
+        shown = [text for start, end, text in self.lines if times_s[bisect_left(times_s, start)] < end]
+        return "".join(f"{line}\n" for line in (HEADING, *shown)) if shown else ""
 
 
 def parse_srt(text: str, name: str) -> tuple[Line, ...]:
-    """The subtitles in the text of an .srt file, in order of the file, without tags (`<i>`, `<font ...>`, `{\\an8}`).
+    """The subtitles in the text of an .srt file, in the file's order, without tags (`<i>`, `<font ...>`, `{\\an8}`).
 
-    Numbers and blank lines may be missing or superfluous: the lines between two time lines belong to the first.
+    Numbers and blank lines may be missing or superfluous: the lines between two time lines belong to the first one.
 
     Raises:
         UserError: a malformed time line, or none at all; names the file as `name`, and the line.
     """
-    found: list[tuple[float, float, list[str]]] = []
+    subtitles: list[tuple[float, float, list[str]]] = []
     block: list[str] = []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if not _LOOKS_TIMED.match(line):
@@ -65,22 +61,19 @@ def parse_srt(text: str, name: str) -> tuple[Line, ...]:
             raise UserError(f"{name}:{number}: {line.strip()[:60]!r} must be times, as in {EXAMPLE!r}")
         _drop_number(block)
         block = []
-        found.append((_seconds(match.groups()[:4]), _seconds(match.groups()[4:]), block))
-    if not found and text.strip("\ufeff \r\n\t"):
+        subtitles.append((_seconds(match.groups()[:4]), _seconds(match.groups()[4:]), block))
+    if not subtitles and text.strip("\ufeff \r\n\t"):
         raise UserError(f"{name}:1: no time lines, such as {EXAMPLE!r}; give an .srt file")
-    lines = ((start, end, " ".join(_TAG.sub("", " ".join(block)).split())) for start, end, block in found)
+    lines = ((start, end, " ".join(_TAG.sub("", " ".join(block)).split())) for start, end, block in subtitles)
     return tuple(line for line in lines if line[2])
 
 
-EXAMPLE = "00:00:01,000 --> 00:00:02,500"
-
-
 def _drop_number(block: list[str]) -> None:
-    """Take the number of the next subtitle off the end of the lines before its time line."""
+    """Remove the next subtitle's number from the end of the lines before its time line."""
     is_adjacent = bool(block) and bool(block[-1].strip())
     while block and not block[-1].strip():
         block.pop()
-    # A text may be a number too: then it stands behind its own time line or another text, and a blank line follows.
+    # A text may be a number too: it comes directly after its time line or another text, and a blank line follows.
     if block and _NUMBER.fullmatch(block[-1]) and (is_adjacent or (len(block) > 1 and not block[-2].strip())):
         block.pop()
 
