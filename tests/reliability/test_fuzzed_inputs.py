@@ -41,14 +41,15 @@ def is_line(text: str) -> bool:
     return len(text.splitlines()) == 1 and len(text.encode()) > 0
 
 
-def check(format: str, path: Path, root: Path, *others: str, **settings: Any) -> None:
-    """Read `path`; `others` are files beside it that an error may name instead."""
+def check(format: str, path: Path, root: Path, *others: str, records: int = 0, **settings: Any) -> None:
+    """Read `path`, of so many records at least; `others` are files beside it that an error may name instead."""
     try:
         samples, bad = read_source(format, path, root, **settings)
     except UserError as error:
         assert is_line(str(error))
         assert any(str(error).startswith(str(path.parent / name)) for name in (path.name, *others)), str(error)
         return
+    assert len(samples) + len(bad) >= records
     lines = 1 + len(re.findall(rb"\r\n|\n|\r", path.read_bytes())) if path.is_file() else 0
     for record in bad:
         assert is_line(str(record)) and record.message
@@ -189,7 +190,7 @@ def damaged_records(format: str, root: Path, drawn: Any) -> None:
     records = damaged(JSON[format], edits)
     text = "\n".join(map(json.dumps, records)) if in_lines else json.dumps(records, indent=0)
     (root / "records.json").write_text(text)
-    check(format, root / "records.json", root)
+    check(format, root / "records.json", root, records=len(records))
 
 
 def damaged_json(format: str, root: Path, cuts: Any) -> None:

@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.formats import read_folders, read_kinetics, read_ssv2, read_ucf101
-from vft.common.errors import UserError
+from tests.helpers.formats import read_error, read_folders, read_kinetics, read_ssv2, read_ucf101, write
 from vft.common.types import MediaRef, Sample, Turn
 from vft.data.formats import ucf101
 from vft.data.records.record import BadRecord
 
 Records = tuple[list[Sample], list[BadRecord]]
-
-
-def write(path: Path, text: str = "x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
-    return path
 
 
 def media_of(sample: Sample, root: Path) -> tuple[str, str]:
@@ -48,11 +41,7 @@ def mistakes(records: Records) -> list[tuple[str, str]]:
 
 
 def fail(call: Any, path: Path, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert message.startswith(str(path)) and "\n" not in message
-    assert all(word in message for word in words), message
+    assert read_error(call, *words).startswith(str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

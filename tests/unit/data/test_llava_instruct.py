@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.formats import read_llava_instruct
+from tests.helpers.formats import read_llava_instruct, write
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.data.records.record import BadRecord
@@ -26,16 +26,8 @@ def record(image: Any = NAME, text: str = "<image>\nWhat are the colors of the b
     return {"id": "000000033471", "image": image, "conversations": turns, **more}
 
 
-def touch(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"x")
-    return path
-
-
 def read(tmp_path: Path, *records: Any, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
-    path = tmp_path / "llava_instruct_150k.json"
-    path.write_text(json.dumps(list(records), indent=1), encoding="utf-8")
-    return read_llava_instruct(path, tmp_path, media=media)
+    return read_llava_instruct(write(tmp_path / "llava_instruct_150k.json", records), tmp_path, media=media)
 
 
 def picture(sample: Sample) -> Path:
@@ -45,7 +37,7 @@ def picture(sample: Sample) -> Path:
 
 
 def test_a_record(tmp_path: Path) -> None:
-    file = touch(tmp_path / "train2017" / NAME)
+    file = write(tmp_path / "train2017" / NAME)
     (sample,), bad = read(tmp_path, record())
     assert not bad
     assert (sample.id, sample.origin) == ("000000033471", "llava_instruct_150k.json:2")
@@ -73,25 +65,25 @@ def test_a_record(tmp_path: Path) -> None:
     ],
 )
 def test_where_a_bare_name_lies(tmp_path: Path, place: str, media: str) -> None:
-    file = touch(tmp_path / place)
+    file = write(tmp_path / place)
     (sample,), bad = read(tmp_path, record(), media=media)
     assert not bad and picture(sample) == file.resolve()
 
 
 def test_the_users_folder_goes_first(tmp_path: Path) -> None:
     for place in (f"train2017/{NAME}", f"pictures/{NAME}", NAME):
-        touch(tmp_path / place)
+        write(tmp_path / place)
     assert picture(read(tmp_path, record(), media="pictures")[0][0]) == (tmp_path / "pictures" / NAME).resolve()
 
 
 def test_names_with_folders_stand_as_they_are(tmp_path: Path) -> None:
-    touch(tmp_path / "train2017/vg/1.jpg")  # not a place for a name with a folder
+    write(tmp_path / "train2017/vg/1.jpg")  # not a place for a name with a folder
     samples, bad = read(tmp_path, record("vg/1.jpg"), record("coco/train2017/2.jpg"))
     assert not bad
     assert [picture(s) for s in samples] == [tmp_path.resolve() / n for n in ("vg/1.jpg", "coco/train2017/2.jpg")]
-    file = touch(tmp_path / "pictures/vg/1.jpg")
+    file = write(tmp_path / "pictures/vg/1.jpg")
     assert picture(read(tmp_path, record("vg/1.jpg"), media="pictures")[0][0]) == file.resolve()
-    file = touch(tmp_path / "vg/3.jpg")
+    file = write(tmp_path / "vg/3.jpg")
     assert picture(read(tmp_path, record("vg/3.jpg"), media="pictures")[0][0]) == file.resolve()
 
 
@@ -141,6 +133,6 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert [sample.origin for sample in samples] == ["conversation_58k.json:1", "more/detail_23k.json:1"]
     assert [sample.id for sample in samples] == ["000000033471", "000000033471#2"]
     with pytest.raises(UserError, match=r"no \.json files"):
-        read_llava_instruct(touch(tmp_path / "empty/x.txt").parent, tmp_path)
+        read_llava_instruct(write(tmp_path / "empty/x.txt").parent, tmp_path)
     with pytest.raises(UserError, match=r"gone\.json: No such file"):
         read_llava_instruct(tmp_path / "gone.json", tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.formats import (
+    error_of,
     read_folders,
     read_kinetics,
     read_llava_instruct,
@@ -18,6 +19,7 @@ from tests.helpers.formats import (
     read_ssv2,
     read_story,
     read_ucf101,
+    write,
 )
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
@@ -30,17 +32,6 @@ from vft.data.streaming.files import list_files
 from vft.inference.requests import read_items
 
 NFC, NFD = (unicodedata.normalize(form, "café é.mp4") for form in ("NFC", "NFD"))
-
-
-def touch(path: Path, content: bytes = b"x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def write(path: Path, value: Any) -> Path:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return touch(path, text.encode())
 
 
 def said(video: str, key: str = "video") -> dict[str, Any]:
@@ -56,19 +47,13 @@ def media(records: tuple[list[Sample], list[BadRecord]], root: Path) -> list[str
     return [path.relative_to(root.resolve()).as_posix() for path in paths]
 
 
-def fail(records: tuple[list[Sample], list[BadRecord]]) -> str:
-    samples, (bad,) = records
-    assert not samples and "\n" not in str(bad)
-    return str(bad)
-
-
 # -------------------------------------------------------------------------------------------------------- spellings
 
 
 @pytest.mark.parametrize("there", [NFC, NFD, "ID.MP4", "sub dir/x.mp4", "a\\b.mp4"])
 @pytest.mark.parametrize("format", ["messages", "story", "llava_video", "llava_instruct"])
 def test_other_spellings_are_tried(format: str, there: str, tmp_path: Path) -> None:
-    touch(tmp_path / there)
+    write(tmp_path / there)
     for written in {there, NFC if there == NFD else NFD if there == NFC else there.replace("/", "\\"), "ID.mp4"}:
         if written == "ID.mp4" and there != "ID.MP4":
             continue
@@ -86,20 +71,20 @@ def test_other_spellings_are_tried(format: str, there: str, tmp_path: Path) -> N
 
 def test_the_spelling_as_written_goes_first(tmp_path: Path) -> None:
     for name in (NFC, NFD, "b.mp4", "b.MP4", "a\\b.mp4", "a/b.mp4"):
-        touch(tmp_path / name)
+        write(tmp_path / name)
         assert media(read_messages(write(tmp_path / "list.json", [said(name)]), tmp_path), tmp_path) == [name]
 
 
 def test_spellings_stay_in_the_root(tmp_path: Path) -> None:
-    touch(tmp_path / "out.mp4")
+    write(tmp_path / "out.mp4")
     listed = write(tmp_path / "root/list.json", [said("..\\out.mp4")])
-    assert "out of data.root" in fail(read_messages(listed, tmp_path / "root"))
+    assert "out of data.root" in str(error_of(read_messages(listed, tmp_path / "root")))
 
 
 def test_lists_name_files_with_suffixes_in_upper_case(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     for name in ("v/b_000001_000011.MP4", "20bn-something-something-v2/7.WEBM", "UCF-101/YoYo/v_YoYo_g01_c01.AVI"):
-        touch(tmp_path / name)
+        write(tmp_path / name)
     rows = write(tmp_path / "v.csv", "label,youtube_id,time_start,time_end,split\nyoga,b,1,11,val\n")
     assert media(read_kinetics(rows, tmp_path), tmp_path) == ["v/b_000001_000011.MP4"]
     write(tmp_path / "labels.json", {"Holding something": "0"})
@@ -113,8 +98,8 @@ def test_lists_name_files_with_suffixes_in_upper_case(tmp_path: Path) -> None:
 
 
 def test_a_sources_own_path_has_spellings(tmp_path: Path) -> None:
-    touch(tmp_path / NFD)
-    touch(tmp_path / "a/b.jsonl")
+    write(tmp_path / NFD)
+    write(tmp_path / "a/b.jsonl")
     assert find_path(tmp_path, NFC) == tmp_path / NFD and find_path(tmp_path, "a\\b.jsonl") == tmp_path / "a/b.jsonl"
     assert find_path(tmp_path, "gone") == tmp_path / "gone"
     assert len(list(spellings("plain.mp4"))) == 2
@@ -125,12 +110,12 @@ def test_a_sources_own_path_has_spellings(tmp_path: Path) -> None:
 )
 def test_paths_from_elsewhere_name_the_path_that_works(written: str, tmp_path: Path) -> None:
     listed = write(tmp_path / "list.json", [said(written)])
-    message = fail(read_messages(listed, tmp_path))
-    assert message.startswith("list.json:1: video: ") and "relative to data.root" in message
-    touch(tmp_path / "clips/c.mp4")
+    message = str(error_of(read_messages(listed, tmp_path)))
+    assert message.startswith("list.json:2: video: ") and "relative to data.root" in message
+    write(tmp_path / "clips/c.mp4")
     other = tmp_path / "other"
     other.symlink_to(tmp_path)  # a root of another name: what was looked up before is remembered
-    message = fail(read_messages(listed, other))
+    message = str(error_of(read_messages(listed, other)))
     mend = message.rpartition("write ")[2].strip("'")
     assert media(read_messages(write(listed, [said(mend)]), other), tmp_path) == ["clips/c.mp4"]
 
@@ -157,9 +142,9 @@ def test_what_is_stray() -> None:
 
 def test_strays_are_no_class_and_no_clip(tmp_path: Path) -> None:
     for name in ("run/a.mp4", "jump/b.mp4", "run/._a.mp4", "run/__MACOSX/._a.mp4", "__MACOSX/run/._a.mp4"):
-        touch(tmp_path / "set" / name)
+        write(tmp_path / "set" / name)
     for name in ("run/Thumbs.db", "run/desktop.ini", ".DS_Store", "run/.DS_Store", "._run/x.mp4"):
-        touch(tmp_path / "set" / name)
+        write(tmp_path / "set" / name)
     samples, bad = read_folders(tmp_path / "set", tmp_path)
     assert not bad and [sample.id for sample in samples] == ["jump/b.mp4", "run/a.mp4"]
     assert samples[0].fields["labels"] == ("jump", "run")
@@ -171,7 +156,7 @@ def test_strays_are_no_class_and_no_clip(tmp_path: Path) -> None:
 def test_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
     nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     for name in (f"set/train/{nfd}/a.mp4", f"set/test/{nfc}/b.mp4", "set/test/bar/c.mp4", "set/train/bar/d.mp4"):
-        touch(tmp_path / name)
+        write(tmp_path / name)
     for split in ("train", "test"):
         samples, _ = read_folders(tmp_path / "set" / split, tmp_path)
         assert {sample.fields["labels"] for sample in samples} == {("bar", nfc)}
@@ -182,17 +167,17 @@ def test_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
 def test_strays_are_no_records_no_frames_and_no_archives(tmp_path: Path) -> None:
     part = tmp_path / "part"
     for name in ("v/2.jpg", "v/10.jpg", "v/._2.jpg"):
-        touch(part / name)
+        write(part / name)
     write(part / "a.json", [said("v")])
     for name in ("._a.json", "__MACOSX/._a.json", ".cache/huggingface/b.json"):
-        touch(part / name, b"\0\5\26\7")
+        write(part / name, b"\0\5\26\7")
     assert media(read_llava_video(part, tmp_path), tmp_path) == ["part/v/2.jpg", "part/v/10.jpg"]
     with pytest.raises(UserError, match="has no"):
         read_llava_video(part / "v", tmp_path)
 
     write_tar(part / "b.TAR", [("x.mp4", b"x")])
     for name in ("._b.tar", "__MACOSX/._b.tar"):
-        touch(part / name, b"\0\5\26\7")
+        write(part / name, b"\0\5\26\7")
     assert list_files(str(part), (".tar",)) == [str(part / "b.TAR")]
 
 
@@ -215,10 +200,10 @@ def test_kinetics_as_cvdfoundation_unpacks_it(tmp_path: Path) -> None:
         tmp_path / "k400/annotations/train.csv", "\n".join(["label,youtube_id,time_start,time_end,split", *rows])
     )
     for name in ("train/riding_a_bike/a_000001_000011.mp4", "train/riding a bike/b_000001_000011.mp4"):
-        touch(tmp_path / "k400" / name)
+        write(tmp_path / "k400" / name)
     good = "k400/replacement/replacement_for_corrupted_k400/c_000001_000011.mp4"
     for name in (good, "k400/train/c_000001_000011.mp4", "k400/train/d_000001_000011.mp4"):
-        touch(tmp_path / name)
+        write(tmp_path / name)
     expected = ["k400/train/riding_a_bike/a_000001_000011.mp4", "k400/train/riding a bike/b_000001_000011.mp4"]
     expected += [good, "k400/train/d_000001_000011.mp4"]
     for folder in ("", "k400/train"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.formats import read_messages, read_source
+from tests.helpers.formats import error_of, read_messages, read_source, sample_of, write
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.data.records import unread_keys
 from vft.data.records.record import BadRecord
@@ -21,22 +21,17 @@ SHOWN = MediaOptions(video_start=6.0, video_end=9.0)
 
 
 def read(root: Path, format: str, *records: Any) -> tuple[list[Sample], list[BadRecord]]:
-    path = root / "train.json"
-    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    return read_source(format, path, root)
+    return read_source(format, write(root / "train.json", records), root)
 
 
 def options_of(root: Path, record: Any, format: str = "messages") -> list[MediaOptions]:
     """Of each medium, in reading order."""
-    samples, bad = read(root, format, record)
-    assert not bad, str(bad[0])
-    return [part.options for turn in samples[0].turns for part in turn.parts if isinstance(part, MediaRef)]
+    records = read(root, format, record)
+    return [part.options for turn in sample_of(records).turns for part in turn.parts if isinstance(part, MediaRef)]
 
 
 def fail(root: Path, record: Any, format: str = "messages") -> BadRecord:
-    samples, bad = read(root, format, record)
-    assert not samples and len(bad) == 1 and "\n" not in str(bad[0])
-    return bad[0]
+    return error_of(read(root, format, record))
 
 
 def asked(text: Any = "<video>What?", **more: Any) -> dict[str, Any]:

@@ -11,24 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.formats import read_source
+from tests.helpers.formats import error_of, sample_of, write
+from tests.helpers.formats import read_source as read
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
-from vft.data import formats as sources
 from vft.data.records.files import read_json
 from vft.data.records.record import BadRecord, MalformedRecord
 from vft.inference.requests import read_items
-
-
-def read(format: str, path: Path, root: Path) -> sources.Records:
-    return read_source(format, path, root)
-
-
-def write(path: Path, value: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
-    return path
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -39,16 +29,11 @@ ANSWER = {"role": "assistant", "content": "A cat."}
 
 
 def read_one(tmp_path: Path, record: Any, format: str = "messages") -> Sample:
-    samples, bad = read(format, write(tmp_path / "train.json", [record]), tmp_path)
-    assert not bad, str(bad[0])
-    return samples[0]
+    return sample_of(read(format, write(tmp_path / "train.json", [record]), tmp_path))
 
 
 def fail_one(tmp_path: Path, record: Any, format: str = "messages") -> BadRecord:
-    samples, bad = read(format, write(tmp_path / "train.json", [record]), tmp_path)
-    assert not samples and len(bad) == 1
-    assert "\n" not in str(bad[0])
-    return bad[0]
+    return error_of(read(format, write(tmp_path / "train.json", [record]), tmp_path))
 
 
 def parts_of(sample: Sample, tmp_path: Path) -> list[list[Any]]:
@@ -393,83 +378,6 @@ def test_llava_video_mistakes(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- fuzz
-
-WORDS = st.sampled_from(
-    [
-        "user",
-        "gpt",
-        "system",
-        "text",
-        "video",
-        "image",
-        "<video>",
-        "<image>\n?",
-        "a.mp4",
-        "..",
-        "http://x/y",
-        "0.jpg",
-        "",
-    ]
-)
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8)
-    | WORDS
-)
-KEYS = st.sampled_from(
-    [
-        "id",
-        "messages",
-        "conversations",
-        "role",
-        "content",
-        "from",
-        "value",
-        "type",
-        "text",
-        "url",
-        "video",
-        "image",
-        "videos",
-        "images",
-        "video_url",
-        "path",
-        "data_source",
-        "fps",
-        "nframes",
-        "video_start",
-        "video_end",
-        "sample_fps",
-    ]
-)
-JSON = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=6)
-)
-PART = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "video", "image"])},
-    optional={"text": WORDS, "video": JSON, "image": JSON, "fps": LEAVES},
-)
-TURN = st.fixed_dictionaries(
-    {"role": WORDS, "content": JSON | WORDS | st.lists(PART, max_size=3)}
-) | st.fixed_dictionaries({"from": WORDS, "value": JSON | WORDS})
-TURNS = st.lists(TURN | JSON, max_size=3)
-FIELDS = {"id": LEAVES, "messages": TURNS, "conversations": TURNS, "data_source": LEAVES}
-RECORD = JSON | st.fixed_dictionaries({}, optional=FIELDS | {key: JSON for key in ("video", "videos", "images")})
-
-
-@pytest.mark.parametrize("format", ["llava_video", "messages"])
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(records=st.lists(RECORD, max_size=3))
-def test_any_json(tmp_path: Path, format: str, records: list[Any]) -> None:
-    samples, bad = read(format, write(tmp_path / "fuzz.json", records), tmp_path)
-    assert len(samples) + len(bad) == len(records)
-    assert all("\n" not in str(record) for record in bad)
-    assert all(turn.parts for sample in samples for turn in sample.turns)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.clips import make_clip
-from tests.helpers.formats import read_messages
-from vft.common.errors import UserError
+from tests.helpers.formats import error_of, read_error, read_messages, write
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
@@ -34,14 +33,6 @@ Records = tuple[list[Sample], list[BadRecord]]
 def read(path: Path, root: Path, format: str = "messages", **keys: Any) -> Records:
     source = SourceConfig(format=format, path=str(path.relative_to(root)), **keys)  # type: ignore[arg-type]
     return sources.read(source, DataConfig(root=root))
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(content, bytes):
-        content = (content if isinstance(content, str) else json.dumps(content)).encode()
-    path.write_bytes(content)
-    return path
 
 
 def said(records: Records) -> list[list[Any]]:
@@ -64,17 +55,7 @@ def one(root: Path, record: Any, **keys: Any) -> list[Any]:
 
 
 def bad(root: Path, record: Any, **keys: Any) -> str:
-    samples, (found,) = read(write(root / "r.json", [record]), root, **keys)
-    assert not samples and "\n" not in str(found)
-    return str(found)
-
-
-def fail(call: Any, *words: str) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    return message
+    return str(error_of(read(write(root / "r.json", [record]), root, **keys)))
 
 
 # ---------------------------------------------------------------------------------------------------- CSV and TSV
@@ -149,7 +130,7 @@ def test_cells_say_how_media_are_shown(tmp_path: Path) -> None:
 )
 def test_tables_that_cannot_be_read(table: Any, words: list[str], tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", table)
-    fail(lambda: read(path, tmp_path), *words)
+    read_error(lambda: read(path, tmp_path), *words)
 
 
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -188,10 +169,10 @@ def test_splits_of_a_folder_are_not_mixed(tmp_path: Path) -> None:
     other.to_parquet(tmp_path / "hub/data/test-00000-of-00001.parquet")
     DatasetDict(train=table, test=other).save_to_disk(tmp_path / "saved")
     for name in ("hub", "saved"):
-        message = fail(lambda name=name: read(tmp_path / name, tmp_path), "holds the splits test, train")
+        message = read_error(lambda name=name: read(tmp_path / name, tmp_path), "holds the splits test, train")
         mended = Path(message.split('"')[1])
         assert said(read(mended, tmp_path)) == [["video:a.mp4", "test"]]
-    fail(lambda: read(tmp_path / "hub/data/dev-*.parquet", tmp_path), "no file has such a name")
+    read_error(lambda: read(tmp_path / "hub/data/dev-*.parquet", tmp_path), "no file has such a name")
 
 
 def test_a_table_that_holds_the_files_themselves(tmp_path: Path) -> None:
@@ -206,12 +187,12 @@ def test_a_table_that_holds_the_files_themselves(tmp_path: Path) -> None:
 def test_damaged_tables(tmp_path: Path) -> None:
     for name in ("r.parquet", "r.arrow"):
         path = write(tmp_path / name, b"nothing of the kind")
-        fail(lambda path=path: read(path, tmp_path), str(path), "can't be read")
+        read_error(lambda path=path: read(path, tmp_path), str(path), "can't be read")
         path.write_bytes(b"")
-        fail(lambda path=path: read(path, tmp_path), str(path), "can't be read")
-        fail(lambda name=name: read(tmp_path / f"no{name}", tmp_path), "No such file")
+        read_error(lambda path=path: read(path, tmp_path), str(path), "can't be read")
+        read_error(lambda name=name: read(tmp_path / f"no{name}", tmp_path), "No such file")
     (tmp_path / "empty").mkdir()
-    fail(lambda: read(tmp_path / "empty", tmp_path), "empty", "name a file")
+    read_error(lambda: read(tmp_path / "empty", tmp_path), "empty", "name a file")
 
 
 # ------------------------------------------------------------------------------------------------------ keys of others
@@ -285,7 +266,7 @@ def test_empty_answers_are_bad_records(answer: Any, tmp_path: Path) -> None:
 )
 def test_what_is_not_clear_names_the_mend(record: Any, field: str, words: str, tmp_path: Path) -> None:
     message = bad(tmp_path, {**record, **V})
-    assert message.startswith(f"r.json:1: {field}: ") and words in message
+    assert message.startswith(f"r.json:2: {field}: ") and words in message
 
 
 def test_the_mend_for_two_answers_works(tmp_path: Path) -> None:
@@ -308,7 +289,9 @@ def test_columns_are_mapped_in_every_kind_of_file(tmp_path: Path) -> None:
     for name in ("r.parquet", "r.csv", "r.json", "r.jsonl"):
         records = read(tmp_path / name, tmp_path, columns=columns)
         assert said(records) == [["S", "video:a.mp4", "Q?", "x"]] and records[0][0].id == "7"
-        message = fail(lambda name=name: read(tmp_path / name, tmp_path, columns={**columns, "answer": "Q"}), name)
+        message = read_error(
+            lambda name=name: read(tmp_path / name, tmp_path, columns={**columns, "answer": "Q"}), name
+        )
         assert "columns.answer = 'Q': no record has it" in message and "'answer'" in message
 
 

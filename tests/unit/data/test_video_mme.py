@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.formats import read_video_mme
+from tests.helpers.formats import read_error, read_video_mme, sample_of, write
 from vft.common.errors import UserError
-from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, Sample, Turn
+from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, Turn
 from vft.data.media.subtitles import Subtitles, parse_srt
-from vft.data.records.record import BadRecord
 
 ROW = {
     "video_id": "001",
@@ -51,43 +50,21 @@ Kenobi!\r
 """
 
 
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the lock files of `datasets` out of the user's cache."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def touch(path: Path, text: str = "x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
-    return path
-
-
 def parquet(path: Path, *rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return path
 
 
-def one(records: tuple[list[Sample], list[BadRecord]]) -> Sample:
-    (sample,), bad = records
-    assert not bad
-    return sample
-
-
 def fail(path: Any, root: Path, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        read_video_mme(path, root)
-    message = str(caught.value)
-    assert message.startswith(str(path)) and "\n" not in message
-    assert all(word in message for word in words), message
+    assert read_error(lambda: read_video_mme(path, root), *words).startswith(str(path))
 
 
 def test_a_row(tmp_path: Path) -> None:
     rows = [{**ROW, "start": 3}, ROW | {"question_id": "001-2", "start": 3}]
     path = parquet(tmp_path / "videomme/test-00000-of-00001.parquet", *rows)
-    file = touch(tmp_path / "data/fFjv93ACGo8.mp4")
-    touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
+    file = write(tmp_path / "data/fFjv93ACGo8.mp4")
+    write(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
     (sample, other), bad = read_video_mme(path, tmp_path)
     assert not bad
     assert (sample.id, sample.origin) == ("001-1", "test-00000-of-00001.parquet:1")
@@ -112,10 +89,10 @@ def test_a_row(tmp_path: Path) -> None:
 )
 def test_where_a_video_lies(tmp_path: Path, place: str, media: str) -> None:
     parquet(tmp_path / "sets/Video-MME/videomme/test.parquet", ROW)
-    file = touch(tmp_path / place)
-    touch((tmp_path / place).parent.parent / "subtitle/fFjv93ACGo8.srt", SRT)
+    file = write(tmp_path / place)
+    write((tmp_path / place).parent.parent / "subtitle/fFjv93ACGo8.srt", SRT)
     for path in ("sets/Video-MME", "sets/Video-MME/videomme/test.parquet"):
-        sample = one(read_video_mme(tmp_path / path, tmp_path, media=media, subtitles=True))
+        sample = sample_of(read_video_mme(tmp_path / path, tmp_path, media=media, subtitles=True))
         assert sample.turns[0].parts[0].path == file.resolve()
         assert isinstance(sample.turns[0].parts[1], Subtitles)
 
@@ -124,7 +101,7 @@ def test_a_folder_of_files_and_odd_paths(tmp_path: Path) -> None:
     folder = tmp_path / "a [1]*?/__x/y"
     for i in (2, 1):
         parquet(folder / f"part-{i}.parquet", ROW | {"question_id": str(i)})
-    touch(folder / "readme.md")
+    write(folder / "readme.md")
     for path in (tmp_path / "a [1]*?", str(folder)):
         samples, bad = read_video_mme(path, tmp_path)
         assert not bad
@@ -133,13 +110,13 @@ def test_a_folder_of_files_and_odd_paths(tmp_path: Path) -> None:
 
 def test_a_missing_video_is_not_the_readers_problem(tmp_path: Path) -> None:
     path = parquet(tmp_path / "test.parquet", ROW)
-    sample = one(read_video_mme(path, tmp_path, media="clips"))
+    sample = sample_of(read_video_mme(path, tmp_path, media="clips"))
     assert sample.turns[0].parts[0].path == tmp_path.resolve() / "clips/data/fFjv93ACGo8.mp4"
 
 
 def test_other_numbers_of_options(tmp_path: Path) -> None:
     row = ROW | {"options": ["A. Yes", "B. No", "C. 3.14"], "answer": "B"}
-    sample = one(read_video_mme(parquet(tmp_path / "t.parquet", row), tmp_path))
+    sample = sample_of(read_video_mme(parquet(tmp_path / "t.parquet", row), tmp_path))
     assert sample.fields["options"] == ("A", "B", "C")
     assert "the letter (A, B, or C) of" in sample.turns[0].text
 
@@ -206,7 +183,7 @@ def plan(*times_s: float) -> MediaPlan:
 def test_with_subtitles(tmp_path: Path) -> None:
     rows = (ROW, ROW | {"question_id": "001-2"}, ROW | {"question_id": "002-1", "videoID": "other"})
     path = parquet(tmp_path / "t.parquet", *rows)
-    touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
+    write(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT)
     (sample, same, without), bad = read_video_mme(path, tmp_path, subtitles=True)
     assert not bad
     lines = ((0.5, 2.0, "Hello there."), (2.0, 4.0, "General Kenobi!"))
@@ -221,11 +198,11 @@ def test_with_subtitles(tmp_path: Path) -> None:
 
 def test_a_bad_subtitle_file(tmp_path: Path) -> None:
     path = parquet(tmp_path / "t.parquet", ROW)
-    file = touch(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT + "\n3\n00:00:05 --> 7\nHi\n")
+    file = write(tmp_path / "subtitle/fFjv93ACGo8.srt", SRT + "\n3\n00:00:05 --> 7\nHi\n")
     samples, (bad,) = read_video_mme(path, tmp_path, subtitles=True)
     assert not samples and (bad.origin, bad.field) == ("t.parquet:1", "subtitles")
     assert bad.message.startswith(f"{file.resolve()}:11: '00:00:05 --> 7' must be times")
-    assert one(read_video_mme(path, tmp_path)).id == "001-1"
+    assert sample_of(read_video_mme(path, tmp_path)).id == "001-1"
     file.write_bytes(b"1\n\xff\xfe")
     assert f"{file.resolve()}:2: byte 2 is not UTF-8" in read_video_mme(path, tmp_path, subtitles=True)[1][0].message
 
