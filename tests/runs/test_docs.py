@@ -31,9 +31,9 @@ def commands_of(page: Path) -> Iterator[list[str]]:
     """Every command of the project's in a fenced block or in a table, in words."""
     text = page.read_text(encoding="utf-8")
     lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:python tools/|torchrun )[^`]*)`", text)
+    lines += re.findall(r"`((?:python tools/|torchrun |vft [a-z]+ )[^`]*)`", text)
     for line in lines:
-        if re.match(r"(python tools/|python -m vft|torchrun )", line.strip()):
+        if re.match(r"(python tools/|python -m vft|torchrun |vft [a-z])", line.strip()):
             yield shlex.split(
                 line.strip().replace("[", " ").replace("]", " ") if "[--" in line else line, comments=True
             )
@@ -41,16 +41,17 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_there(page: Path, commands: Commands) -> None:
-    helps: dict[str, str] = {}
+    helps: dict[tuple[str, ...], str] = {}
     for words in commands_of(page):
         tool = next((word for word in words if word.startswith("tools/")), None)
-        if tool is None:
+        if tool is None and words[0] != "vft":
             check_recipe(words)
-        elif not PLACEHOLDER.search(tool):
-            assert (REPOSITORY / tool).is_file(), " ".join(words)
-            if tool not in helps:
-                helps[tool] = commands.run(tool, "--help").ok().stdout
-            known = set(re.findall(r"--[a-z][a-z-]*", helps[tool]))
+        elif tool is None or not PLACEHOLDER.search(tool):
+            assert tool is None or (REPOSITORY / tool).is_file(), " ".join(words)
+            program = ("vft.cli.app", words[1]) if tool is None else (tool,)
+            if program not in helps:
+                helps[program] = commands.run(*program, "--help").ok().stdout
+            known = set(re.findall(r"--[a-z][a-z-]*", helps[program]))
             asked = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert asked <= known, f"{' '.join(words)}: {asked - known}"
             check_settings(words)
@@ -62,7 +63,8 @@ def check_recipe(words: list[str]) -> None:
         return
     module = words[words.index("-m") + 1]
     if not PLACEHOLDER.search(module):
-        assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), " ".join(words)
+        place = REPOSITORY / module.replace(".", "/")
+        assert place.is_dir() or place.with_suffix(".py").is_file(), " ".join(words)
     check_settings(words)
 
 

@@ -25,7 +25,7 @@ MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 SMALL = ("README.md", "start.md")
 """Pages of which all runs here, with the small base; on the others a comment may say what a command needs."""
 NEEDS = re.compile(r"#.*\b(GPUs?|hosts|the set's files)\b")
-PROGRAM = re.compile(r"(python |torchrun )")
+PROGRAM = re.compile(r"(python |torchrun |vft )")
 SMALLER = (
     *("train.max_steps=4", "train.warmup_steps=2", "train.packs_per_step=2", "data.video.max_pixels=12544"),
     "train.precision=fp32",
@@ -85,6 +85,8 @@ def run(commands: Commands, line: str) -> Result:
     words = shlex.split(line, comments=True)
     if words[0] == "torchrun":
         return commands.shell("python", "-m", "torch.distributed.run", *words[1:], *SMALLER)
+    if words[0] == "vft":
+        return commands.run("vft.cli.app", *words[1:], *(SMALLER if words[1] == "train" else ()))
     return commands.run(*words[1:])
 
 
@@ -101,7 +103,7 @@ def test_commands_run(page: Path, reader: Path, tmp_path: Path) -> None:
     fill_hub_cache(tmp_path / "hub")
     with commands_in(tmp_path / "scratch", reader, HF_HUB_CACHE=str(tmp_path / "hub")) as commands:
         for line in lines_of(page):
-            if "tools/compare.py" in line:  # beside another run
+            if "tools/compare.py" in line or line.startswith("vft compare"):  # beside another run
                 shutil.copytree(reader / "runs" / "mine", reader / "runs" / "other")
             result = run(commands, line)
             assert result.status == 0, f"{page.name}: {line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

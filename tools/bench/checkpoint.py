@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -154,7 +153,6 @@ def stalled(
             synchronise()
             since = time.perf_counter()
             stall = seconds(partial(saver.save, number, STATE)) if saver else 0.0
-            written = watch(saver)
             for _ in range(options.steps):
                 step()
             synchronise()
@@ -162,7 +160,7 @@ def stalled(
             if saver:
                 saver.wait()
             if number:  # the first one warms up: it takes the memory for the copies, too
-                for key, value in {"stall": stall, "between": between, "written": written() - since}.items():
+                for key, value in {"stall": stall, "between": between}.items():
                     took[name][key].append(value)
     plain = median(took["none"]["between"])
     return [
@@ -173,32 +171,10 @@ def stalled(
             "stall, s": median(times["stall"]),
             "slowest stall, s": max(times["stall"]),
             "stall / between": median(times["stall"]) / plain,
-            "written after, s": median(times["written"]),
             "between / without": median(times["between"]) / plain,
         }
         for name, times in took.items()
     ]
-
-
-def watch(saver: AsyncCheckpointer | None) -> Callable[[], float]:
-    """When the save in flight ended; now, where there is none."""
-    thread = saver.in_flight.thread if saver and saver.in_flight else None
-    ended = [time.perf_counter()]
-
-    def wait(thread: Thread) -> None:
-        thread.join()
-        ended[0] = time.perf_counter()
-
-    if thread is None:
-        return lambda: ended[0]
-    waiting = Thread(target=wait, args=(thread,))
-    waiting.start()
-
-    def when() -> float:
-        waiting.join()
-        return ended[0]
-
-    return when
 
 
 @contextmanager

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-import vft
+from vft.common.interpreter import fail, prefer_venv, report_missing, run_in_venv
+from vft.common.version import __version__
 
 COMMANDS = {
     "train": ("train", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
@@ -31,10 +28,6 @@ COMMANDS = {
     "new": ("new", "write a skeleton of your own task or data format"),
 }
 """Module in vft/cli and a line of help, by the name of the command."""
-CHECKOUT = Path(__file__).resolve().parents[2]
-RERUN = "VFT_RERUN_IN_VENV"
-"""Set in the environment of a process that `run_in_venv` started, so that it does not start another."""
-OLD_PYTHON = tuple(sys.version_info) < (3, 11)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         sys.exit(0 if words else 2)
     if words[0] == "--version":
-        print(f"vft {vft.__version__}")
+        print(f"vft {__version__}")
     elif words[0] in COMMANDS:
         run(words[0], words[1:], f"vft {words[0]}")
     else:
@@ -74,50 +67,16 @@ def run(command: str, argv: Sequence[str], prog: str) -> None:
     If this Python lacks vft's packages, the checkout's .venv runs the command. Without a .venv the process ends with
     one line and exit status 2.
     """
-    if OLD_PYTHON or importlib.util.find_spec("torch") is None:
-        run_in_venv()
-    if OLD_PYTHON:
-        fail(f"vft needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. {how_to_install()}")
+    prefer_venv()
     try:
         module = importlib.import_module(f"vft.cli.{COMMANDS[command][0]}")
     except ModuleNotFoundError as error:
-        if is_ours(error):
-            raise
         run_in_venv()
-        fail(f"{sys.executable} lacks the package {error.name!r}. {how_to_install()}")
+        report_missing(error)
     try:
         module.main(argv, prog)
     except ModuleNotFoundError as error:  # a package that is imported only where it is used
-        if is_ours(error):
-            raise
-        fail(f"{sys.executable} lacks the package {error.name!r}. {how_to_install()}")
-
-
-def is_ours(error: ModuleNotFoundError) -> bool:
-    """Whether the missing module is part of vft: then the traceback is wanted."""
-    return error.name is None or error.name.partition(".")[0] == "vft"
-
-
-def run_in_venv() -> None:
-    """Replace this process by the same command in the Python of the checkout's .venv. Returns if there is no .venv, or
-    if it is the Python that runs now."""
-    venv = CHECKOUT / ".venv"
-    python = venv / "bin" / "python"
-    if python.exists() and Path(sys.prefix).resolve() != venv.resolve() and RERUN not in os.environ:
-        os.execve(str(python), [str(python), *sys.argv], {**os.environ, RERUN: "1"})
-
-
-def how_to_install() -> str:
-    """One sentence: how to get the packages."""
-    if (CHECKOUT / "tools" / "setup").is_file():
-        return f"Run {CHECKOUT / 'tools' / 'setup'} once; after that this command finds them by itself."
-    return "Install vft with its packages: pip install PATH_TO_VFT"
-
-
-def fail(message: str) -> NoReturn:
-    """End with `message` on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        report_missing(error)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ PREPROCESSOR = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 """preprocessor_config.json of Qwen2.5-VL."""
-TOKEN_IDS = {"eos_token_id": 599, "vision_start_token_id": 606, "image_token_id": 609, "video_token_id": 610}
+TOKEN_IDS = {
+    "bos_token_id": 597,
+    "eos_token_id": 599,
+    "vision_start_token_id": 606,
+    "image_token_id": 609,
+    "video_token_id": 610,
+}
 """Below every vocabulary here; sizes and times do not depend on them."""
 LARGE_ENCODER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 

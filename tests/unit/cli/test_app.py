@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.main import run_main
 from vft.cli import app
 
 REPOSITORY = Path(__file__).parents[3]
@@ -61,12 +62,8 @@ def test_every_command_is_a_tool_too() -> None:
     ],
 )
 def test_names(words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        app.main(words)
-        found = 0
-    except SystemExit as stop:
-        found = int(stop.code or 0)
-    assert found == status and message in capsys.readouterr().err
+    done = run_main(app.main, capsys, *words)
+    assert done.status == status and message in done.stderr
 
 
 def test_usage_lines_have_the_name_that_was_called() -> None:
@@ -92,6 +89,17 @@ def test_without_packages_or_venv_there_is_one_line(checkout: Path) -> None:
     done = run(*BARE, checkout / "tools" / "predict.py", "--model", "m", "clip.mp4")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and f"Run {checkout / 'tools' / 'setup'} once" in line and "lacks the package" in line
+
+
+def test_a_recipe_without_packages_is_one_line_too(checkout: Path) -> None:
+    bare = (sys.executable, "-E", "-S", "-m", "vft.recipes.caption", "run.toml")
+    (line,) = run(*bare, cwd=checkout).stderr.splitlines()
+    assert "lacks the package 'torch'" in line
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "in the venv: $@"\n')
+    python.chmod(0o755)
+    assert run(*bare, cwd=checkout).stdout == "in the venv: -E -S -m vft.recipes.caption run.toml\n"
 
 
 def test_a_venv_without_packages_does_not_start_itself_again(checkout: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.main import run_main
+from tests.runs.commands import Result
+from vft.cli.compare import main
 from vft.common.scores import Samples
 from vft.inference.evaluate import keep_parts
 from vft.metrics import mean_interval
 
-REPOSITORY = Path(__file__).parents[3]
 SETTINGS = """task = "caption"
 output_dir = "{folder}"
 [model]
@@ -54,18 +56,18 @@ def run_folder(folder: Path, rank: int, losses: list[float], score: float) -> Pa
     return folder
 
 
-def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The tool, on a wide terminal."""
-    command = [sys.executable, "tools/compare.py", *map(str, arguments)]
-    environment = {"COLUMNS": "160", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "160")
+    return partial(run_main, main, capsys)
 
 
-def test_what_differs_and_how_it_went(tmp_path: Path) -> None:
+def test_what_differs_and_how_it_went(compare: Callable[..., Result], tmp_path: Path) -> None:
     a = run_folder(tmp_path / "one" / "low", 4, [3.0, 2.0], 1.0)
     b = run_folder(tmp_path / "two" / "high", 64, [3.0, 2.0, 1.0], 2.5)
     done = compare(a, b, "--html", tmp_path / "page.html")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     rows = {
         cells[1]: cells[2:-1]
         for line in done.stdout.splitlines()
@@ -83,7 +85,7 @@ def test_what_differs_and_how_it_went(tmp_path: Path) -> None:
     assert {"lora.rank", "held-out cider_d", "loss"} <= {text.strip() for text in texts}
 
 
-def test_scores_on_the_same_questions_are_compared_in_pairs(tmp_path: Path) -> None:
+def test_scores_on_the_same_questions_are_compared_in_pairs(compare: Callable[..., Result], tmp_path: Path) -> None:
     """With the difference's own interval; nothing is said of runs that answered other questions, or kept nothing."""
     runs = [run_folder(tmp_path / name, 4, [1.0], 1.0) for name in ("a", "b", "c", "d")]
     base = [i % 5 / 2 for i in range(50)]
@@ -91,8 +93,7 @@ def test_scores_on_the_same_questions_are_compared_in_pairs(tmp_path: Path) -> N
         samples = Samples(tuple(f"{prefix}{i}" for i in range(50)), tuple(i // 2 for i in range(50)))
         scores = [one + gain * (i % 2) for i, one in enumerate(base)]
         keep_parts(run / "scores" / "step-000001.json", {"cider_d": mean_interval(scores, samples=samples)})
-    done = compare(*runs)
-    assert done.returncode == 0, done.stderr
+    done = compare(*runs).ok()
     table = done.stdout[done.stdout.index("Last evaluation, less that of a") :]
     (row,) = ([c.strip() for c in line.split("│")] for line in table.splitlines() if "cider_d" in line)
     assert row[2] == "" and row[3].startswith("+0.125") and row[4:6] == ["other questions", ""]
@@ -100,8 +101,8 @@ def test_scores_on_the_same_questions_are_compared_in_pairs(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", ["none", "twice", "many"])
-def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
+def test_mistakes_are_one_line(compare: Callable[..., Result], tmp_path: Path, case: str) -> None:
     runs = [run_folder(tmp_path / f"run-{i}", 4, [1.0], 1.0) for i in range(7 if case == "many" else 1)]
     done = compare(*{"none": [tmp_path], "twice": runs * 2, "many": runs}[case])
     says = {"none": f"{tmp_path}: no config.toml", "twice": "named twice", "many": "7 runs: at most 6"}[case]
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert says in done.error

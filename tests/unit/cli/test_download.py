@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import huggingface_hub
 import pyarrow.parquet
 import pytest
 
+from tests.helpers.main import run_main
 from vft.cli import download
 from vft.common.types import MediaRef
 from vft.config.data import DataConfig, SourceConfig
@@ -41,15 +41,9 @@ class Hub:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     def run(hub: Hub, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-        monkeypatch.setattr(sys, "argv", ["download.py", *arguments, "--root", str(tmp_path / "new")])
         monkeypatch.setattr(download, "free_bytes", lambda folder: 5_000_000_000)
-        try:
-            download.main()
-            status: Any = 0
-        except SystemExit as error:
-            status = error.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        done = run_main(download.main, capsys, *arguments, "--root", tmp_path / "new")
+        return done.status, done.stdout, done.stderr
 
     return run
 
@@ -125,11 +119,8 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "VideoXum").mkdir()
     (tmp_path / "VideoXum" / "train_videoxum.json").write_text("[]")
-    monkeypatch.setattr(sys, "argv", ["download.py", "videoxum", "--root", str(tmp_path), "--yes"])
-    with pytest.raises(SystemExit) as caught:
-        download.main()
-    errors = capsys.readouterr().err
-    assert caught.value.code == 2 and errors.count("\n") == 1 and "jylins/videoxum: annotations can't be" in errors
+    done = run_main(download.main, capsys, "videoxum", "--root", tmp_path, "--yes")
+    assert done.stderr.count("\n") == 1 and "jylins/videoxum: annotations can't be" in done.error
 
 
 @pytest.mark.parametrize("name", download.SETS)

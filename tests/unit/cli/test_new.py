@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.main import run_main
 from vft.cli import new
 from vft.common.types import Conversation, MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
@@ -47,32 +48,33 @@ def test_a_format(module: str, tmp_path: Path) -> None:
     assert samples[0].turns[1].text == "A dog."
 
 
-def test_the_skeletons_pass_ruff_and_mypy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "check",
+    [
+        ("ruff", "check", "--no-cache", "--config"),
+        ("ruff", "format", "--no-cache", "--check", "--config"),
+        pytest.param(("mypy", "--cache-dir", REPOSITORY / ".mypy_cache", "--config-file"), marks=pytest.mark.slow),
+    ],
+    ids=["ruff check", "ruff format", "mypy"],
+)
+def test_the_skeletons_pass_the_projects_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: tuple[object, ...]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for kind in new.SKELETONS:
         new.main([kind, f"my_{kind}"])
-    settings = REPOSITORY / "pyproject.toml"
-    ruff = (sys.executable, "-m", "ruff")
-    for command in (
-        (*ruff, "check", "--no-cache", "--config", settings, tmp_path),
-        (*ruff, "format", "--no-cache", "--config", settings, "--check", tmp_path),
-        (sys.executable, "-m", "mypy", "--config-file", settings, "my_task.py", "my_format.py"),
-    ):
-        done = subprocess.run(
-            [*map(str, command)], env={"MYPYPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = (sys.executable, "-m", *check, REPOSITORY / "pyproject.toml", "my_task.py", "my_format.py")
+    environment = {"MYPYPATH": str(REPOSITORY)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("name", "message"), [("9lives", "must be the name"), ("class", "must be the name")])
 def test_names_that_are_no_modules(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        new.main(["task", name])
-    assert message in capsys.readouterr().err
+    assert message in run_main(new.main, capsys, "task", name).error
 
 
 def test_a_file_that_exists_is_kept(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / f"{module}.py").write_text("mine")
-    with pytest.raises(SystemExit):
-        new.main(["format", module])
-    assert "exists" in capsys.readouterr().err and (tmp_path / f"{module}.py").read_text() == "mine"
+    assert "exists" in run_main(new.main, capsys, "format", module).error
+    assert (tmp_path / f"{module}.py").read_text() == "mine"

@@ -10,8 +10,8 @@ import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-from vft.cli.app import CHECKOUT
 from vft.cli.doctor_checks.finding import Finding, last_line, run_python
+from vft.common.interpreter import CHECKOUT
 
 NOT_INSTALLED = "not installed"
 MANY = 3
