@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of a random model (small)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64], help="LoRA ranks on all linears (8 64)")
     parser.add_argument("--full", action="store_true", help="also with the language model trained in full")
-    parser.add_argument("--device", default=str(default_device()), help="where the model is (a GPU where there is one)")
-    parser.add_argument("--folder", type=Path, help="where to write checkpoints (the folder for temporary files)")
+    parser.add_argument("--device", default=str(default_device()), help="device of the model (default: the GPU)")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints (default: that for temporary files)")
     parser.add_argument("--steps", type=int, default=50, help="training steps between two saves; 0: none (50)")
     parser.add_argument("--tokens", type=int, default=256, help="of text in a step: fewer is a harder test (256)")
 
@@ -83,7 +83,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
 
 
 def trainer(options: argparse.Namespace, rank: int | None) -> tuple[VideoLanguageModel, torch.optim.Optimizer]:
-    """A model with random weights and its optimizer; no rank: the language model is trained in full."""
+    """A model with random weights and its optimizer; without a rank the language model is trained in full."""
     model = build_from_config(SHAPES[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32)
     lora = None if rank is None else LoraConfig(rank=rank, alpha=2.0 * rank)
     choose_trainable(model, lora, () if lora else ("language_model",))
@@ -127,14 +127,14 @@ def timed(trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path,
 def make_saver(
     trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, asynchronous: bool
 ) -> AsyncCheckpointer:
-    """As a run makes it."""
+    """A writer of checkpoints like that of a run."""
     return AsyncCheckpointer(root, *trained, CheckpointConfig(keep_last=1, asynchronous=asynchronous), environment())
 
 
 def stalled(
     trained: tuple[VideoLanguageModel, torch.optim.Optimizer], root: Path, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Steps without a save, with one in the loop and with one beside it, in turns."""
+    """Steps without a save, with a save in the loop and with one beside it, in turns."""
     model, optimizer = trained
     device = torch.device(options.device)
     row = row_of(model.processor, [text_document(options.tokens, options.tokens // 4, seed=0)]).to(device)
@@ -159,7 +159,7 @@ def stalled(
             between = time.perf_counter() - since
             if saver:
                 saver.wait()
-            if number:  # the first one warms up: it takes the memory for the copies, too
+            if number:  # the first one warms up: it also allocates the memory for the copies
                 for key, value in {"stall": stall, "between": between}.items():
                     took[name][key].append(value)
     plain = median(took["none"]["between"])

@@ -7,11 +7,11 @@ Three ways to the same frames of the same clips, in equally many processes on eq
              as in training, the training process on the same cores as its workers
   torchcodec VideoDecoder(num_ffmpeg_threads=1).get_frames_at of the same indices; the frames are thrown away
   processor  qwen-vl-utils' fetch_video and one call of transformers' Qwen2.5-VL processor a sample, also thrown away;
-             left out where qwen_vl_utils or torchvision can't be imported
+             left out if qwen_vl_utils or torchvision cannot be imported
 
-Clips lie in the file cache: they are indexed and decoded once before. Frames are those that a model gets to see, not
-those between them that a decoder has to go through. CPU seconds are those of all processes of a side together; on a
-busy machine they tell more than the clock.
+The clips are in the file cache: they are indexed and decoded once before. Only frames that the model gets are counted,
+not those in between that a decoder has to go through. CPU seconds are those of all processes of a side together; on a
+busy machine they are more reliable than the clock.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ class Case:
 
     @property
     def frames(self) -> int:
-        """Frames that a model gets to see, of all samples."""
+        """Number of frames that the model gets, of all samples."""
         return sum(len(plan.frame_indices) for plan in self.plans)
 
 
 @dataclass
 class Side:
-    """One way to the frames, and what its runs took."""
+    """One way to the frames, and the times of its runs."""
 
     name: str
     run: Callable[[], int]
-    """Once through all samples; how many frames."""
+    """Goes through all samples once and returns the number of frames."""
     pids: Sequence[int]
-    """Of its workers."""
+    """Process numbers of its workers."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -204,7 +204,7 @@ def clips_by_size(options: argparse.Namespace, folder: Path) -> dict[str, list[P
 
 
 def made_clips(options: argparse.Namespace, folder: Path, size: str) -> list[Path]:
-    """Clips as `--sizes` asks for them."""
+    """Clips of the size `--sizes`."""
     width, _, height = size.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) > 1 and int(height) > 1):
         raise UserError(f"--sizes {size}: must be WIDTHxHEIGHT in pixels, as 640x360")
@@ -218,7 +218,7 @@ def made_clips(options: argparse.Namespace, folder: Path, size: str) -> list[Pat
 
 @contextmanager
 def sides_of(case: Case, cores: Sequence[int], processor: bool, notes: list[str]) -> Iterator[list[Side]]:
-    """The sides, started and warm. What can't be had goes into `notes`."""
+    """The sides, started and warmed up. A side that cannot run is explained in `notes`."""
     with ExitStack() as stack:
 
         def start(initializer: Callable[[Sequence[int]], None]) -> WorkerPool:
@@ -262,7 +262,7 @@ def run_bare(case: Case, pool: WorkerPool) -> int:
 
 
 def run_processor(case: Case, pool: WorkerPool) -> int:
-    """The same frames by the usual way."""
+    """The same frames through the usual processor."""
     plans = [(plan.ref.path, plan.frame_indices, plan.height, plan.width) for plan in case.plans]
     return sum(future.result() for future in [pool.submit(fetch_and_process, DEMO_BASE, *plan) for plan in plans])
 

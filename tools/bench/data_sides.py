@@ -20,7 +20,7 @@ from torchcodec.decoders import VideoDecoder
 
 QUESTION, ANSWER = "What happens in the video?", "A red disc moves slowly to the left on a dark field."
 MODULES = ("qwen_vl_utils", "torchvision")
-"""What the usual way needs beside transformers."""
+"""What the usual processor needs beside transformers."""
 
 
 def start_on(cores: Sequence[int]) -> None:
@@ -38,22 +38,23 @@ def start_processor(cores: Sequence[int]) -> None:
 
 
 def pid_after(seconds: float) -> int:
-    """The worker's process number, after `seconds` in which the other workers get a task too."""
+    """The worker's process number. It waits `seconds`, so that the other workers get a task too."""
     time.sleep(seconds)
     return os.getpid()
 
 
 def decode_bare(path: Path, stream_index: int, indices: Sequence[int]) -> int:
-    """Decode the frames at `indices` and throw them away; how many they were."""
+    """Decode the frames at `indices`; returns their number."""
     decoder = VideoDecoder(str(path), stream_index=stream_index, num_ffmpeg_threads=1)
     return len(decoder.get_frames_at(list(indices)))
 
 
 def fetch_and_process(folder: Path, path: Path, indices: Sequence[int], height: int, width: int) -> int:
-    """`fetch_video` and one call of the checkpoint's processor, as the model's README has it; how many frames.
+    """`fetch_video` and one call of the checkpoint's processor, as the model's README has it; returns the number of
+    frames.
 
     Raises:
-        ValueError: it doesn't take the same frames at the same size.
+        ValueError: it does not take the same frames at the same size.
     """
     element = {"video": str(path), "nframes": len(indices), "resized_height": height, "resized_width": width}
     fetch = importlib.import_module("qwen_vl_utils").fetch_video
@@ -89,9 +90,9 @@ def _processor(folder: Path) -> Any:
 
 
 def import_torchvision() -> None:
-    """Import torchvision, also where it was built for another torch.
+    """Import torchvision, even if it was built for another torch.
 
-    Then its compiled operators are missing. Its transforms need none of them, but the import describes one (nms).
+    Its compiled operators are missing then. Its transforms need none of them, but the import registers one (nms).
     """
     try:
         importlib.import_module("torchvision")
@@ -104,4 +105,4 @@ def import_torchvision() -> None:
 
 
 _kept: list[Any] = []
-"""A library's definitions are gone once it is."""
+"""Kept alive, because a library's definitions end with it."""

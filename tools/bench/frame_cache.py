@@ -56,7 +56,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def compare(name: str, media: Sequence[MediaRef], folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Rows: decoding alone, decoding and keeping, out of the cache."""
+    """Rows: decoding alone, decoding and storing in the cache, reading from the cache."""
     config = DataConfig()
     plans = [SPEC.plan(ref, scan(ref), limits_of(ref, config)) for ref in media]
     emptied, filled = (folder / f"{name}-{kept}" for kept in ("emptied", "filled"))

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def compare(what: str, plainly: Work, ours: Work, repeats: int) -> dict[str, Any]:
-    """One line of the table. UserError where the two ways give different losses: then the figure means nothing."""
+    """One line of the table. UserError if the two ways give different losses: then the figure means nothing."""
     losses = [float(work()) for work in (plainly, ours)]
     difference = abs(losses[1] / losses[0] - 1)
     if difference > (1e-4 if default_device().type == "cpu" else 2e-2):
@@ -100,7 +100,7 @@ def packed_rows(model: VideoLanguageModel, device: torch.device) -> tuple[Work, 
 
 
 def supervised_head(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """Logits of supervised tokens, and of every token."""
+    """Logits of supervised tokens alone, and of every token."""
     row = row_of(
         model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
     )
@@ -158,7 +158,7 @@ def each_segment_alone() -> Iterator[None]:
 
 
 def frozen_encoder(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """No graph through the frozen encoder, and one all the way, as where the patches' embedding needs a gradient."""
+    """No graph through the frozen encoder, and a whole graph, as if the patches' embedding needed a gradient."""
     row = row_of(
         model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
     )

@@ -58,7 +58,7 @@ MAX_PIXELS = 50176
 
 @dataclass(frozen=True)
 class Job:
-    """What the other side is to do: the argument of peer_trainer.py, as JSON."""
+    """The job of the other side: the argument of peer_trainer.py, as JSON."""
 
     config: str
     """TOML file that the vft side runs: data, optimizer, schedule and adapter are taken from it."""
@@ -72,7 +72,7 @@ class Job:
 
 @dataclass
 class Record:
-    """What happened, a value a step."""
+    """The course of a run: lists with a value for each step."""
 
     losses: list[float] = field(default_factory=list)
     """Mean over the supervised tokens of the step, natural log."""
@@ -99,7 +99,7 @@ class Run:
     cpu_s: float
     """The same by the processor: of the training process with its threads, without its workers."""
     peak_bytes: int
-    """Most that the training process had resident; its workers are not counted."""
+    """Peak of the training process's resident memory, without its workers."""
 
 
 def main() -> None:
@@ -193,7 +193,7 @@ def row(name: str, runs: Sequence[Run], options: argparse.Namespace) -> dict[str
 
 
 def compared(ours: Record, theirs: Record) -> list[dict[str, Any]]:
-    """Losses and gradient norms step by step. UserError where the steps don't hold the same."""
+    """Losses and gradient norms step by step. UserError if the steps do not hold the same samples."""
     for name in ("samples", "targets"):
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(f"{name} of the steps: {getattr(ours, name)} here, {getattr(theirs, name)} there")
@@ -319,7 +319,7 @@ def watched(command: Sequence[str], threads: int, log: Path, progress: Path | No
     """Run `command` to its end on the CPU with `threads` of torch.
 
     Returns the most bytes that it had resident, and the CPU seconds that it had used when each line of `progress`
-    appeared (looked at ten times a second). UserError, with the last line that it printed, where it fails.
+    appeared (looked at ten times a second). UserError, with the last line that it printed, if it fails.
     """
     environment = {
         **os.environ,
@@ -349,7 +349,7 @@ def watched(command: Sequence[str], threads: int, log: Path, progress: Path | No
 
 
 def usage_of(pid: int) -> tuple[int, float]:
-    """Most bytes that a process had resident, and its CPU seconds; zeros where it has just ended.
+    """Most bytes that a process had resident, and its CPU seconds; zeros if it has just ended.
 
     Not getrusage's: its maximum counts this process's memory too, from before the command was executed.
     """

@@ -118,7 +118,7 @@ def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def labels_of(ids: Sequence[int], header: Sequence[int], end: int) -> list[int]:
-    """The ids of each answer and of the token that closes it; IGNORE_INDEX everywhere else."""
+    """The ids of each answer and of the token that closes it; IGNORE_INDEX elsewhere."""
     labels = [IGNORE_INDEX] * len(ids)
     for start in range(len(ids) - len(header) + 1):
         if ids[start : start + len(header)] == header:

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """How the cost of a step grows: with rows, frames, questions about a video, row length: python tools/bench/scaling.py
 
-Each line's `expected` says what the time should be, as a multiple of the first line's; `found / expected` is what came
-out, 1 if the code keeps what it promises.
+`expected` is the time that a line should take, as a multiple of the first line's; `found / expected` is 1 if it does.
 """
 
 from __future__ import annotations

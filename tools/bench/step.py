@@ -36,12 +36,12 @@ from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, scale_and_clip
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
-"""Calls of the runtime that make the processor wait for the device."""
+"""Calls of the runtime in which the CPU waits for the device."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """The model and the settings that are measured."""
 
     shape: dict[str, Any]
     dtype: torch.dtype
@@ -125,7 +125,7 @@ def measure(setting: Setting, tokens: int, video: float, questions: int, repeats
 
 
 def make_row(processor: Any, tokens: int, video: float, questions: int) -> Batch:
-    """A row of about so many tokens: videos of 16 frames at 448 x 448 where they fit, and text for the rest."""
+    """A row of about `tokens` tokens: videos of 16 frames at 448 x 448 (smaller if these do not fit), then text."""
     for size in (Video(16, 448, 448), Video(8, 224, 224), Video(4, 112, 112)):
         count = int(tokens * video / (plan_of(processor, size).num_tokens + questions * 40))
         if count or not video:

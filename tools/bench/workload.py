@@ -1,4 +1,4 @@
-"""What the benchmarks work on: checkpoints of any size with random weights, clips, questions about them."""
+"""The material of the benchmarks: checkpoints of any size with random weights, clips, and questions about them."""
 
 from __future__ import annotations
 
