@@ -29,7 +29,8 @@ from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
 from vft.inference.option_scores import score_options
 from vft.models import build
-from vft.models.pretrained import Pretrained, load_weights
+from vft.models.pretrained import Pretrained
+from vft.models.weights import load_weights
 from vft.parallel.parallelize import parallelize
 
 TARGETS = {

@@ -23,7 +23,8 @@ from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import all_of, environment, full_tensor, local_part, make_mesh, process_group
 from vft.models import build
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, load_weights
+from vft.models.pretrained import Pretrained
+from vft.models.weights import load_weights
 from vft.parallel.parallelize import materialise, parallelize
 from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy

@@ -34,7 +34,8 @@ from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
 from vft.models import build
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, load_weights
+from vft.models.pretrained import Pretrained
+from vft.models.weights import load_weights
 from vft.preparation.run import PreparedModel, load_for_inference, open_for_inference
 from vft.training.losses import cross_entropy
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from vft.adapters.lora import LORA_A, LORA_B, adapted_layers, is_adapter
 from vft.adapters.peft_format import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapter, recorded
 from vft.common.errors import UserError
+from vft.common.safetensors_io import open_tensors
 from vft.config.run import ModelConfig
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, open_tensors, stored_names
+from vft.models.pretrained import Pretrained
+from vft.models.weights import stored_names
 
 LAYERS_COMPARED = 16
 

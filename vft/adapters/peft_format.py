@@ -21,10 +21,10 @@ from vft.adapters.lora import LORA_A, MAGNITUDE, LoRALinear, adapted_layers, fil
 from vft.adapters.targets import add_adapters, component_of
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
+from vft.common.safetensors_io import open_tensors
 from vft.config.run import LoraConfig
 from vft.distributed.process_group import full_tensor
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import open_tensors
 from vft.models.tensor_names import Spellings, our_names
 
 CONFIG_FILE = "adapter_config.json"

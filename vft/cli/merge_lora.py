@@ -25,9 +25,12 @@ from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
+from vft.common.safetensors_io import open_tensors
 from vft.models import build
+from vft.models.export import copy_companions
 from vft.models.prequantized import require_whole
-from vft.models.pretrained import Pretrained, copy_companions, open_tensors, stored_names
+from vft.models.pretrained import Pretrained
+from vft.models.weights import stored_names
 from vft.reporting.serving import vllm_serve
 from vft.training.export import served_files
 

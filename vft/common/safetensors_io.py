@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vft.common.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By safetensors' names: the types that weights come in, in the order in which its own writer puts them."""
@@ -74,3 +77,11 @@ def _content(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> memory
     assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (tensor.dtype, tensor.shape, dtype, shape)
     array: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def open_tensors(file: Path) -> Any:
+    """A reader of a safetensors file. Raises UserError if it cannot be read as one."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error

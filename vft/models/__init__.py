@@ -1,4 +1,4 @@
-"""Model families: one model and one `VisionProcessor` each."""
+"""Model families: each has a model and a `VisionProcessor`. FAMILIES lists them all."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from vft.models.qwen2_5_vl import model as qwen2_5_vl
 from vft.models.qwen3_vl import model as qwen3_vl
 
 FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl)}
+"""Module of each family, by `model_type` of config.json. A module has MODEL_TYPE and `build`."""
 
 
-def build(checkpoint: Pretrained, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
-    """The model of `checkpoint` on the meta device with parameters and computation in `dtype`.
+def build(pretrained: Pretrained, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
+    """The model of `pretrained` on the meta device, with parameters and computation in `dtype`.
 
-    With `quantize` = "nf4" the linears of its decoder layers are packed, to be frozen; the rest is as it was.
+    With `quantize` = "nf4" the linear layers of its decoder layers are packed and frozen.
     """
-    if checkpoint.config.model_type not in FAMILIES:
+    if pretrained.config.model_type not in FAMILIES:
         raise UserError(
-            f"{checkpoint.path}: model_type = {checkpoint.config.model_type!r}: known families are {sorted(FAMILIES)}"
+            f"{pretrained.path}: model_type = {pretrained.config.model_type!r}: known families are {sorted(FAMILIES)}"
         )
-    return build_model(checkpoint.config, checkpoint.json_file("preprocessor_config.json"), dtype, quantize)
+    return build_model(pretrained.config, pretrained.json_file("preprocessor_config.json"), dtype, quantize)
 
 
 def build_model(

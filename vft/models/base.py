@@ -1,6 +1,6 @@
-"""What every model family is: the seam between a family's files and everything else.
+"""The base class of the model families, through which the rest of the program uses a model.
 
-Parallelism, memory plans, FLOPs, adapters and generation read a model through `VideoLanguageModel` alone.
+Training, parallelism, memory plans, FLOPs, adapters and generation know `VideoLanguageModel` and no family.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from vft.models.tensor_names import Spellings
 
 @dataclass(frozen=True, slots=True)
 class VisionParts:
-    """What turns pixels into embeddings, as sharding, checkpointing and FLOPs see it."""
+    """The modules that turn pixels into embeddings, for sharding, activation checkpointing and FLOPs."""
 
     modules: tuple[nn.Module, ...]
-    """Each is called as a module, and sharded as a whole where something of them is trained."""
+    """Modules that are called as modules. Each is one unit of sharding if any of their parameters is trained."""
     blocks: Iterable[nn.Module]
-    """Layers of the encoder, whose activations may be recomputed; each has an `mlp`."""
+    """Layers of the vision encoder, for activation checkpointing. Each has an `mlp`."""
     encoder: tuple[nn.Parameter, ...]
-    """Weights that every patch passes through."""
+    """Weights that are applied to every patch."""
     projector: tuple[nn.Parameter, ...]
-    """Weights behind the encoder, passed by `VisionLayout.projector_rows` rows."""
+    """Weights after the encoder, applied to `VisionLayout.projector_rows` rows."""
     patches_per_row: int
-    """Patches that become one row of the merger, in a video."""
+    """Patches of a video that become one row of the projector."""
     pair_widths: dict[str, int]
-    """For each plan of a layout: the width of the blocks that attend by it, summed over them."""
+    """For each attention plan of a layout, the sum of the widths of the blocks that use it."""
 
 
 Objective = Callable[["VideoLanguageModel", Batch], Tensor]
@@ -45,18 +45,18 @@ Objective = Callable[["VideoLanguageModel", Batch], Tensor]
 
 
 class VideoLanguageModel(nn.Module):
-    """A batch to hidden states, or to logits. A family gives the parts; names are those of released checkpoints."""
+    """Maps a batch to hidden states or logits. A family defines the parts, with parameter names as released."""
 
     components: Mapping[str, tuple[str, ...]]
-    """Parts that can be trained or adapted, by prefixes of parameter names; the first that fits counts. What is neither
-    `language_model`, `projector` nor `vision_encoder` is never trained."""
+    """Parts that can be trained or adapted, as prefixes of parameter names; the first that fits counts. Other parts
+    than `language_model`, `projector` and `vision_encoder` are never trained."""
     spellings: Spellings
-    """How the names of the parts begin in files (`vft.models.tensor_names`)."""
+    """Prefixes of the parts' names in files (`vft.models.tensor_names`)."""
     peft_prefixes: Mapping[str, str]
-    """Released names to those of transformers' model in memory, which adapter files use; the first that fits counts."""
-    decoder_at: str
-    """Where the decoder is among the modules, and the head."""
-    head_at: str
+    """Prefixes of parameter names to those in transformers, which adapter files use; the first that fits counts."""
+    decoder_path: str
+    """Names of the decoder and the output head among the modules."""
+    head_path: str
 
     def __init__(self, config: DecoderConfig, processor: VisionProcessor, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,46 +64,48 @@ class VideoLanguageModel(nn.Module):
 
     @property
     def decoder(self) -> Decoder:
-        """Embedding, layers and norm of the language model."""
-        return attrgetter(self.decoder_at)(self)
+        """Embedding, layers and final norm of the language model."""
+        return attrgetter(self.decoder_path)(self)
 
     @property
     def output_head(self) -> nn.Linear | None:
-        """The head's own weights; None where the embedding's serve."""
-        return attrgetter(self.head_at)(self)
+        """The output head; None if it is tied to the embedding."""
+        return attrgetter(self.head_path)(self)
 
     @property
     def vision(self) -> VisionParts:
-        """The parts before the language model."""
+        """Vision encoder and projector."""
         raise NotImplementedError
 
-    def see(self, pixels_PD: Tensor, layout: Any) -> tuple[Tensor, ...]:
-        """Normalised pixels [P, D] in media order to embeddings [M, E] in media order, and what is added to them behind
-        the first decoder layers, if anything. What isn't trained builds no graph; what is trained is in the graph
-        whatever the media."""
+    def encode_media(self, pixels_PD: Tensor, layout: Any) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] to embeddings [M, E], both in media order. Further tensors [M, E] are added after
+        the first decoder layers (DeepStack).
+
+        Frozen parts build no graph. Trained parts are in the graph whatever media there are.
+        """
         raise NotImplementedError
 
-    def least_media(self) -> tuple[int, VisionLayout]:
-        """The smallest medium: its patches, and how they lie."""
+    def smallest_medium(self) -> tuple[int, VisionLayout]:
+        """Number of patches and layout of the smallest possible video."""
         limits = VisionLimits(None, frames=1, min_frames=1, max_frames=1, min_pixels=1, max_pixels=1, total_pixels=None)
         plan = self.processor.plan(MediaRef("video", ()), MediaInfo("video", 1, 1, fps=1.0), limits)
         return math.prod(plan.grid_thw), self.processor.layout([plan])
 
-    def media_parameters(self) -> list[nn.Parameter]:
-        """All that is not the language model's."""
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """All parameters outside the language model."""
         own = self.components["language_model"]
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(own)]
 
     @property
-    def media_trained(self) -> bool:
-        """Whether something before the language model is trained."""
-        return any(parameter.requires_grad for parameter in self.media_parameters())
+    def trains_vision(self) -> bool:
+        """Whether any parameter outside the language model is trained."""
+        return any(parameter.requires_grad for parameter in self.vision_parameters())
 
     def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Normalised hidden states [N, E] of the rows `batch.target_index_N`, in the compute dtype."""
-        x_TE, deeper = self.embed(batch)
+        x_TE, deepstack = self.embed(batch)
         row = batch.positions_3T, batch.plan, batch.target_index_N
-        x_NE = self.decoder(x_TE, *row, cache, deeper, batch.media_index_M)
+        x_NE = self.decoder(x_TE, *row, cache, deepstack, batch.media_index_M)
         hidden_NE: Tensor = self.decoder.norm(x_NE)
         return hidden_NE
 
@@ -112,25 +114,24 @@ class VideoLanguageModel(nn.Module):
         return self.head(self(batch, cache)).float()
 
     def head(self, hidden_NE: Tensor) -> Tensor:
-        """Logits [N, V]. A head of its own is called as the module that it is: it may have an adapter."""
+        """Logits [N, V]. An untied head is called as a module, since it may have an adapter."""
         if self.output_head is not None:
             return self.output_head(hidden_NE)
         return F.linear(hidden_NE, self.decoder.embed_tokens.weight.to(hidden_NE.dtype))
 
     def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Token embeddings [T, E] with the media's in their places, in the compute dtype, and what is added to the
-        media's rows behind the first decoder layers [M, E]."""
+        """Token and media embeddings [T, E] in the compute dtype, and tensors [M, E] that are added to the media's
+        rows after the first decoder layers."""
         x_TE = self.decoder.embed_tokens(batch.input_ids_T).to(self.compute_dtype)
         if batch.layout is not None:
-            media_ME, *deeper = self.see(self.normalise(batch.pixels_PD), batch.layout)
-            return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deeper)
-        if not batch.continues and self.media_trained:
-            # A trained encoder is sharded: it runs in every process, or the others wait for ever; and in the graph, so
-            # that backward doesn't either.
-            patches, layout = self.least_media()
+            media_ME, *deepstack = self.encode_media(self.normalise(batch.pixels_PD), batch.layout)
+            return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deepstack)
+        if not batch.continues and self.trains_vision:
+            # A trained encoder is sharded, so it must run in every process, forward and backward, or others would hang.
+            patches, layout = self.smallest_medium()
             dummy_PD = batch.pixels_PD.new_zeros(patches, self.processor.patch_features)
-            seen = self.see(self.normalise(dummy_PD), move(layout, x_TE.device))
-            x_TE = x_TE + 0.0 * sum(one.sum() for one in seen)
+            embeddings = self.encode_media(self.normalise(dummy_PD), move(layout, x_TE.device))
+            x_TE = x_TE + 0.0 * sum(x.sum() for x in embeddings)
         return x_TE, ()
 
     def normalise(self, pixels_PD: Tensor) -> Tensor:

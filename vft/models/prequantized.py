@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantised already: told by what they are, and refused."""
+"""Recognises weights that another program has quantised, and refuses them with the name of the method."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ BY_TENSOR = {
     ".codebooks": "AQLM",
     "._data": "quanto",
 }
-"""Ends of names of tensors that only quantised layers have, and who writes them."""
+"""Endings of tensor names that only quantised layers have, and the methods that write them."""
 OWN_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where AutoGPTQ, AutoAWQ and ModelOpt say it beside a config.json that doesn't."""
+"""Files in which AutoGPTQ, AutoAWQ and ModelOpt record it if config.json does not."""
 WHOLE_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""By safetensors' names."""
+"""Floating-point types of full weights, in safetensors' names."""
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM"}
-"""By `quant_method`; others are named as they name themselves."""
+"""Displayed name of a `quant_method`. Others are shown as they are."""
 
 
 def refuse_quantised(path: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """UserError where config.json or the names of the tensors say that the weights are quantised."""
+    """Raises UserError if config.json or the names of the tensors show that the weights are quantised."""
     for table in (config, *(config.get(part) for part in ("text_config", "vision_config"))):
         found = table.get("quantization_config") if isinstance(table, Mapping) else None
         if found:
@@ -47,7 +47,7 @@ def refuse_quantised(path: str, config: Mapping[str, Any], tensors: Iterable[str
 
 
 def require_whole(dtype: str, path: str, tensor: str) -> None:
-    """UserError where a weight is stored in a type of few bits, by safetensors' name of it."""
+    """Raises UserError if a weight is stored in a type of few bits. `dtype` is safetensors' name."""
     if dtype not in WHOLE_TYPES:
         raise _refused(path, "FP8" if dtype.startswith("F8") else dtype, f"tensor {tensor}")
 

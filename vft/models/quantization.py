@@ -1,9 +1,9 @@
-"""NF4: frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), read back where they are used.
+"""NF4: frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), unpacked where they are used.
 
-A row of a weight is cut in blocks of 64. Of a block its largest absolute value is kept, as float32, and of each weight
-the nearest of 16 quantiles of a normal distribution, as a share of that. A packed row is one run of bytes, two codes a
-byte and behind them the blocks' absmax. So a packed weight is a plain uint8 matrix with the rows of the weight: it is
-sharded and gathered like any other, and no mixed-precision policy casts it. It takes 9/16 of a byte a weight.
+Each row of a weight is divided into blocks of 64. A block stores its largest absolute value (absmax) in float32, and
+for each weight a code: the nearest of 16 quantiles of a normal distribution, relative to absmax. A packed row has first
+the codes, two in a byte, and then absmax of its blocks. So a packed weight is a uint8 matrix with the rows of the
+weight: it is sharded and gathered like any other, and no mixed-precision policy casts it. A weight takes 9/16 byte.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CODES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-"""The paper's appendix E. Zero is among them, the ends are a block's absmax."""
+"""Appendix E of the paper. They include zero, and the ends are +- a block's absmax."""
 MIDPOINTS = torch.tensor([(low + high) / 2 for low, high in pairwise(CODES)])
-"""Between the codes: what lies beyond one is nearer to the next."""
+"""Bounds between the codes."""
 PAIRS = torch.tensor([(CODES[byte >> 4], CODES[byte & 15]) for byte in range(256)])
-"""The two weights of a byte, the first in its upper half."""
+"""The two weights of a byte, the first in its upper four bits."""
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -36,7 +36,7 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] of any floating type to bytes [out, 36 x blocks]. A row's last block may be short."""
+    """A weight [out, in] of any floating type to bytes [out, 36 x blocks]. The last block of a row may be short."""
     blocks = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     absmax = blocks.abs().amax(-1)
     scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -45,17 +45,17 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Bytes of `pack` to the weight [out, in = columns]: codes times absmax in float32, rounded once."""
+    """Bytes of `pack` to the weight [out, columns]: codes times absmax in float32, rounded once to `dtype`."""
     blocks = packed.shape[1] // BLOCK_BYTES
     codes, absmax = packed.split([blocks * BLOCK // 2, blocks * 4], dim=1)
-    # Without waiting: a GPU gets the table, 2 KB, in the order of its other work.
+    # A copy of 2 KB that does not wait for the GPU's other work.
     pairs = F.embedding(codes.int(), PAIRS.to(packed.device, non_blocking=True))
     weight = pairs.view(-1, blocks, BLOCK).mul_(absmax.contiguous().view(torch.float32).unsqueeze(-1))
     return weight.to(dtype).flatten(1)[:, :columns]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype, [..., in] to [..., out]; the weight of any floating type, or packed and then frozen."""
+    """x W^T + b in x's dtype, [..., in] to [..., out]. The weight has any floating type, or is packed and frozen."""
     bias = None if bias is None else bias.to(x.dtype)
     if is_packed(weight):
         return _PackedLinear.apply(x, weight, bias)
@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Keeps the bytes for the backward pass and reads them back once more; autograd would keep the whole matrix."""
+    """Saves the bytes for the backward pass and unpacks them again; autograd would save the full matrix."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,16 +74,16 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the input; weight and bias are frozen."""
+        """Gradient of the input only: weight and bias are frozen."""
         (grad,) = grads
         (packed,) = ctx.saved_tensors
         return grad @ unpack(packed, ctx.columns, grad.dtype), None, None
 
 
 def quantize(layers: nn.Module) -> None:
-    """Replace the weight of every linear in `layers`, on the meta device, by a packed one without values.
+    """Replace the weight of every linear layer in `layers`, on the meta device, by a packed one without values.
 
-    `vft.models.pretrained.load_weights` packs what it reads into it.
+    `vft.models.weights.load_weights` packs the weights that it reads.
     """
     for module in layers.modules():
         if isinstance(module, nn.Linear):
@@ -93,7 +93,7 @@ def quantize(layers: nn.Module) -> None:
 
 
 def true_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters by name, a packed one's as the weight's that it stands for."""
+    """Shapes of all parameters by name. For a packed parameter it is the shape of the unpacked weight."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and is_packed(module.weight):

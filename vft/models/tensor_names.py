@@ -1,4 +1,4 @@
-"""Tensor names as files have them: one model was saved under several spellings of the same names."""
+"""Names of tensors in files: transformers and other programs have saved the same model under different names."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Iterable, Mapping
 from vft.common.errors import UserError
 
 Spellings = Mapping[str, tuple[str, ...]]
-"""Prefix of a part's parameter names in this project's model to its prefixes in files, its own among them. An empty one
-stands for names that begin with the decoder's own parts."""
+"""Prefix of a part's parameter names in this project's model to all its prefixes in files, including its own. An empty
+prefix stands for names that begin with the decoder's own parts."""
 
 WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-"""Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing, where the wrapped model was saved."""
+"""Prefixes that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add to saved names."""
 DECODER_PARTS = ("layers.", "embed_tokens.", "norm.")
 
 
 def our_names(stored: Iterable[str], spellings: Spellings, where: object) -> dict[str, str]:
-    """Names of this project's model to the names in a file; what fits no spelling stays as it is.
+    """Names in this project's model to the names in a file. A name that fits no spelling stays as it is.
 
-    Raises:
-        UserError: a part has two spellings, so that nobody knows which of its tensors count.
+    Raises UserError if a part of the model has two spellings, because it is not known which tensors count.
     """
     prefixes = sorted(((theirs, ours) for ours, all_ in spellings.items() for theirs in all_), key=_longest_first)
     names: dict[str, str] = {}

@@ -53,7 +53,7 @@ def checkpoint_activations(model: VideoLanguageModel, decoder: str, encoder: str
     """Recompute in the backward pass the MLPs (`mlp`), all but attention and every second matrix product (`selective`),
     or whole layers (`full`). `encoder` is for a trained vision encoder; a frozen one keeps no activations."""
     _checkpoint_layers(model.decoder.layers, decoder)
-    if model.media_trained:
+    if model.trains_vision:
         _checkpoint_layers(model.vision.blocks, decoder if encoder == "same" else encoder)
 
 
@@ -109,7 +109,7 @@ def shard(model: VideoLanguageModel, mesh: DeviceMesh, dtype: torch.dtype, confi
     layers: list[Any] = list(model.decoder.layers)
     for layer in layers:
         fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
-    ignored = set() if model.media_trained else set(model.media_parameters())
+    ignored = set() if model.trains_vision else set(model.vision_parameters())
     for module in () if ignored else model.vision.modules:
         fully_shard(module, **options)
     fully_shard(model, **options, ignored_params=ignored)

@@ -146,7 +146,7 @@ def shares(model: VideoLanguageModel, shards: int) -> list[tuple[nn.Parameter, i
 
 def replicated_parameters(model: VideoLanguageModel) -> set[int]:
     """`id` of each parameter that is not sharded: those of a vision encoder in which nothing is trained."""
-    return set() if model.media_trained else {id(p) for p in model.media_parameters()}
+    return set() if model.trains_vision else {id(p) for p in model.vision_parameters()}
 
 
 def offloaded_parameters(model: VideoLanguageModel, config: ParallelConfig) -> list[nn.Parameter]:

@@ -29,7 +29,8 @@ from vft.data.chat import ChatEncoder
 from vft.distributed.process_group import place
 from vft.models import build
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, load_weights
+from vft.models.pretrained import Pretrained
+from vft.models.weights import load_weights
 from vft.parallel.parallelize import materialise, parallelize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from vft.adapters.lora import is_start
 from vft.common.errors import UserError
 from vft.common.files import read_object
-from vft.common.safetensors_io import write_tensors
+from vft.common.safetensors_io import open_tensors, write_tensors
 from vft.distributed.process_group import World, all_of, local_part, local_rows, writes_rows
-from vft.models.pretrained import open_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from vft.config.run import Config
 from vft.data.chat import ChatEncoder
 from vft.distributed.heartbeat import main_process_work
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained, export_model
+from vft.models.export import export_model
+from vft.models.pretrained import Pretrained
 from vft.reporting.serving import greedy, processor_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")

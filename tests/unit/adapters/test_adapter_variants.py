@@ -512,7 +512,7 @@ def test_learning_rates_of_towers(tiny: Tiny, settings: dict[str, Any]) -> None:
         ({"lora": {"dora": True, "init": "pissa"}}, 'dora = true and init = "pissa" contradict'),
         ({"lora": {"init": "svd"}}, '"pissa_niter_N"'),
         ({"lora": {"loraplus_ratio": 0.5}}, "greater than or equal to 1"),
-        ({"lora": {"ranks": {"q_proj": 3}}}, "must begin with an encoder"),
+        ({"lora": {"ranks": {"q_proj": 3}}}, "must begin with a component"),
         (
             {"lora": {"init": "pissa"}, "model": {"path": "m", "adapter": "a"}},
             'model.adapter = "a" and lora.init = "pissa" contradict',

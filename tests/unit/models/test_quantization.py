@@ -38,11 +38,11 @@ from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.data import DataConfig
 from vft.config.run import LoraConfig, ParallelConfig
-from vft.models import build
-from vft.models import pretrained as weights
+from vft.models import build, weights
 from vft.models import quantization as nf4
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import Pretrained, load_weights
+from vft.models.pretrained import Pretrained
+from vft.models.weights import load_weights
 from vft.parallel.parallelize import checkpoint_activations, parallelize
 from vft.preparation.memory import MODES, resident_bytes, step_bytes
 from vft.training.losses import cross_entropy

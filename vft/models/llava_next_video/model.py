@@ -109,7 +109,7 @@ class ClipEncoder(nn.Module):
 
 
 class LlavaNextVideo(VideoLanguageModel):
-    """The whole model."""
+    """The model."""
 
     # As released; transformers 4.52 and later, whose encoder lost a level in 5; LLaVA's own code.
     spellings: Mapping[str, tuple[str, ...]] = {
@@ -132,7 +132,7 @@ class LlavaNextVideo(VideoLanguageModel):
         "image_newline": "model.image_newline",
     }
     processor: LlavaProcessor
-    decoder_at, head_at = "language_model.model", "language_model.lm_head"
+    decoder_path, head_path = "language_model.model", "language_model.lm_head"
 
     def __init__(
         self, config: DecoderConfig, whole: Any, processor: LlavaProcessor, compute_dtype: torch.dtype
@@ -169,10 +169,10 @@ class LlavaNextVideo(VideoLanguageModel):
             pair_widths={"square": len(embedding) * len(encoder.layers_read)},
         )
 
-    def see(self, pixels_PD: Tensor, layout: LlavaLayout) -> tuple[Tensor, ...]:
+    def encode_media(self, pixels_PD: Tensor, layout: LlavaLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E]."""
         features_PE = self.vision_tower["vision_model"](pixels_PD, layout)
-        with graph_of(self.media_parameters()):
+        with graph_of(self.vision_parameters()):
             rows_RE = torch.cat([features_PE[layout.pooled_RG].mean(1), features_PE[layout.kept_R]])
             projected_RE = self.multi_modal_projector(rows_RE)
             # Joined even where no picture is, so that its gradient exists in every process.

@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
 
 
 class Qwen2_5_VL(VideoLanguageModel):
-    """The whole model."""
+    """The model."""
 
     components: Mapping[str, tuple[str, ...]] = {
         "language_model": ("model.", "lm_head."),
@@ -79,7 +79,7 @@ class Qwen2_5_VL(VideoLanguageModel):
         "visual.": "model.visual.",
         "lm_head.": "lm_head.",
     }
-    decoder_at, head_at = "model", "lm_head"
+    decoder_path, head_path = "model", "lm_head"
 
     def __init__(
         self, config: DecoderConfig, vision: Any, processor: Qwen2_5Processor, compute_dtype: torch.dtype
@@ -103,7 +103,7 @@ class Qwen2_5_VL(VideoLanguageModel):
             pair_widths={"frame": config.hidden_size * full, "window": config.hidden_size * (config.depth - full)},
         )
 
-    def see(self, pixels_PD: Tensor, layout: QwenLayout) -> tuple[Tensor, ...]:
+    def encode_media(self, pixels_PD: Tensor, layout: QwenLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E]."""
         return (self.visual(pixels_PD, layout),)
 

@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E], and as many for each of the first decoder layers."""
-        seen = []
+        features = []
         with graph_of((*self.patch_embed.parameters(), *self.pos_embed.parameters(), *self.blocks.parameters())):
             x_PE = self.patch_embed(pixels_PD)
             learned_UE = (self.pos_embed(layout.corners_U4) * layout.shares_U4[:, :, None]).sum(1)
@@ -69,14 +69,14 @@ class VisionEncoder(nn.Module):
             for index, block in enumerate(self.blocks):
                 x_PE = block(x_PE, cos_PK, sin_PK, layout.plans["frame"])
                 if index in self.config.deepstack_visual_indexes:
-                    seen.append(x_PE)
+                    features.append(x_PE)
         with graph_of(self.parameters()):
-            deeper = (merge(x) for merge, x in zip(self.deepstack_merger_list, seen, strict=True))
-            return self.merger(x_PE), *deeper
+            deepstack = (merge(x) for merge, x in zip(self.deepstack_merger_list, features, strict=True))
+            return self.merger(x_PE), *deepstack
 
 
 class Qwen3VL(VideoLanguageModel):
-    """The whole model."""
+    """The model."""
 
     components: Mapping[str, tuple[str, ...]] = {
         "language_model": ("model.language_model.", "lm_head."),
@@ -89,7 +89,7 @@ class Qwen3VL(VideoLanguageModel):
         "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
     }
     peft_prefixes: Mapping[str, str] = {"model.": "model.", "lm_head.": "lm_head."}
-    decoder_at, head_at = "model.language_model", "lm_head"
+    decoder_path, head_path = "model.language_model", "lm_head"
 
     def __init__(
         self, config: DecoderConfig, vision: Any, processor: Qwen3Processor, compute_dtype: torch.dtype
@@ -111,8 +111,8 @@ class Qwen3VL(VideoLanguageModel):
             pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
         )
 
-    def see(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
-        """Normalised pixels [P, D] to embeddings [M, E], and to what is added to them later."""
+    def encode_media(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
+        """Normalised pixels [P, D] to embeddings [M, E], and DeepStack's tensors [M, E]."""
         return self.model["visual"](pixels_PD, layout)
 
 
