@@ -17,13 +17,15 @@ from vft.common.types import Document
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, load_dataset
-from vft.data.loader import LoadedPack, Loader, Streams, open_streams
+from vft.data.loader import LoadedPack, Loader
 from vft.data.packing import Cursor
 from vft.data.quarantine import BadItem
+from vft.data.stream_feeds import Streams, open_streams
 from vft.data.streaming.clips import START, Position
 from vft.data.streaming.reader import StreamContext, open_source
 from vft.data.streaming.stream import SlotStream
 from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel
 from vft.recipes.caption import Caption
 
 MAKE = Caption().conversations
@@ -150,15 +152,15 @@ class Run:
             streams = stack.enter_context(open_streams(config, MAKE, encoder, pool, slots, seed=0))
             self.streams.append(streams)
             self.loaders.append(
-                Loader(self.documents, plan, pool, ranks, rank, slots, prefetch, last_epoch=None, streams=streams)
+                Loader(self.documents, plan, pool, DataParallel(rank, ranks), slots, prefetch, None, streams)
             )
 
     def step(self) -> Step:
         """The rows of all processes; what one found bad is then known to all."""
         packs: list[LoadedPack] = [pack for loader in self.loaders for pack in loader.step()]
-        self.found = [loader.found for loader in self.loaders]
+        self.reports = [loader.report for loader in self.loaders]
         for loader in self.loaders:
-            loader.learn(self.found)
+            loader.merge_reports(self.reports)
         assert len({loader.cursor for loader in self.loaders}) == 1
         return {pack.slot: (pack.batch.sample_ids, pack.digest, _row(pack)) for pack in packs}
 
@@ -168,15 +170,15 @@ class Run:
 
     def nothing(self) -> str:
         """The error of the streams that have nothing for a row."""
-        (source,) = {source for one in self.found for source in one.exhausted}
+        (source,) = {source for report in self.reports for source in report.exhausted}
         streams = self.streams[0]
         assert streams is not None
-        return str(streams.nothing_in(source, self.bad, sum(loader.given[source] for loader in self.loaders)))
+        return str(streams.nothing_in(source, self.bad, sum(loader.num_streamed[source] for loader in self.loaders)))
 
     @property
     def bad(self) -> list[BadItem]:
         """What has been found bad, the same in every process."""
-        known = [sorted(loader.known_bad.values(), key=lambda item: item.key) for loader in self.loaders]
+        known = [sorted(loader.known_bad, key=lambda item: item.key) for loader in self.loaders]
         assert all(one == known[0] for one in known)
         return known[0]
 

@@ -22,9 +22,11 @@ from tests.helpers.tiny import Tiny
 from tests.runs.world import record, write_clip
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
-from vft.data.loader import Loader, open_streams
+from vft.data.loader import Loader
 from vft.data.packing import Cursor
+from vft.data.stream_feeds import open_streams
 from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel
 
 FAR = 10_000_000
 """Samples trained on before."""
@@ -73,7 +75,7 @@ def few(tiny: Tiny, tmp_path: Path) -> Dataset:
 def loader_of(documents: Dataset, pool: WorkerPool, **more: Any) -> Loader:
     """Of one process that prepares nothing ahead."""
     plan = documents.pack_plan(seed=0)
-    return Loader(documents, plan, pool, 1, 0, PACKS_PER_STEP, prefetch_packs=1, last_epoch=None, **more)
+    return Loader(documents, plan, pool, DataParallel(), PACKS_PER_STEP, prefetch_packs=1, last_epoch=None, **more)
 
 
 def in_millions(documents: Dataset, number: int) -> Dataset:
@@ -92,7 +94,7 @@ def test_in_a_small_set_after_millions_of_epochs(few: Dataset) -> None:
     epoch, pack = divmod(FAR, len(few.documents))
     ids, by_clock_s, busy_s = first_step(loader_of(few, pool), Cursor(epoch, pack, FAR // PACKS_PER_STEP), {})
     assert sorted(ids) == ["blue", "green", "red", "yellow"]  # an epoch begins there, and a step is all of it
-    assert pool.asked == ["load"] * PACKS_PER_STEP
+    assert pool.asked == ["load_patches"] * PACKS_PER_STEP
     print(f"4 clips, epoch {epoch:,}: {by_clock_s:.2f} s to the first batch ({busy_s:.2f} s of computing)")
     assert busy_s < LIMIT_S
 
@@ -105,7 +107,7 @@ def test_in_a_large_index(few: Dataset, count: Callable[[int], int]) -> None:
     # One sample a pack: the epoch's order is that of the packs.
     order = documents.pack_plan(seed=0).documents(epoch)[pack : pack + PACKS_PER_STEP]
     assert ids == [documents.documents[one].conversations[0].id for one in order]
-    assert pool.asked == ["load"] * PACKS_PER_STEP
+    assert pool.asked == ["load_patches"] * PACKS_PER_STEP
     print(
         f"{number:,} documents, sample {FAR + number // 3:,}, epoch {epoch}: "
         f"{by_clock_s:.2f} s to the first batch ({busy_s:.2f} s of computing)"
@@ -138,7 +140,7 @@ def test_in_streams(tiny: Tiny, tmp_path: Path) -> None:
             assert ids == [f"{large - 4 + slot:06d}" for slot in range(PACKS_PER_STEP)]
         else:
             assert sorted(one[-2:] for one in ids) == ["00"] * 4 and len({one[:3] for one in ids}) == 4
-        assert pool.asked.count("load") == PACKS_PER_STEP
+        assert pool.asked.count("load_patches") == PACKS_PER_STEP
         print(f"streams of {name}: {by_clock_s:.2f} s to the first batch ({busy_s:.2f} s of computing)")
         assert busy_s < LIMIT_S
     assert len(clip()) * large > 1 << 22

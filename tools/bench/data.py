@@ -40,8 +40,8 @@ from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import scan_file
-from vft.data.packing import Cursor
 from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel
 from vft.preparation.run import open_for_inference
 from vft.recipes.caption import Caption
 
@@ -244,14 +244,13 @@ def sides_of(case: Case, cores: Sequence[int], processor: bool, notes: list[str]
 def run_vft(case: Case, pool: WorkerPool) -> int:
     """An epoch of the data path."""
     plan = case.documents.pack_plan(seed=0)
-    loader = Loader(case.documents, plan, pool, 1, 0, 1, case.documents.config.prefetch_packs, last_epoch=0)
-    loader.seek(Cursor(), [])
+    loader = Loader(case.documents, plan, pool, DataParallel(), 1, case.documents.config.prefetch_packs, last_epoch=0)
     frames = 0
     for _ in plan.packs(0):
         for pack in loader.step():
             frames += sum(len(medium.frame_indices) for one in pack.batch.documents for medium in one.media)
-    if loader.found.bad:
-        raise UserError(f"{len(loader.found.bad)} clips can't be decoded: {loader.found.bad[0].message}")
+    if bad := loader.report.bad:
+        raise UserError(f"{len(bad)} clips can't be decoded: {bad[0].message}")
     return frames
 
 

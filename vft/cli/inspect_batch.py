@@ -24,6 +24,7 @@ from vft.config.run import Config, ParallelConfig
 from vft.data.loader import Loader
 from vft.data.packing import owners
 from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel
 from vft.models.base import VideoLanguageModel
 from vft.preparation.documents import load_training, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
@@ -67,7 +68,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
     ):
         plan = documents.pack_plan(config.seed)
         slots = 1 if streams is None else config.train.packs_per_step
-        loader = Loader(documents, plan, pool, 1, 0, slots, 1, last_epoch=None, streams=streams)
+        loader = Loader(documents, plan, pool, DataParallel(), slots, 1, last_epoch=None, streams=streams)
         batch = first_batch(loader)
     lengths = summary(documents, plan, data)
     tensors = batch_tensors(batch, prepared.model)
@@ -88,11 +89,11 @@ def first_batch(loader: Loader) -> Batch:
             if pack.batch.documents or streams is None:
                 return pack.batch
         assert streams is not None
-        found = loader.found
-        loader.learn([found])
-        if found.exhausted:
-            raise streams.nothing_in(found.exhausted[0], list(loader.known_bad.values()), 0)
-        loader.check_streams(0, loader.documents.config.max_bad_fraction)
+        report = loader.report
+        loader.merge_reports([report])
+        if report.exhausted:
+            raise streams.nothing_in(report.exhausted[0], loader.known_bad, 0)
+        loader.check_streams(0, loader.dataset.config.max_bad_fraction)
 
 
 def batch_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:

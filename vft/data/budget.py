@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.config.data import DataConfig
-from vft.data.chat import ChatEncoder, Encoded
+from vft.data.chat import ChatEncoder
+from vft.data.document_layout import Encoded
 from vft.data.spans import check_spans
 from vft.models.processor import VisionProcessor
 

@@ -59,7 +59,7 @@ class DocumentPlanner:
     ) -> list[PlannedDocument]:
         """Documents of conversations with their weights; those about the same media come together."""
         groups: dict[object, list[tuple[Conversation, float]]] = {}
-        parts = [(part, weight) for one, weight in conversations for part in self.encoder.learnt_apart(one)]
+        parts = [(part, weight) for one, weight in conversations for part in self.encoder.split_for_learning(one)]
         for number, (one, weight) in enumerate(parts):
             key = (one.media_key, weight) if one.media and self.config.share_videos else number
             groups.setdefault(key, []).append((one, weight))
@@ -71,11 +71,11 @@ class DocumentPlanner:
         return documents
 
     def _plan_group(self, conversations: Sequence[Conversation], weight: float) -> list[PlannedDocument]:
-        """Documents of conversations that have the same media; those with the same shareable head may share one."""
+        """Documents of conversations that have the same media; those with equal shareable prefixes may share one."""
         groups: dict[object, list[Candidate]] = {}
         for number, one in enumerate(filter(None, map(self._candidate, conversations))):
-            head = self.encoder.shareable_head(one.text) if self.config.share_videos else None
-            groups.setdefault(number if head is None else head, []).append(one)
+            prefix = one.text.shareable_prefix if self.config.share_videos else None
+            groups.setdefault(number if prefix is None else prefix, []).append(one)
         return [
             document
             for group in groups.values()

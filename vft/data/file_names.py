@@ -1,4 +1,4 @@
-"""Names of files as people have them: what no one means by a data set, and the other spellings of a path."""
+"""File names in real data sets: files that systems leave behind, and other spellings of a path."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ VIDEO_SUFFIXES = frozenset(
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"})
 _ON_A_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "held_out")
-"""What folders and files of the splits of a data set are called."""
+"""Names of folders and files that hold the splits of a data set."""
 STRAY = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "@eadir", "$recycle.bin", "system volume information"}
     | {"lost+found"}
 )
-"""What systems leave beside a user's files, in lower case; macOS's archives hold a shadow of each file, `._NAME`, in
-`__MACOSX`. Hidden files begin with a dot."""
+"""Files that systems put beside a user's, in lower case. Archives made by macOS hold a second file for each, `._NAME`
+in `__MACOSX`. Names of hidden files begin with a dot."""
 
 
 def is_stray(name: str) -> bool:
-    """Whether a file or folder of this name, which may have folders before it, is a system's own or hidden."""
+    """Whether a file or folder of this name, with or without its folders, is a system's own or hidden."""
     return any((part[:1] == "." and part not in (".", "..")) or part.lower() in STRAY for part in name.split("/"))
 
 
@@ -42,8 +42,8 @@ def spellings(path: str) -> Iterator[str]:
 
 
 def without_drive(path: str) -> str | None:
-    """What follows the drive or host of a Windows path (`D:\\a\\b.mp4`, `\\\\host\\share\\b.mp4`), with `/`; None of
-    other paths."""
+    """A Windows path (`D:\\a\\b.mp4`, `\\\\host\\share\\b.mp4`) without its drive or host, with `/`; None for other
+    paths."""
     if not _ON_A_DRIVE.match(path):
         return None
     return ntpath.splitdrive(path)[1].replace("\\", "/").lstrip("/")

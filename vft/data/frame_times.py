@@ -1,4 +1,4 @@
-"""The times of a video's frames as text before it, for models that see no time or videos too long to feel it."""
+"""The times of a video's frames as text before it, for models without a notion of time and for very long videos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FrameTimes:
     """Its number among the conversation's media."""
 
     def settle(self, plans: Sequence[MediaPlan]) -> str:
-        """One line, counted from the start of the video."""
+        """One line with times from the start of the video."""
         plan = plans[self.medium]
         times = ", ".join(f"{time_s:.1f}" for time_s in plan.frame_times_s)
         return f"A video of {plan.info.duration_s:.1f} s, seen at {times} s:\n"

@@ -1,4 +1,4 @@
-"""Held-out samples that are also trained on: the same file under any name, or a copy of it."""
+"""Finds held-out samples that are also trained on: the same file under any name, or a copy of it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from pathlib import Path
 from vft.common.types import Conversation
 
 BLOCK_BYTES = 1 << 18
-"""Compared at a file's start, middle and end; a file of at most three such blocks is compared whole."""
+"""Bytes compared at a file's start, middle and end. A file of at most three such blocks is compared in full."""
 THREADS = 32
-NAMED = 10
-"""Samples whose names a message gives."""
+MAX_NAMED = 10
+"""Samples that a message names."""
 
 Inode = tuple[int, int]
 
 
 class Files:
-    """What tells files apart; each is looked at once, and read only where another has its size."""
+    """Status and content of files. Each file is looked up once, and read only if another one has its size."""
 
     def __init__(self) -> None:
         self._status: dict[Path, os.stat_result | None] = {}
         self._digests: dict[Inode, bytes | None] = {}
 
-    def look(self, paths: Iterable[Path]) -> None:
-        """Ask the file system about many files side by side."""
+    def look_up(self, paths: Iterable[Path]) -> None:
+        """Look up many files in parallel."""
         new = [path for path in dict.fromkeys(paths) if path not in self._status]
         with ThreadPoolExecutor(THREADS) as threads:
             self._status.update(zip(new, threads.map(_status, new), strict=True))
 
     def inode(self, path: Path) -> Inode | None:
-        """Equal for hard links and links to one file; None where there is none."""
+        """Equal for all links to one file; None if there is no file."""
         status = self._status[path]
         return None if status is None else (status.st_dev, status.st_ino)
 
     def size(self, path: Path) -> int | None:
-        """Bytes; None where there is no file, or nothing in it."""
+        """Bytes; None if there is no file or it is empty."""
         status = self._status[path]
         return status.st_size or None if status is not None else None
 
     def digest(self, path: Path) -> bytes | None:
-        """Of the size and the blocks at its start, middle and end; None where it can't be read."""
+        """Digest of the size and the blocks at the start, middle and end; None if the file cannot be read."""
         inode, size = self.inode(path), self.size(path)
         if inode is None or size is None:
             return None
@@ -73,15 +73,15 @@ def _digest(path: Path, size: int) -> bytes | None:
 
 
 def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
-    """Those of `held_out` one of whose media is seen in training, as the same file or as a copy of it, whatever part is
-    shown; of a conversation without media, those that are trained on word for word."""
+    """The held-out conversations with a medium that is in training too, as the same file or a copy of it, whatever part
+    of it is shown. One without media is in training if its text is, word for word."""
     files = Files()
     trained = {ref.files for one in training for ref in one.media}
-    asked = {ref.files for one in held_out for ref in one.media}
-    files.look(path for paths in (*trained, *asked) for path in paths)
-    sizes = {tuple(map(files.size, paths)) for paths in asked}
+    evaluated = {ref.files for one in held_out for ref in one.media}
+    files.look_up(path for paths in (*trained, *evaluated) for path in paths)
+    sizes = {tuple(map(files.size, paths)) for paths in evaluated}
     inodes = {tuple(map(files.inode, paths)) for paths in trained}
-    # Of a size that a held-out one has too: all others differ.
+    # Only files whose size a held-out file has too can be copies of one.
     copies = {tuple(map(files.digest, paths)) for paths in trained if tuple(map(files.size, paths)) in sizes}
     texts = {_text(one) for one in training if not one.media}
 
@@ -92,24 +92,24 @@ def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Convers
         content = tuple(map(files.digest, paths)) if copies else (None,)
         return None not in content and content in copies
 
-    shared = {paths for paths in asked if is_trained(paths)}
+    shared = {paths for paths in evaluated if is_trained(paths)}
     return [
         one for one in held_out if (any(ref.files in shared for ref in one.media) if one.media else _text(one) in texts)
     ]
 
 
 def overlap_warning(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> str:
-    """A line that names what is held out and trained on; empty where nothing is."""
-    found = also_trained_on(held_out, training)
-    if not found:
+    """A line that names the held-out samples that are also trained on; empty if there are none."""
+    samples = also_trained_on(held_out, training)
+    if not samples:
         return ""
     named = ", ".join(
         f"{one.id} ({', '.join(dict.fromkeys(Path(ref.name).name for ref in one.media)) or 'a text'})"
-        for one in found[:NAMED]
+        for one in samples[:MAX_NAMED]
     )
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    more = f" and {len(samples) - MAX_NAMED} more" if len(samples) > MAX_NAMED else ""
     return (
-        f"warning: {len(found)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
+        f"warning: {len(samples)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
         f"of it: {named}{more}; scores on them show what was memorised"
     )
 

@@ -1,4 +1,4 @@
-"""Dataset to rows: which documents share a pack, which packs a step and a rank take, and the batch itself.
+"""Documents to packed rows: which documents share a pack, which packs a step and a rank take, and the batch itself.
 
 The sequence of packs is a pure function of (seed, epoch, lengths): every process computes it alone.
 """
@@ -30,9 +30,9 @@ class PackPlan:
     lengths: tuple[int, ...]
     """Tokens of each document."""
     samples: tuple[int, ...]
-    """Samples (branches) of each document."""
+    """Samples (suffixes) of each document."""
     weights: tuple[float, ...]
-    """How often each document comes in an epoch: 2.0 twice, 0.5 in every other epoch."""
+    """How often each document comes in an epoch: 2.0 twice, 0.5 in every second epoch."""
     pack_tokens: int
     max_samples: int
     seed: int
@@ -43,34 +43,39 @@ class PackPlan:
 
     @property
     def first_packs(self) -> tuple[tuple[int, ...], ...]:
-        """Those of the first epoch that has any: a few documents of which each comes seldom leave some epochs empty."""
+        """The packs of the first epoch that has any: with few documents of small weights some epochs are empty."""
         return next(packs for epoch in count() if (packs := self.packs(epoch)))
 
     def place(self, epoch: int, pack: int) -> tuple[int, int]:
-        """The epoch and pack that come where those of `epoch` are counted on beyond its end."""
+        """Epoch and number of the pack that is number `pack` counted from the start of `epoch`, maybe past its end."""
         while pack >= len(self.packs(epoch)):
             epoch, pack = epoch + 1, pack - len(self.packs(epoch))
         return epoch, pack
 
     def packs_left(self, cursor: Cursor, epochs: int) -> int:
-        """From `cursor` to the end of so many epochs in all."""
+        """Packs from `cursor` to the end of the run's `epochs` epochs."""
         return max(0, sum(_number_of_packs(self, epoch) for epoch in range(cursor.epoch, epochs)) - cursor.pack)
 
     def documents(self, epoch: int) -> list[int]:
-        """Document numbers of one epoch in random order."""
+        """Document numbers of one epoch in random order.
+
+        A document of weight 1.3 comes once in every epoch, and again in 3 of 10, at even distances.
+        """
         generator = random.Random(f"order:{self.seed}:{epoch}")
+        # A run of an earlier version, which drew a number for each document first, must resume in the same order.
         for _ in self.weights:
-            generator.random()  # so that the order stays that of earlier versions
+            generator.random()
         order = []
         for number, (weight, phase) in enumerate(zip(self.weights, _phases(self), strict=True)):
-            part = weight % 1
-            more = math.floor(part * (epoch + 1) + phase) - math.floor(part * epoch + phase) if part else 0
-            order += [number] * (int(weight) + more)
+            fraction = weight % 1
+            extra = math.floor(fraction * (epoch + 1) + phase) - math.floor(fraction * epoch + phase) if fraction else 0
+            order += [number] * (int(weight) + extra)
         generator.shuffle(order)
         return order
 
     def replacement(self, number: int, epoch: int, attempt: int) -> int | None:
-        """A document no longer than `number`, chosen by (seed, epoch, number, attempt) alone; None: there is none."""
+        """A document no longer than `number` that takes its place, chosen by (seed, epoch, number, attempt) alone; None
+        if there is none."""
         candidates = [i for i, n in enumerate(self.lengths) if n <= self.lengths[number] and i != number]
         candidates = [i for i in candidates if self.samples[i] <= self.samples[number]]
         if not candidates:
@@ -80,74 +85,79 @@ class PackPlan:
 
 @lru_cache(maxsize=3)
 def _phases(plan: PackPlan) -> tuple[float, ...]:
-    """Where in its turn each document begins, 0 to 1: spread evenly over those of one weight, in an order by the seed,
-    so that an epoch has of them what the weight says and each comes as often as the others."""
+    """The fraction of its period, from 0 to 1, with which each document starts.
+
+    The phases of documents of one weight are spread evenly, in an order by the seed: so every epoch has as many of them
+    as the weight says, and each comes as often as the others.
+    """
     numbers = list(range(len(plan.weights)))
     random.Random(f"phase:{plan.seed}").shuffle(numbers)
-    of_weight = Counter(plan.weights)
-    seen: Counter[float] = Counter()
+    totals = Counter(plan.weights)
+    counts: Counter[float] = Counter()
     phases = [0.0] * len(numbers)
     for number in numbers:
         weight = plan.weights[number]
-        phases[number] = (seen[weight] + 0.5) / of_weight[weight]
-        seen[weight] += 1
+        phases[number] = (counts[weight] + 0.5) / totals[weight]
+        counts[weight] += 1
     return tuple(phases)
 
 
 @cache
 def _number_of_packs(plan: PackPlan, epoch: int) -> int:
-    """Kept for each epoch, whose packs are not: a run that goes on counts them twice."""
+    """Cached for all epochs, unlike their packs: a resumed run counts them twice."""
     return len(plan.packs(epoch))
 
 
 @lru_cache(maxsize=3)
 def _epoch_packs(plan: PackPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """First fit over the open packs; where none has room, the fullest is closed. Millions of documents take seconds."""
+    """First fit over the open packs. If a document fits none of them, the fullest pack is closed for a new one.
+
+    Millions of documents take seconds: parallel lists are faster here than one object for each open pack.
+    """
     closed: list[tuple[int, ...]] = []
-    # Of each open pack: the tokens and samples that still fit, and its documents.
-    rooms: list[int] = []
-    seats: list[float] = []
+    tokens_left: list[int] = []
+    samples_left: list[float] = []
     opened: list[list[int]] = []
-    most = plan.max_samples or math.inf
+    max_samples = plan.max_samples or math.inf
 
     def close(index: int) -> None:
-        del rooms[index], seats[index]
+        del tokens_left[index], samples_left[index]
         closed.append(tuple(opened.pop(index)))
 
     lengths, samples = plan.lengths, plan.samples
     for number in plan.documents(epoch):
-        length, taken = lengths[number], samples[number]
-        for index, room in enumerate(rooms):
-            if length <= room and taken <= seats[index]:
+        length, count = lengths[number], samples[number]
+        for index, left in enumerate(tokens_left):
+            if length <= left and count <= samples_left[index]:
                 break
         else:
-            if len(rooms) == OPEN_PACKS:
-                close(rooms.index(min(rooms)))
-            index = len(rooms)
-            rooms.append(plan.pack_tokens)
-            seats.append(most)
+            if len(opened) == OPEN_PACKS:
+                close(tokens_left.index(min(tokens_left)))
+            index = len(opened)
+            tokens_left.append(plan.pack_tokens)
+            samples_left.append(max_samples)
             opened.append([])
-        rooms[index] -= length
-        seats[index] -= taken
+        tokens_left[index] -= length
+        samples_left[index] -= count
         opened[index].append(number)
-        if seats[index] <= 0:
-            close(index)  # it can take nothing more
+        if samples_left[index] <= 0:
+            close(index)  # it has as many samples as a pack may have
     return tuple(closed) + tuple(tuple(members) for members in opened)
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """The next pack: all of the data's state there is, but for streams."""
+    """Where a run continues: the next pack of the index. With the positions of streams, the whole dataloader state."""
 
     epoch: int = 0
     pack: int = 0
     step: int = 0
-    """Steps taken before."""
+    """Steps before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackRef:
-    """One pack of a step. An empty one (`documents` = ()) fills the last step."""
+    """One pack of a step. Empty packs (`documents` = ()) fill up the last step."""
 
     epoch: int
     slot: int
@@ -158,23 +168,24 @@ class PackRef:
 def take_step(
     plan: PackPlan, cursor: Cursor, packs_per_step: int, last_epoch: int | None
 ) -> tuple[list[PackRef], Cursor]:
-    """The packs of the next step and where the one after it begins. Past `last_epoch` packs are empty."""
+    """The packs of the next step and the cursor after it. Past `last_epoch` (None: no end) packs are empty."""
     taken: list[PackRef] = []
     epoch, pack = cursor.epoch, cursor.pack
     for slot in range(packs_per_step):
         while (last_epoch is None or epoch <= last_epoch) and pack >= len(plan.packs(epoch)):
             epoch, pack = epoch + 1, 0
-        over = last_epoch is not None and epoch > last_epoch
-        taken.append(PackRef(epoch, slot, () if over else plan.packs(epoch)[pack]))
-        pack += not over
+        is_over = last_epoch is not None and epoch > last_epoch
+        taken.append(PackRef(epoch, slot, () if is_over else plan.packs(epoch)[pack]))
+        pack += not is_over
     return taken, Cursor(epoch, pack, cursor.step + 1)
 
 
 def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> list[list[PackRef]]:
-    """The packs of each rank: equally many, the dearest first to the rank that has the least to do."""
+    """The packs of each rank, equally many for each: the most expensive ones first, to the rank with the least work."""
     each = len(packs) // ranks
     assert each * ranks == len(packs), f"{len(packs)} packs, {ranks} ranks"
-    loads, shares = [0.0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
+    loads = [0.0] * ranks
+    shares: list[list[PackRef]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
         rank = min((r for r in range(ranks) if len(shares[r]) < each), key=lambda r: (loads[r], r))
         shares[rank].append(packs[index])
@@ -183,12 +194,12 @@ def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> l
 
 
 def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: VisionProcessor) -> Batch:
-    """One row of documents. Without any it holds a single token that is not supervised: a pack of weight zero."""
+    """One row of documents. Without documents it holds one token that is not supervised: a pack of weight zero."""
     members = [document for document, _ in documents]
     pixels = [torch.zeros(0, processor.patch_features, dtype=torch.uint8)]
     for document, patches in documents:
         grids = tuple(p.grid_thw for p in patches), tuple(m.grid_thw for m in document.media)
-        assert grids[0] == grids[1], f"patches of another plan: {grids}"
+        assert grids[0] == grids[1], f"patches do not match their plan: {grids}"
         pixels += [p.pixels_PD for p in patches]
     rows, segments, targets, start = members or [Document.blank()], [], [], 0
     for document in rows:
@@ -211,19 +222,19 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: 
 
 
 def owners(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whose each token of a row is: the number of its document, and of its branch there (-1 in a trunk that several
-    share), both [T] and empty where there is no document."""
+    """For each token of a row the number of its document, and of its suffix there (-1 in a shared prefix), both [T].
+    Empty if there are no documents."""
     parts = [
-        (number, branch, length)
+        (number, suffix, length)
         for number, document in enumerate(documents)
-        for branch, length in enumerate((document.prefix_length, *document.suffix_lengths), start=-1)
+        for suffix, length in enumerate((document.prefix_length, *document.suffix_lengths), start=-1)
     ]
-    document_S, branch_S, length_S = torch.tensor(parts, dtype=torch.long).view(-1, 3).unbind(1)
-    return document_S.repeat_interleave(length_S), branch_S.repeat_interleave(length_S)
+    document_S, suffix_S, length_S = torch.tensor(parts, dtype=torch.long).view(-1, 3).unbind(1)
+    return document_S.repeat_interleave(length_S), suffix_S.repeat_interleave(length_S)
 
 
 def _predicting_rows(document: Document) -> torch.Tensor:
-    """The row before each supervised token; before a branch's first token that is the trunk's last."""
+    """The row before each supervised token; for a suffix's first token that is the last of the shared prefix."""
     before = torch.arange(document.num_tokens) - 1
     if document.prefix_length:
         before[[rows.start for rows in document.suffix_rows]] = document.prefix_length - 1

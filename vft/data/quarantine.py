@@ -1,38 +1,41 @@
-"""What can't be trained on: each item with its reason, in `quarantine.jsonl`, and no more of them than is allowed."""
+"""Samples that cannot be used, with a reason for each in `quarantine.jsonl`, and the limit on how many there may be."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vft.common.errors import UserError
 from vft.common.files import replace_text
+from vft.common.types import Document
 
 MIN_BAD = 10
-"""Bad items of a stream before their share is looked at: the first few say little."""
-NAMED = 3
+"""Bad items of a stream before their fraction is checked: the first few say little."""
+MAX_NAMED = 3
 """Kinds of trouble that a message gives an example of."""
+MAX_KNOWN = 10_000
+"""Bad items of streams that are stored one by one. A stream has no end, so further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadItem:
-    """Something that can't be trained on, as `quarantine.jsonl` records it."""
+    """Something that cannot be used, as `quarantine.jsonl` records it."""
 
     id: str
     path: str
     reason: str
     message: str
     samples: int = 1
-    """How many samples are lost by it; 0 of an archive, which `Encountered` weighs."""
+    """How many samples are lost by it; 0 for an archive, which `Encountered` weighs."""
     source: str = ""
-    """`path` of the source that it came out of as a stream; archives of two sources may have the same names."""
+    """`path` of the streaming source that it comes from. Archives of two sources may have the same names."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from others: the medium, or the record where that is at fault."""
+        """Identifies it: the medium, or the record if that is at fault."""
         return self.source, self.path or self.id
 
     def line(self) -> str:
@@ -42,31 +45,31 @@ class BadItem:
 
 @dataclass(frozen=True, slots=True)
 class ArchivePass:
-    """One slot has come to the end of an archive that it began to read at its start."""
+    """A slot has reached the end of an archive that it read from the start."""
 
     samples: int
-    """Found there, bad ones included; where several slots share the archive, those of this slot's part."""
+    """Samples in it, bad ones included; if several slots share the archive, those of this slot's part."""
     damaged: bool
-    """The archive ended before its time."""
+    """The archive ended early."""
 
 
 @dataclass
 class Encountered:
-    """What the streams of a run have come across, counted every time, as are the samples that are trained on: so their
-    ratio is that of one epoch, whichever epoch it is."""
+    """What the streams of a run have come across, counted every time. Good samples are counted every time they are
+    trained on too, so their ratio is that of one epoch at any time."""
 
     items: int = 0
     """Bad media, records and archives."""
     samples: dict[str, int] = field(default_factory=dict)
     """Bad samples, by reason."""
     whole: int = 0
-    """Undamaged archives that were read to their end; below, the samples found in them."""
+    """Undamaged archives that were read to their end, with the samples in them."""
     whole_samples: int = 0
     damaged: int = 0
     damaged_samples: int = 0
 
     def add(self, bad: Iterable[BadItem], archives: Iterable[ArchivePass]) -> None:
-        """Count one step's."""
+        """Count the items and archives of one step."""
         for item in bad:
             if item.samples:
                 self.items += 1
@@ -81,8 +84,8 @@ class Encountered:
                 self.whole_samples += one.samples
 
     def lost(self) -> dict[str, int]:
-        """Bad samples by reason. Behind the damage in an archive as many are taken to lie as it is short of an
-        undamaged one; at least one."""
+        """Bad samples by reason. A damaged archive is taken to have lost what it is short of an undamaged one, and at
+        least one sample."""
         counts = dict(self.samples)
         if self.damaged:
             usual = self.whole_samples / self.whole if self.whole else 0.0
@@ -90,26 +93,92 @@ class Encountered:
         return counts
 
 
+@dataclass
+class LoadReport:
+    """What a process has met besides good documents since the reports were last merged."""
+
+    bad: list[BadItem] = field(default_factory=list)
+    """Items of streams each time they are met, those of the index once."""
+    archives: list[ArchivePass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user."""
+    exhausted: list[str] = field(default_factory=list)
+    """Paths of streaming sources that have no document for a row."""
+
+    def __len__(self) -> int:
+        return len(self.bad) + len(self.archives) + len(self.notes) + len(self.exhausted)
+
+
+class BadItemLog:
+    """The bad items of a run, known to all processes alike once their reports are merged."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], BadItem] = {}
+        """By key: what has failed so far, in this run and before it was resumed."""
+        self.encountered = Encountered()
+        """By the streams of all processes."""
+        self.report = LoadReport()
+        """By this process alone."""
+        self._agreed: frozenset[tuple[str, str]] = frozenset()
+
+    def restore(self, items: Iterable[BadItem], encountered: Encountered) -> None:
+        """Continue from what an earlier run knew."""
+        self.known = {item.key: item for item in items}
+        self.encountered = encountered
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """From now on `agreed` uses what all processes know. What one finds during a step counts from the next on."""
+        self._agreed = frozenset(self.known)
+
+    def agreed(self, document: Document, source: str) -> BadItem | None:
+        """A bad medium of the document that all processes knew of when the step began."""
+        keys = ((source, plan.ref.name) for plan in document.media)
+        return next((self.known[key] for key in keys if key in self._agreed), None)
+
+    def add(self, failed: Sequence[BadItem]) -> None:
+        """Report media that could not be decoded, those of the index once."""
+        reported = {item.key for item in self.report.bad} | self.known.keys()
+        self.report.bad += (item for item in failed if item.source or item.key not in reported)
+
+    def add_again(self, item: BadItem, samples: int) -> None:
+        """Report that a known item was met again. Only those of streams count again, as do their good samples."""
+        if item.source:
+            self.report.bad.append(replace(item, samples=samples))
+
+    def merge(self, reports: Sequence[LoadReport]) -> list[BadItem]:
+        """Make known what all processes report, and return the items that are new. Every process calls it alike."""
+        new = []
+        for item in (item for report in reports for item in report.bad):
+            if item.key not in self.known and (not item.source or len(self.known) < MAX_KNOWN):
+                self.known[item.key] = item
+                new.append(item)
+        for report in reports:
+            self.encountered.add(report.bad, report.archives)
+        self.report = LoadReport()
+        return new
+
+
 def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
-    """UserError where the share of bad samples is above `limit`: both numbers, counts by reason, the first message."""
+    """UserError if the fraction of bad samples is above `limit`: both numbers, counts by reason, the first message."""
     counts: Counter[str] = Counter()
     for item in bad:
         counts[item.reason] += item.samples
     if bad:
-        _check_share(bad[0].message, counts, total, limit)
+        _check_fraction(bad[0].message, counts, total, limit)
 
 
 def check_bad_of_stream(seen: Encountered, first: BadItem, trained: int, passes: int, limit: float) -> None:
-    """`check_bad` where nobody knows how many samples there are: of `trained` and the bad ones among them.
+    """`check_bad` if nobody knows how many samples there are: of the `trained` ones and the bad ones among them.
 
-    Ten bad items are enough to tell, or an epoch, which are `passes` through archives.
+    It takes ten bad items before it judges, or an epoch, which is `passes` passes through archives.
     """
     counts = seen.lost()
     if seen.items >= MIN_BAD or seen.whole + seen.damaged >= passes:
-        _check_share(first.message, counts, trained + sum(counts.values()), limit)
+        _check_fraction(first.message, counts, trained + sum(counts.values()), limit)
 
 
-def _check_share(message: str, counts: Mapping[str, int], total: int, limit: float) -> None:
+def _check_fraction(message: str, counts: Mapping[str, int], total: int, limit: float) -> None:
     count = sum(counts.values())
     if total and count / total > limit:
         by_reason = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
@@ -120,28 +189,28 @@ def _check_share(message: str, counts: Mapping[str, int], total: int, limit: flo
 
 
 def by_kind(bad: Iterable[BadItem]) -> str:
-    """What is wrong with items, each kind with its number and an example, the most frequent first; one line."""
+    """One line about what is wrong with the items: each kind with its count and an example, the most frequent first."""
     kinds: dict[str, list[BadItem]] = {}
     for item in bad:
-        # Of records the reason alone says nothing; what they lack stands before the semicolon.
+        # For records the reason alone says nothing: what they lack stands before the semicolon of the message.
         what = item.message.removeprefix(f"{item.id}: ").partition(";")[0] if item.reason == "record" else item.reason
         kinds.setdefault(what, []).append(item)
     sizes = {what: sum(item.samples for item in items) for what, items in kinds.items()}
     total = sum(sizes.values())
-    things = sum(item.reason != "archive" for items in kinds.values() for item in items)
-    unit = "clips" if things == total else "samples"
+    num_clips = sum(item.reason != "archive" for items in kinds.values() for item in items)
+    unit = "clips" if num_clips == total else "samples"
     order = sorted(kinds, key=lambda what: -sizes[what])
-    told = []
-    for what in order[:NAMED]:
+    parts = []
+    for what in order[:MAX_NAMED]:
         first = kinds[what][0]
         count = f"{sizes[what]} of {total} {unit}"
         if first.reason == "archive":
             count = f"{len(kinds[what])} archive(s)"
         own = first.message.removeprefix(f"{first.id}: ")
-        told.append(f"{count}: {own}" + ("" if own == first.message else f" ({first.id})"))
-    if order[NAMED:]:
-        told.append(f"{sum(len(kinds[what]) for what in order[NAMED:])} others")
-    return "; and ".join(told)
+        parts.append(f"{count}: {own}" + ("" if own == first.message else f" ({first.id})"))
+    if order[MAX_NAMED:]:
+        parts.append(f"{sum(len(kinds[what]) for what in order[MAX_NAMED:])} others")
+    return "; and ".join(parts)
 
 
 def write_quarantine(folder: Path, items: Iterable[BadItem]) -> None:

@@ -1,4 +1,4 @@
-"""Times that a record states, held against the length that its video turns out to have."""
+"""Checks the times in a record against the length of its video."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaRef
 
 SLACK_S = 0.5
-"""Seconds, or one frame if that is longer, by which an end may overrun the video: annotations are rounded."""
+"""Seconds by which an end may exceed the video (or one frame, if that is longer): annotations are rounded."""
 
 
 def check_spans(conversation: Conversation, info: Callable[[MediaRef], MediaInfo]) -> None:
-    """UserError where a trim, or a segment that the record tells of, is not in the video; names both lengths.
+    """Raise UserError with both lengths if a trim, or a segment that the record describes, is not in the video.
 
     Raises:
-        MediaError: the medium can't be used.
+        MediaError: the medium cannot be used.
     """
     for ref in conversation.media:
         start_s, end_s = ref.options.video_start, ref.options.video_end
         is_trimmed = start_s is not None or end_s is not None
         if ref.kind == "image" or not (is_trimmed or conversation.spans_s):
             continue
-        found = info(ref)
-        wrong = [fault(start_s, end_s, found)] if is_trimmed else []
+        video = info(ref)
+        problems = [fault(start_s, end_s, video)] if is_trimmed else []
         for number, (first_s, last_s) in enumerate(conversation.spans_s, 1):
-            if said := fault(first_s, last_s, found, end_s):
-                wrong.append(f"segment {number}: {said}")
-        for said in filter(None, wrong):
-            raise UserError(f"{conversation.origin}: {ref.field or ref.name}: {said}")
+            if problem := fault(first_s, last_s, video, end_s):
+                problems.append(f"segment {number}: {problem}")
+        for problem in filter(None, problems):
+            raise UserError(f"{conversation.origin}: {ref.field or ref.name}: {problem}")
 
 
 def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: float | None = None) -> str:
-    """What is wrong with the range from `start_s` to `end_s` seconds of a video; empty where nothing is.
-
-    `shown_s` is where the video is cut off, if it is. Nothing is wrong where the length isn't known.
-    """
+    """What is wrong with the range from `start_s` to `end_s` seconds of a video; empty if nothing is, or if the length
+    of the video is unknown. `shown_s` is where the video is cut off, if it is."""
     length_s = info.duration_s
     if length_s <= 0:
         return ""
@@ -55,12 +53,12 @@ def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: 
 
 
 def slack_s(info: MediaInfo) -> float:
-    """Seconds by which a range may overrun the video."""
+    """Seconds by which a range may exceed the video."""
     return max(SLACK_S, 1 / info.fps if info.fps > 0 else 0.0)
 
 
 def _unit(first: float, last: float, info: MediaInfo) -> str:
-    """What times far beyond the end of a video may be in the place of seconds; empty where they look like neither."""
+    """The unit that times far beyond the end of a video look like; empty if they look like none that we know."""
     if last < 2 * info.duration_s:
         return ""
     if first == int(first) and last == int(last) and last <= info.num_frames:

@@ -1,8 +1,8 @@
-"""Held-out records out of those to train on, by a hash of their medium: `eval.split`.
+"""Splits held-out records off those to train on, by a hash of their medium: `eval.split`.
 
-A record is held out where the hash of (seed, its first medium) falls below the share. So new records move no old one,
-and neither does their order. All records of one medium are on one side: one to train on that shows a held-out record's
-medium too is left out.
+A record is held out if the hash of (seed, its first medium) is below the split's share. So neither new records nor
+another order move a record to the other side. All records of one medium are on one side: a training record that also
+shows the medium of a held-out one is left out.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _LAST_NUMBER = re.compile(r"[0-9]*(\.[^./]*)?$")
 
 @dataclass(frozen=True)
 class Split:
-    """Which side of a split is read."""
+    """One side of a split."""
 
     share: float
-    """Of the media that are held out, between 0 and 1."""
+    """Fraction of the media that are held out, between 0 and 1."""
     seed: int
     held_out: bool
-    """The held-out side, else the one to train on."""
+    """The held-out side; otherwise the one to train on."""
 
     def select(self, samples: Sequence[Sample], root: Path) -> tuple[list[bool], int]:
-        """Whether each of the samples, which may be of several sources, is on this side; how many are on neither."""
+        """For each sample, which may be of several sources, whether it is on this side; and how many are on neither."""
         top = os.path.realpath(root)
         names = [media_of(sample, top) for sample in samples]
         held = [self.is_held_out(own[0]) for own in names]
@@ -49,15 +49,16 @@ class Split:
 
 @lru_cache(maxsize=65536)
 def _position(seed: int, name: str) -> float:
-    """From 0 to 1, evenly."""
+    """The hash of a name, evenly distributed from 0 to 1."""
     content = hashlib.sha256(f"split:{seed}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape"))
     return int.from_bytes(content.digest()[:8], "big") / 2**64
 
 
 def media_of(sample: Sample, top: str) -> list[str]:
-    """Names of a sample's media, relative to the real path of `data.root`; of one without media, its texts.
+    """Names of a sample's media relative to the real path of `data.root`, or its texts if it has no media.
 
-    A file out of an archive has its name there; a video kept as pictures its folder, with what their names begin with.
+    A file in an archive has its name there. A video stored as pictures has the start of the pictures' paths, without
+    their numbers.
     """
     names = []
     for ref in (part for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef)):

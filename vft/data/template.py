@@ -1,7 +1,7 @@
 """The checkpoint's chat template: a conversation as pieces of text, cut where the model begins to speak.
 
-What stands before an answer in training is the text that stands there when the model is asked: either the template
-writes the same in both cases, or the prompt for that answer is taken in its place.
+In training an answer has the same text before it as in inference: either the template writes the same text in both
+cases, or the prompt for that answer replaces what it writes in training.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vft.common.types import MediaKind, Role
 from vft.data.trial import exceeds
 
 Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
-"""What the template sees of a conversation: roles, texts, and which kind of medium stands where."""
+"""What the template sees of a conversation: roles, texts, and the kind of each medium at its place."""
 
 TEMPLATE_CPU_S, TEMPLATE_BYTES = 3, 1 << 29
-"""What a chat template may take for TRIAL: released ones take a few milliseconds."""
+"""CPU time and memory that a chat template may use for TRIAL. Released ones take a few milliseconds."""
 TRIAL: Text = (
     ("system", ("Be brief.",)),
     ("user", (("video",), ("image",), "What is it?")),
@@ -32,11 +32,11 @@ TRIAL: Text = (
     ("assistant", ("Yes.",)),
 )
 
-# Unicode's noncharacters are for a program's own use: no text has them. Two stand around the number of an answer while
-# the template's own text around it is looked at; one stands within a control token that is meant as text.
+# Unicode's noncharacters are for a program's own use, so no text has them. Two enclose the number that stands for an
+# answer while we look at the template's own text around it. LITERAL stands in a control token that is meant as text.
 _HIDDEN = "\ufdd0{}\ufdd1"
 LITERAL = "\ufdd2"
-_OWN = re.compile("[\ufdd0-\ufdd2]")
+_NONCHARACTER = re.compile("[\ufdd0-\ufdd2]")
 
 
 class Kind(Enum):
@@ -49,25 +49,25 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that is tokenised by itself: nothing merges with what stands before it."""
+    """Text that is tokenized by itself: no token spans its start."""
 
     kind: Kind
     text: str
-    """A control token that a record has as text holds LITERAL behind its first character."""
+    """Control tokens in a record's text have LITERAL after their first character."""
     behind: str = ""
-    """What the template goes on with, which the model only reads."""
+    """The template's text after it, which the model only reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How the template has the model think before it answers."""
+    """How the template lets the model think before it answers."""
 
     opened: bool
     """Whether the prompt ends with the opening tag."""
     lead: str
-    """What the model says before its reasoning."""
+    """Text that the model writes before its reasoning."""
     close: str
-    """What it says between reasoning and answer."""
+    """Text that it writes between reasoning and answer."""
 
 
 class ChatTemplate:
@@ -75,10 +75,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, turn_end: str, control: Sequence[str]) -> None:
         """`turn_end` closes an answer; empty: the tokenizer's end of sequence, which the template may leave out.
-        `control` are the tokens that no text of a record may bring in.
+        `control` are the tokens that a record's text must not produce.
 
         Raises:
-            UserError: the template takes too much time or memory.
+            UserError: the template uses too much time or memory.
         """
         self.tokenizer = tokenizer
         self.turn_end = turn_end or str(tokenizer.eos_token)
@@ -92,7 +92,7 @@ class ChatTemplate:
     def pieces(self, turns: Text, answer_next: bool) -> list[Piece]:
         """The conversation's text. With `answer_next` it ends where the model is to answer.
 
-        Every answer is a piece of its own where all of them can be learnt in place, else the last one alone.
+        Every answer is a piece if all can be learnt in place; otherwise only the last one is.
         """
         if self.in_place(turns):
             return self._all_answers(turns, answer_next)
@@ -102,27 +102,27 @@ class ChatTemplate:
         return [Piece(Kind.CONTEXT, self.apply(turns[:last], answer_next=True)), *self._last_answer(turns, last)]
 
     def in_place(self, turns: Text) -> bool:
-        """Whether before each answer the template writes what it writes where the model is to give that answer.
+        """Whether the template writes the same text before each answer as when the model is to give that answer.
 
-        Templates of models that think take the reasoning out of earlier answers, or write an opening tag for the model.
+        Templates of models that think do not: they remove the reasoning from earlier answers, or write an opening tag.
         """
         if self.thinking is not None:
             return False
         return self._in_place(tuple((role, _shape(parts)) for role, parts in turns))
 
     def _is_in_place(self, turns: Text) -> bool:
-        """`in_place` by the shape of a conversation: what the template writes itself does not depend on texts."""
+        """`in_place` by the shape of a conversation: the template's own text does not depend on the record's texts."""
         try:
             around = self._around(turns, answer_next=False)
             before = ""
             for text, (number, _) in zip(around[:-1], _answers(turns), strict=True):
                 before += text
-                if any(role == "user" for role, _ in turns[:number]):  # else nobody asks for it
+                if any(role == "user" for role, _ in turns[:number]):  # otherwise nobody asks for this answer
                     prompt = self.apply(turns[:number], answer_next=True, hide_answers=True)
                     if prompt != before and prompt != before.removesuffix(self.gap):
                         return False
                 before += _HIDDEN.format(number)
-        except UserError:  # said where the conversation itself is rendered
+        except UserError:  # raised again when the conversation itself is rendered
             pass
         return True
 
@@ -131,7 +131,7 @@ class ChatTemplate:
         answers = [self._escaped("assistant", _joined(parts)) for _, parts in _answers(turns)]
         whole = self.apply(turns, answer_next)
         if not _is_joined(around, answers, whole):
-            answers = [answer.strip() for answer in answers]  # as some templates have it
+            answers = [answer.strip() for answer in answers]  # some templates do that
             if not _is_joined(around, answers, whole):
                 raise UserError(
                     "the chat template changes the text of an answer; take out what it does not show, such as tags "
@@ -140,80 +140,79 @@ class ChatTemplate:
         behind = [around[0], *(self._closed(one).removeprefix(self.turn_end) for one in around[1:])]
         leads = [self.gap if one.endswith(self.gap) else "" for one in behind[:-1]]
         behind = [one.removesuffix(lead) for one, lead in zip(behind, [*leads, ""], strict=True)]
-        said = [lead + answer + self.turn_end for lead, answer in zip(leads, answers, strict=True)]
-        return [Piece(Kind.CONTEXT, behind[0]), *map(partial(Piece, Kind.ANSWER), said, behind[1:])]
+        texts = [lead + answer + self.turn_end for lead, answer in zip(leads, answers, strict=True)]
+        return [Piece(Kind.CONTEXT, behind[0]), *map(partial(Piece, Kind.ANSWER), texts, behind[1:])]
 
     def _last_answer(self, turns: Text, last: int) -> list[Piece]:
-        """What the model has to say as the answer of turn `last`, behind the prompt for it."""
+        """The pieces that the model writes after the prompt for the answer of turn `last`."""
         answer, hidden = self._escaped("assistant", _joined(turns[last][1])), _HIDDEN.format(last)
         thinking = self.thinking
         if thinking is None:
-            shown, said = hidden, [Piece(Kind.ANSWER, self.gap + answer)]
+            content, pieces = hidden, [Piece(Kind.ANSWER, self.gap + answer)]
         else:
             reasoning, answer = split_reasoning(answer, thinking.opened)
             if reasoning is None and answer.lstrip().startswith(OPEN):
                 raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
-            shown = f"{OPEN}\n{reasoning or ''}\n{CLOSE}\n\n{hidden}"
+            content = f"{OPEN}\n{reasoning or ''}\n{CLOSE}\n\n{hidden}"
             thought = thinking.lead + (reasoning or "") + thinking.close
-            said = [Piece(Kind.REASONING, thought), Piece(Kind.ANSWER, answer)]
-        found = self.apply((*turns[:last], ("assistant", (shown,))), False, given=True).split(hidden)
-        if len(found) != 2:
+            pieces = [Piece(Kind.REASONING, thought), Piece(Kind.ANSWER, answer)]
+        around = self.apply((*turns[:last], ("assistant", (content,))), False, as_is=True).split(hidden)
+        if len(around) != 2:
             raise UserError("the chat template leaves out assistant messages")
-        closed = self._closed(found[1])
-        behind = closed.removeprefix(self.turn_end)
-        return [*said[:-1], Piece(Kind.ANSWER, said[-1].text + self.turn_end, behind)]
+        behind = self._closed(around[1]).removeprefix(self.turn_end)
+        return [*pieces[:-1], Piece(Kind.ANSWER, pieces[-1].text + self.turn_end, behind)]
 
     @cached_property
     def gap(self) -> str:
-        """What the template writes before an answer but not where the model is to answer: the model has to say it."""
-        asked: Text = (("user", ("?",)),)
-        prompt = self.apply(asked, answer_next=True)
-        before = self.apply((*asked, ("assistant", ("!",))), False, hide_answers=True).split(_HIDDEN[0])[0]
+        """Text that the template writes before an answer but not at the end of a prompt: the model has to write it."""
+        question: Text = (("user", ("?",)),)
+        prompt = self.apply(question, answer_next=True)
+        before = self.apply((*question, ("assistant", ("!",))), False, hide_answers=True).split(_HIDDEN[0])[0]
         return before.removeprefix(prompt) if before.startswith(prompt) else ""
 
     @cached_property
     def thinking(self) -> Thinking | None:
-        """None where the template neither opens a thought for the model nor writes one before an answer."""
-        asked: Text = (("user", ("?",)),)
-        prompt = self.apply(asked, answer_next=True)
+        """None if the template neither opens a thought for the model nor writes one before an answer."""
+        question: Text = (("user", ("?",)),)
+        prompt = self.apply(question, answer_next=True)
         opened = prompt.rstrip().endswith(OPEN)
         if not opened and not self.gap.lstrip().startswith(OPEN):
             return None
         stem = prompt[: prompt.rindex(OPEN)] if opened else prompt
         thought, answer = _HIDDEN.format(0), _HIDDEN.format(1)
-        said = f"{OPEN}\n{thought}\n{CLOSE}\n\n{answer}"
-        shown = self.apply((*asked, ("assistant", (said,))), False, given=True)
-        lead, close = f"{OPEN}\n", f"\n{CLOSE}\n\n"  # where the template leaves reasoning out, of the last answer too
-        if shown.startswith(stem) and thought in shown and answer in shown:
-            lead, _, rest = shown.removeprefix(stem).partition(thought)
+        content = f"{OPEN}\n{thought}\n{CLOSE}\n\n{answer}"
+        rendered = self.apply((*question, ("assistant", (content,))), False, as_is=True)
+        lead, close = f"{OPEN}\n", f"\n{CLOSE}\n\n"  # if the template removes reasoning even from the last answer
+        if rendered.startswith(stem) and thought in rendered and answer in rendered:
+            lead, _, rest = rendered.removeprefix(stem).partition(thought)
             close = rest.partition(answer)[0]
-        given = prompt.removeprefix(stem)
-        return Thinking(opened, lead.removeprefix(given) if lead.startswith(given) else "", close)
+        prompted = prompt.removeprefix(stem)
+        return Thinking(opened, lead.removeprefix(prompted) if lead.startswith(prompted) else "", close)
 
     def _closed(self, after: str) -> str:
-        """What the template wrote behind an answer, with the text that closes it."""
+        """The template's text after an answer, made to begin with the text that closes it."""
         if after.startswith(self.turn_end):
             return after
         if self._must_close or after[:1].strip():
             raise UserError(f"the chat template closes an answer with {after[:20]!r}, expected {self.turn_end!r}")
-        return self.turn_end + after.lstrip()  # the model was trained with it in the place of the white space
+        return self.turn_end + after.lstrip()  # the model was trained with it in place of the white space
 
     def _around(self, turns: Text, answer_next: bool) -> list[str]:
-        """The template's own text before, between and behind the answers."""
+        """The template's own text before, between and after the answers."""
         around = re.split(_HIDDEN.format("[0-9]+"), self.apply(turns, answer_next, hide_answers=True))
         if len(around) != len(_answers(turns)) + 1:
             raise UserError("the chat template leaves out assistant messages")
         return around
 
     def _escaped(self, role: Role, text: str) -> str:
-        """A text in which no control token is one. UserError where it holds what this module marks texts with."""
-        if found := _OWN.search(text):
-            raise UserError(f"{role} text holds U+{ord(found[0]):04X}, which is no character; remove it")
-        return self.control.sub(lambda found: f"{found[0][0]}{LITERAL}{found[0][1:]}", text)
+        """The text with its control tokens marked as text. UserError if it holds one of this module's own marks."""
+        if mark := _NONCHARACTER.search(text):
+            raise UserError(f"{role} text holds U+{ord(mark[0]):04X}, which is no character; remove it")
+        return self.control.sub(lambda token: f"{token[0][0]}{LITERAL}{token[0][1:]}", text)
 
-    def apply(self, turns: Text, answer_next: bool, hide_answers: bool = False, given: bool = False) -> str:
-        """The template's text. With `hide_answers` a mark stands for each answer; with `given` the texts of the last
-        turn are taken as they are.
+    def apply(self, turns: Text, answer_next: bool, hide_answers: bool = False, as_is: bool = False) -> str:
+        """The template's text. With `hide_answers` a mark stands for each answer; with `as_is` the texts of the last
+        turn are not escaped.
 
         Raises:
             UserError: the template fails.
@@ -224,16 +223,18 @@ class ChatTemplate:
                 content = [{"type": "text", "text": _HIDDEN.format(number)}]
             else:
                 content = []
-                as_is = given and number == len(turns) - 1
                 for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):  # neighbours are one text
-                    kept = tuple(run)
-                    text = _joined(kept)
-                    texts = [{"type": "text", "text": text if as_is else self._escaped(role, text)}]
-                    content += texts if is_text else [{"type": part[0]} for part in kept]
+                    same = tuple(run)
+                    text = _joined(same)
+                    if is_text:
+                        is_escaped = not (as_is and number == len(turns) - 1)
+                        content.append({"type": "text", "text": self._escaped(role, text) if is_escaped else text})
+                    else:
+                        content += [{"type": part[0]} for part in same]
             messages.append({"role": role, "content": content})
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except Exception as error:  # it is a program: of Jinja, of its sandbox, of whatever the template calls
+        except Exception as error:  # a template is a program, and may raise anything
             raise UserError(f"the chat template fails ({type(error).__name__}: {first_line(error)})") from error
 
 

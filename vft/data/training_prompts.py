@@ -1,4 +1,4 @@
-"""What the records of a training asked: the prompts and system texts that the model knows."""
+"""The prompts and system texts of the training records, which a trained model knows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vft.common.types import Conversation, MediaRef
 
 
 @dataclass
-class Asked:
-    """Counts of first questions and system texts, as they stood in the conversations that were trained on."""
+class PromptCounts:
+    """Counts of the first questions and system texts of the conversations that were trained on."""
 
     prompts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Text before the media of the first user's turn, and behind it."""
+    """Text before and after the first medium of the first user turn."""
     systems: Counter[str | None] = field(default_factory=Counter)
-    """None: no system turn, which a template may fill in."""
+    """None: no system turn. A template may add one."""
 
     def add(self, conversations: Iterable[Conversation]) -> None:
-        """Count some more. What is planned text (times, subtitles) belongs to its video, not to the question."""
+        """Count conversations, without text that depends on frames (times, subtitles): that belongs to the video."""
         for one in conversations:
             first = next((turn for turn in one.turns if turn.role == "user"), None)
             if first is None or one.is_part:
@@ -34,14 +34,14 @@ class Asked:
             self.prompts[before, behind] += 1
             self.systems[next((turn.text for turn in one.turns if turn.role == "system"), None)] += 1
 
-    def update(self, other: Asked) -> None:
+    def update(self, other: PromptCounts) -> None:
         """Add another process's counts."""
         self.prompts.update(other.prompts)
         self.systems.update(other.systems)
 
     def facts(self) -> dict[str, Any]:
-        """For vft.json: the most frequent of each (`prompt` with what stands before the media, `system`), how many of
-        the samples had it, and how many others there were. Empty where nothing was counted."""
+        """For vft.json: the most frequent prompt (with the text before the media) and system text, the fraction of
+        samples that had it, and how many others there were. Empty if nothing was counted."""
         if not self.prompts:
             return {}
         (((before, prompt), count),) = self.prompts.most_common(1)

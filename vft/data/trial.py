@@ -1,4 +1,4 @@
-"""Work that a stranger wrote (a chat template is a program) tried in a copy of this process, under limits."""
+"""Tries untrusted work (a chat template is a program) in a copy of this process, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-PATIENCE_S = 60.0
-"""Of the clock: a copy that hasn't used its share of the processor by then waits for something else, not for `work`."""
+TIMEOUT_S = 60.0
+"""Wall-clock time. A copy that has not used its CPU time by then waits for something other than `work`."""
 
 
 def exceeds(work: Callable[[], object], cpu_s: int, memory_bytes: int) -> str | None:
-    """What `work` takes too much of, if it does; None otherwise, whatever it raises.
-
-    Processor time in seconds, memory in bytes beyond what this process has.
-    """
+    """Which limit `work` exceeds: CPU time in seconds, or memory in bytes beyond what this process has. None if it
+    exceeds none, whatever it raises."""
     pid = os.fork()
     if pid == 0:
         _try(work, cpu_s, memory_bytes)
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
         if time.monotonic() > end:
             os.kill(pid, signal.SIGKILL)
@@ -35,7 +33,7 @@ def exceeds(work: Callable[[], object], cpu_s: int, memory_bytes: int) -> str | 
 
 
 def _try(work: Callable[[], object], cpu_s: int, memory_bytes: int) -> None:
-    """Never returns: no handler, no `finally` of the process that this is a copy of may run."""
+    """Never returns: no handler and no `finally` of the original process may run in the copy."""
     status = 1
     with suppress(BaseException):
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)

@@ -31,7 +31,7 @@ from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.workers import WorkerPool
 from vft.distributed import signals as stopping
-from vft.distributed.process_group import World, all_of, sum_over_ranks
+from vft.distributed.process_group import DataParallel, World, all_of, sum_over_ranks
 from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
@@ -178,7 +178,8 @@ def held_out_loss(
     chosen = frozenset(spread(len(whole.lengths), limit))
     weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
     plan = _NothingInstead(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
-    loader = Loader(held_out, plan, pool, world.size, world.rank, world.size, prefetch_packs=4, last_epoch=0)
+    parallel = DataParallel(world.rank, world.size)
+    loader = Loader(held_out, plan, pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0)
     packs = len(plan.packs(0))
     found: list[tuple[int, tuple[Document, ...], Tensor]] = []
     training = model.training

@@ -15,9 +15,9 @@ from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, converse, load_dataset, take
-from vft.data.loader import Streams, open_streams
 from vft.data.overlap import overlap_warning
 from vft.data.split import Split
+from vft.data.stream_feeds import Streams, open_streams
 from vft.data.workers import WorkerPool
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from vft.common.files import digest
 from vft.config.run import Config
 from vft.data.dataset import Dataset
-from vft.data.loader import Loader, Streams
+from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
-from vft.data.training_prompts import Asked
+from vft.data.stream_feeds import Streams
+from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment
 
@@ -42,11 +43,10 @@ class RunData:
             documents.bad += [item for source in streams.archives for item in source.bad]
         plan, epochs = documents.pack_plan(config.seed), config.train.epochs
         loader = Loader(
-            documents=documents,
+            dataset=documents,
             plan=plan,
             pool=pool,
-            ranks=part.size,
-            rank=part.rank,
+            parallel=part,
             packs_per_step=config.train.packs_per_step,
             prefetch_packs=config.data.prefetch_packs,
             last_epoch=None if epochs is None else epochs - 1,
@@ -81,41 +81,41 @@ class RunData:
         `data.max_bad_fraction` cannot be used, or if a stream has no usable sample at all.
         """
         loader, limit = self.loader, self.config.data.max_bad_fraction
-        found = all_of(loader.found)
-        new = loader.learn(found)
+        reports = all_of(loader.report)
+        new = loader.merge_reports(reports)
         if new:
             self.write_quarantine()
         for message in [item.message for item in new if item.reason == "archive"]:
             logger.warning("%s", message)
-        for note in [note for one in found for note in one.notes]:
+        for note in [note for report in reports for note in report.notes]:
             logger.warning("%s", note)
-        known = list(loader.known_bad.values())
         if self.streams is None:
             check_bad(self.bad, self.documents.num_samples + len(self.documents.bad), limit)
             return bool(new)
-        exhausted = [source for one in found for source in one.exhausted]
+        exhausted = [source for report in reports for source in report.exhausted]
         if not samples and is_last_step:
             exhausted += [source.name for source in self.streams.archives]
         if exhausted:
-            raise self.streams.nothing_in(exhausted[0], known, sum(all_of(loader.given[exhausted[0]])))
+            num_good = sum(all_of(loader.num_streamed[exhausted[0]]))
+            raise self.streams.nothing_in(exhausted[0], loader.known_bad, num_good)
         loader.check_streams(samples, limit)
         return bool(new)
 
     @property
     def bad(self) -> list[BadItem]:
         """What was left out by reading and scanning, then what could not be decoded."""
-        return [*self.documents.bad, *self.loader.known_bad.values()]
+        return [*self.documents.bad, *self.loader.known_bad]
 
     def write_quarantine(self) -> None:
         """Write `quarantine.jsonl`."""
         if environment().is_main:
             write_quarantine(self.config.output_dir, self.bad)
 
-    def prompts(self) -> Asked:
+    def prompts(self) -> PromptCounts:
         """What the records ask, those of streams since the start of this process. Every process calls it."""
-        prompts = Asked()
+        prompts = PromptCounts()
         prompts.add(self.documents.conversations)
-        for part in all_of(self.streams.context.asked) if self.streams is not None else ():
+        for part in all_of(self.streams.context.prompts) if self.streams is not None else ():
             prompts.update(part)
         return prompts
 

@@ -22,7 +22,7 @@ from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import Dataset
-from vft.data.loader import Streams
+from vft.data.stream_feeds import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.heartbeat import report_progress
 from vft.distributed.process_group import (
@@ -127,7 +127,7 @@ def make_trainer(
     if parallel.memory_budget_gib is not None:
         parallel = resolve_checkpointing(parallel, model, objective, row, world)
     flops = FlopCounter(model, parallel.activation_checkpointing)
-    data.loader.costs = tuple(flops.row(*planned.work) for planned in documents.documents)
+    data.loader.schedule.costs = tuple(flops.row(*planned.work) for planned in documents.documents)
 
     load(prepared, world.device, mesh, parallel)
     if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
@@ -297,7 +297,7 @@ class Trainer:
                 stop = self.train_step()
             except AbandonedStep:
                 progress.step -= 1
-                self.data.loader.leave_step()
+                self.data.loader.abandon_step()
                 self.optimizer.zero_grad()
                 stop_if(1)
             if every and progress.step % every == 0:
@@ -352,7 +352,7 @@ class Trainer:
             loss.backward()
             loss_sum += loss.detach()
         next(packs, None)  # lets the loader note the end of the step
-        tally.counts |= {"bad": len(loader.found.bad), "found": len(loader.found), "missing": missing}
+        tally.counts |= {"bad": len(loader.report.bad), "found": len(loader.report), "missing": missing}
         tally.counts |= {"failed_saves": int(self.checkpointer.failed), "stop": stop_requested()}
         totals = self.data_parallel.sum(torch.tensor(list(tally.counts.values()), device=device))
         counts = dict(zip(tally.counts, totals.tolist(), strict=True))

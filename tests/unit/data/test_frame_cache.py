@@ -34,7 +34,7 @@ from vft.data.media.frame_cache import FrameCache
 from vft.data.media.patches import decode_resized
 from vft.data.media.scan import scan
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import World
+from vft.distributed.process_group import DataParallel, World
 from vft.inference.engine import Answerer, Prompt, user_question
 
 
@@ -71,13 +71,13 @@ def epochs(config: DataConfig, tiny: Tiny, pool: WorkerPool, epochs: int) -> tup
     """Everything that a run gets of its packs, and which clips are bad and why."""
     documents = load_dataset(config, config.sources, MAKE, tiny.encoder, seed=0)
     plan, found = documents.pack_plan(seed=0), []
-    loader = Loader(documents, plan, pool, 1, 0, 1, 1, last_epoch=epochs - 1)
+    loader = Loader(documents, plan, pool, DataParallel(), 1, 1, last_epoch=epochs - 1)
     for _ in range(sum(len(plan.packs(epoch)) for epoch in range(epochs))):
         for pack in loader.step():
             batch = pack.batch
             found.append((pack.digest, batch.sample_ids, batch.grids, batch.input_ids_T.tolist(), batch.pixels_PD))
-        loader.learn([loader.found])
-    return found, [f"{item.reason} {item.message}" for item in loader.known_bad.values()]
+        loader.merge_reports([loader.report])
+    return found, [f"{item.reason} {item.message}" for item in loader.known_bad]
 
 
 def assert_equal(found: list[Any], expected: list[Any]) -> None:

@@ -38,9 +38,9 @@ from vft.common.types import Batch, Conversation, MediaOptions, Patches
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, make_dataset
-from vft.data.loader import Loader
+from vft.data.pack_schedule import PackSchedule
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
-from vft.data.workers import WorkerPool
+from vft.distributed.process_group import DataParallel
 from vft.models import cross_entropy as cross_entropies
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
@@ -501,18 +501,15 @@ def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
     costs = tuple(
         tokens + encoder * patches for tokens, _, patches in (planned.work for planned in documents.documents)
     )
-    with WorkerPool(0, 60.0) as pool:
-        shares: dict[bool, list[float]] = {}
-        for by_cost in (False, True):
-            loads = []
-            for rank in range(2):
-                plan = documents.pack_plan(seed=3)
-                loader = Loader(
-                    documents, plan, pool, 2, rank, len(plan.packs(0)), 1, 0, costs=costs if by_cost else ()
-                )
-                loader._plan_step()
-                loads.append(sum(costs[n] for place in loader._ahead for n in place.pack.documents))
-            shares[by_cost] = loads
+    shares: dict[bool, list[float]] = {}
+    for by_cost in (False, True):
+        loads = []
+        for rank in range(2):
+            plan = documents.pack_plan(seed=3)
+            schedule = PackSchedule(plan, DataParallel(rank, 2), len(plan.packs(0)), 0, None)
+            schedule.costs = costs if by_cost else schedule.costs
+            loads.append(sum(costs[n] for planned in schedule.plan_step() for n in planned.pack.documents))
+        shares[by_cost] = loads
     assert sum(shares[True]) == sum(shares[False]) == sum(costs)
     assert max(shares[True]) - min(shares[True]) <= max(costs)
     assert max(shares[True]) <= max(shares[False])

@@ -16,12 +16,12 @@ import torch
 
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import scan_file
-from vft.data.workers import FAILED_STARTS, WorkerPool, empty_bytes
+from vft.data.workers import MAX_FAILED_STARTS, WorkerPool, empty_bytes
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    with WorkerPool(2, deadline_s=1.0) as pool:
+    with WorkerPool(2, timeout_s=1.0) as pool:
         yield pool
 
 
@@ -89,7 +89,7 @@ def test_killed_from_outside_while_idle(pool: WorkerPool) -> None:
 
 def test_killed_before_its_tensors_are_fetched() -> None:
     """The message has come; the memory that it tells of is asked for from the worker, which is no more."""
-    with WorkerPool(1, deadline_s=20.0) as pool:
+    with WorkerPool(1, timeout_s=20.0) as pool:
         with pytest.raises(MediaError, match=r"die_once_it_has_sent: its worker process died \(signal 9\)") as caught:
             pool.submit(die_once_it_has_sent).result(60)
         assert caught.value.reason == "crashed"
@@ -109,7 +109,7 @@ def die_once_it_has_sent() -> torch.Tensor:
 
 def test_killed_while_it_starts() -> None:
     """Now and then that is bad luck; every time it is the pool's error."""
-    with WorkerPool(1, deadline_s=20.0, initializer=start_slowly) as pool:
+    with WorkerPool(1, timeout_s=20.0, initializer=start_slowly) as pool:
         first = pool.submit(os.getpid).result(60)
         server = int(Path(f"/proc/{first}/stat").read_text().rsplit(")", 1)[1].split()[1])
         others = children(server) - {first}
@@ -118,13 +118,13 @@ def test_killed_while_it_starts() -> None:
             for _ in range(times):
                 (worker,) = children(server) - others
                 os.kill(worker, signal.SIGKILL)
-                assert until(lambda worker=worker: children(server) - others - {worker} or pool._closed, 30)
+                assert until(lambda worker=worker: children(server) - others - {worker} or pool._close_reason, 30)
 
-        kill_one_after_another(1 + FAILED_STARTS)  # of which the first had started
+        kill_one_after_another(1 + MAX_FAILED_STARTS)  # of which the first had started
         assert pool.submit(os.getpid).result(60) != first
         kill_one_after_another(1)
         waiting = pool.submit(os.getpid)
-        kill_one_after_another(FAILED_STARTS + 1)
+        kill_one_after_another(MAX_FAILED_STARTS + 1)
         with pytest.raises(RuntimeError, match="died while it started"):
             waiting.result(30)
         with pytest.raises(RuntimeError, match=r"a worker process died while it started \(signal 9\)"):
@@ -198,14 +198,14 @@ def counted(count: int) -> tuple[torch.Tensor, bool]:
 
 
 def test_without_workers() -> None:
-    with WorkerPool(0, deadline_s=1.0) as pool:
+    with WorkerPool(0, timeout_s=1.0) as pool:
         assert pool.submit(os.getpid).result() == os.getpid()
         with pytest.raises(ZeroDivisionError):
             pool.submit(divmod, 1, 0).result()
 
 
 def test_close_ends_everything() -> None:
-    pool = WorkerPool(1, deadline_s=60)
+    pool = WorkerPool(1, timeout_s=60)
     pid = pool.submit(os.getpid).result(30)
     before = descriptors()
     running, queued = pool.submit(time.sleep, 60), pool.submit(time.sleep, 60)
@@ -223,7 +223,7 @@ def test_close_ends_everything() -> None:
 
 
 def test_a_worker_that_cannot_start_is_no_hang() -> None:
-    with WorkerPool(1, deadline_s=60, initializer=fail_to_start) as pool, pytest.raises(RuntimeError) as caught:
+    with WorkerPool(1, timeout_s=60, initializer=fail_to_start) as pool, pytest.raises(RuntimeError) as caught:
         pool.submit(abs, 1).result(60)
     assert "could not start" in str(caught.value) and "no codec" in str(caught.value)
 
@@ -234,7 +234,7 @@ def fail_to_start() -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from vft.data.pool import WorkerPool
+from vft.data.workers import WorkerPool
 if __name__ == "__main__":
     # A shell that runs the tests in the background has Ctrl-C ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -271,7 +271,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
 
 SIGNALLED = """
 import os, signal
-from vft.data.pool import WorkerPool
+from vft.data.workers import WorkerPool
 if __name__ == "__main__":
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     for one in signals:

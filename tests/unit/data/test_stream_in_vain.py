@@ -25,7 +25,6 @@ from tests.helpers.streaming import (
 from tests.helpers.tars import cut, write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
-from vft.data import loader as loaders
 from vft.data.dataset import load_dataset
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
 from vft.data.streaming import stream as streams
@@ -46,7 +45,7 @@ def nothing(tiny: Tiny, root: Path, ranks: int, slots: int, *more: dict[str, Any
     with running(config, tiny.encoder, ranks, slots) as run:
         for _ in range(6):
             run.step()
-            if any(one.exhausted for one in run.found):
+            if any(report.exhausted for report in run.reports):
                 return run.nothing()
     raise AssertionError("still searching")
 
@@ -107,7 +106,7 @@ def test_kinds_of_trouble_are_counted() -> None:
 
 def test_a_long_bad_stretch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay empty and it is said; then all goes on, alike on one and two processes and from every step."""
-    monkeypatch.setattr(loaders, "MAX_KEPT", 10)
+    monkeypatch.setattr("vft.data.quarantine.MAX_KNOWN", 10)
     root, bad = tmp_path / "data", 2 * MAX_MISSES + 3
     pairs = [pe_pair("a"), *[without_caption(f"b{number:02d}") for number in range(bad)], pe_pair("c"), pe_pair("d")]
     write_pairs(root / "pe" / "0.tar", pairs)
@@ -118,12 +117,12 @@ def test_a_long_bad_stretch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
         for _ in range(16):
             undisturbed.append(run.step())
             states.append(run.state())
-            notes = [text for one in run.found for text in one.notes]
+            notes = [text for report in run.reports for text in report.notes]
             for text in notes:
                 assert text.startswith("pe: no document in many clips") and "no caption" in text
             told = len(notes)
             assert told == sum(not ids for ids, _, _ in undisturbed[-1].values())
-        seen, kept = run.loaders[0].seen, run.loaders[0].known_bad
+        seen, kept = run.loaders[0].bad.encountered, run.loaders[0].known_bad
     empty = [number for number, step in enumerate(undisturbed) for ids, _, _ in step.values() if not ids]
     names = {name for step in undisturbed for ids, _, _ in step.values() for name in ids}
     assert len(empty) >= 2 and {"a", "c", "d"} <= names
@@ -133,7 +132,7 @@ def test_a_long_bad_stretch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
     for done in sorted({1, empty[0], empty[0] + 1, empty[-1], empty[-1] + 1, 12} - {0}):
         with running(config, tiny.encoder, 1 + done % 2, 2, state=states[done - 1]) as run:
             assert run.steps(16 - done) == undisturbed[done:], done
-            assert run.loaders[0].seen.samples == seen.samples  # nothing was counted twice
+            assert run.loaders[0].bad.encountered.samples == seen.samples  # nothing was counted twice
 
 
 def test_a_signal_while_a_slot_searches(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +146,12 @@ def test_a_signal_while_a_slot_searches(tiny: Tiny, tmp_path: Path, monkeypatch:
     with running(config, tiny.encoder, slots=1, prefetch=1) as run:
         assert run.steps(1) == undisturbed[:1]
         state, loader = run.state(), run.loaders[0]
-        monkeypatch.setattr(streams, "asked", lambda: 1)
+        monkeypatch.setattr(streams, "stop_requested", lambda: 1)
         (pack,) = loader.step()
         assert pack.is_missing and not pack.batch.documents
-        loader.leave_step()
+        loader.abandon_step()
         assert run.state() == state
-    monkeypatch.setattr(streams, "asked", lambda: 0)
+    monkeypatch.setattr(streams, "stop_requested", lambda: 0)
     with running(config, tiny.encoder, slots=1, state=state) as run:
         assert run.steps(3) == undisturbed[1:]
 
@@ -185,7 +184,7 @@ def test_the_same_share_streamed_and_indexed(tiny: Tiny, tmp_path: Path) -> None
     with running(config, tiny.encoder, slots=1) as run:
         trained = 0
         for epoch in (1, 2, 3):
-            while (lost := sum(run.loaders[0].seen.lost().values())) + trained < 40 * epoch:
+            while (lost := sum(run.loaders[0].bad.encountered.lost().values())) + trained < 40 * epoch:
                 trained += sum(len(ids) for ids, _, _ in run.step().values())
             assert (lost, trained) == (11 * epoch, 29 * epoch)
         with pytest.raises(UserError) as streamed:
@@ -233,13 +232,13 @@ def test_archives_that_are_cut_off_are_told_and_weighed(tiny: Tiny, tmp_path: Pa
     config = data_config(root, PE, max_samples_per_pack=1)
     with running(config, tiny.encoder, slots=1) as run:
         trained = 0
-        while run.loaders[0].seen.whole + run.loaders[0].seen.damaged < 3:
+        while run.loaders[0].bad.encountered.whole + run.loaders[0].bad.encountered.damaged < 3:
             trained += sum(len(ids) for ids, _, _ in run.step().values())
-        good = 4 + run.loaders[0].seen.damaged_samples
+        good = 4 + run.loaders[0].bad.encountered.damaged_samples
         assert (
-            0 < run.loaders[0].seen.damaged_samples < 4 and trained <= good + 1
+            0 < run.loaders[0].bad.encountered.damaged_samples < 4 and trained <= good + 1
         )  # the next one may be in the same row
-        assert run.loaders[0].seen.lost() == {"archive": 12 - good}
+        assert run.loaders[0].bad.encountered.lost() == {"archive": 12 - good}
         assert {(item.path.rpartition("/")[2], item.reason) for item in run.bad} == {
             ("1.tar", "archive"),
             ("2.tar", "archive"),

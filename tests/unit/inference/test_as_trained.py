@@ -18,7 +18,7 @@ from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.frame_times import with_frame_times
 from vft.data.media.scan import scan
-from vft.data.training_prompts import Asked
+from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.engine import Answerer
@@ -54,7 +54,7 @@ def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Dataset, dict[str,
         {"root": str(root), "sources": sources, "workers": 0, "cache_dir": str(root / "cache"), **settings}
     )
     documents = load_dataset(config, config.sources, QuestionAnswering().conversations, tiny.encoder, 0)
-    asked = Asked()
+    asked = PromptCounts()
     asked.add(documents.conversations)
     limits = {"video": config.video.model_dump(mode="json", exclude_none=True), "pack_tokens": config.pack_tokens}
     return documents, json.loads(json.dumps({**asked.facts(), **limits}))

@@ -18,7 +18,8 @@ from tests.helpers.tiny import Tiny, talk
 from vft.common.errors import UserError
 from vft.common.reasoning import answer_in, split_reasoning
 from vft.common.types import IGNORE_INDEX, Conversation
-from vft.data.chat import ChatEncoder, Encoded
+from vft.data.chat import ChatEncoder
+from vft.data.document_layout import Encoded
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.qwen3_vl.processor import Qwen3Processor
 
@@ -117,7 +118,7 @@ def test_what_is_learnt_stands_behind_the_prompt(template: str) -> None:
         for _ in range(rng.randint(1, 3)):
             turns += [("user", made_up(rng, False)), ("assistant", made_up(rng, template in THINKING))]
         whole = talk(*turns)
-        learnt = encoder.learnt_apart(whole)
+        learnt = encoder.split_for_learning(whole)
         runs = [(one, run) for one in learnt for run in learnt_runs(encoder.encode(one))]
         answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         assert len(runs) == len(answers)
@@ -174,12 +175,12 @@ def test_earlier_answers_are_learnt_with_their_own_prompts() -> None:
     encoder = encoder_with("opens")
     thoughts = [f"<think>\nThought {i}.\n</think>\n\nAnswer {i}." for i in (1, 2)]
     whole = talk(("user", "First?"), ("assistant", thoughts[0]), ("user", "Second?"), ("assistant", thoughts[1]))
-    first, second = encoder.learnt_apart(whole)
+    first, second = encoder.split_for_learning(whole)
     assert first.is_part and second is whole
     texts = [encoder.render(one, False)[0] for one in (first, second)]
     assert texts[0].endswith("<think>\nThought 1.\n</think>\n\nAnswer 1.<|im_end|>\n")
     assert "Thought 1" not in texts[1] and "assistant\nAnswer 1.<|im_end|>" in texts[1]
-    assert encoder_with("qwen").learnt_apart(whole) == [whole]
+    assert encoder_with("qwen").split_for_learning(whole) == [whole]
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])

@@ -304,9 +304,9 @@ def test_what_cannot_share_a_trunk(tiny: Tiny, name: str) -> None:
     """Said of the encoded samples too, on which the grouping relies."""
     talks = APART[name]
     if len({one.media_key for one in talks}) == 1:
-        heads = [tiny.encoder.shareable_head(tiny.encoder.encode(one)) for one in talks]
+        heads = [tiny.encoder.encode(one).shareable_prefix for one in talks]
         assert None in heads or len(set(heads)) == len(heads)
-    heads = [tiny.encoder.shareable_head(tiny.encoder.encode(one)) for one in about([VIDEO], 3)]
+    heads = [tiny.encoder.encode(one).shareable_prefix for one in about([VIDEO], 3)]
     assert len(set(heads)) == 1 and None not in heads
 
 

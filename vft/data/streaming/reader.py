@@ -27,7 +27,7 @@ from vft.data.quarantine import BadItem, check_bad
 from vft.data.records.unread_keys import report_unread_keys
 from vft.data.streaming.clips import ArchiveClip, EmptyArchive, Position
 from vft.data.streaming.tar import DamagedArchive
-from vft.data.training_prompts import Asked
+from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 
@@ -107,7 +107,7 @@ class StreamContext:
     ) -> None:
         self.config, self.encoder, self.make_conversations = config, encoder, make_conversations
         self.pool, self.slots, self.seed = pool, slots, seed
-        self.asked = Asked()
+        self.prompts = PromptCounts()
         self.is_closing = Event()
         self._threads: list[ThreadPoolExecutor] = []
         self.spool, self._lock = make_spool(config.cache_path / "stream")

@@ -195,7 +195,7 @@ def _documents_of(
         return [UnusableClip(clip.position._replace(document=1), bad)]
     documents: list[StreamedDocument | UnusableClip] = []
     for number in range(first, len(dataset.documents)):
-        context.asked.add(dataset.documents[number].conversations)
+        context.prompts.add(dataset.documents[number].conversations)
         after = clip.position._replace(document=number + 1)
         documents.append(StreamedDocument(dataset.build(number), clip, after, () if number else bad))
     return documents
