@@ -10,27 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from converter import Work, clean, run
+from converter import Conversion, clean, run
 
 
-def convert(work: Work) -> Iterator[dict[str, Any]]:
-    """A record for each video that is there."""
-    for document in work.records("ActivityNet Captions", ()):
-        for name, entry in work.each(list(document.items())):
-            work.check(entry, "ActivityNet Captions", ("timestamps", "sentences"))
-            yield from describe(work, name, entry["timestamps"], entry["sentences"], entry.get("duration"))
+def convert(conversion: Conversion) -> Iterator[dict[str, Any]]:
+    """A record for each video that exists."""
+    for document in conversion.records("ActivityNet Captions", ()):
+        for name, entry in conversion.each(list(document.items())):
+            conversion.check(entry, "ActivityNet Captions", ("timestamps", "sentences"))
+            yield from describe(conversion, name, entry["timestamps"], entry["sentences"], entry.get("duration"))
 
 
-def describe(work: Work, name: str, timestamps: Any, sentences: Any, length_s: Any) -> Iterator[dict[str, Any]]:
-    """The record of one ActivityNet video, if it is there and anything is said about it."""
+def describe(
+    conversion: Conversion, name: str, timestamps: Any, sentences: Any, length_s: Any
+) -> Iterator[dict[str, Any]]:
+    """The record of one ActivityNet video, if it exists and has a text."""
     bare, texts = name.removeprefix("v_"), clean(sentences)
-    video = work.find(f"v_{bare}", bare, length_s=length_s)
+    video = conversion.find(f"v_{bare}", bare, length_s=length_s)
     if video is None:
         return
     if not any(texts):
-        work.left_out["no text"] += 1
+        conversion.left_out["no text"] += 1
         return
-    segments = work.segments(video, timestamps, texts, length_s)
+    segments = conversion.segments(video, timestamps, texts, length_s)
     yield {"id": name, "video": video, "segments": segments, "text": " ".join(filter(None, texts))}
 
 

@@ -22,7 +22,7 @@ from vft.data.file_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_stray
 from vft.data.records.files import read_json
 from vft.data.spans import SLACK_S, fault
 
-One = TypeVar("One")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Media:
 
     @staticmethod
     def scan(folder: Path, root: Path, suffixes: frozenset[str]) -> Media:
-        """All of `root / folder` and the folders in it. UserError where there is nothing."""
+        """All files of `root / folder`, at any depth. UserError if there are none."""
         if not (root / folder).resolve().is_relative_to(root.resolve()):
             raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
-        found: dict[str, list[str]] = {}
+        by_stem: dict[str, list[str]] = {}
         for path in sorted((root / folder).rglob("*")):
             if path.suffix.lower() in suffixes and not is_stray(path.relative_to(root / folder).as_posix()):
-                found.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
-        if not found:
+                by_stem.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
+        if not by_stem:
             kinds = ", ".join(sorted(suffixes))
             raise UserError(f"{root / folder}: no files of {kinds} there; name the folder of the media below --root")
-        return Media(folder, root, found)
+        return Media(folder, root, by_stem)
 
     def find(self, *stems: str) -> list[str]:
-        """The files with the first of these names that there is."""
+        """The files with the first of these names that exists."""
         return next((self.by_stem[stem] for stem in stems if stem in self.by_stem), [])
 
 
 @dataclass(frozen=True)
-class Work:
+class Conversion:
     """One run of a converter."""
 
     annotations: Path
@@ -62,39 +62,41 @@ class Work:
     """Records, or segments of one, that are not written, by reason."""
 
     def records(self, name: str, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """The file's objects. UserError where one is not as in the set called `name`."""
+        """The objects in the file. UserError if one does not have the `keys` of the set called `name`."""
         for line, record in read_json(self.annotations):
             self.check(record, name, keys, line)
             yield record
 
     def check(self, record: Any, name: str, keys: tuple[str, ...], line: int = 1) -> None:
-        """UserError where `record` is no object with these keys."""
+        """UserError if `record` is not an object with these keys."""
         has = ", ".join(map(repr, list(record)[:8])) if isinstance(record, dict) else repr(record)[:40]
         if not isinstance(record, dict) or not set(keys) <= set(record):
             raise UserError(f"{self.annotations}:{line}: {has}: an entry of {name} has {', '.join(map(repr, keys))}")
 
-    def each(self, items: Sequence[One]) -> Iterator[One]:
-        """The items, with a progress bar: each has a video to be opened."""
+    def each(self, items: Sequence[Item]) -> Iterator[Item]:
+        """The items, with a progress bar: opening the video of each takes time."""
         with progress_bar(len(items), "reading lengths", "video") as bar:
             for item in items:
                 yield item
                 bar.update()
 
     def find(self, *stems: str, length_s: Any = None) -> str | None:
-        """The file with the first of these names that there is; None, and counted, where there is none, or several of
-        which not a single one is `length_s` seconds long."""
-        found = self.media.find(*stems)
-        if len(found) > 1 and isinstance(length_s, int | float):
-            infos = [(name, read_header(self.media.root / name)) for name in found]
-            found = [name for name, info in infos if info and abs(info.duration_s - length_s) <= SLACK_S] or found
-        if len(found) != 1:
-            reason = "video: several of that name in" if found else "video not in"
+        """The file with the first of these names that exists. Of several, the one that is `length_s` seconds long.
+
+        None if there is no such file, or more than one; counts these.
+        """
+        files = self.media.find(*stems)
+        if len(files) > 1 and isinstance(length_s, int | float):
+            infos = [(name, read_header(self.media.root / name)) for name in files]
+            files = [name for name, info in infos if info and abs(info.duration_s - length_s) <= SLACK_S] or files
+        if len(files) != 1:
+            reason = "video: several of that name in" if files else "video not in"
             self.left_out[f"{reason} {self.media.folder}"] += 1
             return None
-        return found[0]
+        return files[0]
 
     def segments(self, video: str, times: Any, texts: list[str], length_s: Any = None) -> list[dict[str, Any]]:
-        """Segments of texts and their [start, end] in seconds; counts those that can't be used.
+        """Segments of texts and their [start, end] in seconds; counts those that cannot be used.
 
         They must lie in the video as it is and, if the set says its length, in `length_s` seconds.
         """
@@ -102,27 +104,27 @@ class Work:
             self.left_out["segments: not as many times as texts"] += len(texts)
             return []
         info = read_header(self.media.root / video)
-        said = MediaInfo("video", 0, 0, duration_s=length_s) if isinstance(length_s, int | float) else None
-        known = [one for one in (info, said) if one is not None and one.duration_s > 0]
-        made: list[dict[str, Any]] = []
+        stated = MediaInfo("video", 0, 0, duration_s=length_s) if isinstance(length_s, int | float) else None
+        lengths = [one for one in (info, stated) if one is not None and one.duration_s > 0]
+        segments: list[dict[str, Any]] = []
         for span, text in zip(times, texts, strict=True):
             if not text or not _is_span(span):
                 self.left_out["segments: empty, or end not after start"] += 1
-            elif not known:
+            elif not lengths:
                 self.left_out["segments: the video's length can't be read"] += 1
-            elif any(fault(span[0], span[1], one) for one in known):
+            elif any(fault(span[0], span[1], one) for one in lengths):
                 self.left_out["segments: not in the video"] += 1
             else:
                 end_s = span[1] if info is None or span[1] <= info.duration_s else round(info.duration_s, 3)
-                made.append({"start_s": span[0], "end_s": end_s, "text": text})
-        return made
+                segments.append({"start_s": span[0], "end_s": end_s, "text": text})
+        return segments
 
 
 @cache
 def read_header(file: Path) -> MediaInfo | None:
-    """Length and rate of a video as its header states them; None where it can't be opened or doesn't.
+    """Length and rate of a video as its header states them. None if it cannot be opened or states none.
 
-    Training holds the segments against the frames that are there; to count them here would read every file.
+    Training checks the segments against the frames that exist; to count these here would read every file.
     """
     try:
         with av.open(str(file), metadata_errors="ignore") as container:
@@ -136,7 +138,7 @@ def read_header(file: Path) -> MediaInfo | None:
         return None
 
 
-def run(description: str, option: str, convert: Callable[[Work], Iterator[dict[str, Any]]]) -> None:
+def run(description: str, option: str, convert: Callable[[Conversion], Iterator[dict[str, Any]]]) -> None:
     """The command line of a converter: reads, converts, writes, and prints what was left out by reason."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.add_argument("annotations", type=Path, help="JSON file of the set")
@@ -147,9 +149,9 @@ def run(description: str, option: str, convert: Callable[[Work], Iterator[dict[s
     arguments = parser.parse_args()
     with user_errors():
         suffixes = PICTURE_SUFFIXES if option == "--media" else VIDEO_SUFFIXES
-        work = Work(arguments.annotations, Media.scan(arguments.media, arguments.root, suffixes), Counter())
-        records = list(convert(work))
-        reasons = "".join(f"\nleft out {count:,}: {reason}" for reason, count in (+work.left_out).most_common())
+        conversion = Conversion(arguments.annotations, Media.scan(arguments.media, arguments.root, suffixes), Counter())
+        records = list(convert(conversion))
+        reasons = "".join(f"\nleft out {count:,}: {reason}" for reason, count in (+conversion.left_out).most_common())
         if not records:
             raise UserError(f"{arguments.annotations}: nothing to write{reasons.replace(chr(10), '; ')}")
         replace_text(arguments.output, "".join(json.dumps(one) + "\n" for one in records))
@@ -158,7 +160,7 @@ def run(description: str, option: str, convert: Callable[[Work], Iterator[dict[s
 
 
 def clean(texts: Any) -> list[str]:
-    """The texts of a list, each on one line with single spaces; empty where an entry is none."""
+    """The texts of a list, each on one line with single spaces. An entry that is not a text is empty."""
     return [" ".join(text.split()) if isinstance(text, str) else "" for text in texts or []]
 
 

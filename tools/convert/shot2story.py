@@ -12,36 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter import Work, clean, read_header, run
+from converter import Conversion, clean, read_header, run
 
 SHOT = re.compile(r"_([0-9]+)_([0-9]+)\.[A-Za-z0-9]+\Z")
 
 
-def convert(work: Work) -> Iterator[dict[str, Any]]:
-    """A record for each video that is there."""
-    for record in work.each(list(work.records("Shot2Story", ("video", "whole_caption")))):
+def convert(conversion: Conversion) -> Iterator[dict[str, Any]]:
+    """A record for each video that exists."""
+    for record in conversion.each(list(conversion.records("Shot2Story", ("video", "whole_caption")))):
         name = Path(str(record["video"])).stem
-        video = work.find(name)
+        video = conversion.find(name)
         text, speech = clean([record["whole_caption"], record.get("whole_ASR")])
         if video is None:
             continue
         if not text:
-            work.left_out["no text"] += 1
+            conversion.left_out["no text"] += 1
             continue
-        made = {"id": name, "video": video, "segments": shots(work, record, video)}
-        yield {**made, "text": text, **({"speech": speech} if speech else {})}
+        story = {"id": name, "video": video, "segments": shots(conversion, record, video)}
+        yield {**story, "text": text, **({"speech": speech} if speech else {})}
 
 
-def shots(work: Work, record: dict[str, Any], video: str) -> list[dict[str, Any]]:
-    """The segments of a record; none where shots have no frames in their names or the video can't be opened."""
+def shots(conversion: Conversion, record: dict[str, Any], video: str) -> list[dict[str, Any]]:
+    """The segments of a record; none if shots have no frames in their names, or the video cannot be opened."""
     names, captions = record.get("video_names") or [], clean(record.get("captions"))
-    found = [SHOT.search(str(name)) for name in names]
-    info = read_header(work.media.root / video)
-    if not all(found) or info is None or info.fps <= 0:
-        work.left_out["segments: no frames in the shot's name, or no frame rate in the video"] += len(captions)
+    matches = [SHOT.search(str(name)) for name in names]
+    info = read_header(conversion.media.root / video)
+    if not all(matches) or info is None or info.fps <= 0:
+        conversion.left_out["segments: no frames in the shot's name, or no frame rate in the video"] += len(captions)
         return []
-    times = [[int(match[1]) / info.fps, (int(match[2]) + 1) / info.fps] for match in found if match]
-    return work.segments(video, [[round(second, 3) for second in pair] for pair in times], captions)
+    times = [[int(match[1]) / info.fps, (int(match[2]) + 1) / info.fps] for match in matches if match]
+    return conversion.segments(video, [[round(second, 3) for second in pair] for pair in times], captions)
 
 
 if __name__ == "__main__":

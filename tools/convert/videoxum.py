@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from activitynet_captions import describe
-from converter import Work, run
+from converter import Conversion, run
 
 
-def convert(work: Work) -> Iterator[dict[str, Any]]:
-    """A record for each video that is there."""
-    for record in work.each(list(work.records("VideoXum", ("video_id", "timestamps", "tsum")))):
+def convert(conversion: Conversion) -> Iterator[dict[str, Any]]:
+    """A record for each video that exists."""
+    for record in conversion.each(list(conversion.records("VideoXum", ("video_id", "timestamps", "tsum")))):
         name, length_s = str(record["video_id"]), record.get("duration")
-        yield from describe(work, name, record["timestamps"], record["tsum"], length_s)
+        yield from describe(conversion, name, record["timestamps"], record["tsum"], length_s)
 
 
 if __name__ == "__main__":
