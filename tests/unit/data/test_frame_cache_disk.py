@@ -235,24 +235,24 @@ def assert_goes_on(cache: FrameCache, plans: list[MediaPlan], caplog: pytest.Log
     assert message.startswith(f"{cache.folder}: ") and why in message
 
 
-def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Some room is left to others: a checkpoint may have to go there too."""
-    plans = many(tmp_path, 20)
-    with mounted(tmp_path / "disk", "size=256k"):
+@pytest.mark.parametrize(
+    ("count", "options", "why"),
+    [
+        (20, "size=256k", "the disk is 95% full, no more is added; free space"),
+        (8, "size=1m,nr_inodes=8", "can't be written (No space left on device)"),
+    ],
+)
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, options: str, why: str) -> None:
+    """Of bytes, or of inodes. Some room is left to others: a checkpoint may have to go there too."""
+    plans = many(tmp_path, count)
+    with mounted(tmp_path / "disk", options):
         cache = cache_in(tmp_path / "disk")
-        assert_goes_on(cache, plans, caplog, "the disk is 95% full, no more is added; free space")
+        assert_goes_on(cache, plans, caplog, why)
         kept = files_in(cache)
-        assert 5 < len(kept) < 14 and all(file.stat().st_size == BYTES for file in kept)
+        assert all(file.stat().st_size == BYTES for file in kept)
+        assert count == 8 or 5 < len(kept) < 14
         status = os.statvfs(tmp_path / "disk")
         assert status.f_bavail > 0.04 * status.f_blocks
-
-
-def test_a_disk_without_inodes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plans = many(tmp_path, 8)
-    with mounted(tmp_path / "disk", "size=1m,nr_inodes=8"):
-        cache = cache_in(tmp_path / "disk")
-        assert_goes_on(cache, plans, caplog, "can't be written (No space left on device)")
-        assert all(file.stat().st_size == BYTES for file in files_in(cache))
 
 
 def test_a_read_only_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -270,22 +270,25 @@ def test_a_read_only_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         assert_goes_on(cache, plans[1:], caplog, "can't be written (Read-only file system)")
 
 
-@pytest.mark.parametrize("what", ["a file in the folder's place", "folder of others", "folder that can't be made"])
-def test_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str) -> None:
-    plans, cache = many(tmp_path, 3), cache_in(tmp_path / "cache")
-    if what == "folder that can't be made":
-        (tmp_path / "cache").write_text("mine")
-        assert_goes_on(cache, plans, caplog, "can't be written (Not a directory)")
-    elif what == "folder of others":
+@pytest.mark.parametrize(
+    ("name", "mode", "why"),
+    [
+        ("frames", None, "File exists"),  # a file in the folder's place
+        ("", None, "Not a directory"),  # the folder cannot be made
+        ("", 0o555, "Permission denied"),  # a folder of others
+    ],
+)
+def test_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, mode: int | None, why: str) -> None:
+    place = tmp_path / "cache" / name
+    if mode is not None:
         if not os.geteuid():
             pytest.skip("root may write everywhere")
-        (tmp_path / "cache").mkdir(mode=0o555)
-        assert_goes_on(cache, plans, caplog, "can't be written (Permission denied)")
+        place.mkdir(mode=mode)
     else:
-        (tmp_path / "cache").mkdir()
-        (tmp_path / "cache" / "frames").write_text("mine")
-        assert_goes_on(cache, plans, caplog, "can't be written (File exists)")
-        assert (tmp_path / "cache" / "frames").read_text() == "mine"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("mine")
+    assert_goes_on(cache_in(tmp_path / "cache"), many(tmp_path, 3), caplog, f"can't be written ({why})")
+    assert mode is not None or place.read_text() == "mine"
 
 
 def test_a_write_that_fails_midway_leaves_nothing(
