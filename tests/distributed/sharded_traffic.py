@@ -1,5 +1,7 @@
-"""What processes send each other in a step; the tests start it. Arguments: a base model, settings of [parallel] as
-JSON, a file for bytes by collective and type."""
+"""What processes send each other in a step; the tests start it.
+
+Arguments: a base model, a list of settings of [parallel] as JSON, and a file for the bytes by collective and dtype.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,25 @@ from tests.distributed.sharded_memory import text_row
 from vft.adapters.init import initialise
 from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig, ParallelConfig
-from vft.distributed.process_group import environment, make_mesh, process_group
+from vft.distributed.process_group import World, environment, make_mesh, process_group
 from vft.models import build
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import materialise, parallelize
 from vft.training.losses import cross_entropy
 
 WHOLE = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1, "c10d::allreduce_": 0}
-"""Collectives, and which of their arguments is not a share but all."""
+"""Collectives, and which of their arguments is the whole tensor, not a shard."""
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that go through collectives."""
+    """Counts the bytes that go through collectives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it and count."""
+        """Run the operator, and count if it is a collective."""
         if (name := func.name()) in WHOLE:
             tensors = args[WHOLE[name]]
             for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
@@ -45,10 +47,17 @@ class Traffic(TorchDispatchMode):
 
 
 def main(base: str, settings: str, output: str) -> None:
-    """One row forwards and backwards."""
+    """One row forward and backward for each of the settings."""
     world = environment()
+    with process_group(world):
+        found = [traffic(base, ParallelConfig.model_validate(each), world) for each in json.loads(settings)]
+        if world.is_main:
+            Path(output).write_text(json.dumps(found))
+
+
+def traffic(base: str, parallel: ParallelConfig, world: World) -> dict[str, Any]:
+    """Bytes by collective and dtype, sizes of the model, and frozen parameters that got a gradient."""
     model = build(Pretrained.open(base), torch.bfloat16)
-    parallel = ParallelConfig.model_validate_json(settings)
     choose_trainable(model, LoraConfig(rank=4), ())
     sizes = {"trained": 0, "layers": 0, "ends": 0}
     for name, parameter in model.named_parameters():
@@ -56,18 +65,16 @@ def main(base: str, settings: str, output: str) -> None:
         sizes["trained"] += numbers if parameter.requires_grad else 0
         if not name.startswith("visual."):
             sizes["layers" if ".layers." in name else "ends"] += numbers
-    with process_group(world):
-        parallelize(model, make_mesh(world, parallel.shard), parallel, torch.bfloat16, world.device)
-        materialise(model, world.device, parallel)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, 0, 0.02)
-        initialise(model, seed=0)
-        row = text_row(model)
-        with Traffic() as seen:
-            cross_entropy(model, row).backward()
-        frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
-        if world.is_main:
-            Path(output).write_text(json.dumps({"bytes": seen.bytes, "frozen with gradient": frozen, **sizes}))
+    parallelize(model, make_mesh(world, parallel.shard), parallel, torch.bfloat16, world.device)
+    materialise(model, world.device, parallel)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    initialise(model, seed=0)
+    row = text_row(model)
+    with Traffic() as seen:
+        cross_entropy(model, row).backward()
+    frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
+    return {"bytes": seen.bytes, "frozen with gradient": frozen, **sizes}
 
 
 if __name__ == "__main__":

@@ -25,14 +25,19 @@ def own(world: World, tmp_path: Path) -> World:
     return World(tmp_path / "data", tmp_path / "base", world.other_base, world.family)
 
 
-def test_resuming_with_other_samples_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:
+def test_resuming_with_other_samples_or_weights_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:
     config = own.config(tmp_path / "run.toml", {"checkpoint": {"every_steps": 2}})
     commands.train(config, "train.max_steps=2")
-    records = json.loads((own.root / "videos.json").read_text())
-    (own.root / "videos.json").write_text(json.dumps(records[::-1][:3]))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    records = (own.root / "videos.json").read_text()
+    (own.root / "videos.json").write_text(json.dumps(json.loads(records)[::-1][:3]))
     error = commands.run(CAPTION, config, "train.max_steps=4").stderr.splitlines()[-1]
     assert "step-000002" in error and "data = " in error and "samples" in error
+    (own.root / "videos.json").write_text(records)
+    for file in own.base.glob("*.safetensors"):
+        shutil.copyfile(own.other_base / file.name, file)
+    error = commands.run(CAPTION, config, "train.max_steps=4").stderr.splitlines()[-1]
+    assert "base = " in error and "model.path" in error
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -61,15 +66,6 @@ def test_resuming_with_edited_answers_is_refused(own: World, commands: Commands,
         (own.root / file).write_text(before)
     other = 'eval.sources=[{format="messages", path="held.json", take="first:2"}]'
     commands.run(CAPTION, config, "train.max_steps=4", other).ok()
-
-
-def test_resuming_on_other_weights_is_refused(own: World, commands: Commands, tmp_path: Path) -> None:
-    config = own.config(tmp_path / "run.toml", {"checkpoint": {"every_steps": 2}})
-    commands.train(config, "train.max_steps=2")
-    for file in own.base.glob("*.safetensors"):
-        shutil.copyfile(own.other_base / file.name, file)
-    error = commands.run(CAPTION, config, "train.max_steps=4").stderr.splitlines()[-1]
-    assert "base = " in error and "model.path" in error
 
 
 def test_going_on_from_an_adapter_of_another_scale_is_refused(

@@ -22,6 +22,7 @@ from tests.runs.processes import descendants
 from tests.runs.same import assert_same
 from tests.runs.world import FULL_TUNING, World
 from vft.common.rules import VERSION
+from vft.training.checkpoint import find_damage
 
 STEPS = 12
 STOCHASTIC: dict[str, Any] = {
@@ -121,12 +122,16 @@ BREAK = [flip_a_bit, cut_off, lose_the_manifest, lose_the_state, empty_the_manif
 
 
 @pytest.mark.parametrize("spoil", BREAK)
-def test_a_broken_checkpoint_is_passed_over(
-    commands: Commands, undisturbed: Path, copy: Path, spoil: Callable[[Path], str]
-) -> None:
+def test_a_damaged_checkpoint_is_noticed(undisturbed: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    newest = shutil.copytree(undisturbed / "checkpoints" / f"step-{STEPS:06d}", tmp_path / f"step-{STEPS:06d}")
+    assert find_damage(newest) is None
+    assert spoil(newest) in str(find_damage(newest))
+
+
+def test_a_damaged_checkpoint_is_passed_over(commands: Commands, undisturbed: Path, copy: Path) -> None:
     folder = copy.with_suffix("")
     newest = folder / "checkpoints" / f"step-{STEPS:06d}"
-    name = spoil(newest)
+    name = flip_a_bit(newest)
     result = commands.run(CAPTION, copy).ok()
     report = [line for line in result.stderr.splitlines() if line.startswith(str(newest))]
     assert len(report) == 1 and name in report[0], result.stderr
@@ -134,14 +139,17 @@ def test_a_broken_checkpoint_is_passed_over(
     assert_same(folder, undisturbed, STEPS)
 
 
-def test_a_checkpoint_that_was_never_finished_is_no_checkpoint(
+def test_an_unfinished_checkpoint_and_a_half_written_line_of_metrics_are_dropped(
     commands: Commands, undisturbed: Path, copy: Path
 ) -> None:
-    checkpoints = copy.with_suffix("") / "checkpoints"
-    (checkpoints / f"step-{STEPS:06d}").rename(checkpoints / f".partial-step-{STEPS:06d}")
-    (checkpoints / f".partial-step-{STEPS:06d}" / "manifest.json").unlink()
+    folder = copy.with_suffix("")
+    partial = folder / "checkpoints" / f".partial-step-{STEPS:06d}"
+    (folder / "checkpoints" / f"step-{STEPS:06d}").rename(partial)
+    (partial / "manifest.json").unlink()
+    file = folder / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
     commands.run(CAPTION, copy).ok()
-    assert_same(copy.with_suffix(""), undisturbed, STEPS)
+    assert_same(folder, undisturbed, STEPS)
 
 
 def test_no_whole_checkpoint_is_an_error(commands: Commands, copy: Path) -> None:
@@ -155,15 +163,6 @@ def test_no_whole_checkpoint_is_an_error(commands: Commands, copy: Path) -> None
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: ") and str(folder / "checkpoints") in error and "none of 3" in error
     assert metrics(folder) == before  # nothing is thrown away
-
-
-def test_a_half_written_line_of_metrics_is_dropped(commands: Commands, undisturbed: Path, copy: Path) -> None:
-    folder = copy.with_suffix("")
-    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:06d}")
-    file = folder / "metrics.jsonl"
-    file.write_bytes(file.read_bytes()[:-40])
-    commands.run(CAPTION, copy).ok()
-    assert_same(folder, undisturbed, STEPS)
 
 
 @pytest.mark.parametrize("kept", [0, -1], ids=["base", "last"])
@@ -198,18 +197,10 @@ def test_the_command_of_a_finished_run_changes_nothing(commands: Commands, copy:
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_workers_and_prefetch_change_nothing(
+def test_workers_prefetch_and_synchronous_saves_change_nothing(
     world: World, commands: Commands, undisturbed: Path, tmp_path: Path
 ) -> None:
-    settings = {"data": {"workers": 2, "prefetch_packs": 3}}
-    folder = commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings))
-    assert_same(folder, undisturbed, STEPS)
-
-
-def test_saving_in_the_loop_or_beside_it_changes_nothing(
-    world: World, commands: Commands, undisturbed: Path, tmp_path: Path
-) -> None:
-    settings = {"checkpoint": {"asynchronous": False}}
+    settings = {"data": {"workers": 2, "prefetch_packs": 3}, "checkpoint": {"asynchronous": False}}
     folder = commands.train(world.config(tmp_path / "run.toml", STOCHASTIC, settings))
     assert_same(folder, undisturbed, STEPS)
 
