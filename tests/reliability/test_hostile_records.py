@@ -42,10 +42,9 @@ from vft.data.formats import (
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.scan import scan_file
-from vft.data.records.record import BadRecord
+from vft.data.records.record import Records
 from vft.data.streaming.tar import members
 
-Records = tuple[list[Sample], list[BadRecord]]
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 ANSWER = {"role": "assistant", "content": "A cat."}
 SUFFIXES = {"ssv2": ".webm", "video_mme": ".mp4", "kinetics": "_000000_000010.mp4"}

@@ -12,9 +12,7 @@ import pytest
 from tests.helpers.formats import read_error, read_folders, read_kinetics, read_ssv2, read_ucf101, write
 from vft.common.types import MediaRef, Sample, Turn
 from vft.data.formats import ucf101
-from vft.data.records.record import BadRecord
-
-Records = tuple[list[Sample], list[BadRecord]]
+from vft.data.records.record import Records
 
 
 def media_of(sample: Sample, root: Path) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.formats import read_llava_instruct, write
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
-from vft.data.records.record import BadRecord
+from vft.data.records.record import Records
 
 NAME = "000000033471.jpg"
 
@@ -26,7 +26,7 @@ def record(image: Any = NAME, text: str = "<image>\nWhat are the colors of the b
     return {"id": "000000033471", "image": image, "conversations": turns, **more}
 
 
-def read(tmp_path: Path, *records: Any, media: str = "") -> tuple[list[Sample], list[BadRecord]]:
+def read(tmp_path: Path, *records: Any, media: str = "") -> Records:
     return read_llava_instruct(write(tmp_path / "llava_instruct_150k.json", records), tmp_path, media=media)
 
 

@@ -23,11 +23,11 @@ from tests.helpers.formats import (
 )
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
-from vft.common.types import MediaRef, Sample
+from vft.common.types import MediaRef
 from vft.data.file_names import is_stray, spellings
 from vft.data.formats import pe_video
 from vft.data.records.paths import find_path
-from vft.data.records.record import BadRecord
+from vft.data.records.record import Records
 from vft.data.streaming.files import list_files
 from vft.inference.requests import read_items
 
@@ -38,7 +38,7 @@ def said(video: str, key: str = "video") -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], key: video}
 
 
-def media(records: tuple[list[Sample], list[BadRecord]], root: Path) -> list[str]:
+def media(records: Records, root: Path) -> list[str]:
     """Files of all media, relative to the root."""
     samples, bad = records
     assert not bad, str(bad[0])

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.formats import error_of, read_messages, read_source, sample_of, write
-from vft.common.types import MediaOptions, MediaRef, Sample
+from vft.common.types import MediaOptions, MediaRef
 from vft.data.records import unread_keys
-from vft.data.records.record import BadRecord
+from vft.data.records.record import BadRecord, Records
 from vft.inference.requests import Failure, read_items
 
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -20,7 +20,7 @@ TRIM = {"video_start": 6.0, "video_end": 9.0}
 SHOWN = MediaOptions(video_start=6.0, video_end=9.0)
 
 
-def read(root: Path, format: str, *records: Any) -> tuple[list[Sample], list[BadRecord]]:
+def read(root: Path, format: str, *records: Any) -> Records:
     return read_source(format, write(root / "train.json", records), root)
 
 

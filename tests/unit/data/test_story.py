@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.formats import read_story
-from vft.common.types import MediaRef, Sample
-from vft.data.records.record import BadRecord
+from vft.common.types import MediaRef
+from vft.data.records.record import Records
 
 
-def read(tmp_path: Path, *records: Any) -> tuple[list[Sample], list[BadRecord]]:
+def read(tmp_path: Path, *records: Any) -> Records:
     path = tmp_path / "s.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return read_story(path, tmp_path)

@@ -20,14 +20,12 @@ from hypothesis import strategies as st
 from tests.helpers.clips import make_clip
 from tests.helpers.formats import error_of, read_error, read_messages, write
 from vft.common.task import Question
-from vft.common.types import MediaOptions, MediaRef, Sample
+from vft.common.types import MediaOptions, MediaRef
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
 from vft.data.records.foreign_records import ANSWERS, FILES, QUESTIONS, VIDEOS, Normalizer
-from vft.data.records.record import BadRecord, RecordError
+from vft.data.records.record import RecordError, Records
 from vft.inference.requests import Failure, read_items
-
-Records = tuple[list[Sample], list[BadRecord]]
 
 
 def read(path: Path, root: Path, format: str = "messages", **keys: Any) -> Records:
