@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, as papers count them and as the machine does them."""
+"""Floating-point operations of a step: those of the model, and those of the hardware with recomputation."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vft.models.base import VideoLanguageModel
 from vft.models.quantization import true_shapes
 
 RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of a layer's forward products that the backward pass computes again; of `mlp` the MLP's, counted apart."""
+"""Share of a layer's forward products that the backward pass repeats. With `mlp` they are those of the MLP."""
 
 
 class Flops(NamedTuple):
-    """Of forward and backward."""
+    """FLOPs of forward and backward pass."""
 
     model: float
-    """What the step needs."""
+    """FLOPs that the step needs."""
     hardware: float
-    """With what is computed again for want of memory."""
+    """FLOPs with those that activation checkpointing repeats."""
 
 
 class FlopCounter:
-    """FLOPs of a batch: products that the step needs, and those that checkpointing repeats; nothing is padding.
+    """Counts the FLOPs of batches. There is no padding to leave out.
 
-    A multiply-add is 2 FLOPs. A frozen weight costs a token 4 FLOPs (forward, gradient of the input), a trained one 6;
-    attention 12 x width x layers for each query-key pair; the head counts supervised tokens only; a frozen encoder runs
-    forward only (2 a weight).
+    A multiply-add is 2 FLOPs. For each token, a frozen weight takes 4 FLOPs (forward, gradient of the input) and a
+    trained one 6. Attention takes 12 x width x layers for each query-key pair. The head is computed for supervised
+    tokens only, and a frozen encoder only forward (2 FLOPs for each weight).
     """
 
     def __init__(self, model: VideoLanguageModel, checkpointing: str = "none") -> None:
@@ -44,7 +44,7 @@ class FlopCounter:
         share = RECOMPUTED[checkpointing]
         again = {n: 2 * (float(".mlp." in n) if checkpointing == "mlp" else share) * size[n] for n in products}
         self.token_again = sum(again.values())
-        # What follows the last layer's attention is computed where a token is supervised.
+        # What follows the last layer's attention is computed for supervised tokens only.
         last = [n for n in products if n.startswith(f"{config.layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
         self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
@@ -71,15 +71,15 @@ class FlopCounter:
         return Flops(total, total + again - self.last_again * (batch.num_tokens - batch.num_targets))
 
     def row(self, tokens: int, pairs: int, patches: int) -> float:
-        """Model FLOPs of rows known by numbers alone, but for the head and attention within the encoder."""
+        """Model FLOPs of a row with these counts, without the head and the encoder's attention."""
         return float(self.token * tokens + self.pair * pairs + self.patch * patches)
 
 
 def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
-    """FLOPs of one input through `weights`, and how many forward passes its attention costs.
+    """FLOPs of `weights` for one input, and the passes that attention takes, in forward passes.
 
-    2 a weight where nothing is trained; else 4 a frozen and 6 a trained one, attention three passes. `fed`: what comes
-    in needs a gradient, so even frozen weights are passed backwards.
+    If nothing is trained, a weight takes 2 FLOPs; else a frozen one takes 4 and a trained one 6, and attention three
+    passes. With `fed` the input needs a gradient, so frozen weights have a backward pass too.
     """
     counts = {True: 0, False: 0}
     for weight in weights:

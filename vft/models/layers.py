@@ -1,7 +1,7 @@
 """Layers that the model families share.
 
-Every layer computes in the dtype of its input and casts its parameters to it, so that frozen bf16 weights and fp32
-trainable ones live side by side. Where FSDP2 has cast them already, the cast does nothing.
+Every layer casts its parameters to the dtype of its input, so frozen bf16 weights and trainable fp32 ones can be mixed.
+If FSDP2 has cast them already, the cast does nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vft.models.quantization import linear
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype; a frozen weight may be packed (`vft.models.quantization`)."""
+    """A linear layer that computes in its input's dtype. A frozen weight may be NF4 (`vft.models.quantization`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: normalised in float32, scaled in the input's dtype (as the reference model does)."""
+    """RMS norm: normalises in float32 and scales in the input's dtype, as the reference model does."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """Keeps its input for the backward pass, where autograd would keep a float32 copy of it."""
+    """Saves its input for the backward pass, where autograd would save a float32 copy of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -89,12 +89,12 @@ class GatedMLP(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) * up; silu(gate) is computed again in the backward pass: a product an element, for a third of what an
-    MLP would keep."""
+    """silu(gate) * up. The backward pass computes silu(gate) again, which saves a third of an MLP's activations for one
+    operation an element."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """[..., hidden] both to the same."""
+        """Both [..., hidden] to [..., hidden]."""
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
@@ -107,7 +107,7 @@ class _Gate(torch.autograd.Function):
 
 
 class VisionAttention(nn.Module):
-    """Self-attention of patches in the Qwen vision encoders; who attends whom is the plan's matter."""
+    """Self-attention of patches in the Qwen vision encoders, by a plan (windows or frames)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One block of the Qwen vision encoders, whose norms and MLPs differ."""
+    """One block of a Qwen vision encoder. The families differ in norm and MLP."""
 
     def __init__(self, width: int, heads: int, norm: Callable[..., nn.Module], mlp: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The released Conv3d as the matrix product that it is on whole patches (Conv3d is slow or broken on some)."""
+    """The released Conv3d, computed as a matrix product: Conv3d is slow or broken on some GPUs."""
 
     def __init__(self, width: int, processor: VisionProcessor, bias: bool) -> None:
         super().__init__()
@@ -153,20 +153,20 @@ class PatchEmbed(nn.Module):
 def two_linears(
     names: tuple[str, str], widths: tuple[int, int, int], activation: nn.Module, bias: bool = True
 ) -> nn.Sequential:
-    """Two linears with an activation between them, the two under their released names."""
+    """Two linear layers, under their released names, with an activation between them."""
     first, second = (Linear(width, out, bias=bias) for width, out in pairwise(widths))
     return nn.Sequential(OrderedDict([(names[0], first), ("act", activation), (names[1], second)]))
 
 
 def graph_of(parameters: Iterable[nn.Parameter]) -> torch.set_grad_enabled:
-    """A graph is built within it where one of these is trained, and elsewhere none."""
+    """Context in which a graph is built only if one of these parameters is trained."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
     """Rotary frequencies 1 / theta^(2i / width), float32, [width / 2].
 
-    Computed where they are used: a buffer would be left unset by meta-device construction.
+    They are computed where they are used, because a buffer would stay unset after construction on the meta device.
     """
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
 
@@ -175,15 +175,13 @@ def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Rotary embedding of the pairs (i, i + K/2), in the dtype of cos and sin."""
     x = x_THK.to(cos_TK.dtype)
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos_TK.unsqueeze(-2) + turned * sin_TK.unsqueeze(-2)).to(x_THK.dtype)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x * cos_TK.unsqueeze(-2) + rotated * sin_TK.unsqueeze(-2)).to(x_THK.dtype)
 
 
 def rotary_2d(positions_P2: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [P, K] for heads of `width`: half of the frequencies turn with the row, half with the column.
-
-    In float32, as the reference models compute it in their vision encoders.
-    """
+    """Cosine and sine [P, K] for heads of `width`, in float32 as in the reference models: half of the frequencies
+    rotate with the row of a patch, half with its column."""
     frequencies = inverse_frequencies(width // 2, 10000.0, positions_P2.device)
     angles_PK = (positions_P2[:, :, None] * frequencies).flatten(1).repeat(1, 2)
     return angles_PK.cos(), angles_PK.sin()

@@ -1,4 +1,4 @@
-"""What the `VisionProcessor`s of the Qwen families have in common: frames, sizes and M-RoPE positions."""
+"""The processor of the Qwen families: frames, sizes and M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vft.common.types import MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.models import vision_rules as rules
 from vft.models.processor import VisionProcessor
 
-LEAST_TOKENS, MOST_TOKENS = 4, 16384
-"""Of a frame whose size is asked for (qwen-vl-utils' IMAGE_MIN_TOKEN_NUM and IMAGE_MAX_TOKEN_NUM)."""
+MIN_TOKENS, MAX_TOKENS = 4, 16384
+"""Limits for a frame of a requested size (qwen-vl-utils' IMAGE_MIN_TOKEN_NUM and IMAGE_MAX_TOKEN_NUM)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenProcessor(VisionProcessor):
-    """Frames and sizes by qwen-vl-utils 0.0.14's rules, one placeholder a medium."""
+    """Frames and sizes by the rules of qwen-vl-utils 0.0.14, with one placeholder for each medium."""
 
     merge: int = 2
     temporal: int = 2
     turn_end: str = "<|im_end|>"
 
     def plan(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
-        """The budget of a frame is `max_pixels`, or less where `total_pixels` over all frames asks for it; for its sake
-        never less than 1.05 x `min_pixels`."""
+        """A frame has at most `max_pixels`, and its share of `total_pixels`, which is never less than 1.05 x
+        `min_pixels`."""
         indices: tuple[int, ...] = (0,)
         seconds_per_grid, max_pixels = 0.0, float(limits.max_pixels)
         if ref.kind == "video":
@@ -39,8 +39,8 @@ class QwenProcessor(VisionProcessor):
                 max_pixels = min(max_pixels, max(share, int(limits.min_pixels * 1.05)))
         factor = self.patch * self.merge
         if limits.resized_height and limits.resized_width:
-            wanted = limits.resized_height, limits.resized_width
-            height, width = rules.smart_resize(*wanted, factor, LEAST_TOKENS * factor**2, MOST_TOKENS * factor**2)
+            size = limits.resized_height, limits.resized_width
+            height, width = rules.smart_resize(*size, factor, MIN_TOKENS * factor**2, MAX_TOKENS * factor**2)
         else:
             height, width = rules.smart_resize(info.height, info.width, factor, limits.min_pixels, max_pixels)
         grid = (-(-len(indices) // self.temporal), height // self.patch, width // self.patch)
@@ -48,8 +48,8 @@ class QwenProcessor(VisionProcessor):
         return MediaPlan(ref, info, indices, height, width, grid, num_tokens, seconds_per_grid)
 
     def positions(self, num_tokens: int, media: Sequence[tuple[Sequence[int], MediaPlan]]) -> Tensor:
-        """M-RoPE positions [3, T] as the released models were trained: text counts by one on all three axes; what
-        follows a run of vision tokens goes on at the largest position so far + 1."""
+        """M-RoPE positions [3, T], by the rule with which the released models were trained: text increases by one on
+        all three axes, and continues after a run of vision tokens at the largest position so far + 1."""
         pieces: list[Tensor] = []
         row = position = 0
         for starts, plan in media:
@@ -65,5 +65,5 @@ class QwenProcessor(VisionProcessor):
         return torch.cat(pieces, dim=1)
 
     def run_times(self, plan: MediaPlan) -> Tensor:
-        """Positions in time, counted from its own start, of the temporal patches of one run of a medium's tokens."""
+        """Temporal positions of the patches of one run of a medium's tokens, relative to its start."""
         raise NotImplementedError

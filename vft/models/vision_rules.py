@@ -1,4 +1,4 @@
-"""Rules that several families share: which frames, what size, where patches lie. All are the released models'."""
+"""Rules of the released models that several families share: which frames, what size, where patches are."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vft.models.attention_plan import blocks_plan
 
 
 def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
-    """First and last frame of the range asked for, both included.
+    """First and last frame of the requested range, both included.
 
-    Constant rate: ceil(start * fps) and floor(end * fps), as qwen-vl-utils 0.0.14 has it; variable rate: the frames
-    whose times lie in the range.
+    At a constant rate these are ceil(start * fps) and floor(end * fps), as in qwen-vl-utils 0.0.14; at a variable rate
+    the frames whose times lie in the range.
     """
     first, last = 0, info.num_frames - 1
     if info.times_s is not None:
@@ -40,11 +40,11 @@ def frame_range(ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> tuple[i
 
 
 def frame_count(available: int, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> int:
-    """How many of `available` frames to take.
+    """Number of frames to take of `available` ones.
 
-    A count asked for is taken as it is, as far as there are frames. A rate gives an even count between the limits
-    (qwen-vl-utils' smart_nframes, floor to the temporal patch of 2), but at least one frame. Of pictures it is the next
-    even count, and never for the sake of one less than there are: qwen-vl-utils repeats the last one of a list.
+    A requested count is used as far as there are frames. A rate gives an even count between the limits (qwen-vl-utils'
+    smart_nframes, which rounds down to the temporal patch of 2), but at least one frame. For a list of pictures the
+    count is rounded up, and may be all of an odd number: qwen-vl-utils repeats the last picture.
     """
     if limits.frames is not None:
         return min(limits.frames, available)
@@ -52,36 +52,35 @@ def frame_count(available: int, ref: MediaRef, info: MediaInfo, limits: VisionLi
         return min(limits.max_frames, available)
     least = math.ceil(limits.min_frames / 2) * 2
     most = math.floor(limits.max_frames / 2) * 2
-    wanted = (
-        min(max(available / info.fps * limits.fps, least), most, available) if info.fps > 0 else min(available, most)
-    )
-    pairs = math.ceil(round(wanted / 2, 6)) if ref.is_list else math.floor(wanted / 2)
+    count = min(max(available / info.fps * limits.fps, least), most) if info.fps > 0 else most
+    count = min(count, available)
+    pairs = math.ceil(round(count / 2, 6)) if ref.is_list else math.floor(count / 2)
     return max(min(2 * pairs, available), min(available, 1))
 
 
 def sample_frames(ref: MediaRef, info: MediaInfo, first: int, last: int, count: int) -> tuple[int, ...]:
-    """`count` frames spread over first..last: equal steps where the rate is constant, equal times where it varies. Of
-    pictures with times of their own equal steps: no two of them are the same."""
+    """`count` frames spread over first..last: by equal steps at a constant rate, by equal times at a variable one. A
+    list of pictures with times uses equal steps, so that no picture is taken twice."""
     if info.times_s is None or ref.is_list:
-        # float32 and ties to even: what linspace(...).round() gives in the released preprocessing.
+        # float32 with ties to even, as linspace(...).round() in the released preprocessing.
         return tuple(torch.linspace(first, last, count).round().long().tolist())
-    wanted = torch.linspace(info.times_s[first], info.times_s[last], count, dtype=torch.float64).tolist()
-    # The frame on screen at each time; half a microsecond forgives rounding of the times themselves.
-    return tuple(max(first, bisect_right(info.times_s, time_s + 5e-7) - 1) for time_s in wanted)
+    times_s = torch.linspace(info.times_s[first], info.times_s[last], count, dtype=torch.float64).tolist()
+    # The frame that is on screen at each time, with half a microsecond of tolerance for rounded times.
+    return tuple(max(first, bisect_right(info.times_s, time_s + 5e-7) - 1) for time_s in times_s)
 
 
 def sampled_rate(info: MediaInfo, first: int, last: int, count: int) -> float:
-    """True rate, in frames per second, of `count` frames spread over first..last (as transformers defines it)."""
+    """Frames per second of `count` frames spread over first..last, as transformers defines it."""
     if info.times_s is None or last == first:
         return count / (last - first + 1) * (info.fps or 1.0)
     span_s = info.times_s[last] - info.times_s[first]
-    if span_s <= 0:  # some pictures of one moment
+    if span_s <= 0:  # pictures with equal times
         return info.fps or 1.0
     return count / (span_s * (last - first + 1) / (last - first))
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """Nearest size in multiples of `factor` whose area lies within the budget (qwen-vl-utils' smart_resize)."""
+    """Nearest size in multiples of `factor` with an area within the limits (qwen-vl-utils' smart_resize)."""
     if max(height, width) / min(height, width) > 200:
         raise UserError(f"picture of {width} x {height} pixels: one side is more than 200 times the other; crop it")
     h, w = (max(factor, round(size / factor) * factor) for size in (height, width))
@@ -97,7 +96,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:
-    """Row and column of each patch, [P, 2], in the order of `VisionProcessor.order_patches`."""
+    """Row and column of each patch [P, 2], in the order of `VisionProcessor.order_patches`."""
     positions = []
     for t, h, w in grids:
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -107,5 +106,5 @@ def patch_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor
 
 
 def frame_plan(grids: Sequence[tuple[int, int, int]]) -> AttentionPlan:
-    """Each temporal patch attends itself."""
+    """The plan in which all patches of a temporal patch attend each other."""
     return blocks_plan([height * width for t, height, width in grids for _ in range(t)])

@@ -23,7 +23,7 @@ MODEL_TYPE = "llava_next_video"
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), with which CLIP was trained."""
+    """x * sigmoid(1.702 x), as in CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
         """To the same shape."""
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.G
 
 
 class ClipAttention(nn.Module):
-    """Self-attention within a square."""
+    """Self-attention of the patches of a square picture."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ClipLayer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patches, with a class token before those of each square, and learnt positions."""
+    """Patch embedding with learnt positions, and a class token before the patches of each square."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.patches + 1, width)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        """[squares x patches, D] to [squares x (1 + patches), E]. On whole patches the Conv2d is a matrix product."""
+        """[squares x patches, D] to [squares x (1 + patches), E]. The Conv2d is computed as a matrix product."""
         x_SPE = linear(x_PD, self.patch_embedding.weight.flatten(1), None).unflatten(0, (-1, self.patches))
         first_S1E = self.class_embedding.to(x_SPE.dtype).expand(len(x_SPE), 1, -1)
         positions_PE = self.position_embedding.weight.to(x_SPE.dtype)
@@ -87,8 +87,8 @@ class Embeddings(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """Squares to features. Layers behind the one that is read are there for their names alone. It builds no graph
-    unless something of it is trained."""
+    """Square pictures to features. Layers after the one that is used exist only for their released weights. Frozen, it
+    builds no graph."""
 
     def __init__(self, config: Any, layers_read: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class ClipEncoder(nn.Module):
         self.layers_read = list(layers)[:layers_read]
 
     def forward(self, pixels_PD: Tensor, layout: LlavaLayout) -> Tensor:
-        """Normalised pixels [P, D] to features [P, E], without those of the class tokens."""
+        """Normalised pixels [P, D] to features [P, E] of the patches, without the class tokens."""
         with graph_of(self.parameters()):
             x_PE = self.pre_layrnorm(self.embeddings(pixels_PD))
             for layer in self.layers_read:
@@ -175,7 +175,7 @@ class LlavaNextVideo(VideoLanguageModel):
         with graph_of(self.vision_parameters()):
             rows_RE = torch.cat([features_PE[layout.pooled_RG].mean(1), features_PE[layout.kept_R]])
             projected_RE = self.multi_modal_projector(rows_RE)
-            # Joined even where no picture is, so that its gradient exists in every process.
+            # Also without a picture, so that its gradient exists in every process.
             newline_E = self.image_newline.to(projected_RE.dtype)
             return (torch.cat([projected_RE, newline_E[None]])[layout.tokens_M],)
 
