@@ -1,10 +1,9 @@
-"""What distinguishes one recipe from another: how a sample becomes conversations, and how answers are scored."""
+"""A task: how a sample becomes conversations, and how answers are scored. The training loop is the same for all."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
@@ -13,97 +12,98 @@ from vft.common.files import digest
 from vft.common.reasoning import split_reasoning
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.types import ANSWER_KEYS, Conversation, MediaRef, Sample, Turn
+from vft.common.unique import unique_names
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and what would be right answers to it."""
+    """A prompt, and the right answers to it."""
 
     id: str
     prompt: Conversation
-    """It ends where the answer begins."""
+    """Ends before the answer."""
     references: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says to a question."""
+    """A model's answer to a question."""
 
     question: Question
     text: str
-    """Generated, without its reasoning: this is scored."""
+    """What was generated, without the reasoning. This is scored."""
     option_scores: tuple[float, ...] = ()
-    """Log-probability of each of the question's options as the whole answer, the token that closes it included."""
+    """Log-probability of each option of the question as the whole answer, including the token that ends it."""
     option_scores_norm: tuple[float, ...] = ()
-    """Log-probability of each option without that token, a character on average."""
+    """Log-probability of each option without that token, divided by its number of characters."""
     reasoning: str = ""
-    """What was generated before the text, between the tags of reasoning."""
+    """What was generated between the reasoning tags, before the text."""
     is_cut_off: bool = False
-    """Whether it ended at the limit of tokens."""
+    """Whether generation stopped at the limit of tokens."""
 
     @property
     def choice(self) -> int | None:
-        """Number of the likeliest option; None where the question has none."""
+        """Index of the most likely option; None if the question has no options."""
         return likeliest(self.option_scores)
 
     @property
     def right_options(self) -> frozenset[int]:
-        """Numbers of the question's options that are right."""
+        """Indices of the options that are right."""
         options = self.question.prompt.options
         return frozenset(i for i, option in enumerate(options) if option in self.question.references)
 
 
 def likeliest(scores: Sequence[float]) -> int | None:
-    """Number of the largest; None where there is none."""
+    """Index of the largest score; None if there is none."""
     return max(range(len(scores)), key=scores.__getitem__) if scores else None
 
 
 Scores = Mapping[str, Interval]
-"""Metrics by name, each with its 95 % interval."""
+"""Scores by the name of the metric, each with its 95 % interval."""
 
 
 class Task(Protocol):
-    """A recipe is one of these and a configuration; the loop is the same for all."""
+    """What a recipe needs besides its configuration. `vft/recipes/caption.py` is a short one."""
 
     @property
     def name(self) -> str:
-        """As in `vft.recipes.NAME`."""
+        """Name of the module in `vft.recipes`."""
         ...
 
     @property
     def prompt(self) -> str:
-        """What is asked where a record has no question of its own."""
+        """The question for records that have none of their own."""
         ...
 
     @property
     def main_metric(self) -> str:
-        """The one figure that stands for the others; larger is better."""
+        """The metric that stands for all of them; larger is better."""
         ...
 
     def conversations(self, sample: Sample) -> Sequence[Conversation]:
-        """What to train on. The first is what is asked in evaluation; the others are further supervision.
+        """The conversations to train on. Evaluation asks the first one; the others are additional supervision.
 
-        UserError names the sample where it can't be made.
+        Raises UserError, with the sample's origin, if the task cannot use the sample.
         """
         ...
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """Metrics of the answers; nothing where there are none."""
+        """The scores of all answers; empty if there are no answers."""
         ...
 
 
 def main_conversation(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
-    """What `task` asks in evaluation, without the further supervision."""
+    """The conversation that evaluation asks, without additional supervision."""
     return lambda sample: task.conversations(sample)[:1]
 
 
 def trained_conversations(task: Task, segment_questions: bool) -> Callable[[Sample], Sequence[Conversation]]:
-    """What `task` trains on: with `segment_questions` (`data.segment_questions`) the further supervision too."""
+    """The conversations to train on; additional supervision only if `data.segment_questions` is set."""
     return task.conversations if segment_questions else main_conversation(task)
 
 
 def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
-    """The turns with `prompt` as the text of the first user's turn, where that holds media alone."""
+    """The turns, with `prompt` as the text of the first user turn if that turn has only media."""
     for i, turn in enumerate(turns):
         if turn.role == "user":
             if all(not isinstance(part, str) or not part.strip() for part in turn.parts):
@@ -113,16 +113,19 @@ def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
 
 
 def configured(task: Task, prompt: str, japanese: str) -> Task:
-    """The task with what a configuration says of it: `data.prompt`, unless empty, and `eval.japanese`."""
+    """The task with the settings `data.prompt` (unless empty) and `eval.japanese`, if it has such fields."""
     given = {"prompt": prompt or task.prompt, "japanese": japanese}
     known = {field.name for field in fields(cast(Any, task))}
     return replace(cast(Any, task), **{name: value for name, value in given.items() if name in known})
 
 
 def narrate(sample: Sample, prompt: str) -> list[Conversation]:
-    """The record's text as the answer, what is said in the video beside the question; then a question a segment."""
+    """A conversation that answers with the record's text, then one for each segment that the record describes.
+
+    What is said in the video (`speech`) becomes part of the question.
+    """
     segments = sample.fields.get("segments") or ()
-    if not isinstance(segments, tuple):  # of records in another format, in a form of their own
+    if not isinstance(segments, tuple):  # another format's key of the same name
         segments = ()
     speech = sample.fields.get("speech")
     facts = {"segments": tuple(text for _, _, text in segments), **answer_facts(sample)}
@@ -134,37 +137,37 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
     system = tuple(turn for turn in sample.turns if turn.role == "system")
     media = tuple(part for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef))
     for number, (start_s, end_s, text) in enumerate(segments, 1):
-        asked = Turn("user", (*media, f"What happens between {start_s:.1f} s and {end_s:.1f} s?"))
-        told = (*system, asked, Turn("assistant", (text,)))
-        made.append(Conversation(f"{sample.id}/{number}", told, sample.origin, spans_s=spans_s))
+        question = Turn("user", (*media, f"What happens between {start_s:.1f} s and {end_s:.1f} s?"))
+        segment_turns = (*system, question, Turn("assistant", (text,)))
+        made.append(Conversation(f"{sample.id}/{number}", segment_turns, sample.origin, spans_s=spans_s))
     return made
 
 
 def _with_speech(turns: Sequence[Turn], speech: str) -> tuple[Turn, ...]:
-    """The turns with what is said in the video behind the first question."""
-    told = f"What is said: {speech}"
+    """The turns, with what is said in the video after the first question."""
+    text = f"What is said: {speech}"
     for i, turn in enumerate(turns):
         if turn.role == "user":
             *before, last = turn.parts
-            parts = (*before, f"{last}\n{told}") if isinstance(last, str) else (*turn.parts, told)
+            parts = (*before, f"{last}\n{text}") if isinstance(last, str) else (*turn.parts, text)
             return (*turns[:i], replace(turn, parts=parts), *turns[i + 1 :])
     return tuple(turns)
 
 
 def texts_of(answers: Sequence[Answer]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """What was generated, and the references."""
+    """The generated texts, and the references of each."""
     return [answer.text for answer in answers], [answer.question.references for answer in answers]
 
 
 def samples_of(answers: Sequence[Answer]) -> Samples:
-    """The answered questions as samples of a score; those about one video, whatever part of it, are drawn together."""
+    """The answered questions as samples of a score. The bootstrap draws questions about one file together."""
     questions = [answer.question for answer in answers]
-    names = distinct(_name_of(question) for question in questions)
+    names = unique_names(_name_of(question) for question in questions)
     return Samples(tuple(names), clusters_of([files_of(q.prompt.media) for q in questions]))
 
 
 def _name_of(question: Question) -> str:
-    """The same for the same media, prompt and right answers, whatever the order of records and options."""
+    """Equal for the same media, prompt and right answers, whatever the order of records and options."""
     prompt = question.prompt
     turns = tuple((turn.role, turn.text) for turn in prompt.turns)
     content = prompt.media_key, turns, sorted(prompt.options), sorted(set(question.references))
@@ -172,65 +175,56 @@ def _name_of(question: Question) -> str:
 
 
 def files_of(media: Iterable[MediaRef]) -> tuple[str, ...]:
-    """Their files, whatever is taken of each."""
+    """The files of some media."""
     return tuple(str(file) for ref in media for file in ref.files)
 
 
-def distinct(names: Iterable[str]) -> Iterator[str]:
-    """The names; one that came before gets a number: `x`, `x#2`, ..."""
-    seen: Counter[str] = Counter()
-    for name in names:
-        seen[name] += 1
-        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
-
-
 def answer_facts(sample: Sample) -> dict[str, tuple[str, ...]]:
-    """`answers`, for a conversation's facts, where a record gives more than one."""
+    """`Conversation.facts` with the right `answers` of a record, if there are several."""
     answers = right_answers(sample)
     return {"answers": answers} if len(answers) > 1 else {}
 
 
 def right_answers(sample: Sample) -> tuple[str, ...]:
-    """Every right answer that a record gives for its last question: what is said there, then those that it lists
-    (`answers`, `references`, or several under `answer` or `label`; `labels` beside `options`), each once; a number is
-    its text."""
-    said = [split_reasoning(turn.text)[1] for turn in sample.turns if turn.role == "assistant"][-1:]
-    if not said:
+    """All right answers to the last question of a record, each once: that of its last turn, then those that it lists.
+
+    They are listed under `answers` or `references`, under `answer` or `label`, or under `labels` if there are
+    `options`. Numbers count as their text.
+    """
+    answers = [split_reasoning(turn.text)[1] for turn in sample.turns if turn.role == "assistant"][-1:]
+    if not answers:
         return ()
     lists = {key: sample.fields.get(key) for key in ANSWER_KEYS}
-    if sample.fields.get("options"):  # else they are the options
+    if sample.fields.get("options"):  # without these, `labels` are the options
         lists["labels"] = sample.fields.get("labels")
-    listed = [
-        one
-        for key, some in lists.items()
-        # Of a user's own record `labels` may mean something else.
-        if isinstance(some, list) and (key in ("answers", "references") or said[0] in some)
-        for one in (str(one) if type(one) in (int, float) else one for one in some)
-        if isinstance(one, str) and one
-    ]
-    return tuple(dict.fromkeys([*said, *listed]))
+    for key, values in lists.items():
+        # In a user's own record the other keys may mean something else, so they must contain the answer.
+        if isinstance(values, list) and (key in ("answers", "references") or answers[0] in values):
+            texts = [str(value) if type(value) in (int, float) else value for value in values]
+            answers += [text for text in texts if isinstance(text, str) and text]
+    return tuple(dict.fromkeys(answers))
 
 
 def options_of(sample: Sample) -> tuple[str, ...]:
-    """The closed set of answers that a record gives (`options`, or the `labels` of its set); empty where it gives none.
+    """The closed set of answers of a record (`options`, or the `labels` of its data set); empty if there is none.
 
-    UserError where the set holds the same answer twice, or not the record's own.
+    Raises UserError if the set contains an answer twice, or does not contain the record's own.
     """
-    said, *more = right_answers(sample)
+    answer, *more = right_answers(sample)
     options, labels = sample.fields.get("options") or (), sample.fields.get("labels")
-    # Of a user's own record `labels` may mean something else: they are options where the answer is among them.
-    if not options and (isinstance(labels, tuple) or (isinstance(labels, list) and said in labels)):
+    # In a user's own record `labels` may mean something else: they are options if they contain the answer.
+    if not options and (isinstance(labels, tuple) or (isinstance(labels, list) and answer in labels)):
         options = labels
     if not options:
         return ()
     if not isinstance(options, list | tuple) or not all(isinstance(one, str) and one.strip() for one in options):
         raise UserError(f"{sample.origin}: options: {options!r:.60} must be a list of texts")
-    missing = next((right for right in (said, *more) if right not in options), None)
+    missing = next((right for right in (answer, *more) if right not in options), None)
     seen = {_as_read(option) for option in options}
     if missing is not None or len(seen) < len(options):
         alike = " (one differs from it in its form of Unicode, NFC or NFD, or in space around it: write both alike)"
         raise UserError(
-            f"{sample.origin}: options: the answer {missing or said!r:.60} must be among {len(options)} different "
+            f"{sample.origin}: options: the answer {missing or answer!r:.60} must be among {len(options)} different "
             f"options, word for word; they are {', '.join(options):.80}" + alike * (_as_read(missing or "") in seen)
         )
     if more and len(more) + 1 == len(options):
@@ -241,11 +235,11 @@ def options_of(sample: Sample) -> tuple[str, ...]:
 
 
 def _as_read(text: str) -> str:
-    """The same for texts between which a reader sees no difference."""
+    """Equal for texts that look the same to a reader."""
     return unicodedata.normalize("NFC", text).strip()
 
 
 def groups_of(sample: Sample) -> dict[str, str]:
-    """What a data set's scores are broken down by (`groups`), as texts."""
+    """The `groups` of a record, by which scores are broken down, as texts."""
     groups = sample.fields.get("groups")
     return {str(key): str(value) for key, value in groups.items()} if isinstance(groups, dict) else {}

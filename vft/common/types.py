@@ -1,8 +1,16 @@
-"""Every noun that flows from a dataset's record to the loss.
+"""The data types that flow from a record of a data set to the loss. Read this file first.
 
-Axes, as suffixes of tensor names everywhere in the project:
-T tokens of a row, P vision patches, D features of a patch, M merged media tokens, N supervised tokens,
-S segments, H heads, K width of a head, C/H/W channels, height, width of pixels, V vocabulary, E model width.
+    Sample        a record as its source read it
+    Conversation  what a task makes of it: turns with text and media, ending with the answer
+    MediaPlan     which frames of a video or picture will be decoded, at which size; fixed before decoding
+    Patches       the decoded frames, cut into patches
+    Document      token ids, labels and positions of one or more samples that share their media
+    Batch         a pack of documents: one row without padding, ready for the model
+
+Suffixes of tensor names, here and in all of vft:
+    T tokens of a row     P vision patches     D features of a patch     M merged vision tokens
+    N supervised tokens   S segments           H heads                   K width of a head
+    C/H/W channels, height and width of pixels   V vocabulary            E width of the model
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,17 +31,18 @@ MediaKind = Literal["video", "image"]
 Role = Literal["system", "user", "assistant"]
 
 
-# ---------------------------------------------------------------------------------------------- what a source reads
+# ------------------------------------------------------------------------------------------- records and conversations
 
 ANSWER_KEYS = ("answers", "references", "answer", "label")
-"""Under these a record may list several right answers; a text there is not read beside turns."""
+"""Keys under which a record may list several right answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaOptions:
-    """What one record asks for one of its media, by qwen-vl-utils' per-video keys; None leaves it to the configuration.
+    """How a record wants one of its videos or pictures to be sampled, by the keys of qwen-vl-utils.
 
-    Pixels are of one frame, except `total_pixels`."""
+    None leaves it to the configuration. Pixels are of one frame, except `total_pixels`.
+    """
 
     fps: float | None = None
     nframes: int | None = None
@@ -45,104 +54,106 @@ class MediaOptions:
     resized_height: int | None = None
     resized_width: int | None = None
     video_start: float | None = None
-    """Seconds from the first frame; the range is inclusive at both ends."""
+    """Seconds from the first frame. Frames at the start and at the end belong to the range."""
     video_end: float | None = None
     sample_fps: float | None = None
-    """Rate in frames per second at which a list of pictures was sampled."""
+    """Frames per second at which a list of pictures was sampled."""
     timestamps: tuple[float, ...] | None = None
-    """Seconds at which the pictures of a list were taken, one for each, none before the one ahead of it."""
+    """Seconds at which the pictures of a list were taken, in ascending order."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """One video or picture that a record points to."""
+    """A video or picture that a record names."""
 
     kind: MediaKind
     path: Path | tuple[Path, ...]
-    """A file, or for a video kept as pictures the pictures in order."""
+    """A file; for a video that is stored as pictures, the pictures in order."""
     options: MediaOptions = MediaOptions()
     field: str = ""
-    """Where the record named it (`videos[0]`), for messages."""
+    """The field of the record (`videos[0]`), for messages."""
     member: str = ""
-    """`shard.tar/name.mp4` where the file is a passing copy out of an archive: its name in records."""
+    """Name inside an archive (`shard.tar/name.mp4`), if `path` is a temporary copy of it."""
     is_folder: bool = False
-    """Whether the pictures are all those of a folder: frames of a video, sampled as those of a file. Pictures that a
-    record names itself are all shown."""
+    """Whether `path` is all pictures of a folder. They are sampled like the frames of a file, while pictures that a
+    record names one by one are all shown."""
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a video kept as pictures."""
+        """Whether the video is stored as pictures."""
         return isinstance(self.path, tuple)
 
     @property
     def file_kind(self) -> MediaKind:
-        """What each of its files is: a video may be kept as pictures."""
+        """What its files are: pictures, if the video is stored as pictures."""
         return "image" if self.is_list else self.kind
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Its file, or its pictures in order."""
+        """The file, or the pictures in order."""
         return self.path if isinstance(self.path, tuple) else (self.path,)
 
     @property
     def name(self) -> str:
-        """What stands for the medium in records: its file, of a list of pictures the first."""
+        """The name in predictions files and quarantine.jsonl: the file, or the first picture."""
         return self.member or str(self.files[0])
 
     def content(self, root: str) -> tuple[object, ...]:
-        """What is shown, wherever `root` lies: names below it, and what is taken."""
+        """Identifies what is shown, for a digest: file names relative to `root`, and what is sampled of them."""
         names = [self.member] if self.member else [str(file).removeprefix(f"{root}/") for file in self.files]
         return self.kind, names, self.options, self.is_folder
 
 
 class PlannedText(Protocol):
-    """Text that depends on which frames of the media are seen, such as their times: settled once these are planned."""
+    """Text that depends on which frames are sampled, such as their times. It is known when the media are planned."""
 
-    def settle(self, plans: Sequence[MediaPlan]) -> str:
+    def resolve(self, plans: Sequence[MediaPlan]) -> str:
         """The text, given the plans of all media of the conversation in reading order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message: text and media in reading order."""
+    """A message: text and media in reading order."""
 
     role: Role
     parts: tuple[str | MediaRef | PlannedText, ...]
 
     @property
     def text(self) -> str:
-        """The text parts, joined."""
+        """The parts that are text, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A record as a source read it. `origin` says where it stands (`train.json:12`), for messages."""
+    """A record as its source read it."""
 
     id: str
     turns: tuple[Turn, ...]
     origin: str
+    """File and line (`train.json:12`), for messages."""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of the record that tasks use."""
     unread: tuple[str, ...] = ()
-    """Keys of the record that its reader passed over."""
+    """Keys of the record that nothing uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the model is to read and, in the assistant's turns, to say: a task makes it of a sample."""
+    """What the model reads and, in the turns of the assistant, learns to answer. A task makes it from a sample."""
 
     id: str
     turns: tuple[Turn, ...]
     origin: str
     options: tuple[str, ...] = ()
-    """The closed set of answers to the last question, in the form in which the assistant gives them; scored by their
-    likelihood. Empty: any answer."""
+    """The closed set of answers to the last question, as the assistant gives them; empty if any answer is possible."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What scoring needs beside the answer: `groups` (name to value), `segments` (texts), as the task has them."""
+    """What scoring needs besides the answer: `groups` (name to value), `segments` (texts), or what the task wants."""
     spans_s: tuple[tuple[float, float], ...] = ()
-    """Start and end, in seconds of the file, of what the record tells of parts of its video: all must lie in it."""
+    """Start and end, in seconds of the file, of the segments that the record describes. All must lie in the video."""
     is_part: bool = False
-    """The beginning of another conversation, whose last answer is learnt here: it is no question of its own."""
+    """Whether this is the beginning of another conversation, made to train on an earlier answer of it. It is not asked
+    in evaluation."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:
@@ -151,52 +162,51 @@ class Conversation:
 
     @property
     def media_key(self) -> tuple[object, ...]:
-        """Equal for conversations about the same media, decoded alike."""
+        """Equal for conversations about the same media, sampled alike."""
         return tuple((ref.kind, ref.path, ref.options, ref.is_folder) for ref in self.media)
 
     def content(self, root: str) -> list[object]:
-        """What is said and shown, in reading order: roles and texts, and of media the name of the file below `root` (a
-        real path) and what is taken of it."""
-        said: list[object] = []
+        """Identifies the conversation, for a digest: roles, texts and media (`MediaRef.content`) in reading order."""
+        content: list[object] = []
         for turn in self.turns:
-            said.append(turn.role)
+            content.append(turn.role)
             for is_text, parts in groupby(turn.parts, lambda part: isinstance(part, str)):
                 if is_text:
-                    said.append("".join(map(str, parts)))
+                    content.append("".join(map(str, parts)))
                 else:
-                    said += [part.content(root) if isinstance(part, MediaRef) else part for part in parts]
-        return said
+                    content += [part.content(root) if isinstance(part, MediaRef) else part for part in parts]
+        return content
 
-    def settled(self, plans: Sequence[MediaPlan]) -> Conversation:
-        """The same with every `PlannedText` settled."""
+    def resolved(self, plans: Sequence[MediaPlan]) -> Conversation:
+        """The conversation with every `PlannedText` as text, given the plans of all its media."""
         if all(isinstance(part, str | MediaRef) for turn in self.turns for part in turn.parts):
             return self
-        parts = [[p if isinstance(p, str | MediaRef) else p.settle(plans) for p in turn.parts] for turn in self.turns]
+        parts = [[p if isinstance(p, str | MediaRef) else p.resolve(plans) for p in turn.parts] for turn in self.turns]
         return replace(self, turns=tuple(Turn(t.role, tuple(p)) for t, p in zip(self.turns, parts, strict=True)))
 
 
-# ------------------------------------------------------------------------------------------------- media, planned
+# -------------------------------------------------------------------------------------------------- media, planned
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInfo:
-    """What a scan of a file found, without decoding it."""
+    """What a scan found in a file, without decoding it."""
 
     kind: MediaKind
     height: int
     """Pixels, after rotation."""
     width: int
     num_frames: int = 1
-    """Frames counted in the stream, not the container's claim."""
+    """Counted in the stream: containers may claim a wrong number."""
     fps: float = 0.0
-    """The container's average rate in frames per second (pictures: 0)."""
+    """Average rate in frames per second, as the container says; 0 for a picture."""
     stream_index: int = 0
     duration_s: float = 0.0
     times_s: tuple[float, ...] | None = None
-    """Presentation times from the first frame on, where the rate varies; None: frame i is at i / fps."""
+    """Presentation times, counted from the first frame, if the rate varies. None: frame i is at i / fps."""
 
     def time_of(self, index: int) -> float:
-        """Presentation time of frame `index` in seconds from the first frame."""
+        """Presentation time of a frame in seconds from the first frame."""
         if self.times_s is not None:
             return self.times_s[index]
         return index / self.fps if self.fps > 0 else 0.0
@@ -204,12 +214,12 @@ class MediaInfo:
 
 @dataclass(frozen=True, slots=True)
 class VisionLimits:
-    """Frames and pixels that one medium may take: the configuration with the record's own options laid over it."""
+    """Frames and pixels that a video or picture may take: the configuration, overridden by the record's options."""
 
     fps: float | None
     """Frames per second to sample."""
     frames: int | None
-    """How many to sample. Neither of both: every frame, up to `max_frames`."""
+    """Number of frames to sample. If `fps` is None too: every frame, up to `max_frames`."""
     min_frames: int
     max_frames: int
     min_pixels: int
@@ -223,9 +233,10 @@ class VisionLimits:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A window on a frame: resize it to `height` x `width`, then take what begins at `top`, `left`, zero outside of it.
+    """A window on a frame: the frame is resized to `height` x `width`, then cut from `top`, `left` on.
 
-    The window's own size is the plan's."""
+    The window has the size of its MediaPlan; outside of the frame it is zero.
+    """
 
     height: int
     width: int
@@ -235,12 +246,12 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class MediaPlan:
-    """Exactly what will be decoded of one medium and how many tokens it becomes. Fixed before any decoding."""
+    """Exactly what will be decoded of a video or picture, and how many tokens it becomes. Fixed before decoding."""
 
     ref: MediaRef
     info: MediaInfo
     frame_indices: tuple[int, ...]
-    """Positions in presentation order; one for a picture."""
+    """In presentation order; one for a picture."""
     height: int
     """Pixels after resizing."""
     width: int
@@ -248,13 +259,13 @@ class MediaPlan:
     """Patches in time, height and width."""
     num_tokens: int
     seconds_per_grid: float = 0.0
-    """Seconds that one temporal patch stands for; 0 for a picture."""
+    """Seconds that a temporal patch covers; 0 for a picture."""
     views: tuple[View, ...] = ()
-    """Windows on each frame, cut into patches one behind another; none: the whole frame, stretched to the size."""
+    """Windows on each frame, in the order of their patches. Empty: the whole frame, stretched to the size."""
 
     @property
     def num_pictures(self) -> int:
-        """Views of all frames."""
+        """Windows of all frames."""
         return len(self.frame_indices) * max(1, len(self.views))
 
     @property
@@ -265,7 +276,7 @@ class MediaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """One medium, resized and cut into patches, not yet normalised."""
+    """A video or picture, resized and cut into patches, not yet normalised."""
 
     pixels_PD: Tensor
     """uint8."""
@@ -278,7 +289,7 @@ class Patches:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows `q_start : q_start + q_length` attend the keys `prefix_start : + prefix_length`, then their own rows."""
+    """`q_length` rows from `q_start` on, which attend `prefix_length` keys from `prefix_start` on, then themselves."""
 
     q_start: int
     q_length: int
@@ -287,7 +298,7 @@ class Segment:
 
     @property
     def k_length(self) -> int:
-        """Keys that the segment's last row attends."""
+        """Keys that the last row attends."""
         return self.prefix_length + self.q_length
 
 
@@ -318,110 +329,121 @@ class AttentionPlan:
 
 @dataclass(eq=False)
 class VisionLayout:
-    """How the patches of a batch lie in the vision encoder. A family's own has more, for its encoder alone."""
+    """How the patches of a batch lie in the vision encoder. A model family's subclass adds what its encoder needs."""
 
     plans: dict[str, AttentionPlan]
-    """Who attends whom, by a name of each kind of attention."""
+    """By the name of each kind of attention, such as windows and full frames."""
     projector_rows: int
-    """Rows that pass through what lies between encoder and language model."""
+    """Rows that pass through the projector."""
+
+
+# ------------------------------------------------------------------------------------------- documents and batches
 
 
 @dataclass(eq=False, slots=True)
 class Document:
-    """A trunk (system text, video) and its branches (each a question with its answer), one behind another.
+    """A shared prefix (system text, video), then suffixes (each a question with its answer). Also trunk and branches.
 
-    A branch sees the trunk and itself; its positions go on where the trunk ends."""
+    A suffix attends the prefix and itself, not the other suffixes. Its positions continue those of the prefix.
+    """
 
     sample_ids: tuple[str, ...]
-    """One for each branch."""
+    """One for each suffix."""
     ids_T: Tensor
     labels_T: Tensor
-    """The token itself where it is supervised, else IGNORE_INDEX. Not shifted."""
+    """The token itself if it is supervised, else IGNORE_INDEX. Not shifted."""
     positions_3T: Tensor
     prefix_length: int
     suffix_lengths: tuple[int, ...]
     media: tuple[MediaPlan, ...]
     media_mask_T: Tensor
-    """True where a token is replaced by a vision embedding."""
+    """True for tokens that vision embeddings replace."""
 
     @property
     def num_tokens(self) -> int:
-        """Rows that the document takes."""
+        """Rows of the document."""
         return self.ids_T.numel()
 
     @property
     def suffix_rows(self) -> list[slice]:
-        """Rows of each branch."""
+        """Rows of each suffix."""
         ends = accumulate(self.suffix_lengths, initial=self.prefix_length)
         return [slice(start, end) for start, end in pairwise(ends)]
 
     @staticmethod
     def blank() -> Document:
-        """One token without a label: what a process without work runs while others have some."""
+        """One token without a label, for a process that has no work while others have."""
         ids_T = torch.zeros(1, dtype=torch.long)
         return Document(("",), ids_T, ids_T + IGNORE_INDEX, ids_T.expand(3, 1), 0, (1,), (), ids_T.bool())
 
 
 @dataclass(eq=False)
 class Batch:
-    """One pack: a row of documents, ready for the model. Nothing in it is padding."""
+    """A pack: documents in one row, ready for the model. It has no padding."""
 
     input_ids_T: Tensor
     positions_3T: Tensor
     plan: AttentionPlan
     target_index_N: Tensor
-    """Rows whose hidden state predicts a supervised token."""
+    """Rows whose hidden states predict the supervised tokens."""
     target_ids_N: Tensor
     media_index_M: Tensor
-    """Rows that hold vision embeddings, in media order."""
+    """Rows that vision embeddings replace, in the order of the media."""
     pixels_PD: Tensor
     """uint8."""
     layout: VisionLayout | None = None
-    """None where there are no media."""
+    """None if there are no media."""
     documents: tuple[Document, ...] = ()
     continues: bool = False
-    """Goes on from a pass before, in every process: none has media now."""
+    """Whether this pass uses the keys of an earlier one, in every process. It then has no media."""
 
     @property
     def labels_T(self) -> Tensor:
-        """Those of the documents; none where there is no document."""
+        """The labels of all documents."""
         return torch.cat([self.input_ids_T.new_empty(0), *(document.labels_T for document in self.documents)])
 
     @property
     def grids(self) -> tuple[tuple[int, int, int], ...]:
-        """Patches of the media in time, height and width."""
+        """Patches of each medium in time, height and width."""
         return tuple(plan.grid_thw for document in self.documents for plan in document.media)
 
     @property
     def num_targets(self) -> int:
-        """Supervised tokens."""
+        """Number of supervised tokens."""
         return self.target_index_N.numel()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the documents."""
+        """Number of tokens of the documents."""
         return sum(document.num_tokens for document in self.documents)
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
-        """Samples in row order."""
+        """Ids of the samples in row order."""
         return tuple(i for document in self.documents for i in document.sample_ids)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with all tensors on `device`."""
         return move(self, device)
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`; what an attention plan made for another device is dropped."""
+Movable = TypeVar("Movable")
+
+
+def move(value: Movable, device: torch.device) -> Movable:
+    """`value` with all tensors in it on `device`. What an attention plan has prepared for another device is dropped."""
+    return cast(Movable, _move(value, device))
+
+
+def _move(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
-        pin = device.type == "cuda" and value.device.type == "cpu"  # a copy from other memory would be waited for
+        pin = device.type == "cuda" and value.device.type == "cpu"  # a copy from pageable memory would block
         return (value.pin_memory() if pin else value).to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: _move(item, device) for key, item in value.items()}
     if isinstance(value, Batch | VisionLayout | AttentionPlan):
-        moved = {f.name: move(getattr(value, f.name), device) for f in fields(value)}
+        changes: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value)}
         if isinstance(value, AttentionPlan) and device != value.cu_seqlens_q_S.device:
-            moved["groups"] = None
-        return replace(value, **moved)
+            changes["groups"] = None
+        return replace(value, **changes)
     return value

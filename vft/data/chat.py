@@ -67,7 +67,7 @@ class ChatEncoder:
         An answer is tokenized by itself, so that the tokens before it are those that generation starts from.
         """
         leads = tuple(self.processor.lead(plan) for plan in media or ())
-        settled = conversation if media is None else conversation.settled(media)
+        settled = conversation if media is None else conversation.resolved(media)
         labelled = self.learn_reasoning if reasoning is None else reasoning
         try:
             return replace(self._encode_cached(_text_of(settled, leads), answer_next, labelled), leads=leads)
@@ -76,7 +76,7 @@ class ChatEncoder:
 
     def depends_on_plans(self, conversation: Conversation, media: Sequence[MediaPlan]) -> bool:
         """Whether the text has parts that the plans of the media determine, such as times of frames."""
-        return any(map(self.processor.lead, media)) or conversation.settled(media) is not conversation
+        return any(map(self.processor.lead, media)) or conversation.resolved(media) is not conversation
 
     def _encode(self, turns: Text, answer_next: bool, reasoning: bool) -> Encoded:
         ids: list[int] = []

@@ -15,7 +15,7 @@ class FrameTimes:
     medium: int
     """Its number among the conversation's media."""
 
-    def settle(self, plans: Sequence[MediaPlan]) -> str:
+    def resolve(self, plans: Sequence[MediaPlan]) -> str:
         """One line with times from the start of the video."""
         plan = plans[self.medium]
         times = ", ".join(f"{time_s:.1f}" for time_s in plan.frame_times_s)

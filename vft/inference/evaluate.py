@@ -20,11 +20,11 @@ from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import (
     Answer,
     Task,
-    distinct,
     files_of,
     likeliest,
 )
 from vft.common.types import IGNORE_INDEX, Document
+from vft.common.unique import unique_names
 from vft.config.run import Config
 from vft.data.dataset import Dataset
 from vft.data.loader import Loader
@@ -198,7 +198,7 @@ def held_out_loss(
     read = [document for _, some in everything for document in some]
     if not read:
         return None
-    names = tuple(distinct(name for name, *_ in read))
+    names = tuple(unique_names(name for name, *_ in read))
     samples = Samples(names, clusters_of([files for _, files, *_ in read]))
     return ratio_interval([sums for *_, sums in read], samples)
 

@@ -12,6 +12,7 @@ from vft.common.errors import UserError
 from vft.common.reasoning import split_reasoning
 from vft.common.task import Question, narrate, with_prompt
 from vft.common.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample
+from vft.common.unique import unique_name
 from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
@@ -19,7 +20,7 @@ from vft.data.media.errors import MediaError
 from vft.data.records.files import RECORD_SUFFIXES, read_records
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
 from vft.data.records.paths import resolve_media
-from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id, short_repr, unique_id
+from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id, short_repr
 from vft.data.records.unread_keys import report_unread_keys
 from vft.data.spans import check_spans
 from vft.distributed.process_group import environment
@@ -97,7 +98,7 @@ def _clip(
     file: Path, folder: Path | None, seen: dict[str, int], ask: Callable[[str, list[MediaRef]], Question]
 ) -> Item:
     """A file, which may not lead out of the `folder` in which it was found."""
-    name = unique_id(str(file) if str(file).isprintable() else short_repr(str(file)), seen)
+    name = unique_name(str(file) if str(file).isprintable() else short_repr(str(file)), seen)
     if folder is not None:
         try:
             resolve_media(folder, str(file.relative_to(folder)), "file")
@@ -122,7 +123,7 @@ def _records(path: Path, prompt: str, normalizer: Normalizer, seen: dict[str, in
         except RecordError as error:
             field = f"{error.field}: " if error.field else ""
             asked = Failure(origin, "record", f"{origin}: {field}{error.message}")
-        yield Item(unique_id(name, seen), asked, is_record=True, asks=asks)
+        yield Item(unique_name(name, seen), asked, is_record=True, asks=asks)
     normalizer.check_columns(path)
     if environment().is_main:
         report_unread_keys(str(path), unread)

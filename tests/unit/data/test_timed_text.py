@@ -64,9 +64,9 @@ def test_times_are_those_of_the_planned_frames(tiny: Tiny) -> None:
     processor = tiny.encoder.processor
     plans = Media.make(processor, [(PICTURE, PICTURE_INFO), (LONG, LONG_INFO), (SHORT, UNEVEN_INFO)], frames=5).plans
     assert plans[1].frame_indices == (0, 60, 120, 179, 239)
-    assert FrameTimes(1).settle(plans) == "A video of 10.0 s, seen at 0.0, 2.5, 5.0, 7.5, 10.0 s:\n"
+    assert FrameTimes(1).resolve(plans) == "A video of 10.0 s, seen at 0.0, 2.5, 5.0, 7.5, 10.0 s:\n"
     # Equal times, not equal numbers, and of each the frame that is on screen: 0, 3.09, 6.18, 9.27 and 12.36 s.
-    assert FrameTimes(2).settle(plans) == "A video of 13.0 s, seen at 0.0, 1.2, 1.2, 7.0, 12.4 s:\n"
+    assert FrameTimes(2).resolve(plans) == "A video of 13.0 s, seen at 0.0, 1.2, 1.2, 7.0, 12.4 s:\n"
 
 
 def test_a_line_before_each_video_and_none_before_a_picture() -> None:
@@ -100,7 +100,7 @@ def test_subtitles_are_those_of_the_planned_frames(tiny: Tiny, frames: int) -> N
     times_s = [index / 24 for index in plans[1].frame_indices]
     seen = [text for start, end, text in LINES if any(start <= time_s < end for time_s in times_s)]
     assert 0 < len(seen) < len(LINES)
-    assert Subtitles(LINES, media=1).settle(plans) == "\n".join([HEADING, *seen, ""])
+    assert Subtitles(LINES, media=1).resolve(plans) == "\n".join([HEADING, *seen, ""])
 
 
 class Counting:
@@ -109,7 +109,7 @@ class Counting:
     def __init__(self) -> None:
         self.seen: list[tuple[MediaPlan, ...]] = []
 
-    def settle(self, plans: Sequence[MediaPlan]) -> str:
+    def resolve(self, plans: Sequence[MediaPlan]) -> str:
         self.seen.append(tuple(plans))
         return "".join(f"{len(plan.frame_indices)} frames. " for plan in plans)
 
@@ -118,13 +118,13 @@ def test_text_is_settled_with_the_plans_that_are_built(tiny: Tiny) -> None:
     """Room for a part of the frames: the text speaks of these, not of those that were wished for."""
     planned = Counting()
     conversation = Conversation("c", (Turn("user", (LONG, planned, "?")), Turn("assistant", ("x",))), "c")
-    assert isinstance(planned.settle([]), str) and planned.seen.pop() == ()
+    assert isinstance(planned.resolve([]), str) and planned.seen.pop() == ()
     documents = make_dataset([conversation], tiny.encoder, config_of(150), info_of)
     made = documents.build(0)
     count = len(made.media[0].frame_indices)
     assert 4 <= count < 20
     assert f"{count} frames. ?" in told(tiny, made) and planned.seen[-1] == made.media
-    assert conversation.settled(made.media).turns[0].parts == (LONG, f"{count} frames. ", "?")
+    assert conversation.resolved(made.media).turns[0].parts == (LONG, f"{count} frames. ", "?")
 
 
 # ------------------------------------------------------------------------------------------------ the room for both
@@ -152,7 +152,7 @@ RECORDS = records()
 
 def tokens_of(tiny: Tiny, conversations: Sequence[Conversation], plans: Sequence[MediaPlan]) -> int:
     """Of the longest of these alone, counted on the row itself."""
-    settled = [one.settled(plans) for one in conversations]
+    settled = [one.resolved(plans) for one in conversations]
     return max(document(tiny.encoder, [one], Media(tuple(plans), ())).num_tokens for one in settled)
 
 
@@ -195,7 +195,7 @@ def assert_whole_text(tiny: Tiny, text: str, conversation: Conversation, plans: 
     for turn in conversation.turns:
         for part in turn.parts:
             if isinstance(part, str | FrameTimes | Subtitles):
-                wanted = part if isinstance(part, str) else part.settle(plans)
+                wanted = part if isinstance(part, str) else part.resolve(plans)
                 assert wanted in text[at:], (wanted, text)
                 at = text.index(wanted, at) + len(wanted)
     if found := LONG_TIMES.search(text):
@@ -251,7 +251,7 @@ def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> No
     """For a question to answer, `fit` counts up to where the answer begins."""
     prompt = with_frame_times(user_question("q", [LONG], "What happens?").prompt)
     plans = plans_that_fit([prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
-    encoded = tiny.encoder.encode(prompt.settled(plans), answer_next=True)
+    encoded = tiny.encoder.encode(prompt.resolved(plans), answer_next=True)
     made = tiny.encoder.document([encoded], plans, ["q"])
     assert made.num_tokens <= 200 and times_line(plans[0]) in told(tiny, made)
     assert bool((made.labels_T == IGNORE_INDEX).all())
@@ -273,7 +273,7 @@ def test_branches_share_the_trunk_with_timestamps(tiny: Tiny, pack_tokens: int) 
     assert times_line(made.media[0]) in text
     assert (len(made.media[0].frame_indices) == 20) == (pack_tokens == 5000)
     for branch, one in enumerate(shared):
-        alone = document(tiny.encoder, [one.settled(made.media)], Media(made.media, ()))
+        alone = document(tiny.encoder, [one.resolved(made.media)], Media(made.media, ()))
         assert told(tiny, made, branch) == told(tiny, alone)
         assert told(tiny, made, branch).count("seen at") == 1
 

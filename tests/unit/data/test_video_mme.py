@@ -192,8 +192,8 @@ def test_with_subtitles(tmp_path: Path) -> None:
     assert without.turns[0].parts[1:] == (PLAIN,)
     conversation = Conversation(sample.id, sample.turns, sample.origin)
     seen = "This video's subtitles are listed below:\nHello there.\nGeneral Kenobi!\n"
-    assert conversation.settled([plan(0.0, 1.0, 1.5, 3.0)]).turns[0].text == seen + SUBTITLED
-    assert conversation.settled([plan(0.0, 5.0)]).turns[0].text == SUBTITLED
+    assert conversation.resolved([plan(0.0, 1.0, 1.5, 3.0)]).turns[0].text == seen + SUBTITLED
+    assert conversation.resolved([plan(0.0, 5.0)]).turns[0].text == SUBTITLED
 
 
 def test_a_bad_subtitle_file(tmp_path: Path) -> None:
@@ -211,16 +211,16 @@ def test_lines_that_overlap_a_frame() -> None:
     lines = ((0.0, 1.0, "a"), (1.0, 3.0, "b"), (2.0, 2.5, "c"), (4.0, 4.0, "never"), (3.0, 9.0, "b"), (9.0, 8.0, "no"))
     subtitles = Subtitles(lines, media=1)
 
-    def settle(*times_s: float) -> list[str]:
-        text = subtitles.settle([plan(0.0, 2.2, 3.5), plan(*times_s)])
+    def resolve(*times_s: float) -> list[str]:
+        text = subtitles.resolve([plan(0.0, 2.2, 3.5), plan(*times_s)])
         assert not text or (text.startswith("This video's subtitles are listed below:\n") and text.endswith("\n"))
         return text.splitlines()[1:]
 
-    assert settle(0.0) == ["a"]
-    assert settle(1.0) == ["b"]  # a line has gone at the moment where it ends
-    assert settle(2.0, 2.1, 2.2) == ["b", "c"]
-    assert settle(0.999, 2.5, 4.0, 8.9) == ["a", "b", "b"]  # the same words said twice
-    assert settle(9.0, 100.0) == [] == settle()
+    assert resolve(0.0) == ["a"]
+    assert resolve(1.0) == ["b"]  # a line has gone at the moment where it ends
+    assert resolve(2.0, 2.1, 2.2) == ["b", "c"]
+    assert resolve(0.999, 2.5, 4.0, 8.9) == ["a", "b", "b"]  # the same words said twice
+    assert resolve(9.0, 100.0) == [] == resolve()
 
 
 AT_1, AT_3 = "00:00:01,0 --> 00:00:02,0\n", "00:00:03,0 --> 00:00:04,0\n"

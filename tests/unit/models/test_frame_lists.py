@@ -119,7 +119,7 @@ def test_times_of_their_own_reach_qwen3s_text() -> None:
 @SPECS
 def test_times_of_their_own_reach_the_line_of_times(processor: VisionProcessor) -> None:
     made = plan(processor, 3, timestamps=(0.0, 1.5, 4.0))
-    assert FrameTimes(0).settle([made]) == "A video of 6.0 s, seen at 0.0, 1.5, 4.0 s:\n"
+    assert FrameTimes(0).resolve([made]) == "A video of 6.0 s, seen at 0.0, 1.5, 4.0 s:\n"
 
 
 def test_pictures_of_one_moment() -> None:

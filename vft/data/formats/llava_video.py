@@ -21,6 +21,7 @@ from unicodedata import normalize
 
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample, Turn
+from vft.common.unique import unique_name
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.file_names import PICTURE_SUFFIXES, is_stray
 from vft.data.formats import Archives, Format, messages
@@ -38,7 +39,6 @@ from vft.data.records.record import (
     list_keys,
     read_samples,
     record_id,
-    unique_id,
 )
 from vft.data.records.unread_keys import other_keys
 from vft.data.streaming.clips import ArchiveClip, copy_clips
@@ -124,7 +124,7 @@ def _open(location: str) -> Archives:
             origin = f"{name}:{line}"
             try:
                 record = as_object(value)
-                sample_id = unique_id(record_id(record, f"{Path(name).stem}-{number}"), seen)
+                sample_id = unique_name(record_id(record, f"{Path(name).stem}-{number}"), seen)
                 video = check_text(record.get("video"), "video")
                 records[video].append(_ArchivedRecord(origin, sample_id, record))
             except RecordError as error:

@@ -7,7 +7,6 @@ none by people). The data set's card is the source of the layout and of the keys
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 from unicodedata import normalize
 
 from vft.common.errors import UserError
-from vft.common.files import locked, whole_folder
+from vft.common.files import digest, locked, whole_folder
 from vft.common.types import MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.file_names import VIDEO_SUFFIXES, is_stray
@@ -137,7 +136,7 @@ def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title
 def _unpack(location: str, count: int, cache: Path) -> Path:
     """Unpack the first `count` clips into a folder of the cache, unless they are there already; that folder."""
     where = location if "://" in location else os.path.abspath(location)
-    folder = cache / "unpacked" / hashlib.sha256(f"{UNPACKED_VERSION}:{where}:{count}".encode()).hexdigest()[:16]
+    folder = cache / "unpacked" / digest(f"{UNPACKED_VERSION}:{where}:{count}")
     with locked(folder.with_suffix(".lock"), "another process that unpacks the same clips", ANOTHER_CACHE):
         if not folder.is_dir():
             with whole_folder(folder) as partial:

@@ -32,7 +32,7 @@ class Subtitles:
     media: int = 0
     """Number of the video among the conversation's media."""
 
-    def settle(self, plans: Sequence[MediaPlan]) -> str:
+    def resolve(self, plans: Sequence[MediaPlan]) -> str:
         """The heading and the lines, each on a line of its own; empty if there are none.
 
         A line is on screen from its start up to, but not at, its end, as in the official evaluation.

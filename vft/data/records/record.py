@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vft.common.types import Sample, Turn
+from vft.common.unique import unique_name
 
 Row = TypeVar("Row")
 Record = dict[str, Any]
@@ -123,18 +124,8 @@ def make_samples(rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], It
         except RecursionError:
             bad.append(BadRecord(origin, "", TOO_DEEP))
         else:
-            samples += [replace(sample, id=unique_id(sample.id, seen)) for sample in parsed]
+            samples += [replace(sample, id=unique_name(sample.id, seen)) for sample in parsed]
     return samples, bad
-
-
-def unique_id(sample_id: str, seen: dict[str, int]) -> str:
-    """`x`; or `x#2`, `x#3`, ... if it is among the `seen` ids. Adds the result to them."""
-    name = sample_id
-    while name in seen:
-        seen[sample_id] += 1
-        name = f"{sample_id}#{seen[sample_id]}"
-    seen[name] = 1
-    return name
 
 
 # ----------------------------------------------------------------------------------------------------------- fields
