@@ -1,4 +1,4 @@
-"""What accelerators can do by their makers' data sheets: dense bf16 products, links to other GPUs and to the host."""
+"""Peak figures of accelerators, from their data sheets: dense bf16 FLOP/s, links to other GPUs and to the host."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Peaks of one accelerator."""
+    """Peak figures of one accelerator."""
 
     flops: float
     """Dense bf16 FLOP/s with float32 accumulation."""
     link_gb_s: float
-    """10^9 bytes a second to each GPU from the others of its host, in one direction: NVLink, xGMI, else PCIe."""
+    """10^9 bytes per second between GPUs of a host, in one direction: NVLink, xGMI, otherwise PCIe."""
     pcie_gb_s: float
-    """10^9 bytes a second between the GPU and its host's memory, in one direction."""
+    """10^9 bytes per second between the GPU and host memory, in one direction."""
 
 
 CARDS = {
@@ -49,24 +49,25 @@ CARDS = {
     "MI350X": Card(2300e12, 538, 64),
     "MI355X": Card(2500e12, 538, 64),
 }
-"""By name. Where a PCIe card has bridges for pairs (H100 NVL) its link is PCIe's: groups of more than two cross it.
-MI250X: one of its two dies, which torch shows as a GPU each."""
+"""By name. If bridges join pairs of PCIe cards (H100 NVL), the link is that of PCIe, which larger groups must cross.
+MI250X: one of its two dies, each of which torch shows as a GPU."""
 
 
 def card_of(device_name: str) -> Card | None:
-    """The card that a device's name (`NVIDIA H100 80GB HBM3`) means, the most particular one; None where it is unknown.
+    """The card with this device name (`NVIDIA H100 80GB HBM3`), or None if it is unknown.
 
-    All words of a card's name have to stand in the device's, in any order: `NVIDIA A100 80GB PCIe` is `A100 PCIe`.
+    All words of a card's name must be in the device's, in any order: `NVIDIA A100 80GB PCIe` is `A100 PCIe`. If several
+    cards match, the one with most words counts.
     """
     words = set(re.split(r"[\s\-_]+", device_name.lower()))
-    if words & {"laptop", "mig"}:  # a part of the card, or another chip under its name
+    if words & {"laptop", "mig"}:  # only a part of the card, or another chip with the same name
         return None
     known = [name for name in CARDS if words.issuperset(name.lower().split())]
     return CARDS[max(known, key=lambda name: len(name.split()))] if known else None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, None where it isn't known."""
+    """Dense bf16 peak of the device in FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     card = card_of(torch.cuda.get_device_name(device))

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, flushed to disk, then renamed into place."""
+"""Atomic writes: files and folders are written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOCK_PATIENCE_S = 2.0
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill; at the end it takes the place of `folder`. After an error nothing of it is left.
 
-    UserError where it can't be written (a full disk, a read-only folder).
+    Raises UserError if it cannot be written (a full disk, a read-only folder).
     """
     partial = partial_of(folder)
     try:
@@ -49,7 +49,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file or folder is written before it takes its place."""
+    """The temporary name of a file or folder."""
     return path.with_name(f"{PARTIAL}{path.name}")
 
 
@@ -63,7 +63,7 @@ def cannot_write(path: Path, error: Exception, fix: str = FREE_SPACE) -> UserErr
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path to write; at the end the file takes the place of `path`. After an error nothing of it is left.
 
-    UserError if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     partial = partial_of(path)
     try:
@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written. UserError if it cannot be written."""
+    """Write a text file atomically. Raises UserError if it cannot be written."""
     with whole_file(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
@@ -108,7 +108,7 @@ def locked(path: Path, waiting_for: str, fix: str = FREE_SPACE) -> Iterator[None
 
 
 def append_text(path: Path, text: str) -> None:
-    """Write `text` behind what a file holds. UserError where it can't be written."""
+    """Append `text` to a file. Raises UserError if it cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(text)
@@ -117,12 +117,12 @@ def append_text(path: Path, text: str) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds. UserError where it can't be read or holds something else."""
+    """The JSON object in a file. Raises UserError if the file cannot be read or holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}); fetch it again") from error
-    except (ValueError, RecursionError) as error:  # absurdly nested
+    except (ValueError, RecursionError) as error:  # nested too deeply
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; fetch it again")
@@ -135,7 +135,7 @@ def digest(text: str) -> str:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder` and the folders in it. Nobody else may write there."""
+    """Remove temporary files of killed processes in `folder` and its subfolders. Nobody else may be writing there."""
     for partial in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"*/{PARTIAL}*")]:
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -144,7 +144,7 @@ def remove_partials(folder: Path) -> None:
 
 
 def _open_to_all(folder: Path) -> None:
-    """The permissions that any new file gets: safetensors makes its own readable by their owner alone."""
+    """Give the files the usual permissions: safetensors makes them readable for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.iterdir():
@@ -157,7 +157,7 @@ def _flush(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file, or a folder's list of names."""
+    """fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a model thinks aloud before its answer: `<think>...</think>`, as Qwen3's and DeepSeek-R1's templates have it."""
+"""Reasoning before an answer, in `<think>...</think>` as in the templates of Qwen3 and DeepSeek-R1."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def split_reasoning(text: str, opened: bool = False) -> tuple[str | None, str]:
-    """The reasoning that a text begins with, and the answer behind it; None and the whole text where it has none.
+    """The reasoning at the start of a text, and the answer after it; None and the whole text if there is no reasoning.
 
-    With `opened` the prompt has written the opening tag already, so that all up to the closing one is reasoning.
-    Line breaks beside the tags belong to neither (the rule of Qwen3's template).
+    `opened`: the prompt ends with the opening tag, so everything up to the closing tag is reasoning. Line breaks next
+    to the tags are removed (the rule of Qwen3's template).
     """
     begins = text.lstrip().startswith(OPEN)
     if (begins or opened) and CLOSE in text:
@@ -21,7 +21,7 @@ def split_reasoning(text: str, opened: bool = False) -> tuple[str | None, str]:
 
 
 def answer_in(text: str, opened: bool = False) -> str:
-    """The answer in what a model said: what stands behind the reasoning; nothing where that was not finished.
+    """The answer in a generated text: what follows the reasoning; empty if the reasoning was not finished.
 
     `opened` as in `split_reasoning`.
     """

@@ -1,6 +1,6 @@
-"""The rules by which samples are made and scored, by version: state written under others is not gone on with.
+"""Versions of the rules by which samples are made and scored. A run does not resume from a checkpoint of other rules.
 
-Raise the version, with a line on what changed, whenever the same data and settings give other samples, frames, ids,
+Raise the version, with a line on each change, whenever the same data and settings give other samples, frames, ids,
 labels or scores than before. Index and frame cache have versions of their own (`data.media.index.SCAN_VERSION`,
 `data.media.frame_cache.CACHE_VERSION`), and so has scoring (`best.json`).
 """
@@ -31,17 +31,16 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "digests cover texts and media, and records are named by their place below data.root",
     ),
 }
-"""What changed in each version. Version 1 wrote no number."""
+"""The changes of each version. Version 1 recorded no number."""
 VERSION = max(CHANGES)
 
 
 def changed_since(state: Mapping[str, Any]) -> str:
-    """What is different from the rules that `state` (of a checkpoint, of `run.json`) was written under, in words; empty
-    where they are today's."""
+    """How today's rules differ from those of `state` (a checkpoint's, or run.json), in words; empty if they do not."""
     then = state.get("rules", 1)
     if then == VERSION:
         return ""
     if not isinstance(then, int) or then > VERSION:
         return f"rules {then!r}, which this vft does not know (it has {VERSION})"
-    changes = [one for version in range(then + 1, VERSION + 1) for one in CHANGES[version]]
+    changes = [change for version in range(then + 1, VERSION + 1) for change in CHANGES[version]]
     return f"rules {then}; those of today, {VERSION}, differ: {'; '.join(changes)}"

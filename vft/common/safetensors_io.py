@@ -1,8 +1,8 @@
-"""Safetensors files, written tensor by tensor: nothing is held twice, and a file is hashed on its way to the disk.
+"""Writes safetensors files tensor by tensor, without a second copy in memory, and hashes them while writing.
 
-The layout is the format's own (https://huggingface.co/docs/safetensors, "Format"): the header's length in 8 bytes, the
-header in JSON, then the bytes of the tensors without gaps. `safetensors.torch.save_file` writes the same bytes, but
-wants all tensors at once and on the CPU.
+The format (https://huggingface.co/docs/safetensors, "Format"): the length of the header in 8 bytes, the header in JSON,
+then the bytes of the tensors without gaps. `safetensors.torch.save_file` writes the same bytes, but needs all tensors
+at once and on the CPU.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from vft.common.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""By safetensors' names: the types that weights come in, in the order in which its own writer puts them."""
+"""The types of weights, by their names in safetensors, in the order in which its own writer sorts tensors."""
 BLOCK_BYTES = 8 << 20
-"""Written and hashed at a time; other threads run meanwhile (neither holds Python's lock)."""
+"""Written and hashed at a time. Both release Python's lock, so other threads can run."""
 
 Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
-"""Type and shape of each tensor of a file."""
+"""Type and shape of each tensor in a file, by name."""
 
 
 def write_tensors(
     path: Path, layout: Layout, fetch: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write a new file of the tensors that `fetch` gives, asked in the file's order, and flush it to the disk.
+    """Write a new file with the tensors that `fetch` returns, called in the file's order, and flush it to disk.
 
-    Returns its size and SHA-256, as a manifest has them. OSError where it can't be written or is there already.
+    Returns size and SHA-256 as a manifest has them. Raises OSError if the file exists or cannot be written.
     """
     digest = hashlib.sha256()
     with path.open("xb") as stream:
@@ -48,14 +48,14 @@ def write_tensors(
 
         put(_header(layout, metadata))
         for name in file_order(layout):
-            put(_content(fetch(name), *layout[name]))  # named nowhere: it is gone before the next one is fetched
+            put(_content(fetch(name), *layout[name]))  # without a variable, so that it is freed before the next one
         stream.flush()
         os.fsync(stream.fileno())
         return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
 
 
 def file_order(layout: Layout) -> list[str]:
-    """Names in the order of safetensors' own writer: by type, wide ones first (so all are aligned), then by name."""
+    """Names in the order of safetensors' own writer: by type, widest first (so that all are aligned), then name."""
     place = {dtype: number for number, dtype in enumerate(DTYPES.values())}
     return sorted(layout, key=lambda name: (place[layout[name][0]], name))
 

@@ -1,4 +1,4 @@
-"""A score with its interval, and the samples that it was taken on."""
+"""A score with its confidence interval, and the samples that it was computed from."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Which samples a score was taken on."""
+    """The samples of a score."""
 
     names: tuple[str, ...]
-    """One for each, all different; the same sample has the same name in another evaluation."""
+    """All different. A sample has the same name in every evaluation."""
     clusters: tuple[int, ...]
-    """Samples with equal numbers are drawn together."""
+    """The bootstrap draws samples with equal numbers together."""
 
     @staticmethod
     def apart(count: int) -> Samples:
-        """`count` samples that are independent of one another."""
+        """`count` independent samples."""
         return Samples(tuple(map(str, range(count))), tuple(range(count)))
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a score is made of: a row for each sample, and what rows that count more than once, or not at all, give."""
+    """What a score is computed from, so that the bootstrap can compute it again from resampled rows."""
 
     samples: Samples
     kind: str
-    """A key of KINDS."""
+    """How the rows make the score: a key of `metrics.bootstrap.KINDS`."""
     table: Floats
-    """[samples, columns]."""
+    """A row for each sample: [samples, columns]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A score and the ends of its confidence interval, in the score's own units."""
+    """A score and its confidence interval, in the units of the score."""
 
     value: float
-    """The score on the samples as they are."""
+    """The score of all samples."""
     low: float
     high: float
     parts: Parts | None = field(default=None, compare=False, repr=False)
-    """What it was computed from, where it can be compared with another's."""
+    """What it was computed from; needed to compare it with another score."""
     tokenization: str = ""
-    """How the texts were cut, for a score of texts: sacrebleu's name, or what the metric says."""
+    """For a score of texts, how they were cut into words: a tokenizer's name in sacrebleu, or the metric's own."""
 
     @classmethod
     def point(cls, value: float) -> Interval:
@@ -58,18 +58,18 @@ class Interval:
 
     @property
     def how_cut(self) -> str:
-        """`tokenization` to stand behind the score: ` (zh)`, nothing where it isn't one of texts."""
+        """`tokenization` to follow the score: ` (zh)`; empty for scores of other things than texts."""
         return f" ({self.tokenization})" if self.tokenization else ""
 
     def cut_by(self, tokenizers: Iterable[str]) -> Interval:
-        """The same score with the names of the tokenizers of its texts, the most frequent first: `13a+zh`."""
+        """The same score with the names of its tokenizers, the most frequent first: `13a+zh`."""
         return replace(self, tokenization="+".join(name for name, _ in Counter(tokenizers).most_common()))
 
 
 def clusters_of(items: Sequence[Iterable[Hashable]]) -> tuple[int, ...]:
-    """A number for each sample, equal for samples that share an item (a video), directly or through others.
+    """A cluster number for each sample, equal for samples that share an item (a video), directly or through others.
 
-    A sample without items shares none.
+    A sample without items is a cluster of its own.
     """
     parent = list(range(len(items)))
 
