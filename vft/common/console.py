@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +18,15 @@ from vft.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-STDERR = Console(stderr=True, markup=False, emoji=False, highlight=False)
-"""Where messages, tables of a run and the live view go. Whatever is printed here stands above the live view."""
+
+@cache
+def stderr_console() -> Console:
+    """Where messages, tables of a run and the live view go. Whatever is printed here appears above the live view.
+
+    It is made when first used: rich looks at the terminal only then.
+    """
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
 
 _PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
@@ -39,7 +47,7 @@ class _MessageHandler(logging.Handler):
         try:
             text = f"{_PREFIXES.get(record.levelno, '')}{self.format(record)}"
             with tqdm.external_write_mode(file=sys.stderr):  # progress bars make room, and come back below
-                STDERR.print(text, soft_wrap=True)
+                stderr_console().print(text, soft_wrap=True)
         except Exception:
             self.handleError(record)
 

@@ -1,4 +1,4 @@
-"""`[data]` of a configuration: which records are read, how their media are sampled, how rows are packed."""
+"""The `[data]` table: which records are read, how their media are sampled, how rows are packed."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ class SourceConfig(Section):
     path: Name
     """A file or folder, relative to `data.root`."""
     repeats: Annotated[float, Field(ge=0.001)] | None = None
-    """How often its records come in an epoch: 2.0 twice, 0.5 every second epoch, half of them in each; none: once."""
+    """How often the records come in an epoch: 2.0 is twice; 0.5 is half of them in each epoch. None: once."""
     share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Its fraction of the samples that are trained on, as `interleave_probs` elsewhere. All sources have one then, and
-    they sum to 1; needs `train.max_steps`, because there is no end of an epoch to reach."""
+    """Fraction of the training samples that come from this source, from 0 to 1 (elsewhere: `interleave_probs`). Either
+    all sources have one or none, and they sum to 1. Needs `train.max_steps`, because there are no epochs."""
     weight: PositiveFloat | None = None
-    """Of older files: `repeats` of records, and of a source with `stream = true` its share of the rows beside those of
-    the others' weights. Give one of the two above instead."""
+    """In files of earlier versions: `repeats`, or for a source with `stream = true` its share of the rows relative to
+    the other weights. Use one of the two settings above instead."""
     take: Annotated[str, AfterValidator(_check_take)] = "all"
-    """`all`, `first:N` or `random:N` records; the choice depends on `seed`."""
+    """`all`, `first:N` or `random:N` records. The random choice depends on `seed`."""
     media: str = ""
-    """Folder of the videos or pictures, relative to `data.root`; empty: where the format's publishers put it. For
-    formats whose records hold bare names."""
+    """Folder of the videos or pictures, relative to `data.root`. Empty: where the data set's publishers put it. For
+    formats whose records hold bare file names."""
     stream: bool = False
-    """Read tar archives in sequence, unpacking nothing: for sets that don't fit the disk. Then no index is made, epochs
-    have no length, and each of the `train.packs_per_step` rows of a step has a stream of its own."""
+    """Read tar archives in sequence without unpacking them, for data sets that do not fit on the disk. Then there is no
+    index, epochs have no length, and each of the `train.packs_per_step` rows of a step has its own stream."""
     columns: dict[str, Name] = Field(default_factory=dict)
-    """What keys are called in these records, by their name here: `{ video = "path", question = "q", answer = "a" }`
-    (`messages`, `story`). Columns of a table in CSV, TSV or Parquet, or keys of JSON. The usual names need none."""
+    """Names of the records' keys, if they are not the usual ones: `{ video = "path", question = "q", answer = "a" }`
+    (`messages`, `story`). These are columns of CSV, TSV or Parquet, or keys of JSON."""
     subtitles: bool = False
-    """Put the subtitles that overlap the sampled frames into the prompt (`video_mme`)."""
+    """Add the subtitles that overlap the sampled frames to the prompt (`video_mme`)."""
 
     @property
     def times(self) -> float:
-        """How often its records come in an epoch where nothing has a share."""
+        """How often the records come in an epoch, if sources have no shares."""
         return self.repeats or self.weight or 1.0
 
     @property
     def of_rows(self) -> float:
-        """How many rows a step takes out of it, relative to the others, where there are streams."""
+        """How many rows of a step come from this source, relative to the others, if there are streams."""
         return self.share or self.weight or 1.0
 
     @model_validator(mode="after")
@@ -101,7 +101,7 @@ def register_source_check(check: Callable[[SourceConfig], None]) -> None:
 
 
 def check_shares(sources: Sequence[SourceConfig]) -> None:
-    """ValueError where `share` of some sources contradicts what the others have."""
+    """Raise ValueError if `share`, `weight` and `repeats` of the sources do not fit together."""
     shares = [source.share for source in sources if source.share is not None]
     if shares and len(shares) < len(sources):
         path = next(source.path for source in sources if source.share is None)
@@ -117,28 +117,28 @@ def check_shares(sources: Sequence[SourceConfig]) -> None:
 
 
 class VideoConfig(Section):
-    """`[data.video]`: what one video may take. A record's own keys go before these."""
+    """`[data.video]`: limits of a video. Keys of the record take precedence."""
 
     fps: PositiveFloat | None = None
-    """Frames sampled a second; 2.0 where neither `fps` nor `frames` is given."""
+    """Frames to sample per second; 2.0 if neither `fps` nor `frames` is given."""
     frames: Positive | None = None
-    """A fixed number of frames instead of a rate."""
+    """Number of frames to sample, instead of a rate."""
     min_frames: Positive = 4
-    """Fewest frames that `fps` may come to."""
+    """Fewest frames that `fps` may give."""
     max_frames: Positive = 32
-    """Most frames that `fps` may come to; longer videos are sampled more sparsely. `frames` is not bounded by it."""
+    """Most frames that `fps` may give; longer videos are sampled more sparsely. Does not limit `frames`."""
     min_pixels: Positive = 4 * 28 * 28
-    """Height x width of a frame after resizing, at least. The default is the model's own."""
+    """Least height x width of a frame after resizing. The default is the model's own."""
     max_pixels: Positive = 128 * 28 * 28
-    """Height x width of a frame after resizing, at most; 28 x 28 pixels are one token of two frames. Of Qwen2.5-VL:
-    LLaVA-NeXT-Video's frames are 336 x 336 whatever the limits of pixels, and 144 tokens each."""
+    """Largest height x width of a frame after resizing. For Qwen2.5-VL 28 x 28 pixels of two frames are one token. The
+    frames of LLaVA-NeXT-Video always have 336 x 336 pixels and 144 tokens."""
     total_pixels: Positive | None = None
-    """Frames / 2 x height x width of a video, at most (as qwen-vl-utils counts); none: `max_pixels` alone limits."""
+    """Largest frames / 2 x height x width of a video (as qwen-vl-utils counts). None: only `max_pixels` limits it."""
     sample_lists: bool = False
-    """Sample lists of pictures by these limits, as if they were files. Else every picture that a record names is shown,
-    but for what the record itself asks and `data.pack_tokens` has no room for; folders of frames are always sampled."""
+    """Sample lists of pictures by these limits, like video files. Otherwise all pictures that a record names are shown,
+    unless the record asks for fewer or they do not fit in `data.pack_tokens`. Folders of frames are always sampled."""
     timestamps: bool = False
-    """Say before each video how long it is and at which seconds its frames were taken."""
+    """Begin each video with a text: its length, and the seconds at which its frames were taken."""
 
     @model_validator(mode="before")
     @classmethod
@@ -159,13 +159,13 @@ class VideoConfig(Section):
 
 
 class ImageConfig(Section):
-    """`[data.image]`: what one picture may take."""
+    """`[data.image]`: limits of a picture."""
 
     min_pixels: Positive = 4 * 28 * 28
-    """Height x width after resizing, at least."""
+    """Least height x width after resizing."""
     max_pixels: Positive = 1280 * 28 * 28
-    """Height x width after resizing, at most; 28 x 28 pixels are one token. For LLaVA-NeXT-Video: of the resolutions
-    that tiles of 336 x 336 make; 14 x 14 pixels are one token."""
+    """Largest height x width after resizing; 28 x 28 pixels are one token. For LLaVA-NeXT-Video it limits the
+    resolutions made of 336 x 336 tiles; 14 x 14 pixels are one token."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -174,47 +174,47 @@ class ImageConfig(Section):
 
 
 class DataConfig(Section):
-    """`[data]`: what is read, and how it is packed into rows."""
+    """`[data]`: the records, and how they are packed into rows."""
 
     root: Folder = Path(".")
     """Folder of the sources and their media, relative to the current directory."""
     sources: Tuple[SourceConfig] = ()
     """Records to train on."""
     pack_tokens: Positive = 8192
-    """Tokens of a row, at most."""
+    """Most tokens of a row."""
     max_samples_per_pack: Count = 0
-    """Samples in a row, at most; 0: as many as fit."""
+    """Most samples in a row; 0: as many as fit."""
     prompt: str = ""
-    """What is asked where records hold no question (labels, captions, stories); empty: the task's own words."""
+    """The question for records that have none (labels, captions, stories). Empty: the task's own."""
     learn_reasoning: bool = True
-    """Also learn what stands between `<think>` and `</think>` before an answer; false: only the answer behind it."""
+    """Also train on the text between `<think>` and `</think>` before an answer; false: only on the answer after it."""
     segment_questions: bool = True
-    """Where records describe segments of their video, also train on a question about each (`summarize`, `story`)."""
+    """If records describe segments of their video, also train on a question about each one (`summarize`, `story`)."""
     index: Literal["scan", "header"] = "scan"
-    """How frames are counted: by reading every file once, or from the container's header where it is complete. Headers
-    are quick and sometimes wrong; a clip that then turns out shorter is left out when its turn comes."""
+    """How frames are counted: by reading every file once (`scan`), or from the container's header if it is complete
+    (`header`), which is fast but sometimes wrong. A clip that turns out to be shorter is then left out."""
     share_videos: bool = True
-    """Lay the questions of one video behind a single copy of it. Loss and gradients stay those of separate samples, and
-    so do the frames that each of them sees: where `pack_tokens` leaves them different ones, they don't share."""
+    """Let the questions about one video share a single copy of it. Loss and gradients are those of separate samples,
+    and so are the frames: questions that `pack_tokens` leaves different frames do not share."""
     frames_for_sharing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a video's tokens that may be given up, frames first, so that all questions about it fit in one row
-    behind a single copy: 0.25 is at most a quarter. 0: none; the model sees the same with `share_videos` on or off."""
+    """Fraction of a video's tokens, from 0 to below 1, that may be dropped (frames first) so that all questions about
+    it fit in one row. 0: none; then the model sees the same frames whether `share_videos` is on or off."""
     workers: Count = 4
-    """Processes that decode, for each training process; 0: the training process decodes, without a deadline."""
+    """Decoding processes for each training process; 0: the training process decodes, without a timeout."""
     decode_timeout_s: PositiveFloat = 60.0
-    """Seconds that one clip may take to decode before it is given up."""
+    """Seconds that decoding a clip may take before it is given up."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Share of clips that may fail before the run stops."""
+    """Fraction of the clips, from 0 to 1, that may fail before the run stops."""
     cache_dir: str = ""
-    """Folder of index and frames; empty: the environment's `VFT_CACHE`, else `~/.cache/vft`. See `cache_path`."""
+    """Folder of the index and of cached frames. Empty: the environment variable `VFT_CACHE`, or `~/.cache/vft`."""
     cache: Literal["none", "frames"] = "none"
-    """`frames`: keep the decoded and resized frames of videos below `cache_dir`, so that a clip is decoded once for all
-    epochs, evaluations and runs with the same limits. Not those of pictures, nor of sources with `stream = true`."""
+    """`frames`: store the decoded and resized frames of videos below `cache_dir`, so that a clip is decoded once for
+    all epochs, evaluations and runs with the same limits. Not for pictures, and not for sources with `stream = true`."""
     cache_gib: PositiveFloat = 100.0
-    """GiB (2^30 bytes) of frames, at most, of all runs that share the folder; then no more are added, and none is
-    removed. A video takes frames x height x width x 3 bytes."""
+    """GiB (2^30 bytes) that the frames of all runs in the folder may take. Then no more are added, and none are removed.
+    A video takes frames x height x width x 3 bytes."""
     prefetch_packs: Positive = 8
-    """Rows that are prepared ahead of the training step, for each training process."""
+    """Rows that each training process prepares ahead."""
     video: VideoConfig = VideoConfig()
     """Limits of one video."""
     image: ImageConfig = ImageConfig()
@@ -227,7 +227,7 @@ class DataConfig(Section):
 
     @property
     def indexed(self) -> tuple[SourceConfig, ...]:
-        """The sources that are read before training, all but streams."""
+        """The sources that are indexed before training: all but streams."""
         return tuple(source for source in self.sources if not source.stream)
 
     @property
@@ -237,7 +237,7 @@ class DataConfig(Section):
 
     @property
     def cache_path(self) -> Path:
-        """Folder of the caches: `cache_dir`, else `VFT_CACHE` of the environment, else `vft` in the user's cache."""
+        """Folder of the caches: `cache_dir`, or else `VFT_CACHE` of the environment, or `vft` in the user's cache."""
         chosen = self.cache_dir or os.environ.get("VFT_CACHE", "")
         if chosen:
             return expand(Path(chosen))

@@ -1,4 +1,4 @@
-"""Names of settings that earlier versions had: still read, with a line that gives the new name."""
+"""Settings that had another name in earlier versions. The old names are still read, with a warning."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ KEYS = {
     "parallel.tower_checkpointing": "parallel.vision_checkpointing",
     "train.tower_learning_rates": "train.component_learning_rates",
 }
-"""Dotted keys, old to new."""
+"""Dotted keys: the old name and the new one."""
 COMPONENTS = {"vision_tower": "vision_encoder", "merger": "projector"}
-"""Components of a model, in the keys of `LISTED` and `KEYED`, old to new."""
+"""Components of a model, as they appear in the settings of `LISTED` and `KEYED`: the old name and the new one."""
 LISTED = ("model.train", "lora.targets")
-"""Settings that are lists of components, or of patterns that begin with one."""
+"""Settings that are lists of components, or of patterns that start with a component."""
 KEYED = ("lora.ranks", "lora.alphas", "train.component_learning_rates")
 """Settings that are tables with such keys."""
 
 
 def new_key(key: str) -> str:
-    """The name that a dotted key has now; `key` itself where it has kept its name."""
+    """The current name of a dotted key."""
     for old, new in KEYS.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -31,14 +31,16 @@ def new_key(key: str) -> str:
 
 
 def new_component(pattern: str) -> str:
-    """The name of a component, or a pattern that begins with one, as it is now."""
+    """The current name of a component, or of a pattern that starts with one."""
     first, dot, rest = pattern.partition(".")
     return f"{COMPONENTS.get(first, first)}{dot}{rest}"
 
 
 def rename(table: dict[str, Any]) -> Iterator[str]:
-    """Change old names in a whole configuration, in place; yields a line for each. A key that is there under both
-    names is left alone: the check of the settings then refuses the old one."""
+    """Replace old names in a whole configuration, in place. Yields a message for each.
+
+    If a key is given under both names, both stay: the check of the settings then rejects the old one.
+    """
     for old, new in KEYS.items():
         section, _, name = old.rpartition(".")
         inside = table.get(section)

@@ -1,4 +1,4 @@
-"""TOML files with overrides, checked against a pydantic model, with errors of one line. Knows no particular setting."""
+"""Reads a TOML file with overrides and checks it against any pydantic model. Errors are one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=BaseModel)
 
 MAX_LINE = 1000
-"""Characters of a message."""
+"""Longest error message, in characters."""
 _REASONS = {
     "bool_type": "must be true or false",
     "float_type": "must be a number",
@@ -33,7 +33,7 @@ _REASONS = {
     "too_short": "must not be empty",
     "tuple_type": "must be a list",
 }
-"""What pydantic's types of error say in TOML's words; its own message serves for the others."""
+"""pydantic's error types in the words of TOML. For others its own message is used."""
 
 
 def load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> _Model:
@@ -67,7 +67,7 @@ def _load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequ
         where = str(path)
         if covers(overridden, key):
             where = "command line"
-        elif any(k.startswith(f"{key}." if key else "") for k in overridden):  # Either may have upset the table.
+        elif any(k.startswith(f"{key}." if key else "") for k in overridden):  # either may be the cause
             where = f"{path} and command line"
         raise UserError(f"{where}: {message}") from None
 
@@ -79,19 +79,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, absurd nesting
+    except (ValueError, RecursionError) as error:  # thousands of digits, or nested too deeply
         raise UserError(f"{path}: not TOML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
 def covers(keys: Collection[str], key: str) -> bool:
-    """Whether dotted `key`, or a section that holds it, is among `keys`."""
+    """Whether the dotted `key`, or a section that contains it, is among `keys`."""
     return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
 def show(value: Any) -> str:
-    """A value as TOML writes it, near enough for a message, cut to one short line."""
+    """A value nearly as TOML writes it, for a message: one line, shortened."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # too many digits, too deep
@@ -100,7 +100,7 @@ def show(value: Any) -> str:
 
 
 def _override(table: dict[str, Any], text: str) -> str:
-    """Set in `table` what `text` says; the dotted key that it set."""
+    """Apply the override `text` to `table`. Returns its dotted key."""
     key, equals, value_text = text.partition("=")
     names = new_key(key.strip()).split(".")
     if not equals or not all(names):
@@ -117,7 +117,7 @@ def _override(table: dict[str, Any], text: str) -> str:
         elif not isinstance(node, dict):
             raise UserError(f"command line: {text}: {where} = {show(node)} is not a table")
         elif name not in node and not value_text:
-            break  # Nothing to remove, and no table to make on the way.
+            break  # nothing to remove
         if depth < len(names) - 1:
             node = node.setdefault(slot, {}) if isinstance(node, dict) else node[slot]
         elif value_text:
@@ -128,22 +128,22 @@ def _override(table: dict[str, Any], text: str) -> str:
 
 
 def _parse(value_text: str, text: str) -> Any:
-    """A TOML value; a text that is none is itself, unless it began as a TOML string, list or table."""
+    """The value of an override. A text that is no TOML is a string, unless it starts like a string, list or table."""
     try:
         parsed = tomllib.loads(f"value = {value_text}")
     except (ValueError, RecursionError) as error:
         if value_text[0] in "\"'[{":
             raise UserError(f"command line: {text}: not a TOML value: {error}") from error
         return value_text
-    # A line break in the text could have smuggled in other keys.
+    # A line break in the text may add other keys: then the whole text is the value.
     return parsed["value"] if len(parsed) == 1 else value_text
 
 
 def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]:
-    """The dotted key that pydantic complains about, and the complaint in one line: key, value, what is allowed."""
-    # A misspelt key is reported as unknown rather than as its right spelling missing.
+    """The dotted key of pydantic's error, and a message of one line: key, value, what is allowed."""
+    # Of a misspelt key, report that it is unknown, not that the right one is missing.
     error = min(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # pydantic's mark of a table's wrong key
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")  # how pydantic marks a wrong key of a table
     if error["type"] == "missing":
         return key, f"{key}: missing"
     if error["type"] == "extra_forbidden":
@@ -152,7 +152,7 @@ def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]
         return key, f"{name}: unknown {'section' if is_table else 'key'}{_suggest(model, error['loc'])}"
     if error["type"] == "value_error":
         reason = str(error["ctx"]["error"])
-        if isinstance(error["input"], dict):  # Several settings of one table: the reason names them.
+        if isinstance(error["input"], dict):  # the reason names the settings
             return key, f"{key}: {reason}" if key else reason
         return key, f"{key} = {show(error['input'])}: {reason}"
     reason = _REASONS.get(error["type"], error["msg"].replace("Input should be", "must be"))
@@ -160,7 +160,7 @@ def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]
 
 
 def _suggest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """What an unknown key was meant to be: the nearest name beside it, the same name in another section, or all."""
+    """What an unknown key may mean: a similar name in its section, the same name in another one, or all names."""
     *parents, wrong = [part for part in loc if isinstance(part, str)]
     section = model
     for name in parents:
@@ -175,14 +175,14 @@ def _suggest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, itself, optionally or in a tuple."""
+    """The section in a field's type: the type itself, an optional one, or the items of a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a section and those below it."""
+    """All dotted keys of a section and of its subsections."""
     keys: list[str] = []
     for name, info in section.model_fields.items():
         inner = _section_in(info.annotation)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.common.console import STDERR
+from vft.common.console import stderr_console
 from vft.common.files import append_text, replace_text
 from vft.common.scores import Interval
 from vft.config.run import Config
@@ -53,7 +53,7 @@ class Monitor:
         self.config, self.is_main = config, is_main
         self.metrics = MetricsFile(config.output_dir / "metrics.jsonl")
         self.state = RunState(f"{config.task}: {config.output_dir}", max_steps)
-        self.view = LiveView(self.state, STDERR)
+        self.view = LiveView(self.state, stderr_console())
         self.boards: list[Board] = []
         self.evaluated = False
         """Whether metrics.jsonl has the scores of the step that the run resumes from."""
@@ -70,7 +70,7 @@ class Monitor:
         """Open the boards, and on a terminal the live view. `step` is the last one that is done."""
         if self.is_main:
             self.boards = open_boards(self.config, step)
-            if STDERR.is_terminal and not STDERR.is_dumb_terminal:
+            if self.view.console.is_terminal and not self.view.console.is_dumb_terminal:
                 self.view.start()
 
     def step(self, line: Mapping[str, Any]) -> None:

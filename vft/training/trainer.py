@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vft.common.console import STDERR
+from vft.common.console import stderr_console
 from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
@@ -121,7 +121,7 @@ def make_trainer(
     warn_of_weights(config)
     warn_of_benchmarks(config)
     if world.is_main:
-        STDERR.print(trainable_table(prepared.trainable, model))
+        stderr_console().print(trainable_table(prepared.trainable, model))
 
     row, parallel = longest_row(documents, data.plan), config.parallel
     if parallel.memory_budget_gib is not None:
