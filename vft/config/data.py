@@ -209,9 +209,9 @@ class DataConfig(Section):
     """Folder of the index and of cached frames. Empty: the environment variable `VFT_CACHE`, or `~/.cache/vft`."""
     cache: Literal["none", "frames"] = "none"
     """`frames`: store the decoded and resized frames of videos below `cache_dir`, so that a clip is decoded once for
-    all epochs, evaluations and runs with the same limits. Not for pictures, and not for sources with `stream = true`."""
+    all epochs, evaluations and runs with the same limits. Not for pictures, nor for sources with `stream = true`."""
     cache_gib: PositiveFloat = 100.0
-    """GiB (2^30 bytes) that the frames of all runs in the folder may take. Then no more are added, and none are removed.
+    """GiB (2^30 bytes) that the frames of all runs in the folder may take. Then no more are added; none are removed.
     A video takes frames x height x width x 3 bytes."""
     prefetch_packs: Positive = 8
     """Rows that each training process prepares ahead."""
