@@ -1,7 +1,7 @@
-"""Settings of a run: a strict TOML file, overridden from the command line, as frozen objects.
+"""The settings of a run: a TOML file with overrides from the command line, as frozen objects.
 
-Every key is checked before anything is loaded: an unknown key, a value of the wrong type or out of range, and two
-settings that contradict each other are a `UserError` of one line. Each field states its unit or range below it.
+Every key is checked before anything is loaded. An unknown key, a wrong type, a value out of range, and two settings
+that contradict each other raise a `UserError` of one line. The text below each field states its unit and range.
 
 Folders are relative to the current directory, except `path` of a source, which is relative to `data.root`.
 A leading `~` is the home folder.
@@ -56,10 +56,10 @@ RESUME_MAY_CHANGE = frozenset(
         "data.prefetch_packs",
     }
 )
-"""Keys, or sections, that a resumed run may change: they move neither the samples of a step nor what is trained.
+"""Keys and sections that may change when a run resumes: they affect neither the samples of a step nor what is trained.
 
-Of `eval`, `split` says what is trained on, and stays. `train.max_steps` and `train.epochs` are here so that a run can
-be prolonged; a decaying schedule then decays to the new end.
+`eval.split` decides what is trained on, so it must stay. `train.max_steps` and `train.epochs` may change to prolong a
+run; a decaying schedule then decays to the new end.
 """
 
 
@@ -89,48 +89,49 @@ TaskName = Annotated[str, AfterValidator(_check_task)]
 
 
 class ModelConfig(Section):
-    """`[model]`: the weights to start from."""
+    """`[model]`: the model to start from."""
 
     path: Name
     """A folder, relative to the current directory, or a hub name such as `Qwen/Qwen2.5-VL-7B-Instruct`."""
     adapter: str = ""
-    """Folder of a LoRA adapter in PEFT's format to go on from; empty: fresh matrices."""
+    """Folder of a LoRA adapter in PEFT's format to start from. Empty: a new adapter."""
     quantize: Literal["none", "nf4"] = "none"
-    """`nf4`: hold the linears of the language model's layers, frozen under adapters, in 4 bits (QLoRA, Dettmers et al.
-    2023), 9/16 of a byte a weight; embedding, head, norms and vision encoder stay as is. Needs a `[lora]` table."""
+    """`nf4`: store the frozen linear layers of the language model in 4 bits (QLoRA, Dettmers et al. 2023), 9/16 of a
+    byte for each weight. Embedding, head, norms and vision encoder stay as they are. Needs a `[lora]` table."""
     train: Tuple[Component] = ()
-    """Parts that full fine-tuning trains. Only without a `[lora]` table."""
+    """Components that full fine-tuning trains. Only without a `[lora]` table."""
     rope_factor: Annotated[float, Field(ge=1)] | None = None
-    """Linear scaling of positions: the language model sees them divided by this, and as many more fit its context.
-    LLaVA-NeXT-Video's own rule: (144 x frames + 1000) / 4096, rounded up. None: as config.json has it."""
+    """Linear scaling of positions, from 1: positions are divided by this, so the context is longer by this factor.
+    LLaVA-NeXT-Video's own rule: (144 x frames + 1000) / 4096, rounded up. None: as in config.json."""
 
 
 class LoraConfig(Section):
-    """`[lora]`: low-rank adapters (Hu et al. 2021). Without this table, `model.train` is fine-tuned in full."""
+    """`[lora]`: low-rank adapters (Hu et al. 2021). Without this table the components in `model.train` are trained."""
 
     rank: Positive = 16
     """Columns of A and rows of B, from 1."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
     dropout: Below1 = 0.0
-    """Share of the adapter's inputs that are zeroed in training, 0 <= dropout < 1."""
+    """Fraction of the adapter's inputs that are set to zero in training, 0 <= dropout < 1."""
     targets: Annotated[Tuple[Target], Field(min_length=1)] = ("language_model.*",)
-    """Linears that get an adapter: `COMPONENT.NAME`, or `COMPONENT.*` for all its linears. Anchored to a component,
-    because the components share names: a bare `q_proj` would match in several."""
+    """Linear layers that get an adapter: `COMPONENT.NAME`, or `COMPONENT.*` for all of a component. The component must
+    be named because several components have layers of the same name, such as `q_proj`."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023)."""
     ranks: dict[Target, Positive] = Field(default_factory=dict)
-    """Another rank for some of the targets, such as `{"language_model.q_proj" = 32}`: patterns as in `targets`, of
-    which the first that fits counts."""
+    """Other ranks for some targets, such as `{"language_model.q_proj" = 32}`. Patterns as in `targets`; the first one
+    that matches counts."""
     alphas: dict[Target, PositiveFloat] = Field(default_factory=dict)
-    """Another alpha, in the same way."""
+    """Other alphas for some targets, in the same way."""
     dora: bool = False
-    """Train the length of each row of a weight beside the low-rank change (DoRA, Liu et al. 2024)."""
+    """Also train the norm of each row of the weights (DoRA, Liu et al. 2024)."""
     init: Annotated[str, AfterValidator(_check_init)] = "kaiming"
-    """How A and B begin: `kaiming` (B zero); `pissa`, the principal part of the weight (Meng et al. 2024), by an exact
-    decomposition; `pissa_niter_N`, by a randomised one of N power iterations, quicker by far (4 to 16 are usual)."""
+    """Initial values of A and B. `kaiming`: B is zero. `pissa`: the principal components of the weight (Meng et al.
+    2024) by an exact SVD. `pissa_niter_N`: by a randomised SVD with N power iterations, much faster (4 to 16 are
+    usual)."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
-    """Learning rate of B (and of DoRA's lengths) over that of A, from 1 (LoRA+, Hayou et al. 2024: 16)."""
+    """Learning rate of B (and of DoRA's norms) divided by that of A, from 1 (LoRA+, Hayou et al. 2024: 16)."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -145,27 +146,27 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Optimizer steps."""
     epochs: Positive | None = None
-    """Passes over the data instead; 1 where neither is given."""
+    """Passes over the data, instead of `max_steps`; 1 if neither is given."""
     packs_per_step: Positive = 16
-    """Rows that one optimizer step consumes, over all processes; their number must divide it."""
+    """Rows of an optimizer step, over all processes. The number of processes must divide it."""
     learning_rate: PositiveFloat = 1e-4
-    """Peak, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     component_learning_rates: dict[Component, PositiveFloat] = Field(default_factory=dict)
-    """Another peak for some of what is trained, such as `{vision_encoder = 1e-5}`; the schedule is the same."""
+    """Other peaks for some components, such as `{vision_encoder = 1e-5}`, with the same schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up: decay to zero at the last step along a half cosine or a line, or no decay."""
+    """After the warm-up: decay to zero at the last step along half a cosine or a line, or no decay."""
     warmup_steps: Count = 0
-    """Steps of linear growth up to `learning_rate`."""
+    """Steps of linear warm-up to `learning_rate`."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled (AdamW), per step times the learning rate."""
+    """Decoupled weight decay (AdamW), multiplied by the learning rate at each step."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients of a larger 2-norm are scaled down to it; 0: never."""
+    """Gradients with a larger 2-norm are scaled down to it; 0: never."""
     betas: Annotated[tuple[Below1, Below1], Field(strict=False)] = (0.9, 0.999)
-    """Decay of AdamW's two running means, each 0 <= beta < 1."""
+    """Decay rates of AdamW's two running means, each 0 <= beta < 1."""
     eps: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation and of frozen weights; trained weights are kept in fp32 either way."""
+    """Precision of computation and of frozen weights. Trained weights are always stored in fp32."""
 
     @model_validator(mode="before")
     @classmethod
@@ -184,30 +185,30 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """`[parallel]`: how the work is spread and how memory is traded for time. Results stay the same."""
+    """`[parallel]`: how work is spread over processes, and how memory is traded for time. Results stay the same."""
 
     shard: Count = 0
-    """Processes over which the decoder's weights are sharded; 0: all, 1: plain data parallel."""
+    """Number of processes over which the decoder's weights are sharded; 0: all, 1: none (plain data parallelism)."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full", "auto"] = "none"
-    """What the backward pass computes again instead of keeping; `auto`: the least that fits `memory_budget_gib`."""
+    """What the backward pass recomputes instead of storing. `auto`: the least that fits in `memory_budget_gib`."""
     vision_checkpointing: Literal["same", "none", "mlp", "selective", "full"] = "same"
-    """The same for a vision encoder that is trained; one that is frozen keeps nothing."""
+    """The same for a vision encoder that is trained. A frozen one stores nothing."""
     memory_budget_gib: PositiveFloat | None = None
-    """GiB of one device's memory that `activation_checkpointing = "auto"` may plan with."""
+    """GiB of memory of one device that `activation_checkpointing = "auto"` may use."""
     compile: bool = False
-    """`torch.compile` each decoder layer: slower to start, faster steps."""
+    """Apply `torch.compile` to each decoder layer: a slower start, faster steps."""
     reshard_after_forward: bool = True
-    """Give up a layer's gathered weights after its forward pass and gather them again for its backward pass; false:
-    half the traffic, while every process holds the whole decoder from one pass to the other."""
+    """Free a layer's gathered weights after its forward pass and gather them again for its backward pass. false: half
+    the traffic, but every process holds the whole decoder between the two passes."""
     offload: Literal["none", "frozen"] = "none"
-    """Where the frozen matrices of the decoder's layers lie while they are not at work: on the GPU, or in the host's
-    memory, from which each process copies its share of a layer before it is gathered. What is trained stays."""
+    """`frozen`: keep the frozen matrices of the decoder's layers in host memory while they are not used; each process
+    copies its shard of a layer before it is gathered. Trained weights stay on the GPU."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds that a process may take to come, a pack of a step, or a collective; then the run ends and names who is
-    behind. Preparing data and writing checkpoints may take longer."""
+    """Seconds that a process may take to join, or a pack of a step or a collective may take. Then the run ends and
+    names the processes that are behind. Preparing data and writing checkpoints may take longer."""
     silence_s: PositiveFloat = 60.0
-    """Seconds without a sign of life after which a process, or its host, counts as lost and the run ends; also what the
-    first collective may take."""
+    """Seconds without a heartbeat after which a process or its host counts as lost, and the run ends. Also the limit of
+    the first collective."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -225,41 +226,40 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """`[checkpoint]`: the state to resume from."""
+    """`[checkpoint]`: the state from which a run resumes."""
 
     every_steps: Count = 50
-    """Optimizer steps between two; 0: at the end only."""
+    """Optimizer steps between two checkpoints; 0: only one at the end."""
     keep_last: Count = 3
-    """Newest that are kept; 0: all."""
+    """Number of the newest checkpoints that are not deleted; 0: all."""
     asynchronous: bool = True
-    """Write while training goes on, from a copy in host memory: 12 bytes a trained parameter, over all processes that
-    write. A save waits for the one before."""
+    """Write while training continues, from a copy in host memory: 12 bytes for each trained parameter, over all
+    processes that write. A save waits until the one before it is done."""
 
 
 class EvalConfig(Section):
-    """`[eval]`: answers and loss on held-out records while training."""
+    """`[eval]`: answers and loss on held-out records during training."""
 
     every_steps: Count = 0
-    """Optimizer steps between two, and one after the last step; 0: never."""
+    """Optimizer steps between two evaluations; there is also one after the last step. 0: never."""
     sources: Tuple[SourceConfig] = ()
-    """Held-out records; empty: those of `data.sources`, which shows what was memorised, not what carries over."""
+    """Held-out records. Empty: those of `data.sources`, which shows what was memorised, not what generalises."""
     split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Hold out this share of the media of `data.sources` instead, with all their records: by a hash of `seed` and the
-    medium, so that new records move no old one. Training leaves them out, with or without `every_steps`."""
+    """Instead hold out this fraction of the media of `data.sources`, with all their records, by a hash of `seed` and
+    file name, so that added records move no other one. Training never uses them, whatever `every_steps` is."""
     max_new_tokens: Positive = 128
-    """Tokens of an answer, at most."""
+    """Most tokens of an answer."""
     batch_size: Positive = 8
-    """Answers generated at a time, for each process."""
+    """Answers that each process generates at a time."""
     max_samples: Count = 0
-    """Questions asked, and documents whose loss is taken, at most; always the same ones. 0: all."""
+    """Most questions that are asked, and most documents whose loss is computed; always the same ones. 0: all."""
     at_start: bool = True
-    """Also evaluate before the first step: what the base says."""
+    """Also evaluate before the first step: the answers of the base model."""
     japanese: Literal["char", "ja-mecab"] = "char"
-    """How BLEU, CIDEr-D and token F1 cut Japanese: `char`, by characters, or `ja-mecab`, into words as sacrebleu's
-    tokenizer of that name does (extra `ja`); then Han characters alone are Japanese too, not Chinese."""
+    """How BLEU, CIDEr-D and token F1 split Japanese: `char` into characters, `ja-mecab` into words by sacrebleu's
+    tokenizer (extra `ja`). With `ja-mecab` texts of Han characters alone count as Japanese, not as Chinese."""
     best_metric: str = ""
-    """Keep what the run exports in `best/` whenever this metric is better than before, such as `cider_d` or `loss`;
-    empty: never."""
+    """Export to `best/` whenever this metric, such as `cider_d` or `loss`, is better than ever before. Empty: never."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -276,19 +276,19 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """`[log]`: what is shown and written."""
+    """`[log]`: what is shown and recorded."""
 
     every_steps: Positive = 1
-    """Optimizer steps between two lines on the screen."""
+    """Optimizer steps between two lines of the log."""
     tensorboard: bool = False
-    """Also write TensorBoard's event files (extra `tensorboard`)."""
+    """Also write TensorBoard event files (extra `tensorboard`)."""
     wandb: bool = False
-    """Also send to Weights & Biases (extra `wandb`); its environment variables hold, WANDB_MODE=offline among them."""
+    """Also log to Weights & Biases (extra `wandb`). Its environment variables apply, such as WANDB_MODE=offline."""
     wandb_project: Name = "vft"
     wandb_run: Name | None = None
-    """Name of the run there; without it the last part of `output_dir`."""
+    """Name of the run in Weights & Biases. None: the last part of `output_dir`."""
     profile_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None
-    """First and last step that torch.profiler records, into `profile/` of the run's folder; none: no trace."""
+    """First and last step that torch.profiler records into `profile/` of the run's folder. None: no trace."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -298,15 +298,15 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """All settings of a run."""
 
     task: TaskName | None = None
     """What is learnt: a task of `vft.recipes`, or `module:Class` for one outside the package. Without it a recipe's
     command trains its own task, and tools that read the file alone take captioning."""
     output_dir: Folder
-    """Where all that the run leaves goes, relative to the current directory. The same command again resumes."""
+    """Folder of everything that the run writes, relative to the current directory. The same command again resumes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the order of samples, dropout and fresh adapters."""
+    """Seed of the order of samples, of dropout and of new adapters."""
     model: ModelConfig
     lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
@@ -356,9 +356,9 @@ class Config(Section):
         return self
 
     def require_training(self) -> None:
-        """Check what training needs and other uses of a file (prediction, evaluation) do without.
+        """Check what training needs, unlike prediction and evaluation.
 
-        Raises UserError where nothing would be trained or read.
+        Raises UserError if nothing would be trained, or no data is named.
         """
         if self.lora is None and not self.model.train:
             raise UserError("model.train = []: nothing to train; add a [lora] table or name parts of the model")
@@ -374,21 +374,21 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     `strict_toml.load` says how overrides are written. Two examples: `data.video.fps= data.video.frames=8` replaces a
     rate by a count, and `lora= model.train=["language_model"]` an adapter by full fine-tuning.
 
-    Raises UserError, one line: where it was written, the key, the value, what is allowed.
+    Raises UserError with one line: file or command line, key, value, and what is allowed.
     """
     return strict_toml.load(Config, source, overrides)
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as TOML; `load` gives an equal object back. Settings that are none are left out."""
+    """The resolved configuration as TOML. `load` returns an equal object. Settings that are None are left out."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def differences(a: Config, b: Config, ignore: Collection[str] = RESUME_MAY_CHANGE) -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values; None where one has no such key.
+    """Dotted keys whose values differ, with both values; None if a configuration has no such key.
 
-    `ignore` holds keys, or sections, that are left out. With its default the result is what makes `b` another
-    configuration than the one that a run was started with, so that it can't be resumed.
+    Keys and sections in `ignore` are left out. With the default, any difference means that a run which was started with
+    `a` cannot resume with `b`.
     """
     flat_a, flat_b = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     found = []
@@ -399,7 +399,7 @@ def differences(a: Config, b: Config, ignore: Collection[str] = RESUME_MAY_CHANG
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key; lists of tables by number, lists of plain values as one leaf."""
+    """All values by dotted key. Entries of a list of tables have their index as key; other lists are one value."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
