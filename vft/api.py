@@ -1,0 +1,177 @@
+"""vft from Python, for notebooks and scripts. `import vft` offers these names; docs/use/python.md shows each of them.
+
+A mistake of the user raises `vft.UserError`, a ValueError with a message of one line.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vft.adapters.peft_format import recorded
+from vft.cli.evaluate import as_trained, score_all
+from vft.cli.predict import DECODE_TIMEOUT_S, DEFAULT_PROMPT, data_config, load
+from vft.common.errors import UserError
+from vft.common.scores import Interval
+from vft.config import run as configs
+from vft.config.data import DataConfig
+from vft.config.run import Config, ModelConfig, ParallelConfig
+from vft.data.media.scan import scan
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import environment
+from vft.inference.engine import Answerer
+from vft.inference.generate import Sampling
+from vft.inference.requests import Failure, read_items
+from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
+from vft.recipes.main import train_config
+from vft.reporting.run_folder import RecordedRun, read_run
+
+ConfigSource = str | Path | Mapping[str, Any]
+"""A TOML file, or its tables as a dict."""
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """A model that answers questions about videos and pictures. `load_model` makes one."""
+
+    prepared: PreparedModel
+    config: DataConfig
+    """How frames are sampled and fitted."""
+    prompt: str
+    """What is asked if no other prompt is given."""
+    prompt_before_media: str = ""
+    """Text before the video, as in training; it goes with `prompt` alone."""
+    system: str | None = None
+    """Text of the system's turn, as in training."""
+
+    def ask(
+        self,
+        clip: str | Path,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The model's answer about a video or picture.
+
+        Args:
+            clip: file of the video or picture.
+            prompt: what to ask; by default what the model was trained to answer.
+            max_new_tokens: largest length of the answer, in tokens.
+            temperature: 0 for greedy decoding, above 0 to sample.
+            top_p: probability mass to sample from, above 0 and at most 1.
+            seed: seed of sampling.
+
+        Raises:
+            UserError: the file cannot be read as a video or picture.
+        """
+        before = "" if prompt else self.prompt_before_media
+        items = read_items([Path(clip)], prompt or self.prompt, None, None, before, self.system)
+        if len(items) != 1:
+            raise UserError(f"{clip}: holds {len(items)} questions; ask about one video or picture at a time")
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        with WorkerPool(0, DECODE_TIMEOUT_S) as pool:
+            encoder = self.prepared.encoder(self.config)
+            answerer = Answerer(self.prepared.model, encoder, self.config, scan, pool, environment())
+            question = load(answerer, items[0], max_new_tokens)()
+            if isinstance(question, Failure):
+                raise UserError(question.message)
+            (answer,) = answerer.answer([question], sampling)
+        return answer.text
+
+
+def load_model(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    precision: Literal["bf16", "fp32"] | None = None,
+    quantize: Literal["none", "nf4"] = "none",
+    fps: float | None = None,
+    frames: int | None = None,
+    max_frames: int | None = None,
+    max_pixels: int | None = None,
+) -> VideoModel:
+    """Load a base or merged model, or a LoRA adapter on its base.
+
+    Args:
+        model: folder or hub name of the base or merged model.
+        adapter: folder of a LoRA adapter, such as `runs/mine/adapter`.
+        precision: by default bf16 on a GPU and fp32 on a CPU.
+        quantize: "nf4" holds the decoder's layers in 4 bits.
+        fps, frames, max_frames, max_pixels: frames a second, or a fixed number of frames, the largest number of
+            frames, and the largest height x width of a frame; by default as in the model's training.
+
+    Raises:
+        UserError: the model or the adapter is not there, or they do not fit each other.
+    """
+    world = environment()
+    folder = None if adapter is None else Path(adapter)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"adapter = {str(folder)!r}: no such folder")
+    dtype = DTYPES[precision or ("bf16" if world.device.type == "cuda" else "fp32")]
+    prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
+    about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
+    limits = Namespace(fps=fps, frames=frames, max_frames=max_frames, max_pixels=max_pixels, pack_tokens=None)
+    config = data_config(limits, about)
+    load_for_inference(prepared, world.device, None, ParallelConfig())
+    prompt, before = about.get("prompt") or DEFAULT_PROMPT, about.get("prompt_before_media", "")
+    return VideoModel(prepared, config, prompt, before, about.get("system"))
+
+
+def train(config: ConfigSource, overrides: Sequence[str] = (), *, task: str | None = None) -> RecordedRun:
+    """Train a run, or resume it if its output_dir has checkpoints; returns what it has written.
+
+    Args:
+        config: TOML file of the run, or its tables as a dict.
+        overrides: settings that replace those of `config`, such as `["train.max_steps=100", "lora.rank=8"]`.
+        task: caption, qa, classify, summarize, story or module:Class; by default the configuration's.
+
+    Raises:
+        UserError: a setting is wrong, or the data or the model cannot be read.
+    """
+    loaded = _load(config, overrides)
+    train_config(loaded, task or loaded.task or "caption")
+    return read_run(loaded.output_dir)
+
+
+def evaluate(
+    config: ConfigSource, adapter: str | Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Interval]:
+    """Score the base model, or an adapter on it, on the held-out samples of a configuration.
+
+    Args:
+        config: TOML file of a training run, or its tables as a dict. The samples are those of `eval.sources`, or held
+            out by `eval.split`.
+        adapter: folder of a LoRA adapter; None scores the base model alone.
+        overrides: settings that replace those of `config`.
+
+    Returns:
+        Each metric of the task with the ends of its 95 % interval. The answers are in `predictions/adapter.jsonl` or
+        `predictions/base.jsonl` of the run's output_dir.
+
+    Raises:
+        UserError: a setting is wrong, or the data, the model or the adapter cannot be read.
+    """
+    folder = None if adapter is None else Path(adapter)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"adapter = {str(folder)!r}: no such folder")
+    loaded = as_trained(_load(config, overrides), folder)
+    name = "base" if folder is None else "adapter"
+    return score_all(loaded, {loaded.output_dir / "predictions" / f"{name}.jsonl": folder}, environment())[name]
+
+
+def load_run(folder: str | Path) -> RecordedRun:
+    """What a run has written so far: `steps` (a dict for each step, as in metrics.jsonl), `evaluations` (scores by
+    step), `predictions`, `quarantine`, `config` and more. UserError if the folder is not one of a run."""
+    if not Path(folder, "config.toml").is_file():
+        raise UserError(f"{folder}: no config.toml; name the output_dir of a run")
+    return read_run(Path(folder))
+
+
+def _load(source: ConfigSource, overrides: Sequence[str]) -> Config:
+    return configs.load(source if isinstance(source, Mapping) else Path(source), overrides)
