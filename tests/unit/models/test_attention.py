@@ -22,35 +22,35 @@ from vft.models.attention_plan import attended_pairs, build_plan, document_segme
 
 @dataclass(frozen=True)
 class Shape:
-    """A document: tokens of its trunk and of its branches."""
+    """A document: tokens of its shared prefix and of its suffixes."""
 
-    trunk: int
-    branches: tuple[int, ...]
+    prefix: int
+    suffixes: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        return self.trunk + sum(self.branches)
+        return self.prefix + sum(self.suffixes)
 
 
 def plan_of(shapes: Sequence[Shape]) -> AttentionPlan:
     segments, start = [], 0
     for shape in shapes:
-        segments += document_segments(start, shape.trunk, shape.branches)
+        segments += document_segments(start, shape.prefix, shape.suffixes)
         start += shape.tokens
     return build_plan(segments, causal=True)
 
 
 def mask_of(shapes: Sequence[Shape]) -> Tensor:
-    """Who sees whom, from what each token is: its document, its branch (None: the trunk) and its place."""
+    """Who sees whom, from what each token is: its document, its suffix (None: the prefix) and its place."""
     tokens: list[tuple[int, int | None]] = []
     for number, shape in enumerate(shapes):
-        tokens += [(number, None)] * shape.trunk
-        for branch, length in enumerate(shape.branches):
-            tokens += [(number, branch)] * length
+        tokens += [(number, None)] * shape.prefix
+        for suffix, length in enumerate(shape.suffixes):
+            tokens += [(number, suffix)] * length
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for q, (document, branch) in enumerate(tokens):
+    for q, (document, suffix) in enumerate(tokens):
         for k, (other, of) in enumerate(tokens):
-            mask[q, k] = document == other and k <= q and of in (None, branch)
+            mask[q, k] = document == other and k <= q and of in (None, suffix)
     return mask
 
 
@@ -72,9 +72,9 @@ def random_qkv(tokens: int, heads: int, key_heads: int, seed: int = 0) -> list[T
 
 ROWS = {
     "one": [Shape(0, (9,))],
-    "one with a trunk": [Shape(5, (4,))],
+    "one with a prefix": [Shape(5, (4,))],
     "several": [Shape(0, (6,)), Shape(3, (1,)), Shape(0, (6,)), Shape(0, (11,))],
-    "branches": [Shape(7, (3, 5, 3))],
+    "suffixes": [Shape(7, (3, 5, 3))],
     "single tokens": [Shape(1, (1, 1, 1)), Shape(0, (1,))],
     "everything": [Shape(4, (5,)), Shape(8, (2, 6)), Shape(0, (9,)), Shape(8, (6, 2, 1, 1)), Shape(3, (6,))],
 }
@@ -99,8 +99,8 @@ def test_random_forests(seed: int) -> None:
     chance = random.Random(seed)
     shapes = []
     for _ in range(chance.randint(1, 6)):
-        branches = tuple(chance.randint(1, 4) for _ in range(chance.randint(1, 4)))
-        shapes.append(Shape(chance.randint(1 if len(branches) > 1 else 0, 5), branches))
+        suffixes = tuple(chance.randint(1, 4) for _ in range(chance.randint(1, 4)))
+        shapes.append(Shape(chance.randint(1 if len(suffixes) > 1 else 0, 5), suffixes))
     inputs = random_qkv(sum(shape.tokens for shape in shapes), 2, 1, seed)
     torch.testing.assert_close(attend(*inputs, plan_of(shapes)), dense(*inputs, mask_of(shapes)), rtol=0, atol=1e-12)
 
