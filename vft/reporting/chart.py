@@ -1,6 +1,6 @@
-"""Curves over steps as SVG that stands alone: axes with round numbers, a title on every point.
+"""Curves over steps as an SVG element, with round numbers on the axes and a tooltip on every point.
 
-Colours and fonts are the page's, by class: `s0` to `s5` for the series, `grid`, `tick`, `whisker`.
+The page sets colours and fonts by class: `s0` to `s5` for the series, `grid`, `tick`, `whisker`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from statistics import fmean, median
 from vft.common.scores import Interval
 
 Curve = Sequence[tuple[int, Interval]]
-"""Values by step, in order; low = high where a value has no interval."""
+"""Values by step, in order. A value without an interval has low = high."""
 
 WIDTH, HEIGHT = 420, 210
-"""Of the drawing, in its own units; the page scales it."""
+"""Size of the drawing in its own units; the page scales it."""
 TOP, RIGHT, BOTTOM = 10, 14, 24
 MAX_POINTS = 300
-"""A longer curve is drawn by the means of as many parts."""
+"""A longer curve is drawn as the means of this many parts."""
 MAX_DOTS = 40
-"""A curve of at most so many points shows each as a dot."""
+"""A curve with at most this many points shows each as a dot."""
 LOG_FROM = 30
-"""How far the largest value may lie above the median before the axis is logarithmic: one spike hides all else."""
+"""The axis is logarithmic if the largest value is more than this many times the median: a spike would hide the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,18 @@ class Axis:
     log: bool = False
 
     def place(self, value: float, begin: float, end: float) -> float:
-        """Where `value` stands between the ends of the axis."""
+        """The coordinate of `value` on an axis drawn from `begin` to `end`."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         return begin + ((math.log10(value) if self.log else value) - low) / (high - low) * (end - begin)
 
 
 def line_chart(title: str, series: Mapping[str, Curve]) -> str:
-    """An SVG element. At least one curve must have a point; values must be finite."""
+    """The chart as an SVG element. At least one curve must have a point, and values must be finite."""
     parts = {name: _in_parts(curve) for name, curve in series.items()}
     everything = [part for curve in parts.values() for part in curve]
-    # Of a mean's range, which is its parts' extremes, the title tells; it would press the curve flat.
+    # The range of a mean (least and largest value) is only in its tooltip: on the axis it would flatten the curve.
     y = value_axis(
-        [v for a, b, one in everything for v in ((one.value, one.low, one.high) if a == b else (one.value,))]
+        [v for a, b, mean in everything for v in ((mean.value, mean.low, mean.high) if a == b else (mean.value,))]
     )
     x = step_axis([last for _, last, _ in everything])
     left, right, foot = 12 + 6.2 * max(len(_label(tick)) for tick in y.ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -67,37 +67,38 @@ def line_chart(title: str, series: Mapping[str, Curve]) -> str:
             px, py = x.place(last, left, right), y.place(one.value, foot, TOP)
             points.append(f"{px:.1f},{py:.1f}")
             when = f"step {last}" if first == last else f"mean of steps {first} to {last}"
-            told = f"{name}, {when}: {one.value:.5g}"
+            tooltip = f"{name}, {when}: {one.value:.5g}"
             if one.low < one.high:
-                told += f" [{one.low:.5g}, {one.high:.5g}]"
+                tooltip += f" [{one.low:.5g}, {one.high:.5g}]"
             if one.low < one.high and first == last:
                 ends = f'y1="{y.place(one.low, foot, TOP):.1f}" y2="{y.place(one.high, foot, TOP):.1f}"'
                 marks.append(f'<line class="whisker" x1="{px:.1f}" x2="{px:.1f}" {ends}/>')
             kind = "dot" if len(curve) <= MAX_DOTS else "dot hidden"
             marks.append(
-                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{escape(told)}</title></circle>'
+                f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{escape(tooltip)}</title></circle>'
             )
         lines.append(f'<g class="s{number % 6}"><polyline points="{" ".join(points)}"/>{"".join(marks)}</g>')
     return "\n".join([*lines, "</svg>"])
 
 
 def value_axis(values: Sequence[float]) -> Axis:
-    """From a round number below the values to one above; logarithmic where they lie decades apart."""
+    """An axis from a round number below the values to one above them; logarithmic if one value is far above the
+    rest."""
     low, high = min(values), max(values)
     if low > 0 and high > LOG_FROM * median(values):
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         powers = range(first, last + 1, math.ceil((last - first) / 6))
         return Axis(10.0**first, 10.0**last, tuple(10.0**power for power in powers), log=True)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(low) / 10 or 1.0
-        low, high = low - room, high + room
+        margin = abs(low) / 10 or 1.0
+        low, high = low - margin, high + margin
     step = _round_up((high - low) / 4)
     ticks = tuple(i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
 def step_axis(steps: Sequence[int]) -> Axis:
-    """From the first step to the last, with ticks at round ones."""
+    """An axis from the first step to the last, with ticks at round numbers."""
     low, high = min(steps), max(steps)
     if low == high:
         return Axis(low - 1, high + 1, (low,))
@@ -106,19 +107,20 @@ def step_axis(steps: Sequence[int]) -> Axis:
 
 
 def _round_up(rough: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """The next larger number of 1, 2 or 5 times a power of ten."""
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next((factor * power for factor in (1, 2, 5) if factor * power >= rough), 10 * power)
 
 
 def _in_parts(curve: Curve) -> list[tuple[int, int, Interval]]:
-    """First step, last step and value of each point that is drawn; of several steps mean, least and largest value."""
+    """First step, last step and value of each point that is drawn. Several steps give their mean, least and largest
+    value."""
     size = math.ceil(len(curve) / MAX_POINTS)
     if size <= 1:
         return [(step, step, one) for step, one in curve]
     parts = [curve[i : i + size] for i in range(0, len(curve), size)]
     values = [[one.value for _, one in part] for part in parts]
-    means = [Interval(fmean(some), min(some), max(some)) for some in values]
+    means = [Interval(fmean(part), min(part), max(part)) for part in values]
     return [(part[0][0], part[-1][0], mean) for part, mean in zip(parts, means, strict=True)]
 
 

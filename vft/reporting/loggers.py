@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what metrics.jsonl says, under the same names."""
+"""TensorBoard and Weights & Biases: the figures of metrics.jsonl, under the same names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vft.config.run import Config
 
 
 class Board(Protocol):
-    """Shows figures over steps."""
+    """A service that shows figures over steps."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a step."""
+        """Log the figures of a step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still pending."""
 
 
 class _TensorBoard:
@@ -41,7 +41,7 @@ class _WandB:
         import wandb
 
         folder = config.output_dir
-        # The file tells when the run began: to resume goes on in the same run, to begin anew makes another.
+        # run.json holds the time of the start: a resumed run continues the same one here, a new run makes another.
         id = digest((folder / "run.json").read_text(encoding="utf-8"))
         try:
             self.run: Any = wandb.init(
@@ -51,7 +51,7 @@ class _WandB:
                 resume="allow",
                 dir=str(folder),
                 config=config.model_dump(mode="json"),
-                settings=wandb.Settings(console="off"),  # it would take the live view for output
+                settings=wandb.Settings(console="off"),  # it would record the live view
             )
         except wandb.errors.Error as error:
             raise UserError(
@@ -66,7 +66,7 @@ class _WandB:
 
 
 def require_boards(config: Config) -> None:
-    """UserError where a board is asked for whose package isn't installed."""
+    """Raise UserError if the package of a configured board is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(config.log, name) and not _installed(name):
             raise UserError(f"log.{name} = true: not installed; pip install 'vft[{name}]', or leave it out")
@@ -74,11 +74,11 @@ def require_boards(config: Config) -> None:
 
 def _installed(name: str) -> bool:
     found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None  # a folder of that name in the current one is no package
+    return found is not None and found.origin is not None  # not a folder of that name in the current folder
 
 
 def open_boards(config: Config, step: int) -> list[Board]:
-    """Those that are asked for; what they have after `step` is done again."""
+    """The configured boards. Figures of steps after `step` are logged again."""
     boards: list[Board] = []
     if config.log.tensorboard:
         boards.append(_TensorBoard(config.output_dir / "tensorboard", step))

@@ -1,6 +1,6 @@
-"""What a trained model needs so that others serve it as it was scored: sampling, frames and pixels.
+"""Files and commands with which others serve a trained model as it was scored: greedy, same frames and pixels.
 
-Rules are those of vLLM 0.33 (the files named here) and transformers 5; docs/use/adapters.md says how they were
+The rules are those of vLLM 0.33 (the files named here) and transformers 5; docs/use/adapters.md says how they were
 checked.
 """
 
@@ -21,26 +21,26 @@ from vft.config.toml import explain
 Limits = TypeVar("Limits", VideoConfig, ImageConfig)
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""That `vllm serve --max-lora-rank` takes (vllm/config/lora.py)."""
+"""Values that `vllm serve --max-lora-rank` accepts (vllm/config/lora.py)."""
 GPU_WEIGHT_BYTES = 56e9
-"""Weights that a GPU of 80 GB holds beside its cache of keys and values."""
+"""Bytes of weights on a GPU of 80 GB; the rest is for the key-value cache."""
 KEPT_OF_GENERATION = ("bos_token_id", "pad_token_id", "transformers_version")
-"""Fields of a release's generation_config.json that don't change what is said."""
+"""Fields of the base's generation_config.json that do not change the answers."""
 VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
 }
 FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
-"""Of which a rate goes with some and a number of frames with others."""
+"""Settings of sampling. Some go with a rate, others with a number of frames."""
 IMAGE_KEYS = frozenset({"image_processor_type", "min_pixels", "max_pixels", "size", "image_grid_pinpoints"})
-"""Of preprocessor_config.json, that say nothing about videos."""
+"""Keys of preprocessor_config.json that do not concern videos."""
 
 
 def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, Any]:
-    """`generation_config.json` that gives what evaluation gave, in place of the `release`'s.
+    """A `generation_config.json` for greedy decoding as in evaluation, to replace that of the base (`release`).
 
-    transformers goes by `do_sample`; vLLM ignores it and reads temperature, top_k, top_p, min_p, penalties and
+    transformers reads `do_sample`; vLLM ignores it and reads temperature, top_k, top_p, min_p, penalties and
     max_new_tokens (vllm/config/model.py, `get_diff_sampling_param`). `top_k` = 1 alone is not enough: both draw among
     tokens of equal logits, which are frequent in bfloat16 (`TopKLogitsWarper`, `apply_top_k_only`), where `do_sample`
     = false and `temperature` = 0 take the first. `top_k` is for requests with a temperature of their own.
@@ -53,10 +53,10 @@ def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, An
 def processor_files(
     model_type: str, files: Mapping[str, Mapping[str, Any]], video: Mapping[str, Any], image: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The processors' files of a folder with the frames and pixels of training; `files` are the release's, by name.
+    """The processor files with the frames and pixels of training; `files` are those of the base, by name.
 
-    `video` and `image` are `[data.video]` and `[data.image]` as they were recorded. transformers samples frames by
-    these settings; vLLM reads the sizes alone, and must be told not to sample again (`vllm_serve`).
+    `video` and `image` are `[data.video]` and `[data.image]` as recorded by the run. transformers samples frames by
+    these settings. vLLM reads only the sizes, and must be told not to sample again (`vllm_serve`).
     """
     frames, sizes = _limits(VideoConfig, video), _sizes(model_type, video, image)
     pictures = dict(files.get("preprocessor_config.json", {}))
@@ -73,11 +73,11 @@ def processor_files(
     pictures |= sizes["images_kwargs"]
     films |= sizes["videos_kwargs"]
     for content, scope in ((pictures, "images_kwargs"), (films, "videos_kwargs")):
-        if size := sizes[scope].get("size"):  # older versions read these
+        if size := sizes[scope].get("size"):  # for older versions
             content |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     whole = dict(files.get("processor_config.json", {}))
     nested = {key: whole[key] for key in ("image_processor", "video_processor") if isinstance(whole.get(key), dict)}
-    # Where transformers 5 saved both in one file, that one counts.
+    # If transformers 5 has saved both in one file, that file counts.
     made: dict[str, dict[str, Any]] = {}
     if "image_processor" not in nested or files.get("preprocessor_config.json"):
         made["preprocessor_config.json"] = pictures
@@ -99,15 +99,18 @@ def vllm_serve(
     weight_bytes: int = 0,
     adapter: Mapping[str, Any] | None = None,
 ) -> str:
-    """`vllm serve` of a model, or of an `adapter` (`path`, `rank`, `components`) on it, greedy and with the frames and
-    pixels of training. `video` and `image` as for `processor_files`; nothing is said of them where they are empty."""
+    """The command `vllm serve` for a model, or for an `adapter` (`path`, `rank`, `components`) on it.
+
+    It decodes greedily, with the frames and pixels of training. `video` and `image` are as for `processor_files`; if
+    they are empty, the command does not set them.
+    """
     gpus = 1 << max(0, math.ceil(math.log2(weight_bytes / GPU_WEIGHT_BYTES))) if weight_bytes > GPU_WEIGHT_BYTES else 1
     name = model.rstrip("/").rpartition("/")[2] or model
     words = ["vllm", "serve", model, "--served-model-name", name, "--tensor-parallel-size", str(gpus)]
-    # "vllm": nothing of the folder's generation_config.json but its end tokens counts.
+    # "vllm": of the folder's generation_config.json only the end tokens count.
     words += ["--generation-config", "vllm", "--override-generation-config", json.dumps({"temperature": 0.0})]
     if adapter is not None:
-        limit = next((one for one in MAX_RANKS if one >= adapter["rank"]), adapter["rank"])
+        limit = next((rank for rank in MAX_RANKS if rank >= adapter["rank"]), adapter["rank"])
         words += ["--enable-lora", "--max-lora-rank", str(limit)]
         words += ["--enable-tower-connector-lora"] if adapter["components"] else []
         words += ["--lora-modules", f"tuned={adapter['path']}"]
@@ -118,10 +121,10 @@ def vllm_serve(
 
 
 def request_pixels(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's `mm_processor_kwargs`, of the command or of one request: the pixels of training."""
+    """vLLM's `mm_processor_kwargs`, for the command or for a request: the pixels of training."""
     sizes = _sizes(model_type, video, image)
     if model_type == "qwen2_5_vl":
-        # Of frames that the loader took already; Qwen3-VL's class says so itself.
+        # vLLM's loader has sampled the frames already; the class of Qwen3-VL sets this itself.
         sizes["videos_kwargs"]["do_sample_frames"] = False
     return {scope: values for scope, values in sizes.items() if values}
 
@@ -142,24 +145,25 @@ def _frames(model_type: str, video: VideoConfig) -> dict[str, Any]:
 
 
 def _bounds(video: VideoConfig) -> dict[str, int]:
-    """Fewest and most frames of a rate; even, as qwen-vl-utils makes them."""
+    """Fewest and most frames of a rate, as even numbers (as in qwen-vl-utils)."""
     return {"min_frames": math.ceil(video.min_frames / 2) * 2, "max_frames": max(2, video.max_frames // 2 * 2)}
 
 
 def _sizes(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`size` of pictures and of videos as the family's processors in transformers read it; none for LLaVA's squares."""
+    """`size` of pictures and videos as the processors in transformers read it; empty for LLaVA, whose frames are
+    squares."""
     if model_type == "llava_next_video":
         return {"images_kwargs": {}, "videos_kwargs": {}}
     pictures, films = _limits(ImageConfig, image), _limits(VideoConfig, video)
     count = films.frames or max(2, films.max_frames // 2 * 2)
     most = films.max_pixels
-    if films.total_pixels is not None:  # exact for a fixed number of frames, and for videos of the most frames
+    if films.total_pixels is not None:  # exact for a fixed number of frames, and for videos with the most frames
         share = films.total_pixels / -(-count // 2)
         most = int(min(most, max(share, int(films.min_pixels * 1.05))))
     least = films.min_pixels
     own: dict[str, Any] = {}
     if model_type == "qwen3_vl":
-        # Its sizes are of all frames together. For a rate each frame has a limit of its own, in tokens.
+        # Its sizes are for all frames together. With a rate, each frame also has its own limit, in tokens.
         if films.frames is None:
             own = {"cap_pixels_per_frame": True, "max_video_tokens": max(1, most // 32**2)}
         else:
@@ -175,22 +179,21 @@ def _limits(section: type[Limits], recorded: Mapping[str, Any]) -> Limits:
     try:
         return section.model_validate(recorded)
     except ValidationError as error:
-        said = explain(section, error)[1]
-        raise UserError(f"vft.json: {said}: not limits that this version knows; correct them") from error
+        message = explain(section, error)[1]
+        raise UserError(f"vft.json: {message}: not limits that this version knows; correct them") from error
 
 
 def ranks_of(lora: Mapping[str, Any]) -> int:
-    """The largest rank among an exported adapter's layers, by `[lora]`: PiSSA's is written with twice its rank."""
+    """The largest rank in an exported adapter, from its `[lora]` table. PiSSA is exported with twice its rank."""
     largest = max([lora["rank"], *(lora.get("ranks") or {}).values()])
     return int(largest) * (1 if lora["init"] == "kaiming" else 2)
 
 
 def components_of(lora: Mapping[str, Any]) -> Sequence[str]:
-    """The parts beside the language model that have adapters, by `[lora]`."""
+    """The components other than the language model that have adapters, from the `[lora]` table."""
     return sorted({name.partition(".")[0] for name in lora["targets"]} - {"language_model"})
 
 
 def not_served(lora: Mapping[str, Any]) -> str:
-    """Why vLLM doesn't serve an adapter of these settings (`[lora]`) as it is (vllm/lora/peft_helper.py); empty where
-    it does."""
+    """Why vLLM can't serve an adapter with this `[lora]` table (vllm/lora/peft_helper.py); empty if it can."""
     return "DoRA is not served" if lora.get("dora") else ""
