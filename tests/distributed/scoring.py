@@ -16,7 +16,7 @@ import torch
 from vft.adapters.init import initialise
 from vft.adapters.lora import fill, is_adapter
 from vft.adapters.targets import choose_trainable
-from vft.common.task import Question
+from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Turn
 from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import LoraConfig, ParallelConfig
@@ -68,11 +68,11 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
         found = {}
         for name, asked in lists.items():
             passes.clear()
-            answers = answerer.answer_all(asked, Sampling(max_new_tokens=3), batch_size=2)
-            told = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers.values()}
+            answers = [one for one in answerer.answers(asked, Sampling(max_new_tokens=3), 2) if isinstance(one, Answer)]
+            told = {answer.question.id: [answer.text, *answer.option_scores] for answer in answers}
             found[name] = {"answers": told, "passes": all_of(sum(map(bool, passes)))}
-            drawn = answerer.answer_all(asked, Sampling(max_new_tokens=6, temperature=1.0, seed=3), batch_size=2)
-            found[name]["drawn"] = [answer.text for answer in drawn.values()]
+            drawn = answerer.answers(asked, Sampling(max_new_tokens=6, temperature=1.0, seed=3), 2)
+            found[name]["drawn"] = [answer.text for answer in drawn if isinstance(answer, Answer)]
         if world.is_main:
             Path(output).write_text(json.dumps(found))
 

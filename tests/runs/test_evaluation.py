@@ -16,7 +16,7 @@ from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, VISION_LORA, World, 
 from vft.common.errors import UserError
 from vft.common.scores import Interval
 from vft.distributed import process_group as distributed
-from vft.inference.evaluate import Best
+from vft.inference.best_score import BestScore
 from vft.metrics import mean_interval
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"))
@@ -89,9 +89,9 @@ def test_which_export_is_the_best(tmp_path: Path) -> None:
 
     def keep(metric: str, value: float, folder: str) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
-        best = Best(tmp_path / folder / "best.json", metric, ALONE)  # as after a restart
+        best = BestScore(tmp_path / folder / "best.json", metric, ALONE)  # as after a restart
         scores = {metric: Interval(value, value, value)}
-        if best.is_beaten(scores):
+        if best.is_beaten_by(scores):
             exported.append(("best", value))
             best.record(3, scores)
 
@@ -104,32 +104,33 @@ def test_which_export_is_the_best(tmp_path: Path) -> None:
     assert exported == [("best", 3.0), ("best", 2.0)]
     noted = json.loads((tmp_path / "down" / "best.json").read_text())
     assert {"step": 3, "metric": "loss", "value": 2.0}.items() <= noted.items()
-    best = Best(tmp_path / "best.json", "cider", ALONE)
+    best = BestScore(tmp_path / "best.json", "cider", ALONE)
     with pytest.raises(UserError, match=r"^eval\.best_metric = 'cider': not among the scores, bleu4, loss$"):
-        best.is_beaten({name: Interval(0, 0, 0) for name in ("bleu4", "loss")})
+        best.is_beaten_by({name: Interval(0, 0, 0) for name in ("bleu4", "loss")})
 
 
-def test_only_scores_on_the_same_questions_are_compared(tmp_path: Path) -> None:
+def test_only_scores_on_the_same_questions_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By the same rules, and of as many samples; of more that could be read is better, of fewer never."""
-    said: list[str] = []
+    caplog.set_level("INFO")
 
     def is_kept(value: float, questions: str, count: int = 4, metric: str = "accuracy") -> bool:
-        best = Best(tmp_path / "best.json", metric, ALONE, questions, said.append)
+        caplog.clear()
+        best = BestScore(tmp_path / "best.json", metric, ALONE, questions)
         scores = {metric: mean_interval([value] * count, resamples=2)}
-        kept = best.is_beaten(scores)
+        kept = best.is_beaten_by(scores)
         if kept:
             best.record(1, scores)
         return kept
 
-    assert is_kept(0.9, "a") and not is_kept(0.8, "a") and said == []
-    assert is_kept(0.2, "b") and "accuracy 0.9 of step 1 was taken on other questions" in said.pop()
-    assert not is_kept(0.9, "b", count=3) and "4 could be read then, 3 now): it stays" in said.pop()
-    assert is_kept(0.1, "b", count=5) and "4 could be read then, 5 now): this one" in said.pop()
-    assert is_kept(0.05, "b", 5, metric="top1") and said == []
+    assert is_kept(0.9, "a") and not is_kept(0.8, "a") and not caplog.text
+    assert is_kept(0.2, "b") and "accuracy 0.9 of step 1 was taken on other questions" in caplog.text
+    assert not is_kept(0.9, "b", count=3) and "4 were readable then, 3 now): it stays" in caplog.text
+    assert is_kept(0.1, "b", count=5) and "4 were readable then, 5 now): this one" in caplog.text
+    assert is_kept(0.05, "b", 5, metric="top1") and not caplog.text
     line = json.loads((tmp_path / "best.json").read_text())
     assert line == {"step": 1, "metric": "top1", "value": 0.05, "samples": 5, "questions": "b"}
     (tmp_path / "best.json").write_text('{"step": 7, "metric": "top1", "value": 0.99}\n')  # by older rules
-    assert is_kept(0.5, "b", metric="top1") and "by other rules" in said.pop()
+    assert is_kept(0.5, "b", metric="top1") and "by other rules" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- several processes

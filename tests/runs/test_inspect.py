@@ -83,8 +83,8 @@ def test_base_and_adapter_side_by_side(world: World, commands: Commands, learned
     assert not {row["prediction"] for row in base} & set(ANSWERS.values())
     # A random model never ends; one that has learnt its answers does.
     assert all(row["cut_off"] for row in base) and not any("cut_off" in row for row in adapter)
-    assert "base: warning: 4 of 4 answers were cut off at eval.max_new_tokens = 60" in shown.stderr
-    assert "adapter: warning" not in shown.stderr
+    assert "warning: base: 4 of 4 answers were cut off at eval.max_new_tokens = 60" in shown.stderr
+    assert "warning: adapter" not in shown.stderr
     assert re.search(r"metric\s*┃\s*base\s*┃\s*adapter\s*┃\s*difference", shown.stdout), shown.stdout
     scores = json.loads((folder / "scores.json").read_text())
     before, after, gain = (scores[name]["cider_d"] for name in ("base", "adapter", "difference"))

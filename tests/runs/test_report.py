@@ -26,7 +26,7 @@ from vft.common.types import Conversation, MediaRef, Turn
 from vft.config import run as configs
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
-from vft.inference.evaluate import keep_parts
+from vft.inference.evaluate import write_score_parts
 from vft.metrics import mean_interval
 from vft.models import build
 from vft.models.pretrained import Pretrained
@@ -234,7 +234,7 @@ def test_a_change_is_that_of_the_same_questions(tmp_path: Path) -> None:
     for number, gain in ((0, 0.0), (2, 0.1)):
         samples = Samples(tuple(names), tuple(range(40)))
         score = mean_interval([one + gain for one in before], samples=samples)
-        keep_parts(folder / "scores" / f"step-{number:06d}.json", {"rouge_l": score})
+        write_score_parts(folder / "scores" / f"step-{number:06d}.json", {"rouge_l": score})
     wanted = ["rouge_l", "0.5 [0.4, 0.6]", "0.6 [0.5, 0.7]", "+0.1 [+0.1, +0.1]"]
     assert table(read(folder), "Scores")[1] in (
         wanted,
@@ -242,11 +242,13 @@ def test_a_change_is_that_of_the_same_questions(tmp_path: Path) -> None:
     )
     samples = Samples(tuple(names[:30]), tuple(range(30)))
     gains = [one + (0.2 if i < 15 else 0.1) for i, one in enumerate(before[:30])]
-    keep_parts(folder / "scores" / "step-000002.json", {"rouge_l": mean_interval(gains, samples=samples)})
+    write_score_parts(folder / "scores" / "step-000002.json", {"rouge_l": mean_interval(gains, samples=samples)})
     (_, row) = table(read(folder), "Scores")
     assert row[3].startswith("+0.15 [+0.1") and row[3].endswith("] on the 30 of both")
     other = Samples(tuple("abc"), (0, 1, 2))
-    keep_parts(folder / "scores" / "step-000002.json", {"rouge_l": mean_interval([0.0, 1.0, 1.0], samples=other)})
+    write_score_parts(
+        folder / "scores" / "step-000002.json", {"rouge_l": mean_interval([0.0, 1.0, 1.0], samples=other)}
+    )
     assert table(read(folder), "Scores")[1][3] == "other questions"
     for damaged in ("{", "[]", '{"samples": [], "scores": {"rouge_l": {"kind": "ratio", "samples": 0, "table": []}}}'):
         (folder / "scores" / "step-000002.json").write_text(damaged)

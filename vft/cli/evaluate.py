@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vft.adapters.compatibility import trained_rope_factor
-from vft.adapters.peft_format import recorded
 from vft.cli.arguments import add_config_arguments, parse_arguments
 from vft.common.console import user_errors
 from vft.common.errors import UserError
@@ -34,15 +32,18 @@ from vft.config.run import Config
 from vft.data.dataset import Dataset
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World, environment, make_mesh, process_group
-from vft.inference.engine import Answerer, require_folder
-from vft.inference.evaluate import cut_off_warning, evaluate
+from vft.inference.as_trained import evaluation_config
+from vft.inference.engine import Answerer
+from vft.inference.evaluate import evaluate
 from vft.inference.generate import Sampling
 from vft.metrics import paired_difference
-from vft.preparation.documents import load_held_out, overlap_with_training
+from vft.preparation.documents import load_held_out, warn_of_overlap
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.examples import key_of
 from vft.reporting.score_tables import COUNTS, DIFFERENCE, change_text, score_text
+
+logger = logging.getLogger(__name__)
 
 Scores = dict[str, Interval]
 
@@ -51,22 +52,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
     arguments = parse_arguments(__doc__, add_arguments, argv, prog)
     with user_errors():
-        require_folder(arguments.adapter, "--adapter")
+        if arguments.adapter is not None and not arguments.adapter.is_dir():
+            raise UserError(f"--adapter = {str(arguments.adapter)!r}: no such folder")
         if arguments.compare_base and arguments.adapter is None:
             raise UserError("--compare-base needs --adapter: there is nothing else to compare the base with")
-        config = as_trained(configs.load(arguments.config, arguments.overrides), arguments.adapter)
+        config = evaluation_config(configs.load(arguments.config, arguments.overrides), arguments.adapter)
         folder = arguments.output or config.output_dir / "predictions"
         runs = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
         if arguments.adapter is not None:
             runs["adapter"] = arguments.adapter
         world = environment()
-        if not config.eval.sources and config.eval.split is None and world.is_main:
-            print("eval.sources = []: scored are the samples of data.sources, those of training", file=sys.stderr)
+        if not config.eval.sources and config.eval.split is None:
+            logger.info("eval.sources = []: scored are the samples of data.sources, those of training")
         scores = score_all(config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
         if not world.is_main:
             return
         plain = {
-            name: {metric: described_score(one) for metric, one in found.items()}
+            name: {metric: score_record(one) for metric, one in found.items()}
             for name, found in {**scores, **differences(scores)}.items()
         }
         replace_text(folder / "scores.json", json.dumps({"task": task_of(config).name, **plain}, indent=1) + "\n")
@@ -83,28 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder of the answers (default: OUTPUT_DIR/predictions)")
 
 
-def as_trained(config: Config, adapter: Path | None) -> Config:
-    """The configuration with the task and `model.rope_factor` of the adapter's training, where it names none itself.
-
-    A merged model has the task of the adapter in it. The base is asked the same questions beside it, so it has the same
-    length of context.
-    """
-    about = recorded(adapter or Path(config.model.path))
-    model = config.model.model_copy(update={"rope_factor": trained_rope_factor(adapter, config.model.rope_factor)})
-    task = config.task or about.get("task")
-    return Config.model_validate({**config.model_dump(), "task": task, "model": model.model_dump()})
-
-
 def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) -> dict[str, Scores]:
-    """Scores by the name of the file that the answers go to: of the base model for None, else of the adapter on it."""
+    """Scores by the name of the file that the answers go to; `runs` says which adapter each file is of (None: the base
+    alone)."""
     dtype = DTYPES[config.train.precision]
     models = {file: open_for_inference(config.model, adapter, dtype) for file, adapter in runs.items()}
-    # Before the process group, as in training: a first scan of many files may outlast any time-out.
+    # Before the process group, as in training: the first scan of many files may outlast any timeout.
     encoder = next(iter(models.values())).encoder(config.data)
     held_out = load_held_out(task_of(config), config, encoder)
-    overlap = overlap_with_training(task_of(config), config, held_out) if world.is_main else ""
-    if overlap:
-        print(overlap, file=sys.stderr, flush=True)
+    warn_of_overlap(task_of(config), config, held_out)
     scores = {}
     with (
         process_group(world, alone=config.parallel.offload != "none"),
@@ -112,10 +101,7 @@ def score_all(config: Config, runs: Mapping[Path, Path | None], world: World) ->
     ):
         for file in runs:
             scores[file.stem] = score(config, models.pop(file), file, held_out, pool, world)
-            line = cut_off_warning(scores[file.stem], config.eval.max_new_tokens)
-            if line and world.is_main:
-                print(f"{file.stem}: {line}", file=sys.stderr, flush=True)
-            gc.collect()  # a sharded model holds itself through its hooks; there is no room for two
+            gc.collect()  # a sharded model holds itself through its hooks; two may not fit in memory
     return scores
 
 
@@ -131,10 +117,10 @@ def score(
     )
 
 
-def described_score(score: Interval) -> dict[str, Any]:
-    """A score in scores.json: value, ends of its interval, and how its texts were cut where it is one of texts."""
-    told = {"value": score.value, "low": score.low, "high": score.high}
-    return {**told, "tokenization": score.tokenization} if score.tokenization else told
+def score_record(score: Interval) -> dict[str, Any]:
+    """A score in scores.json: its value, the ends of its interval, and for a score of texts how they were tokenized."""
+    record = {"value": score.value, "low": score.low, "high": score.high}
+    return {**record, "tokenization": score.tokenization} if score.tokenization else record
 
 
 def show_answers(files: dict[str, Path], count: int) -> None:
@@ -149,13 +135,13 @@ def show_answers(files: dict[str, Path], count: int) -> None:
 
 
 def described(row: dict[str, str]) -> str:
-    """What a model said, whether it was cut off, and which option it found likeliest."""
-    said = row["prediction"] + ("   [cut off]" if "cut_off" in row else "")
-    return f"{said}   [likeliest: {row['choice']}]" if "choice" in row else said
+    """A model's answer, whether it was cut off, and which option is likeliest."""
+    answer = row["prediction"] + ("   [cut off]" if "cut_off" in row else "")
+    return f"{answer}   [likeliest: {row['choice']}]" if "choice" in row else answer
 
 
 def differences(scores: dict[str, Scores]) -> dict[str, Scores]:
-    """Of the adapter from the base, by metric, on the questions that both answered; nothing of one model alone."""
+    """The adapter's scores less the base's, on the questions that both answered; nothing for one model alone."""
     if len(scores) < 2:
         return {}
     base, adapter = scores.values()
@@ -164,8 +150,8 @@ def differences(scores: dict[str, Scores]) -> dict[str, Scores]:
 
 
 def show_scores(scores: dict[str, Scores], title: str) -> None:
-    """A table: a row a metric, a column a model, and the difference of two models with its own interval. Below a score
-    of texts stands how they were cut."""
+    """A table with a row for each metric and a column for each model, and the difference of two models with an interval
+    of its own. Below the name of a score of texts stands how they were tokenized."""
     table = Table(title=title)
     for number, name in enumerate(("metric", *scores, *([DIFFERENCE] if len(scores) > 1 else []))):
         table.add_column(name, justify="right" if number else "left")

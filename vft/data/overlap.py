@@ -109,7 +109,7 @@ def overlap_warning(held_out: Sequence[Conversation], training: Sequence[Convers
     )
     more = f" and {len(samples) - MAX_NAMED} more" if len(samples) > MAX_NAMED else ""
     return (
-        f"warning: {len(samples)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
+        f"{len(samples)} of {len(held_out)} held-out samples are also in training, as the same file or a copy "
         f"of it: {named}{more}; scores on them show what was memorised"
     )
 

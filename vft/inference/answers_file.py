@@ -1,105 +1,186 @@
-"""Answers as lines of JSON, and a file of them with which the same command goes on where it was."""
+"""Answers as lines of JSON, and the file of `vft predict --output`, with which the same command resumes."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from vft.adapters.peft_format import WEIGHTS_FILE
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, replace_text
-from vft.config.run import flatten
-from vft.inference.engine import Said
-from vft.inference.requests import Failure, Item
+from vft.common.rules import VERSION
+from vft.common.task import Answer, likeliest
+from vft.config.data import DataConfig
+from vft.config.run import ModelConfig, flatten
+from vft.inference.engine import Failure
+from vft.inference.generate import Sampling
+from vft.inference.requests import Request
+from vft.models.pretrained import Pretrained
 
 Line = dict[str, Any]
 NAMES = frozenset({"model", "adapter"})
 """Settings that only name what another one identifies: folders may be moved."""
 KEY = ("id", "video", "prompt", "history", "start_s", "end_s")
-"""What tells one question from another."""
+"""Fields that tell one question from another."""
+SCORED_BY = "sum of log-probabilities, closing token included"
+"""What `option_scores` of a line are."""
+MAX_OPTIONS = 5
+"""Options of a question, the likeliest, whose scores a line holds, beside those of the right ones."""
 
 
-def question_line(item: Item) -> Line:
-    """What was asked: `id`, `video` (several: a list; none: null), `prompt`, the turns before it, the segment."""
-    line: Line = {"id": item.id, "video": None, "prompt": None}
-    if not isinstance(item.asked, Failure):
-        prompt = item.asked.prompt
+def as_text(line: Line) -> str:
+    """A line as it stands in a file."""
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def evaluation_line(answer: Answer) -> Line:
+    """A line of an evaluation's predictions. `source` and `media` tell questions with equal ids apart."""
+    question = answer.question
+    line: Line = {
+        "id": question.id,
+        "prompt": question.prompt.turns[-1].text,
+        "prediction": answer.text,
+        "reference": question.references[0] if question.references else None,
+        "source": question.prompt.origin,
+        "media": [ref.name for ref in question.prompt.media],
+    }
+    if len(question.references) > 1:
+        line["references"] = question.references
+    return line | _details(answer)
+
+
+def prediction_line(request: Request, answer: Answer | Failure) -> Line:
+    """A line of `vft predict`: the question, the answer and a reference if there is one, or the `error`."""
+    line = question_line(request)
+    if isinstance(answer, Failure):
+        return {**line, "error": {"file": answer.file, "reason": answer.reason, "message": answer.message}}
+    line |= {"prediction": answer.text, **_details(answer)}
+    if answer.question.references:
+        line["reference"] = answer.question.references[0]
+    return line
+
+
+def question_line(request: Request) -> Line:
+    """What is asked: `id`, `video` (a list if there are several, null if there is none), `prompt`, the turns before it,
+    the segment."""
+    line: Line = {"id": request.id, "video": None, "prompt": None}
+    if not isinstance(request.question, Failure):
+        prompt = request.question.prompt
         names = [ref.name for ref in prompt.media]
         line["video"] = names if len(names) > 1 else next(iter(names), None)
         line["prompt"] = prompt.turns[-1].text
         if len(prompt.turns) > 1:
             line["history"] = [{"role": turn.role, "content": turn.text} for turn in prompt.turns[:-1]]
         videos = [ref.options for ref in prompt.media if ref.kind == "video"]
-        if len(videos) == 1 and item.segment_s is None:  # what the record shows of it
+        if len(videos) == 1 and request.segment_s is None:  # the part that the record names
             times_s = {"start_s": videos[0].video_start, "end_s": videos[0].video_end}
             line |= {name: time_s for name, time_s in times_s.items() if time_s is not None}
-    if item.segment_s is not None:
-        line |= {name: round(time_s, 3) for name, time_s in zip(("start_s", "end_s"), item.segment_s, strict=True)}
+    if request.segment_s is not None:
+        line |= {name: round(time_s, 3) for name, time_s in zip(("start_s", "end_s"), request.segment_s, strict=True)}
     return line
 
 
-def answer_line(item: Item, answer: Said | Failure) -> Line:
-    """`question_line` with the `prediction`, its `reasoning`, whether it was `cut_off` at the limit of tokens, and the
-    `reference`, where there is one; or with the `error`."""
-    line = question_line(item)
-    if isinstance(answer, Failure):
-        return {**line, "error": {"file": answer.file, "reason": answer.reason, "message": answer.message}}
-    line["prediction"] = answer.text
-    line |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+def _details(answer: Answer) -> Line:
+    """Fields that only some answers have: `reasoning`, `cut_off`, and for a question with options the likeliest ones.
+
+    `choice` is chosen by `option_scores`, whose rule is `scored_by`; `..._norm` are log-probabilities per character.
+    """
+    line: Line = {"reasoning": answer.reasoning} if answer.reasoning else {}
     line |= {"cut_off": True} if answer.is_cut_off else {}
-    if not isinstance(item.asked, Failure) and item.asked.references:
-        line["reference"] = item.asked.references[0]
+    if answer.choice is not None:
+        options, scores = answer.question.prompt.options, answer.option_scores
+        shown = sorted(range(len(options)), key=lambda i: -scores[i])[:MAX_OPTIONS]
+        shown += sorted(answer.right_options - {*shown})
+        line |= {"choice": options[answer.choice], "option_scores": {options[i]: round(scores[i], 4) for i in shown}}
+        line["scored_by"] = SCORED_BY
+        norms = answer.option_scores_norm
+        if (by_length := likeliest(norms)) is not None:
+            line["choice_norm"] = options[by_length]
+            line["option_scores_norm"] = {options[i]: round(norms[i], 4) for i in dict.fromkeys([*shown, by_length])}
     return line
+
+
+def answer_settings(
+    base: ModelConfig,
+    adapter: Path | None,
+    pretrained: Pretrained,
+    precision: str,
+    sampling: Sampling,
+    data: DataConfig,
+) -> dict[str, Any]:
+    """All that an answer depends on beside the question. Answers of other settings are not resumed."""
+    weights = hashlib.sha256(pretrained.fingerprint.encode())
+    if adapter is not None and (adapter / WEIGHTS_FILE).is_file():
+        with (adapter / WEIGHTS_FILE).open("rb") as stream:
+            weights.update(hashlib.file_digest(stream, "sha256").digest())
+    sampled = {"top_p": sampling.top_p, "seed": sampling.seed} if sampling.temperature else {}
+    return {
+        "model": base.path,
+        "adapter": None if adapter is None else str(adapter),
+        "weights": weights.hexdigest()[:16],
+        "rules": VERSION,
+        "precision": precision,
+        "quantize": base.quantize,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        **sampled,
+        "pack_tokens": data.pack_tokens,
+        "video": data.video.model_dump(mode="json", exclude_none=True),
+        "image": data.image.model_dump(mode="json", exclude_none=True),
+    }
 
 
 class AnswersFile:
     """A line for each answer as soon as it is known, with the settings that it was given with.
 
-    Lines of another run with the same settings stay, but for its errors, whose questions are asked again, and for a
-    last line that was cut off.
+    Lines of an earlier run with the same settings stay, except its errors, whose questions are asked again, and a last
+    line that was cut off.
 
     Raises:
-        UserError: the file holds something else, or answers given with other settings; names the first that differs.
+        UserError: the file holds something else, or answers given with other settings (names the first that differs).
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
-        self._kept: list[str] = []
         self._stream: TextIO | None = None
-        self.done: set[str] = set()
-        """Keys of the questions that are answered."""
+        self._lines: list[str] = []
+        """Answers of an earlier run."""
+        self._keys: set[str] = set()
+        """Of their questions."""
         if path.is_dir():
             raise UserError(f"--output = {str(path)!r}: is a folder; name a file, such as answers.jsonl")
-        self._found = self._read()
-        for number, text in enumerate(io.StringIO(self._found, newline="\n"), 1):  # an answer may hold other breaks
+        self._content = self._read()
+        for number, text in enumerate(io.StringIO(self._content, newline="\n"), 1):  # an answer may hold other breaks
             line = self._parsed(text, number)
             if line is not None and "prediction" in line:
-                self._kept.append(text if text.endswith("\n") else f"{text}\n")
-                self.done.add(_key(line))
+                self._lines.append(text if text.endswith("\n") else f"{text}\n")
+                self._keys.add(_key(line))
 
-    def has(self, item: Item) -> bool:
+    def has(self, request: Request) -> bool:
         """Whether this question is answered."""
-        return _key(question_line(item)) in self.done
+        return _key(question_line(request)) in self._keys
 
     def begin(self) -> None:
-        """Open it to add lines. One process does. UserError where another command writes, or has written meanwhile."""
-        stream = self._own()
-        if self._read() != self._found:
+        """Open the file to add lines; one process does. UserError if another command writes, or has written since."""
+        stream = self._lock()
+        if self._read() != self._content:
             raise UserError(
                 f"--output = {str(self.path)!r}: another command has written to it since; start this one again"
             )
-        text = "".join(self._kept)
-        if text != self._found:
+        text = "".join(self._lines)
+        if text != self._content:
             replace_text(self.path, text)
-            with stream:  # until the new file is held, too
-                stream = self._own()
+            with stream:  # until the new file is locked too
+                stream = self._lock()
         self._stream = stream
 
-    def _own(self) -> TextIO:
-        """The file at its end, held as long as it is open."""
+    def _lock(self) -> TextIO:
+        """The file, open at its end, and locked until it is closed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a", encoding="utf-8")
@@ -116,18 +197,18 @@ class AnswersFile:
             pass  # a file system without locks
         return stream
 
-    def add(self, item: Item, answer: Said | Failure) -> None:
-        """One more line, on its way to the disk when this returns."""
+    def add(self, request: Request, answer: Answer | Failure) -> None:
+        """Add a line; it is in the operating system's hands when this returns."""
         assert self._stream is not None
-        line = {**answer_line(item, answer), "settings": self.settings}
+        line = {**prediction_line(request, answer), "settings": self.settings}
         try:
-            self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._stream.write(as_text(line))
             self._stream.flush()
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def _read(self) -> str:
-        """What is there, without what ends a file that was cut off within a character."""
+        """The file's text; empty if there is none. A file may have been cut off within a character."""
         try:
             return self.path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
@@ -146,8 +227,8 @@ class AnswersFile:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("settings"), dict) or "id" not in line:
             raise UserError(f"{self.path}:{number}: isn't an answer of this command; name another --output")
-        # As JSON has them: what was read compares with what is about to be written.
-        before, now = (flatten(json.loads(json.dumps(one))) for one in (line["settings"], self.settings))
+        # Both as JSON gives them back, so that they compare.
+        before, now = (flatten(json.loads(json.dumps(settings))) for settings in (line["settings"], self.settings))
         for name in {**now, **before}:
             if name not in NAMES and before.get(name) != now.get(name):
                 was, new = (f"{name} = {one.get(name)!r} ({_names(one)})" for one in (before, now))

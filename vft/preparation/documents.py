@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,9 @@ from vft.data.overlap import overlap_warning
 from vft.data.split import Split
 from vft.data.stream_feeds import Streams, open_streams
 from vft.data.workers import WorkerPool
+from vft.distributed.process_group import environment
+
+logger = logging.getLogger(__name__)
 
 
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
@@ -126,22 +130,21 @@ def check_answer_length(new_tokens: int, context: int | None, setting: str) -> N
         )
 
 
-def overlap_with_training(task: Task, config: Config, held_out: Dataset, training: Dataset | None = None) -> str:
-    """A warning that names the held-out samples that are also trained on; empty if there are none, or if the training
-    samples themselves are evaluated.
+def warn_of_overlap(task: Task, config: Config, held_out: Dataset, training: Dataset | None = None) -> None:
+    """Log a warning that names the held-out samples that are also trained on. Without held-out samples of their own the
+    training samples are evaluated, which is no warning.
 
     Without `training` its records are read here; if that fails, the warning says so. Streams cannot be compared.
     """
-    if not config.eval.sources and config.eval.split is None:
-        return ""
-    if training is not None:
-        trained = training.conversations
-    else:
-        try:
-            trained = list(_training_records(task, config))
-        except UserError as error:
-            return f"warning: held-out samples can't be looked for among those of training: {error}"
-    return overlap_warning([one for one in held_out.conversations if not one.is_part], trained)
+    if not environment().is_main or (not config.eval.sources and config.eval.split is None):
+        return
+    try:
+        trained = list(_training_records(task, config)) if training is None else training.conversations
+    except UserError as error:
+        logger.warning("held-out samples can't be looked for among those of training: %s", error)
+        return
+    if warning := overlap_warning([one for one in held_out.conversations if not one.is_part], trained):
+        logger.warning("%s", warning)
 
 
 def _training_records(task: Task, config: Config) -> Iterator[Conversation]:

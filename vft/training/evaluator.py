@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,10 @@ from vft.common.task import Task
 from vft.config.run import Config
 from vft.data.dataset import Dataset
 from vft.distributed.heartbeat import report_progress
+from vft.inference.best_score import BestScore
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import Best, cut_off_warning, evaluate, keep_parts, questions_digest
+from vft.inference.evaluate import evaluate, questions_digest, write_score_parts
 from vft.inference.generate import Sampling
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,14 @@ class Evaluator:
             folder / "predictions" / f"step-{step:06d}.jsonl",
         )
         if self.answerer.world.is_main:
-            keep_parts(folder / "scores" / f"step-{step:06d}.json", scores)
-        if line := cut_off_warning(scores, settings.max_new_tokens):
-            logger.info("%s", line)
+            write_score_parts(folder / "scores" / f"step-{step:06d}.json", scores)
         return scores
 
-    def best(self) -> Best | None:
+    def best(self) -> BestScore | None:
         """The best scores so far; None without `eval.best_metric`."""
         if not self.config.eval.best_metric:
             return None
-        return Best.of(self.config, self.held_out, self.answerer.world, logger.info)
+        return BestScore.of(self.config, self.held_out, self.answerer.world)
 
     @cached_property
     def identity(self) -> Mapping[str, str]:

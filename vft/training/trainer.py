@@ -38,7 +38,7 @@ from vft.inference.engine import Answerer
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.parallel.parallelize import sync_gradients
-from vft.preparation.documents import load_held_out, load_training, overlap_with_training, training_streams
+from vft.preparation.documents import load_held_out, load_training, training_streams, warn_of_overlap
 from vft.preparation.memory import longest_row, memory_preflight, resolve_checkpointing
 from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.reporting import write_card, write_report
@@ -78,8 +78,8 @@ def run(task: Task, config: Config, world: World, dry: bool = False, objective: 
     # Before the process group: the first scan of a large data set may take longer than any timeout of a collective.
     documents = load_training(task, config, encoder)
     held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
-    if held_out is not None and world.is_main and (line := overlap_with_training(task, config, held_out, documents)):
-        logger.warning("%s", line.removeprefix("warning: "))
+    if held_out is not None:
+        warn_of_overlap(task, config, held_out, documents)
     with (
         process_group(world, alone=config.parallel.offload != "none"),
         WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
@@ -383,7 +383,7 @@ class Trainer:
         step = self.progress.step
         scores = evaluator.evaluate(step)
         best = evaluator.best() if step else None
-        if best is not None and best.is_beaten(scores):
+        if best is not None and best.is_beaten_by(scores):
             self.export(self.config.output_dir / "best")
             best.record(step, scores)
         self.monitor.evaluation(step, scores)  # last: a resumed run takes this line as a sign that all of it is done

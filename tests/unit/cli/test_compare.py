@@ -15,7 +15,7 @@ from tests.helpers.main import run_main
 from tests.runs.commands import Result
 from vft.cli.compare import main
 from vft.common.scores import Samples
-from vft.inference.evaluate import keep_parts
+from vft.inference.evaluate import write_score_parts
 from vft.metrics import mean_interval
 
 SETTINGS = """task = "caption"
@@ -92,7 +92,7 @@ def test_scores_on_the_same_questions_are_compared_in_pairs(compare: Callable[..
     for run, gain, prefix in zip(runs[:3], (0.0, 0.25, 0.25), ("q", "q", "other"), strict=True):
         samples = Samples(tuple(f"{prefix}{i}" for i in range(50)), tuple(i // 2 for i in range(50)))
         scores = [one + gain * (i % 2) for i, one in enumerate(base)]
-        keep_parts(run / "scores" / "step-000001.json", {"cider_d": mean_interval(scores, samples=samples)})
+        write_score_parts(run / "scores" / "step-000001.json", {"cider_d": mean_interval(scores, samples=samples)})
     done = compare(*runs).ok()
     table = done.stdout[done.stdout.index("Last evaluation, less that of a") :]
     (row,) = ([c.strip() for c in line.split("│")] for line in table.splitlines() if "cider_d" in line)

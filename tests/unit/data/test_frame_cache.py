@@ -35,7 +35,8 @@ from vft.data.media.patches import decode_resized
 from vft.data.media.scan import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, World
-from vft.inference.engine import Answerer, Prompt, user_question
+from vft.inference.engine import Answerer, PreparedQuestion
+from vft.inference.requests import user_question
 
 
 @pytest.fixture
@@ -115,8 +116,8 @@ def test_questions_are_asked_about_the_same_frames(tiny: Tiny, tmp_path: Path) -
         config = data_config(tmp_path, cache=cache)
         world = World(rank=0, size=1, local_rank=0, device=CPU)
         with WorkerPool(0, 60.0) as pool:
-            (prompt,) = Answerer(None, tiny.encoder, config, scan, pool, world).load([question])()
-        assert isinstance(prompt, Prompt)
+            prompt = Answerer(tiny.ours(), tiny.encoder, config, scan, pool, world).prepare(question)
+        assert isinstance(prompt, PreparedQuestion)
         return prompt.patches[0].pixels_PD
 
     expected = pixels("none")

@@ -29,7 +29,7 @@ from vft.data.formats import pe_video
 from vft.data.records.paths import find_path
 from vft.data.records.record import Records
 from vft.data.streaming.files import list_files
-from vft.inference.requests import read_items
+from vft.inference.requests import read_requests
 
 NFC, NFD = (unicodedata.normalize(form, "café é.mp4") for form in ("NFC", "NFD"))
 
@@ -148,7 +148,7 @@ def test_strays_are_no_class_and_no_clip(tmp_path: Path) -> None:
     samples, bad = read_folders(tmp_path / "set", tmp_path)
     assert not bad and [sample.id for sample in samples] == ["jump/b.mp4", "run/a.mp4"]
     assert samples[0].fields["labels"] == ("jump", "run")
-    assert [item.id for item in read_items([tmp_path / "set"], "?", None)] == [
+    assert [item.id for item in read_requests([tmp_path / "set"], "?", None)] == [
         str(tmp_path / "set" / name) for name in ("jump/b.mp4", "run/a.mp4")
     ]
 

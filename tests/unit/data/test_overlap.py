@@ -43,7 +43,7 @@ def test_the_same_file_or_a_copy_of_it(tmp_path: Path) -> None:
     found = [one.id for one in also_trained_on(held_out, training)]
     assert found == ["same", "copy", "hard link", "link", "list", "second"]
     line = overlap_warning(held_out, training)
-    assert line.startswith("warning: 6 of 10 held-out samples are also in training") and "copy (copy.mp4)" in line
+    assert line.startswith("6 of 10 held-out samples are also in training") and "copy (copy.mp4)" in line
     assert overlap_warning(held_out[4:7], training) == "" and "\n" not in line
     assert also_trained_on([about("gone", tmp_path / "gone.mp4")], [about("gone too", tmp_path / "gone2.mp4")]) == []
 

@@ -13,7 +13,8 @@ from tests.helpers.formats import error_of, read_messages, read_source, sample_o
 from vft.common.types import MediaOptions, MediaRef
 from vft.data.records import unread_keys
 from vft.data.records.record import BadRecord, Records
-from vft.inference.requests import Failure, read_items
+from vft.inference.engine import Failure
+from vft.inference.requests import read_requests
 
 ANSWER = {"role": "assistant", "content": "A cat."}
 TRIM = {"video_start": 6.0, "video_end": 9.0}
@@ -314,8 +315,8 @@ def test_an_id_alone_shows_nothing(tmp_path: Path, key: str, kind: str) -> None:
         assert (
             bad.field == key and f"'a' is an id, and nothing is shown; give the file's path as {kind!r}" in bad.message
         )
-        (item,) = read_items([tmp_path / "train.json"], "?", tmp_path)
-        assert isinstance(item.asked, Failure) and item.asked.reason == "record" and key in item.asked.message
+        (item,) = read_requests([tmp_path / "train.json"], "?", tmp_path)
+        assert isinstance(item.question, Failure) and item.question.reason == "record" and key in item.question.message
         samples, none = read(tmp_path, "messages", {**record, key: "a", kind: "a.mp4"}, {**record, key: None}, record)
         assert not none and [sample.unread for sample in samples] == [(key,), (), ()]
 

@@ -18,7 +18,7 @@ from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.data.records.files import read_json
 from vft.data.records.record import BadRecord, MalformedRecord
-from vft.inference.requests import read_items
+from vft.inference.requests import read_requests
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -358,7 +358,7 @@ def test_predict_shows_what_training_shows_of_llava_video(tmp_path: Path) -> Non
     path = write(tmp_path / "x" / "0_30_s_nextqa" / "x_oe.json", "")
     write(path, [llava(name) for name in ("NextQA/d.mp4", "N/e.mp4", "hound/v", "gone.mp4")])
     samples, bad = read("llava_video", path, tmp_path)
-    asked = [item.asked for item in read_items([path], "?", tmp_path) if isinstance(item.asked, Question)]
+    asked = [item.question for item in read_requests([path], "?", tmp_path) if isinstance(item.question, Question)]
     assert not bad and [one.prompt.turns for one in asked] == [sample.turns[:-1] for sample in samples]
     shown = [one.prompt.media[0] for one in asked]
     assert [ref.is_folder for ref in shown] == [False, False, True, False]

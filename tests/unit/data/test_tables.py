@@ -25,7 +25,8 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
 from vft.data.records.foreign_records import ANSWERS, FILES, QUESTIONS, VIDEOS, Normalizer
 from vft.data.records.record import RecordError, Records
-from vft.inference.requests import Failure, read_items
+from vft.inference.engine import Failure
+from vft.inference.requests import read_requests
 
 
 def read(path: Path, root: Path, format: str = "messages", **keys: Any) -> Records:
@@ -398,13 +399,13 @@ def test_where_uploads_lie(tmp_path: Path) -> None:
 
 def test_predict_asks_the_same_of_tables(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", "video,question,answer\na.mp4,What?,x\na.mp4,,\n")
-    first, second = read_items([path], "the prompt", None)
-    assert not isinstance(first.asked, Failure) and not isinstance(second.asked, Failure)
-    assert first.asked.prompt.turns[-1].text == "What?" and first.asked.references == ("x",)
-    assert second.asked.prompt.turns[-1].text == "the prompt" and second.asked.references == ()
+    first, second = read_requests([path], "the prompt", None)
+    assert not isinstance(first.question, Failure) and not isinstance(second.question, Failure)
+    assert first.question.prompt.turns[-1].text == "What?" and first.question.references == ("x",)
+    assert second.question.prompt.turns[-1].text == "the prompt" and second.question.references == ()
     Dataset.from_list([{"video": "a.mp4", "query": "What?", "response": "x"}]).to_parquet(tmp_path / "r.parquet")
-    (item,) = read_items([tmp_path / "r.parquet"], "p", None)
-    assert not isinstance(item.asked, Failure) and item.asked.prompt.turns[-1].text == "What?"
+    (item,) = read_requests([tmp_path / "r.parquet"], "p", None)
+    assert not isinstance(item.question, Failure) and item.question.prompt.turns[-1].text == "What?"
 
 
 # ----------------------------------------------------------------------------------------------------------- anything
@@ -461,7 +462,8 @@ def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
         media = [sample.turns[0].parts[0] for sample in samples]
         assert [ref.name for ref in media if isinstance(ref, MediaRef)] == [str(tmp_path / n) for n in wanted if n]
         assert len(bad) == wanted.count("")
-        asked = [item.asked for item in read_items([path], "?", tmp_path, columns) if isinstance(item.asked, Question)]
+        requests = read_requests([path], "?", tmp_path, columns)
+        asked = [one.question for one in requests if isinstance(one.question, Question)]
         assert [one.prompt.media for one in asked] == [(ref,) for ref in media]
 
 

@@ -20,7 +20,7 @@ from vft.config.data import DataConfig, VideoConfig
 from vft.data.dataset import converse, make_dataset
 from vft.data.frame_times import FrameTimes, with_frame_times
 from vft.data.media.subtitles import HEADING, Subtitles
-from vft.inference.engine import user_question
+from vft.inference.requests import user_question
 
 LONG, LONG_INFO = medium("video", 240, 140, 140, fps=24.0, name="long")
 SHORT, SHORT_INFO = medium("video", 6, 84, 84, fps=1.0, name="short")

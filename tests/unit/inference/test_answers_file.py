@@ -9,25 +9,31 @@ from typing import Any
 import pytest
 
 from vft.common.errors import UserError
+from vft.common.task import Answer
 from vft.inference.answers_file import AnswersFile
-from vft.inference.engine import Said
-from vft.inference.requests import Failure, Item, read_items
+from vft.inference.engine import Failure, Generation, answer_of
+from vft.inference.requests import Request, read_requests
 
 SETTINGS = {"model": "base", "adapter": None, "weights": "abc", "video": {"fps": 2.0, "max_frames": 32}}
 ODD = "two lines\u2028\x85\r\nof 狗 and 🐕"
 """Breaks that are none in JSONL, and characters of several bytes."""
 
 
-def items_of(folder: Path, *records: Any) -> list[Item]:
+def items_of(folder: Path, *records: Any) -> list[Request]:
     (folder / "ask.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    return read_items([folder / "ask.jsonl"], "What?", None)
+    return read_requests([folder / "ask.jsonl"], "What?", None)
 
 
-def written(path: Path, answers: list[tuple[Item, str | Failure]]) -> bytes:
+def said(item: Request, text: str) -> Answer:
+    assert not isinstance(item.question, Failure)
+    return answer_of(item.question, Generation(text), ())
+
+
+def written(path: Path, answers: list[tuple[Request, str | Failure]]) -> bytes:
     file = AnswersFile(path, SETTINGS)
     file.begin()
     for item, answer in answers:
-        file.add(item, Said(answer) if isinstance(answer, str) else answer)
+        file.add(item, said(item, answer) if isinstance(answer, str) else answer)
         assert path.read_bytes().endswith(b"}\n")  # at once, not when the process ends
     return path.read_bytes()
 
@@ -75,7 +81,7 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     first.begin()
     with pytest.raises(UserError, match="another command writes to it"):
         second.begin()
-    first.add(item, Said("Yes."))
+    first.add(item, said(item, "Yes."))
     before = path.read_bytes()
     del first
     with pytest.raises(UserError, match="another command has written to it since"):
@@ -84,7 +90,7 @@ def test_two_commands_do_not_write_to_one_file(tmp_path: Path) -> None:
     third = AnswersFile(path, SETTINGS)
     assert third.has(item) and not third.has(other)
     third.begin()
-    third.add(other, Said("No."))
+    third.add(other, said(other, "No."))
     assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == 2
 
 

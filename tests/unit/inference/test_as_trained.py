@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torchcodec.encoders import VideoEncoder
 
 from tests.helpers.tiny import CPU, Tiny
-from vft.cli.predict import data_config
 from vft.common.task import Question
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
@@ -21,11 +19,11 @@ from vft.data.media.scan import scan
 from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
+from vft.inference.as_trained import data_config
 from vft.inference.engine import Answerer
-from vft.inference.requests import read_items
+from vft.inference.requests import read_requests
 from vft.recipes.qa import QuestionAnswering
 
-NOTHING = Namespace(fps=None, frames=None, max_frames=None, max_pixels=None, pack_tokens=None)
 SYSTEM = "You watch carefully."
 ASKED = [("Look: ", "\nWhat is shown?")] * 2 + [("", "How long?")]
 
@@ -71,15 +69,15 @@ def test_clips_and_records_are_seen_as_in_training(tiny: Tiny, root: Path, setti
     documents, about = trained(tiny, root, share_videos=False, **settings)
     assert (about["prompt_before_media"], about["prompt"], about["other_prompts"]) == (*ASKED[0], 1)
     assert (about["system"], about["other_systems"]) == (SYSTEM, 0) and about["prompt_share"] == pytest.approx(2 / 3)
-    config = data_config(NOTHING, about)
+    config = data_config(about, {})
     clips = [root / "short.mp4", root / "long.mp4"]
-    items = read_items([*clips, root / "train.jsonl"], about["prompt"], root, None, "Look: ", about["system"])
+    items = read_requests([*clips, root / "train.jsonl"], about["prompt"], root, None, "Look: ", about["system"])
     world = World(0, 1, 0, CPU)
     with WorkerPool(0, 60.0) as pool:
         answerer = Answerer(None, tiny.encoder, config, scan, pool, world)
         for item, number in zip(items, (0, 1, 0, 1, 2), strict=True):
-            assert isinstance(item.asked, Question)
-            question = item.asked
+            assert isinstance(item.question, Question)
+            question = item.question
             if config.video.timestamps:
                 question = Question(question.id, with_frame_times(question.prompt), question.references)
             document, _ = answerer.documents(question)
@@ -98,13 +96,13 @@ def test_clips_and_records_are_seen_as_in_training(tiny: Tiny, root: Path, setti
 def test_a_clip_is_fitted_into_the_row_of_training(tiny: Tiny, root: Path) -> None:
     """One that takes more than `data.pack_tokens`: the room of the answer, which is not known yet, goes to frames."""
     documents, about = trained(tiny, root, video={"fps": 4.0, "max_frames": 80}, pack_tokens=400, share_videos=False)
-    (item,) = read_items(
+    (item,) = read_requests(
         [root / "long.mp4"], about["prompt"], None, None, about["prompt_before_media"], about["system"]
     )
-    assert isinstance(item.asked, Question)
+    assert isinstance(item.question, Question)
     with WorkerPool(0, 60.0) as pool:
-        answerer = Answerer(None, tiny.encoder, data_config(NOTHING, about), scan, pool, World(0, 1, 0, CPU))
-        document, _ = answerer.documents(item.asked)
+        answerer = Answerer(None, tiny.encoder, data_config(about, {}), scan, pool, World(0, 1, 0, CPU))
+        document, _ = answerer.documents(item.question)
     frames, of_training = (len(one.media[0].frame_indices) for one in (document, documents.build(1)))
     per_pair = documents.build(1).media[0].num_tokens / (of_training / 2)
     answer = documents.lengths[1] - of_training / 2 * per_pair
@@ -115,11 +113,11 @@ def test_a_clip_is_fitted_into_the_row_of_training(tiny: Tiny, root: Path) -> No
 def test_max_frames_changes_nothing_else() -> None:
     """The fewest frames of training stay where the most allow them."""
     about = {"video": {"fps": 2.0, "min_frames": 6, "max_frames": 32, "max_pixels": 9999}, "pack_tokens": 700}
-    whole = data_config(NOTHING, about)
-    fewer = data_config(Namespace(**{**vars(NOTHING), "max_frames": 16}), about)
+    whole = data_config(about, {})
+    fewer = data_config(about, {"max_frames": 16, "fps": None})
     changed = {"max_frames": 16, "sample_lists": True}
     assert fewer.video.model_dump() == {**whole.video.model_dump(), **changed} and fewer.pack_tokens == 700
-    least = data_config(Namespace(**{**vars(NOTHING), "max_frames": 2}), about)
+    least = data_config(about, {"max_frames": 2})
     assert (least.video.min_frames, least.video.max_frames) == (2, 2)
-    fixed = data_config(Namespace(**{**vars(NOTHING), "max_frames": 16}), {"video": {"frames": 8}})
+    fixed = data_config({"video": {"frames": 8}}, {"max_frames": 16})
     assert fixed.video.frames == 8

@@ -20,7 +20,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from tests.helpers.tiny import CPU, Tiny, talk
-from vft.cli.evaluate import as_trained, show_scores
+from vft.cli.evaluate import show_scores
 from vft.common.errors import UserError
 from vft.common.scores import Interval
 from vft.common.task import Answer, Question, Task
@@ -32,10 +32,12 @@ from vft.data.media.patches import load_patches
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
+from vft.inference.answers_file import as_text, evaluation_line
+from vft.inference.as_trained import evaluation_config
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import evaluate, held_out_loss, prediction_line
+from vft.inference.evaluate import evaluate, held_out_loss
 from vft.inference.generate import Sampling
-from vft.preparation.documents import load_held_out, overlap_with_training, questions
+from vft.preparation.documents import load_held_out, questions, warn_of_overlap
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
 from vft.recipes.summarize import Summarize
@@ -61,7 +63,7 @@ def test_a_merged_model_is_asked_by_its_own_task(tmp_path: Path) -> None:
         (tmp_path / "none", None, None),
     ):
         config = Config.model_validate({"task": task, "output_dir": "run", "model": {"path": str(path)}})
-        assert as_trained(config, None).task == wanted
+        assert evaluation_config(config, None).task == wanted
 
 
 def test_equal_prompts_are_one_question() -> None:
@@ -387,24 +389,26 @@ def test_a_line_of_the_file() -> None:
     """JSON on one line, whatever the texts hold; the choice is the likeliest option."""
     prompt = Conversation("q", (Turn("user", (VIDEO, "What\nis it?")),), "q", ("ä", "b"))
     answer = Answer(Question("q", prompt, ("b",)), "line\u2028break\n", (-2.5, -1.5))
-    text = prediction_line(answer)
+    text = as_text(evaluation_line(answer))
     assert text.count("\n") == 1 and text.endswith("\n") and len(text[:-1].split("\n")) == 1
     line = json.loads(text)
     assert line["prompt"] == "What\nis it?" and line["prediction"] == "line\u2028break\n"
     assert (line["choice"], line["option_scores"], line["reference"]) == ("b", {"b": -1.5, "ä": -2.5}, "b")
     assert "references" not in line
     assert line["scored_by"] == "sum of log-probabilities, closing token included" and "choice_norm" not in line
-    both = json.loads(prediction_line(Answer(Question("q", prompt, ("b",)), "x", (-2.5, -1.5), (-0.5, -0.75))))
+    both = evaluation_line(Answer(Question("q", prompt, ("b",)), "x", (-2.5, -1.5), (-0.5, -0.75)))
     assert (both["choice"], both["choice_norm"], both["option_scores_norm"]) == ("b", "ä", {"b": -0.75, "ä": -0.5})
     many = replace(prompt, options=tuple("abcdefgh"))
     scores = tuple(-1.0 - i / 3 for i in range(8))
-    line = json.loads(prediction_line(Answer(Question("q", many, ("g",)), "x", scores)))
+    line = evaluation_line(Answer(Question("q", many, ("g",)), "x", scores))
     assert list(line["option_scores"]) == ["a", "b", "c", "d", "e", "g"] and line["option_scores"]["b"] == -1.3333
-    unknown = json.loads(prediction_line(Answer(Question("q", replace(prompt, options=()), ()), "x")))
+    unknown = evaluation_line(Answer(Question("q", replace(prompt, options=()), ()), "x"))
     assert unknown["reference"] is None and "choice" not in unknown
 
 
-def test_held_out_samples_that_are_trained_on_are_named(tiny: Tiny, root: Path) -> None:
+def test_held_out_samples_that_are_trained_on_are_named(
+    tiny: Tiny, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By the records of training, read anew; where these can't be read a line says so; not where they are scored."""
     config, held_out = held_out_of(tiny, root, RECORDS[:2])
     (root / "train.json").write_text(json.dumps([record("Dark.", "30.png", "How bright?"), record("x", "150.png")]))
@@ -412,14 +416,14 @@ def test_held_out_samples_that_are_trained_on_are_named(tiny: Tiny, root: Path) 
     def told(path: str, *eval_sources: SourceConfig) -> str:
         data = config.data.model_copy(update={"sources": (SourceConfig(format="messages", path=path),)})
         changed = {"data": data, "eval": EvalConfig(sources=eval_sources)}
-        return overlap_with_training(Caption(), config.model_copy(update=changed), held_out)
+        caplog.clear()
+        warn_of_overlap(Caption(), config.model_copy(update=changed), held_out)
+        return caplog.text
 
     own = SourceConfig(format="messages", path="held_out.json")
     assert "1 of 2 held-out samples are also in training" in told("train.json", own)
     assert "held_out-1 (30.png)" in told("train.json", own) and "90.png" not in told("train.json", own)
-    assert (
-        told("gone.json", own).startswith("warning: held-out samples can't be looked for") and told("train.json") == ""
-    )
+    assert "held-out samples can't be looked for" in told("gone.json", own) and told("train.json") == ""
 
 
 def test_brackets_in_labels_are_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers.tiny import CPU, NO_MEDIA, Tiny, document, load_model, medium, plans_that_fit, talk
 from vft.common.errors import UserError
+from vft.common.task import Answer
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.chat import ChatEncoder
@@ -19,8 +20,9 @@ from vft.data.dataset import make_dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
-from vft.inference.engine import Answerer, Said, name_of, user_question
+from vft.inference.engine import Answerer, Failure, Generation, sampling_name
 from vft.inference.generate import GeneratedIds, Sampling, choose, generate
+from vft.inference.requests import user_question
 from vft.models import kv_cache as cache
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.pretrained import Pretrained
@@ -64,9 +66,9 @@ def test_names_of_questions() -> None:
     ref, _ = medium("video", 4, 56, 56, name="a/clip")
     moved, _ = medium("video", 4, 56, 56, name="b/clip")
     part = replace(ref, options=replace(ref.options, video_start=1.0))
-    names = [name_of(user_question("x", [one], "?")) for one in (ref, moved, part)]
+    names = [sampling_name(user_question("x", [one], "?")) for one in (ref, moved, part)]
     assert names[0] == names[1] != names[2]
-    assert len({name_of(user_question(id, [ref], text)) for id in "xy" for text in "?!"}) == 4
+    assert len({sampling_name(user_question(id, [ref], text)) for id in "xy" for text in "?!"}) == 4
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-10, 1e10, 1e308])
@@ -136,9 +138,9 @@ def test_every_end_token_that_the_checkpoint_names(tiny: Tiny, tmp_path: Any, na
 def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
     answerer = object.__new__(Answerer)
     answerer.encoder = tiny.encoder
-    assert answerer.said("<think>\nI look.\n</think>\n\nOne.", False) == Said("One.", "I look.")
-    assert answerer.said("<think>\nI lo", True) == Said("", "I lo", True)
-    assert answerer.said("One.", False) == Said("One.")
+    assert answerer.parse("<think>\nI look.\n</think>\n\nOne.", False) == Generation("One.", "I look.")
+    assert answerer.parse("<think>\nI lo", True) == Generation("", "I lo", True)
+    assert answerer.parse("One.", False) == Generation("One.")
 
 
 # ---------------------------------------------------------------------------------------------------------- context
@@ -203,10 +205,8 @@ def test_options_leave_room_for_the_longest(make_tiny: Any) -> None:
         assert length - 1 <= encoder.answer_tokens(option)
 
 
-def test_an_option_longer_than_the_context_costs_its_question_alone(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The others are asked, and a line says which is not."""
+def test_an_option_longer_than_the_context_costs_its_question_alone(tiny: Tiny) -> None:
+    """The others are answered, in order."""
     context = tiny.encoder.processor.context_tokens
     assert context is not None
     asked = [user_question(name, [], "Who?") for name in "abc"]
@@ -216,10 +216,10 @@ def test_an_option_longer_than_the_context_costs_its_question_alone(
     with WorkerPool(0, 60.0) as pool:
         model = tiny.ours()
         answerer = Answerer(model, tiny.encoder, DataConfig(pack_tokens=1 << 20), minute, pool, World(0, 1, 0, CPU))
-        answers = answerer.answer_all(asked, Sampling(max_new_tokens=2), batch_size=2)
-    assert list(answers) == [0, 2] and len(answers[2].option_scores) == 2
-    told = capsys.readouterr().err
-    assert "1 of 3 questions can't be asked: b: " in told and f"the model's context of {context}" in told
+        first, failed, last = answerer.answers(asked, Sampling(max_new_tokens=2), batch_size=2)
+    assert isinstance(first, Answer) and isinstance(last, Answer) and len(last.option_scores) == 2
+    assert isinstance(failed, Failure) and failed.reason == "unfit"
+    assert failed.message.startswith("b: ") and f"the model's context of {context}" in failed.message
 
 
 def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:

@@ -21,7 +21,7 @@ from vft.common.task import Question
 from vft.common.types import IGNORE_INDEX, Batch, Conversation, Document, Turn
 from vft.data.packing import collate
 from vft.inference import option_scores as score
-from vft.inference.engine import Said, answer_of
+from vft.inference.engine import Generation, answer_of
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
 from vft.models.kv_cache import PrefixCache
 from vft.recipes.classify import Classify
@@ -210,14 +210,14 @@ def test_scores_by_length_are_those_of_lm_eval() -> None:
     texts, closing = (-2.0, -2.4, -1.5), (-0.1, -0.9, -3.0)
     prompt = Conversation("q", (Turn("user", (OTHER, "?")),), "q", options)
     scores = [OptionScore(text + end, text) for text, end in zip(texts, closing, strict=True)]
-    answer = answer_of(Question("q", prompt, ("basketball",)), Said("x"), scores)
+    answer = answer_of(Question("q", prompt, ("basketball",)), Generation("x"), scores)
     lengths = np.array([float(len(option)) for option in options])
     assert answer.option_scores == pytest.approx((-2.1, -3.3, -4.5))
     assert answer.option_scores_norm == pytest.approx(np.array(texts) / lengths)
     assert answer.choice == 0 and int(np.argmax(np.array(texts) / lengths)) == 1
     found = {name: score.value for name, score in Classify().score([answer]).items()}
     assert (found["top1"], found["top1_norm"]) == (1.0, 0.0)
-    assert answer_of(answer.question, Said("x"), ()).option_scores_norm == ()
+    assert answer_of(answer.question, Generation("x"), ()).option_scores_norm == ()
 
 
 # ----------------------------------------------------------------------------------------------- trunk, branches

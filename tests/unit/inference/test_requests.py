@@ -6,29 +6,28 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tests.helpers.formats import read_story
 from tests.helpers.tiny import LIMITS, Tiny
-from vft.cli.predict import load
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaInfo, MediaOptions, MediaRef
-from vft.config.data import DataConfig
 from vft.data.media.errors import MediaError
-from vft.inference.engine import Answerer, TextStream
-from vft.inference.requests import Failure, Item, read_items, split
+from vft.inference.engine import Answerer, Failure
+from vft.inference.generate import TextStreamer
+from vft.inference.requests import Request, read_requests
+from vft.inference.segments import split
 from vft.recipes.story import Story
 
 CLIP = {"video": "clip.mp4"}
 
 
-def question(item: Item) -> Question:
-    assert isinstance(item.asked, Question), item.asked
-    return item.asked
+def question(item: Request) -> Question:
+    assert isinstance(item.question, Question), item.question
+    return item.question
 
 
 def records(folder: Path, *lines: Any, name: str = "ask.jsonl") -> Path:
@@ -46,9 +45,9 @@ def test_a_folder_is_all_that_can_be_seen_below_it(tmp_path: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "c.mp4").symlink_to(outside)
-    items = read_items([folder], "What?", None)
+    items = read_requests([folder], "What?", None)
     assert [item.id for item in items] == [str(folder / name) for name in ("b.MP4", "c.mp4", "a/10.webm", "a/2.jpg")]
-    link = items.pop(1).asked
+    link = items.pop(1).question
     assert isinstance(link, Failure) and link.reason == "record" and str(outside) in link.message
     assert [question(item).prompt.media[0].kind for item in items] == ["video", "video", "image"]
     assert all(question(item).prompt.turns[-1].text == "What?" for item in items)
@@ -68,7 +67,7 @@ def test_records_ask_what_training_data_ask(tmp_path: Path) -> None:
         {"prompt": "Two and two?"},
         {"conversations": [{"from": "human", "value": "<image>\nWhich?"}], "image": "still.png"},
     )
-    items = read_items([path], "Describe it.", None)
+    items = read_requests([path], "Describe it.", None)
     assert [item.id for item in items] == ["known", "open", *(f"ask-{number}" for number in (3, 4, 5, 6, 7))]
     found = [question(item) for item in items]
     texts = ["Who is it?"] * 2 + ["How many?", "Describe it.", "Describe it.", "Two and two?", "Which?"]
@@ -80,8 +79,9 @@ def test_records_ask_what_training_data_ask(tmp_path: Path) -> None:
     ]
 
 
-def test_a_record_is_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_is_read_as_in_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Question, system, trim and speech, by the reader of `messages` or of `story`; what is not read is told."""
+    caplog.set_level("INFO")
     path = records(
         tmp_path,
         {**CLIP, "question": "Who?", "answer": "A dog.", "system": "Be brief.", "start": 1, "end": 2, "year": 1},
@@ -90,7 +90,7 @@ def test_a_record_is_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureF
         {**CLIP, "text": "A dog runs.", "speech": "Run!", "video_end": 2},
         {**CLIP, "answer": "A dog."},
     )
-    items = read_items([path], "Describe it.", None)
+    items = read_requests([path], "Describe it.", None)
     found = [question(item) for item in items]
     last = [one.prompt.turns[-1].text for one in found]
     assert last == ["Who?", "Who?", "Say\nwho.", "Describe it.\nWhat is said: Run!", "Describe it."]
@@ -102,7 +102,7 @@ def test_a_record_is_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureF
         MediaOptions(fps=1.0),
     ]
     assert found[3].prompt.media[0].options == MediaOptions(video_end=2)
-    assert capsys.readouterr().err == f"{path}: keys that are not read, of 5 records: year (2)\n"
+    assert caplog.messages == [f"{path}: keys that are not read, of 5 records: year (2)"]
 
 
 def test_a_storys_own_question_is_asked_as_trained(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_storys_own_question_is_asked_as_trained(tmp_path: Path) -> None:
     path = records(tmp_path, *records_)
     samples, bad = read_story(path, tmp_path)
     trained = [Story().conversations(sample)[0] for sample in samples]
-    items = read_items([path], "Describe it.", None)
+    items = read_requests([path], "Describe it.", None)
     assert [one.turns[0].text for one in trained] == ["Who runs?", "Who runs?\nWhat is said: Run!", "Who?"]
     assert [question(item).prompt.turns for item in items] == [one.turns[:1] for one in trained]
     assert not bad and all(item.asks for item in items) and not any(sample.unread for sample in samples)
@@ -125,7 +125,7 @@ def test_a_storys_own_question_is_asked_as_trained(tmp_path: Path) -> None:
 def test_turns_before_the_question_stay(tmp_path: Path) -> None:
     turns = [("user", "<video>Who?"), ("assistant", "A dog."), ("user", "What colour?"), ("assistant", "Brown.")]
     said = [{"role": role, "content": text} for role, text in turns]
-    (item,) = read_items([records(tmp_path, {"messages": said, **CLIP})], "?", None)
+    (item,) = read_requests([records(tmp_path, {"messages": said, **CLIP})], "?", None)
     assert [turn.text for turn in question(item).prompt.turns] == ["Who?", "A dog.", "What colour?"]
     assert question(item).references == ("Brown.",)
 
@@ -149,9 +149,9 @@ def test_turns_before_the_question_stay(tmp_path: Path) -> None:
 )
 def test_a_bad_record_is_one_failure(tmp_path: Path, record: Any, told: str) -> None:
     path = records(tmp_path, {**CLIP, "prompt": "?"}, record, {**CLIP, "prompt": "!"})
-    first, bad, last = read_items([path], "?", None)
-    assert isinstance(bad.asked, Failure) and bad.asked.reason == "record"
-    assert bad.asked.message.startswith(f"{path}:2: ") and told in bad.asked.message
+    first, bad, last = read_requests([path], "?", None)
+    assert isinstance(bad.question, Failure) and bad.question.reason == "record"
+    assert bad.question.message.startswith(f"{path}:2: ") and told in bad.question.message
     assert [question(one).prompt.turns[-1].text for one in (first, last)] == ["?", "!"]
 
 
@@ -160,24 +160,24 @@ def test_where_media_lie(tmp_path: Path) -> None:
     elsewhere = tmp_path / "media"
     elsewhere.mkdir()
     path = records(tmp_path, CLIP, {"video": "../clip.mp4"})
-    inside, outside = read_items([path], "?", elsewhere)
+    inside, outside = read_requests([path], "?", elsewhere)
     assert question(inside).prompt.media[0].path == elsewhere / "clip.mp4"
-    assert isinstance(outside.asked, Failure)
+    assert isinstance(outside.question, Failure)
 
 
 def test_nothing_to_ask(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no videos or pictures"):
-        read_items([tmp_path], "?", None)
+        read_requests([tmp_path], "?", None)
     with pytest.raises(UserError, match="holds no records"):
-        read_items([records(tmp_path)], "?", None)
+        read_requests([records(tmp_path)], "?", None)
     with pytest.raises(UserError, match="No such file"):
-        read_items([tmp_path / "none.jsonl"], "?", None)
+        read_requests([tmp_path / "none.jsonl"], "?", None)
 
 
 def test_ids_differ(tmp_path: Path) -> None:
     path = records(tmp_path, {"id": "a", **CLIP}, {"id": "a", **CLIP})
     clip = tmp_path / "clip.mp4"
-    items = read_items([path, clip, path, clip], "?", None)
+    items = read_requests([path, clip, path, clip], "?", None)
     assert len({item.id for item in items}) == 6
 
 
@@ -206,12 +206,12 @@ def test_each_frame_is_in_one_segment(tiny: Tiny, fps: float, length_s: float, v
     assert all(before[1] == pytest.approx(after[0]) for before, after in pairwise(times))
 
 
-def item_about(*refs: MediaRef) -> Item:
+def item_about(*refs: MediaRef) -> Request:
     """The question that a file asks."""
-    (item,) = read_items([refs[0].path], "?", None) if isinstance(refs[0].path, Path) else ()
+    (item,) = read_requests([refs[0].path], "?", None) if isinstance(refs[0].path, Path) else ()
     asked = question(item)
     turn = replace(asked.prompt.turns[0], parts=(*refs, "?"))
-    return replace(item, asked=replace(asked, prompt=replace(asked.prompt, turns=(turn,))))
+    return replace(item, question=replace(asked, prompt=replace(asked.prompt, turns=(turn,))))
 
 
 def test_segments_of_what_is_trimmed_already() -> None:
@@ -238,7 +238,7 @@ def test_what_has_no_segments() -> None:
 
     still, two, bad = split([item_about(picture), item_about(video, video), item_about(video)], 10.0, missing)
     assert still.segment_s is None and question(still).prompt.media == (picture,)
-    assert isinstance(two.asked, Failure) and "2 videos" in two.asked.message
+    assert isinstance(two.question, Failure) and "2 videos" in two.question.message
     assert question(bad).prompt.media == (video,)
 
 
@@ -248,8 +248,9 @@ def test_times_outside_the_video_are_the_records_fault() -> None:
     info = MediaInfo("video", 56, 56, 300, 10.0, duration_s=30.0)
     (item,) = split([item_about(ref)], 4.0, lambda _: info)
     assert item.segment_s is None
-    answerer = SimpleNamespace(config=DataConfig(), info=lambda _: info, load=lambda asked, _: asked.clear)
-    failure = load(cast(Answerer, answerer), item, 8)()
+    answerer = object.__new__(Answerer)
+    answerer.info = lambda _: info
+    failure = answerer.prepare(question(item))
     assert isinstance(failure, Failure) and failure.reason == "record"
     assert "5 to 90 s is outside the video, which has 300 frames in 30.00 s" in failure.message
 
@@ -264,11 +265,11 @@ def test_text_comes_in_whole_characters(tiny: Tiny, text: str) -> None:
     ids = [token for byte in text.encode() for token in tokenizer.convert_tokens_to_ids([byte_token(byte)])]
     assert tokenizer.decode(ids) == text
     pieces: list[str] = []
-    stream = TextStream(lambda some: str(tokenizer.decode(some, skip_special_tokens=True)), pieces.append)
+    stream = TextStreamer(lambda some: str(tokenizer.decode(some, skip_special_tokens=True)), pieces.append)
     for token in ids:
-        stream.add([token])
-    stream.add([None])
-    stream.finish(text)
+        stream.put([token])
+    stream.put([None])
+    stream.end(text)
     assert [piece for piece in pieces if piece] == list(text)
 
 
@@ -281,8 +282,8 @@ def byte_token(byte: int) -> str:
 def test_keys_have_the_names_that_columns_say(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("n,p,q\nfirst,a.mp4,What?\n")
-    (item,) = read_items([path], "?", None, {"video": "p", "question": "q", "id": "n"})
-    assert not isinstance(item.asked, Failure) and item.id == "first"
-    assert item.asked.prompt.turns[-1].text == "What?" and item.asked.prompt.media[0].path == tmp_path / "a.mp4"
+    (item,) = read_requests([path], "?", None, {"video": "p", "question": "q", "id": "n"})
+    assert not isinstance(item.question, Failure) and item.id == "first"
+    assert item.question.prompt.turns[-1].text == "What?" and item.question.prompt.media[0].path == tmp_path / "a.mp4"
     with pytest.raises(UserError, match=r"columns\.video = 'x': no record has it"):
-        read_items([path], "?", None, {"video": "x"})
+        read_requests([path], "?", None, {"video": "x"})
