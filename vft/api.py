@@ -5,15 +5,14 @@ A mistake of the user raises `vft.UserError`, a ValueError with a message of one
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vft.adapters.peft_format import recorded
-from vft.cli.evaluate import as_trained, score_all
-from vft.cli.predict import DECODE_TIMEOUT_S, DEFAULT_PROMPT, data_config, load
+from vft.cli.evaluate import score_all
+from vft.cli.predict import DECODE_TIMEOUT_S, DEFAULT_PROMPT
 from vft.common.errors import UserError
 from vft.common.scores import Interval
 from vft.config import run as configs
@@ -22,9 +21,10 @@ from vft.config.run import Config, ModelConfig, ParallelConfig
 from vft.data.media.scan import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
-from vft.inference.engine import Answerer
+from vft.inference.as_trained import data_config, evaluation_config
+from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.inference.requests import Failure, read_items
+from vft.inference.requests import read_requests, with_frame_times
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes.main import train_config
 from vft.reporting.run_folder import RecordedRun, read_run
@@ -71,17 +71,17 @@ class VideoModel:
             UserError: the file cannot be read as a video or picture.
         """
         before = "" if prompt else self.prompt_before_media
-        items = read_items([Path(clip)], prompt or self.prompt, None, None, before, self.system)
-        if len(items) != 1:
-            raise UserError(f"{clip}: holds {len(items)} questions; ask about one video or picture at a time")
+        requests = read_requests([Path(clip)], prompt or self.prompt, None, None, before, self.system)
+        if len(requests) != 1:
+            raise UserError(f"{clip}: holds {len(requests)} questions; ask about one video or picture at a time")
+        request = with_frame_times(requests[0]) if self.config.video.timestamps else requests[0]
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         with WorkerPool(0, DECODE_TIMEOUT_S) as pool:
             encoder = self.prepared.encoder(self.config)
             answerer = Answerer(self.prepared.model, encoder, self.config, scan, pool, environment())
-            question = load(answerer, items[0], max_new_tokens)()
-            if isinstance(question, Failure):
-                raise UserError(question.message)
-            (answer,) = answerer.answer([question], sampling)
+            (answer,) = answerer.answers([request.question], sampling, batch_size=1, show_progress=False)
+        if isinstance(answer, Failure):
+            raise UserError(answer.message)
         return answer.text
 
 
@@ -116,8 +116,8 @@ def load_model(
     dtype = DTYPES[precision or ("bf16" if world.device.type == "cuda" else "fp32")]
     prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
     about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
-    limits = Namespace(fps=fps, frames=frames, max_frames=max_frames, max_pixels=max_pixels, pack_tokens=None)
-    config = data_config(limits, about)
+    limits = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_pixels": max_pixels}
+    config = data_config(about, limits)
     load_for_inference(prepared, world.device, None, ParallelConfig())
     prompt, before = about.get("prompt") or DEFAULT_PROMPT, about.get("prompt_before_media", "")
     return VideoModel(prepared, config, prompt, before, about.get("system"))
@@ -160,7 +160,7 @@ def evaluate(
     folder = None if adapter is None else Path(adapter)
     if folder is not None and not folder.is_dir():
         raise UserError(f"adapter = {str(folder)!r}: no such folder")
-    loaded = as_trained(_load(config, overrides), folder)
+    loaded = evaluation_config(_load(config, overrides), folder)
     name = "base" if folder is None else "adapter"
     return score_all(loaded, {loaded.output_dir / "predictions" / f"{name}.jsonl": folder}, environment())[name]
 
