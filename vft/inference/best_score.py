@@ -53,9 +53,7 @@ class BestScore:
         best = all_of(known)[0]
         if not best:
             return True
-        before = (
-            f"{self.file}: {best.get('metric')} {best.get('value')} of step {best.get('step')} was measured on other"
-        )
+        before = f"{self.file}: {best.get('metric')} {best.get('value')} of step {best.get('step')} was taken on other"
         if best.get("metric") != self.metric or best.get("questions") != self.questions:
             if best.get("metric") == self.metric:
                 logger.info("%s questions, or by other rules: the best score starts anew", before)
