@@ -23,7 +23,7 @@ from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.chat import ChatEncoder
 from vft.data.media.index import build as build_index
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import all_of, environment, make_mesh, process_group
+from vft.distributed.process_group import DataParallel, all_of, environment, make_mesh, process_group
 from vft.inference import engine as answering
 from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
@@ -62,7 +62,15 @@ def main(base: str, questions: str, trained: str, output: str) -> None:
             if is_adapter(name):
                 generator = torch.Generator().manual_seed(number)
                 fill(parameter, 0.3 * torch.randn(parameter.shape, generator=generator))
-        answerer = Answerer(model, ChatEncoder(checkpoint.tokenizer, model.processor), config, index.info, pool, world)
+        answerer = Answerer(
+            model,
+            ChatEncoder(checkpoint.tokenizer, model.processor),
+            config,
+            index.info,
+            pool,
+            world,
+            DataParallel(world.rank, world.size),
+        )
         passes: list[int] = []
         model.register_forward_pre_hook(lambda module, args: passes.append(args[0].num_targets))
         found = {}

@@ -31,7 +31,7 @@ from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import Dataset
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import World, environment, make_mesh, process_group
+from vft.distributed.process_group import DataParallel, World, environment, make_mesh, process_group
 from vft.inference.as_trained import evaluation_config
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import evaluate
@@ -109,8 +109,10 @@ def score(
     config: Config, prepared: PreparedModel, file: Path, held_out: Dataset, pool: WorkerPool, world: World
 ) -> Scores:
     """Scores of a model; its answers go to `file`."""
-    load_for_inference(prepared, world.device, make_mesh(world, config.parallel.shard), config.parallel)
-    answerer = Answerer(prepared.model, held_out.encoder, config.data, held_out.info, pool, world)
+    mesh = make_mesh(world, config.parallel.shard)
+    load_for_inference(prepared, world.device, mesh, config.parallel)
+    parallel = DataParallel.of(mesh)
+    answerer = Answerer(prepared.model, held_out.encoder, config.data, held_out.info, pool, world, parallel)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     return evaluate(
         task_of(config), answerer, held_out, sampling, config.eval.batch_size, config.eval.max_samples, file

@@ -40,7 +40,7 @@ from vft.data.media.index import build
 from vft.data.media.scan import scan
 from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import World, all_of, environment, make_mesh, process_group
+from vft.distributed.process_group import DataParallel, World, all_of, environment, make_mesh, process_group
 from vft.inference.answers_file import AnswersFile, answer_settings, prediction_line
 from vft.inference.as_trained import data_config
 from vft.inference.engine import Answerer, Failure
@@ -200,8 +200,9 @@ def predict(options: PredictOptions) -> int:
             logger.info("%s: %d of %d answered before", options.output, len(requests) - len(left), len(requests))
         if not left:
             return 0
-        load_for_inference(prepared, world.device, make_mesh(world, 0), ParallelConfig())
-        answerer = Answerer(prepared.model, prepared.encoder(config), config, info, pool, world)
+        mesh = make_mesh(world, 0)
+        load_for_inference(prepared, world.device, mesh, ParallelConfig())
+        answerer = Answerer(prepared.model, prepared.encoder(config), config, info, pool, world, DataParallel.of(mesh))
         return answer_requests(answerer, left, options, file)
 
 

@@ -24,10 +24,13 @@ from vft.data.media.frame_cache import FrameCache
 from vft.data.packing import collate
 from vft.data.spans import check_spans
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import World, all_of
+from vft.distributed.process_group import DataParallel, World, all_of
 from vft.inference.generate import Sampling, TextStreamer, generate
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
 from vft.models.base import VideoLanguageModel
+
+ONE_PART = DataParallel()
+"""For one process, which answers all questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,10 @@ class Answerer:
         info: Callable[[MediaRef], MediaInfo],
         pool: WorkerPool,
         world: World,
+        parallel: DataParallel = ONE_PART,
     ) -> None:
         self.model, self.encoder, self.config = model, encoder, config
-        self.info, self.pool, self.world = info, pool, world
+        self.info, self.pool, self.world, self.parallel = info, pool, world, parallel
         self.frames = FrameCache.of(config)
 
     def answers(
@@ -125,22 +129,22 @@ class Answerer:
         the first question of a batch while it is generated, its reasoning included. The model is put into evaluation
         mode meanwhile.
         """
-        world, per_turn = self.world, self.world.size * batch_size
+        parallel, per_turn = self.parallel, self.parallel.size * batch_size
         turns = [questions[first : first + per_turn] for first in range(0, len(questions), per_turn)]
         # The same in every process: all of them run the model equally often.
         has_options = any(isinstance(question, Question) and question.prompt.options for question in questions)
         was_training = self.model.training
         self.model.eval()
         try:
-            with progress_bar(len(questions), "answering", "question", show_progress and world.is_main) as bar:
+            with progress_bar(len(questions), "answering", "question", show_progress and self.world.is_main) as bar:
                 for turn, share in zip(turns, self._prepared_shares(turns, sampling.max_new_tokens), strict=True):
                     ready = [one for one in share if isinstance(one, PreparedQuestion)]
                     generations = iter(self.generate(ready, sampling, write))
                     scores = iter(self.score(ready)) if has_options else repeat(())
                     results = [one if isinstance(one, Failure) else (next(generations), next(scores)) for one in share]
-                    by_rank = all_of(results)
+                    by_part = all_of(results, parallel.group)
                     for place, question in enumerate(turn):
-                        result = by_rank[place % world.size][place // world.size]
+                        result = by_part[place % parallel.size][place // parallel.size]
                         if isinstance(result, Failure):
                             yield result
                         else:
@@ -155,8 +159,8 @@ class Answerer:
     ) -> Iterator[list[PreparedQuestion | Failure]]:
         """This process's share of each turn. Worker processes decode one turn ahead; without them nothing runs beside
         this process."""
-        world = self.world
-        shares = ([self._start(one, new_tokens) for one in turn[world.rank :: world.size]] for turn in turns)
+        rank, size = self.parallel.rank, self.parallel.size
+        shares = ([self._start(one, new_tokens) for one in turn[rank::size]] for turn in turns)
         pending = deque(islice(shares, 1 if self.pool.workers else 0))
         for _ in turns:
             pending.extend(islice(shares, 1))

@@ -47,7 +47,7 @@ def evaluate(
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
             results = list(answerer.answers(asked, sampling, batch_size))
-            loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, limit)
+            loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, answerer.parallel, limit)
     finally:
         for module in answerer.model.modules():
             if isinstance(module, FSDPModule):
@@ -96,7 +96,12 @@ class _PackPlanWithGaps(PackPlan):
 
 @torch.no_grad()
 def held_out_loss(
-    model: VideoLanguageModel, held_out: Dataset, pool: WorkerPool, world: World, limit: int = 0
+    model: VideoLanguageModel,
+    held_out: Dataset,
+    pool: WorkerPool,
+    world: World,
+    parallel: DataParallel,
+    limit: int = 0,
 ) -> Interval | None:
     """Mean loss over the supervised tokens of (`limit`) held-out documents; None if none of them is readable.
 
@@ -106,22 +111,21 @@ def held_out_loss(
     chosen = frozenset(spread(len(whole.lengths), limit))
     weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
     plan = _PackPlanWithGaps(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
-    parallel = DataParallel(world.rank, world.size)
     loader = Loader(held_out, plan, pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0)
     parts: list[tuple[int, list[_DocumentLoss]]] = []
     was_training = model.training
     model.eval()
     try:
-        for step in range(math.ceil(len(plan.packs(0)) / world.size)):
+        for step in range(math.ceil(len(plan.packs(0)) / parallel.size)):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=world.device))))
             for pack in loader.step():
                 batch = pack.batch.to(world.device)
                 losses_N = token_losses(model(batch), model.head, model.config.vocabulary, batch.target_ids_N)
                 losses = _document_losses(pack.batch.documents, losses_N.tolist())
-                parts.append((step * world.size + pack.slot, losses))
+                parts.append((step * parallel.size + pack.slot, losses))
     finally:
         model.train(was_training)
-    in_order = sorted((part for of_rank in all_of(parts) for part in of_rank), key=lambda part: part[0])
+    in_order = sorted((part for of_rank in all_of(parts, parallel.group) for part in of_rank), key=lambda part: part[0])
     documents = [document for _, losses in in_order for document in losses]
     if not documents:
         return None

@@ -135,7 +135,7 @@ def make_trainer(
     optimizer = build_optimizer(model, config.train, model.components, config.lora)
     evaluator = None
     if held_out is not None:
-        answerer = Answerer(model, documents.encoder, config.data, held_out.info, pool, world)
+        answerer = Answerer(model, documents.encoder, config.data, held_out.info, pool, world, data_parallel)
         evaluator = Evaluator(task, config, held_out, answerer)
 
     same_on_all_ranks("the configuration", digest(configs.dump(config)))

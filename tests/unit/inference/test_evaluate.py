@@ -31,7 +31,7 @@ from vft.data.dataset import Dataset, make_dataset
 from vft.data.media.patches import load_patches
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import World
+from vft.distributed.process_group import DataParallel, World
 from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.as_trained import evaluation_config
 from vft.inference.engine import Answerer
@@ -203,7 +203,7 @@ def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: b
     model, modes = tiny.ours().train(), []
     model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(model, held_out, pool, ALONE)
+        loss = held_out_loss(model, held_out, pool, ALONE, DataParallel())
     assert loss is not None and model.training and set(modes) == {False} and len(modes) == len(packs)
     assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out)), rel=1e-5)
     assert loss.low <= loss.value <= loss.high and loss.low < loss.high
@@ -214,7 +214,7 @@ def test_loss_has_the_interval_of_its_documents(tiny: Tiny, root: Path) -> None:
     """Sums of each document by transformers, those about one picture drawn together, though rows hold several."""
     _, held_out = held_out_of(tiny, root, RECORDS, share_videos=False)
     with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(tiny.ours(), held_out, pool, ALONE)
+        loss = held_out_loss(tiny.ours(), held_out, pool, ALONE, DataParallel())
     assert loss is not None and loss.parts is not None
     for found, wanted in zip(sorted(loss.parts.table.tolist()), sorted(sums_of(tiny, held_out)), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
@@ -232,7 +232,7 @@ def test_loss_of_some_documents(tiny: Tiny, root: Path) -> None:
     sums, model = sums_of(tiny, held_out), tiny.ours()
     with WorkerPool(0, 60.0) as pool:
         for limit in (1, 3, 6, 7):
-            loss = held_out_loss(model, held_out, pool, ALONE, limit)
+            loss = held_out_loss(model, held_out, pool, ALONE, DataParallel(), limit)
             assert loss is not None
             possible = [mean_of(chosen) for chosen in itertools.combinations(sums, min(limit, 6))]
             assert min(abs(loss.value / one - 1) for one in possible) <= 1e-5
@@ -245,11 +245,11 @@ def test_what_is_unreadable_does_not_count(tiny: Tiny, root: Path) -> None:
     assert not held_out.bad
     model = tiny.ours()
     with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(model, held_out, pool, ALONE)
+        loss = held_out_loss(model, held_out, pool, ALONE, DataParallel())
         assert loss is not None
         assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out, leave_out="broken")), rel=1e-5)
         _, nothing = held_out_of(tiny, root, [broken])
-        assert held_out_loss(model, nothing, pool, ALONE) is None
+        assert held_out_loss(model, nothing, pool, ALONE, DataParallel()) is None
 
 
 # --------------------------------------------------------------------------------------------- all of an evaluation
