@@ -1,6 +1,6 @@
 """Random videos with what a record asks of them, and the plans that qwen-vl-utils makes: indices, size, seconds.
 
-`python -m tests.parity.qwen_plans 300 > tests/models/qwen_plans.jsonl` writes those that CI compares with. It needs
+`python -m tests.parity.qwen_plans 300 > tests/parity/qwen_plans.jsonl` writes those that CI compares with. It needs
 qwen-vl-utils 0.0.14 (`pip install --no-deps qwen-vl-utils==0.0.14`) but not torchvision: nothing is decoded or resized.
 """
 

@@ -75,4 +75,4 @@ def test_a_format_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_format_that_is_not_there(world: World, commands: Commands, folder: Path, format: str, message: str) -> None:
     """One line with the file, the key and the value, before anything is loaded."""
     error = commands.run(CAPTION, config_of(world, folder, format), cwd=folder).error
-    assert error.startswith(f"error: {folder}/run.toml: data.sources.0: format = ") and message in error
+    assert error.startswith(f"error: {folder}/run.toml: data.sources.0.format = ") and message in error

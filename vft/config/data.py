@@ -34,10 +34,19 @@ def _check_take(text: str) -> str:
     return text
 
 
+_format_checks: list[Callable[[str], None]] = []
+
+
+def _check_format(name: str) -> str:
+    for check in _format_checks:
+        check(name)
+    return name
+
+
 class SourceConfig(Section):
     """One entry of `data.sources` or `eval.sources`."""
 
-    format: Name
+    format: Annotated[Name, AfterValidator(_check_format)]
     """How the records are laid out: a module of `vft/data/formats/`, or `module:Class` of your own. `messages` also
     reads ShareGPT and LLaVA records."""
     path: Name
@@ -94,9 +103,12 @@ class SourceConfig(Section):
 _source_checks: list[Callable[[SourceConfig], None]] = []
 
 
-def register_source_check(check: Callable[[SourceConfig], None]) -> None:
-    """From now on `check` sees every source; it raises ValueError. `vft.data.formats` checks so what a format takes,
-    since this folder, which is below it, knows none."""
+def register_source_checks(check_format: Callable[[str], None], check: Callable[[SourceConfig], None]) -> None:
+    """From now on `check_format` sees the format of every source, and `check` the whole source; both raise ValueError.
+
+    `vft.data.formats` registers its checks here: this folder is below it and knows no format.
+    """
+    _format_checks.append(check_format)
     _source_checks.append(check)
 
 

@@ -124,7 +124,8 @@ def case(reference: Path, tmp_path: Path, case_commands: Commands) -> Callable[[
             path.chmod(path.stat().st_mode | 0o200)
         for script in folder.glob("*.py"):  # written when modules had other names
             text = script.read_text().replace("from vft.task import", "from vft.common.task import")
-            script.write_text(text.replace("from vft.types import", "from vft.common.types import"))
+            text = text.replace("from vft.types import", "from vft.common.types import")
+            script.write_text(text.replace("from tests.models.families", "from tests.helpers.families"))
         return Case(folder, reference / "qwen2_5_vl_tiny", case_commands)
 
     return copy

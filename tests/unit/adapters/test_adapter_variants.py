@@ -519,7 +519,7 @@ def test_learning_rates_of_towers(tiny: Tiny, settings: dict[str, Any]) -> None:
         ),
         (
             {"lora": {}, "train": {"component_learning_rates": {"projector": 1e-5}}},
-            "train.component_learning_rates.merger = 1e-05: nothing of it is trained by lora.targets",
+            "train.component_learning_rates.projector = 1e-05: nothing of it is trained by lora.targets",
         ),
         (
             {

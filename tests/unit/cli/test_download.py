@@ -129,7 +129,7 @@ def test_sources_are_those_of_the_page(name: str) -> None:
     dataset = download.SETS[name]
     SourceConfig.model_validate(tomllib.loads(f"source = {dataset.source}")["source"])
     page = (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8")
-    assert dataset.source in page and f"tools/download.py {name}" in page and dataset.page in page
+    assert dataset.source in page and f"vft download {name}" in page and dataset.page in page
 
 
 def test_every_source_on_the_page_is_valid() -> None:

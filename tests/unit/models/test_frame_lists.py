@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny import Media, Tiny, document, talk
-from vft.cli import predict
 from vft.common.types import Conversation, MediaInfo, MediaOptions, MediaPlan, MediaRef
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.data import formats as sources
@@ -20,6 +18,7 @@ from vft.data.dataset import Dataset, load_dataset, make_dataset
 from vft.data.frame_times import FrameTimes
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.scan import join_scans, scan
+from vft.inference.as_trained import data_config
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.processor import VisionProcessor
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
@@ -93,8 +92,7 @@ def test_a_setting_samples_lists_too(processor: VisionProcessor) -> None:
 
 def test_frames_asked_of_predict_hold_for_lists_too() -> None:
     for option, value, count in (("max_frames", 4, 4), ("frames", 6, 6), ("fps", 1.0, 8), ("max_pixels", 7_000, 16)):
-        asked = dict.fromkeys(("fps", "frames", "max_frames", "max_pixels", "pack_tokens")) | {option: value}
-        video = predict.data_config(argparse.Namespace(**asked), {}).video.model_dump(exclude_none=True)
+        video = data_config({}, {option: value}).video.model_dump(exclude_none=True)
         assert len(plan(QWEN, 16, video=video).frame_indices) == count, option
 
 

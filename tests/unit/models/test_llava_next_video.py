@@ -37,6 +37,7 @@ from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import make_dataset
 from vft.distributed.process_group import environment
+from vft.inference.as_trained import evaluation_config
 from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
 
@@ -366,12 +367,12 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
             {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
         )
         with pytest.raises(Seen, match=str(wanted * 4096)):
-            evaluate_tool.score_all(evaluate_tool.as_trained(config, adapter), {tmp_path / "base.jsonl": None}, world)
+            evaluate_tool.score_all(evaluation_config(config, adapter), {tmp_path / "base.jsonl": None}, world)
     config = Config.model_validate(
         {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
     )
     with pytest.raises(UserError, match=r"model\.rope_factor = 2\.0.*trained with 3\.0"):
-        evaluate_tool.as_trained(config, tmp_path / "adapter")
+        evaluation_config(config, tmp_path / "adapter")
 
 
 def test_a_family_that_was_not_made_for_it_refuses(make_tiny: Any) -> None:

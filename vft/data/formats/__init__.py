@@ -1,6 +1,6 @@
 """Formats of data sets: a module of this folder for each, called as in `format = "NAME"`, with one subclass of Format.
 
-`docs/new_format.md` adds one step by step. What formats share is in `vft/data/records/`.
+docs/develop/new_format.md adds one step by step. What formats share is in `vft/data/records/`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import ClassVar
 from vft.common.errors import UserError
 from vft.common.plugins import load_class
 from vft.common.types import Sample
-from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_check
+from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_checks
 from vft.config.toml import show
 from vft.data.records.files import read_records, record_files
 from vft.data.records.paths import find_path
@@ -104,12 +104,17 @@ def find(name: str) -> Format:
     return found()
 
 
-def check(source: SourceConfig) -> None:
-    """ValueError if the format of a source does not exist, or its other settings do not fit it."""
+def check_name(format: str) -> None:
+    """ValueError if there is no such format."""
     try:
-        format = find(source.format)
+        find(format)
     except UserError as error:
-        raise ValueError(f"format = {show(source.format)}: {error}") from None
+        raise ValueError(str(error)) from None
+
+
+def check(source: SourceConfig) -> None:
+    """ValueError if the other settings of a source do not fit its format."""
+    format = find(source.format)
     for setting in OPTIONAL_SETTINGS:
         if getattr(source, setting) and setting not in format.settings:
             *takers, last = [name for name in names() if setting in find(name).settings]
@@ -122,7 +127,7 @@ def check(source: SourceConfig) -> None:
     format.check(source)
 
 
-register_source_check(check)
+register_source_checks(check_name, check)
 
 
 def read(source: SourceConfig, data: DataConfig) -> Records:
