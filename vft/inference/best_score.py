@@ -18,7 +18,7 @@ from vft.inference.evaluate import questions_digest
 
 logger = logging.getLogger(__name__)
 
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 """Version of the rules by which answers are scored. Raise it with every change, so that nothing is compared with older
 scores."""
 

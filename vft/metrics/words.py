@@ -165,10 +165,10 @@ def word_tokenizer(references: Iterable[str], japanese: Japanese = "char") -> st
 
 
 def has_english_words(text: str) -> bool:
-    """Whether rouge-score's own words, runs of a-z and digits, are those of `text`: there are letters, and more than
-    nine in ten are a-z (English borrows a few others)."""
+    """Whether rouge-score's own words, runs of a-z and digits, fit `text`: it has letters or digits, and more than nine
+    in ten of its letters are a-z (English borrows a few others)."""
     if text.isascii():
-        return any(map(str.isalpha, text))
+        return any(map(str.isalnum, text))
     letters = [letter for letter in unicodedata.normalize("NFC", text) if letter.isalpha()]
     return sum(map(str.isascii, letters)) * 10 > len(letters) * 9
 
