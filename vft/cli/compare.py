@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(folders: list[Path]) -> dict[str, RecordedRun]:
     """The runs by the shortest names that tell them apart. UserError if a folder is no run, or there are too many."""
     if len(folders) > MAX_RUNS:
-        raise UserError(f"{len(folders)} runs: at most {MAX_RUNS} can be told apart side by side")
+        raise UserError(f"{len(folders)} runs: at most {MAX_RUNS} can be compared at once")
     for folder in folders:
         if not (folder / "config.toml").is_file():
             raise UserError(f"{folder}: no config.toml; name the output_dir of a run")

@@ -87,8 +87,8 @@ class SourceConfig(Section):
     def _agree(self) -> Self:
         given = {name: value for name in ("repeats", "share", "weight") if (value := getattr(self, name)) is not None}
         if len(given) > 1:
-            told = " and ".join(f"{name} = {value:g}" for name, value in given.items())
-            raise ValueError(f"{told} contradict each other; keep one")
+            settings = " and ".join(f"{name} = {value:g}" for name, value in given.items())
+            raise ValueError(f"{settings} contradict each other; keep one")
         if self.stream and self.repeats is not None:
             raise ValueError(
                 f"repeats = {self.repeats:g} counts in epochs, and stream = true has none; give every source a share"
@@ -121,11 +121,11 @@ def check_shares(sources: Sequence[SourceConfig]) -> None:
             f"sources: {len(shares)} of {len(sources)} have a share, and {show(path)} has none; give each one, or none"
         )
     if shares and abs(sum(shares) - 1) > 1e-6:
-        told = " + ".join(f"{share:g}" for share in shares)
-        raise ValueError(f"sources: their shares, {told}, sum to {sum(shares):g}; they must sum to 1")
+        sum_text = " + ".join(f"{share:g}" for share in shares)
+        raise ValueError(f"sources: their shares, {sum_text}, sum to {sum(shares):g}; they must sum to 1")
     if (weighed := [s for s in sources if s.weight is not None]) and (counted := [s for s in sources if s.repeats]):
-        told = f"weight = {weighed[0].weight:g} of {show(weighed[0].path)} and repeats = {counted[0].repeats:g} of "
-        raise ValueError(f"sources: {told}{show(counted[0].path)} contradict each other; give repeats to both")
+        weights = f"weight = {weighed[0].weight:g} of {show(weighed[0].path)} and repeats = {counted[0].repeats:g} of "
+        raise ValueError(f"sources: {weights}{show(counted[0].path)} contradict each other; give repeats to both")
 
 
 class VideoConfig(Section):

@@ -69,7 +69,7 @@ VIDEO = {"video": "a.mp4", "text": "x"}
         ({"images": ["1.jpg"], "text": "x", "segments": [segment(0, 1)]}, "segments", "no seconds; take them out"),
         ({"image": "1.jpg", "text": "x"}, "image", "did you mean 'images'?"),
         ({"video": "../a.mp4", "text": "x"}, "video", "out of data.root"),
-        ({"video": "a.mp4"}, "text", "is missing; the record has 'video'; call what is to be said 'text'"),
+        ({"video": "a.mp4"}, "text", "is missing; the record has 'video'; put the answer under 'text'"),
         ({"video": "a.mp4", "caption": "x"}, "text", "the record has 'video', 'caption'"),
         ({"video": "a.mp4", "text": " "}, "text", "is empty"),
         ({"video": "a.mp4", "text": 3}, "text", "3 is of type int"),

@@ -65,7 +65,7 @@ def parse(record: Mapping[str, Any], root: Path) -> ParsedRecord:
         meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if key not in KEYS and meant and record.get(meant[0]) is None:
             raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
-    text = _text(record.get("text"), "text", f"the record has {list_keys(record)}; call what is to be said 'text'")
+    text = _text(record.get("text"), "text", f"the record has {list_keys(record)}; put the answer under 'text'")
     segments = facts(record)["segments"]
     question, question_keys = _question(record)
     turns, used = apply_options([("user", [*_media(record, root), *question])], record, "")
