@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vft.adapters.init import initialise
-from vft.adapters.lora import fill, is_adapter
+from vft.adapters.lora import fill, initialise, is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Turn

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.scoring import TARGETS
-from vft.adapters.init import initialise
-from vft.adapters.lora import is_adapter
+from vft.adapters.lora import initialise, is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.common.types import IGNORE_INDEX, Batch
 from vft.config.run import LoraConfig, ParallelConfig

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.helpers.allocations import allocated_peak
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.common.types import IGNORE_INDEX, Batch, Document
 from vft.config.run import LoraConfig, ParallelConfig

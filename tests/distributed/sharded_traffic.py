@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.sharded_memory import text_row
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.distributed.process_group import World, environment, make_mesh, process_group

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny import Media, Tiny, batch_of, every_logit, load_prepared, medium, talk
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.common.types import Batch
 from vft.config.run import LoraConfig

@@ -36,8 +36,7 @@ import torch
 from measure import benchmark, median, report, show_table
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
-from vft.adapters.init import initialise
-from vft.adapters.lora import LoRALinear
+from vft.adapters.lora import LoRALinear, initialise
 from vft.adapters.peft_format import export_adapter
 from vft.common.errors import UserError
 from vft.config import run as configs

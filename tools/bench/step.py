@@ -20,7 +20,7 @@ from measure import benchmark, default_device, median, report, seconds_of
 from torch._dynamo.utils import counters
 from workload import MODELS, fill
 
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError

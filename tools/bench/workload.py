@@ -15,7 +15,7 @@ from measure import default_device
 from safetensors.torch import save_file
 from torchcodec.encoders import VideoEncoder
 
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig
 from vft.models import quantization as nf4

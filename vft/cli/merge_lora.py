@@ -18,19 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapters.compatibility import check_adapter, merged_into
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merged
-from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, recorded
+from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, check_adapter, merged_into, recorded
 from vft.cli.arguments import parse_arguments
 from vft.common.console import progress_bar, user_errors
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.common.safetensors_io import open_tensors
 from vft.models import build
-from vft.models.export import copy_companions
-from vft.models.prequantized import require_whole
-from vft.models.pretrained import Pretrained
-from vft.models.weights import stored_names
+from vft.models.pretrained import Pretrained, require_whole
+from vft.models.weights import copy_companions, stored_names
 from vft.reporting.serving import vllm_serve
 from vft.training.export import served_files
 

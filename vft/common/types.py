@@ -304,7 +304,7 @@ class Segment:
 
 @dataclass(eq=False)
 class AttentionPlan:
-    """Who attends whom in a packed row (`vft.models.attention_plan`). It is built once a batch and used by every layer.
+    """Who attends whom in a packed row (`vft.models.attention`). It is built once a batch and used by every layer.
 
     With `causal`, row i of a segment attends its first `k_length - q_length + i + 1` keys (aligned lower right).
     """

@@ -20,7 +20,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
 from vft.data.quarantine import BadItem
 from vft.data.spans import check_spans
-from vft.models.attention_plan import attended_pairs, document_segments
+from vft.models.attention import attended_pairs, document_segments
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from itertools import count
 import torch
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, Patches
-from vft.models.attention_plan import build_plan, document_segments
+from vft.models.attention import build_plan, document_segments
 from vft.models.processor import VisionProcessor
 
 OPEN_PACKS = 16

@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vft.adapters.compatibility import trained_rope_factor
-from vft.adapters.peft_format import recorded
+from vft.adapters.peft_format import recorded, trained_rope_factor
 from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.config.run import Config

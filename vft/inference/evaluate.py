@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from vft.common.files import digest, replace_text
@@ -29,7 +30,6 @@ from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.models.base import VideoLanguageModel
-from vft.models.cross_entropy import token_losses
 from vft.preparation.documents import questions, spread
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,10 @@ def held_out_loss(
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=world.device))))
             for pack in loader.step():
                 batch = pack.batch.to(world.device)
-                losses_N = token_losses(model(batch), model.head, model.config.vocabulary, batch.target_ids_N)
-                losses = _document_losses(pack.batch.documents, losses_N.tolist())
+                chunks = model.chunks(model(batch), batch.target_ids_N)
+                with torch.no_grad():
+                    losses_N = [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks]
+                losses = _document_losses(pack.batch.documents, torch.cat(losses_N).tolist())
                 parts.append((step * parallel.size + pack.slot, losses))
     finally:
         model.train(was_training)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vft.common.types import Batch
 from vft.distributed.process_group import sum_over_ranks
 from vft.distributed.signals import stop_if, stop_requested
-from vft.models.attention_plan import build_plan, document_segments
+from vft.models.attention import build_plan, document_segments
 from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import KeyValueCache
 

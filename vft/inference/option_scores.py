@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, Segment
 from vft.distributed.process_group import largest_over_ranks
-from vft.models.attention_plan import build_plan
+from vft.models.attention import build_plan
 from vft.models.base import VideoLanguageModel
 from vft.models.kv_cache import PrefixCache
 

@@ -19,7 +19,6 @@ from vft.common.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLim
 from vft.models.decoder import Decoder, DecoderConfig
 from vft.models.kv_cache import Cache
 from vft.models.processor import VisionProcessor
-from vft.models.tensor_names import Spellings
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,13 @@ class VisionParts:
     """For each attention plan of a layout, the sum of the widths of the blocks that use it."""
 
 
+Spellings = Mapping[str, tuple[str, ...]]
+"""Prefix of a part's parameter names in this project's model to all its prefixes in files, including its own. An empty
+prefix stands for names that begin with the decoder's own parts."""
+MAX_LOGITS = 1 << 27
+"""Logits held at once (512 MiB in float32); more supervised tokens than fit are taken in chunks."""
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [N, E] to logits [N, V]."""
 Objective = Callable[["VideoLanguageModel", Batch], Tensor]
 """The model and a pack to a scalar with a graph: the summed loss of the pack (`vft.training.losses`)."""
 
@@ -51,7 +57,7 @@ class VideoLanguageModel(nn.Module):
     """Parts that can be trained or adapted, as prefixes of parameter names; the first that fits counts. Other parts
     than `language_model`, `projector` and `vision_encoder` are never trained."""
     spellings: Spellings
-    """Prefixes of the parts' names in files (`vft.models.tensor_names`)."""
+    """Prefixes of the parts' names in files."""
     peft_prefixes: Mapping[str, str]
     """Prefixes of parameter names to those in transformers, which adapter files use; the first that fits counts."""
     decoder_path: str
@@ -118,6 +124,11 @@ class VideoLanguageModel(nn.Module):
         if self.output_head is not None:
             return self.output_head(hidden_NE)
         return F.linear(hidden_NE, self.decoder.embed_tokens.weight.to(hidden_NE.dtype))
+
+    def chunks(self, hidden_NE: Tensor, targets_N: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Hidden states and targets in chunks of which no more than `MAX_LOGITS` logits are made."""
+        rows = max(1, MAX_LOGITS // self.config.vocabulary)
+        return list(zip(hidden_NE.split(rows), targets_N.split(rows), strict=True))
 
     def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Token and media embeddings [T, E] in the compute dtype, and tensors [M, E] that are added to the media's

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from vft.common.types import Batch
-from vft.models.attention_plan import attended_pairs
+from vft.models.attention import attended_pairs
 from vft.models.base import VideoLanguageModel
 from vft.models.quantization import true_shapes
 

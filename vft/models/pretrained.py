@@ -1,11 +1,13 @@
 """Opening a released model: a folder or a hub name, with its configuration, tokenizer, template and weight files.
 
 transformers finds and reads the files. Weights must be safetensors, and no code in a model's folder is ever run.
+Weights that another program has quantised are recognised, and refused with the name of the method.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +19,37 @@ from transformers.utils.hub import cached_file
 from vft.common.errors import UserError, first_line
 from vft.common.files import read_object
 from vft.common.safetensors_io import open_tensors
-from vft.models.prequantized import OWN_FILES, refuse_quantised
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FINGERPRINT_BYTES = 1 << 16
 TEMPLATE_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 """Files that may have the chat template. The first that has one counts, then the tokenizer's own."""
+
+BY_TENSOR = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".g_idx": "GPTQ",
+    ".absmax": "bitsandbytes, 4 bits",
+    ".quant_map": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits",
+    ".weight_format": "bitsandbytes, 8 bits",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".scale_weight": "FP8",
+    ".input_scale": "FP8",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    "._data": "quanto",
+}
+"""Endings of tensor names that only quantised layers have, and the methods that write them."""
+QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which AutoGPTQ, AutoAWQ and ModelOpt record it if config.json does not."""
+WHOLE_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Floating-point types of full weights, in safetensors' names."""
+METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM"}
+"""Displayed name of a `quant_method`. Others are shown as they are."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,7 @@ class Pretrained:
         if file is None:
             raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
         refuse_quantised(path, read_object(file), ())
-        for own in (Path(path, name) for name in OWN_FILES):
+        for own in (Path(path, name) for name in QUANTISER_FILES):
             refuse_quantised(path, {"quantization_config": read_object(own) if own.is_file() else {}}, ())
         config = _configuration(path, file)
         stretch_positions(config, rope_factor)
@@ -206,3 +232,40 @@ def _required_file(path: str, name: str) -> Path:
     if file is None or not file.is_file():
         raise UserError(f"model.path = {path!r}: {name} is missing, or the hub can't be reached; safetensors only")
     return file
+
+
+def refuse_quantised(path: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Raises UserError if config.json or the names of the tensors show that the weights are quantised."""
+    for table in (config, *(config.get(part) for part in ("text_config", "vision_config"))):
+        found = table.get("quantization_config") if isinstance(table, Mapping) else None
+        if found:
+            raise _quantised(path, _quantisation(found), "config.json: quantization_config")
+    for name in tensors:
+        method = next((kind for end, kind in BY_TENSOR.items() if name.endswith(end)), None)
+        method = "bitsandbytes, 4 bits" if ".quant_state." in name else method
+        if method:
+            raise _quantised(path, method, f"tensor {name}")
+
+
+def require_whole(dtype: str, path: str, tensor: str) -> None:
+    """Raises UserError if a weight is stored in a type of few bits. `dtype` is safetensors' name."""
+    if dtype not in WHOLE_TYPES:
+        raise _quantised(path, "FP8" if dtype.startswith("F8") else dtype, f"tensor {tensor}")
+
+
+def _quantisation(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return repr(found)
+    found = {**found, **(found["quantization"] if isinstance(found.get("quantization"), Mapping) else {})}
+    method = str(found.get("quant_method") or found.get("quant_algo") or found.get("quantization_status") or "unnamed")
+    bits = found.get("bits") or found.get("w_bit")
+    if method == "bitsandbytes" or "load_in_4bit" in found or "load_in_8bit" in found:
+        method, bits = "bitsandbytes", 8 if found.get("load_in_8bit") or found.get("_load_in_8bit") else 4
+    return METHODS.get(method, method) + (f", {bits} bits" if bits else "")
+
+
+def _quantised(path: str, method: str, where: str) -> UserError:
+    return UserError(
+        f"{path}: a quantised checkpoint ({method}; {where}): it can't be trained, adapted or merged; name the "
+        'model that it was made from, and set model.quantize = "nf4" (predict: --quantize nf4) to hold it in 4 bits'
+    )

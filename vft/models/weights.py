@@ -1,8 +1,18 @@
-"""Reading a released model's weights into a model: by name, and in each process only the rows that it holds."""
+"""Reading and writing weights in the layout of a release.
+
+They are read by name, and in each process only the rows that it holds. transformers and other programs have saved the
+same model under different names; all are known. A full model is written as the same files, tensor names and dtypes, and
+what lies beside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +21,38 @@ from torch import Tensor, nn
 
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
-from vft.common.safetensors_io import open_tensors
-from vft.distributed.process_group import local_part, local_rows
-from vft.models.base import VideoLanguageModel
-from vft.models.prequantized import require_whole
-from vft.models.pretrained import Pretrained
+from vft.common.files import whole_folder
+from vft.common.safetensors_io import DTYPES, Layout, file_order, open_tensors, write_tensors
+from vft.distributed.process_group import full_tensor, local_part, local_rows
+from vft.models.base import Spellings, VideoLanguageModel
+from vft.models.pretrained import Pretrained, find_file, require_whole
 from vft.models.quantization import is_packed, pack, true_shapes
-from vft.models.tensor_names import our_names
 
 PACKED_AT_ONCE = 1 << 22
 """Weights that are read and packed at a time, which takes 64 MB of working memory."""
 TIED_TO = "embed_tokens.weight"
 BUFFERS = (".inv_freq", "embeddings.position_ids")
 """Endings of the names of tensors that older transformers saved and that follow from the configuration."""
+WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+"""Prefixes that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add to saved names."""
+DECODER_PARTS = ("layers.", "embed_tokens.", "norm.")
+HUB_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+"""Small files that other programs need beside the weights."""
+NOT_COPIED = frozenset({"adapter_config.json", "trainer_state.json", "vft.json"})
+"""Files of other trainings in the folder. With adapter_config.json a full model would be taken for an adapter."""
 
 
 def load_weights(
@@ -56,6 +85,37 @@ def stored_names(model: VideoLanguageModel, pretrained: Pretrained) -> dict[str,
     Raises UserError if one part of the model is there under two spellings.
     """
     return our_names(pretrained.weight_files, model.spellings, pretrained.path)
+
+
+def our_names(stored: Iterable[str], spellings: Spellings, where: object) -> dict[str, str]:
+    """Names in this project's model to the names in a file. A name that fits no spelling stays as it is.
+
+    Raises UserError if a part of the model has two spellings, because it is not known which tensors count.
+    """
+    prefixes = sorted(((theirs, ours) for ours, all_ in spellings.items() for theirs in all_), key=_longest_first)
+    names: dict[str, str] = {}
+    spelled: dict[str, tuple[str, str]] = {}
+    for name in stored:
+        bare = WRAPPERS.sub("", name)
+        own = bare
+        for theirs, ours in prefixes:
+            if bare.startswith(theirs or DECODER_PARTS):
+                own = ours + bare.removeprefix(theirs)
+                first = spelled.setdefault(ours, (theirs, name))
+                if first[0] != theirs:
+                    raise UserError(
+                        f"{where}: {first[1]} and {name}: one part of the model under two spellings of its "
+                        "names; keep the tensors of one"
+                    )
+                break
+        if own in names:
+            raise UserError(f"{where}: {names[own]} and {name} are the same tensor; keep one of them")
+        names[own] = name
+    return names
+
+
+def _longest_first(pair: tuple[str, str]) -> int:
+    return -len(pair[0])
 
 
 def _check_names(parameters: dict[str, nn.Parameter], stored: dict[str, str], pretrained: Pretrained) -> None:
@@ -108,3 +168,53 @@ def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str)
     for start in range(0, len(local), at_once):
         part = local[start : start + at_once]
         part.copy_(pack(source[first + start : first + start + len(part)].to(part.device)))
+
+
+def export_model(
+    model: VideoLanguageModel, pretrained: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]], write: bool
+) -> None:
+    """Write the full model in the layout of its base, with `files` (JSON, by name) and the base's other files.
+
+    Every process must call it. Tensors are gathered one by one in their final dtype. The process with `write` writes
+    each of them before the next is gathered.
+    """
+    parameters = dict(model.named_parameters())
+    embedding = next(name for name in parameters if name.endswith(TIED_TO))
+    own = {stored: name for name, stored in stored_names(model, pretrained).items() if not name.endswith(BUFFERS)}
+    with whole_folder(folder) if write else nullcontext(folder) as partial_folder:
+        for file in sorted(set(pretrained.weight_files.values())):
+            names = [name for name, home in pretrained.weight_files.items() if home == file and name in own]
+            # If the release has a tied head as a tensor, it is the embedding here too.
+            tensors = {name: parameters.get(own[name], parameters[embedding]).detach() for name in names}
+            with open_tensors(file) as reader:
+                layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], tensors[name].shape) for name in names}
+            fetch = partial(_gathered, tensors, layout)
+            if write:
+                write_tensors(partial_folder / file.name, layout, fetch, {"format": "pt"})
+            else:
+                for name in file_order(layout):
+                    fetch(name)
+        if write:
+            copy_companions(pretrained, partial_folder, files)
+
+
+def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
+    return full_tensor(tensors[name].to(layout[name][0]))
+
+
+def copy_companions(pretrained: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Copy what lies beside the weights: configuration, tokenizer, template and index, but no code and no pickles.
+    `files` (JSON, by name) replace those of the base."""
+    for name in HUB_COMPANIONS:
+        find_file(pretrained.path, name)  # downloads it, if the base is a hub name
+    for path in sorted(pretrained.folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+    if pretrained.rope_factor is not None:
+        content = pretrained.json_file("config.json")
+        text = content.get("text_config", content)
+        text["rope_parameters"] = dict(pretrained.config.get_text_config().rope_parameters)
+        text["rope_scaling"] = {"rope_type": "linear", "factor": pretrained.rope_factor}  # what transformers 4 reads
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, own in files.items():
+        (folder / name).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

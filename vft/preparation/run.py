@@ -18,10 +18,8 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from vft.adapters.compatibility import check_adapter, start_from, trained_rope_factor
-from vft.adapters.init import initialise
-from vft.adapters.lora import is_adapter
-from vft.adapters.peft_format import Adapter, attach
+from vft.adapters.lora import initialise, is_adapter
+from vft.adapters.peft_format import Adapter, attach, check_adapter, start_from, trained_rope_factor
 from vft.adapters.targets import TrainableRow, choose_trainable
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig

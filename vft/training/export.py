@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.adapters.compatibility import merged_into
-from vft.adapters.peft_format import ABOUT_FILE, export_adapter
+from vft.adapters.peft_format import ABOUT_FILE, export_adapter, merged_into
 from vft.common.task import Task
 from vft.config.run import Config
 from vft.data.chat import ChatEncoder
 from vft.distributed.heartbeat import main_process_work
 from vft.models.base import VideoLanguageModel
-from vft.models.export import export_model
 from vft.models.pretrained import Pretrained
+from vft.models.weights import export_model
 from vft.reporting.serving import greedy, processor_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.helpers.allocations import allocated_peak
 from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
-from vft.adapters.compatibility import check_adapter
-from vft.adapters.init import principal_part
-from vft.adapters.lora import LoRALinear, fill, is_adapter, is_start, lora_scale
-from vft.adapters.peft_format import Adapter, attach, export_adapter
+from vft.adapters.lora import LoRALinear, fill, is_adapter, is_start, lora_scale, principal_part
+from vft.adapters.peft_format import Adapter, attach, check_adapter, export_adapter
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
@@ -236,7 +234,7 @@ def test_every_variant_starts_as_the_base(
     lora = VARIANTS[name]
     plain = load_prepared(tiny.path, lambda it: None, dtype)[0]
     model = load_prepared(tiny.path, lambda it: choose_trainable(it, lora, ()), dtype)[0]
-    from vft.adapters.init import initialise
+    from vft.adapters.lora import initialise
 
     initialise(model, 0)
     assert torch.equal(logits_of(model, batch), logits_of(plain, batch))

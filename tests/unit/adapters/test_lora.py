@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
 from tests.helpers.tiny import CPU, Media, Tiny, batch_of, load_model, load_prepared, loss_and_gradients, talk
-from vft.adapters.init import initialise
-from vft.adapters.lora import LoRALinear, fill, is_adapter
+from vft.adapters.lora import LoRALinear, fill, initialise, is_adapter
 from vft.adapters.peft_format import Adapter, attach, export_adapter
 from vft.adapters.targets import choose_trainable, match_targets
 from vft.cli.merge_lora import merge

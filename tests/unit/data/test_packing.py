@@ -39,7 +39,7 @@ from vft.data.dataset import Dataset, make_dataset
 from vft.data.pack_schedule import PackSchedule
 from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
 from vft.distributed.process_group import DataParallel
-from vft.models import cross_entropy as cross_entropies
+from vft.models import base as models
 
 VIDEO, VIDEO_INFO = medium("video", 6, 150, 140, fps=1.0)
 OTHER, OTHER_INFO = medium("video", 3, 60, 90, fps=4.0, name="other")
@@ -132,7 +132,7 @@ def test_loss_in_chunks(each_untied: Tiny, rows: Sequence[Any], monkeypatch: pyt
     model = each_untied.ours()
     batch = batch_of(each_untied.encoder, *rows)
     wanted_loss, wanted = loss_and_gradients(model, batch)
-    monkeypatch.setattr(cross_entropies, "MAX_LOGITS", tokens * model.config.vocabulary)
+    monkeypatch.setattr(models, "MAX_LOGITS", tokens * model.config.vocabulary)
     loss, found = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
     assert_same_gradients(found, wanted)

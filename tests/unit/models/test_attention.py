@@ -16,8 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from tests.helpers.kernels import register
 from vft.common.types import AttentionPlan, Segment, move
 from vft.models import attention
-from vft.models.attention import attend
-from vft.models.attention_plan import attended_pairs, build_plan, document_segments
+from vft.models.attention import attend, attended_pairs, build_plan, document_segments
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 from tests.helpers.adapters import adapted
 from tests.helpers.tiny import CPU, Tiny, load_model
 from tests.unit.adapters.test_lora import train_a_little
-from vft.adapters.compatibility import start_from
-from vft.adapters.peft_format import export_adapter
+from vft.adapters.peft_format import export_adapter, start_from
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.rows import row
 from tests.helpers.tiny import Tiny, load_prepared
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig, TrainConfig
 from vft.models import FAMILIES, build
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from vft.common.types import MediaPlan, VisionLayout
-from vft.models import vision_rules as rules
+from vft.models import processor as rules
 from vft.models.processor import VisionProcessor
 
 
@@ -40,7 +40,7 @@ class ToyProcessor(VisionProcessor):
     def plan(self, ref, info, limits):
         indices = (0,)
         if ref.kind == "video":
-            first, last = rules.frame_range(ref, info, limits)
+            first, last = rules.frame_range(info, limits)
             count = rules.frame_count(last - first + 1, ref, info, limits)
             indices = rules.sample_frames(ref, info, first, last, count)
         return MediaPlan(ref, info, indices, 28, 28, (len(indices), 2, 2), 4 * len(indices), 0.0)

@@ -31,8 +31,7 @@ from tests.helpers.tiny import (
     talk,
 )
 from tests.unit.parallel.test_compiled import compile_with_aot_eager
-from vft.adapters.init import initialise
-from vft.adapters.lora import fill, is_adapter
+from vft.adapters.lora import fill, initialise, is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.common.types import Batch

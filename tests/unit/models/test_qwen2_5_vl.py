@@ -17,7 +17,7 @@ from tests.helpers.tiny import LIMITS, Media, Tiny, medium
 from tests.parity.test_against_transformers import row
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaRef
-from vft.models import vision_rules as rules
+from vft.models import processor as rules
 
 # ----------------------------------------------------------------------------------------------------- preprocessing
 

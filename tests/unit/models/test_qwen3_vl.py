@@ -31,7 +31,7 @@ from vft.common.types import Batch, MediaPlan
 from vft.config.run import LoraConfig
 from vft.data.chat import ChatEncoder
 from vft.inference.generate import Sampling, generate
-from vft.models import vision_rules as rules
+from vft.models import processor as rules
 from vft.models.flops import FlopCounter
 from vft.models.qwen3_vl import model as qwen3_vl
 from vft.models.qwen3_vl.processor import Qwen3Processor

@@ -24,8 +24,7 @@ from tests.helpers.tiny import (
     medium,
     talk,
 )
-from vft.adapters.init import initialise
-from vft.adapters.lora import is_adapter
+from vft.adapters.lora import initialise, is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.common.types import Batch, Conversation, Document, MediaInfo, MediaPlan, Patches
 from vft.config.data import DataConfig, ImageConfig, VideoConfig

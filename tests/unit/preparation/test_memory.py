@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.allocations import allocated_peak
 from tests.helpers.tiny import Media, Tiny, batch_of, load_prepared, medium, talk
-from vft.adapters.init import initialise
+from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.common.types import Batch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tests.runs.commands import Commands
 from tests.runs.fixtures import commands as commands
-from vft.models.attention_plan import blocks_plan
+from vft.models.attention import blocks_plan
 from vft.models.layers import VisionAttention
 
 BENCH = Path(__file__).parents[3] / "tools/bench"

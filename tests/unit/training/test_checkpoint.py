@@ -23,9 +23,9 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.safetensors_io import write_tensors
 from vft.config.run import TrainConfig
-from vft.models import export as weights
-from vft.models.export import export_model
+from vft.models import weights
 from vft.models.pretrained import Pretrained
+from vft.models.weights import export_model
 from vft.training import checkpoint as checkpoints
 from vft.training import checkpoint_writer as saving
 from vft.training.optimizer import build_optimizer

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, View, VisionLayout, VisionLimits
-from vft.models import vision_rules as rules
-from vft.models.attention_plan import blocks_plan
+from vft.models.attention import blocks_plan
 from vft.models.decoder import context_of
-from vft.models.processor import VisionProcessor
+from vft.models.processor import VisionProcessor, frame_range, sample_frames, sampled_rate
 
 
 @dataclass(eq=False)
@@ -87,19 +86,19 @@ class LlavaProcessor(VisionProcessor):
             )
         if ref.kind == "image":
             return self._plan_picture(ref, info, limits)
-        first, last = rules.frame_range(ref, info, limits)
+        first, last = frame_range(info, limits)
         available = last - first + 1
         count = min(limits.frames or self._frames_at_rate(available, info, limits), available)
         if info.times_s is None or ref.is_list:
             # Truncated, where Qwen2.5-VL rounds.
             indices = tuple(torch.linspace(first, last, count, dtype=torch.float64).long().tolist())
         else:
-            indices = rules.sample_frames(ref, info, first, last, count)
+            indices = sample_frames(ref, info, first, last, count)
         short = min(info.height, info.width)
         height, width = (int(self.side * size / short) for size in (info.height, info.width))
         view = View(height, width, (height - self.side) // 2, (width - self.side) // 2)
         tokens = count * (self.grid // self.stride) ** 2
-        seconds = 1 / rules.sampled_rate(info, first, last, count)
+        seconds = 1 / sampled_rate(info, first, last, count)
         grid = (count, self.grid, self.grid)
         return MediaPlan(ref, info, indices, self.side, self.side, grid, tokens, seconds, (view,))
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from vft.common.types import MediaPlan, VisionLayout
-from vft.models import vision_rules as rules
-from vft.models.attention_plan import blocks_plan
-from vft.models.qwen_processor import QwenProcessor
+from vft.models.attention import blocks_plan
+from vft.models.processor import QwenProcessor, frame_plan, patch_positions
 
 
 @dataclass(eq=False)
@@ -65,8 +64,8 @@ class Qwen2_5Processor(QwenProcessor):
         order_P = (order_G[:, None] * group + torch.arange(group)).flatten()
         return QwenLayout(
             order_P=order_P,
-            positions_P2=rules.patch_positions(grids, self.merge)[order_P],
+            positions_P2=patch_positions(grids, self.merge)[order_P],
             projector_rows=len(order_G),
-            plans={"window": blocks_plan(windows), "frame": rules.frame_plan(grids)},
+            plans={"window": blocks_plan(windows), "frame": frame_plan(grids)},
             restore_M=torch.argsort(order_G),
         )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vft.common.types import MediaPlan, VisionLayout
-from vft.models import vision_rules as rules
-from vft.models.qwen_processor import QwenProcessor
+from vft.models.processor import QwenProcessor, frame_plan, patch_positions
 
 
 @dataclass(eq=False)
@@ -72,7 +71,7 @@ class Qwen3Processor(QwenProcessor):
     def layout(self, media: Sequence[MediaPlan]) -> TableLayout:
         """Media order; every block sees a temporal patch."""
         grids = [plan.grid_thw for plan in media]
-        positions_P2 = rules.patch_positions(grids, self.merge)
+        positions_P2 = patch_positions(grids, self.merge)
         starts: dict[tuple[int, int], int] = {}
         corners, shares, count = [], [], 0
         for size in dict.fromkeys((height, width) for _, height, width in grids):
@@ -82,7 +81,7 @@ class Qwen3Processor(QwenProcessor):
             shares.append(shares_U4)
         places = [torch.arange(h * w).add(starts[h, w]).repeat(t) for t, h, w in grids]
         return TableLayout(
-            plans={"frame": rules.frame_plan(grids)},
+            plans={"frame": frame_plan(grids)},
             projector_rows=len(positions_P2) // self.merge**2,
             positions_P2=positions_P2,
             corners_U4=torch.cat(corners),
@@ -94,7 +93,7 @@ class Qwen3Processor(QwenProcessor):
         """Entries around each patch of a frame, and their weights: the table stretched over the frame, corner on
         corner, bilinear."""
         end = self.table_side - 1
-        row_U, column_U = rules.patch_positions([(1, height, width)], self.merge).unbind(1)
+        row_U, column_U = patch_positions([(1, height, width)], self.merge).unbind(1)
         y_U, x_U = torch.linspace(0, end, height)[row_U], torch.linspace(0, end, width)[column_U]
         top_U, left_U = y_U.long(), x_U.long()
         down_U, across_U = y_U - top_U, x_U - left_U
