@@ -48,8 +48,6 @@ class {name}:
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """ROUGE-L (0 to 1), with its 95 % interval. Larger values of `main_metric` are better."""
-        if not answers:
-            return {{}}
         predictions, references = texts_of(answers)
         return {{"rouge_l": rouge_l_interval(predictions, references, samples_of(answers))}}
 '''

@@ -88,7 +88,7 @@ class Task(Protocol):
         ...
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """The scores of all answers; empty if there are no answers."""
+        """The scores of all answers, of which there is at least one."""
         ...
 
 

@@ -60,7 +60,7 @@ def evaluate(
         logger.warning("%d of %d questions cannot be asked: %s", len(failures), len(asked), failures[0].message)
     if answerer.world.is_main:
         replace_text(file, "".join(as_text(evaluation_line(answer)) for answer in answers))
-    scores = task.score(answers)
+    scores = task.score(answers) if answers else {}
     if loss is not None:
         scores["loss"] = loss
     cut_off = sum(answer.is_cut_off for answer in answers)

@@ -10,30 +10,31 @@ It speaks of the choice of samples alone, not of the seed of a training run, and
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vft.common.scores import Interval, Parts, Samples
-from vft.metrics.text import bleu4, bleu_words, rouge_l_scores
-from vft.metrics.words import Japanese, RougeL, bleu_tokenizer
+from vft.common.scores import Floats, Interval, Parts, Samples
+from vft.metrics.text import rouge_l_scores
+from vft.metrics.words import (
+    Japanese,
+    bleu_tokenizer,
+    characters,
+    checked_pairs,
+    mecab,
+    optional_module,
+    rouge_l_tokenizer,
+)
 
-Floats = NDArray[np.float64]
-
+_CONFIDENCE, _RESAMPLES, _SEED = 0.95, 2000, 0
 _MAX_VALUES = 1 << 19
 """Values held at a time, 8 bytes each, or one resample's where that is more."""
 
 
-def mean_interval(
-    scores: Sequence[float],
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    samples: Samples | None = None,
-) -> Interval:
+def mean_interval(scores: Sequence[float], samples: Samples | None = None) -> Interval:
     """The mean of `scores` and its percentile bootstrap interval; without `samples` each score stands alone.
 
     The same for the same arguments. With one score, all three are that score. Raises ValueError for no scores, or
@@ -44,8 +45,7 @@ def mean_interval(
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             raise ValueError(f"score {i} is {score}: needs a finite number")
-    table = [(score, 1.0) for score in scores]
-    return _interval("ratio", table, samples, fmean(scores), confidence, resamples, seed)
+    return _interval("ratio", [(score, 1.0) for score in scores], samples, fmean(scores))
 
 
 def ratio_interval(sums: Sequence[tuple[float, float]], samples: Samples | None = None) -> Interval:
@@ -69,27 +69,35 @@ def class_mean_interval(correct: Sequence[float], classes: Sequence[str], sample
 def bleu4_interval(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
     samples: Samples | None = None,
     japanese: Japanese = "char",
 ) -> Interval:
-    """`bleu4` of the whole set, 0 to 100, its percentile bootstrap interval, and how the texts were cut.
+    """Corpus BLEU of n-grams up to 4, 0 to 100, as sacrebleu computes it by default, its percentile bootstrap interval,
+    and how the texts were cut.
 
-    BLEU is no mean over predictions: their n-gram counts and lengths are resampled, and it is computed from the sums.
-    Raises UserError without the extra `eval`, ValueError as `bleu4` does.
+    Case counts, smoothing is exponential. Predictions may have different numbers of references, and each is cut as its
+    references are: by sacrebleu's `13a`; Chinese by its `zh`; Japanese, Thai, Lao, Khmer and Burmese by characters with
+    their marks (`char`, which cuts marks off and Latin words up too), or Japanese by its `ja-mecab`. Texts are composed
+    (NFC) first. BLEU is no mean over predictions: their n-gram counts and lengths are resampled, and it is computed
+    from the sums.
+
+    Raises UserError without the extra `eval`, or for `ja-mecab` without the extra `ja`; ValueError where a prediction
+    has no reference.
     """
-    value = bleu4(predictions, references, japanese)  # First, for it checks the texts, and whether sacrebleu is there.
-    from sacrebleu.metrics.bleu import BLEU
-
-    metric = BLEU(tokenize="none", force=True)
-    rows = []
-    for text, refs in zip(*bleu_words(predictions, references, japanese), strict=True):
-        parts = metric.corpus_score([text], [[ref] for ref in refs])
+    pairs, bleu = checked_pairs(predictions, references), optional_module("sacrebleu", "BLEU", "sacrebleu").BLEU
+    cut: dict[str, Callable[[str], str]] = {
+        "13a": bleu(tokenize="13a").tokenizer,
+        "zh": bleu(tokenize="zh").tokenizer,
+        "char": lambda text: " ".join(characters(text)),
+        "ja-mecab": lambda text: mecab()(text),
+    }
+    tokenizers = [bleu_tokenizer(refs, japanese) for refs in references]
+    metric, rows = bleu(tokenize="none", force=True), []
+    for (text, refs), name in zip(pairs, tokenizers, strict=True):
+        prediction, *rights = (cut[name](unicodedata.normalize("NFC", one).rstrip()) for one in (text, *refs))
+        parts = metric.corpus_score([prediction], [[right] for right in rights])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
-    score = _interval("bleu", rows, samples, value, confidence, resamples, seed)
-    return score.cut_by(bleu_tokenizer(refs, japanese) for refs in references)
+    return _interval("bleu", rows, samples).cut_by(tokenizers)
 
 
 def rouge_l_interval(
@@ -97,7 +105,7 @@ def rouge_l_interval(
 ) -> Interval:
     """The mean of `rouge_l_scores`, 0 to 1, its interval, and how the texts were cut. Raises as `rouge_l_scores`."""
     score = mean_interval(rouge_l_scores(predictions, references), samples=samples)
-    return score.cut_by(map(RougeL.tokenizer, references))
+    return score.cut_by(map(rouge_l_tokenizer, references))
 
 
 def parts_to_json(scores: Mapping[str, Interval]) -> dict[str, Any]:
@@ -125,9 +133,7 @@ def parts_from_json(plain: Mapping[str, Any]) -> dict[str, Parts]:
     return found
 
 
-def paired_difference(
-    before: Interval, after: Interval, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[Interval, int] | None:
+def paired_difference(before: Interval, after: Interval) -> tuple[Interval, int] | None:
     """`after` less `before` on the samples that both were taken on, and their number; None where there are none.
 
     Both are taken on the same resamples, so that what makes a sample easy or hard for both cancels out.
@@ -142,37 +148,30 @@ def paired_difference(
     tables = one.table[both], two.table[[rows[one.samples.names[row]] for row in both]]
     value_of, clusters = KINDS[one.kind], [one.samples.clusters[row] for row in both]
     value = float(value_of(tables[1], np.ones((1, len(both))))[0] - value_of(tables[0], np.ones((1, len(both))))[0])
-    drawn = [value_of(tables[1], w) - value_of(tables[0], w) for w in _weights(clusters, resamples, seed)]
-    return _percentile(value, np.concatenate(drawn), confidence), len(both)
+    drawn = [value_of(tables[1], w) - value_of(tables[0], w) for w in _weights(clusters)]
+    return _percentile(value, np.concatenate(drawn)), len(both)
 
 
 def _interval(
-    kind: str,
-    rows: Sequence[Sequence[float]],
-    samples: Samples | None,
-    value: float | None = None,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    kind: str, rows: Sequence[Sequence[float]], samples: Samples | None, value: float | None = None
 ) -> Interval:
     table = np.asarray(rows, dtype=np.float64)  # sums of counts stay exact up to 2**53
     parts = Parts(samples or Samples.apart(len(table)), kind, table)
     if len(parts.samples.names) != len(table):
         raise ValueError(f"{len(table)} scores, but {len(parts.samples.names)} samples")
-    drawn = np.concatenate([KINDS[kind](table, w) for w in _weights(parts.samples.clusters, resamples, seed)])
+    drawn = np.concatenate([KINDS[kind](table, w) for w in _weights(parts.samples.clusters)])
     value = float(KINDS[kind](table, np.ones((1, len(table))))[0]) if value is None else value
-    return _percentile(value, drawn, confidence, parts)
+    return _percentile(value, drawn, parts)
 
 
-def _weights(clusters: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each sample comes in a resample, [some, samples]; `resamples` rows in all."""
-    assert resamples > 0, resamples
+def _weights(clusters: Sequence[int]) -> Iterator[Floats]:
+    """How often each sample comes in a resample, [some, samples]; `_RESAMPLES` rows in all."""
     number_of = np.unique(np.asarray(clusters), return_inverse=True)[1]
     count = int(number_of.max()) + 1
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     block = max(1, _MAX_VALUES // len(clusters))
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
+    for start in range(0, _RESAMPLES, block):
+        size = min(block, _RESAMPLES - start)
         drawn = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
         times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
         yield times[:, number_of].astype(np.float64)
@@ -206,7 +205,6 @@ KINDS: dict[str, Callable[[Floats, Floats], Floats]] = {"ratio": _ratio, "class 
 """How a score is computed from a table [samples, columns] and how often each sample counts [resamples, samples]."""
 
 
-def _percentile(value: float, resampled: Floats, confidence: float, parts: Parts | None = None) -> Interval:
-    assert 0 < confidence < 1, confidence
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _percentile(value: float, resampled: Floats, parts: Parts | None = None) -> Interval:
+    low, high = np.quantile(resampled, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return Interval(value, float(low), float(high), parts)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
+
+from vft.common.scores import Interval
 
 _IN_WORD = r"A-Za-z\u00c0-\u024f\d_'’"
 _BEFORE = rf"(?<![{_IN_WORD}.°])(?<![{_IN_WORD}]-)"
@@ -91,48 +92,22 @@ def top_k(option_scores: Sequence[float], right: Collection[int], k: int) -> boo
     return any(sum(not other < option_scores[i] for other in wrong) < k for i in right)
 
 
-def accuracy_by_class(correct: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
-    """Mean of `correct`, 0 to 1, over the samples of each class, in sorted order.
-
-    Raises ValueError for different numbers of both.
-    """
-    members = _gather(correct, [[(name,)] for name in classes], "classes")
-    return {name: fmean(values) for (name,), values in members.items()}
-
-
-def confusion(chosen: Sequence[str | None], right: Sequence[str]) -> dict[tuple[str, str], int]:
-    """How often each pair of (chosen, right) occurs, in sorted order; an answer that is None counts as "".
-
-    Raises ValueError for different numbers of both.
-    """
-    if len(chosen) != len(right):
-        raise ValueError(f"{len(chosen)} choices, but {len(right)} right ones")
-    return dict(sorted(Counter(("" if c is None else c, r) for c, r in zip(chosen, right, strict=True)).items()))
-
-
-def breakdown(correct: Sequence[float], groups: Sequence[Mapping[str, str]]) -> dict[str, float]:
+def breakdown(correct: Sequence[float], groups: Sequence[Mapping[str, str]]) -> dict[str, Interval]:
     """Mean of `correct` over the samples of each group, named `key/value`, sorted by key, then value.
 
     `groups` holds a sample's value for each key (`{"duration": "short"}`); where it lacks a key, the sample counts for
     none of its values. Raises ValueError for different numbers of both, and where two groups get one name.
     """
-    means: dict[str, float] = {}
-    for (key, value), members in _gather(correct, [sample.items() for sample in groups], "groups").items():
+    if len(correct) != len(groups):
+        raise ValueError(f"{len(correct)} scores, but groups for {len(groups)}")
+    members: dict[tuple[str, str], list[float]] = {}
+    for score, own in zip(correct, groups, strict=True):
+        for group in own.items():
+            members.setdefault(group, []).append(score)
+    means: dict[str, Interval] = {}
+    for key, value in sorted(members):
         name = f"{key}/{value}"
         if name in means:
             raise ValueError(f"two groups are called {name!r}; a key must not hold a slash")
-        means[name] = fmean(members)
+        means[name] = Interval.point(fmean(members[key, value]))
     return means
-
-
-def _gather(
-    correct: Sequence[float], groups: Sequence[Iterable[tuple[str, ...]]], name: str
-) -> dict[tuple[str, ...], list[float]]:
-    """The values of `correct` in each group, sorted by group; `groups` holds those that each sample is in."""
-    if len(correct) != len(groups):
-        raise ValueError(f"{len(correct)} scores, but {name} for {len(groups)}")
-    members: dict[tuple[str, ...], list[float]] = {}
-    for score, sample in zip(correct, groups, strict=True):
-        for group in sample:
-            members.setdefault(group, []).append(float(score))
-    return dict(sorted(members.items()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import regex
@@ -173,45 +174,30 @@ def has_english_words(text: str) -> bool:
     return sum(map(str.isascii, letters)) * 10 > len(letters) * 9
 
 
-class RougeL:
-    """ROUGE-L of rouge-score, without stemming: where the reference is English with its own words, and what `tokenize`
-    keeps of signs (-5 is not 5); else with `script_words`. Each pair of texts is decided by itself.
+def rouge_l_scorer() -> Callable[[str, str], Any]:
+    """A function of a reference and a prediction: ROUGE-L of rouge-score without stemming, as precision, recall and
+    fmeasure, each 0 to 1.
 
-    Raises UserError without the extra `eval`.
+    Where the reference is English, with rouge-score's own words, and what `tokenize` keeps of signs (-5 is not 5); else
+    with `script_words`. Each pair of texts is decided by itself. Raises UserError without the extra `eval`.
     """
-
-    def __init__(self) -> None:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise missing_package("ROUGE-L", "rouge-score") from error
-        self._english = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_EnglishWords())
-        self._any = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_ScriptWords())
-
-    def score(self, reference: str, text: str) -> Any:
-        """Precision, recall and F-measure, each 0 to 1."""
-        scorer = self._english if has_english_words(reference) else self._any
-        return scorer.score(reference, text)["rougeL"]
-
-    @staticmethod
-    def tokenizer(references: Iterable[str]) -> str:
-        """How texts like these are cut: `rouge-score`, `words` or `characters`."""
-        text = " ".join(references)
-        return "rouge-score" if has_english_words(text) else word_tokenizer([text])
+    module = optional_module("rouge_score.rouge_scorer", "ROUGE-L", "rouge-score")
+    other, english = (
+        module.RougeScorer(["rougeL"], use_stemmer=False, tokenizer=SimpleNamespace(tokenize=cut))
+        for cut in (script_words, _english_words)
+    )
+    return lambda reference, text: (english if has_english_words(reference) else other).score(reference, text)["rougeL"]
 
 
-class _ScriptWords:
-    """What rouge-score takes for a tokenizer."""
+def rouge_l_tokenizer(references: Iterable[str]) -> str:
+    """How `rouge_l_scorer` cuts texts like these: `rouge-score`, `words` or `characters`."""
+    text = " ".join(references)
+    return "rouge-score" if has_english_words(text) else word_tokenizer([text])
 
-    tokenize = staticmethod(script_words)
 
-
-class _EnglishWords:
+def _english_words(text: str) -> list[str]:
     """rouge-score's own words, runs of a-z and digits, and signs that tell answers apart."""
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        return [_COMPARED.get(word, word) for word in _ENGLISH.findall(normalize(text))]
+    return [_COMPARED.get(word, word) for word in _ENGLISH.findall(normalize(text))]
 
 
 @cache
@@ -227,15 +213,11 @@ def mecab() -> Callable[[str], str]:
         ) from error
 
 
-def count_ngrams(tokens: Sequence[str], sizes: Iterable[int]) -> Counter[tuple[str, ...]]:
-    """How often each run of n words occurs, for every n of `sizes`."""
-    return Counter(tuple(tokens[i : i + n]) for n in sizes for i in range(len(tokens) - n + 1))
-
-
-def check_references(
-    predictions: Sequence[object], references: Sequence[Sequence[object]], name: str = "references"
-) -> None:
-    """ValueError, with both numbers, unless there are predictions and each has one reference or more.
+def checked_pairs(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], name: str = "references"
+) -> list[tuple[str, Sequence[str]]]:
+    """Each prediction with its references. ValueError, with both numbers, unless there are predictions and each has one
+    reference or more.
 
     `name` is what messages call the references.
     """
@@ -248,8 +230,12 @@ def check_references(
             raise ValueError(f"{name} of prediction {i}: a list of texts is needed, not one text")
         if not refs:
             raise ValueError(f"prediction {i} has 0 {name}, needs at least 1")
+    return list(zip(predictions, references, strict=True))
 
 
-def missing_package(metric: str, package: str) -> UserError:
-    """The error to raise where `metric` is asked for and `package`, of the extra `eval`, can't be imported."""
-    return UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[eval]'")
+def optional_module(name: str, metric: str, package: str) -> Any:
+    """A module of the extra `eval`. UserError if it cannot be imported: `metric` needs `package`."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[eval]'") from error

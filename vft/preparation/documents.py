@@ -60,7 +60,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
         Answer(question, question.references[0], scores, scores)
         for question, scores in zip(examples, equal_scores, strict=True)
     ]
-    metrics, best = [*task.score(answers), "loss"], config.eval.best_metric
+    metrics, best = [*(task.score(answers) if answers else ()), "loss"], config.eval.best_metric
     if best and examples and "/" not in best and best not in metrics:
         known = ", ".join(name for name in metrics if "/" not in name)
         raise UserError(f"eval.best_metric = {best!r}: {task.name} has {known}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vft.common.scores import Interval
 from vft.common.task import Answer, answer_facts, options_of, samples_of, with_prompt
 from vft.common.types import Conversation, Sample
-from vft.metrics import accuracy_by_class, class_mean_interval, is_right_option, mean_interval, top_k
+from vft.metrics import breakdown, class_mean_interval, is_right_option, mean_interval, top_k
 from vft.recipes.main import main
 
 
@@ -35,10 +35,8 @@ class Classify:
         `top1/LABEL` is the share of each class's clips that are right; one with several labels is in each of their
         classes. Without a set of labels the exact match alone.
         """
-        if not answers:
-            return {}
-        scores = {}
-        by_class: dict[str, float] = {}
+        scores: dict[str, Interval] = {}
+        by_class: dict[str, Interval] = {}
         ranked = [answer for answer in answers if answer.choice is not None]
         if ranked:
             samples = samples_of(ranked)
@@ -47,20 +45,18 @@ class Classify:
                 for k in (1, 5) if all(option_scores) else ():
                     pairs = zip(option_scores, ranked, strict=True)
                     correct = [float(top_k(own, answer.right_options, k)) for own, answer in pairs]
-                    scores[f"top{k}{kind}"] = mean_interval(correct, samples=samples)
+                    scores[f"top{k}{kind}"] = mean_interval(correct, samples)
             # A clip with several right labels is in the class of each.
             labelled = [(one, one.question.prompt.options[i]) for one in ranked for i in sorted(one.right_options)]
             members, labels = zip(*labelled, strict=True)
             first = [float(top_k(answer.option_scores, answer.right_options, 1)) for answer in members]
-            by_class = accuracy_by_class(first, labels)
+            by_class = breakdown(first, [{"top1": label} for label in labels])
             scores["mean_per_class"] = class_mean_interval(first, labels, samples_of(members))
         exact = [
             float(is_right_option(answer.text, answer.question.references, answer.question.prompt.options))
             for answer in answers
         ]
-        scores["exact_match"] = mean_interval(exact, samples=samples_of(answers))
-        scores |= {f"top1/{name}": Interval.point(share) for name, share in by_class.items()}
-        return scores
+        return {**scores, "exact_match": mean_interval(exact, samples_of(answers)), **by_class}
 
 
 if __name__ == "__main__":

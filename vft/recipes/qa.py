@@ -63,35 +63,42 @@ class QuestionAnswering:
         letter, `choice_with_letter` of all. `open_...` are the others: exact match, token F1, ANLS. `..._norm` take an
         option's log-probability per character. `NAME/KEY/VALUE` are the groups that the data set names.
         """
-        if not answers:
-            return {}
-        choices = [answer for answer in answers if answer.choice is not None]
-        open_answers = [answer for answer in answers if answer.choice is None]
-        correct = [_correct(answer) for answer in answers]
-        scores = {"accuracy": _mean(correct, answers)}
-        if choices and all(answer.option_scores_norm for answer in choices):
-            scores["accuracy_norm"] = _mean([_correct(answer, norm=True) for answer in answers], answers)
-        by_group = _by_group("accuracy", answers, correct)
+        choices = [one for one in answers if one.choice is not None]
+        lettered = [one for one in choices if _letters_of(one)]
+        open_answers = [one for one in answers if one.choice is None]
+        has_norm = bool(choices) and all(one.option_scores_norm for one in choices)
+        scores: dict[str, Interval] = {}
+        by_group: dict[str, Interval] = {}
+
+        def add(name: str, some: Sequence[Answer], correct: Sequence[float], in_groups: bool = False) -> None:
+            # 0 if no answer holds a letter, as in Video-MME's script.
+            scores[name] = mean_interval(correct, samples_of(some)) if correct else Interval.point(0.0)
+            if in_groups:
+                groups = [one.question.prompt.facts.get("groups", {}) for one in some]
+                by_group.update({f"{name}/{group}": score for group, score in breakdown(correct, groups).items()})
+
+        add("accuracy", answers, [_correct(one) for one in answers], in_groups=True)
+        if has_norm:
+            add("accuracy_norm", answers, [_correct(one, norm=True) for one in answers])
         if choices:
-            choice_scores, choice_groups = _score_choices(choices)
-            scores |= choice_scores
-            by_group |= choice_groups
+            add("choice_accuracy", choices, [_correct(one) for one in choices])
+            if has_norm:
+                add("choice_accuracy_norm", choices, [_correct(one, norm=True) for one in choices])
+            add("choice_accuracy_generated", choices, [float(_generated_right(one)) for one in choices], in_groups=True)
+        if lettered:
+            letters = [official_letter(one.text, _letters_of(one)) for one in lettered]
+            named = [(one, letter) for one, letter in zip(lettered, letters, strict=True) if letter is not None]
+            right = [float(_is_right(one, letter)) for one, letter in named]
+            add("choice_accuracy_official", [one for one, _ in named], right, in_groups=True)
+            add("choice_with_letter", lettered, [float(letter is not None) for letter in letters])
         if open_answers:
-            scores |= self._score_open(open_answers)
-        return {**scores, **by_group}
-
-    def _score_open(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        predictions, references = texts_of(answers)
-        token_f1 = _mean(token_f1_scores(predictions, references, self.japanese), answers)
-        return {
-            "open_exact_match": _mean(exact_match_scores(predictions, references), answers),
-            "open_token_f1": token_f1.cut_by(word_tokenizer(refs, self.japanese) for refs in references),
-            "open_anls": _mean(anls_scores(predictions, references), answers),
-        }
-
-
-def _mean(scores: Sequence[float], answers: Sequence[Answer]) -> Interval:
-    return mean_interval(scores, samples=samples_of(answers))
+            predictions, references = texts_of(open_answers)
+            add("open_exact_match", open_answers, exact_match_scores(predictions, references))
+            add("open_token_f1", open_answers, token_f1_scores(predictions, references, self.japanese))
+            cut = (word_tokenizer(refs, self.japanese) for refs in references)
+            scores["open_token_f1"] = scores["open_token_f1"].cut_by(cut)
+            add("open_anls", open_answers, anls_scores(predictions, references))
+        return scores | by_group
 
 
 def _correct(answer: Answer, norm: bool = False) -> float:
@@ -99,33 +106,6 @@ def _correct(answer: Answer, norm: bool = False) -> float:
     if answer.choice is None:
         return exact_match_scores([answer.text], [answer.question.references])[0]
     return float(top_k(answer.option_scores_norm if norm else answer.option_scores, answer.right_options, 1))
-
-
-def _score_choices(answers: Sequence[Answer]) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Scores of questions with options, and some of them by group."""
-    scores = {"choice_accuracy": _mean([_correct(answer) for answer in answers], answers)}
-    if all(answer.option_scores_norm for answer in answers):
-        scores["choice_accuracy_norm"] = _mean([_correct(answer, norm=True) for answer in answers], answers)
-    generated = [float(_generated_right(answer)) for answer in answers]
-    scores["choice_accuracy_generated"] = _mean(generated, answers)
-    by_group = _by_group("choice_accuracy_generated", answers, generated)
-    lettered = [answer for answer in answers if _letters_of(answer)]
-    if lettered:
-        letters = [official_letter(answer.text, _letters_of(answer)) for answer in lettered]
-        named = [(answer, letter) for answer, letter in zip(lettered, letters, strict=True) if letter is not None]
-        official = [float(_is_right(answer, letter)) for answer, letter in named]
-        with_letter = [answer for answer, _ in named]
-        # 0 if no answer holds a letter, as in the script.
-        scores["choice_accuracy_official"] = _mean(official, with_letter) if named else Interval(0.0, 0.0, 0.0)
-        scores["choice_with_letter"] = _mean([float(letter is not None) for letter in letters], lettered)
-        by_group |= _by_group("choice_accuracy_official", with_letter, official)
-    return scores, by_group
-
-
-def _by_group(name: str, answers: Sequence[Answer], correct: Sequence[float]) -> dict[str, Interval]:
-    """A score within each group that the data set names."""
-    groups = [answer.question.prompt.facts.get("groups", {}) for answer in answers]
-    return {f"{name}/{group}": Interval.point(v) for group, v in breakdown(correct, groups).items()}
 
 
 def written_options(question: str, answer: str) -> tuple[str, ...]:

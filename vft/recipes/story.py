@@ -31,15 +31,13 @@ class Story:
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), and the share of different word pairs among all (0 to 1): a low
         one means that all stories are alike."""
-        if not answers:
-            return {}
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
         # A sample that is drawn twice repeats its own pairs: resamples say nothing about how alike the stories are.
         distinct = distinct_n(predictions, 2)
         return {
             "rouge_l": rouge_l_interval(predictions, references, samples),
-            "bleu4": bleu4_interval(predictions, references, samples=samples, japanese=self.japanese),
+            "bleu4": bleu4_interval(predictions, references, samples, self.japanese),
             "distinct_2": Interval.point(distinct).cut_by(map(word_tokenizer, references)),
         }
 

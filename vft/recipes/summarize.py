@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from vft.common.scores import Interval
 from vft.common.task import Answer, narrate, samples_of, texts_of
 from vft.common.types import Conversation, Sample
-from vft.metrics import Japanese, RougeL, bleu4_interval, mean_interval, rouge_l_interval, segment_coverage_scores
+from vft.metrics import (
+    Japanese,
+    bleu4_interval,
+    mean_interval,
+    rouge_l_interval,
+    rouge_l_tokenizer,
+    segment_coverage_scores,
+)
 from vft.recipes.main import main
 
 
@@ -31,21 +38,17 @@ class Summarize:
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), and where records have segments the share of them that the
         summary covers (ROUGE-L recall of its best sentence at least 0.3)."""
-        if not answers:
-            return {}
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
         scores = {
             "rouge_l": rouge_l_interval(predictions, references, samples),
-            "bleu4": bleu4_interval(predictions, references, samples=samples, japanese=self.japanese),
+            "bleu4": bleu4_interval(predictions, references, samples, self.japanese),
         }
         having = [answer for answer in answers if answer.question.prompt.facts.get("segments")]
         if having:
             segments = [answer.question.prompt.facts["segments"] for answer in having]
-            covered = mean_interval(
-                segment_coverage_scores([answer.text for answer in having], segments), samples=samples_of(having)
-            )
-            scores["coverage"] = covered.cut_by(map(RougeL.tokenizer, segments))
+            covered = segment_coverage_scores([answer.text for answer in having], segments)
+            scores["coverage"] = mean_interval(covered, samples_of(having)).cut_by(map(rouge_l_tokenizer, segments))
         return scores
 
 

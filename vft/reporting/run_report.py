@@ -14,7 +14,6 @@ from pathlib import Path
 from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.data.dataset import Dataset
-from vft.metrics import confusion
 from vft.models.processor import VisionProcessor
 from vft.reporting.chart import Curve, line_chart
 from vft.reporting.examples import examples, references_of
@@ -153,11 +152,11 @@ def confusion_table(predictions: Mapping[str, list[Row]]) -> Row | None:
     ]
     if not pairs:
         return None
-    counts = confusion([chosen for chosen, _ in pairs], [right for _, right in pairs])
+    counts = Counter(pairs)
     totals = Counter(right for _, right in pairs)
     classes = sorted({label for pair in pairs for label in pair})
     if len(classes) <= MAX_CLASSES:
-        matrix = [(right, totals[right], [counts.get((chosen, right), 0) for chosen in classes]) for right in classes]
+        matrix = [(right, totals[right], [counts[chosen, right] for chosen in classes]) for right in classes]
         return {"name": name, "classes": classes, "rows": matrix, "pairs": []}
     wrong = sorted((-n, right, chosen) for (chosen, right), n in counts.items() if chosen != right)[:MAX_CLASSES]
     most_confused = [(right, chosen, -n, totals[right]) for n, right, chosen in wrong]

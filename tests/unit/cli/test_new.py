@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.main import run_main
 from vft.cli import new
+from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats
@@ -35,7 +36,8 @@ def test_a_task(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     turns = (Turn("user", (MediaRef("video", Path("a.mp4")),)), Turn("assistant", ("A dog.",)))
     (conversation,) = task.conversations(Sample("1", turns, "train.jsonl:1"))
     assert isinstance(conversation, Conversation) and task.prompt in conversation.turns[0].text
-    assert task.name == name and task.score([]) == {}
+    answer = Answer(Question("1", conversation, ("A dog.",)), "A dog.")
+    assert task.name == name and task.score([answer])[task.main_metric].value == 1
 
 
 def test_a_format(module: str, tmp_path: Path) -> None:

@@ -288,6 +288,8 @@ def test_an_evaluation(tiny: Tiny, root: Path, tmp_path: Path) -> None:
     assert [[Path(name).name for name in line["media"]] for line in lines] == [["30.png"], ["90.png"], []]
     assert [line["source"].rpartition(":")[0] for line in lines] == ["held_out.json"] * 3
     assert len({line["id"] for line in lines}) == 3
+    nothing, _ = evaluated(tiny, root, Caption(), [broken], tmp_path)
+    assert nothing == {"answered": 0, "unreadable": 1, "cut_off": 0}
 
 
 def test_an_evaluation_with_options(tiny: Tiny, root: Path, tmp_path: Path) -> None:

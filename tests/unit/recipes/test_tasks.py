@@ -115,11 +115,6 @@ def test_prompt_of_the_configuration(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_no_answers_no_scores(task: Task) -> None:
-    assert task.score([]) == {}
-
-
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_the_main_metric_is_among_the_scores(task: Task) -> None:
     """And it rises from what is wrong to what is right."""
     texts = ("one thing", "other things here now")
