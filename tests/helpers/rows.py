@@ -47,6 +47,5 @@ def prompt(tiny: Tiny, name: str) -> Batch:
     conversation, media = ROWS[name]
     asked = Conversation(conversation.id, conversation.turns[:-1], conversation.origin)
     made = Media.make(tiny.encoder.processor, media)
-    encoded = tiny.encoder.encode(asked, answer_next=True, media=made.plans)
-    document = tiny.encoder.document([encoded], made.plans, [asked.id])
+    document = tiny.encoder.document([asked], made.plans, answer_next=True)
     return collate([(document, made.patches)], tiny.encoder.processor)

@@ -29,7 +29,7 @@ from vft.common.types import (
 )
 from vft.config.data import DataConfig
 from vft.config.run import ModelConfig, ParallelConfig
-from vft.data.budget import Candidate, fit, plan_conversation
+from vft.data.budget import fit, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
 from vft.models import build
@@ -152,8 +152,7 @@ class Media:
 
 def document(encoder: ChatEncoder, conversations: Sequence[Conversation], media: Media) -> Document:
     """One document of conversations that share all their media."""
-    encoded = [encoder.encode(one, media=media.plans) for one in conversations]
-    return encoder.document(encoded, media.plans, [one.id for one in conversations])
+    return encoder.document(conversations, media.plans)
 
 
 def plans_that_fit(
@@ -165,9 +164,8 @@ def plans_that_fit(
     new_tokens: int = 0,
 ) -> tuple[MediaPlan, ...]:
     """Plans of the media that the conversations share, such that each of them fits a row and the context."""
-    candidates = [Candidate(one, encoder, answer_next) for one in conversations]
     media = plan_conversation(conversations[0], encoder.processor, config, info)
-    return fit(candidates, media, encoder, config, new_tokens=new_tokens).media.plans
+    return fit(conversations, media, encoder, config, 1, new_tokens, answer_next).media.plans
 
 
 def batch_of(encoder: ChatEncoder, *rows: tuple[Sequence[Conversation], Media]) -> Batch:

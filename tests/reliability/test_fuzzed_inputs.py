@@ -30,7 +30,7 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.config import run as configs
 from vft.data.formats import pe_video, video_mme
-from vft.data.media.subtitles import Subtitles, parse_srt
+from vft.data.media.timed_text import Subtitles, parse_srt
 from vft.data.streaming.tar import DamagedArchive
 
 # ------------------------------------------------------------------------------------------------- what may happen

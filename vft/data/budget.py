@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, VisionLimits
 from vft.config.data import DataConfig
-from vft.data.chat import ChatEncoder
-from vft.data.document_layout import Encoded
-from vft.data.spans import check_spans
+from vft.data.chat import ChatEncoder, Encoded
 from vft.models.processor import VisionProcessor
 
 
@@ -27,23 +25,11 @@ class TokenLimit:
     name: str
     fix: str
 
-    @staticmethod
-    def of_row(config: DataConfig) -> TokenLimit:
-        """The length of a training row."""
-        return replace(ROW, tokens=config.pack_tokens, name=f"{ROW.name} = {config.pack_tokens}")
-
-    @staticmethod
-    def of_context(processor: VisionProcessor, new_tokens: int) -> TokenLimit:
-        """The model's context, less `new_tokens` for an answer that is still to be generated."""
-        if processor.context_tokens is None:
-            return TokenLimit(sys.maxsize, "", "")
-        reserved = f" less {new_tokens} for the answer" if new_tokens else ""
-        longer = "or a shorter answer" if new_tokens else "or set model.rope_factor"
-        name = f"the model's context of {processor.context_tokens}{reserved}"
-        return TokenLimit(processor.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
-
 
 ROW = TokenLimit(sys.maxsize, "data.pack_tokens", "raise it or shorten the text")
+
+SLACK_S = 0.5
+"""Seconds by which an end may exceed the video (or one frame, if that is longer): annotations are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,51 +47,32 @@ class PlannedMedia:
         return sum(plan.num_tokens for plan in self.plans)
 
 
-class Candidate:
-    """A conversation and its text as tokens, before the plans of its media are fixed."""
-
-    def __init__(self, conversation: Conversation, encoder: ChatEncoder, answer_next: bool = False) -> None:
-        """UserError if the text cannot be encoded."""
-        self.conversation = conversation
-        self.text = encoder.encode(conversation, answer_next)
-        """Without the parts that depend on the plans (times of frames, subtitles)."""
-        self._encoder, self._answer_next = encoder, answer_next
-
-    def with_plans(self, plans: Sequence[MediaPlan]) -> Encoded:
-        """The whole text. It is encoded a second time only if it depends on the plans."""
-        if self._encoder.depends_on_plans(self.conversation, plans):
-            return self._encoder.encode(self.conversation, self._answer_next, plans)
-        return self.text
-
-
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Candidates that see the same media, the media shrunk until they fit, and the texts with them."""
+    """Conversations that see the same media, the media shrunk until they fit, and the texts with them."""
 
-    candidates: tuple[Candidate, ...]
+    conversations: tuple[Conversation, ...]
     media: PlannedMedia
     encoded: tuple[Encoded, ...]
 
-    def joined_by(self, other: Fit) -> Fit:
-        """Both, given that their media have equal plans."""
-        return Fit(self.candidates + other.candidates, self.media, self.encoded + other.encoded)
-
 
 def fit(
-    candidates: Sequence[Candidate],
+    conversations: Sequence[Conversation],
     media: PlannedMedia,
     encoder: ChatEncoder,
     config: DataConfig,
     together: int = 1,
     new_tokens: int = 0,
+    answer_next: bool = False,
 ) -> Fit:
     """Shrink the `media` that some conversations share until any `together` of these fit a row of `pack_tokens`, and
-    each of them the model's context with `new_tokens` more.
+    each of them the model's context with `new_tokens` more. With `answer_next` the conversations end in a question.
 
     Conversations in one row share one copy of the media and of the text up to them. Raises UserError if nothing fits.
     """
-    processor, origin = encoder.processor, candidates[0].conversation.origin
-    row, context = TokenLimit.of_row(config), TokenLimit.of_context(processor, new_tokens)
+    processor, origin = encoder.processor, conversations[0].origin
+    row = replace(ROW, tokens=config.pack_tokens, name=f"{ROW.name} = {config.pack_tokens}")
+    context = _context_limit(processor, new_tokens)
 
     def tokens_left(texts: Sequence[Encoded]) -> tuple[int, TokenLimit]:
         """Tokens that the texts leave for media, and which of the two limits says so."""
@@ -115,7 +82,7 @@ def fit(
         in_context = context.tokens - lengths[-1]
         return (in_row, row) if in_row <= in_context else (in_context, context)
 
-    budget, first_limit = tokens_left([one.text for one in candidates])
+    budget, first_limit = tokens_left([encoder.encode(one, answer_next) for one in conversations])
     if budget < 0:
         text = first_limit.tokens - budget
         raise UserError(f"{origin}: {text} tokens of text, more than {first_limit.name}; {first_limit.fix}")
@@ -123,9 +90,10 @@ def fit(
     def attempt(token_budget: int) -> tuple[Fit, int, TokenLimit]:
         """Media of at most so many vision tokens; by how many tokens they and all text exceed which limit."""
         smaller = shrink(media, processor, token_budget, origin, first_limit)
-        texts = tuple(one.with_plans(smaller.plans) for one in candidates)
+        texts = tuple(encoder.encode(one, answer_next, smaller.plans) for one in conversations)
         left, limit = tokens_left(texts)
-        return Fit(tuple(candidates), smaller, texts), sum(map(encoder.media_length, smaller.plans)) - left, limit
+        excess = sum(map(encoder.media_length, smaller.plans)) - left
+        return Fit(tuple(conversations), smaller, texts), excess, limit
 
     best, excess, limit = attempt(budget)
     if excess <= 0:
@@ -149,6 +117,16 @@ def fit(
             f"{limit.fix}"
         )
     return best
+
+
+def _context_limit(processor: VisionProcessor, new_tokens: int) -> TokenLimit:
+    """The model's context, less `new_tokens` for an answer that is still to be generated."""
+    if processor.context_tokens is None:
+        return TokenLimit(sys.maxsize, "", "")
+    reserved = f" less {new_tokens} for the answer" if new_tokens else ""
+    longer = "or a shorter answer" if new_tokens else "or set model.rope_factor"
+    name = f"the model's context of {processor.context_tokens}{reserved}"
+    return TokenLimit(processor.context_tokens - new_tokens, name, f"take a shorter text, fewer frames, {longer}")
 
 
 def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
@@ -187,10 +165,9 @@ def plan_conversation(
 ) -> PlannedMedia:
     """Plan the media of a conversation without a limit on their tokens.
 
-    Raises UserError if a medium cannot be planned within its own limits, or if the conversation describes parts that
-    its video does not have.
+    Raises UserError if a medium cannot be planned within its own limits. What the record says about times in its video
+    is to be checked before (`check_spans`).
     """
-    check_spans(conversation, info)
     media = [(ref, info(ref), limits_of(ref, config)) for ref in conversation.media]
     return plan_media(media, processor, conversation.origin)
 
@@ -253,3 +230,61 @@ def _smaller_frames(plan: MediaPlan, limits: VisionLimits, share: float) -> Visi
         resized_height=None,
         resized_width=None,
     )
+
+
+# ------------------------------------------------------------------------------------------------ times in records
+
+
+def check_spans(conversation: Conversation, info: Callable[[MediaRef], MediaInfo]) -> None:
+    """Raise UserError with both lengths if a trim, or a segment that the record describes, is not in the video.
+
+    Raises:
+        MediaError: the medium cannot be used.
+    """
+    for ref in conversation.media:
+        start_s, end_s = ref.options.video_start, ref.options.video_end
+        is_trimmed = start_s is not None or end_s is not None
+        if ref.kind == "image" or not (is_trimmed or conversation.spans_s):
+            continue
+        video = info(ref)
+        problems = [fault(start_s, end_s, video)] if is_trimmed else []
+        for number, (first_s, last_s) in enumerate(conversation.spans_s, 1):
+            if problem := fault(first_s, last_s, video, end_s):
+                problems.append(f"segment {number}: {problem}")
+        for problem in filter(None, problems):
+            raise UserError(f"{conversation.origin}: {ref.field or ref.name}: {problem}")
+
+
+def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: float | None = None) -> str:
+    """What is wrong with the range from `start_s` to `end_s` seconds of a video; empty if nothing is, or if the length
+    of the video is unknown. `shown_s` is where the video is cut off, if it is."""
+    length_s = info.duration_s
+    if length_s <= 0:
+        return ""
+    if shown_s is not None:
+        length_s = min(length_s, shown_s)
+    first_s, last_s = start_s or 0.0, length_s if end_s is None else end_s
+    span = f"{first_s:g} to {last_s:g} s" if end_s is not None else f"from {first_s:g} s on"
+    if first_s < 0 or last_s <= first_s < length_s:
+        return f"{span}: must begin at 0 or later and end after it begins"
+    if first_s < length_s and last_s <= length_s + slack_s(info):
+        return ""
+    cut = f", shown up to {shown_s:g} s" if shown_s is not None and shown_s < info.duration_s else ""
+    length = f"the video, which has {info.num_frames} frames in {info.duration_s:.2f} s{cut}"
+    unit = _unit(first_s, last_s if end_s is not None else first_s, info)
+    looks = f"they look like {unit}; " if unit else ""
+    return f"{span} is outside {length}; {looks}give seconds from the beginning of the file"
+
+
+def slack_s(info: MediaInfo) -> float:
+    """Seconds by which a range may exceed the video."""
+    return max(SLACK_S, 1 / info.fps if info.fps > 0 else 0.0)
+
+
+def _unit(first: float, last: float, info: MediaInfo) -> str:
+    """The unit that times far beyond the end of a video look like; empty if they look like none that we know."""
+    if last < 2 * info.duration_s:
+        return ""
+    if first == int(first) and last == int(last) and last <= info.num_frames:
+        return "frame numbers"
+    return "milliseconds" if last >= 1000 and last / 1000 <= info.duration_s + slack_s(info) else ""

@@ -1,50 +1,72 @@
-"""All documents of a run: sources read, media looked up, videos shared, lengths known. Nothing is decoded yet."""
+"""All documents of a run: sources read, media looked up, videos shared, lengths known. Nothing is decoded yet.
+
+Every conversation is planned and encoded once, here: grouped by its media, the media fitted into a row, the groups cut
+into rows. What remains of it is its length and cost, and the limits of its media where they had to be shortened: token
+ids of millions of samples would not fit in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
+from vft.common.console import progress_bar
 from vft.common.errors import UserError
-from vft.common.types import Conversation, Document, MediaInfo, MediaRef, Sample
+from vft.common.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, Turn, VisionLimits
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
-from vft.data.budget import limits_of
+from vft.data.budget import Fit, PlannedMedia, check_spans, fit, limits_of, plan_conversation
 from vft.data.chat import ChatEncoder
-from vft.data.document_planner import DocumentPlanner, PlannedDocument
-from vft.data.frame_times import with_frame_times
+from vft.data.media.errors import MediaError
 from vft.data.media.index import build
+from vft.data.media.timed_text import with_frame_times
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.records.unread_keys import report_unread_keys
 from vft.data.split import Split
 from vft.distributed.process_group import environment
+from vft.models.attention import attended_pairs, document_segments
 
 logger = logging.getLogger(__name__)
 
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
+class PlannedDocument:
+    """A document before it is built: its conversations, and what planning found out about it."""
+
+    conversations: tuple[Conversation, ...]
+    """They share all their media."""
+    work: tuple[int, int, int]
+    """What it costs: tokens, query-key pairs of a layer's attention, vision patches."""
+    weight: float
+    """How often the document comes in an epoch."""
+    media_limits: tuple[VisionLimits, ...] | None = None
+    """Limits of the media if they had to be shortened to fit a row; None: those of the configuration and record."""
+
+
 class Dataset:
     """The documents of a run, or of one streamed clip, planned and ready to be built."""
 
-    encoder: ChatEncoder
-    config: DataConfig
-    info: Callable[[MediaRef], MediaInfo]
-    """What a scan of a medium found; raises MediaError if the medium cannot be used."""
-    documents: list[PlannedDocument]
-    bad: list[BadItem]
-    """Samples that cannot be used."""
-    num_shortened: int = 0
-    """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
+    def __init__(self, encoder: ChatEncoder, config: DataConfig, info: Callable[[MediaRef], MediaInfo]) -> None:
+        """`info` is what a scan of a medium found; it raises MediaError if the medium cannot be used."""
+        self.encoder, self.config, self.info = encoder, config, info
+        self.documents: list[PlannedDocument] = []
+        self.bad: list[BadItem] = []
+        """Samples that cannot be used."""
+        self.num_shortened = 0
+        """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
 
     @cached_property
     def num_samples(self) -> int:
@@ -54,7 +76,7 @@ class Dataset:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each document."""
-        return tuple(document.num_tokens for document in self.documents)
+        return tuple(document.work[0] for document in self.documents)
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -62,12 +84,9 @@ class Dataset:
         return [one for document in self.documents for one in document.conversations]
 
     @cached_property
-    def _samples_by_medium(self) -> Counter[str]:
+    def samples_by_medium(self) -> Counter[str]:
+        """How many samples show the medium of each name: all of them are lost if it cannot be decoded."""
         return Counter(name for one in self.conversations for name in {ref.name for ref in one.media})
-
-    def samples_with(self, name: str) -> int:
-        """How many samples show the medium of this name: all of them are lost if it cannot be decoded."""
-        return max(1, self._samples_by_medium[name])
 
     def build(self, number: int) -> Document:
         """Ids, labels, positions and media plans of one document, the same in every call."""
@@ -75,8 +94,7 @@ class Dataset:
         refs = planned.conversations[0].media
         limits = planned.media_limits or [limits_of(ref, self.config) for ref in refs]
         plans = [processor.plan(ref, self.info(ref), own) for ref, own in zip(refs, limits, strict=True)]
-        encoded = [self.encoder.encode(one, media=plans) for one in planned.conversations]
-        return self.encoder.document(encoded, plans, [one.id for one in planned.conversations])
+        return self.encoder.document(planned.conversations, plans)
 
     def pack_plan(self, seed: int) -> PackPlan:
         """How these documents are laid out in packs."""
@@ -96,8 +114,126 @@ class Dataset:
         content, root = hashlib.sha256(), os.path.realpath(self.config.root)
         for document in self.documents:
             shown = [(one.id, one.content(root), one.options) for one in document.conversations]
-            content.update(f"{shown}:{document.num_tokens};".encode(errors="replace"))
+            content.update(f"{shown}:{document.work[0]};".encode(errors="replace"))
         return content.hexdigest()[:16]
+
+    # ------------------------------------------------------------------------------------------------------ planning
+
+    def add(
+        self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool = False
+    ) -> list[PlannedDocument]:
+        """Plan the documents of conversations with their weights; those about the same media come together."""
+        groups: dict[tuple[object, float], list[Conversation]] = {}
+        parts = [(part, weight) for one, weight in conversations for part in self.encoder.split_for_learning(one)]
+        for number, (one, weight) in enumerate(parts):
+            key = one.media_key if one.media and self.config.share_videos else number
+            groups.setdefault((key, weight), []).append(one)
+        added = []
+        with progress_bar(len(groups), "counting tokens", "document", show_progress) as bar:
+            for (_, weight), group in groups.items():
+                added += self._plan_group(group, weight)
+                bar.update()
+        self.documents += added
+        return added
+
+    def _plan_group(self, conversations: Sequence[Conversation], weight: float) -> list[PlannedDocument]:
+        """Documents of conversations that have the same media; those with equal shareable prefixes may share one."""
+        groups: dict[object, list[Conversation]] = {}
+        for number, one in enumerate(conversations):
+            try:
+                for ref in one.media:
+                    self.info(ref)
+                check_spans(one, self.info)
+                prefix = self.encoder.encode(one).shareable_prefix if self.config.share_videos else None
+            except MediaError as error:
+                self.bad.append(BadItem(one.id, ref.name, error.reason, f"{one.origin}: {ref.field}: {error}"))
+            except UserError as error:
+                self.bad.append(BadItem(one.id, "", "record", str(error)))
+            else:
+                groups.setdefault(number if prefix is None else prefix, []).append(one)
+        return [
+            document
+            for group in groups.values()
+            for fitted in self._fit_media(group)
+            for document in self._cut_into_rows(fitted, weight)
+        ]
+
+    def _fit_media(self, conversations: Sequence[Conversation]) -> list[Fit]:
+        """The conversations in groups that see the same frames.
+
+        Each sees what it would see alone, unless `frames_for_sharing` allows fewer frames.
+        """
+        media: PlannedMedia | None = None
+        for one in conversations:  # of the same media: all of them can be planned, or each gets a message of its own
+            try:
+                media = media or plan_conversation(one, self.encoder.processor, self.config, self.info)
+            except UserError as error:
+                self.bad.append(BadItem(one.id, "", "unfit", str(error)))
+        if media is None:
+            return []
+        groups = self._trade_frames(self._fit_alone(conversations, media), media)
+        self.num_shortened += sum(len(group.conversations) for group in groups if group.media.is_shortened)
+        return groups
+
+    def _fit_alone(self, conversations: Sequence[Conversation], media: PlannedMedia) -> list[Fit]:
+        """Fit the media for each conversation by itself and group those whose plans come out equal."""
+        if len(conversations) > 1:
+            with suppress(UserError):  # the longest text may leave no room at all
+                together = fit(conversations, media, self.encoder, self.config)
+                if not together.media.is_shortened:  # most often
+                    return [together]
+        groups: dict[tuple[MediaPlan, ...], Fit] = {}
+        for one in conversations:
+            try:
+                alone = fit([one], media, self.encoder, self.config)
+            except UserError as error:
+                self.bad.append(BadItem(one.id, "", "unfit", str(error)))
+                continue
+            same = groups.get(alone.media.plans, Fit((), alone.media, ()))
+            groups[alone.media.plans] = replace(
+                same, conversations=(*same.conversations, one), encoded=(*same.encoded, *alone.encoded)
+            )
+        return list(groups.values())
+
+    def _trade_frames(self, groups: list[Fit], media: PlannedMedia) -> list[Fit]:
+        """One group instead of several, with somewhat fewer frames, if `frames_for_sharing` allows that."""
+        conversations = [one for group in groups for one in group.conversations]
+        together = min(len(conversations), self.config.max_samples_per_pack or len(conversations))
+        if together > 1 and self.config.frames_for_sharing:
+            with suppress(UserError):
+                fitted = fit(conversations, media, self.encoder, self.config, together)
+                most = max(group.media.num_tokens for group in groups)
+                if fitted.media.num_tokens >= (1 - self.config.frames_for_sharing) * most:
+                    return [fitted]
+        return groups
+
+    def _cut_into_rows(self, group: Fit, weight: float) -> list[PlannedDocument]:
+        """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
+        limit = self.config.max_samples_per_pack
+        shared_text = group.encoded[0].prefix_tokens
+        prefix = shared_text + sum(map(self.encoder.media_length, group.media.plans))
+        patches = sum(math.prod(plan.grid_thw) for plan in group.media.plans)
+        rows: list[tuple[list[Conversation], list[int]]] = []
+        for one, encoded in zip(group.conversations, group.encoded, strict=True):
+            suffix = encoded.text_tokens - shared_text
+            is_full = not rows or 0 < limit <= len(rows[-1][0])
+            if is_full or prefix + sum(rows[-1][1]) + suffix > self.config.pack_tokens:
+                rows.append(([], []))
+            rows[-1][0].append(one)
+            rows[-1][1].append(suffix)
+        return [
+            PlannedDocument(
+                conversations=tuple(conversations),
+                work=(
+                    prefix + sum(suffixes),
+                    attended_pairs(document_segments(0, prefix, suffixes), causal=True),
+                    patches,
+                ),
+                weight=weight,
+                media_limits=group.media.limits if group.media.is_shortened else None,
+            )
+            for conversations, suffixes in rows
+        ]
 
 
 def make_dataset(
@@ -107,9 +243,9 @@ def make_dataset(
     info: Callable[[MediaRef], MediaInfo],
 ) -> Dataset:
     """A dataset of conversations that each come once in an epoch."""
-    planner = DocumentPlanner(encoder, config, info)
-    documents = planner.plan([(one, 1.0) for one in conversations])
-    return Dataset(encoder, config, info, documents, planner.bad, planner.num_shortened)
+    dataset = Dataset(encoder, config, info)
+    dataset.add([(one, 1.0) for one in conversations])
+    return dataset
 
 
 def load_dataset(
@@ -125,27 +261,34 @@ def load_dataset(
     With a `split`, only the samples of its side. Raises UserError if more than `max_bad_fraction` of the samples cannot
     be used, with the counts by reason and the first message, or if there are none.
     """
-    records = _read_records(config, wanted, seed, split)
-    bad = records.bad
+    records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split)
     conversations: list[list[tuple[Conversation, float]]] = []
-    for source, samples in zip(wanted, records.samples, strict=True):
+    for source, samples in zip(wanted, records, strict=True):
         made = [converse(sample, make_conversations, config) for sample in samples]
         conversations.append([(one, source.times) for own, _ in made for one in own])
         bad += [item for _, wrong in made for item in wrong]
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
 
-    planner, is_main = DocumentPlanner(encoder, config, index.info), environment().is_main
+    dataset = Dataset(encoder, config, index.info)
+    dataset.bad = bad
     # Sources that have a share each keep their documents to themselves.
     has_shares = any(source.share is not None for source in wanted)
     apart = conversations if has_shares else [list(chain.from_iterable(conversations))]
-    planned = [planner.plan(together, is_main) for together in apart]
-    dataset = Dataset(
-        encoder, config, index.info, list(chain.from_iterable(planned)), bad + planner.bad, planner.num_shortened
-    )
-    check_bad(dataset.bad, dataset.num_samples + len(dataset.bad) + records.num_left_out, config.max_bad_fraction)
+    planned = [dataset.add(together, environment().is_main) for together in apart]
+    num_left_out = num_untaken + num_split_off
+    check_bad(dataset.bad, dataset.num_samples + len(dataset.bad) + num_left_out, config.max_bad_fraction)
     if wanted and not dataset.documents:
-        raise _no_documents(wanted, dataset.bad, records, split)
+        paths = _paths(wanted)
+        if bad and (split is None or any(records)):
+            raise UserError(f"{paths}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
+        if split is None or not num_split_off:
+            raise UserError(f"{paths}: no samples; data.sources must name files with records")
+        side = "is held out" if split.held_out else "is left to train on"
+        raise UserError(
+            f"eval.split = {split.share:g}: none of {num_split_off} samples of {paths} {side}; change it, or name "
+            "eval.sources"
+        )
     if has_shares:
         dataset.documents = _weighted_by_share(wanted, planned)
     if dataset.num_shortened:
@@ -155,40 +298,29 @@ def load_dataset(
     return dataset
 
 
-@dataclass
-class _Records:
-    """What the sources hold."""
-
-    samples: list[list[Sample]]
-    """Samples to use, of each source."""
-    bad: list[BadItem]
-    """Records that cannot be read."""
-    num_taken: int
-    """Samples before the split."""
-    num_left_out: int
-    """Samples that `take` or the split leaves out."""
-
-
-def _read_records(config: DataConfig, wanted: Sequence[SourceConfig], seed: int, split: Split | None) -> _Records:
-    records = _Records([], [], 0, 0)
+def _read_records(
+    config: DataConfig, wanted: Sequence[SourceConfig], seed: int, split: Split | None
+) -> tuple[list[list[Sample]], list[BadItem], int, int]:
+    """The samples to use of each source, records that cannot be read, and how many samples `take` and the split leave
+    out."""
+    records: list[list[Sample]] = []
+    bad: list[BadItem] = []
+    num_untaken = 0
     for source in wanted:
         samples, errors = sources.read(source, config)
-        records.bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
+        bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
         if environment().is_main:
             report_unread_keys(source.path, [sample.unread for sample in samples])
-        taken = take(samples, source.take, seed)
-        records.samples.append(taken)
-        records.num_taken += len(taken)
-        records.num_left_out += len(samples) - len(taken)
-    if split is not None:
-        sides, num_on_neither = split.select(list(chain.from_iterable(records.samples)), config.root)
-        if num_on_neither:
-            text = "eval.split: %d records to train on show media of held-out ones too, and are left out"
-            logger.info(text, num_on_neither)
-        records.num_left_out += sides.count(False)
-        each = iter(sides)
-        records.samples = [[sample for sample in samples if next(each)] for samples in records.samples]
-    return records
+        records.append(take(samples, source.take, seed))
+        num_untaken += len(samples) - len(records[-1])
+    if split is None:
+        return records, bad, num_untaken, 0
+    sides, num_on_neither = split.select(list(chain.from_iterable(records)), config.root)
+    if num_on_neither:
+        text = "eval.split: %d records to train on show media of held-out ones too, and are left out"
+        logger.info(text, num_on_neither)
+    each = iter(sides)
+    return [[one for one in samples if next(each)] for samples in records], bad, num_untaken, sides.count(False)
 
 
 def _weighted_by_share(
@@ -205,21 +337,6 @@ def _weighted_by_share(
         weight = share / sum(shares) * sum(counts) / count
         weighted += [replace(document, weight=weight) for document in documents]
     return weighted
-
-
-def _no_documents(
-    wanted: Sequence[SourceConfig], bad: Sequence[BadItem], records: _Records, split: Split | None
-) -> UserError:
-    paths = _paths(wanted)
-    if bad and (split is None or any(records.samples)):
-        return UserError(f"{paths}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
-    if split is None or not records.num_taken:
-        return UserError(f"{paths}: no samples; data.sources must name files with records")
-    side = "is held out" if split.held_out else "is left to train on"
-    return UserError(
-        f"eval.split = {split.share:g}: none of {records.num_taken} samples of {paths} {side}; change it, or name "
-        "eval.sources"
-    )
 
 
 def _paths(wanted: Sequence[SourceConfig]) -> str:
@@ -246,3 +363,45 @@ def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:
         return list(samples[: int(count)])
     chosen = random.Random(f"take:{seed}").sample(range(len(samples)), min(int(count), len(samples)))
     return [samples[i] for i in sorted(chosen)]
+
+
+# ------------------------------------------------------------------------------- prompts, which a trained model knows
+
+Prompts = Counter[tuple[str, str, str | None]]
+"""How many samples have a prompt: the text before and after the first medium of the first user turn, and the system
+text (None: no system turn; a template may add one)."""
+
+
+def prompts_of(conversations: Iterable[Conversation]) -> Prompts:
+    """Count conversations, without text that depends on frames (times, subtitles): that belongs to the video."""
+    prompts: Prompts = Counter()
+    for one in conversations:
+        first = next((turn for turn in one.turns if turn.role == "user"), None)
+        if first is None or one.is_part:
+            continue
+        start = next((place for place, part in enumerate(first.parts) if isinstance(part, MediaRef)), 0)
+        before, behind = (Turn("user", parts).text for parts in (first.parts[:start], first.parts[start:]))
+        prompts[before, behind, next((turn.text for turn in one.turns if turn.role == "system"), None)] += 1
+    return prompts
+
+
+def describe_prompts(counts: Prompts) -> dict[str, Any]:
+    """For vft.json: the most frequent prompt (with the text before the media) and system text, the fraction of samples
+    that had it, and how many others there were. Empty if nothing was counted."""
+    if not counts:
+        return {}
+    prompts, systems = Counter[tuple[str, str]](), Counter[str | None]()
+    for (before, prompt, system), count in counts.items():
+        prompts[before, prompt] += count
+        systems[system] += count
+    (((before, prompt), of_prompt),) = prompts.most_common(1)
+    ((system, of_system),) = systems.most_common(1)
+    return {
+        "prompt": prompt,
+        "prompt_before_media": before,
+        "prompt_share": of_prompt / counts.total(),
+        "other_prompts": len(prompts) - 1,
+        "system": system,
+        "system_share": of_system / counts.total(),
+        "other_systems": len(systems) - 1,
+    }

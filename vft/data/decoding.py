@@ -96,7 +96,7 @@ class Decoder:
                 patches.append(future.result())
             except MediaError as error:
                 name = plan.ref.name
-                lost = num_samples if source else self.dataset.samples_with(name)
+                lost = num_samples if source else max(1, self.dataset.samples_by_medium[name])
                 # If several media fail, the samples are counted with the first one.
                 samples, message = 0 if failed else lost, name_members(str(error), plan.ref)
                 failed.append(BadItem(document.sample_ids[0], name, error.reason, message, samples, source))

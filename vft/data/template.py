@@ -6,8 +6,13 @@ cases, or the prompt for that answer replaces what it writes in training.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache, partial
@@ -17,13 +22,14 @@ from typing import Any
 from vft.common.errors import UserError, first_line
 from vft.common.reasoning import CLOSE, OPEN, split_reasoning
 from vft.common.types import MediaKind, Role
-from vft.data.trial import exceeds
 
 Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]
 """What the template sees of a conversation: roles, texts, and the kind of each medium at its place."""
 
 TEMPLATE_CPU_S, TEMPLATE_BYTES = 3, 1 << 29
 """CPU time and memory that a chat template may use for TRIAL. Released ones take a few milliseconds."""
+TRIAL_S = 60.0
+"""Wall-clock time for it. A copy of this process that has not used its CPU time by then waits for something else."""
 TRIAL: Text = (
     ("system", ("Be brief.",)),
     ("user", (("video",), ("image",), "What is it?")),
@@ -253,3 +259,43 @@ def _is_joined(around: Sequence[str], answers: Sequence[str], whole: str) -> boo
 
 def _joined(parts: Sequence[str | tuple[MediaKind]]) -> str:
     return "".join(part for part in parts if isinstance(part, str))
+
+
+# ------------------------------------------------------------------------------------------ untrusted templates
+
+
+def exceeds(work: Callable[[], object], cpu_s: int, memory_bytes: int) -> str | None:
+    """Which limit untrusted `work` (a template is a program) exceeds in a copy of this process: CPU time in seconds, or
+    memory in bytes beyond what this process has. None if it exceeds none, whatever it raises."""
+    pid = os.fork()
+    if pid == 0:
+        _try(work, cpu_s, memory_bytes)
+    end = time.monotonic() + TRIAL_S
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.002)
+    status = os.waitstatus_to_exitcode(ended[1])
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"more than {cpu_s} s"
+    return None if status == 0 else f"more than {memory_bytes >> 20} MiB of memory"
+
+
+def _try(work: Callable[[], object], cpu_s: int, memory_bytes: int) -> None:
+    """Never returns: no handler and no `finally` of the original process may run in the copy."""
+    status = 1
+    with suppress(BaseException):
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115
+        size = pages * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+        try:
+            work()
+            status = 0
+        except BaseException as error:
+            status = int(isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError))
+    os._exit(status)

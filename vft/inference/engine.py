@@ -17,12 +17,11 @@ from vft.common.reasoning import CLOSE, OPEN, answer_in, split_reasoning
 from vft.common.task import Answer, Question
 from vft.common.types import Document, MediaInfo, MediaRef, Patches
 from vft.config.data import DataConfig
-from vft.data.budget import Candidate, fit, plan_conversation
+from vft.data.budget import check_spans, fit, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import FrameCache
 from vft.data.packing import collate
-from vft.data.spans import check_spans
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, World, all_of
 from vft.inference.generate import Sampling, TextStreamer, generate
@@ -204,15 +203,15 @@ class Answerer:
         """
         prompt = question.prompt
         longest = max(map(self.encoder.answer_tokens, prompt.options), default=1)
-        candidate = Candidate(prompt, self.encoder, answer_next=True)
         media = plan_conversation(prompt, self.encoder.processor, self.config, self.info)
+        longer = max(longest, new_tokens)
         try:
-            fitted = fit([candidate], media, self.encoder, self.config, new_tokens=max(longest, new_tokens))
+            fitted = fit([prompt], media, self.encoder, self.config, new_tokens=longer, answer_next=True)
         except UserError:  # then the answer is cut off at the end of the context
-            fitted = fit([candidate], media, self.encoder, self.config, new_tokens=longest)
+            fitted = fit([prompt], media, self.encoder, self.config, new_tokens=longest, answer_next=True)
         plans = fitted.media.plans
         options = self.encoder.options(prompt, prompt.options, plans) if prompt.options else None
-        return self.encoder.document(fitted.encoded, plans, [question.id]), options
+        return self.encoder.document([prompt], plans, answer_next=True), options
 
     def generate(
         self, questions: Sequence[PreparedQuestion], sampling: Sampling, write: Callable[[str], None] | None = None

@@ -12,10 +12,10 @@ from vft.common.reasoning import split_reasoning
 from vft.common.task import Question, narrate, with_prompt
 from vft.common.types import Conversation, MediaKind, MediaRef, Sample, Turn
 from vft.common.unique import unique_name
-from vft.data import frame_times
 from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
+from vft.data.media import timed_text
 from vft.data.records.files import RECORD_SUFFIXES, read_records
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
 from vft.data.records.paths import resolve_media
@@ -163,4 +163,4 @@ def with_frame_times(request: Request) -> Request:
     question = request.question
     if isinstance(question, Failure):
         return request
-    return replace(request, question=replace(question, prompt=frame_times.with_frame_times(question.prompt)))
+    return replace(request, question=replace(question, prompt=timed_text.with_frame_times(question.prompt)))

@@ -9,8 +9,8 @@ from dataclasses import replace
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaInfo, MediaRef
+from vft.data.budget import check_spans
 from vft.data.media.errors import MediaError
-from vft.data.spans import check_spans
 from vft.inference.engine import Failure
 from vft.inference.requests import Request
 

@@ -85,9 +85,9 @@ class VisionProcessor:
         ordered = np.ascontiguousarray(lines.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
         return torch.from_numpy(ordered).view(frames_TCHW.dtype).reshape(-1, self.patch_features)
 
-    def placeholder(self, kind: MediaKind) -> tuple[int, ...]:
-        """Token ids by which the chat template marks a medium."""
-        return (self.image_token if kind == "image" else self.video_token,)
+    def placeholder(self, kind: MediaKind) -> int:
+        """The token by which the chat template marks a medium."""
+        return self.image_token if kind == "image" else self.video_token
 
     def lead(self, plan: MediaPlan) -> str:
         """Text before the medium in its message."""

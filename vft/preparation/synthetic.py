@@ -37,7 +37,7 @@ def plan_of(processor: Any, video: Video) -> MediaPlan:
 
 def media_rows(processor: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
     """Ids of a video's tokens, and a mask of those that are embeddings. Times in between are `TIME_TOKENS` tokens."""
-    (mark,) = processor.placeholder("video")
+    mark = processor.placeholder("video")
     ids: list[int] = []
     for piece in processor.expand(plan):
         ids += [mark] * piece if isinstance(piece, int) else [2] * TIME_TOKENS

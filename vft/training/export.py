@@ -33,7 +33,7 @@ def export(
     """Write the adapter or the model to `target`, and facts of the training to vft.json beside it.
 
     Every process calls it, because tensors are gathered; the one with `write` writes. `prompts` are facts about what
-    the records ask (`vft.data.training_prompts`).
+    the records ask (`vft.data.dataset.describe_prompts`).
     """
     about: dict[str, Any] = {
         "base_fingerprint": pretrained.fingerprint,

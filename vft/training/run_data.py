@@ -9,12 +9,11 @@ from typing import Any
 
 from vft.common.files import digest
 from vft.config.run import Config
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, Prompts, prompts_of
 from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
 from vft.data.stream_feeds import Streams
-from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment
 
@@ -111,10 +110,9 @@ class RunData:
         if environment().is_main:
             write_quarantine(self.config.output_dir, self.bad)
 
-    def prompts(self) -> PromptCounts:
+    def prompts(self) -> Prompts:
         """What the records ask, those of streams since the start of this process. Every process calls it."""
-        prompts = PromptCounts()
-        prompts.add(self.documents.conversations)
+        prompts = prompts_of(self.documents.conversations)
         for part in all_of(self.streams.context.prompts) if self.streams is not None else ():
             prompts.update(part)
         return prompts

@@ -21,7 +21,7 @@ from vft.common.task import Task
 from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, describe_prompts
 from vft.data.stream_feeds import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.heartbeat import report_progress
@@ -410,7 +410,7 @@ class Trainer:
         """Export the adapter, or the whole model, to `folder` or to its place in the run's folder."""
         run_folder, pretrained, step = self.config.output_dir, self.prepared.pretrained, self.progress.step
         target = folder or run_folder / ("model" if self.config.lora is None else "adapter")
-        prompts = self.data.prompts().facts()
+        prompts = describe_prompts(self.data.prompts())
         export(self.model, pretrained, self.config, self.task, prompts, step, target, self.world.is_main)
         if self.world.is_main:
             write_card(run_folder, target, step, pretrained)

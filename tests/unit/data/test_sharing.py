@@ -11,7 +11,7 @@ from tests.helpers.tiny import Tiny, medium, talk
 from vft.common.types import Conversation
 from vft.config.data import DataConfig, ImageConfig, VideoConfig
 from vft.data.dataset import Dataset, make_dataset
-from vft.data.frame_times import with_frame_times
+from vft.data.media.timed_text import with_frame_times
 
 INFOS = dict(
     [

@@ -13,8 +13,8 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo
 from vft.config.data import DataConfig, SourceConfig
+from vft.data.budget import fault
 from vft.data.dataset import load_dataset
-from vft.data.spans import fault
 from vft.recipes.caption import Caption
 from vft.recipes.story import Story
 

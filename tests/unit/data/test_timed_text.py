@@ -18,8 +18,7 @@ from vft.common.errors import UserError
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaInfo, MediaPlan, Sample, Turn
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.dataset import converse, make_dataset
-from vft.data.frame_times import FrameTimes, with_frame_times
-from vft.data.media.subtitles import HEADING, Subtitles
+from vft.data.media.timed_text import HEADING, FrameTimes, Subtitles, with_frame_times
 from vft.inference.requests import user_question
 
 LONG, LONG_INFO = medium("video", 240, 140, 140, fps=24.0, name="long")
@@ -251,8 +250,7 @@ def test_prompts_leave_room_for_nothing_more_than_the_question(tiny: Tiny) -> No
     """For a question to answer, `fit` counts up to where the answer begins."""
     prompt = with_frame_times(user_question("q", [LONG], "What happens?").prompt)
     plans = plans_that_fit([prompt], tiny.encoder, config_of(200), info_of, answer_next=True)
-    encoded = tiny.encoder.encode(prompt.resolved(plans), answer_next=True)
-    made = tiny.encoder.document([encoded], plans, ["q"])
+    made = tiny.encoder.document([prompt.resolved(plans)], plans, answer_next=True)
     assert made.num_tokens <= 200 and times_line(plans[0]) in told(tiny, made)
     assert bool((made.labels_T == IGNORE_INDEX).all())
 

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.formats import read_error, read_video_mme, sample_of, write
 from vft.common.errors import UserError
 from vft.common.types import Conversation, MediaInfo, MediaPlan, MediaRef, Turn
-from vft.data.media.subtitles import Subtitles, parse_srt
+from vft.data.media.timed_text import Subtitles, parse_srt
 
 ROW = {
     "video_id": "001",

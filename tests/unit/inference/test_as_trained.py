@@ -13,10 +13,9 @@ from torchcodec.encoders import VideoEncoder
 from tests.helpers.tiny import CPU, Tiny
 from vft.common.task import Question
 from vft.config.data import DataConfig
-from vft.data.dataset import Dataset, load_dataset
-from vft.data.frame_times import with_frame_times
+from vft.data.dataset import Dataset, describe_prompts, load_dataset, prompts_of
 from vft.data.media.scan import scan
-from vft.data.training_prompts import PromptCounts
+from vft.data.media.timed_text import with_frame_times
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.as_trained import data_config
@@ -52,10 +51,9 @@ def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Dataset, dict[str,
         {"root": str(root), "sources": sources, "workers": 0, "cache_dir": str(root / "cache"), **settings}
     )
     documents = load_dataset(config, config.sources, QuestionAnswering().conversations, tiny.encoder, 0)
-    asked = PromptCounts()
-    asked.add(documents.conversations)
+    asked = describe_prompts(prompts_of(documents.conversations))
     limits = {"video": config.video.model_dump(mode="json", exclude_none=True), "pack_tokens": config.pack_tokens}
-    return documents, json.loads(json.dumps({**asked.facts(), **limits}))
+    return documents, json.loads(json.dumps({**asked, **limits}))
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ def asked(tiny: Tiny, *texts: str) -> Any:
     """Prompts of these texts in one row; a text is its name too."""
     rows = []
     for text in texts:
-        encoded = tiny.encoder.encode(talk(("user", text)), answer_next=True)
-        rows.append((tiny.encoder.document([encoded], (), [text]), []))
+        rows.append((tiny.encoder.document([replace(talk(("user", text)), id=text)], (), answer_next=True), []))
     return collate(rows, tiny.encoder.processor)
 
 

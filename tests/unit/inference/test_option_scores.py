@@ -96,7 +96,7 @@ def theirs(tiny: Tiny, one: Asked, option: str) -> tuple[float, float]:
     tokenizer = tiny.encoder.tokenizer
     batch = batch_of(tiny.encoder, ([one.answered(option)], one.media))
     logits_TV = tiny.theirs(**tiny.inputs(batch)).logits[0]
-    prompt, _ = tiny.encoder.render(one.prompt, answer_next=True)
+    prompt = tokenizer.decode(tiny.encoder.encode(one.prompt, answer_next=True).ids)
     # A medium is one token in the text, and as many as it is planned for in the row.
     start = len(tokenizer(prompt)["input_ids"]) + sum(plan.num_tokens - 1 for plan in one.media.plans)
     ids = tokenizer(option)["input_ids"]
@@ -225,8 +225,7 @@ def test_scores_by_length_are_those_of_lm_eval() -> None:
 
 def rendered(tiny: Tiny, one: Asked) -> list[int]:
     """The prompt's ids up to where the answer begins, media expanded."""
-    encoded = tiny.encoder.encode(one.prompt, answer_next=True)
-    return tiny.encoder.document([encoded], one.media.plans, ["prompt"]).ids_T.tolist()
+    return tiny.encoder.document([one.prompt], one.media.plans, answer_next=True).ids_T.tolist()
 
 
 def test_the_trunk_is_the_prompt_but_for_its_last_token(tiny: Tiny, asked: dict[str, Asked]) -> None:

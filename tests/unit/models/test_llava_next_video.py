@@ -243,7 +243,7 @@ def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     (video, video_info), (image, image_info) = medium("video", 4, 56, 56), medium("image", 1, 90, 60)
     conversation = talk(("user", [video, "and", image]), ("assistant", "Yes."))
     media = Media.make(tiny.encoder.processor, [(video, video_info), (image, image_info)])
-    made = tiny.encoder.document([tiny.encoder.encode(conversation)], media.plans, ["x"])
+    made = tiny.encoder.document([conversation], media.plans)
     assert [plan.ref.kind for plan in made.media] == ["image", "video"]
     processor: Any = tiny.encoder.processor
     marks = made.ids_T[made.media_mask_T].tolist()

@@ -16,8 +16,7 @@ from vft.common.task import Answer, Question, Task, main_conversation, samples_o
 from vft.common.types import Conversation, MediaOptions, MediaRef, Role, Sample, Turn
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig
-from vft.data.frame_times import FrameTimes
-from vft.data.media.subtitles import Subtitles
+from vft.data.media.timed_text import FrameTimes, Subtitles
 from vft.preparation.documents import questions
 from vft.recipes import task_of
 from vft.recipes.caption import Caption

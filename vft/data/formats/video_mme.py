@@ -17,7 +17,7 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format, locate
-from vft.data.media.subtitles import Line, Subtitles, parse_srt
+from vft.data.media.timed_text import Line, Subtitles, parse_srt
 from vft.data.records.files import read_columnar, read_text
 from vft.data.records.paths import first_present, media_folders
 from vft.data.records.record import Record, RecordError, Records, check_text, make_samples, short_repr

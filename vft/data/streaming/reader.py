@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,13 +21,12 @@ from vft.common.types import MediaRef
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import MakeConversations
+from vft.data.dataset import MakeConversations, Prompts
 from vft.data.media.scan import scan_file
 from vft.data.quarantine import BadItem, check_bad
 from vft.data.records.unread_keys import report_unread_keys
 from vft.data.streaming.clips import ArchiveClip, EmptyArchive, Position
 from vft.data.streaming.tar import DamagedArchive
-from vft.data.training_prompts import PromptCounts
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 
@@ -107,7 +106,7 @@ class StreamContext:
     ) -> None:
         self.config, self.encoder, self.make_conversations = config, encoder, make_conversations
         self.pool, self.slots, self.seed = pool, slots, seed
-        self.prompts = PromptCounts()
+        self.prompts: Prompts = Counter()
         self.is_closing = Event()
         self._threads: list[ThreadPoolExecutor] = []
         self.spool, self._lock = make_spool(config.cache_path / "stream")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vft.common.types import Document, MediaInfo, MediaRef
-from vft.data.dataset import converse, make_dataset
+from vft.data.dataset import converse, make_dataset, prompts_of
 from vft.data.media.errors import MediaError
 from vft.data.media.scan import join_scans
 from vft.data.quarantine import ArchivePass, BadItem
@@ -195,7 +195,7 @@ def _documents_of(
         return [UnusableClip(clip.position._replace(document=1), bad)]
     documents: list[StreamedDocument | UnusableClip] = []
     for number in range(first, len(dataset.documents)):
-        context.prompts.add(dataset.documents[number].conversations)
+        context.prompts.update(prompts_of(dataset.documents[number].conversations))
         after = clip.position._replace(document=number + 1)
         documents.append(StreamedDocument(dataset.build(number), clip, after, () if number else bad))
     return documents

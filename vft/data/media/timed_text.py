@@ -1,14 +1,14 @@
-"""Subtitles: SubRip files (.srt), and the lines in them that are on screen together with sampled frames."""
+"""Text that depends on which frames are sampled: their times, and the subtitles (SubRip files, .srt) shown at them."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vft.common.errors import UserError
-from vft.common.types import MediaPlan
+from vft.common.types import Conversation, MediaPlan, MediaRef, PlannedText
 
 Line = tuple[float, float, str]
 """When the line appears and disappears, in seconds from the start of the video; and its text, on one line."""
@@ -22,6 +22,34 @@ _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
 _LOOKS_TIMED = re.compile(r".*-->|\s*[0-9]+:[0-9]+:[0-9]+[,.][0-9]")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>|\{\\[^{}]*\}")
 _NUMBER = re.compile(r"\s*[0-9]+\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTimes:
+    """How long a video is and when its frames were taken, to a tenth of a second."""
+
+    medium: int
+    """Its number among the conversation's media."""
+
+    def resolve(self, plans: Sequence[MediaPlan]) -> str:
+        """One line with times from the start of the video."""
+        plan = plans[self.medium]
+        times = ", ".join(f"{time_s:.1f}" for time_s in plan.frame_times_s)
+        return f"A video of {plan.info.duration_s:.1f} s, seen at {times} s:\n"
+
+
+def with_frame_times(conversation: Conversation) -> Conversation:
+    """The conversation with a line of `FrameTimes` before each video."""
+    number, turns = 0, []
+    for turn in conversation.turns:
+        parts: list[str | MediaRef | PlannedText] = []
+        for part in turn.parts:
+            if isinstance(part, MediaRef):
+                parts += [FrameTimes(number)] if part.kind == "video" else []
+                number += 1
+            parts.append(part)
+        turns.append(replace(turn, parts=tuple(parts)))
+    return replace(conversation, turns=tuple(turns))
 
 
 @dataclass(frozen=True, slots=True)
