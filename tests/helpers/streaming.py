@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -14,15 +14,14 @@ from typing import Any
 from tests.helpers.clips import make_clip
 from tests.helpers.tars import write_tar
 from vft.common.types import Document
-from vft.config.data import DataConfig, SourceConfig
+from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import LoadedPack, Loader
 from vft.data.packing import Cursor
 from vft.data.quarantine import BadItem
-from vft.data.stream_feeds import Streams, open_streams
-from vft.data.streaming.clips import START, Position
-from vft.data.streaming.reader import StreamContext, open_source
+from vft.data.streaming.archives import START, Position
+from vft.data.streaming.sources import Streams
 from vft.data.streaming.stream import SlotStream
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
@@ -100,20 +99,15 @@ def spools(config: DataConfig) -> list[Path]:
 
 
 @contextmanager
-def stream_context(config: DataConfig, encoder: ChatEncoder, slots: int, seed: int = 0) -> Iterator[StreamContext]:
+def stream_context(config: DataConfig, encoder: ChatEncoder, slots: int, seed: int = 0) -> Iterator[Streams]:
     """What the streams of one process share."""
-    with WorkerPool(0, 60.0) as pool:
-        context = StreamContext(config, encoder, MAKE, pool, slots, seed)
-        try:
-            yield context
-        finally:
-            context.close()
+    with WorkerPool(0, 60.0) as pool, closing(Streams(config, MAKE, encoder, pool, slots, seed)) as streams:
+        yield streams
 
 
-def slot_stream(context: StreamContext, slot: int, start: Position = START) -> SlotStream:
+def slot_stream(streams: Streams, slot: int, start: Position = START) -> SlotStream:
     """One slot's stream through the first source."""
-    source: SourceConfig = context.config.sources[0]
-    return SlotStream(open_source(source, context.config), slot, context, start)
+    return SlotStream(streams.archives[0], slot, streams, start)
 
 
 def one_epoch(stream: SlotStream, look: Callable[[Document], Any] = lambda document: document) -> list[Any]:
@@ -149,7 +143,9 @@ class Run:
         self.loaders: list[Loader] = []
         for rank in range(ranks):
             pool = stack.enter_context(WorkerPool(config.workers, 60.0))
-            streams = stack.enter_context(open_streams(config, MAKE, encoder, pool, slots, seed=0))
+            streams = None
+            if config.streamed:
+                streams = stack.enter_context(closing(Streams(config, MAKE, encoder, pool, slots, seed=0)))
             self.streams.append(streams)
             self.loaders.append(
                 Loader(self.documents, plan, pool, DataParallel(rank, ranks), slots, prefetch, None, streams)

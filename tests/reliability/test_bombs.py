@@ -32,10 +32,8 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef
 from vft.data.formats import pe_video, video_mme
 from vft.data.media.index import build
-from vft.data.streaming import clips
-from vft.data.streaming import tar as archives
-from vft.data.streaming.clips import copy_clips
-from vft.data.streaming.tar import DamagedArchive, members
+from vft.data.streaming import archives
+from vft.data.streaming.archives import DamagedArchive, copy_clips, members
 
 GIB = 1 << 30
 
@@ -158,7 +156,7 @@ def test_text_that_packs_well_is_no_bomb(tmp_path: Path) -> None:
 
 
 def test_more_members_of_one_video_than_any_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips, "MAX_FILES", 50)
+    monkeypatch.setattr(archives, "MAX_FILES", 50)
     spool = tmp_path / "spool"
     spool.mkdir()
     write_tar(tmp_path / "a.tar", ((f"{number}.jpg", b"x") for number in range(60)))

@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.packing import Cursor
-from vft.data.stream_feeds import open_streams
+from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 
@@ -132,7 +133,7 @@ def test_in_streams(tiny: Tiny, tmp_path: Path) -> None:
         source = {"format": "pe_video", "path": name, "stream": True}
         config: DataConfig = data_config(tmp_path / "data", source, max_samples_per_pack=1)
         none, pool = load_dataset(config, [], MAKE, tiny.encoder, seed=0), CountingPool()
-        with open_streams(config, MAKE, tiny.encoder, pool, PACKS_PER_STEP, seed=0) as streams:
+        with closing(Streams(config, MAKE, tiny.encoder, pool, PACKS_PER_STEP, seed=0)) as streams:
             streams_at = {f"0:{slot}": position for slot, position in enumerate(positions)}
             loader = loader_of(none, pool, streams=streams)
             ids, by_clock_s, busy_s = first_step(loader, Cursor(0, 0, FAR // PACKS_PER_STEP), streams_at)

@@ -31,7 +31,7 @@ from vft.common.types import MediaRef, Sample
 from vft.config import run as configs
 from vft.data.formats import pe_video, video_mme
 from vft.data.media.timed_text import Subtitles, parse_srt
-from vft.data.streaming.tar import DamagedArchive
+from vft.data.streaming.archives import DamagedArchive
 
 # ------------------------------------------------------------------------------------------------- what may happen
 

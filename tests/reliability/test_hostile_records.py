@@ -43,7 +43,7 @@ from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.scan import scan_file
 from vft.data.records.record import Records
-from vft.data.streaming.tar import members
+from vft.data.streaming.archives import members
 
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 ANSWER = {"role": "assistant", "content": "A cat."}

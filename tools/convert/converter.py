@@ -19,8 +19,8 @@ from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.types import MediaInfo
 from vft.data.budget import SLACK_S, fault
-from vft.data.file_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_stray
 from vft.data.records.files import read_json
+from vft.data.records.paths import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_stray
 
 Item = TypeVar("Item")
 

@@ -12,7 +12,7 @@ from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import NO_CACHE, FrameCache
 from vft.data.packing import PackPlan, collate
 from vft.data.quarantine import BadItem, BadItemLog
-from vft.data.streaming.clips import ArchiveClip
+from vft.data.streaming.archives import ArchiveClip
 from vft.data.streaming.stream import StreamedDocument, name_members
 from vft.data.workers import WorkerPool
 

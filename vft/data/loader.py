@@ -21,10 +21,9 @@ from vft.data.decoding import Decoder, PendingDocument
 from vft.data.pack_schedule import PackSchedule, PlannedPack
 from vft.data.packing import Cursor, PackPlan, collate
 from vft.data.quarantine import BadItem, BadItemLog, Encountered, LoadReport, check_bad_of_stream
-from vft.data.stream_feeds import INDEX, Streams
-from vft.data.streaming.clips import Position
-from vft.data.streaming.reader import SearchStopped
-from vft.data.streaming.stream import SlotStream, StreamedPack
+from vft.data.streaming.archives import Position
+from vft.data.streaming.sources import INDEX, Streams
+from vft.data.streaming.stream import SearchStopped, SlotStream, StreamedPack
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 
@@ -193,7 +192,7 @@ class Loader:
         key = planned.stream_key
         if key not in self._slot_streams:
             archives, start = self.streams.archives[planned.feed], Position(*self.positions.get(key, ()))
-            self._slot_streams[key] = SlotStream(archives, planned.pack.slot, self.streams.context, start)
+            self._slot_streams[key] = SlotStream(archives, planned.pack.slot, self.streams, start)
         try:
             return self._slot_streams[key].next_pack()
         except UserError as error:

@@ -12,13 +12,12 @@ from vft.common.reasoning import split_reasoning
 from vft.common.task import Question, narrate, with_prompt
 from vft.common.types import Conversation, MediaKind, MediaRef, Sample, Turn
 from vft.common.unique import unique_name
-from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
 from vft.data.media import timed_text
 from vft.data.records.files import RECORD_SUFFIXES, read_records
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
-from vft.data.records.paths import resolve_media
+from vft.data.records.paths import PICTURE_SUFFIXES, resolve_media
 from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id, short_repr
 from vft.data.records.unread_keys import report_unread_keys
 from vft.distributed.process_group import environment

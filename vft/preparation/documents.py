@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
 
 from vft.common.errors import UserError
 from vft.common.reasoning import split_reasoning
@@ -18,7 +18,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, converse, load_dataset, take
 from vft.data.overlap import overlap_warning
 from vft.data.split import Split
-from vft.data.stream_feeds import Streams, open_streams
+from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 
@@ -36,8 +36,10 @@ def training_streams(
 ) -> AbstractContextManager[Streams | None]:
     """The sources of `data.sources` with `stream = true`, which are read while they are trained on; None if there are
     none."""
+    if not config.data.streamed:
+        return nullcontext()
     make = trained_conversations(task, config.data.segment_questions)
-    return open_streams(config.data, make, encoder, pool, config.train.packs_per_step, config.seed)
+    return closing(Streams(config.data, make, encoder, pool, config.train.packs_per_step, config.seed))
 
 
 def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:

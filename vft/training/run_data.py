@@ -13,7 +13,7 @@ from vft.data.dataset import Dataset, Prompts, prompts_of
 from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
-from vft.data.stream_feeds import Streams
+from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment
 
@@ -113,7 +113,7 @@ class RunData:
     def prompts(self) -> Prompts:
         """What the records ask, those of streams since the start of this process. Every process calls it."""
         prompts = prompts_of(self.documents.conversations)
-        for part in all_of(self.streams.context.prompts) if self.streams is not None else ():
+        for part in all_of(self.streams.prompts) if self.streams is not None else ():
             prompts.update(part)
         return prompts
 

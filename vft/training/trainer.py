@@ -22,7 +22,7 @@ from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import Dataset, describe_prompts
-from vft.data.stream_feeds import Streams
+from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.heartbeat import report_progress
 from vft.distributed.process_group import (

@@ -25,9 +25,7 @@ import pytest
 
 from tests.helpers.tars import cut, plain, write_entries, write_tar
 from vft.common.errors import UserError
-from vft.data.streaming.clips import copy_clips
-from vft.data.streaming.files import list_files, read_bytes
-from vft.data.streaming.tar import DamagedArchive, Member, members
+from vft.data.streaming.archives import DamagedArchive, Member, copy_clips, list_files, members, read_bytes
 
 KINDS = ["a.tar", "a.tar.gz", "a.tgz"]
 CONTENTS = {
@@ -456,8 +454,8 @@ def test_missing_and_unreadable_archives(tmp_path: Path) -> None:
 
 OFFLINE = """
 from vft.common.errors import UserError
-from vft.data.streaming.files import list_files, read_bytes
-from vft.data.streaming.tar import members
+from vft.data.streaming.archives import list_files, read_bytes
+from vft.data.streaming.archives import members
 where = "hf://datasets/someone/some-set"
 asks = (lambda at: list_files(at, (".tar",)), lambda at: list(members(at)), read_bytes)
 for ask, name in zip(asks, ("", "/a.tar", "/a")):

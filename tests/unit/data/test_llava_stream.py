@@ -29,8 +29,8 @@ from vft.common.types import Document
 from vft.data import formats
 from vft.data.dataset import load_dataset
 from vft.data.media.patches import load_patches
-from vft.data.streaming.reader import open_source
-from vft.data.streaming.tar import DamagedArchive
+from vft.data.streaming.archives import DamagedArchive
+from vft.data.streaming.sources import StreamSource
 from vft.models.processor import VisionProcessor
 from vft.recipes.caption import Caption
 
@@ -195,13 +195,13 @@ def test_records_that_can_not_be_used(tiny: Tiny, tmp_path: Path) -> None:
     (part / "x.json").write_text("[\n" + ",\n".join(map(json.dumps, broken)) + "\n]")
     write_tar(part / "v.tar.gz", VIDEOS)
     config = data_config(tmp_path / "data", STREAM)
-    archives = open_source(config.sources[0], config)
+    archives = StreamSource(config.sources[0], config)
     assert [(item.id, item.reason) for item in archives.bad] == [(f"x.json:{n}", "record") for n in (4, 5, 6, 7)]
     with running(config, tiny.encoder, slots=1) as run:
         assert {name for step in run.steps(1) for name in step[0][0]} == {"q1"}
         assert {(item.path, item.reason) for item in run.bad} == {("x.json:3", "record"), ("x.json:8", "record")}
     with pytest.raises(UserError, match=r"x\.json:4: video: .*\[4 of 7 samples can't be used"):
-        open_source(config.sources[0], config.model_copy(update={"max_bad_fraction": 0.5}))
+        StreamSource(config.sources[0], config.model_copy(update={"max_bad_fraction": 0.5}))
 
 
 def test_a_video_that_can_not_be_used_is_told_once(tiny: Tiny, tmp_path: Path) -> None:

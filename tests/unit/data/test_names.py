@@ -24,11 +24,10 @@ from tests.helpers.formats import (
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef
-from vft.data.file_names import is_stray, spellings
 from vft.data.formats import pe_video
-from vft.data.records.paths import find_path
+from vft.data.records.paths import find_path, is_stray, spellings
 from vft.data.records.record import Records
-from vft.data.streaming.files import list_files
+from vft.data.streaming.archives import list_files
 from vft.inference.requests import read_requests
 
 NFC, NFD = (unicodedata.normalize(form, "café é.mp4") for form in ("NFC", "NFD"))

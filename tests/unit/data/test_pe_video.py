@@ -21,8 +21,7 @@ from vft.data import formats as sources
 from vft.data.dataset import load_dataset
 from vft.data.formats import pe_video
 from vft.data.formats.pe_video import TOGETHER
-from vft.data.streaming.clips import ArchiveClip
-from vft.data.streaming.tar import DamagedArchive
+from vft.data.streaming.archives import ArchiveClip, DamagedArchive
 from vft.recipes.caption import Caption
 
 VIDEO = b"not looked at here"

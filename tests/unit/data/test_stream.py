@@ -38,9 +38,8 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset
-from vft.data.streaming.clips import START, Position
-from vft.data.streaming.reader import make_spool
-from vft.data.streaming.tar import Member
+from vft.data.streaming.archives import START, Member, Position
+from vft.data.streaming.sources import make_spool
 
 # ------------------------------------------------------------------------------------------------- shares of slots
 

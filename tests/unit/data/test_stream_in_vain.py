@@ -28,7 +28,7 @@ from vft.common.errors import UserError
 from vft.data.dataset import load_dataset
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
 from vft.data.streaming import stream as streams
-from vft.data.streaming.reader import open_source
+from vft.data.streaming.sources import StreamSource
 from vft.data.streaming.stream import MAX_MISSES
 
 
@@ -281,7 +281,7 @@ NFC, NFD = (unicodedata.normalize(form, "caf\N{LATIN SMALL LETTER E WITH ACUTE}.
 def test_members_named_a_little_unlike_the_records(tiny: Tiny, tmp_path: Path, names: dict[str, str]) -> None:
     llava_set(tmp_path / "data", names)
     config = data_config(tmp_path / "data", LLAVA)
-    assert not open_source(config.sources[0], config).warning
+    assert not StreamSource(config.sources[0], config).warning
     assert ids_of(tiny, tmp_path / "data") == {"q0", "q1"}
 
 
@@ -293,7 +293,7 @@ def test_exact_names_go_before_likely_ones(tiny: Tiny, tmp_path: Path) -> None:
         media = {item.path for item in run.bad}
     assert not media and archive.exists()
     config = data_config(tmp_path / "data", LLAVA)
-    opened = open_source(config.sources[0], config)
+    opened = StreamSource(config.sources[0], config)
     spool = tmp_path / "spool"
     spool.mkdir()
     groups = list(opened.clips(opened.shards[0], 0, spool, lambda number: True))
@@ -311,7 +311,7 @@ def test_names_that_no_record_has(tiny: Tiny, tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "llava" / "v.tar", {f"clip{i}.mp4": clip() for i in range(3)})
     (tmp_path / "data" / "llava" / "x.json").write_text(json.dumps([llava_record("a/1.mp4", 0)]))
     config = data_config(tmp_path / "data", LLAVA)
-    warning = open_source(config.sources[0], config).warning
+    warning = StreamSource(config.sources[0], config).warning
     assert "v.tar has 'clip0.mp4', the records have 'a/1.mp4'" in warning
     with running(config, tiny.encoder, slots=2) as run:
         run.step()
@@ -332,7 +332,7 @@ def test_one_kind_of_records_alone(tiny: Tiny, tmp_path: Path) -> None:
     for name, ids in (("x_cap", {"q0"}), ("x_oe_qa", {"q11", "q12"}), ("x_mc_qa", {"q20"})):
         assert ids_of(tiny, root, path=f"llava/{name}.json") == ids
     one, all_of_them = (
-        open_source(config.sources[0], config).digest
+        StreamSource(config.sources[0], config).digest
         for config in (data_config(root, {**LLAVA, "path": path}) for path in ("llava/x_cap.json", "llava"))
     )
     assert one != all_of_them  # a run does not go on with other records

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from vft.cli.doctor_checks.finding import Finding
 from vft.config.data import DataConfig
 from vft.config.run import Config
-from vft.data.file_names import spellings
+from vft.data.records.paths import spellings
 
 GIB = 1 << 30
 HUB_TIMEOUT_S = 5.0

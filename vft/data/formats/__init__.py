@@ -19,10 +19,10 @@ from vft.common.plugins import load_class
 from vft.common.types import Sample
 from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_checks
 from vft.config.toml import show
-from vft.data.records.files import read_records, record_files
+from vft.data.records.files import read_samples, record_files
 from vft.data.records.paths import find_path
-from vft.data.records.record import BadRecord, ParsedRecord, Record, Records, read_samples
-from vft.data.streaming.clips import ArchiveClip
+from vft.data.records.record import BadRecord, ParsedRecord, Record, Records
+from vft.data.streaming.archives import ArchiveClip
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Format:
             UserError: a file as a whole cannot be read; names file and line.
         """
         files = self.files(find_path(data.root, source.path))
-        return read_samples(files, read_records, lambda record, _: self.parse(record, source, data))
+        return read_samples(files, lambda record, _: self.parse(record, source, data))
 
     def files(self, path: Path) -> list[tuple[Path, str]]:
         """The files at the source's path, each with its name for messages. UserError if there are none."""

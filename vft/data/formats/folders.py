@@ -16,10 +16,9 @@ from typing import NoReturn
 from vft.common.errors import UserError
 from vft.common.types import MediaKind, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.file_names import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
 from vft.data.formats import Format
-from vft.data.records.classes import label_classes, labelled_sample, read_classes
-from vft.data.records.paths import find_path, resolve_media
+from vft.data.records.files import label_classes, labelled_sample, read_classes
+from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, find_path, is_stray, resolve_media
 from vft.data.records.record import Records, make_samples, short_repr
 
 

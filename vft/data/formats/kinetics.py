@@ -16,8 +16,7 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
-from vft.data.records.classes import labelled_sample, read_classes
-from vft.data.records.files import read_table
+from vft.data.records.files import labelled_sample, read_classes, read_table
 from vft.data.records.paths import find_path, first_present, media_folders
 from vft.data.records.record import RecordError, Records, as_object, make_samples, short_repr
 

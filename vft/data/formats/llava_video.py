@@ -23,10 +23,9 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample, Turn
 from vft.common.unique import unique_name
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.file_names import PICTURE_SUFFIXES, is_stray
 from vft.data.formats import Archives, Format, messages
-from vft.data.records.files import json_files, parse_json, read_json
-from vft.data.records.paths import find_path, natural_order, resolve_path
+from vft.data.records.files import json_files, parse_json, read_samples
+from vft.data.records.paths import PICTURE_SUFFIXES, find_path, is_stray, natural_order, resolve_path
 from vft.data.records.record import (
     TURN_KEYS,
     BadRecord,
@@ -37,13 +36,18 @@ from vft.data.records.record import (
     as_object,
     check_text,
     list_keys,
-    read_samples,
     record_id,
 )
 from vft.data.records.unread_keys import other_keys
-from vft.data.streaming.clips import ArchiveClip, copy_clips
-from vft.data.streaming.files import list_files, read_bytes
-from vft.data.streaming.tar import SUFFIXES, DamagedArchive, members
+from vft.data.streaming.archives import (
+    SUFFIXES,
+    ArchiveClip,
+    DamagedArchive,
+    copy_clips,
+    list_files,
+    members,
+    read_bytes,
+)
 
 KNOWN = messages.FIELDS | {*TURN_KEYS, "data_source"}
 
@@ -61,7 +65,7 @@ class LlavaVideo(Format):
                 raise RecordError("video", f"is missing; the record has {list_keys(record)}")
             return messages.parse(locate_video(record, file, data.root), data.root)
 
-        return read_samples(json_files(find_path(data.root, source.path)), read_json, parse)
+        return read_samples(json_files(find_path(data.root, source.path)), parse)
 
     def open_archives(self, location: str) -> Archives:
         """The tar parts in the folder of the records at `location`: a JSON file, or all those in a folder, local or

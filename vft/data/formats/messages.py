@@ -23,13 +23,11 @@ from typing import Any
 from vft.common.reasoning import CLOSE, OPEN
 from vft.common.types import MediaKind, MediaOptions, MediaRef, Role, Turn
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.formats import Format
-from vft.data.records.classes import read_classes
-from vft.data.records.files import read_records, record_files
+from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
 from vft.data.records.media_options import Turns, apply_options, options_of_part
-from vft.data.records.paths import find_path, resolve_frames, resolve_media, resolve_path
+from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
 from vft.data.records.record import (
     TURN_KEYS,
     ParsedRecord,
@@ -37,7 +35,6 @@ from vft.data.records.record import (
     Records,
     check_text,
     list_keys,
-    read_samples,
     short_repr,
 )
 from vft.data.records.unread_keys import MEDIA_KEYS, answer_lists, check_shows_nothing, find_unread_keys
@@ -86,7 +83,7 @@ class Messages(Format):
         classes = read_classes(path if path.is_dir() else path.parent)
         normalizer = Normalizer(data.root, source.columns, classes=classes[1] if classes else ())
         samples, bad = read_samples(
-            record_files(path), read_records, lambda record, _: parse(record, data.root), normalizer.normalize
+            record_files(path), lambda record, _: parse(record, data.root), normalizer.normalize
         )
         normalizer.check_columns(path)
         labels = tuple(normalizer.classes or sorted(set(normalizer.labels)))

@@ -21,12 +21,10 @@ from vft.common.errors import UserError
 from vft.common.files import digest, locked, whole_folder
 from vft.common.types import MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.file_names import VIDEO_SUFFIXES, is_stray
 from vft.data.formats import Archives, Format, locate
+from vft.data.records.paths import VIDEO_SUFFIXES, is_stray
 from vft.data.records.record import BadRecord, RecordError, Records, check_text, list_keys, short_repr
-from vft.data.streaming.clips import ArchiveClip, EmptyArchive, copy_clips
-from vft.data.streaming.files import list_files
-from vft.data.streaming.tar import SUFFIXES, DamagedArchive
+from vft.data.streaming.archives import SUFFIXES, ArchiveClip, DamagedArchive, EmptyArchive, copy_clips, list_files
 
 MAX_RECORD_BYTES = 16 << 20
 ANOTHER_CACHE = "name another data.cache_dir"

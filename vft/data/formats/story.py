@@ -18,7 +18,7 @@ from vft.common.types import MediaRef, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
 from vft.data.formats.messages import with_system
-from vft.data.records.files import read_records, record_files
+from vft.data.records.files import read_samples, record_files
 from vft.data.records.foreign_records import QUESTIONS, Normalizer
 from vft.data.records.media_options import MAX_S, apply_options
 from vft.data.records.paths import find_path, resolve_media
@@ -28,7 +28,6 @@ from vft.data.records.record import (
     Records,
     check_text,
     list_keys,
-    read_samples,
     short_repr,
 )
 from vft.data.records.unread_keys import answer_lists, find_unread_keys
@@ -51,9 +50,7 @@ class Story(Format):
         """As `Format.read`. UserError also if no record has a column that `columns` names."""
         path = find_path(data.root, source.path)
         normalizer = Normalizer(data.root, source.columns)
-        samples, bad = read_samples(
-            record_files(path), read_records, lambda record, _: parse(record, data.root), normalizer.rename
-        )
+        samples, bad = read_samples(record_files(path), lambda record, _: parse(record, data.root), normalizer.rename)
         normalizer.check_columns(path)
         return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
 

@@ -13,8 +13,7 @@ from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
-from vft.data.records.classes import label_classes, labelled_sample
-from vft.data.records.files import read_lines
+from vft.data.records.files import label_classes, labelled_sample, read_lines
 from vft.data.records.paths import find_path, first_present, media_folders
 from vft.data.records.record import RecordError, Records, make_samples, short_repr
 

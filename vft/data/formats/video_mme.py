@@ -21,7 +21,7 @@ from vft.data.media.timed_text import Line, Subtitles, parse_srt
 from vft.data.records.files import read_columnar, read_text
 from vft.data.records.paths import first_present, media_folders
 from vft.data.records.record import Record, RecordError, Records, check_text, make_samples, short_repr
-from vft.data.streaming.files import list_files, open_file
+from vft.data.streaming.archives import list_files, open_file
 
 MAX_ROWS = 1_000_000
 """A file of a few kilobytes may announce any number, and rows are held in memory."""

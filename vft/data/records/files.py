@@ -10,7 +10,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -18,9 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vft.common.errors import UserError
-from vft.data.file_names import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
-from vft.data.records.record import MalformedRecord, short_repr
-from vft.data.streaming.files import open_file
+from vft.common.types import MediaRef, Sample, Turn
+from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
+from vft.data.records.record import (
+    TURN_KEYS,
+    MalformedRecord,
+    ParsedRecord,
+    Record,
+    Records,
+    as_object,
+    make_samples,
+    record_id,
+    short_repr,
+)
+from vft.data.streaming.archives import open_file
 
 TABLES = frozenset({".csv", ".tsv", ".tab"})
 COLUMNAR = frozenset({".parquet", ".arrow"})
@@ -107,6 +118,37 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
             yield from enumerate(read_columnar(file, str(path)), 1)
     else:
         yield from read_json(path)
+
+
+def read_samples(
+    files: Iterable[tuple[Path, str]],
+    parse: Callable[[Record, Path], ParsedRecord],
+    normalize: Callable[[Record, Path], list[Record]] = lambda record, _: [record],
+) -> Records:
+    """Turn every record of `files` into a sample or a BadRecord.
+
+    Args:
+        files: Each file with its name for messages.
+        parse: Makes the turns of a record of a file; raises RecordError.
+        normalize: Makes one or more records in the form that `parse` knows out of a record; raises RecordError.
+
+    Ids are as in `make_samples`; a record without one is called by its file and number.
+    """
+
+    def samples_of(row: tuple[Path, int, Any], origin: str) -> Iterator[Sample]:
+        path, number, value = row
+        for record in normalize(as_object(value), path):
+            sample_id = record_id(record, f"{path.stem}-{number}")
+            fields = {key: value for key, value in record.items() if key not in TURN_KEYS}
+            parsed = parse(record, path)
+            yield Sample(sample_id, parsed.turns, origin, fields, parsed.unread)
+
+    rows = (
+        (f"{name}:{line}", (path, number, record))
+        for path, name in files
+        for number, (line, record) in enumerate(read_records(path), 1)
+    )
+    return make_samples(rows, samples_of)
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -341,3 +383,50 @@ def _json_value(value: Any, names: list[str] | None) -> Any:
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None
     return value
+
+
+# --------------------------------------------------------------------------------------------------- lists of classes
+
+
+def labelled_sample(
+    sample_id: str,
+    ref: MediaRef,
+    label: str,
+    labels: tuple[str, ...],
+    origin: str,
+    unread: Iterable[str] = (),
+    **fields: str,
+) -> Sample:
+    """A clip and its class, without a question: the task asks. `labels` are all classes of the set, `unread` the keys
+    of the record that the format does not read."""
+    turns = (Turn("user", (ref,)), Turn("assistant", (label,)))
+    return Sample(sample_id, turns, origin, {"label": label, "labels": labels, **fields}, tuple(unread))
+
+
+def label_classes(names: Iterable[str], to_label: Callable[[str], str], path: Path) -> dict[str, str]:
+    """The label of each class name.
+
+    Raises:
+        UserError: two names have the same label, or one has none; names `path`, where they come from.
+    """
+    names_of: dict[str, str] = {}
+    for name in names:
+        label = to_label(name)
+        if not label:
+            raise UserError(f"{path}: class {short_repr(name)} gives an empty label; rename it")
+        if names_of.setdefault(label, name) != name:
+            both = f"{short_repr(names_of[label])} and {short_repr(name)}"
+            raise UserError(f"{path}: classes {both} give the same label {short_repr(label)}; rename one of them")
+    return {name: label for label, name in names_of.items()}
+
+
+def read_classes(*folders: Path) -> tuple[Path, list[str]] | None:
+    """The first `classes.txt` (a name a line) in `folders`, and its names. None if there is none."""
+    for folder in folders:
+        path = folder / "classes.txt"
+        if path.is_file():
+            names = [line for _, line in read_lines(path)]
+            if not names:
+                raise UserError(f"{path}: holds no names; write a class a line, or take the file away")
+            return path, names
+    return None

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from vft.common.errors import UserError
-from vft.data.file_names import PICTURE_SUFFIXES
 from vft.data.records import label_studio
 from vft.data.records.media_options import LIST_OPTIONS, REAL_OPTIONS, key_meaning
-from vft.data.records.paths import path_exists
+from vft.data.records.paths import PICTURE_SUFFIXES, path_exists
 from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, short_repr
 from vft.data.records.unread_keys import FILES, IMAGES, MEDIA_KEYS, VIDEOS
 

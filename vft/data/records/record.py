@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vft.common.types import Sample, Turn
@@ -75,39 +74,6 @@ def list_keys(record: Mapping[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- samples
-
-
-def read_samples(
-    files: Iterable[tuple[Path, str]],
-    read: Callable[[Path], Iterable[tuple[int, Any]]],
-    parse: Callable[[Record, Path], ParsedRecord],
-    normalize: Callable[[Record, Path], list[Record]] = lambda record, _: [record],
-) -> Records:
-    """Turn every record of `files` into a sample or a BadRecord.
-
-    Args:
-        files: Each file with its name for messages.
-        read: Gives the records of a file, each with its line.
-        parse: Makes the turns of a record of a file; raises RecordError.
-        normalize: Makes one or more records in the form that `parse` knows out of a record; raises RecordError.
-
-    Ids are as in `make_samples`; a record without one is called by its file and number.
-    """
-
-    def samples_of(row: tuple[Path, int, Any], origin: str) -> Iterator[Sample]:
-        path, number, value = row
-        for record in normalize(as_object(value), path):
-            sample_id = record_id(record, f"{path.stem}-{number}")
-            fields = {key: value for key, value in record.items() if key not in TURN_KEYS}
-            parsed = parse(record, path)
-            yield Sample(sample_id, parsed.turns, origin, fields, parsed.unread)
-
-    rows = (
-        (f"{name}:{line}", (path, number, record))
-        for path, name in files
-        for number, (line, record) in enumerate(read(path), 1)
-    )
-    return make_samples(rows, samples_of)
 
 
 def make_samples(rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Iterable[Sample]]) -> Records:

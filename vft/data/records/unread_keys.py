@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vft.common.types import ANSWER_KEYS, MediaRef
-from vft.data.file_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from vft.data.records.media_options import OPTIONS, key_meaning
+from vft.data.records.paths import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from vft.data.records.record import RecordError, short_repr
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ spool folder, scanned in a worker process, planned and packed like any other, an
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,17 +19,19 @@ from typing import Any
 from vft.common.types import Document, MediaInfo, MediaRef
 from vft.data.dataset import converse, make_dataset, prompts_of
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import join_scans
+from vft.data.media.scan import join_scans, scan_file
 from vft.data.quarantine import ArchivePass, BadItem
 from vft.data.records.unread_keys import report_new_unread_keys
-from vft.data.streaming.clips import ArchiveClip, Position
-from vft.data.streaming.reader import ArchiveEnd, SearchStopped, SlotReader, StreamContext, StreamSource
+from vft.data.streaming.archives import ArchiveClip, DamagedArchive, EmptyArchive, Position
+from vft.data.streaming.sources import Streams, StreamSource
 from vft.distributed.heartbeat import report_detail
 from vft.distributed.process_group import environment
 from vft.distributed.signals import stop_requested
 
 logger = logging.getLogger(__name__)
 
+LOOKAHEAD = 2
+"""Clips that each slot has read beyond the one in use."""
 MAX_MISSES = 16
 """Clips without a document and ends of archives in sequence after which a slot ends its row. If it searched on, a step
 could take for ever, and the bad clips would not be reported."""
@@ -38,6 +41,10 @@ POLL_S = 0.5
 """Seconds between two checks for a signal."""
 REPORT_S = 20.0
 """Seconds of searching after which a slot logs a message; the next comes after twice as long, and so on."""
+
+
+class SearchStopped(Exception):
+    """A signal came while a slot looked for a clip. If the run goes on, so does the search."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,22 @@ class StreamedDocument:
 
 
 @dataclass(frozen=True)
-class UnusableClip:
-    """A clip that gives no document, and where the stream goes on behind it."""
+class Miss:
+    """A clip that gives no document, or the end of an archive, and where the stream goes on behind it."""
 
     after: Position
     bad: Sequence[BadItem]
+
+
+@dataclass(frozen=True)
+class ArchiveEnd(Miss):
+    """The end of an archive. If it is damaged or has no clips, `bad` says so."""
+
+    archive: str
+    is_whole: bool
+    """It was read from its start, not from where a resumed run goes on."""
+    is_damaged: bool
+    is_empty: bool
 
 
 @dataclass
@@ -74,12 +92,17 @@ class StreamedPack:
 
 
 class SlotStream:
-    """One slot's share of one source, as packs."""
+    """One slot's share of one source, as packs. A thread of its own reads some clips ahead: it copies them to the
+    spool, and workers scan their media."""
 
-    def __init__(self, source: StreamSource, slot: int, context: StreamContext, start: Position) -> None:
-        self.source, self.slot, self.context = source, slot, context
-        self._reader = SlotReader(source, slot, context, start)
-        self._ready: deque[StreamedDocument | UnusableClip | ArchiveEnd] = deque()
+    def __init__(self, source: StreamSource, slot: int, streams: Streams, start: Position) -> None:
+        self.source, self.slot, self.streams = source, slot, streams
+        self._archive = ""
+        """The archive that is being read, for messages."""
+        self._thread = streams.start_thread()
+        self._items = self._read(start)
+        self._ahead: deque[Future[ArchiveClip | ArchiveEnd]] = deque()
+        self._ready: deque[StreamedDocument | Miss] = deque()
         self._position = start
         self._samples = 0
         """Good and bad samples since the archive began."""
@@ -96,7 +119,7 @@ class SlotStream:
         Raises:
             SearchStopped: a signal asks the run to stop, and there was no document yet.
         """
-        config, begin_s = self.context.config, time.monotonic()
+        config, begin_s = self.streams.config, time.monotonic()
         pack, tokens, samples, misses = StreamedPack(self._position), 0, 0, 0
         max_samples = config.max_samples_per_pack or float("inf")
         while misses < MAX_MISSES and not self._is_exhausted and samples < max_samples:
@@ -113,11 +136,10 @@ class SlotStream:
                 self._samples += len(item.document.sample_ids)
             else:
                 misses += 1
+            pack.bad += item.bad
+            self._samples += sum(bad.samples for bad in item.bad)
             if isinstance(item, ArchiveEnd):
                 self._end_archive(item, pack)
-            else:
-                pack.bad += item.bad
-                self._samples += sum(bad.samples for bad in item.bad)
             self._ready.popleft()
             self._position = pack.after = item.after
         pack.searched, pack.exhausted = misses >= MAX_MISSES, self._is_exhausted
@@ -128,26 +150,25 @@ class SlotStream:
         return len(self._fruitless) == len(self.source.shards) or self._num_empty >= MAX_EMPTY
 
     def _end_archive(self, end: ArchiveEnd, pack: StreamedPack) -> None:
-        if message := end.damage or end.emptiness:
-            pack.bad.append(BadItem(end.archive, end.archive, "archive", message, 0, self.source.name))
         if end.is_whole:
-            pack.archives.append(ArchivePass(self._samples, bool(end.damage)))
+            pack.archives.append(ArchivePass(self._samples, end.is_damaged))
             if not self._has_document:
                 self._fruitless.add(end.archive)
         self._samples, self._has_document = 0, False
-        self._num_empty = self._num_empty + 1 if end.emptiness else 0
+        self._num_empty = self._num_empty + 1 if end.is_empty else 0
 
-    def _peek(self, begin_s: float, searching: bool) -> StreamedDocument | UnusableClip | ArchiveEnd:
+    def _peek(self, begin_s: float, searching: bool) -> StreamedDocument | Miss:
         while not self._ready:
-            future = self._reader.peek()
-            self._wait([future], begin_s, searching)
-            item = future.result()
+            while len(self._ahead) <= LOOKAHEAD:
+                self._ahead.append(self._thread.submit(next, self._items))
+            self._wait([self._ahead[0]], begin_s, searching)
+            item = self._ahead[0].result()
             if isinstance(item, ArchiveEnd):
                 self._ready.append(item)
             else:
                 self._wait([*item.scans.values()], begin_s, searching)
-                self._ready += _documents_of(item, self.source, self.context)
-            self._reader.advance()
+                self._ready += self._documents_of(item)
+            self._ahead.popleft()
         return self._ready[0]
 
     def _wait(self, futures: Sequence[Future[Any]], begin_s: float, searching: bool) -> None:
@@ -158,47 +179,103 @@ class SlotStream:
                 raise SearchStopped
             if not wait(futures, POLL_S).not_done:
                 return
-            searching, waited_s, archive = True, time.monotonic() - begin_s, self._reader.archive
-            report_detail(f"looking for a clip that can be used in {archive}")
+            searching, waited_s = True, time.monotonic() - begin_s
+            report_detail(f"looking for a clip that can be used in {self._archive}")
             if waited_s > report_s:
                 message = "row %d: %.0f s without a clip, reading %s"
-                logger.info(message, self.slot + 1, waited_s, archive, extra={"all_ranks": True})
+                logger.info(message, self.slot + 1, waited_s, self._archive, extra={"all_ranks": True})
                 report_s = 2 * waited_s
 
+    def _documents_of(self, clip: ArchiveClip) -> Sequence[StreamedDocument | Miss]:
+        """The documents of a scanned clip from its position on. None at all if there were some before the position."""
 
-def _documents_of(
-    clip: ArchiveClip, source: StreamSource, context: StreamContext
-) -> list[StreamedDocument | UnusableClip]:
-    """The documents of a scanned clip from its position on. None at all if there were some before the position."""
+        def info(ref: MediaRef) -> MediaInfo:
+            try:
+                return join_scans(ref, [clip.scans[path].result() for path in ref.files])
+            except MediaError as error:
+                raise MediaError(error.reason, name_members(str(error), ref)) from None
 
-    def info(ref: MediaRef) -> MediaInfo:
-        try:
-            return join_scans(ref, [clip.scans[path].result() for path in ref.files])
-        except MediaError as error:
-            raise MediaError(error.reason, name_members(str(error), ref)) from None
+        streams = self.streams
+        bad = [BadItem(error.origin, error.origin, "record", str(error)) for error in clip.bad]
+        conversations = []
+        for sample in clip.samples:
+            if environment().is_main:
+                report_new_unread_keys(self.source.name, sample.origin, sample.unread, self.source.unread_keys)
+            made, unusable = converse(sample, streams.make_conversations, streams.config)
+            conversations += made
+            bad += unusable
+        dataset = make_dataset(conversations, streams.encoder, streams.config, info)
+        bad = _join_by_key(bad + dataset.bad, self.source.name)
+        first = clip.position.document
+        clip.num_documents = len(dataset.documents) - first
+        if clip.num_documents <= 0:
+            clip.remove()
+        if not dataset.documents and not first:
+            return [Miss(clip.position._replace(document=1), bad)]
+        documents = []
+        for number in range(first, len(dataset.documents)):
+            streams.prompts.update(prompts_of(dataset.documents[number].conversations))
+            after = clip.position._replace(document=number + 1)
+            documents.append(StreamedDocument(dataset.build(number), clip, after, () if number else bad))
+        return documents
 
-    bad = [BadItem(error.origin, error.origin, "record", str(error)) for error in clip.bad]
-    conversations = []
-    for sample in clip.samples:
-        if environment().is_main:
-            report_new_unread_keys(source.name, sample.origin, sample.unread, source.unread_keys)
-        made, unusable = converse(sample, context.make_conversations, context.config)
-        conversations += made
-        bad += unusable
-    dataset = make_dataset(conversations, context.encoder, context.config, info)
-    bad = _join_by_key(bad + dataset.bad, source.name)
-    first = clip.position.document
-    clip.num_documents = len(dataset.documents) - first
-    if clip.num_documents <= 0:
-        clip.remove()
-    if not dataset.documents and not first:
-        return [UnusableClip(clip.position._replace(document=1), bad)]
-    documents: list[StreamedDocument | UnusableClip] = []
-    for number in range(first, len(dataset.documents)):
-        context.prompts.update(prompts_of(dataset.documents[number].conversations))
-        after = clip.position._replace(document=number + 1)
-        documents.append(StreamedDocument(dataset.build(number), clip, after, () if number else bad))
-    return documents
+    # ------------------------------------------------------------------------------------- what the thread runs
+
+    def _read(self, start: Position) -> Iterator[ArchiveClip | ArchiveEnd]:
+        while True:
+            yield from self._read_epoch(start)
+            start = Position(start.epoch + 1)
+
+    def _read_epoch(self, start: Position) -> Iterator[ArchiveClip | ArchiveEnd]:
+        shards, stride, offset = self._share(start.epoch)
+        for number in range(start.shard, len(shards)):
+            begin = start if number == start.shard else Position(start.epoch, number)
+            self._archive = archive = shards[number]
+            damage = emptiness = ""
+
+            def is_mine(clip: int, before: int = begin.clip) -> bool:
+                if self.streams.is_closing.is_set():
+                    raise SearchStopped
+                return (before + clip) % stride == offset
+
+            try:
+                clips = self.source.clips(archive, begin.place, self.streams.spool, is_mine)
+                for count, clip in enumerate(clips):
+                    if is_mine(count):
+                        # Only the first clip begins within its documents.
+                        first = begin.document if clip.place == begin.place else 0
+                        clip.position = Position(start.epoch, number, clip.place, begin.clip + count, first)
+                        self._scan(clip)
+                        yield clip
+            except DamagedArchive as error:
+                damage = str(error)
+            except EmptyArchive as error:
+                emptiness = str(error)
+            message, is_whole = damage or emptiness, begin[2:] == (0, 0, 0)
+            bad = [BadItem(archive, archive, "archive", message, 0, self.source.name)] if message else []
+            after = Position(start.epoch, number + 1)
+            yield ArchiveEnd(after, bad, archive, is_whole, bool(damage), bool(emptiness))
+
+    def _share(self, epoch: int) -> tuple[list[str], int, int]:
+        """This slot's archives in the order of the epoch; of their clips it takes every `stride`-th, from `offset` on.
+
+        With fewer archives than slots, several slots share an archive.
+        """
+        shards = list(self.source.shards)
+        random.Random(f"shards:{self.streams.seed}:{epoch}").shuffle(shards)
+        slots, count = self.streams.slots, len(shards)
+        if count >= slots:
+            return shards[self.slot :: slots], 1, 0
+        own = self.slot % count
+        return [shards[own]], len(range(own, slots, count)), self.slot // count
+
+    def _scan(self, clip: ArchiveClip) -> None:
+        parts = (part for sample in clip.samples for turn in sample.turns for part in turn.parts)
+        for ref in parts:
+            if isinstance(ref, MediaRef):
+                for path in ref.files:
+                    if path not in clip.scans:
+                        clip.scans[path] = self.streams.pool.submit(scan_file, ref.file_kind, path)
 
 
 def _join_by_key(items: Sequence[BadItem], source: str) -> list[BadItem]:
