@@ -34,7 +34,7 @@ def _check_take(text: str) -> str:
     return text
 
 
-_format_checks: list[Callable[[str], None]] = []
+_format_checks: list[Callable[[str], object]] = []
 
 
 def _check_format(name: str) -> str:
@@ -103,7 +103,7 @@ class SourceConfig(Section):
 _source_checks: list[Callable[[SourceConfig], None]] = []
 
 
-def register_source_checks(check_format: Callable[[str], None], check: Callable[[SourceConfig], None]) -> None:
+def register_source_checks(check_format: Callable[[str], object], check: Callable[[SourceConfig], None]) -> None:
     """From now on `check_format` sees the format of every source, and `check` the whole source; both raise ValueError.
 
     `vft.data.formats` registers its checks here: this folder is below it and knows no format.

@@ -13,7 +13,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from vft.common.types import MediaRef, Sample
@@ -44,14 +43,9 @@ class Split:
 
     def is_held_out(self, name: str) -> bool:
         """Whether a medium of this name is held out."""
-        return _position(self.seed, name) < self.share
-
-
-@lru_cache(maxsize=65536)
-def _position(seed: int, name: str) -> float:
-    """The hash of a name, evenly distributed from 0 to 1."""
-    content = hashlib.sha256(f"split:{seed}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape"))
-    return int.from_bytes(content.digest()[:8], "big") / 2**64
+        text = f"split:{self.seed}:{unicodedata.normalize('NFC', name)}"
+        content = hashlib.sha256(text.encode(errors="surrogateescape"))
+        return int.from_bytes(content.digest()[:8], "big") / 2**64 < self.share  # the hash as a fraction
 
 
 def media_of(sample: Sample, top: str) -> list[str]:

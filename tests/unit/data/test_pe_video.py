@@ -174,7 +174,7 @@ def test_clips_are_unpacked_once(tmp_path: Path) -> None:
     files = [medium(sample).path for sample in samples]
     assert all(isinstance(file, Path) and file.read_bytes() == clip() for file in files)
     (unpacked,) = {file.parent for file in files if isinstance(file, Path)}
-    assert len(list(unpacked.iterdir())) == 8  # a clip and its record each, and no copy left over
+    assert len(list(unpacked.iterdir())) == 9  # a clip and its record each, and their list; no copy left over
     shutil.rmtree(root / "pe")
     assert take_first(root, 4) == (samples, bad)
     with pytest.raises(UserError, match="files there"):

@@ -104,14 +104,6 @@ def find(name: str) -> Format:
     return found()
 
 
-def check_name(format: str) -> None:
-    """ValueError if there is no such format."""
-    try:
-        find(format)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
 def check(source: SourceConfig) -> None:
     """ValueError if the other settings of a source do not fit its format."""
     format = find(source.format)
@@ -127,7 +119,7 @@ def check(source: SourceConfig) -> None:
     format.check(source)
 
 
-register_source_checks(check_name, check)
+register_source_checks(find, check)
 
 
 def read(source: SourceConfig, data: DataConfig) -> Records:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unicodedata import normalize
 
 from vft.common.errors import UserError
-from vft.common.types import MediaRef, Sample, Turn
+from vft.common.types import MediaRef, Sample
 from vft.common.unique import unique_name
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Archives, Format, messages
@@ -70,7 +70,33 @@ class LlavaVideo(Format):
     def open_archives(self, location: str) -> Archives:
         """The tar parts in the folder of the records at `location`: a JSON file, or all those in a folder, local or
         `hf://...`."""
-        return _open(location)
+        folder, kinds = location, (".json",)
+        if location.lower().endswith((".json", ".jsonl")):
+            folder, kinds = os.path.dirname(location), (f"/{os.path.basename(location).lower()}",)
+        shards = list_files(folder, SUFFIXES)
+        records: dict[str, list[Sample]] = defaultdict(list)
+        bad: list[BadRecord] = []
+        seen: dict[str, int] = {}
+        digest = hashlib.sha256()
+        # In the same order as `json_files`.
+        for file in sorted(list_files(location, kinds), key=lambda name: name.split("/")):
+            name = os.path.relpath(file, folder)
+            content = read_bytes(file)
+            digest.update(content)
+            for number, (line, value) in enumerate(parse_json(content, file), 1):
+                origin = f"{name}:{line}"
+                try:
+                    record = as_object(value)
+                    sample_id = unique_name(record_id(record, f"{Path(name).stem}-{number}"), seen)
+                    video = check_text(record.get("video"), "video")
+                    records[video].append(Sample(sample_id, (), origin, record, other_keys(record, KNOWN)))
+                except RecordError as error:
+                    bad.append(error.at(origin))
+        if not records and not bad:
+            raise UserError(f"{location}: holds no records; name the JSON files that the videos belong to")
+        unread = [sample.unread for of_video in records.values() for sample in of_video]
+        videos = _ArchivedVideos(records)
+        return Archives(shards, videos.clips, digest.hexdigest()[:16], bad, unread, videos.warning(shards))
 
 
 def locate_video(record: Mapping[str, Any], file: Path, root: Path) -> Record:
@@ -101,54 +127,16 @@ PEEKED_ARCHIVES = 3
 """Archives that are looked into at the start of a run, to warn at once if no member is named as a record's video."""
 
 
-class _ArchivedRecord(NamedTuple):
-    """A record about a video in an archive."""
+class _ArchivedVideos:
+    """Reads the videos in archives, each with its records, by which name its file may have."""
 
-    origin: str
-    id: str
-    content: Record
-
-
-def _open(location: str) -> Archives:
-    """Read all records, and list the tar parts beside them."""
-    folder, kinds = location, (".json",)
-    if location.lower().endswith((".json", ".jsonl")):
-        folder, kinds = os.path.dirname(location), (f"/{os.path.basename(location).lower()}",)
-    shards = list_files(folder, SUFFIXES)
-    records: dict[str, list[_ArchivedRecord]] = defaultdict(list)
-    bad: list[BadRecord] = []
-    seen: dict[str, int] = {}
-    digest = hashlib.sha256()
-    # In the same order as `json_files`.
-    for file in sorted(list_files(location, kinds), key=lambda name: name.split("/")):
-        name = os.path.relpath(file, folder)
-        content = read_bytes(file)
-        digest.update(content)
-        for number, (line, value) in enumerate(parse_json(content, file), 1):
-            origin = f"{name}:{line}"
-            try:
-                record = as_object(value)
-                sample_id = unique_name(record_id(record, f"{Path(name).stem}-{number}"), seen)
-                video = check_text(record.get("video"), "video")
-                records[video].append(_ArchivedRecord(origin, sample_id, record))
-            except RecordError as error:
-                bad.append(error.at(origin))
-    if not records and not bad:
-        raise UserError(f"{location}: holds no records; name the JSON files that the videos belong to")
-    unread = [other_keys(record.content, KNOWN) for of_video in records.values() for record in of_video]
-    reader = _ArchiveReader(records)
-    return Archives(shards, reader.clips, digest.hexdigest()[:16], bad, unread, reader.warning(shards))
-
-
-class _ArchiveReader:
-    """Reads the videos in archives, each with its records."""
-
-    def __init__(self, records: Mapping[str, list[_ArchivedRecord]]) -> None:
+    def __init__(self, records: Mapping[str, list[Sample]]) -> None:
         self.records = records
-        """By `video`."""
-        self.names = _VideoNames(records)
+        """By `video`. The samples have no turns yet, and all keys of the records as their fields."""
         self.has_exact_names: dict[str, bool] = {}
         """By archive: whether its members are called exactly as the records' videos."""
+        self.taken: dict[str, str] = {}
+        """By video: the member that was taken for it although its name has other folders."""
 
     def clips(self, shard: str, place: int, spool: Path, is_wanted: Callable[[int], bool]) -> Iterator[ArchiveClip]:
         """The videos of a part that have records, as `Archives.clips`.
@@ -159,16 +147,15 @@ class _ArchiveReader:
             UserError: two members may both be the video of a record.
         """
         if shard not in self.has_exact_names:
-            names = _first_names(shard)
-            self.has_exact_names[shard] = any(_of_member(name, self.names.exact) is not None for name in names)
-        video_of = self.names.exact if self.has_exact_names[shard] else self.names.likely
+            self.has_exact_names[shard] = _any_of_a_record(_first_names(shard), self._exact)
+        video_of = self._exact if self.has_exact_names[shard] else self._likely
         expected = f"the video of a record, such as {next(iter(self.records), '')!r:.200}"
         for clip in copy_clips(shard, place, spool, lambda name: _of_member(name, video_of), is_wanted, expected):
-            is_video = video_of(next(iter(clip.files), "")) == clip.key
-            if clip.is_cut_off and not clip.is_skipped and not is_video:
-                clip.remove()  # a folder of frames, of which some may be missing
-                continue
             if not clip.is_skipped:
+                is_video = video_of(next(iter(clip.files), "")) == clip.key
+                if clip.is_cut_off and not is_video:
+                    clip.remove()  # a folder of frames, of which some may be missing
+                    continue
                 self._read_clip(clip, spool, is_video)
             yield clip
 
@@ -177,7 +164,7 @@ class _ArchiveReader:
         seen: list[str] = []
         for shard in shards[:PEEKED_ARCHIVES] if self.records else ():
             names = _first_names(shard)
-            if any(_of_member(name, self.names.likely) is not None for name in names):
+            if _any_of_a_record(names, self._likely):
                 return ""
             seen += (f"{shard} has {name!r:.200}" for name in names)
         if not seen:
@@ -189,60 +176,54 @@ class _ArchiveReader:
         """Add the samples about a video, a file or a folder of frames."""
         files = [str(clip.files[name]) for name in natural_order(clip.files)]
         title = clip.title(next(iter(clip.files)))
-        for origin, sample_id, record in self.records[clip.key]:
+
+        def named(part: Any) -> Any:
+            return replace(part, member=title, is_folder=not is_video) if isinstance(part, MediaRef) else part
+
+        for sample in self.records[clip.key]:
+            record = {**sample.fields, "video": files[0] if is_video else files, "data_source": None}
             try:
-                video = files[0] if is_video else files
-                parsed = messages.parse({**record, "video": video, "data_source": None}, spool)
+                parsed = messages.parse(record, spool)
             except RecordError as error:
-                clip.bad.append(error.at(origin))
+                clip.bad.append(error.at(sample.origin))
                 continue
-            turns = _with_media(parsed.turns, member=title, is_folder=not is_video)
-            fields = {key: value for key, value in record.items() if key != "conversations"}
-            clip.samples.append(Sample(sample_id, turns, origin, fields, parsed.unread))
+            turns = tuple(replace(turn, parts=tuple(map(named, turn.parts))) for turn in parsed.turns)
+            fields = {key: value for key, value in sample.fields.items() if key != "conversations"}
+            clip.samples.append(replace(sample, turns=turns, fields=fields, unread=parsed.unread))
 
+    # ---------------------------------------------------------------------------- names of members and of videos
 
-class _VideoNames:
-    """Finds the video of a record that a file in an archive is."""
-
-    def __init__(self, videos: Collection[str]) -> None:
-        self.videos = videos
-        self.taken: dict[str, str] = {}
-        """By video: the member that was taken for it although its name has other folders."""
-
-    def exact(self, name: str) -> str | None:
+    def _exact(self, name: str) -> str | None:
         """The video that a record names so, except for what differs between file systems."""
-        return name if name in self.videos else self._by_plain_name.get(_plain_name(name))
+        return name if name in self.records else self._by_plain_name.get(_plain_name(name))
 
-    def likely(self, name: str) -> str | None:
-        """As `exact`; else the only video whose name is this one with some folders more or fewer in front.
+    def _likely(self, name: str) -> str | None:
+        """As `_exact`; else the only video whose name is this one with some folders more or fewer in front.
 
         UserError if two members would be the same video.
         """
-        video = self.exact(name)
+        video = self._exact(name)
         if video is not None or not name:
             return video
-        parts = _plain_name(name).split("/")
-        candidates = []
-        for plain in self._by_last_part.get(parts[-1], ()):
-            others = plain.split("/")
-            shared = min(len(parts), len(others))
-            if parts[-shared:] == others[-shared:]:
-                candidates.append(self._by_plain_name[plain])
+        end = f"/{_plain_name(name)}"
+        others = self._by_last_part.get(end.rpartition("/")[2], ())
+        candidates = [one for one in others if end.endswith(f"/{one}") or f"/{one}".endswith(end)]
         if len(candidates) != 1:
             return None
-        other = self.taken.setdefault(candidates[0], name)
+        video = self._by_plain_name[candidates[0]]
+        other = self.taken.setdefault(video, name)
         if other != name:
             raise UserError(
-                f"the archives have {other!r} and {name!r}, and both may be the video {candidates[0]!r} of the "
-                "records; give the records the names that the archives have"
+                f"the archives have {other!r} and {name!r}, and both may be the video {video!r} of the records; give "
+                "the records the names that the archives have"
             )
-        return candidates[0]
+        return video
 
     @cached_property
     def _by_plain_name(self) -> dict[str, str]:
         """Videos by their plain names, without those that share one."""
-        counts = Counter(map(_plain_name, self.videos))
-        return {plain: video for video in self.videos if counts[plain := _plain_name(video)] == 1}
+        counts = Counter(map(_plain_name, self.records))
+        return {plain: video for video in self.records if counts[plain := _plain_name(video)] == 1}
 
     @cached_property
     def _by_last_part(self) -> dict[str, list[str]]:
@@ -255,15 +236,13 @@ class _VideoNames:
 
 def _of_member(name: str, video_of: Callable[[str], str | None]) -> str | None:
     """The video that a member is, or of which it is a frame. None if no record asks for it."""
-    return video_of(name) or (video_of(name.rpartition("/")[0]) if _is_picture(name) else None)
+    folder, _, own = name.rpartition("/")
+    is_frame = Path(own).suffix.lower() in PICTURE_SUFFIXES and not is_stray(own)
+    return video_of(name) or (video_of(folder) if is_frame else None)
 
 
-def _with_media(turns: Iterable[Turn], **changes: Any) -> tuple[Turn, ...]:
-    """The turns with other fields of their media."""
-    return tuple(
-        replace(turn, parts=tuple(replace(p, **changes) if isinstance(p, MediaRef) else p for p in turn.parts))
-        for turn in turns
-    )
+def _any_of_a_record(names: Sequence[str], video_of: Callable[[str], str | None]) -> bool:
+    return any(_of_member(name, video_of) is not None for name in names)
 
 
 def _first_names(shard: str) -> list[str]:
@@ -280,7 +259,3 @@ def _plain_name(name: str) -> str:
     `./`."""
     path, suffix = os.path.splitext(normalize("NFC", name).replace("\\", "/"))
     return "/".join(part for part in f"{path}{suffix.lower()}".split("/") if part not in ("", "."))
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not is_stray(Path(name).name)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 
 from vft.common.errors import UserError
@@ -28,7 +26,7 @@ from vft.data.streaming.archives import SUFFIXES, ArchiveClip, DamagedArchive, E
 
 MAX_RECORD_BYTES = 16 << 20
 ANOTHER_CACHE = "name another data.cache_dir"
-UNPACKED_VERSION = 2
+UNPACKED_VERSION = 3
 """Raise it when other clips of the same archives are unpacked than before, or their records kept in another form."""
 CAPTIONS = ("human_caption", "model_caption", "description")
 CARD = frozenset(
@@ -110,22 +108,18 @@ def _read_clip(clip: ArchiveClip) -> None:
             raise RecordError("", f"is not JSON ({str(error)[:60]}); download the archive again") from None
         if not isinstance(record, dict):
             raise RecordError("", f"{short_repr(record)} is no JSON object; it must be one with a caption")
-        key = clip.key.rpartition("/")[2]
-        clip.samples.append(_sample(key, record, clip.files[video], origin, clip.title(video)))
+        captions = [name for name in CAPTIONS if record.get(name) is not None and str(record[name]).strip()]
+        if not captions:
+            keys = f"the keys {list_keys(record)}" if record else "no keys"
+            empty = " (empty here)" if any(name in record for name in CAPTIONS) else ""
+            raise RecordError("", f"no caption; the record has {keys}, read are {', '.join(CAPTIONS)}{empty}")
+        caption = check_text(record[captions[0]], captions[0])
+        ref = MediaRef("video", clip.files[video], field="mp4", member=clip.title(video))
+        turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
+        unread = tuple(name for name in record if name not in CARD)
+        clip.samples.append(Sample(clip.key.rpartition("/")[2], turns, origin, record, unread))
     except RecordError as error:
         clip.bad.append(error.at(origin))
-
-
-def _sample(key: str, record: Mapping[str, Any], video: Path, origin: str, title: str) -> Sample:
-    for name in CAPTIONS:
-        if record.get(name) is not None and str(record[name]).strip():
-            caption = check_text(record[name], name)
-            ref = MediaRef("video", video, field="mp4", member=title)
-            turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
-            return Sample(key, turns, origin, record, tuple(name for name in record if name not in CARD))
-    keys = f"the keys {list_keys(record)}" if record else "no keys"
-    empty = " (empty here)" if any(name in record for name in CAPTIONS) else ""
-    raise RecordError("", f"no caption; the record has {keys}, read are {', '.join(CAPTIONS)}{empty}")
 
 
 # --------------------------------------------------------------------------------------------------- the first clips
@@ -138,35 +132,26 @@ def _unpack(location: str, count: int, cache: Path) -> Path:
     with locked(folder.with_suffix(".lock"), "another process that unpacks the same clips", ANOTHER_CACHE):
         if not folder.is_dir():
             with whole_folder(folder) as partial:
+                clips = []
                 for number, clip in enumerate(islice(_all_clips(location, partial), count)):
-                    for file in clip.files.values():
-                        if file.suffix == ".json":
-                            file.unlink()
-                        else:  # FFmpeg looks at the content
-                            file.rename(partial / f"{number:06d}.mp4")
-                    (partial / f"{number:06d}.json").write_text(json.dumps(_to_json(clip)), encoding="utf-8")
+                    files = {}
+                    for name, file in clip.files.items():  # FFmpeg looks at a video's content, not at its suffix
+                        files[name] = f"{number:06d}{'.json' if file.suffix == '.json' else '.mp4'}"
+                        file.rename(partial / files[name])
+                    clips.append({"archive": clip.archive, "key": clip.key, "files": files})
+                (partial / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
     return folder
-
-
-def _to_json(clip: ArchiveClip) -> dict[str, Any]:
-    """What is written beside an unpacked clip."""
-    about: dict[str, Any] = {"bad": [asdict(error) for error in clip.bad], "record": None}
-    for sample in clip.samples:
-        ref = sample.turns[0].parts[0]
-        assert isinstance(ref, MediaRef)
-        about |= {"key": sample.id, "record": dict(sample.fields), "origin": sample.origin, "member": ref.member}
-    return about
 
 
 def _read_unpacked(folder: Path) -> Records:
     samples: list[Sample] = []
     bad: list[BadRecord] = []
-    for file in sorted(folder.glob("*.json")):
-        about = json.loads(file.read_text(encoding="utf-8"))
-        bad += [BadRecord(**error) for error in about["bad"]]
-        if about["record"] is not None:
-            video = file.with_suffix(".mp4")
-            samples.append(_sample(about["key"], about["record"], video, about["origin"], about["member"]))
+    for about in json.loads((folder / "clips.json").read_text(encoding="utf-8")):
+        files = {name: folder / file for name, file in about["files"].items()}
+        clip = ArchiveClip(about["archive"], about["key"], 0, files=files)
+        _read_clip(clip)
+        samples += clip.samples
+        bad += clip.bad
     return samples, bad
 
 

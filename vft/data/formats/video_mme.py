@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
@@ -21,7 +20,7 @@ from vft.data.media.timed_text import Line, Subtitles, parse_srt
 from vft.data.records.files import read_columnar, read_text
 from vft.data.records.paths import first_present, media_folders
 from vft.data.records.record import Record, RecordError, Records, check_text, make_samples, short_repr
-from vft.data.streaming.archives import list_files, open_file
+from vft.data.streaming.archives import list_files
 
 MAX_ROWS = 1_000_000
 """A file of a few kilobytes may announce any number, and rows are held in memory."""
@@ -89,14 +88,9 @@ class VideoMME(Format):
         rows = (
             (f"{file.rpartition('/')[2]}:{number}", row)
             for file in list_files(path, (".parquet",))
-            for number, row in enumerate(_read_rows(file), 1)
+            for number, row in enumerate(read_columnar(file, (*TEXTS, "options"), MAX_ROWS), 1)
         )
         return make_samples(rows, parse)
-
-
-def _read_rows(file: str) -> Iterator[Record]:
-    with open_file(file) as opened:
-        yield from read_columnar(opened, file, (*TEXTS, "options"), MAX_ROWS)
 
 
 def _letters(options: object) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,8 +114,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     elif suffix in COLUMNAR:
         if not path.is_file():
             read_file(path, "a table")  # says what is wrong
-        with open_file(str(path)) as file:
-            yield from enumerate(read_columnar(file, str(path)), 1)
+        yield from enumerate(read_columnar(str(path)), 1)
     else:
         yield from read_json(path)
 
@@ -320,24 +319,23 @@ def _delimiter(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ Parquet and Arrow
 
 
-def read_columnar(
-    file: IO[bytes], name: str, columns: tuple[str, ...] = (), max_rows: int = MAX_ROWS
-) -> Iterator[dict[str, Any]]:
-    """The rows of an open Parquet or Arrow file called `name`, with values as JSON has them: no NaN, a class by name.
+def read_columnar(name: str, columns: tuple[str, ...] = (), max_rows: int = MAX_ROWS) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file, local or `hf://`, with values as JSON has them: no NaN, a class by name.
 
     Raises:
         UserError: damaged, more than `max_rows`, or without one of `columns`.
     """
     try:
-        schema, num_rows, batches = (_open_arrow if name.lower().endswith(".arrow") else _open_parquet)(file)
-        if num_rows > max_rows:
-            raise ValueError(f"{num_rows} rows, more than {max_rows}; split it")
-        if missing := [column for column in columns if column not in schema.names]:
-            raise UserError(f"{name}: no column {', '.join(missing)}; found {str(schema.names)[:300]}")
-        classes = _class_names(schema)
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield {key: _json_value(value, classes.get(key)) for key, value in row.items()}
+        with open_file(name) as file:
+            schema, num_rows, batches = (_open_arrow if name.lower().endswith(".arrow") else _open_parquet)(file)
+            if num_rows > max_rows:
+                raise ValueError(f"{num_rows} rows, more than {max_rows}; split it")
+            if missing := [column for column in columns if column not in schema.names]:
+                raise UserError(f"{name}: no column {', '.join(missing)}; found {str(schema.names)[:300]}")
+            classes = _class_names(schema)
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield {key: _json_value(value, classes.get(key)) for key, value in row.items()}
     except UserError:
         raise
     except Exception as error:  # of pyarrow, odd times and texts, the hub's client, its network: no class in common
