@@ -15,7 +15,7 @@ import difflib
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,16 @@ def parse(record: Mapping[str, Any], root: Path, needs_answer: bool = True) -> P
     if not isinstance(entries, list) or not entries:
         raise RecordError(key, f"{short_repr(entries)} must be a list with at least one message")
     listed = {kind: _list_media(record, kind, root) for kind in KINDS}
-    is_llava = key == "conversations" and not any(media.key.endswith("s") for media in listed.values())
-    has_lists = any(media.refs for media in listed.values())
-    reader = _MessageReader(root, has_lists, LINE_PLACEHOLDER if is_llava else PLACEHOLDER)
-    messages = [reader.message(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    all_listed = [ref for kind in KINDS for ref in listed[kind]]
+    is_llava = key == "conversations" and all(record.get(f"{kind}s") is None for kind in KINDS)
+    reader = _MessageReader(root, bool(all_listed), LINE_PLACEHOLDER if is_llava else PLACEHOLDER)
+    turns = [reader.message(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
     known = FIELDS | {key} | answer_lists(record)
     try:
-        turns = _fill_placeholders(messages, listed, key)
+        turns = _fill_placeholders(turns, listed, record, key)
     except RecordError:
         # If the medium that a placeholder lacks is under an unknown key, that key is what is wrong.
-        find_unread_keys(record, known, [ref for media in listed.values() for ref in media.refs])
+        find_unread_keys(record, known, all_listed)
         raise
     message_keys: list[str] = []
     for i, entry in enumerate(entries):
@@ -128,8 +128,14 @@ def parse(record: Mapping[str, Any], root: Path, needs_answer: bool = True) -> P
     record_keys = find_unread_keys(record, known | used, refs)
     if not refs:
         check_shows_nothing(record, record_keys, root)
+    turns = with_system(record, turns)
+    for i, (role, parts) in enumerate(turns):
+        if not any(not isinstance(part, str) or part.strip() for part in parts):
+            raise RecordError(f"{key}[{i}]", f"the {role}'s turn is empty; give it a text or take it out")
+    if needs_answer and not any(role == "assistant" for role, _ in turns):
+        raise RecordError(key, "has no assistant turn; add the answer to learn")
     unread = tuple(dict.fromkeys([*message_keys, *reader.unread, *record_keys]))
-    return ParsedRecord(_finish(with_system(record, turns), key, needs_answer), unread)
+    return ParsedRecord(tuple(Turn(role, tuple(filter(None, parts))) for role, parts in turns), unread)
 
 
 def with_system(record: Mapping[str, Any], turns: Turns) -> Turns:
@@ -145,27 +151,7 @@ def with_system(record: Mapping[str, Any], turns: Turns) -> Turns:
     return turns if turns[0][0] == "system" else [("system", [system]), *turns]
 
 
-def _finish(turns: Turns, key: str, needs_answer: bool) -> tuple[Turn, ...]:
-    """The turns, after a check that each has content and one is an answer to learn."""
-    for i, (role, parts) in enumerate(turns):
-        if not any(not isinstance(part, str) or part.strip() for part in parts):
-            raise RecordError(f"{key}[{i}]", f"the {role}'s turn is empty; give it a text or take it out")
-    if needs_answer and not any(role == "assistant" for role, _ in turns):
-        raise RecordError(key, "has no assistant turn; add the answer to learn")
-    return tuple(Turn(role, tuple(part for part in parts if part != "")) for role, parts in turns)
-
-
 # --------------------------------------------------------------------------------------------------------- messages
-
-
-@dataclass(frozen=True, slots=True)
-class _Placeholder:
-    """Where one of the listed media belongs."""
-
-    kind: MediaKind
-
-
-Part = str | MediaRef | _Placeholder
 
 
 @dataclass(frozen=True)
@@ -179,8 +165,8 @@ class _MessageReader:
     unread: list[str] = field(default_factory=list)
     """Keys of parts that are not read, so far."""
 
-    def message(self, entry: object, name: str) -> tuple[Role, list[Part]]:
-        """The role and the parts of a message, called `name` in the record."""
+    def message(self, entry: object, name: str) -> tuple[Role, list[str | MediaRef]]:
+        """The role and the parts of a message, called `name` in the record. Placeholders are media without a path."""
         if not isinstance(entry, dict):
             raise RecordError(name, f"{short_repr(entry)} must be an object with 'role' and 'content'")
         role_key, content_key = ("role", "content") if "role" in entry else ("from", "value")
@@ -197,7 +183,7 @@ class _MessageReader:
             allowed = ", ".join(ROLES)
             raise RecordError(f"{name}.{role_key}", f"unknown role {short_repr(role_name)}; allowed are {allowed}")
         role, content = ROLES[role_name], entry[content_key]
-        parts: list[Part] = _reasoning(entry, role, content, name)
+        parts: list[str | MediaRef] = _reasoning(entry, role, content, name)
         name = f"{name}.{content_key}"
         if not isinstance(content, list):
             return role, [*parts, *self._text(content, role, name, split=True)]
@@ -207,20 +193,19 @@ class _MessageReader:
             parts += self._part(part, role, f"{name}[{i}]", split=self.has_lists and not has_typed_media)
         return role, parts
 
-    def _text(self, value: object, role: Role, name: str, split: bool) -> list[Part]:
+    def _text(self, value: object, role: Role, name: str, split: bool) -> list[str | MediaRef]:
         """A text, with `split` cut at its placeholders. A placeholder in an answer is plain text."""
         text = check_text(value, name)
         if role == "assistant" or not split:
             return [text]
-        parts: list[Part] = []
+        parts: list[str | MediaRef] = []
         position = 0
         for match in self.placeholder.finditer(text):
-            kind: MediaKind = "video" if "video" in match[0] else "image"
-            parts += [text[position : match.start()], _Placeholder(kind)]
+            parts += [text[position : match.start()], MediaRef("video" if "video" in match[0] else "image", ())]
             position = match.end()
         return [*parts, text[position:]]
 
-    def _part(self, part: object, role: Role, name: str, split: bool) -> list[Part]:
+    def _part(self, part: object, role: Role, name: str, split: bool) -> list[str | MediaRef]:
         """A typed part: a text, or a medium."""
         if not isinstance(part, dict):
             raise RecordError(name, f"{short_repr(part)} must be an object with 'type'")
@@ -241,11 +226,11 @@ class _MessageReader:
             self.unread.append(f"content[].{kind}_url.detail")
             part = {**part, f"{kind}_url": {key: value for key, value in inner.items() if key != "detail"}}
         if not part and self.has_lists:
-            return [_Placeholder(kind)]
+            return [MediaRef(kind, ())]
         return [_medium(self.root, kind, part, name)]
 
 
-def _reasoning(entry: Mapping[str, Any], role: Role, content: object, name: str) -> list[Part]:
+def _reasoning(entry: Mapping[str, Any], role: Role, content: object, name: str) -> list[str | MediaRef]:
     """What the assistant thought before it answered, from the key in which servers (vLLM, DeepSeek's) give it."""
     keys = [key for key in REASONING if entry.get(key) not in (None, "")]
     if not keys:
@@ -298,26 +283,17 @@ def _reference(
     return MediaRef(kind, resolve_media(root, value, name), options, name)
 
 
-@dataclass(frozen=True)
-class _ListedMedia:
-    """The media of one kind that a record lists beside its text."""
-
-    key: str = ""
-    """Empty if it lists none."""
-    refs: tuple[MediaRef, ...] = ()
-
-
-def _list_media(record: Mapping[str, Any], kind: MediaKind, root: Path) -> _ListedMedia:
-    """The media under `videos` or `video` (`images`, `image`)."""
+def _list_media(record: Mapping[str, Any], kind: MediaKind, root: Path) -> list[MediaRef]:
+    """The media that a record lists beside its text, under `videos` or `video` (`images`, `image`)."""
     keys = [key for key in (f"{kind}s", kind) if record.get(key) is not None]
     if not keys:
-        return _ListedMedia()
+        return []
     if len(keys) == 2:
         raise RecordError(kind, f"stands beside {keys[0]!r}; keep one of the two")
     key, value = keys[0], record[keys[0]]
     if not isinstance(value, list) or (key == "video" and _is_frames(value)):
-        return _ListedMedia(key, (_reference(root, kind, value, key),))
-    return _ListedMedia(key, tuple(_reference(root, kind, one, f"{key}[{i}]") for i, one in enumerate(value)))
+        return [_reference(root, kind, value, key)]
+    return [_reference(root, kind, one, f"{key}[{i}]") for i, one in enumerate(value)]
 
 
 def _is_frames(value: list[Any]) -> bool:
@@ -326,38 +302,38 @@ def _is_frames(value: list[Any]) -> bool:
 
 
 def _fill_placeholders(
-    messages: list[tuple[Role, list[Part]]], listed: Mapping[MediaKind, _ListedMedia], key: str
+    turns: Turns, listed: Mapping[MediaKind, Sequence[MediaRef]], record: Mapping[str, Any], key: str
 ) -> Turns:
     """Put the listed media in the places of their placeholders."""
-    counts = Counter(part.kind for _, parts in messages for part in parts if isinstance(part, _Placeholder))
-    has_videos_only = bool(listed["video"].refs) and not listed["image"].refs
+    media = [part for _, parts in turns for part in parts if isinstance(part, MediaRef)]
+    counts = Counter(ref.kind for ref in media if not ref.path)
+    has_videos_only = bool(listed["video"]) and not listed["image"]
     images_are_videos = has_videos_only and counts["image"] > 0 and not counts["video"]  # LLaVA writes <image> for both
     if images_are_videos:
         counts = Counter({"video": counts["image"]})
     if not counts:
-        return _place_first(messages, [ref for kind in KINDS for ref in listed[kind].refs], key)
+        return _place_first(turns, [ref for kind in KINDS for ref in listed[kind]], key)
     for kind in KINDS:
-        num_listed = len(listed[kind].refs)
+        num_listed = len(listed[kind])
         if counts[kind] != num_listed:
             both = f"{counts[kind]} <{kind}> placeholder(s) in the text but {num_listed} {kind}(s) listed"
             raise RecordError(
-                listed[kind].key or f"{kind}s",
+                kind if record.get(kind) is not None else f"{kind}s",
                 f"{both}; give one for each, or, where <{kind}> is meant as text, typed parts instead of text and "
                 f'list: [{{"type": "{kind}", "{kind}": FILE}}, {{"type": "text", "text": ...}}]',
             )
-    refs = {kind: iter(listed[kind].refs) for kind in KINDS}
+    refs = {kind: iter(listed[kind]) for kind in KINDS}
 
-    def filled(part: Part) -> str | MediaRef:
-        if isinstance(part, _Placeholder):
+    def filled(part: str | MediaRef) -> str | MediaRef:
+        if isinstance(part, MediaRef) and not part.path:
             return next(refs["video" if images_are_videos else part.kind])
         return part
 
-    return [(role, [filled(part) for part in parts]) for role, parts in messages]
+    return [(role, [filled(part) for part in parts]) for role, parts in turns]
 
 
-def _place_first(messages: list[tuple[Role, list[Part]]], refs: list[MediaRef], key: str) -> Turns:
+def _place_first(turns: Turns, refs: list[MediaRef], key: str) -> Turns:
     """Put media without any placeholder at the start of the first user's turn, as users of other trainers expect."""
-    turns: Turns = [(role, [part for part in parts if not isinstance(part, _Placeholder)]) for role, parts in messages]
     if not refs:
         return turns
     for role, parts in turns:
