@@ -129,7 +129,7 @@ def _question(
     if is_story(record):
         record = normalizer.rename(record, path)[0]
         parsed = story.parse(record, normalizer.root)
-        narrated = narrate(Sample(name, parsed.turns, origin, story.facts(record)), prompt)[0]
+        narrated = narrate(Sample(name, parsed.turns, origin, parsed.fields), prompt)[0]
         conversation = replace(narrated, turns=narrated.turns[:-1])
         asks = any(turn.role == "user" and turn.text.strip() for turn in parsed.turns)
         return Question(name, conversation, (split_reasoning(parsed.turns[-1].text)[1],)), parsed.unread, asks

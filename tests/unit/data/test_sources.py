@@ -17,7 +17,7 @@ from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.data.records.files import read_json
-from vft.data.records.record import BadRecord, MalformedRecord
+from vft.data.records.record import BadRecord, RecordError
 from vft.inference.requests import read_requests
 
 
@@ -94,7 +94,7 @@ def test_a_malformed_line_is_one_bad_record(tmp_path: Path, text: str, after: st
     path = write(tmp_path / "a.jsonl", '{"a": 1}\n' + text + after)
     records = list(read_json(path))
     assert records[0] == (1, {"a": 1})
-    assert records[1][0] == 2 and isinstance(records[1][1], MalformedRecord)
+    assert records[1][0] == 2 and isinstance(records[1][1], RecordError)
     assert [record for _, record in records[2:]] == ([{"c": 3}] if "c" in after else [])
     assert all(path.read_text().split("\n")[line - 1] == '{"c": 3}' for line, _ in records[2:])
     samples, bad = read("messages", path, tmp_path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,8 @@ class Kinetics(Format):
         known = frozenset(labels)
         folders = media_folders(path, root, source.media, path.stem, "")
         folders = [*_replacements(folders, root), *folders]
-        inner_folders = {folder: _folders_in(folder) for folder in folders}
+        # To look for the folder of each label for each clip would take long.
+        inner_folders = {folder: next(os.walk(folder), ("", [], []))[1] for folder in folders}
 
         def parse(value: Any, origin: str) -> list[Sample]:
             record = as_object(value)
@@ -95,10 +95,3 @@ def _replacements(folders: list[str], root: Path) -> list[str]:
     inside = [place for place in places if os.path.commonpath([top, place]) == top]
     candidates = [os.path.join(place, name) for place in inside for name in REPLACEMENTS]
     return [folder for folder in candidates if os.path.isdir(folder)]
-
-
-def _folders_in(folder: str) -> frozenset[str]:
-    """Names of the folders in a folder, if it exists: to look for each label's for each clip takes long."""
-    with suppress(OSError):
-        return frozenset(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return frozenset()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +51,36 @@ class Story(Format):
         normalizer = Normalizer(data.root, source.columns)
         samples, bad = read_samples(record_files(path), lambda record, _: parse(record, data.root), normalizer.rename)
         normalizer.check_columns(path)
-        return [replace(sample, fields={**sample.fields, **facts(sample.fields)}) for sample in samples], bad
+        return samples, bad
 
 
 def parse(record: Mapping[str, Any], root: Path) -> ParsedRecord:
-    """The turns of a record. RecordError names the field that is wrong."""
+    """The turns of a record, and its `segments` and `speech`. RecordError names the field that is wrong."""
     for key in record:
         # If it passed, a misspelt key would silently lose its content.
         meant = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if key not in KEYS and meant and record.get(meant[0]) is None:
             raise RecordError(key, f"unknown key; did you mean {meant[0]!r}?")
     text = _text(record.get("text"), "text", f"the record has {list_keys(record)}; put the answer under 'text'")
-    segments = facts(record)["segments"]
+    segments, speech = record.get("segments"), record.get("speech")
+    if segments is not None and not isinstance(segments, list):
+        raise RecordError("segments", f'{short_repr(segments)} must be a list of {{"start_s", "end_s", "text"}}')
+    told = [_segment(segment, f"segments[{i}]") for i, segment in enumerate(segments or ())]
+    facts = {
+        "segments": tuple(sorted(told, key=lambda segment: segment[:2])),
+        "speech": "" if speech is None else check_text(speech, "speech"),
+    }
     question, question_keys = _question(record)
     turns, used = apply_options([("user", [*_media(record, root), *question])], record, "")
     refs = [part for part in turns[0][1] if isinstance(part, MediaRef)]
-    if segments and (start_s := refs[0].options.video_start):
+    if told and (start_s := refs[0].options.video_start):
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
     unread = find_unread_keys(record, {*KEYS, "id", "system", *question_keys, *used, *answer_lists(record)}, refs)
-    for i, segment in enumerate(record.get("segments") or ()):
+    for i, segment in enumerate(segments or ()):
         names = find_unread_keys(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
         unread += [f"segments[].{key.rpartition('.')[2]}" for key in names]
     asked = [Turn(role, tuple(parts)) for role, parts in with_system(record, turns)]
-    return ParsedRecord((*asked, Turn("assistant", (text,))), tuple(dict.fromkeys(unread)))
+    return ParsedRecord((*asked, Turn("assistant", (text,))), tuple(dict.fromkeys(unread)), facts)
 
 
 def _question(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -103,33 +109,18 @@ def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
     return tuple(MediaRef("image", resolve_media(root, image, field), field=field) for field, image in named)
 
 
-def facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`segments` and `speech`, checked. RecordError names the field that is wrong."""
-    segments, speech = record.get("segments"), record.get("speech")
-    if segments is not None and not isinstance(segments, list):
-        raise RecordError("segments", f'{short_repr(segments)} must be a list of {{"start_s", "end_s", "text"}}')
-    parsed = [_segment(segment, f"segments[{i}]") for i, segment in enumerate(segments or [])]
-    return {
-        "segments": tuple(sorted(parsed, key=lambda segment: segment[:2])),
-        "speech": "" if speech is None else check_text(speech, "speech"),
-    }
-
-
 def _segment(value: object, field: str) -> tuple[float, float, str]:
     if not isinstance(value, dict):
         raise RecordError(field, f"{short_repr(value)} must be an object with 'start_s', 'end_s' and 'text'")
-    start_s, end_s = (_seconds(value, name, f"{field}.{name}") for name in ("start_s", "end_s"))
+    for name in ("start_s", "end_s"):
+        seconds = value.get(name)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < MAX_S:
+            has = f"; the segment has {list_keys(value)}" if name not in value else ""
+            raise RecordError(f"{field}.{name}", f"{short_repr(seconds)} must be a number of seconds, from 0{has}")
+    start_s, end_s = float(value["start_s"]), float(value["end_s"])
     if start_s >= end_s:
         raise RecordError(f"{field}.start_s", f"{start_s:g} is not below end_s = {end_s:g}; give seconds, start first")
     return start_s, end_s, _text(value.get("text"), f"{field}.text", "say what happens in the segment")
-
-
-def _seconds(segment: Mapping[str, Any], name: str, field: str) -> float:
-    value = segment.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_S:
-        has = f"; the segment has {list_keys(segment)}" if name not in segment else ""
-        raise RecordError(field, f"{short_repr(value)} must be a number of seconds, from 0{has}")
-    return float(value)
 
 
 def _text(value: object, field: str, fix: str) -> str:

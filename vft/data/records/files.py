@@ -22,9 +22,9 @@ from vft.common.types import MediaRef, Sample, Turn
 from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
 from vft.data.records.record import (
     TURN_KEYS,
-    MalformedRecord,
     ParsedRecord,
     Record,
+    RecordError,
     Records,
     as_object,
     make_samples,
@@ -100,7 +100,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """The records of a file, each with the line where it begins, or its row in Parquet and Arrow, from 1.
 
     The file's suffix says its format; an unknown suffix means JSON. Empty cells are None. A line that is not a record
-    comes as MalformedRecord.
+    comes as RecordError.
 
     Raises:
         UserError: the file cannot be read, or is not what its suffix says; names file and line.
@@ -140,7 +140,7 @@ def read_samples(
             sample_id = record_id(record, f"{path.stem}-{number}")
             fields = {key: value for key, value in record.items() if key not in TURN_KEYS}
             parsed = parse(record, path)
-            yield Sample(sample_id, parsed.turns, origin, fields, parsed.unread)
+            yield Sample(sample_id, parsed.turns, origin, fields | dict(parsed.fields), parsed.unread)
 
     rows = (
         (f"{name}:{line}", (path, number, record))
@@ -198,7 +198,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 def read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """The records of a JSON list, or of JSON objects one after another (JSONL), each with its first line, from 1.
 
-    A line of JSONL that is not JSON comes as MalformedRecord if a good one came before it.
+    A line of JSONL that is not JSON comes as RecordError if a good one came before it.
 
     Raises:
         UserError: the file cannot be read, or is not JSON; names file and line.
@@ -240,7 +240,7 @@ def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
                 fail(at, what)
             # One broken line among many is one bad record.
             end = text.find("\n", position) % (len(text) + 1)
-            record = MalformedRecord(f"{what}; each line must be a JSON object")
+            record = RecordError("", f"{what}; each line must be a JSON object")
         yield line, record
         position, is_first = skip_space(end), False
     if in_list:
@@ -287,7 +287,7 @@ def _table_rows(
         cells = [cell.strip(" \t") for cell in row]
         if len(cells) != len(names):
             what = f"{len(cells)} values under {len(names)} columns"
-            yield line, MalformedRecord(f"{what}; put quotes around a value that holds {delimiter!r}")
+            yield line, RecordError("", f"{what}; put quotes around a value that holds {delimiter!r}")
         elif any(cells):
             values_or_none = (None if cell in EMPTY else cell for cell in cells)
             yield line, {name: value for name, value in zip(names, values_or_none, strict=True) if name}

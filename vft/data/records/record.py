@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from vft.common.types import Sample, Turn
@@ -43,6 +43,8 @@ class ParsedRecord:
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()
     """Keys that the format does not read."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the sample's fields hold instead of the record's values."""
 
 
 class RecordError(Exception):
@@ -56,10 +58,6 @@ class RecordError(Exception):
     def at(self, origin: str) -> BadRecord:
         """The bad record, given where it is."""
         return BadRecord(origin, self.field, self.message)
-
-
-class MalformedRecord(str):
-    """A line that is not a record: takes its place, and says what is wrong with it."""
 
 
 def short_repr(value: object) -> str:
@@ -98,9 +96,9 @@ def make_samples(rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], It
 
 
 def as_object(record: object) -> Record:
-    """`record`, if it is a JSON object. RecordError if not."""
-    if isinstance(record, MalformedRecord):
-        raise RecordError("", str(record))
+    """`record`, if it is a JSON object. RecordError if not: it may stand in the place of a line that is no record."""
+    if isinstance(record, RecordError):
+        raise record
     if not isinstance(record, dict):
         raise RecordError("", f"{short_repr(record)} is no JSON object; each record must be one")
     return record
