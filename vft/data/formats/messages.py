@@ -121,8 +121,7 @@ def parse(record: Mapping[str, Any], root: Path, needs_answer: bool = True) -> P
     for i, entry in enumerate(entries):
         turns[i : i + 1], used = apply_options(turns[i : i + 1], entry, f"{key}[{i}]")
         refs = [part for part in turns[i][1] if isinstance(part, MediaRef)]
-        names = find_unread_keys(entry, MESSAGE_KEYS | used, refs, f"{key}[{i}]", "message")
-        message_keys += [f"{key}[].{name.rpartition('.')[2]}" for name in names]
+        message_keys += find_unread_keys(entry, MESSAGE_KEYS | used, refs, f"{key}[{i}]", "message")
     turns, used = apply_options(turns, record, "")
     refs = [part for _, parts in turns for part in parts if isinstance(part, MediaRef)]
     record_keys = find_unread_keys(record, known | used, refs)
@@ -212,8 +211,7 @@ class _MessageReader:
         part = {key: value for key, value in part.items() if value is not None}  # `datasets` fills missing keys so
         kind_name = part.pop("type", None)
         if kind_name == "text":
-            names = find_unread_keys(part, {"text"}, (), name, "text")
-            self.unread.extend(f"content[].{key.rpartition('.')[2]}" for key in names)
+            self.unread.extend(find_unread_keys(part, {"text"}, (), name, "text"))
             return self._text(part.get("text"), role, f"{name}.text", split)
         if not isinstance(kind_name, str) or kind_name not in PART_KINDS:
             near = difflib.get_close_matches(str(kind_name), ("text", "video", "image"), n=1, cutoff=0.4)

@@ -77,8 +77,7 @@ def parse(record: Mapping[str, Any], root: Path) -> ParsedRecord:
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
     unread = find_unread_keys(record, {*KEYS, "id", "system", *question_keys, *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(segments or ()):
-        names = find_unread_keys(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
-        unread += [f"segments[].{key.rpartition('.')[2]}" for key in names]
+        unread += find_unread_keys(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
     asked = [Turn(role, tuple(parts)) for role, parts in with_system(record, turns)]
     return ParsedRecord((*asked, Turn("assistant", (text,))), tuple(dict.fromkeys(unread)), facts)
 

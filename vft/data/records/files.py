@@ -10,7 +10,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,9 +63,7 @@ def record_files(path: Path) -> list[tuple[Path, str]]:
         if not matches:
             raise UserError(f"{path}: no file has such a name; check data.root and the source's path")
         return [(file, file.name) for file in matches if not is_stray(file.name)] or [(path, path.name)]
-    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in COLUMNAR)
-    named = [(file, file.relative_to(path).as_posix()) for file in inside if not file.name.startswith("cache-")]
-    named = [(file, name) for file, name in named if not is_stray(name)]
+    named = [(file, name) for file, name in _files_below(path, COLUMNAR) if not file.name.startswith("cache-")]
     if not named:
         raise UserError(f"{path}: is a folder without .parquet or .arrow files; name a file of records")
     splits = {split.lower(): file for file, name in named for split in _split_of(name)}
@@ -88,12 +86,17 @@ def json_files(path: Path) -> list[tuple[Path, str]]:
     """
     if not path.is_dir():
         return [(path, path.name)]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".json")
-    named = [(file, file.relative_to(path).as_posix()) for file in files]
-    chosen = [(file, name) for file, name in named if not is_stray(name)]
-    if not chosen:
+    named = _files_below(path, {".json"})
+    if not named:
         raise UserError(f"{path}: the folder has no .json files; give a file, or the folder that holds them")
-    return chosen
+    return named
+
+
+def _files_below(folder: Path, suffixes: Collection[str]) -> list[tuple[Path, str]]:
+    """The files with these suffixes at any depth, each with its name below the folder, sorted by path."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    named = [(file, file.relative_to(folder).as_posix()) for file in files]
+    return [(file, name) for file, name in named if not is_stray(name)]
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -277,20 +280,14 @@ def read_table(path: Path) -> tuple[list[str], Iterator[tuple[int, Any]]]:
         )
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{path}:{line}: two columns are called {short_repr(twice[0])}; rename one of them")
-    return names, _table_rows(rows, names, delimiter)
 
+    def record_of(row: list[str]) -> Record | RecordError:
+        if len(row) != len(names):
+            what = f"{len(row)} values under {len(names)} columns"
+            return RecordError("", f"{what}; put quotes around a value that holds {delimiter!r}")
+        return {name: None if cell in EMPTY else cell for name, cell in zip(names, row, strict=True) if name}
 
-def _table_rows(
-    rows: Iterable[tuple[int, list[str]]], names: Sequence[str], delimiter: str
-) -> Iterator[tuple[int, Any]]:
-    for line, row in rows:
-        cells = [cell.strip(" \t") for cell in row]
-        if len(cells) != len(names):
-            what = f"{len(cells)} values under {len(names)} columns"
-            yield line, RecordError("", f"{what}; put quotes around a value that holds {delimiter!r}")
-        elif any(cells):
-            values_or_none = (None if cell in EMPTY else cell for cell in cells)
-            yield line, {name: value for name, value in zip(names, values_or_none, strict=True) if name}
+    return names, ((line, record_of(row)) for line, row in rows if any(row) or len(row) != len(names))
 
 
 def _csv_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[tuple[int, list[str]]]:
@@ -304,7 +301,7 @@ def _csv_rows(text: str, delimiter: str, name: str, line: int = 1) -> Iterator[t
     try:
         for row in reader:
             if row:
-                yield line, row
+                yield line, [cell.strip(" \t") for cell in row]
             line = first + reader.line_num
     except csv.Error as error:
         raise UserError(f"{name}:{line}: {error}; fix the quotes of this row") from None

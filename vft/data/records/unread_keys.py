@@ -47,7 +47,7 @@ def answer_lists(record: Mapping[str, Any]) -> set[str]:
 def find_unread_keys(
     given: Mapping[str, Any], known: Collection[str], refs: Iterable[MediaRef], name: str = "", place: str = ""
 ) -> list[str]:
-    """The keys of an object in a record that are not `known`.
+    """The keys of an object in a record that are not `known`, such as `messages[].key` of the object `messages[2]`.
 
     Args:
         given: The object, called `name` in the record; empty for the record itself.
@@ -60,6 +60,7 @@ def find_unread_keys(
     refs = tuple(refs)
     files = {path.name for ref in refs for path in ref.files}
     kinds = {ref.kind for ref in refs}
+    kind_of_object = re.sub(r"\[\d+\]$", "[]", name.rpartition(".")[2])
     where = f" in a {place}" if place else ""
     beside = f", beside the {'segments' if place == 'segment' else 'messages'}" if place else ""
     unread = []
@@ -77,7 +78,7 @@ def find_unread_keys(
         meant = _misspelt_media_key(key)
         if meant and value and meant.rstrip("s") not in kinds:
             raise RecordError(field, f"is not read{where}; did you mean {meant!r}{beside}?")
-        unread.append(field)
+        unread.append(f"{kind_of_object}.{key}" if name else key)
     return unread
 
 
