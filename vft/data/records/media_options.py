@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.common.types import MediaKind, MediaOptions, MediaRef, Role
-from vft.data.records.record import RecordError, short_repr
+from vft.data.records.record import Record, RecordError, short_repr
 
 OPTIONS: dict[MediaKind, frozenset[str]] = {
     "video": frozenset(option.name for option in fields(MediaOptions)),
@@ -88,16 +88,14 @@ def options_of_part(given: Mapping[str, Any], kind: MediaKind, is_list: bool, na
     Raises:
         RecordError: an unknown key, a value of another type or out of range, or two that contradict each other.
     """
-    builder = _OptionsBuilder(name)
     allowed = OPTIONS[kind] if is_list else OPTIONS[kind] - OF_FRAME_LISTS
-    for key, value in given.items():
+    for key in given:
         meaning = key_meaning(key)
         if meaning is None or meaning.option not in {*allowed, *(["trim"] if kind == "video" else [])}:
             near = difflib.get_close_matches(key, sorted(allowed), n=1)
             meant = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(sorted(allowed))}"
             raise RecordError(_at(name, key), f"unknown key{meant}")
-        builder.add(key, meaning, value)
-    return builder.build()
+    return _options(given, name)
 
 
 Turns = list[tuple[Role, list[str | MediaRef]]]
@@ -116,19 +114,19 @@ def apply_options(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Tu
     about_media = [(key, value) for key, value in given.items() if value is not None and _is_about_media(key)]
     if not media or not (about_media or any(ref.options.timestamps for ref in media)):
         return turns, frozenset()
-    builders = [_OptionsBuilder(name) for _ in media]
+    given_to: list[Record] = [{} for _ in media]
     used: set[str] = set()
     for key, value in about_media:
         meaning = key_meaning(key)
-        takers = [b for b, ref in zip(builders, media, strict=True) if meaning and _takes(ref, meaning.option)]
+        takers = [own for own, ref in zip(given_to, media, strict=True) if meaning and _takes(ref, meaning.option)]
         if meaning is None or not takers:
             _refuse_ambiguous(key, value, media, _at(name, key))
             continue
         used.add(key)
-        for builder, own_value in zip(takers, _spread(value, len(takers), meaning, _at(name, key)), strict=True):
+        for own, own_value in zip(takers, _spread(value, len(takers), meaning, _at(name, key)), strict=True):
             if own_value is not None:
-                builder.add(key, meaning, own_value)
-    refs = [replace(ref, options=b.build(ref.options)) for b, ref in zip(builders, media, strict=True)]
+                own[key] = own_value
+    refs = [replace(ref, options=_options(own, name, ref.options)) for own, ref in zip(given_to, media, strict=True)]
     for ref in refs:
         times_s = ref.options.timestamps
         if times_s is not None and isinstance(ref.path, tuple) and len(times_s) != len(ref.path):
@@ -177,72 +175,67 @@ def _refuse_ambiguous(key: str, value: Any, media: Sequence[MediaRef], field: st
         )
 
 
-class _OptionsBuilder:
-    """Collects the options of one medium from one object, with the key of each for messages."""
+def _options(given: Mapping[str, Any], name: str, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
+    """The options of one medium from the keys of the object called `name`; the medium's `own` take precedence.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.values: dict[str, tuple[str, Any]] = {}
+    RecordError if they contradict each other.
+    """
+    keys: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        for option, number in _settings(key, value, _at(name, key)):
+            if options.setdefault(option, number) != number:
+                both = f"{short_repr(value)} contradicts {keys[option]} = {options[option]}"
+                raise RecordError(_at(name, key), f"{both}; keep one of the two")
+            keys[option] = key
+    if not options:
+        return own
+    inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
+    replaced = {one for pair in ALTERNATIVES if any(one in inner for one in pair) for one in pair}
+    options = {option: value for option, value in options.items() if option not in replaced} | inner
 
-    def add(self, key: str, meaning: KeyMeaning, value: Any) -> None:
-        """Check and keep a value. RecordError names the key."""
-        field = _at(self.name, key)
-        for option, number in _settings(meaning, value, field):
-            if option == "timestamps":
-                self.values[option] = (key, _times(number, field))
-                continue
-            at_least = 0 if option == "video_start" else 1e-6 if option in REAL_OPTIONS else 1
-            if not _is_number(number, whole=option not in REAL_OPTIONS) or number < at_least:
-                what = "a number" if option in REAL_OPTIONS else "a whole number"
-                raise RecordError(field, f"{short_repr(number)} must be {what} of at least {at_least:g}")
-            number = number if meaning.unit_s == 1.0 else number * meaning.unit_s
-            before = self.values.get(option)
-            if before is not None and before[1] != number:
-                both = f"{short_repr(value)} contradicts {before[0]} = {before[1]}"
-                raise RecordError(field, f"{both}; keep one of the two")
-            self.values[option] = (key, number)
+    def fail(option: str, message: str) -> None:
+        raise RecordError(_at(name, keys.get(option, option)), message)
 
-    def build(self, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
-        """The options; the medium's `own` take precedence. RecordError if they contradict each other."""
-        if not self.values:
-            return own
-        inner = {one.name: getattr(own, one.name) for one in fields(own) if getattr(own, one.name) is not None}
-        replaced = {name for pair in ALTERNATIVES if any(one in inner for one in pair) for name in pair}
-        keys = {option: key for option, (key, _) in self.values.items()}
-        options = {option: value for option, (_, value) in self.values.items() if option not in replaced} | inner
-
-        def fail(option: str, message: str) -> None:
-            raise RecordError(_at(self.name, keys.get(option, option)), message)
-
-        for low, high in ORDERED:
-            if low in options and high in options:
-                a, b, other = options[low], options[high], keys.get(high, high)
-                if a > b or (low == "video_start" and a == b):
-                    fail(low, f"{a} is {'above' if a > b else 'no earlier than'} {other} = {b}; exchange them")
-        if "fps" in options and "nframes" in options:
-            fail("nframes", f"{options['nframes']} stands beside fps = {options['fps']}; keep one of the two")
-        times_s, rate = options.get("timestamps", ()), options.get("sample_fps")
-        if rate and len(times_s) > 1 and abs((len(times_s) - 1) / (times_s[-1] - times_s[0]) / rate - 1) > 0.1:
-            stated = f"{len(times_s)} timestamps in {times_s[-1] - times_s[0]:g} s"
-            fail("sample_fps", f"{rate} a second contradicts {stated}; keep one of the two")
-        if ("resized_height" in options) != ("resized_width" in options):
-            fail("resized_height", "goes with resized_width; give both or neither")
-        return MediaOptions(**options)
+    for low, high in ORDERED:
+        if low in options and high in options:
+            a, b, other = options[low], options[high], keys.get(high, high)
+            if a > b or (low == "video_start" and a == b):
+                fail(low, f"{a} is {'above' if a > b else 'no earlier than'} {other} = {b}; exchange them")
+    if "fps" in options and "nframes" in options:
+        fail("nframes", f"{options['nframes']} stands beside fps = {options['fps']}; keep one of the two")
+    times_s, rate = options.get("timestamps", ()), options.get("sample_fps")
+    if rate and len(times_s) > 1 and abs((len(times_s) - 1) / (times_s[-1] - times_s[0]) / rate - 1) > 0.1:
+        stated = f"{len(times_s)} timestamps in {times_s[-1] - times_s[0]:g} s"
+        fail("sample_fps", f"{rate} a second contradicts {stated}; keep one of the two")
+    if ("resized_height" in options) != ("resized_width" in options):
+        fail("resized_height", "goes with resized_width; give both or neither")
+    return MediaOptions(**options)
 
 
-def _settings(meaning: KeyMeaning, value: Any, field: str) -> Iterator[tuple[str, Any]]:
-    """The options that a key sets, each with its value."""
+def _settings(key: str, value: Any, field: str) -> Iterator[tuple[str, Any]]:
+    """The options that a key sets, each with its value. RecordError if it is of another type or out of range."""
+    meaning = key_meaning(key)
+    assert meaning is not None
     if meaning.in_frames:
         fix = "give seconds, as video_start, video_end"
         raise RecordError(field, f"{short_repr(value)}: frame numbers are not read; {fix}")
-    if meaning.option != "trim":
-        yield meaning.option, value
+    if meaning.option == "timestamps":
+        yield meaning.option, _times(value, field)
         return
-    if not isinstance(value, list) or len(value) != 2:
-        raise RecordError(field, f"{short_repr(value)} must be [start, end] in seconds")
-    for option, one in zip(("video_start", "video_end"), value, strict=True):
-        if one is not None:
-            yield option, one
+    values = {meaning.option: value}
+    if meaning.option == "trim":
+        if not isinstance(value, list) or len(value) != 2:
+            raise RecordError(field, f"{short_repr(value)} must be [start, end] in seconds")
+        values = dict(zip(("video_start", "video_end"), value, strict=True))
+    for option, number in values.items():
+        if number is None:
+            continue
+        at_least = 0 if option == "video_start" else 1e-6 if option in REAL_OPTIONS else 1
+        if not _is_number(number, whole=option not in REAL_OPTIONS) or number < at_least:
+            what = "a number" if option in REAL_OPTIONS else "a whole number"
+            raise RecordError(field, f"{short_repr(number)} must be {what} of at least {at_least:g}")
+        yield option, number if meaning.unit_s == 1.0 else number * meaning.unit_s
 
 
 def _times(value: Any, field: str) -> tuple[float, ...]:
