@@ -18,7 +18,7 @@ from vft.common.scores import Interval
 from vft.config import run as configs
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 from vft.inference.as_trained import data_config, evaluation_config

@@ -15,10 +15,9 @@ from torchcodec.encoders import VideoEncoder
 from tests.helpers.patches import SPEC, plan_of
 from vft.common.types import MediaPlan, MediaRef
 from vft.config.data import DataConfig
-from vft.data.media.decode import decode_chunks
 from vft.data.media.frame_cache import FrameCache
 from vft.data.media.patches import load_patches
-from vft.data.media.scan import scan
+from vft.data.media.video import decode_chunks, scan
 from vft.data.workers import WorkerPool
 
 GIB = 2**30

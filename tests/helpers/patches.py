@@ -11,8 +11,8 @@ from typing import cast
 from torch import Tensor
 
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, Patches
-from vft.data.media.decode import decode_chunks
 from vft.data.media.patches import cut_patches, resize_views
+from vft.data.media.video import decode_chunks
 from vft.models.processor import VisionProcessor
 
 

@@ -19,7 +19,7 @@ from vft.common.types import MediaInfo, MediaOptions, MediaRef, VisionLimits
 from vft.config.data import DataConfig, VideoConfig
 from vft.data.budget import limits_of
 from vft.data.media.patches import frames_of, load_patches
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.models.processor import QwenProcessor
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 from vft.models.qwen3_vl.processor import Qwen3Processor

@@ -10,7 +10,7 @@ from typing import Any
 
 from vft.common.types import MediaInfo, MediaKind
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 
 
 def measured(function: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:

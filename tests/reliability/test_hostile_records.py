@@ -41,7 +41,7 @@ from vft.data.formats import (
 )
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 from vft.data.records.record import Records
 from vft.data.streaming.archives import members
 

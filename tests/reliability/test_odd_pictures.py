@@ -26,7 +26,7 @@ from vft.data.budget import limits_of, plan_media
 from vft.data.media.errors import MediaError
 from vft.data.media.index import Index, build
 from vft.data.media.patches import frames_of, load_patches
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 from vft.data.workers import WorkerPool
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 

@@ -39,7 +39,7 @@ from vft.config.run import ModelConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.preparation.run import open_for_inference

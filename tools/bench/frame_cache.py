@@ -23,7 +23,7 @@ from vft.config.data import DataConfig
 from vft.data.budget import limits_of
 from vft.data.media.frame_cache import count_bytes, load_cached
 from vft.data.media.patches import load_patches
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
 SPEC: Any = Qwen2_5Processor(image_token=0, video_token=1, tokens_per_second=2.0)

@@ -37,7 +37,7 @@ from vft.config.fields import Count, Name, NonNegativeFloat, Positive, PositiveF
 from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import explain
 from vft.data.media.index import build
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, World, all_of, environment, make_mesh, process_group

@@ -134,7 +134,7 @@ def limits_of(ref: MediaRef, config: DataConfig) -> VisionLimits:
     options, video = ref.options, config.video
     pixels = video if ref.kind == "video" else config.image
     # Pictures that a record names are all shown, unless the record limits them. If it does not give their own rate,
-    # `fps` is taken for that (`scan.join_scans`) and asks for nothing.
+    # `fps` is taken for that (`join_scans`) and asks for nothing.
     show_all = ref.is_list and not (ref.is_folder or video.sample_lists)
     sets_rate = options.fps is not None and (not show_all or bool(options.sample_fps or options.timestamps))
     sets_count = options.nframes is not None

@@ -16,8 +16,7 @@ from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, converse, load_dataset, take
-from vft.data.overlap import overlap_warning
-from vft.data.split import Split
+from vft.data.split import Split, overlap_warning
 from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment

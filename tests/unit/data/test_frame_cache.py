@@ -32,7 +32,7 @@ from vft.data.media import frame_cache
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import FrameCache
 from vft.data.media.patches import decode_resized
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, World
 from vft.inference.engine import Answerer, PreparedQuestion

@@ -17,10 +17,10 @@ from tests.helpers.streaming import MAKE, data_config, running
 from tests.helpers.tiny import Tiny
 from vft.common.types import MediaInfo, MediaRef, VisionLimits
 from vft.data.dataset import load_dataset
-from vft.data.media import scan
+from vft.data.media import video
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 
 LIMITS = VisionLimits(
     fps=2.0, frames=None, min_frames=2, max_frames=16, min_pixels=784, max_pixels=56 * 56, total_pixels=None
@@ -32,13 +32,13 @@ CHOICES = [LIMITS, replace(LIMITS, fps=None, frames=6), replace(LIMITS, fps=3.7)
 def demuxed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read in full."""
     names: list[str] = []
-    real = scan._scan_packets
+    real = video._scan_packets
 
     def spy(path: Path, *rest: Any) -> Any:
         names.append(path.name)
         return real(path, *rest)
 
-    monkeypatch.setattr(scan, "_scan_packets", spy)
+    monkeypatch.setattr(video, "_scan_packets", spy)
     return names
 
 

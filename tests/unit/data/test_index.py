@@ -21,7 +21,7 @@ from vft.common.types import MediaInfo, MediaKind, MediaOptions, MediaRef
 from vft.data.media import index
 from vft.data.media.errors import MediaError
 from vft.data.media.index import Index, build
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from tests.helpers.clips import make_clip
 from tests.helpers.patches import SPEC, decode, patches_of, plan_of
 from vft.common.types import MediaInfo, MediaRef
-from vft.data.media.decode import decode_chunks
 from vft.data.media.patches import load_patches
-from vft.data.media.scan import scan
+from vft.data.media.video import decode_chunks, scan
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor
 
 

@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 from tests.helpers.patches import decode
 from vft.common.types import MediaInfo, MediaPlan, MediaRef
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 
 
 def noise(mode: str = "RGB", height: int = 24, width: int = 40) -> Image.Image:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import scan_file
+from vft.data.media.video import scan_file
 from vft.data.workers import MAX_FAILED_STARTS, WorkerPool, empty_bytes
 
 

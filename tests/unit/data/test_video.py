@@ -24,9 +24,8 @@ from tests.helpers.clips import level, make_clip
 from tests.helpers.patches import decode
 from vft.common.types import MediaInfo, MediaOptions, MediaPlan, MediaRef
 from vft.data.media import errors
-from vft.data.media.decode import decode_chunks, decode_in_sequence
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import frame_times, open_container, scan
+from vft.data.media.video import decode_chunks, decode_in_sequence, frame_times, open_container, scan
 
 
 def planned(ref: MediaRef, indices: Sequence[int]) -> MediaPlan:
@@ -151,7 +150,7 @@ def test_a_file_without_seeking_is_read_once(tmp_path: Path, monkeypatch: pytest
         opened.append(path)
         return open_container(path)
 
-    monkeypatch.setattr("vft.data.media.decode.open_container", spy)
+    monkeypatch.setattr("vft.data.media.video.open_container", spy)
     chunks = list(decode_chunks(plan, chunk_bytes=1))
     assert [len(chunk) for chunk in chunks] == [1] * 7 and len(opened) == 1
     assert_shows(torch.cat(chunks), indices)

@@ -14,8 +14,8 @@ from tests.helpers.tiny import CPU, Tiny
 from vft.common.task import Question
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, describe_prompts, load_dataset, prompts_of
-from vft.data.media.scan import scan
 from vft.data.media.timed_text import with_frame_times
+from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.as_trained import data_config

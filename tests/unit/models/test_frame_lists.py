@@ -16,8 +16,8 @@ from vft.data import formats as sources
 from vft.data.budget import limits_of, plan_media
 from vft.data.dataset import Dataset, load_dataset, make_dataset
 from vft.data.media.patches import frames_of, load_patches
-from vft.data.media.scan import join_scans, scan
 from vft.data.media.timed_text import FrameTimes
+from vft.data.media.video import join_scans, scan
 from vft.inference.as_trained import data_config
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.processor import VisionProcessor

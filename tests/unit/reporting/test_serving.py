@@ -26,7 +26,7 @@ from vft.common.types import MediaRef
 from vft.config.data import DataConfig
 from vft.config.run import LoraConfig
 from vft.data.budget import limits_of
-from vft.data.media.scan import scan
+from vft.data.media.video import scan
 from vft.inference.generate import Sampling, choose
 from vft.reporting.serving import MAX_RANKS, components_of, not_served, ranks_of, vllm_serve
 

@@ -24,7 +24,7 @@ from vft.common.errors import UserError
 from vft.common.files import locked, whole_file
 from vft.common.types import MediaInfo, MediaKind, MediaRef
 from vft.data.media.errors import MediaError, check_file
-from vft.data.media.scan import join_scans, scan_file
+from vft.data.media.video import join_scans, scan_file
 from vft.data.workers import WorkerPool
 
 logger = logging.getLogger(__name__)

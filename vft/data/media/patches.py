@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vft.common.types import MediaPlan, Patches, View
-from vft.data.media.decode import decode_chunks
 from vft.data.media.errors import as_media_error
+from vft.data.media.video import decode_chunks
 from vft.data.workers import empty_bytes
 from vft.models.processor import VisionProcessor
 

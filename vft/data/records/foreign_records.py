@@ -424,7 +424,7 @@ def _frame_rate(base: Record, root: Path) -> float:
     if not key:
         raise RecordError("data", f"has no video under {', '.join(MEDIA)}, whose frames are counted; rename its key")
     path = resolve_media(root, local_path(root, base[key]), key)
-    from vft.data.media.scan import scan_file  # imports torchcodec, which few readers of records need
+    from vft.data.media.video import scan_file  # imports torchcodec, which few readers of records need
 
     try:
         return scan_file("video", path, headers=True).fps

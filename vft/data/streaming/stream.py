@@ -19,7 +19,7 @@ from typing import Any
 from vft.common.types import Document, MediaInfo, MediaRef
 from vft.data.dataset import converse, make_dataset, prompts_of
 from vft.data.media.errors import MediaError
-from vft.data.media.scan import join_scans, scan_file
+from vft.data.media.video import join_scans, scan_file
 from vft.data.quarantine import ArchivePass, BadItem
 from vft.data.records.unread_keys import report_new_unread_keys
 from vft.data.streaming.archives import ArchiveClip, DamagedArchive, EmptyArchive, Position
