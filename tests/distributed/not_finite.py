@@ -20,7 +20,7 @@ current = 0
 def train_step(trainer: train.Trainer) -> int:
     """Takes note of the step."""
     global current
-    current = trainer.progress.step
+    current = trainer.step
     return original_step(trainer)
 
 

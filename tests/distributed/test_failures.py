@@ -19,8 +19,7 @@ from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for
 from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
 from tests.runs.processes import free_port
 from tests.runs.world import World
-from vft.distributed.heartbeat import SUSPICIOUS_SILENCE_S, Heartbeat
-from vft.distributed.members import Member, Members
+from vft.distributed.heartbeat import SUSPICIOUS_SILENCE_S, Heartbeat, Member
 
 HOST = socket.gethostname()
 HANGING = str(Path(__file__).with_name("hanging.py"))
@@ -94,8 +93,8 @@ def test_the_store_itself_may_be_what_is_gone(monkeypatch: pytest.MonkeyPatch) -
     """The main thread leaves the others time to find out, and to end the process: its own words say less."""
     waited: list[float] = []
     monkeypatch.setattr("vft.distributed.heartbeat.time.sleep", waited.append)
-    known = {rank: Member(rank, 0, HOST, 1, "CPU", "", "", "", "", 0) for rank in (0, 1)}
-    Heartbeat(Members(1, 2, known, Unreachable(), silence_s=60.0, timeout_s=600.0)).find_cause()
+    known = {rank: Member(rank, 0, HOST, "", "", "", "", 0) for rank in (0, 1)}
+    Heartbeat(Unreachable(), 1, 2, known, silence_s=60.0, timeout_s=600.0).find_cause()
     assert sum(waited) >= SUSPICIOUS_SILENCE_S
 
 

@@ -14,12 +14,12 @@ from vft.training import trainer as train
 from vft.training.checkpoint_writer import AsyncCheckpointer
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "start": (train.Trainer, "start_folder"),
+    "start": (train, "locked_folder"),
     "metrics": (Monitor, "step"),
     "checkpoint": (AsyncCheckpointer, "_write"),
     "predictions": (train.Trainer, "evaluate"),
     "quarantine": (run_data, "write_quarantine"),
-    "export": (train, "export"),
+    "export": (train.Trainer, "export"),
     "card": (train, "write_card"),
     "report": (train, "write_report"),
 }

@@ -22,7 +22,7 @@ current = 0
 def train_step(trainer: train.Trainer) -> int:
     """Takes note of the step."""
     global current
-    current = trainer.progress.step
+    current = trainer.step
     stop = original_step(trainer)
     current = 0
     return stop

@@ -28,13 +28,12 @@ from vft.common.safetensors_io import open_tensors
 from vft.models import build
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.weights import copy_companions, stored_names
-from vft.reporting.serving import vllm_serve
-from vft.training.export import served_files
+from vft.reporting.serving import served_files, vllm_serve
 
 
 def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:
     """Write the merged model to `output`, which appears only when it is complete. Returns the number of changed layers.
-    `generation` as for `vft.training.export.served_files`."""
+    `generation` as for `vft.reporting.serving.served_files`."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output = {str(output)!r}: the folder isn't empty; name a new one")
     checkpoint = Pretrained.open(base, recorded(adapter_folder).get("rope_factor"))

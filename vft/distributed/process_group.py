@@ -18,8 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from vft.common.errors import UserError
 from vft.distributed.heartbeat import barrier, current
-from vft.distributed.link_check import link_check
-from vft.distributed.rendezvous import connected, group_store
+from vft.distributed.rendezvous import connected, link_check
 
 T = TypeVar("T")
 
@@ -59,7 +58,7 @@ def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iter
 
     The process group is made later, when the data are ready. Raises UserError if this process has no GPU.
     """
-    world, device = environment(), "CPU"
+    world = environment()
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -68,8 +67,7 @@ def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iter
                 on_one_rank=True,
             )
         torch.cuda.set_device(world.device)
-        device = torch.cuda.get_device_name(world.device)
-    with connected(world.rank, world.size, world.local_rank, device, silence_s, timeout_s):
+    with connected(world.rank, world.size, world.local_rank, silence_s, timeout_s):
         yield world
 
 
@@ -88,11 +86,11 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
                 yield
             return
         heartbeat.barrier()
-        limit = timedelta(seconds=heartbeat.members.timeout_s + LATER_S)
+        limit = timedelta(seconds=heartbeat.timeout_s + LATER_S)
+        # With a connection of its own: an operation of one thread holds up those of others.
+        store = dist.PrefixStore("group", heartbeat.store.clone())  # type: ignore[attr-defined]
         with link_check(heartbeat):
-            dist.init_process_group(
-                backend, store=group_store(heartbeat.members), rank=world.rank, world_size=world.size, timeout=limit
-            )
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
             for device in dict.fromkeys(("cpu", world.device.type)):  # in the same order everywhere
                 dist.all_reduce(one := torch.ones((), device=device))
                 if int(one) != world.size:

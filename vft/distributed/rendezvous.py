@@ -8,16 +8,18 @@ asks rank 0 for it with a request of its own making, which only the rank 0 of th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import socket
+import struct
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,8 +27,7 @@ import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vft.common.errors import UserError, first_line
-from vft.distributed.heartbeat import LONG_SILENCE_S, Beat, Heartbeat, beat_key, current, linger, running
-from vft.distributed.members import Member, Members, names
+from vft.distributed.heartbeat import LONG_SILENCE_S, Beat, Heartbeat, Member, beat_key, current, linger, names
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,14 @@ MUST_AGREE = {"torch": "torch", "code": "vft's own files (a digest)", "runtime":
 """Fields of a Member that must be equal in all processes, in words."""
 NOTICE_S = 30.0
 """After which rank 0 says for whom it waits."""
+PROBE_S = 3.0
+"""For a host to answer, if the first collective fails."""
+SIOCGIFADDR = 0x8915
+"""Asks for the address of an interface: netdevice(7)."""
 
 
 @contextmanager
-def connected(rank: int, size: int, local_rank: int, device: str, silence_s: float, timeout_s: float) -> Iterator[None]:
+def connected(rank: int, size: int, local_rank: int, silence_s: float, timeout_s: float) -> Iterator[None]:
     """All processes find each other, and have a heartbeat until the end.
 
     Does nothing for one process, or inside another such context. Raises UserError if a process does not join within
@@ -50,13 +55,13 @@ def connected(rank: int, size: int, local_rank: int, device: str, silence_s: flo
         door.bind(("", 0))
         door.listen(512)  # never accepted: that the kernel answers is enough for `link_check`
         store = _connect(rank, size, timeout_s)
-        me = _introduce(rank, local_rank, device, port=door.getsockname()[1])
-        members = (_gather if rank == 0 else _join)(store, me, size, silence_s, timeout_s)
-        heartbeat = Heartbeat(members)
-        with running(heartbeat):
+        me = _introduce(rank, local_rank, port=door.getsockname()[1])
+        run, known = (_gather if rank == 0 else _join)(store, me, size, timeout_s)
+        heartbeat = Heartbeat(run, rank, size, known, silence_s, timeout_s)
+        with heartbeat.running():
             try:
                 if rank == 0:
-                    _check_versions(list(members.known.values()))
+                    _check_versions(list(known.values()))
                 yield
             except BaseException as error:
                 if _is_broken_connection(error):
@@ -66,11 +71,6 @@ def connected(rank: int, size: int, local_rank: int, device: str, silence_s: flo
                     )
                 heartbeat.report_failure(error)
                 raise error
-
-
-def group_store(members: Members) -> Store:
-    """A store for a process group, with its own connection: an operation of one thread holds up those of others."""
-    return PrefixStore("group", members.store.clone())  # type: ignore[attr-defined]
 
 
 def _connect(rank: int, size: int, timeout_s: float) -> TCPStore:
@@ -86,7 +86,7 @@ def _connect(rank: int, size: int, timeout_s: float) -> TCPStore:
         raise UserError(message, on_one_rank=True) from None
 
 
-def _introduce(rank: int, local_rank: int, device: str, port: int) -> Member:
+def _introduce(rank: int, local_rank: int, port: int) -> Member:
     host = socket.gethostname()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         try:
@@ -97,15 +97,15 @@ def _introduce(rank: int, local_rank: int, device: str, port: int) -> Member:
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return Member(rank, local_rank, host, os.getpid(), device, torch.__version__, runtime, code, address, port)
+    return Member(rank, local_rank, host, torch.__version__, runtime, code, address, port)
 
 
-def _gather(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Members:
+def _gather(store: TCPStore, me: Member, size: int, timeout_s: float) -> tuple[Store, dict[int, Member]]:
     """On rank 0: answer the requests of the others until all have joined. UserError names those that have not."""
     token = uuid.uuid4().hex
     run = PrefixStore(token, store)
     run.set("failed", "")
-    run.set(beat_key(0), Beat(0, 0, timeout_s, "starting").to_json())
+    run.set(beat_key(0), json.dumps(Beat(0, 0, timeout_s, "starting")))
     answered, missing = set(), set(range(1, size))
     begin_s, noticed = time.monotonic(), False
     while missing:
@@ -114,7 +114,7 @@ def _gather(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s:
                 request = store.get(f"request/{rank}").decode()
                 if request not in answered:
                     answered.add(request)
-                    store.set(f"answer/{request}", json.dumps([token, asdict(me)]))
+                    store.set(f"answer/{request}", json.dumps([token, me]))
             if run.check([f"member/{rank}"]):
                 missing.discard(rank)
         if missing and time.monotonic() - begin_s > timeout_s:
@@ -130,8 +130,8 @@ def _gather(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s:
             logger.info("waiting for rank %s", _places(missing, size))
             noticed = True
         time.sleep(0.02)
-    others = [Member(**json.loads(text)) for text in run.multi_get([f"member/{rank}" for rank in range(1, size)])]
-    return Members(0, size, {member.rank: member for member in (me, *others)}, run, silence_s, timeout_s)
+    others = run.multi_get([f"member/{rank}" for rank in range(1, size)])
+    return run, {0: me} | {rank: Member(*json.loads(text)) for rank, text in enumerate(others, 1)}
 
 
 def _places(ranks: set[int], size: int) -> str:
@@ -140,7 +140,7 @@ def _places(ranks: set[int], size: int) -> str:
     return ", ".join(f"{rank} (host number {rank // per_host})" for rank in sorted(ranks)[:8])
 
 
-def _join(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: float) -> Members:
+def _join(store: TCPStore, me: Member, size: int, timeout_s: float) -> tuple[Store, dict[int, Member]]:
     """On all other ranks: ask rank 0 for the token, write the first beat, and introduce this process."""
     request = uuid.uuid4().hex
     store.set(f"request/{me.rank}", request)
@@ -150,11 +150,10 @@ def _join(store: TCPStore, me: Member, size: int, silence_s: float, timeout_s: f
         message = f"{names([me])}: no answer of rank 0 within {timeout_s:g} s ({first_line(error)}); look at the output"
         raise UserError(f"{message} there", on_one_rank=True) from None
     token, main = json.loads(store.get(f"answer/{request}"))
-    known = {0: Member(**main), me.rank: me}
-    members = Members(me.rank, size, known, PrefixStore(token, store), silence_s, timeout_s)
-    members.store.set(beat_key(me.rank), Beat(0, 0, LONG_SILENCE_S, "preparing").to_json())
-    members.store.set(f"member/{me.rank}", json.dumps(asdict(me)))
-    return members
+    run = PrefixStore(token, store)
+    run.set(beat_key(me.rank), json.dumps(Beat(0, 0, LONG_SILENCE_S, "preparing")))
+    run.set(f"member/{me.rank}", json.dumps(me))
+    return run, {0: Member(*main), me.rank: me}
 
 
 def _check_versions(members: Sequence[Member]) -> None:
@@ -174,3 +173,63 @@ def _check_versions(members: Sequence[Member]) -> None:
 def _is_broken_connection(error: BaseException) -> bool:
     """Whether a collective or the store failed, rather than this process. gloo's errors have no type of their own."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+# ----------------------------------------------------------------------------------------------- the first collective
+
+
+@contextmanager
+def link_check(heartbeat: Heartbeat) -> Iterator[None]:
+    """Around making the process group and its first collectives: end the run if they fail or take over `silence_s`.
+
+    A thread keeps the time, since NCCL connects without a limit of its own.
+    """
+    silence_s = heartbeat.silence_s
+    timer = threading.Timer(silence_s, lambda: _end_run(heartbeat, f"no answer for {silence_s:g} s"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        _end_run(heartbeat, first_line(error))
+    finally:
+        timer.cancel()
+
+
+def _end_run(heartbeat: Heartbeat, error: str) -> None:
+    me = heartbeat.me
+    if me.rank:
+        time.sleep(2 * PROBE_S)  # rank 0 knows all addresses, so its message says more
+    others = {(m.host, m.address): m for m in heartbeat.known.values()}
+    others.pop((me.host, me.address))
+    unreached = [member for member in others.values() if not _answers(member)]
+    interface = f"{_interface(me.address)} on host {me.host}"
+    settings = f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the hosts ({interface})"
+    if unreached:
+        at = ", ".join(f"{names([member])} at {member.address}" for member in unreached)
+        heartbeat.end_run(f"{at} can't be reached from {names([me])}: look at its firewall, and set {settings}")
+    heartbeat.end_run(
+        f"the first sum over all processes failed ({error}), though their hosts can be reached: set {settings}"
+    )
+
+
+def _answers(member: Member) -> bool:
+    try:
+        with socket.create_connection((member.address, member.port), PROBE_S):
+            return True
+    except OSError:
+        return False
+
+
+def _interface(address: str) -> str:
+    """Name of the network interface that has `address`; the address itself if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(any_socket, SIOCGIFADDR, request)[20:24]
+            except OSError:
+                continue
+            if socket.inet_ntoa(found) == address:
+                return name
+    return address

@@ -149,5 +149,5 @@ def stop_if(requests: int) -> None:
 
 
 def stopped_by() -> str:
-    """Name of the signal that stopped the run."""
-    return _stop.name
+    """Name of the signal by which all processes agreed to stop; empty if they did not."""
+    return _stop.name if _stop.is_agreed else ""

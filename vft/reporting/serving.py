@@ -14,9 +14,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from vft.adapters.peft_format import ABOUT_FILE
 from vft.common.errors import UserError
 from vft.config.data import ImageConfig, VideoConfig
 from vft.config.toml import explain
+from vft.data.chat import ChatEncoder
+from vft.models.base import VideoLanguageModel
+from vft.models.pretrained import Pretrained
 
 Limits = TypeVar("Limits", VideoConfig, ImageConfig)
 
@@ -35,6 +39,25 @@ FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
 """Settings of sampling. Some go with a rate, others with a number of frames."""
 IMAGE_KEYS = frozenset({"image_processor_type", "min_pixels", "max_pixels", "size", "image_grid_pinpoints"})
 """Keys of preprocessor_config.json that do not concern videos."""
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+def served_files(
+    pretrained: Pretrained, model: VideoLanguageModel, about: Mapping[str, Any], generation: str = "greedy"
+) -> dict[str, Mapping[str, Any]]:
+    """JSON files by name, which replace those of the release beside an exported model.
+
+    They have the facts of the training, `about`, and make other programs sample frames and pixels as in training, and
+    generate text greedily as in evaluation. With `generation` = "base" text is generated as the release says.
+    """
+    files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
+    if generation == "greedy":
+        end_ids = ChatEncoder(pretrained.tokenizer, model.processor, pretrained.end_ids).end_ids
+        files["generation_config.json"] = greedy(pretrained.json_file("generation_config.json"), end_ids)
+    if about.get("video"):  # unknown for an adapter of another program
+        release = {name: pretrained.json_file(name) for name in PROCESSOR_FILES}
+        files |= processor_files(pretrained.config.model_type, release, about["video"], about.get("image", {}))
+    return files
 
 
 def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, Any]:

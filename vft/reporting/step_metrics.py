@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from vft.common.device_specs import peak_flops
 from vft.common.types import Batch
+from vft.distributed.process_group import World
 from vft.models.flops import Flops
 
-COUNTED = ("num_targets", "tokens", "samples", "frames", "patches", "flops", "hardware_flops", "digest", "bad")
-"""Summed over the packs and processes of a step. `bad`: clips that were found to be unreadable."""
+COUNTED = ("num_targets", "tokens", "samples", "frames", "patches", "flops", "hardware_flops", "digest")
+"""Summed over the packs and processes of a step."""
 
 
 class Tally:
@@ -57,30 +58,21 @@ class Stopwatch:
         return time.perf_counter() - self.begin_s
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One step, summed over all processes."""
-
-    loss: float
-    """Mean over the supervised tokens."""
-    counts: dict[str, int]
-    grad_norm: float
-    """Before clipping."""
-    sample_ids: tuple[str, ...]
-    """Of this process alone."""
-
-
 def describe_step(
-    result: StepResult, watch: Stopwatch, rate: float, device: torch.device, processes: int
+    loss: float, grad_norm: float, rate: float, counts: Mapping[str, int], watch: Stopwatch, world: World
 ) -> dict[str, Any]:
-    """The line of a step in metrics.jsonl, without its number and epoch. `rate` is the learning rate."""
-    counts, seconds, peak = result.counts, watch.elapsed_s, peak_flops(device)
+    """The line of a step in metrics.jsonl, without its number and epoch.
+
+    `loss` is the mean over the supervised tokens, `grad_norm` that before clipping, `rate` the learning rate; `counts`
+    are of all processes.
+    """
+    seconds, peak, processes = watch.elapsed_s, peak_flops(world.device), world.size
     return {
-        "loss": finite(result.loss) if counts["num_targets"] else None,
+        "loss": finite(loss) if counts["num_targets"] else None,
         "num_targets": counts["num_targets"],
         "tokens": counts["tokens"],
         "samples": counts["samples"],
-        "grad_norm": finite(result.grad_norm),
+        "grad_norm": finite(grad_norm),
         "lr": rate,
         "step_time_s": seconds,
         "data_wait_s": watch.waited_s,
@@ -90,7 +82,7 @@ def describe_step(
         "tflops": counts["flops"] / seconds / processes / 1e12,
         "mfu": None if peak is None else counts["flops"] / seconds / peak / processes,
         "hfu": None if peak is None else counts["hardware_flops"] / seconds / peak / processes,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(world.device),
         "sample_digest": f"{counts['digest']:x}",
     }
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from vft.common.files import digest
 from vft.config.run import Config
 from vft.data.dataset import Dataset, Prompts, prompts_of
 from vft.data.loader import Loader
-from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
 from vft.data.streaming.sources import Streams
 from vft.data.workers import WorkerPool
@@ -20,38 +18,22 @@ from vft.distributed.process_group import DataParallel, all_of, environment
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class RunData:
     """Indexed documents, streams, and the loader that makes packs of both.
 
     Every process has the same documents and plan; its loader gives the packs of its own part of the data.
     """
 
-    config: Config
-    documents: Dataset
-    streams: Streams | None
-    plan: PackPlan
-    loader: Loader
-
-    @classmethod
-    def of(
-        cls, config: Config, documents: Dataset, streams: Streams | None, pool: WorkerPool, part: DataParallel
-    ) -> RunData:
-        """The data with a loader that stands at their beginning."""
+    def __init__(
+        self, config: Config, documents: Dataset, streams: Streams | None, pool: WorkerPool, part: DataParallel
+    ) -> None:
         if streams is not None:
             documents.bad += [item for source in streams.archives for item in source.bad]
-        plan, epochs = documents.pack_plan(config.seed), config.train.epochs
-        loader = Loader(
-            dataset=documents,
-            plan=plan,
-            pool=pool,
-            parallel=part,
-            packs_per_step=config.train.packs_per_step,
-            prefetch_packs=config.data.prefetch_packs,
-            last_epoch=None if epochs is None else epochs - 1,
-            streams=streams,
-        )
-        return cls(config, documents, streams, plan, loader)
+        self.config, self.documents, self.streams, train = config, documents, streams, config.train
+        self.plan = documents.pack_plan(config.seed)
+        last_epoch = None if train.epochs is None else train.epochs - 1
+        prefetched = config.data.prefetch_packs
+        self.loader = Loader(documents, self.plan, pool, part, train.packs_per_step, prefetched, last_epoch, streams)
 
     @property
     def digest(self) -> str:
@@ -73,8 +55,8 @@ class RunData:
         state["streams"] = {name: place for part in all_of(state["streams"]) for name, place in part.items()}
         return state
 
-    def exchange_found(self, samples: int, is_last_step: bool) -> bool:
-        """Tell every process which samples any of them found to be bad. Returns whether some of these are new.
+    def exchange_found(self, samples: int, is_last_step: bool) -> None:
+        """Tell every process which samples any of them found to be bad.
 
         Every process calls it. `samples` is how many have been trained on. Raises UserError if more than
         `data.max_bad_fraction` cannot be used, or if a stream has no usable sample at all.
@@ -90,7 +72,7 @@ class RunData:
             logger.warning("%s", note)
         if self.streams is None:
             check_bad(self.bad, self.documents.num_samples + len(self.documents.bad), limit)
-            return bool(new)
+            return
         exhausted = [source for report in reports for source in report.exhausted]
         if not samples and is_last_step:
             exhausted += [source.name for source in self.streams.archives]
@@ -98,7 +80,6 @@ class RunData:
             num_good = sum(all_of(loader.num_streamed[exhausted[0]]))
             raise self.streams.nothing_in(exhausted[0], loader.known_bad, num_good)
         loader.check_streams(samples, limit)
-        return bool(new)
 
     @property
     def bad(self) -> list[BadItem]:
