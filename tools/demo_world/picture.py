@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
+import vft.data.formats  # noqa: F401  checks the sources of a configuration
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config import run as configs

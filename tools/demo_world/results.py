@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+import vft.data.formats  # noqa: F401  checks the sources of a configuration
 from vft.common.console import user_errors
 from vft.common.errors import UserError
 from vft.config import run as configs

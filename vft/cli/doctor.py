@@ -55,6 +55,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
 
     import torch
 
+    import vft.data.formats  # noqa: F401  checks the sources of a configuration
     from vft.cli.doctor_checks import devices, machine
     from vft.common.console import user_errors
     from vft.config import run as configs

@@ -33,9 +33,8 @@ from vft.common.errors import UserError
 from vft.common.task import Answer
 from vft.common.types import MediaInfo, MediaRef
 from vft.config.data import DataConfig, SourceConfig
-from vft.config.fields import Count, Name, NonNegativeFloat, Positive, PositiveFloat
 from vft.config.run import ModelConfig, ParallelConfig
-from vft.config.toml import explain
+from vft.config.toml import Count, Name, NonNegativeFloat, Positive, PositiveFloat, explain
 from vft.data.media.index import build
 from vft.data.media.video import scan
 from vft.data.records.files import RECORD_SUFFIXES

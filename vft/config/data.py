@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vft.config.fields import (
+from vft.config.toml import (
     Count,
     Folder,
     Name,
@@ -21,25 +20,27 @@ from vft.config.fields import (
     check_order,
     contradiction,
     expand,
+    matching,
+    show,
 )
-from vft.config.toml import show
 
 OPTIONAL_SETTINGS = ("media", "stream", "columns", "subtitles")
 """Settings of a source that only some formats have."""
 
 
-def _check_take(text: str) -> str:
-    if not re.fullmatch(r"all|(first|random):[1-9][0-9]*", text):
-        raise ValueError('must be "all", "first:N" or "random:N" with N from 1')
-    return text
+def _no_formats(_: object) -> object:
+    raise RuntimeError("import vft.data.formats before a source is checked: it knows the formats")
 
 
-_format_checks: list[Callable[[str], object]] = []
+source_checks: dict[str, Callable[[Any], object]] = {"format": _no_formats, "source": _no_formats}
+"""Checks of the name of a source's format, and of a whole source; both raise ValueError.
+
+`vft.data.formats` puts its own here: this folder is below it and knows no format.
+"""
 
 
 def _check_format(name: str) -> str:
-    for check in _format_checks:
-        check(name)
+    source_checks["format"](name)
     return name
 
 
@@ -59,7 +60,9 @@ class SourceConfig(Section):
     weight: PositiveFloat | None = None
     """In files of earlier versions: `repeats`, or for a source with `stream = true` its share of the rows relative to
     the other weights. Use one of the two settings above instead."""
-    take: Annotated[str, AfterValidator(_check_take)] = "all"
+    take: Annotated[
+        str, matching(r"all|(first|random):[1-9][0-9]*", 'be "all", "first:N" or "random:N" with N from 1')
+    ] = "all"
     """`all`, `first:N` or `random:N` records. The random choice depends on `seed`."""
     media: str = ""
     """Folder of the videos or pictures, relative to `data.root`. Empty: where the data set's publishers put it. For
@@ -95,21 +98,8 @@ class SourceConfig(Section):
             )
         if self.stream and self.take != "all":
             raise ValueError(f"stream = true and take = {show(self.take)} contradict each other; take one out")
-        for check in _source_checks:
-            check(self)
+        source_checks["source"](self)
         return self
-
-
-_source_checks: list[Callable[[SourceConfig], None]] = []
-
-
-def register_source_checks(check_format: Callable[[str], object], check: Callable[[SourceConfig], None]) -> None:
-    """From now on `check_format` sees the format of every source, and `check` the whole source; both raise ValueError.
-
-    `vft.data.formats` registers its checks here: this folder is below it and knows no format.
-    """
-    _format_checks.append(check_format)
-    _source_checks.append(check)
 
 
 def check_shares(sources: Sequence[SourceConfig]) -> None:

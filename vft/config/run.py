@@ -9,18 +9,17 @@ A leading `~` is the home folder.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from vft.common.errors import UserError
 from vft.config import toml as strict_toml
 from vft.config.data import DataConfig, SourceConfig
-from vft.config.fields import (
+from vft.config.toml import (
     Below1,
     Count,
     Folder,
@@ -32,8 +31,10 @@ from vft.config.fields import (
     Tuple,
     check_order,
     contradiction,
+    covers,
+    matching,
+    show,
 )
-from vft.config.toml import covers, show
 
 Component = Literal["language_model", "vision_encoder", "projector"]
 TASKS = ("caption", "qa", "classify", "summarize", "story")
@@ -63,29 +64,25 @@ run; a decaying schedule then decays to the new end.
 """
 
 
-def _check_target(text: str) -> str:
-    if not re.fullmatch(rf"({'|'.join(get_args(Component))})(\.[A-Za-z0-9_*]+)+", text):
-        raise ValueError(
-            "must begin with a component (language_model, vision_encoder, projector) and name its linears after a dot: "
-            '"language_model.q_proj", or "language_model.*" for all'
-        )
-    return text
-
-
-def _check_task(name: str) -> str:
-    if name not in TASKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        raise ValueError(f"must be {', '.join(TASKS)}, or module:Class for a task of your own")
-    return name
-
-
-def _check_init(text: str) -> str:
-    if not re.fullmatch(r"kaiming|pissa|pissa_niter_\d+", text):
-        raise ValueError('must be "kaiming", "pissa" or "pissa_niter_N" with a whole number N, such as "pissa_niter_4"')
-    return text
-
-
-Target = Annotated[str, AfterValidator(_check_target)]
-TaskName = Annotated[str, AfterValidator(_check_task)]
+Target = Annotated[
+    str,
+    matching(
+        rf"({'|'.join(get_args(Component))})(\.[A-Za-z0-9_*]+)+",
+        "begin with a component (language_model, vision_encoder, projector) and name its linears after a dot: "
+        '"language_model.q_proj", or "language_model.*" for all',
+    ),
+]
+TaskName = Annotated[
+    str,
+    matching(rf"{'|'.join(TASKS)}|\w+(\.\w+)*:\w+", f"be {', '.join(TASKS)}, or module:Class for a task of your own"),
+]
+Init = Annotated[
+    str,
+    matching(
+        r"kaiming|pissa|pissa_niter_\d+",
+        'be "kaiming", "pissa" or "pissa_niter_N" with a whole number N, such as "pissa_niter_4"',
+    ),
+]
 
 
 class ModelConfig(Section):
@@ -126,7 +123,7 @@ class LoraConfig(Section):
     """Other alphas for some targets, in the same way."""
     dora: bool = False
     """Also train the norm of each row of the weights (DoRA, Liu et al. 2024)."""
-    init: Annotated[str, AfterValidator(_check_init)] = "kaiming"
+    init: Init = "kaiming"
     """Initial values of A and B. `kaiming`: B is zero. `pissa`: the principal components of the weight (Meng et al.
     2024) by an exact SVD. `pissa_niter_N`: by a randomised SVD with N power iterations, much faster (4 to 16 are
     usual)."""

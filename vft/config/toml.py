@@ -1,25 +1,39 @@
-"""Reads a TOML file with overrides and checks it against any pydantic model. Errors are one line."""
+"""Strict TOML: what all tables of a configuration share, and the reader of a file with overrides. Errors are one line.
+
+Settings that had another name in earlier versions are still read under it, with a warning.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import logging
+import os
+import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vft.common.errors import UserError
-from vft.config.renamed import new_key, rename
 
 logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+RENAMED = {
+    "data.clip_deadline_s": "data.decode_timeout_s",
+    "parallel.tower_checkpointing": "parallel.vision_checkpointing",
+    "train.tower_learning_rates": "train.component_learning_rates",
+}
+"""Dotted keys: the old name and the new one."""
+RENAMED_COMPONENTS = {"vision_tower": "vision_encoder", "merger": "projector"}
+"""Components of a model, as they appear in the settings of `NAME_COMPONENTS`: the old name and the new one."""
+NAME_COMPONENTS = ("model.train", "lora.targets", "lora.ranks", "lora.alphas", "train.component_learning_rates")
+"""Settings that are lists of components, or of patterns that start with a component, or tables with such keys."""
 MAX_LINE = 1000
 """Longest error message, in characters."""
 _REASONS = {
@@ -34,6 +48,63 @@ _REASONS = {
     "tuple_type": "must be a list",
 }
 """pydantic's error types in the words of TOML. For others its own message is used."""
+
+
+# -------------------------------------------------------------------------------------------- what tables share
+
+
+def check_order(low_name: str, low: int, high_name: str, high: int) -> None:
+    """Raise ValueError, with both numbers, if `low` is above `high`."""
+    if low > high:
+        raise ValueError(f"{low_name} = {low} is above {high_name} = {high}")
+
+
+def contradiction(name: str, value: object, other: str, other_value: object, section: str) -> ValueError:
+    """The error for two settings that exclude each other; it says how to remove one."""
+    return ValueError(
+        f"{name} = {value} and {other} = {other_value} contradict each other; keep one "
+        f"(on the command line, {section}.{name}= takes it away)"
+    )
+
+
+def matching(pattern: str, allowed: str) -> AfterValidator:
+    """A check that a text matches the whole `pattern`. `allowed` says in words what does."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"must {allowed}")
+        return text
+
+    return AfterValidator(check)
+
+
+def expand(folder: Path) -> Path:
+    """`folder` with a leading `~` as the home folder."""
+    # Not Path.expanduser: it raises an error if there is no such user.
+    return Path(os.path.expanduser(folder))
+
+
+Item = TypeVar("Item")
+Folder = Annotated[Path, Field(strict=False), AfterValidator(expand)]
+# TOML has lists, frozen objects need tuples. Only the sequence is converted; its items are checked strictly.
+Tuple = Annotated[tuple[Item, ...], Field(strict=False)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, without unknown keys, without conversion of types except int to float."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ reading
 
 
 def load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> _Model:
@@ -55,9 +126,9 @@ def load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Seque
 def _load(model: type[_Model], source: Path | Mapping[str, Any], overrides: Sequence[str]) -> _Model:
     path = source if isinstance(source, Path) else "configuration"
     table = _read(source) if isinstance(source, Path) else deepcopy(dict(source))
-    lines = list(rename(table))
+    lines = list(_rename(table))
     overridden = [_override(table, text) for text in overrides]
-    lines += rename(table)
+    lines += _rename(table)
     for line in lines:
         logger.warning("%s: %s", path, line)
     try:
@@ -99,10 +170,52 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _new_key(key: str) -> str:
+    """The current name of a dotted key."""
+    for old, new in RENAMED.items():
+        if covers([old], key):
+            return new + key.removeprefix(old)
+    for table in NAME_COMPONENTS:
+        if key.startswith(f"{table}."):
+            return f"{table}.{_new_component(key.removeprefix(f'{table}.'))}"
+    return key
+
+
+def _new_component(pattern: Any) -> Any:
+    """The current name of a component, or of a pattern that starts with one. What is no text stays as it is."""
+    if not isinstance(pattern, str):
+        return pattern
+    first, dot, rest = pattern.partition(".")
+    return f"{RENAMED_COMPONENTS.get(first, first)}{dot}{rest}"
+
+
+def _rename(table: dict[str, Any]) -> Iterator[str]:
+    """Replace old names in a whole configuration, in place. Yields a message for each.
+
+    If a key is given under both names, both stay: the check of the settings then rejects the old one.
+    """
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        inside, new_name = table.get(section), new.rpartition(".")[2]
+        if isinstance(inside, dict) and name in inside and new_name not in inside:
+            inside[new_name] = inside.pop(name)
+            yield f"{old} is called {new} now"
+    for setting in NAME_COMPONENTS:
+        section, _, name = setting.rpartition(".")
+        inside = table.get(section)
+        value = inside.get(name) if isinstance(inside, dict) else None
+        if isinstance(inside, dict) and isinstance(value, list | dict):
+            new_names = [_new_component(one) for one in value]
+            inside[name] = dict(zip(new_names, value.values(), strict=True)) if isinstance(value, dict) else new_names
+            for one, new in zip(value, new_names, strict=True):
+                if new != one:
+                    yield f"{setting}: {one} is called {new} now"
+
+
 def _override(table: dict[str, Any], text: str) -> str:
     """Apply the override `text` to `table`. Returns its dotted key."""
     key, equals, value_text = text.partition("=")
-    names = new_key(key.strip()).split(".")
+    names = _new_key(key.strip()).split(".")
     if not equals or not all(names):
         raise UserError(f"command line: {text}: an override is section.key=value")
     value_text = value_text.strip()

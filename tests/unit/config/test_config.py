@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import vft.data.formats  # noqa: F401  checks the sources
 from vft.common.errors import UserError
 from vft.config import run as config
 from vft.config.run import Config, differences, dump, load

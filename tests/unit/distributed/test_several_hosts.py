@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import vft.data.formats  # noqa: F401  checks the sources
 from vft.config import run as config
 from vft.config.run import Config
 

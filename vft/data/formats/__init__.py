@@ -17,7 +17,7 @@ from typing import ClassVar
 from vft.common.errors import UserError
 from vft.common.plugins import load_class
 from vft.common.types import Sample
-from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, register_source_checks
+from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, source_checks
 from vft.config.toml import show
 from vft.data.records.files import read_samples, record_files
 from vft.data.records.paths import find_path
@@ -119,7 +119,7 @@ def check(source: SourceConfig) -> None:
     format.check(source)
 
 
-register_source_checks(find, check)
+source_checks |= {"format": find, "source": check}
 
 
 def read(source: SourceConfig, data: DataConfig) -> Records:
