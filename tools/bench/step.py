@@ -30,7 +30,7 @@ from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.released import build_from_config
 from vft.parallel.parallelize import checkpoint_activations, parallelize
-from vft.preparation.memory import GIB, MODES, resident_bytes, step_bytes
+from vft.preparation.memory import GIB, MODES, resident_bytes, run_step
 from vft.preparation.synthetic import Video, plan_of, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, scale_and_clip
@@ -142,7 +142,7 @@ def plan_bytes(setting: Setting, row: Batch) -> int:
     model = build_from_config(setting.shape, setting.dtype, setting.quantize)
     choose_trainable(model, setting.lora, ())
     checkpoint_activations(model, setting.parallel.activation_checkpointing)
-    return resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, setting.device)
+    return resident_bytes(model, 1) + run_step(model, cross_entropy, row, setting.device).peak
 
 
 def make_step(model: VideoLanguageModel, row: Batch, device: torch.device) -> Callable[[], None]:

@@ -25,11 +25,9 @@ from vft.config import run as configs
 from vft.config.run import Config
 from vft.data import formats as sources
 from vft.data.dataset import converse, take
-from vft.models.flops import FlopCounter
 from vft.models.quantization import true_shapes
 from vft.preparation.memory import GIB, shares
-from vft.preparation.planning import Memory, Planner, Search, Setting
-from vft.preparation.step_time import LINK_SHARE, Cluster, traffic_of
+from vft.preparation.planning import LINK_SHARE, Memory, Planner, Search, Setting
 from vft.recipes import task_of
 from vft.training.checks import check_shares
 from vft.training.losses import cross_entropy
@@ -93,9 +91,16 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
     config = configs.load(arguments.config, arguments.overrides)
     config.require_training()
     check_shares(config, arguments.gpus)
-    cluster = Cluster(arguments.gpus, arguments.gpus_per_host, arguments.network_gb_s)
-    card = CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None
-    return Setting(config, cluster, arguments.gpu_memory_gib, arguments.text_tokens, card, arguments.efficiency)
+    return Setting(
+        config,
+        arguments.gpus,
+        arguments.gpu_memory_gib,
+        arguments.text_tokens,
+        CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None,
+        arguments.efficiency,
+        arguments.gpus_per_host,
+        arguments.network_gb_s,
+    )
 
 
 def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> list[str]:
@@ -107,7 +112,7 @@ def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> li
     if search.faster:
         gain = ""
         if setting.card:
-            before, after = (planner.step_time(one.setting, row).seconds for one in (chosen, search.faster))
+            before, after = (planner.step(one.setting, row).seconds for one in (chosen, search.faster))
             gain = f": {after:.2f} s a step instead of {before:.2f} s"
         lines.append(f"faster, and fits too: {setting.overrides_to(search.faster.setting)} (checked){gain}")
     return lines
@@ -181,32 +186,31 @@ def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: argpa
     table = Table(title=assumed if setting.card else "what a step moves, and what the run needs beside")
     for name in ("what", "figure", "from"):
         table.add_column(name)
-    flops = FlopCounter(model, config.parallel.activation_checkpointing).count(row).hardware
-    traffic = traffic_of(model, config, gpus, row)
-    packs = config.train.packs_per_step // gpus
-    products = f"{packs} row(s) of {flops / 1e12:,.0f} TFLOP a GPU"
-    host_gb = traffic.host / 1e9
+    step = planner.step(setting, row)
+    products = f"{step.rows} row(s) of {step.flops / 1e12:,.0f} TFLOP a GPU"
+    host_gb = step.host / 1e9
     if setting.card:
-        time = planner.step_time(setting, row)
-        rows = packs * gpus
-        table.add_row("step", f"{time.seconds:.2f} s", f"bound by {time.bound}")
-        table.add_row("products", f"{time.compute:.2f} s", products)
+        seconds, rows = step.seconds, step.rows * gpus
+        compute_s, links_s, network_s, host_s = step.parts.values()
+        table.add_row("step", f"{seconds:.2f} s", f"bound by {max(step.parts, key=step.parts.__getitem__)}")
+        table.add_row("products", f"{compute_s:.2f} s", products)
         if gpus > 1:
-            table.add_row("links", f"{time.links:.2f} s", f"within a host, {setting.card.link_gb_s:g} GB/s")
-        if gpus > setting.cluster.gpus_per_host:
-            table.add_row("network", f"{time.network:.2f} s", f"{setting.cluster.network_gb_s:g} GB/s for each GPU")
-        table.add_row("from host", f"{time.host:.2f} s", f"{host_gb:,.1f} GB, {setting.card.pcie_gb_s:g} GB/s")
-        table.add_row("tokens", f"{rows * row.num_tokens / time.seconds:,.0f} a second", f"{rows} rows a step")
-        samples = rows * len(row.sample_ids) / time.seconds
+            table.add_row("links", f"{links_s:.2f} s", f"within a host, {setting.card.link_gb_s:g} GB/s")
+        if gpus > setting.gpus_per_host:
+            table.add_row("network", f"{network_s:.2f} s", f"{setting.network_gb_s:g} GB/s for each GPU")
+        table.add_row("from host", f"{host_s:.2f} s", f"{host_gb:,.1f} GB, {setting.card.pcie_gb_s:g} GB/s")
+        table.add_row("tokens", f"{rows * row.num_tokens / seconds:,.0f} a second", f"{rows} rows a step")
+        samples = rows * len(row.sample_ids) / seconds
         table.add_row("samples", f"{samples:,.1f} a second", "rows as long as planned")
-        table.add_row("run", *run_hours(config, time.seconds, len(row.sample_ids), arguments.samples))
+        table.add_row("run", *run_hours(config, seconds, len(row.sample_ids), arguments.samples))
     else:
-        table.add_row("products", f"{packs * flops / 1e12:,.0f} TFLOP a step", products)
+        table.add_row("products", f"{step.rows * step.flops / 1e12:,.0f} TFLOP a step", products)
         table.add_row("from host", f"{host_gb:,.1f} GB a step", "to each GPU: pixels, offloaded weights")
     if gpus > 1:
         passes = "forwards and backwards" if config.parallel.reshard_after_forward else "forwards"
-        moved = traffic.gathered + traffic.reduced + traffic.replicas
-        table.add_row("traffic", f"{moved / 1e9:,.1f} GB a step", f"to each GPU: layers gathered {passes}, gradients")
+        table.add_row(
+            "traffic", f"{step.moved / 1e9:,.1f} GB a step", f"to each GPU: layers gathered {passes}, gradients"
+        )
     weights_gb = sum(map(math.prod, true_shapes(model).values())) * model.compute_dtype.itemsize / 1e9
     table.add_row("loading", f"{weights_gb / arguments.disk_gb_s:,.0f} s", f"{weights_gb:,.0f} GB from one disk")
     # A checkpoint has 12 bytes for each trained parameter: the parameter and AdamW's two means, in fp32.

@@ -188,11 +188,16 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
     return int(values)
 
 
-def all_of(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The values of all processes, by rank. They are pickled: for small objects."""
+def all_of(value: T, group: dist.ProcessGroup | None = None, wait: bool = True) -> list[T]:
+    """The values of all processes, by rank. They are pickled: for small objects.
+
+    A process may still be reading or writing a large file, so that this waits for it without a timeout. A background
+    thread may not `wait` so, since it would meet the main threads of others; its group has a long timeout.
+    """
     if not dist.is_initialized():
         return [value]
-    barrier()  # without a timeout: a process may still be reading or writing a large file
+    if wait:
+        barrier()
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group)
     return values

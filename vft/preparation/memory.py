@@ -8,32 +8,33 @@ tests/unit/preparation/test_memory.py compares it with what torch's profiler see
 from __future__ import annotations
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vft.common.errors import UserError, first_line
-from vft.common.types import AttentionPlan, Batch, Patches, VisionLayout
+from vft.common.types import AttentionPlan, Batch
 from vft.config.run import ParallelConfig
 from vft.data.dataset import Dataset
-from vft.data.packing import PackPlan, collate
+from vft.data.packing import PackPlan
 from vft.distributed.process_group import World, local_part
 from vft.models.attention import planning_for, prepare
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import RECOMPUTED
+from vft.models.quantization import is_packed
 from vft.parallel.parallelize import checkpoint_activations, materialise, offloaded, shard
+from vft.preparation.synthetic import row_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def resolve_checkpointing(
         candidate = deepcopy(model)
         checkpoint_activations(candidate, mode, config.vision_checkpointing)
         resident = resident_bytes(candidate, config.shard or world.size, config)
-        needed_gib[mode] = (resident + step_bytes(candidate, objective, row, world.device)) / GIB
+        needed_gib[mode] = (resident + run_step(candidate, objective, row, world.device).peak) / GIB
         if needed_gib[mode] <= budget_gib:
             sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in needed_gib.items())
             logger.info("activation_checkpointing = %s: %s GiB of %g", mode, sizes, budget_gib)
@@ -107,16 +108,9 @@ def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
         return None
     work, processor = [planned.work for planned in documents.documents], documents.encoder.processor
     pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
-    built = [documents.build(number) for number in pack]
-    blank_1D = torch.zeros(1, processor.patch_features, dtype=torch.uint8)
-    blank = [
-        [Patches(blank_1D.expand(math.prod(media.grid_thw), -1), media.grid_thw, 0.0) for media in one.media]
-        for one in built
-    ]
-    row = collate(list(zip(built, blank, strict=True)), processor)
-    return replace(
-        row, pixels_PD=blank_1D.expand_as(row.pixels_PD)
-    )  # the row stays in memory: one patch stands for all
+    row = row_of(processor, [documents.build(number) for number in pack])
+    blank_1D = torch.zeros_like(row.pixels_PD[:1])  # the row stays in memory: one patch stands for all
+    return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))
 
 
 def resident_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig | None = None) -> int:
@@ -126,16 +120,29 @@ def resident_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfi
     device's share of two layers.
     """
     config = config or ParallelConfig()
-    on_host = {id(p) for p in offloaded_parameters(model, config)}
-    total = 0
-    for parameter, share in shares(model, shards):
-        total += 2 * share if parameter.requires_grad else 0
-        total += share if id(parameter) not in on_host else 0
+    sizes = resident_sizes(model, shards, config)
+    total = sum(sizes.values()) - sizes["host"]
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder.layers]
-    if shards > 1 or on_host:
-        ends = sum(p.nbytes for p in model.parameters() if id(p) not in replicated_parameters(model)) - sum(layers)
+    if shards > 1 or sizes["host"]:
+        replicated = replicated_parameters(model)
+        ends = sum(p.nbytes for p in model.parameters() if id(p) not in replicated) - sum(layers)
         total += (2 * max(layers) if config.reshard_after_forward else sum(layers)) + ends
     return total + copied_bytes(model, shards, config)
+
+
+def resident_sizes(model: VideoLanguageModel, shards: int, config: ParallelConfig) -> dict[str, int]:
+    """Bytes that stay on one of `shards` devices, and in its host's memory, by what they hold: `packed` weights in 4
+    bits, other frozen `weights`, `trained` ones, `optimizer`, `host`."""
+    sizes = {"packed": 0, "weights": 0, "trained": 0, "optimizer": 0, "host": 0}
+    on_host = {id(p) for p in offloaded_parameters(model, config)}
+    for parameter, share in shares(model, shards):
+        if id(parameter) in on_host:
+            sizes["host"] += 1 << (share - 1).bit_length()  # torch pins memory in powers of two
+        else:
+            kind = "trained" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
+            sizes[kind] += share
+        sizes["optimizer"] += 2 * share if parameter.requires_grad else 0
+    return sizes
 
 
 def shares(model: VideoLanguageModel, shards: int) -> list[tuple[nn.Parameter, int]]:
@@ -161,11 +168,6 @@ def copied_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig)
     return 2 * -(-max(layers) // shards)
 
 
-def step_bytes(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> int:
-    """Peak bytes of forward and backward of one row beside the weights: activations and gradients."""
-    return run_step(model, objective, row, device).peak
-
-
 def run_step(
     model: VideoLanguageModel,
     objective: Objective,
@@ -174,7 +176,8 @@ def run_step(
     mesh: DeviceMesh | None = None,
     config: ParallelConfig | None = None,
 ) -> LiveBytes:
-    """Run forward and backward of one row on fake tensors, as on `device`. Returns what it allocated.
+    """Run forward and backward of one row on fake tensors, as on `device`. Returns what it allocated: activations and
+    gradients, not weights.
 
     With a mesh the model is sharded as in training; its process group may be a fake one. `model` is on the meta device,
     and cannot be used afterwards.
@@ -189,7 +192,8 @@ def run_step(
             if mesh is not None:
                 shard(model, mesh, model.compute_dtype, config)
             materialise(model, torch.device("cpu"), config)
-            batch = _fake(row, mode)
+            with FakeCopyMode(mode):
+                batch = deepcopy(row)
             with LiveBytes(map(local_part, model.parameters())) as live:
                 objective(model, batch).backward()
     return live
@@ -265,16 +269,3 @@ def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:
     plans = [] if row.layout is None else list(row.layout.plans.values())
     components = [(plan, sum(segment.q_length for segment in plan.segments)) for plan in plans]
     return [(row.plan, row.input_ids_T.numel()), *components]
-
-
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """`value` with fake tensors in place of its tensors."""
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    if isinstance(value, dict):
-        return {key: _fake(item, mode) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_fake(item, mode) for item in value)
-    if isinstance(value, Batch | VisionLayout | AttentionPlan):
-        return replace(value, **{f.name: _fake(getattr(value, f.name), mode) for f in fields(value)})
-    return value

@@ -1,7 +1,12 @@
-"""Which settings of a run fit a GPU's memory, before any GPU is rented.
+"""Which settings of a run fit a GPU's memory, and how long a step takes, before any GPU is rented.
 
 `Planner` runs the trainer's own sharding, forward and backward on tensors without values, in a fake process group, and
 counts what they hold. What to change is tried, not guessed.
+
+Times are estimates. That of the matrix products follows from FLOPs and an assumed share of the card's peak. The traffic
+is that of the trainer's sharding: a decoder layer is gathered for each pass, gradients are reduced once a step
+(adapters) or once a row (full fine-tuning), offloaded weights are copied from the host before they are gathered. All of
+these overlap, so the slowest of them is the time of the step.
 """
 
 from __future__ import annotations
@@ -25,12 +30,18 @@ from vft.data.budget import limits_of, plan_media, shrink
 from vft.distributed.process_group import World, make_mesh
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
-from vft.models.quantization import is_packed
 from vft.models.released import build_from_config, released_config
 from vft.parallel.parallelize import checkpoint_activations
-from vft.preparation.memory import GIB, MODES, copied_bytes, offloaded_parameters, run_step, shares
+from vft.preparation.memory import (
+    GIB,
+    MODES,
+    copied_bytes,
+    offloaded_parameters,
+    replicated_parameters,
+    resident_sizes,
+    run_step,
+)
 from vft.preparation.run import DTYPES, open_for_training
-from vft.preparation.step_time import Cluster, StepTime, step_time, traffic_of
 from vft.preparation.synthetic import row_of, video_document
 
 VIDEO_SIZE = (1080, 1920)
@@ -41,6 +52,8 @@ MAX_GPUS = 512
 """Largest number of GPUs that is tried."""
 WORTH_IT = 0.97
 """A faster setting is proposed if a step takes at most this share of the time."""
+LINK_SHARE = 0.7
+"""Assumed share of a link's data-sheet rate that collectives and copies reach."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,8 @@ class Setting:
     """A run and the GPUs that it is planned for."""
 
     config: Config
-    cluster: Cluster
+    gpus: int
+    """Number of processes, one a GPU."""
     memory_gib: float
     """Of one GPU."""
     text_tokens: int
@@ -57,11 +71,9 @@ class Setting:
     """None: no times are computed."""
     efficiency: float
     """Assumed share of the card's peak, above 0 and at most 1."""
-
-    @property
-    def gpus(self) -> int:
-        """Number of processes, one a GPU."""
-        return self.cluster.gpus
+    gpus_per_host: int = 8
+    network_gb_s: float = 50.0
+    """10^9 bytes a second between hosts, for each GPU and direction (400 Gb/s: 50)."""
 
     @property
     def shards(self) -> int:
@@ -81,10 +93,6 @@ class Setting:
             "parallel": config.parallel.model_copy(update=parallel),
         }
         return replace(self, config=config.model_copy(update=tables))
-
-    def on_gpus(self, count: int) -> Setting:
-        """The same on another number of GPUs."""
-        return replace(self, cluster=replace(self.cluster, gpus=count))
 
     def overrides_to(self, other: Setting) -> str:
         """The settings of `other` that differ from these, as overrides of a command line."""
@@ -125,6 +133,56 @@ class Memory:
     def fits(self) -> bool:
         """Whether the GPU's memory is enough."""
         return self.total <= self.setting.usable_bytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of rows like one row, on each GPU. Reductions move the same bytes from the GPU as to it."""
+
+    setting: Setting
+    rows: int
+    flops: float
+    """Of a row."""
+    gathered: float
+    """Bytes of layers' weights, gathered for every pass of every row."""
+    reduced: float
+    """Bytes of gradients, within a group of GPUs that shares the weights."""
+    replicas: float
+    """Bytes of gradients, between such groups."""
+    host: float
+    """Bytes from host memory: offloaded weights and pixels."""
+
+    @property
+    def moved(self) -> float:
+        """Bytes from other GPUs."""
+        return self.gathered + self.reduced + self.replicas
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds on the setting's card, by resource.
+
+        A ring through hosts with g GPUs, each with a network card, moves 1/g of its bytes through each card.
+        """
+        setting, card, per_host = self.setting, self.setting.card, self.setting.gpus_per_host
+        assert card is not None
+        within = self.gathered + self.reduced
+        crossing = within / per_host if setting.shards > per_host else 0.0
+        if setting.gpus > per_host:
+            crossing += self.replicas / max(1, per_host // setting.shards)
+        links = within + (self.replicas if setting.shards < per_host else 0.0)
+        return {
+            "the products": self.rows * self.flops / (card.flops * setting.efficiency),
+            "links between GPUs": links / (card.link_gb_s * 1e9 * LINK_SHARE),
+            "the network between hosts": crossing / (setting.network_gb_s * 1e9 * LINK_SHARE),
+            "copies from the host's memory": self.host / (card.pcie_gb_s * 1e9 * LINK_SHARE),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Time of the step, which is that of its slowest part."""
+        compute, *_, host = self.parts.values()
+        # One process alone copies offloaded weights when they are used, not ahead.
+        return compute + host if self.setting.gpus == 1 else max(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -182,14 +240,14 @@ class Planner:
 
     def resident_bytes(self, setting: Setting) -> int:
         """Bytes that stay on one GPU: no step takes less."""
-        sizes = resident_sizes(setting, self.model_of(setting.config))
+        sizes = resident_sizes(self.model_of(setting.config), setting.shards, setting.config.parallel)
         return sum(size for kind, size in sizes.items() if kind != "host")
 
     def memory(self, setting: Setting, row: Batch) -> Memory:
         """What one GPU holds in a step of rows like `row`, counted in a step on tensors without values."""
         parallel, model = setting.config.parallel, build_planned(setting.config)
         checkpoint_activations(model, parallel.activation_checkpointing, parallel.vision_checkpointing)
-        sizes = resident_sizes(setting, model)
+        sizes = resident_sizes(model, setting.shards, parallel)
         copied = copied_bytes(model, setting.shards, parallel)  # the counted step has nothing to copy
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.gpus)
         try:
@@ -280,7 +338,7 @@ class Planner:
         hold it."""
         count = setting.gpus * 2
         while count <= MAX_GPUS:
-            more = setting.on_gpus(count)
+            more = replace(setting, gpus=count)
             if self.resident_bytes(more) <= more.usable_bytes and (tried := self.memory(more, row)).fits:
                 return tried
             count *= 2
@@ -288,18 +346,43 @@ class Planner:
 
     def _cost(self, setting: Setting, row: Batch) -> tuple[float, float]:
         """Seconds of a step (its FLOPs, if no card is named), and the bytes that it moves."""
-        model, config = self.model_of(setting.config), setting.config
-        traffic = traffic_of(model, config, setting.gpus, row)
-        moved = traffic.gathered + traffic.reduced + traffic.replicas + traffic.host
-        if setting.card is not None:
-            return self.step_time(setting, row).seconds, moved
-        return FlopCounter(model, config.parallel.activation_checkpointing).count(row).hardware, moved
+        step = self.step(setting, row)
+        return step.flops if setting.card is None else step.seconds, step.moved + step.host
 
-    def step_time(self, setting: Setting, row: Batch) -> StepTime:
-        """Seconds of a step on the setting's card."""
-        assert setting.card is not None
-        model = self.model_of(setting.config)
-        return step_time(model, setting.config, row, setting.cluster, setting.card, setting.efficiency)
+    def step(self, setting: Setting, row: Batch) -> Step:
+        """What a step of rows like `row` computes and moves."""
+        return step_of(self.model_of(setting.config), setting, row)
+
+
+def step_of(model: VideoLanguageModel, setting: Setting, row: Batch) -> Step:
+    """What a step of rows like `row` computes and moves. What `model` trains has been chosen; it may be on the meta
+    device."""
+    config, shards = setting.config, setting.shards
+    rows, groups, others = config.train.packs_per_step // setting.gpus, setting.gpus // shards, (shards - 1) / shards
+    replicated = replicated_parameters(model)
+    in_layers = {id(p) for p in model.decoder.layers.parameters()}
+    layers = rest = trained = 0
+    for parameter in model.parameters():
+        # Trained weights are cast before they are gathered; frozen ones, also packed ones, keep their dtype.
+        width = model.compute_dtype.itemsize
+        size = parameter.numel() * width if parameter.requires_grad else parameter.nbytes
+        if id(parameter) in in_layers:
+            layers += size
+        elif id(parameter) not in replicated:
+            rest += size
+        trained += parameter.numel() if parameter.requires_grad else 0
+    passes = 2 if config.parallel.reshard_after_forward else 1
+    reductions = 1 if config.lora is not None else rows
+    offloaded = sum(p.nbytes for p in offloaded_parameters(model, config.parallel)) / shards
+    return Step(
+        setting,
+        rows,
+        FlopCounter(model, config.parallel.activation_checkpointing).count(row).hardware,
+        gathered=rows * (passes * layers + rest) * others,
+        reduced=reductions * 4 * trained * others,
+        replicas=reductions * 2 * 4 * trained / shards * (groups - 1) / groups,
+        host=rows * (passes * offloaded + row.pixels_PD.nbytes),
+    )
 
 
 def build_planned(config: Config) -> VideoLanguageModel:
@@ -311,17 +394,3 @@ def build_planned(config: Config) -> VideoLanguageModel:
     model = build_from_config(released, dtype, config.model.quantize, config.model.rope_factor)
     choose_trainable(model, config.lora, config.model.train)
     return model
-
-
-def resident_sizes(setting: Setting, model: VideoLanguageModel) -> dict[str, int]:
-    """Bytes that stay on one GPU, and in its host's memory, by the fields of `Memory`."""
-    sizes = {"packed": 0, "weights": 0, "trained": 0, "optimizer": 0, "host": 0}
-    offloaded = {id(p) for p in offloaded_parameters(model, setting.config.parallel)}
-    for parameter, share in shares(model, setting.shards):
-        if id(parameter) in offloaded:
-            sizes["host"] += 1 << (share - 1).bit_length()  # torch pins memory in powers of two
-        else:
-            kind = "trained" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
-            sizes[kind] += share
-        sizes["optimizer"] += 2 * share if parameter.requires_grad else 0
-    return sizes

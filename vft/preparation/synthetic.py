@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,16 @@ def plan_of(processor: Any, video: Video) -> MediaPlan:
     return processor.plan(ref, info, VisionLimits(None, video.frames, video.frames, video.frames, pixels, pixels, None))
 
 
-def media_rows(processor: Any, plan: MediaPlan) -> tuple[list[int], list[bool]]:
-    """Ids of a video's tokens, and a mask of those that are embeddings. Times in between are `TIME_TOKENS` tokens."""
-    mark = processor.placeholder("video")
-    ids: list[int] = []
-    for piece in processor.expand(plan):
-        ids += [mark] * piece if isinstance(piece, int) else [2] * TIME_TOKENS
-    return ids, [token == mark for token in ids]
-
-
 def video_document(
     processor: Any, video: Video | MediaPlan, questions: int, words: int, answer: int, seed: int = 0
 ) -> Document:
     """A video and `questions` about it, each of `words` tokens, of which the last `answer` are supervised."""
     generator = torch.Generator().manual_seed(seed)
     plan = plan_of(processor, video) if isinstance(video, Video) else video
-    vision_ids, vision_mask = media_rows(processor, plan)
+    mark = processor.placeholder("video")
+    pieces = ([mark] * piece if isinstance(piece, int) else [2] * TIME_TOKENS for piece in processor.expand(plan))
+    vision_ids = list(chain.from_iterable(pieces))
+    vision_mask = [token == mark for token in vision_ids]
     runs = [SYSTEM_TOKENS + i for i, seen in enumerate(vision_mask) if seen and (i == 0 or not vision_mask[i - 1])]
     head = torch.randint(20, 500, (SYSTEM_TOKENS,), generator=generator).tolist()
     trunk = [*head, *vision_ids, 1]  # and the token that ends the video

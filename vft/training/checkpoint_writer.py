@@ -14,8 +14,9 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -33,16 +34,6 @@ from vft.training.checkpoint import Part, list_checkpoints, parts_to_write, writ
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Save:
-    """A save that a thread is writing."""
-
-    step: int
-    thread: Thread = field(init=False)
-    error: BaseException | None = None
-    """How it failed, if it did."""
 
 
 class AsyncCheckpointer:
@@ -71,7 +62,9 @@ class AsyncCheckpointer:
             )
         self.copies: dict[str, Tensor] = {}
         """Host memory for copies of the state, reused by every save."""
-        self.in_flight: _Save | None = None
+        self.in_flight: Future[None] | None = None
+        """The save that a thread is writing, and its step."""
+        self.step = 0
 
     @main_process_work("writing a checkpoint")
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -86,15 +79,14 @@ class AsyncCheckpointer:
         if not self.asynchronous:
             self._write(step, parts, text)
             return
-        parts, save = self._copied(parts), _Save(step)
-        save.thread = Thread(target=self._run, args=(save, parts, text), daemon=True)
-        self.in_flight = save
-        save.thread.start()
+        parts = self._copied(parts)
+        self.step, self.in_flight = step, Future()
+        Thread(target=self._run, args=(self.in_flight, step, parts, text), daemon=True).start()
 
     @property
     def failed(self) -> bool:
         """Whether the save in flight has failed. `wait` then raises its error in all processes."""
-        return self.in_flight is not None and self.in_flight.error is not None
+        return self.in_flight is not None and self.in_flight.done() and self.in_flight.exception() is not None
 
     @main_process_work("writing a checkpoint")
     def wait(self) -> None:
@@ -102,23 +94,20 @@ class AsyncCheckpointer:
         self._join()
 
     def _join(self) -> None:
-        if self.in_flight is not None:
-            self.in_flight.thread.join()
-            error, self.in_flight = self.in_flight.error, None
-            if error is not None:
-                raise error
+        save = self.in_flight
+        if save is not None:
+            wait([save])
+            self.in_flight = None
+            save.result()
 
     def close(self) -> None:
         """Wait for the save in flight after an error elsewhere: it is worth having. Ctrl-C ends the wait."""
-        save = self.in_flight
-        if save is None:
-            return
-        if save.thread.is_alive():
-            logger.info("waiting for the checkpoint of step %d to be written; Ctrl-C to go without it", save.step)
+        if self.in_flight is not None and not self.in_flight.done():
+            logger.info("waiting for the checkpoint of step %d to be written; Ctrl-C to go without it", self.step)
         try:
             self._join()
         except Exception as error:  # the run ends with the other error
-            logger.info("the checkpoint of step %d was not written: %s", save.step, error)
+            logger.info("the checkpoint of step %d was not written: %s", self.step, error)
 
     # --------------------------------------------------------------------------------------------------- disk space
 
@@ -164,32 +153,27 @@ class AsyncCheckpointer:
             torch.cuda.synchronize(self.world.device)
         return {name: replace(part, rows=self.copies[name]) for name, part in parts.items()}
 
-    def _run(self, save: _Save, parts: Mapping[str, Part], state: str) -> None:
+    def _run(self, save: Future[None], *arguments: Any) -> None:
         try:
-            self._write(save.step, parts, state)
+            self._write(*arguments)
+            save.set_result(None)
         except BaseException as error:  # raised by `_join` in the main thread
-            save.error = error
+            save.set_exception(error)
 
     def _write(self, step: int, parts: Mapping[str, Part], state: str) -> None:
         folder = self.root / f"step-{step:06d}"
         with ExitStack() as stack:
-
-            def begin() -> None:
-                if self.world.is_main:
-                    stack.enter_context(whole_folder(folder))
-
-            def write() -> dict[str, dict[str, Any]]:
-                return self._write_own(partial_of(folder), parts)
 
             def finish() -> None:
                 if self.world.is_main:
                     files = {name: entry for part in written for name, entry in part.items()}
                     write_rest(partial_of(folder), step, state, files)
                     stack.close()  # renames the folder
-                    self._prune()
+                    for old in list_checkpoints(self.root)[self.config.keep_last :] if self.config.keep_last else []:
+                        shutil.rmtree(old)
 
-            self._together(begin, folder)
-            written = self._together(write, folder)
+            self._together(lambda: stack.enter_context(whole_folder(folder)) if self.world.is_main else None, folder)
+            written = self._together(lambda: self._write_own(partial_of(folder), parts), folder)
             self._together(finish, folder)
 
     def _write_own(self, partial: Path, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
@@ -198,10 +182,6 @@ class AsyncCheckpointer:
         if not partial.is_dir():
             raise UserError(f"{partial}: made by rank 0, not there for rank {rank}; all hosts must share output_dir")
         return write_parts(partial, parts, self.writers.index(rank) + 1, len(self.writers)) if parts else {}
-
-    def _prune(self) -> None:
-        for old in list_checkpoints(self.root)[self.config.keep_last :] if self.config.keep_last else []:
-            shutil.rmtree(old)
 
     def _together(self, work: Callable[[], T], folder: Path) -> list[T]:
         """Run `work` in every process. Returns the results by rank; an error in one process is raised in all."""
@@ -213,7 +193,7 @@ class AsyncCheckpointer:
             error = cannot_write(folder, caught)
         except Exception as caught:  # raised below, because the others must not wait for this process
             error = caught
-        outcomes = all_of((result, None if error is None else str(error)), self.group)
+        outcomes = all_of((result, None if error is None else str(error)), self.group, wait=False)
         if error is not None:
             raise error
         for _, message in outcomes:

@@ -23,7 +23,7 @@ from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
-from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve_checkpointing, step_bytes
+from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve_checkpointing, run_step
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence
     row, planned = long_row(each_tiny), built(each_tiny, train)
     checkpoint_activations(planned, mode)
     model = real_model(each_tiny, mode, train)
-    assert step_bytes(planned, cross_entropy, row, CPU) == pytest.approx(
+    assert run_step(planned, cross_entropy, row, CPU).peak == pytest.approx(
         allocated_peak(lambda: cross_entropy(model, row).backward()), rel=0.02
     )
 
@@ -86,7 +86,7 @@ def test_auto_takes_what_fits(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> N
     for mode in MODES:
         model = built(tiny)
         checkpoint_activations(model, mode)
-        sizes[mode] = resident_bytes(model, 1) + step_bytes(model, cross_entropy, row, CPU)
+        sizes[mode] = resident_bytes(model, 1) + run_step(model, cross_entropy, row, CPU).peak
     assert sizes["none"] > sizes["mlp"] > sizes["full"] and sizes["none"] > sizes["selective"] > sizes["full"]
     for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
         caplog.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, Trai
 from vft.models import build
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
-from vft.preparation.step_time import LINK_SHARE, Cluster, step_time, traffic_of
+from vft.preparation.planning import LINK_SHARE, Setting, step_of
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_device_name_is_its_card(name: str, card: str | None) -> None:
     assert card_of(name) == (None if card is None else CARDS[card])
 
 
-def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
+def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, Any]:
     ref, info = medium("video", 4, 56, 56)
     media = Media.make(tiny.encoder.processor, [(ref, info)])
     row = batch_of(tiny.encoder, ([talk(("user", [ref, "What?"]), ("assistant", "It moves."))], media))
@@ -51,11 +52,13 @@ def row_and_model(tiny: Tiny, config: Config) -> tuple[Batch, torch.nn.Module]:
     return row, model
 
 
-def settings(tiny: Tiny, lora: bool = True, **parallel: object) -> Config:
+def settings(tiny: Tiny, gpus: int, card: Card | None = None, lora: bool = True, **parallel: object) -> Setting:
+    """16 rows a step, whose products take half the card's peak."""
     model = ModelConfig(path=str(tiny.path), train=() if lora else ("language_model",))
     lora_table = LoraConfig(rank=4, targets=("language_model.q_proj",)) if lora else None
     train = TrainConfig(packs_per_step=16)
-    return Config(output_dir="x", model=model, lora=lora_table, train=train, parallel=ParallelConfig(**parallel))
+    config = Config(output_dir="x", model=model, lora=lora_table, train=train, parallel=ParallelConfig(**parallel))
+    return Setting(config, gpus, 80.0, 300, card, 0.5, network_gb_s=1e9)
 
 
 def sizes(model: torch.nn.Module) -> tuple[int, int, int]:
@@ -69,50 +72,47 @@ def sizes(model: torch.nn.Module) -> tuple[int, int, int]:
 
 def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
     """16 rows on 4 GPUs: 4 each. Layers come twice a row, the rest once, 3/4 of them from others."""
-    config = settings(tiny)
-    row, model = row_and_model(tiny, config)
+    setting = settings(tiny, 4)
+    row, model = row_and_model(tiny, setting.config)
     layers, rest, trained = sizes(model)
-    traffic = traffic_of(model, config, 4, row)
-    assert traffic.gathered == pytest.approx(4 * (2 * layers + rest) * 3 / 4)
-    assert traffic.reduced == pytest.approx(4 * trained * 3 / 4)  # once a step, in float32
-    assert traffic.replicas == 0 and traffic.host == 4 * row.pixels_PD.nbytes
-    kept = traffic_of(model, settings(tiny, reshard_after_forward=False), 4, row)
+    step = step_of(model, setting, row)
+    assert step.gathered == pytest.approx(4 * (2 * layers + rest) * 3 / 4)
+    assert step.reduced == pytest.approx(4 * trained * 3 / 4)  # once a step, in float32
+    assert step.replicas == 0 and step.host == 4 * row.pixels_PD.nbytes
+    kept = step_of(model, settings(tiny, 4, reshard_after_forward=False), row)
     assert kept.gathered == pytest.approx(4 * (layers + rest) * 3 / 4)
-    replicated = traffic_of(model, settings(tiny, shard=1), 4, row)
+    replicated = step_of(model, settings(tiny, 4, shard=1), row)
     assert replicated.gathered == replicated.reduced == 0
     assert replicated.replicas == pytest.approx(2 * 4 * trained * 3 / 4)  # a ring's all-reduce
-    full = settings(tiny, lora=False)
-    row, model = row_and_model(tiny, full)
+    full = settings(tiny, 4, lora=False)
+    row, model = row_and_model(tiny, full.config)
     _, _, trained = sizes(model)
-    assert traffic_of(model, full, 4, row).reduced == pytest.approx(4 * 4 * trained * 3 / 4)  # each row's
+    assert step_of(model, full, row).reduced == pytest.approx(4 * 4 * trained * 3 / 4)  # each row's
 
 
-def test_the_slowest_is_the_bound(tiny: Tiny) -> None:
-    config = settings(tiny)
-    row, model = row_and_model(tiny, config)
-    flops = FlopCounter(model).count(row).hardware
-    card = Card(flops=flops, link_gb_s=1e9, pcie_gb_s=1e9)
-    cluster = Cluster(gpus=16, gpus_per_host=8, network_gb_s=1e9)
-    found = step_time(model, config, row, cluster, card, 0.5)
-    assert found.compute == found.seconds == pytest.approx(2.0) and found.bound == "the products"
-    traffic = traffic_of(model, config, 16, row)
-    slow = step_time(model, config, row, cluster, replace(card, link_gb_s=1e-9), 0.5)
-    assert slow.bound == "links between GPUs"
-    assert slow.seconds == pytest.approx((traffic.gathered + traffic.reduced) / LINK_SHARE)
+def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
+    row, model = row_and_model(tiny, settings(tiny, 16).config)
+    card = Card(flops=FlopCounter(model).count(row).hardware, link_gb_s=1e9, pcie_gb_s=1e9)
+    setting = settings(tiny, 16, card)
+    step = step_of(model, setting, row)
+    assert step.parts["the products"] == step.seconds == pytest.approx(2.0)
+    moved = step.gathered + step.reduced
+    slow = step_of(model, settings(tiny, 16, replace(card, link_gb_s=1e-9)), row)
+    assert slow.parts["links between GPUs"] == slow.seconds == pytest.approx(moved / LINK_SHARE)
     # Rings through both hosts: each of 8 network cards carries an eighth.
-    far = step_time(model, config, row, replace(cluster, network_gb_s=1e-9), card, 0.5)
-    assert far.bound == "the network between hosts"
-    assert far.seconds == pytest.approx((traffic.gathered + traffic.reduced) / 8 / LINK_SHARE)
-    near = step_time(model, settings(tiny, shard=8), row, replace(cluster, network_gb_s=1e-9), card, 0.5)
-    assert near.network == pytest.approx(traffic_of(model, settings(tiny, shard=8), 16, row).replicas / LINK_SHARE)
+    far = step_of(model, replace(setting, network_gb_s=1e-9), row)
+    assert far.parts["the network between hosts"] == far.seconds == pytest.approx(moved / 8 / LINK_SHARE)
+    near = step_of(model, replace(settings(tiny, 16, card, shard=8), network_gb_s=1e-9), row)
+    assert near.parts["the network between hosts"] == pytest.approx(near.replicas / LINK_SHARE) > 0
 
 
 def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
-    config = settings(tiny, offload="frozen")
-    row, model = row_and_model(tiny, config)
-    found = step_time(model, config, row, Cluster(1), Card(flops=1e15, link_gb_s=1.0, pcie_gb_s=1.0), 0.5)
+    setting = settings(tiny, 1, Card(flops=1e15, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen")
+    row, model = row_and_model(tiny, setting.config)
+    step = step_of(model, setting, row)
     named = dict(model.named_parameters())
     kept = [n for n, p in named.items() if p.requires_grad or ".layers." not in n or "visual" in n or "norm" in n]
     matrices = sum(2 * p.numel() for n, p in named.items() if n not in kept)  # and their biases
-    assert found.host == pytest.approx(16 * (2 * matrices + row.pixels_PD.nbytes) / 1e9 / LINK_SHARE)
-    assert found.seconds == pytest.approx(found.compute + found.host)
+    host_s = step.parts["copies from the host's memory"]
+    assert host_s == pytest.approx(16 * (2 * matrices + row.pixels_PD.nbytes) / 1e9 / LINK_SHARE)
+    assert step.seconds == pytest.approx(step.parts["the products"] + host_s)
