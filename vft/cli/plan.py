@@ -126,7 +126,7 @@ def what_is_missing(search: Search) -> str:
         f"does not fit: at least {memory.total / GIB:.1f} GiB, with everything above tried, "
         f"{setting.usable_bytes / GIB:.1f} GiB usable."
     ]
-    if memory.resident + memory.gathered > setting.usable_bytes:
+    if memory.total - memory.sizes["activations"] > setting.usable_bytes:
         sentences.append("The weights alone are too much: shorter rows don't help.")
     else:
         sentences.append("A smaller data.pack_tokens, or fewer frames and pixels (data.video).")
@@ -151,19 +151,19 @@ def memory_table(memories: Sequence[Memory]) -> Table:
     for memory in memories:
         table.add_column(column_name(memory.setting.config, memories[0].setting.config), justify="right")
     for label, name in (
-        *([("NF4 weights", "packed")] if any(memory.packed for memory in memories) else []),
+        *([("NF4 weights", "packed")] if any(memory.sizes["packed"] for memory in memories) else []),
         ("frozen weights", "weights"),
         ("trained weights", "trained"),
         ("optimizer", "optimizer"),
         ("gathered weights", "gathered"),
         ("activations, gradients", "activations"),
-        ("total", "total"),
     ):
-        table.add_row(label, *(f"{getattr(memory, name) / GIB:,.2f}" for memory in memories))
+        table.add_row(label, *(f"{memory.sizes[name] / GIB:,.2f}" for memory in memories))
+    table.add_row("total", *(f"{memory.total / GIB:,.2f}" for memory in memories))
     memory_gib = memories[0].setting.memory_gib
     table.add_row(f"of {memory_gib:g}", *(f"{memory.total / GIB / memory_gib:.0%}" for memory in memories))
-    if any(memory.host for memory in memories):
-        table.add_row("host memory for it", *(f"{memory.host / GIB:,.2f}" for memory in memories))
+    if any(memory.sizes["host"] for memory in memories):
+        table.add_row("host memory for it", *(f"{memory.sizes['host'] / GIB:,.2f}" for memory in memories))
     return table
 
 
@@ -220,7 +220,7 @@ def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: argpa
         table.add_row("host memory", f"{checkpoint_gb / setting.shards:,.1f} GB", copies)
     largest = max(share for _, share in shares(model, setting.shards))
     own = "own memory of each process: one tensor's rows, and what stays there"
-    table.add_row("loading, host", f"{(largest + memory.host) / GIB:,.2f} GiB", own)
+    table.add_row("loading, host", f"{(largest + memory.sizes['host']) / GIB:,.2f} GiB", own)
     count = config.checkpoint.keep_last or 1
     table.add_row("disk", f"{count * checkpoint_gb:,.1f} GB", f"{count} checkpoint(s) kept, and the export beside")
     return table

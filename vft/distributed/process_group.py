@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,8 +82,13 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
     with together():
         heartbeat = current()
         if heartbeat is None:
-            with _group_of_one(backend) if alone else nullcontext():
+            try:
+                if alone:  # a store in memory: torchrun's may not exist
+                    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
                 yield
+            finally:
+                if alone:
+                    dist.destroy_process_group()
             return
         heartbeat.barrier()
         limit = timedelta(seconds=heartbeat.timeout_s + LATER_S)
@@ -98,16 +103,6 @@ def process_group(world: World, alone: bool = False) -> Iterator[None]:
         yield
         heartbeat.barrier()
         dist.barrier()  # rank 0 must not leave, and end the store, before all have been here
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _group_of_one(backend: str) -> Iterator[None]:
-    # A store in memory: torchrun's may not exist.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
         dist.destroy_process_group()
 
 
@@ -139,19 +134,14 @@ class DataParallel:
     group: dist.ProcessGroup | None = None
     """The processes that have one part each; None: all processes."""
 
-    AXES: ClassVar = ("replicate", "shard")
-
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> DataParallel:
         """By the axes of the mesh that divide the data; without a mesh, which means one process, all of it."""
         if mesh is None:
             return cls()
-        data = mesh[cls.AXES]
-        rank = 0
-        for axis in cls.AXES:
-            rank = rank * data[axis].size() + data.get_local_rank(axis)
-        group = None if data.size() == dist.get_world_size() else data._flatten("data").get_group()
-        return cls(rank, data.size(), group)
+        data = mesh["replicate", "shard"]._flatten("data")
+        group = None if data.size() == dist.get_world_size() else data.get_group()
+        return cls(data.get_local_rank(), data.size(), group)
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all parts, in place."""

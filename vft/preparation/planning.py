@@ -105,29 +105,14 @@ class Memory:
     """Bytes on one GPU at the worst moment of a step, by what they hold."""
 
     setting: Setting
-    packed: int
-    """Frozen weights in 4 bits."""
-    weights: int
-    """Other frozen weights."""
-    trained: int
-    """Trained weights."""
-    optimizer: int
-    gathered: int
-    """Weights that are gathered from the other GPUs, or copied from the host, for the layers at work."""
-    activations: int
-    """Activations and gradients."""
-    host: int
-    """Pinned for this GPU in its host's memory; not part of the total."""
+    sizes: dict[str, int]
+    """Those of `resident_sizes`; `gathered` weights, from the other GPUs or copied from the host, for the layers at
+    work; `activations` and gradients."""
 
     @property
     def total(self) -> int:
         """All bytes on the GPU."""
-        return self.resident + self.gathered + self.activations
-
-    @property
-    def resident(self) -> int:
-        """Bytes that stay from step to step."""
-        return self.packed + self.weights + self.trained + self.optimizer
+        return sum(self.sizes.values()) - self.sizes["host"]
 
     @property
     def fits(self) -> bool:
@@ -258,7 +243,7 @@ class Planner:
         finally:
             dist.destroy_process_group()
         gathered = live.gathered_at_peak
-        return Memory(setting, **sizes, gathered=gathered + copied, activations=live.peak - gathered)
+        return Memory(setting, {**sizes, "gathered": gathered + copied, "activations": live.peak - gathered})
 
     def search(self, setting: Setting, row: Batch) -> Search:
         """Find settings that fit; if there are some, also faster ones, else the number of GPUs that holds the run."""

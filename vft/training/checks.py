@@ -42,15 +42,6 @@ def check_shares(config: Config, processes: int) -> None:
         )
 
 
-def check_warmup(config: Config, steps: int) -> None:
-    """Raises UserError if the warm-up is longer than the run."""
-    if config.train.warmup_steps > steps:
-        raise UserError(
-            f"train.warmup_steps = {config.train.warmup_steps}: the run has {steps} steps and would never reach the "
-            "learning rate; lower it"
-        )
-
-
 def check_output_dir(config: Config) -> None:
     """Raises UserError if the folder cannot be written, or holds a run with another configuration or other rules: the
     two would mix."""

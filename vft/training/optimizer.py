@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -29,19 +30,20 @@ def build_optimizer(
     `create_loraplus_optimizer`. The state is made here, so that a checkpoint has it for every parameter, even for those
     that the first steps do not use.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    rates: Mapping[Any, float] = config.component_learning_rates
+    main_rate, groups = config.learning_rate, defaultdict[tuple[float, bool], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            share = _share_of_component(name, config, components or {})
+            share = rates.get(component_of(name, components or {}), main_rate) / main_rate if rates else 1.0
             if lora is not None and name.endswith((LORA_B, MAGNITUDE)):
                 share *= lora.loraplus_ratio
-            groups.setdefault((share, parameter.dim() > 1), []).append(parameter)
+            groups[share, parameter.dim() > 1].append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {"params": members, "share": share, "weight_decay": config.weight_decay if decayed else 0.0}
             for (share, decayed), members in groups.items()
         ],
-        lr=config.learning_rate,
+        lr=main_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
@@ -52,11 +54,6 @@ def build_optimizer(
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def _share_of_component(name: str, config: TrainConfig, components: Mapping[str, tuple[str, ...]]) -> float:
-    rates: Mapping[Any, float] = config.component_learning_rates
-    return rates.get(component_of(name, components), config.learning_rate) / config.learning_rate if rates else 1.0
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

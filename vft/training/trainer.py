@@ -58,7 +58,6 @@ from vft.training.checks import (
     check_first_step,
     check_identity,
     check_output_dir,
-    check_warmup,
     locked_folder,
     warn_of_benchmarks,
     warn_of_weights,
@@ -108,7 +107,11 @@ class Trainer:
         """Steps of the whole run."""
         if not self.max_steps:
             raise UserError(f"train.epochs = {config.train.epochs}: by repeats no record comes in so few; raise either")
-        check_warmup(config, self.max_steps)
+        if config.train.warmup_steps > self.max_steps:
+            raise UserError(
+                f"train.warmup_steps = {config.train.warmup_steps}: the run has {self.max_steps} steps and would never "
+                "reach the learning rate; lower it"
+            )
         self.step = self.samples = self.saved = 0
         """The step at work, or the last one that was done; samples trained on; step of the newest checkpoint."""
         self.has_updated = False
