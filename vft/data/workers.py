@@ -88,7 +88,7 @@ class WorkerPool:
             return
         _allow_open_files()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["vft.data.media.video"])  # so that a new worker starts in milliseconds
+        self._context.set_forkserver_preload(["vft.data.media.patches"])  # so that a new worker starts in milliseconds
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
         self._thread = threading.Thread(target=self._dispatch, name="vft-worker-pool", daemon=True)

@@ -201,7 +201,7 @@ def _row(key: Key, status: os.stat_result, timeout_s: float, scan: Future[MediaI
 def _read(path: Path) -> pa.Table:
     """The rows in the cache; none if there is no cache of this version."""
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()  # pq.read_table would import pandas, if it is installed: a second
         version = (table.schema.metadata or {}).get(b"scan_version")
         if version == SCAN_VERSION.encode() and table.schema.names == SCHEMA.names:
             return table.cast(SCHEMA)  # Parquet names the items of lists in its own way
