@@ -22,23 +22,16 @@ import pytest
 from tests.helpers.formats import (
     read_folders,
     read_kinetics,
-    read_llava_instruct,
-    read_llava_video,
-    read_messages,
-    read_ssv2,
-    read_story,
+    read_source,
     read_ucf101,
     read_video_mme,
+    write,
 )
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.data import formats
-from vft.data.formats import (
-    kinetics,
-    pe_video,
-    video_mme,
-)
+from vft.data.formats import kinetics, pe_video, video_mme
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.video import scan_file
@@ -47,102 +40,54 @@ from vft.data.streaming.archives import members
 
 SAID = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 ANSWER = {"role": "assistant", "content": "A cat."}
-SUFFIXES = {"ssv2": ".webm", "video_mme": ".mp4", "kinetics": "_000000_000010.mp4"}
-"""What a format puts behind the name in its records."""
 
 
 # ------------------------------------------------------------------------------------------------ a record a format
 
 
-def write_json(root: Path, records: list[Any]) -> Path:
-    (root / "list.json").write_text(json.dumps(records))
-    return root / "list.json"
+def asked(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, ANSWER], **more}
 
 
-def of_messages(root: Path, names: list[str]) -> Records:
-    asked = {"role": "user", "content": "<video>What?"}
-    return read_messages(write_json(root, [{"messages": [asked, ANSWER], "videos": [name]} for name in names]), root)
-
-
-def of_typed_parts(root: Path, names: list[str]) -> Records:
-    def record(name: str) -> dict[str, Any]:
-        parts = [{"type": "video_url", "video_url": {"url": name}}, {"type": "text", "text": "What?"}]
-        return {"messages": [{"role": "user", "content": parts}, ANSWER]}
-
-    return read_messages(write_json(root, [record(name) for name in names]), root)
-
-
-def of_frames(root: Path, names: list[str]) -> Records:
-    asked = {"role": "user", "content": [{"type": "video", "video": ["good.jpg", "NAME"]}]}
-    records = [json.loads(json.dumps({"messages": [asked, ANSWER]}).replace('"NAME"', json.dumps(n))) for n in names]
-    return read_messages(write_json(root, records), root)
-
-
-def of_llava_video(root: Path, names: list[str]) -> Records:
-    return read_llava_video(write_json(root, [{"conversations": SAID, "video": name} for name in names]), root)
-
-
-def of_data_source(root: Path, names: list[str]) -> Records:
-    records = [{"conversations": SAID, "video": "only-there.mp4", "data_source": name} for name in names]
-    return read_llava_video(write_json(root, records), root)
-
-
-def of_llava_instruct(root: Path, names: list[str]) -> Records:
-    return read_llava_instruct(write_json(root, [{"conversations": SAID, "image": name} for name in names]), root)
-
-
-def of_story(root: Path, names: list[str]) -> Records:
-    return read_story(write_json(root, [{"video": name, "text": "A cat."} for name in names]), root)
-
-
-def of_story_pictures(root: Path, names: list[str]) -> Records:
-    return read_story(write_json(root, [{"images": ["good.jpg", name], "text": "A cat."} for name in names]), root)
-
-
-def of_ssv2(root: Path, names: list[str]) -> Records:
-    (root / "labels.json").write_text(json.dumps({"Holding something": "0"}))
-    one = {"label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
-    return read_ssv2(write_json(root, [{"id": name, **one} for name in names]), root)
-
-
-def of_ucf101(root: Path, names: list[str]) -> Records:
-    (root / "classInd.txt").write_text("1 good\n2 ..\n")
-    path = root / "trainlist01.txt"
-    path.write_text("".join(f"{name}\n" for name in names))
-    return read_ucf101(path, root)
-
-
-def of_kinetics(root: Path, names: list[str]) -> Records:
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow([*kinetics.COLUMNS, "split"])
-    table.writerows([["yoga", name, 0, 10, "val"] for name in names])
-    (root / "val.csv").write_text(text.getvalue())
-    return read_kinetics(root / "val.csv", root)
-
-
-def of_video_mme(root: Path, names: list[str]) -> Records:
-    (root / "data").mkdir(exist_ok=True)
-    row = dict.fromkeys(video_mme.TEXTS, "x") | {"options": ["A. 1", "B. 2"], "answer": "A"}
-    path = root / "mme.parquet"
-    pq.write_table(pa.Table.from_pylist([row | {"videoID": name} for name in names]), path)
-    return read_video_mme(path, root, subtitles=True)
-
-
-FORMATS: dict[str, Callable[[Path, list[str]], Records]] = {
-    "messages": of_messages,
-    "typed parts": of_typed_parts,
-    "frames": of_frames,
-    "llava_video": of_llava_video,
-    "data_source": of_data_source,
-    "llava_instruct": of_llava_instruct,
-    "story": of_story,
-    "story pictures": of_story_pictures,
-    "ssv2": of_ssv2,
-    "ucf101": of_ucf101,
-    "kinetics": of_kinetics,
-    "video_mme": of_video_mme,
+CLIP = {"label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]}
+RECORDS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
+    "messages": ("messages", lambda name: asked("<video>What?", videos=[name])),
+    "typed parts": ("messages", lambda name: asked([{"type": "video_url", "video_url": {"url": name}}])),
+    "frames": ("messages", lambda name: asked([{"type": "video", "video": ["good.jpg", name]}])),
+    "llava_video": ("llava_video", lambda name: {"conversations": SAID, "video": name}),
+    "data_source": (
+        "llava_video",
+        lambda name: {"conversations": SAID, "video": "only-there.mp4", "data_source": name},
+    ),
+    "llava_instruct": ("llava_instruct", lambda name: {"conversations": SAID, "image": name}),
+    "story": ("story", lambda name: {"video": name, "text": "A cat."}),
+    "story pictures": ("story", lambda name: {"images": ["good.jpg", name], "text": "A cat."}),
+    "ssv2": ("ssv2", lambda name: {"id": name, **CLIP}),
 }
+"""The format of a JSON list, and the record that names a file in it."""
+FORMATS = (*RECORDS, "ucf101", "kinetics", "video_mme")
+
+
+def read_names(format: str, root: Path, names: list[str]) -> Records:
+    """A list that names these files, in a format."""
+    if format == "ucf101":
+        (root / "classInd.txt").write_text("1 good\n2 ..\n")
+        return read_ucf101(write(root / "trainlist01.txt", "".join(f"{name}\n" for name in names)), root)
+    if format == "kinetics":
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow([*kinetics.COLUMNS, "split"])
+        table.writerows([["yoga", name, 0, 10, "val"] for name in names])
+        return read_kinetics(write(root / "val.csv", text.getvalue()), root)
+    if format == "video_mme":
+        (root / "data").mkdir(exist_ok=True)
+        row = dict.fromkeys(video_mme.TEXTS, "x") | {"options": ["A. 1", "B. 2"], "answer": "A"}
+        path = root / "mme.parquet"
+        pq.write_table(pa.Table.from_pylist([row | {"videoID": name} for name in names]), path)
+        return read_video_mme(path, root, subtitles=True)
+    own, record = RECORDS[format]
+    write(root / "labels.json", {"Holding something": "0"})
+    return read_source(own, write(root / "list.json", [record(name) for name in names]), root)
 
 
 @pytest.fixture
@@ -215,7 +160,7 @@ def test_paths_that_lead_elsewhere(root: Path, tmp_path: Path, name: str) -> Non
     names = [one for one in hostile_names(root) if name != "ucf101" or "\0" not in one]
     if name == "ucf101":
         names = [one if one.startswith("../") else f"good/{one}" for one in names]
-    samples, bad = FORMATS[name](root, names)
+    samples, bad = read_names(name, root, names)
     assert len(samples) + len(bad) == len([one for one in names if name != "ucf101" or one.strip()])
     for one in bad:
         line = str(one)
@@ -234,7 +179,7 @@ def test_paths_that_lead_elsewhere(root: Path, tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("name", FORMATS)
 def test_paths_that_are_no_file(root: Path, name: str) -> None:
     names = [f"good/{one}" if name == "ucf101" else one for one in MISSING]
-    samples, bad = FORMATS[name](root, names)
+    samples, bad = read_names(name, root, names)
     assert len(samples) + len(bad) == len(names)
     for sample in samples:
         assert all(path.is_relative_to(root.resolve()) for path in paths_of(sample))
@@ -252,8 +197,10 @@ def test_a_name_in_a_record_is_never_opened_as_a_url(root: Path, monkeypatch: py
     """No socket is made, whatever the record says."""
     made: list[object] = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: made.append(address))
-    for read in FORMATS.values():
-        read(root, ["good/http://127.0.0.1:9/a.mp4", "http://127.0.0.1:9/a.mp4", "hf://datasets/a/b/c.mp4"])
+    for format in FORMATS:
+        read_names(
+            format, root, ["good/http://127.0.0.1:9/a.mp4", "http://127.0.0.1:9/a.mp4", "hf://datasets/a/b/c.mp4"]
+        )
     assert made == []
 
 
@@ -264,21 +211,11 @@ def test_lists_that_are_pipes(root: Path) -> None:
     """Whoever opened one would wait for ever."""
     for name in ("list.json", "val.csv", "trainlist01.txt", "labels.json", "classInd.txt", "classes.txt", "a.parquet"):
         os.mkfifo(root / name)
-    readers: list[tuple[Callable[[Path, Path], Records], str]] = [
-        (read_messages, "list.json"),
-        (read_llava_video, "list.json"),
-        (read_llava_instruct, "list.json"),
-        (read_story, "list.json"),
-        (read_ssv2, "list.json"),
-        (read_kinetics, "val.csv"),
-        (read_ucf101, "trainlist01.txt"),
-        (read_video_mme, "a.parquet"),
-        (read_llava_video, ""),
-        (read_llava_instruct, ""),
-    ]
-    for read, name in readers:
+    lists = [*dict.fromkeys((own, "list.json") for own, _ in RECORDS.values()), ("kinetics", "val.csv")]
+    lists += [("ucf101", "trainlist01.txt"), ("video_mme", "a.parquet"), ("llava_video", ""), ("llava_instruct", "")]
+    for format, name in lists:
         with pytest.raises(UserError) as caught:
-            read(root / name, root)
+            read_source(format, root / name, root)
         assert str(root) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
