@@ -142,17 +142,6 @@ def test_keys_and_system_of_streamed_records(tiny: Tiny, tmp_path: Path, caplog:
     assert "keys that are not read, of 2 records: year (1), clip (1)" in caplog.text
 
 
-def test_media_are_named_by_their_member(tiny: Tiny, tmp_path: Path) -> None:
-    publish(tmp_path / "data")
-    with stream_context(data_config(tmp_path / "data", STREAM), tiny.encoder, 1) as context:
-        documents = one_epoch(slot_stream(context, 0))
-    names = {plan.ref.name for document in documents for plan in document.media}
-    one, two = TARS
-    assert names == {f"{one}/academic/{name}.mp4" for name in "bc"} | {
-        f"{two}/{name}" for name in ("academic/a.mp4", "hound/v1/1.jpeg", "hound/v2/1.jpeg")
-    }
-
-
 @pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
 def test_a_part_that_is_cut_off(tmp_path: Path, name: str) -> None:
     """A video that is whole counts, also right before the cut; a folder of frames may lack some, and doesn't."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.helpers.formats import (
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef
-from vft.data.formats import pe_video
 from vft.data.records.paths import find_path, is_stray, spellings
 from vft.data.records.record import Records
 from vft.data.streaming.archives import list_files
@@ -178,16 +176,6 @@ def test_strays_are_no_records_no_frames_and_no_archives(tmp_path: Path) -> None
     for name in ("._b.tar", "__MACOSX/._b.tar"):
         write(part / name, b"\0\5\26\7")
     assert list_files(str(part), (".tar",)) == [str(part / "b.TAR")]
-
-
-def test_strays_in_an_archive_are_no_clips_and_suffixes_have_any_case(tmp_path: Path) -> None:
-    record = json.dumps({"human_caption": "A cat."}).encode()
-    shard = tmp_path / "a.tar"
-    members = [("._1.mp4", b"?"), ("1.MP4", b"x"), ("1.JSON", record), ("__MACOSX/._1.json", b"?"), (".DS_Store", b"?")]
-    write_tar(shard, members)
-    (tmp_path / "spool").mkdir()
-    (group,) = pe_video.read_clips(str(shard), 0, tmp_path / "spool")
-    assert not group.bad and [sample.id for sample in group.samples] == ["1"]
 
 
 # --------------------------------------------------------------------------------------------------------- Kinetics

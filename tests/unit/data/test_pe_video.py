@@ -119,8 +119,10 @@ def test_videos_of_other_endings(tmp_path: Path, ending: str) -> None:
 
 
 def test_any_order_and_other_members(tmp_path: Path) -> None:
-    """Files that are none of ours neither end a pair nor make one; a dot in a name doesn't join two clips."""
+    """Files that are none of ours neither end a pair nor make one; a dot in a name doesn't join two clips, and suffixes
+    in upper case don't part them."""
     (mp4, about), (second, its), (third, record) = (pe_pair(name, VIDEO) for name in ("a", "v1.5_x", "v1.5_y"))
+    about, mp4 = ("a.JSON", about[1]), ("a.MP4", mp4[1])
     extra = [("a.wav", b"1"), ("README.md", b"2"), ("._a.mp4", b"3"), ("__MACOSX/._a.json", b"4"), ("mp4", b"5")]
     members = [extra[1], about, extra[0], mp4, extra[2], extra[3], second, its, extra[4], record, third]
     groups = groups_of(write_tar(tmp_path / "s.tar", members), tmp_path / "spool")

@@ -401,36 +401,3 @@ def test_two_system_texts(tmp_path: Path) -> None:
     assert [turn.role for turn in samples[0].turns] == ["system", "user", "assistant"]
     bad = fail(tmp_path, {**record, "system": "Be long."})
     assert bad.field == "system" and "'Be long.'" in bad.message and "'Be brief.'" in bad.message
-
-
-@pytest.mark.parametrize(
-    ("keys", "question"),
-    [
-        ({"question": "Who?", "answer": "A cat."}, "Who?"),
-        ({"query": "Who?", "response": "A cat."}, "Who?"),
-        ({"prompt": "<video>Who?", "answer": "A cat."}, "Who?"),
-        ({"instruction": "Say", "input": "who.", "output": "A cat."}, "Say\nwho."),
-        ({"instruction": "Say who.", "input": "", "output": "A cat."}, "Say who."),
-        ({"answer": "A cat."}, ""),
-    ],
-)
-def test_questions_under_their_own_keys(tmp_path: Path, keys: dict[str, str], question: str) -> None:
-    samples, bad = read(tmp_path, "messages", {"video": "a.mp4", **keys})
-    assert not bad and samples[0].unread == ()
-    assert [turn.text for turn in samples[0].turns] == [question, "A cat."]
-    assert isinstance(samples[0].turns[0].parts[0], MediaRef)
-
-
-@pytest.mark.parametrize(
-    ("keys", "field"),
-    [
-        ({"question": "Who?"}, "answer"),
-        ({"question": "Who?", "answer": " "}, "answer"),
-        ({"question": "Who?", "query": "What?", "answer": "x"}, "query"),
-        ({"question": "Who?", "answer": "x", "output": "y"}, "output"),
-        ({"question": 3, "answer": "x"}, "question"),
-        ({"question": "Who?", "answer": {"a": "x"}}, "answer"),
-    ],
-)
-def test_questions_that_cannot_be_read(tmp_path: Path, keys: dict[str, Any], field: str) -> None:
-    assert fail(tmp_path, {"video": "a.mp4", **keys}).field == field

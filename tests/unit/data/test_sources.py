@@ -101,14 +101,6 @@ def test_a_malformed_line_is_one_bad_record(tmp_path: Path, text: str, after: st
     assert not samples and str(bad[1]).startswith("a.jsonl:2: ") and len(str(bad[1]).splitlines()) == 1
 
 
-def test_not_utf8_and_missing(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(b'{"a": 1}\n{"b": "\xe4"}')
-    with pytest.raises(UserError, match=r"a\.json:2: byte 16 is not UTF-8"):
-        list(read_json(tmp_path / "a.json"))
-    with pytest.raises(UserError, match=r"nope\.json: No such file"):
-        read("messages", tmp_path / "nope.json", tmp_path)
-
-
 # --------------------------------------------------------------------------------------------------------- messages
 
 
@@ -285,14 +277,6 @@ def test_mistakes_are_named(tmp_path: Path, record: Any, field: str, message: st
     assert message in bad.message
 
 
-def test_one_bad_record_among_good_ones(tmp_path: Path) -> None:
-    good = {"messages": [user("?"), ANSWER]}
-    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(r) for r in (good, {"messages": None}, good)))
-    samples, bad = read("messages", path, tmp_path)
-    assert [sample.origin for sample in samples] == ["a.jsonl:1", "a.jsonl:3"]
-    assert [record.origin for record in bad] == ["a.jsonl:2"]
-
-
 def test_paths_through_links(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -396,13 +380,6 @@ def test_any_text(tmp_path: Path, text: str) -> None:
         return
     if isinstance(expected, list) and "NaN" not in text and "Infinity" not in text:
         assert found == expected
-
-
-def test_a_system_text_beside_the_turns_is_the_first_turn(tmp_path: Path) -> None:
-    """As LLaMA-Factory's ShareGPT has it; dropped, the template's own system text would be trained instead."""
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
-    turns = read_one(tmp_path, {"system": "Be brief.", "conversations": turns}).turns
-    assert [(turn.role, turn.text) for turn in turns] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")]
 
 
 @pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}])

@@ -408,17 +408,6 @@ def test_a_cache_that_can_not_be_written(tiny: Tiny, tmp_path: Path) -> None:
         pass
 
 
-def test_names_of_a_pair_apart(tiny: Tiny, tmp_path: Path) -> None:
-    """The record may come before its clip, and other files between them."""
-    (mp4, about), (other, _) = pe_pair("a"), pe_pair("b")
-    write_tar(tmp_path / "data" / "pe" / "0.tar", [about, ("a.txt", b"x"), mp4, ("b.wav", b"x"), other])
-    config = data_config(tmp_path / "data", PE)
-    with stream_context(config, tiny.encoder, 1) as context:
-        pack = slot_stream(context, 0).next_pack()
-    assert {ids for one in pack.documents for ids in one.document.sample_ids} == {"a"}
-    assert {(item.id, item.reason) for item in pack.bad} == {("0.tar/b.mp4", "record")}
-
-
 def test_keys_that_a_stream_does_not_read_are_told_once(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
