@@ -19,14 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.formats import (
-    read_folders,
-    read_kinetics,
-    read_source,
-    read_ucf101,
-    read_video_mme,
-    write,
-)
+from tests.helpers.formats import read_folders, read_kinetics, read_source, read_ucf101, read_video_mme, write
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample

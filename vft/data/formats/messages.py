@@ -28,15 +28,7 @@ from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
 from vft.data.records.media_options import Turns, apply_options, options_of_part
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
-from vft.data.records.record import (
-    TURN_KEYS,
-    ParsedRecord,
-    RecordError,
-    Records,
-    check_text,
-    list_keys,
-    short_repr,
-)
+from vft.data.records.record import TURN_KEYS, ParsedRecord, RecordError, Records, check_text, list_keys, short_repr
 from vft.data.records.unread_keys import MEDIA_KEYS, answer_lists, check_shows_nothing, find_unread_keys
 
 ROLES: dict[str, Role] = {

@@ -55,7 +55,16 @@ class PEVideo(Format):
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """As `Format.read`."""
         count = int(source.take.partition(":")[2])
-        return _read_unpacked(_unpack(locate(source.path, data.root), count, data.cache_path))
+        folder = _unpack(locate(source.path, data.root), count, data.cache_path)
+        samples: list[Sample] = []
+        bad: list[BadRecord] = []
+        for about in json.loads((folder / "clips.json").read_text(encoding="utf-8")):
+            files = {name: folder / file for name, file in about["files"].items()}
+            clip = ArchiveClip(about["archive"], about["key"], 0, files=files)
+            _read_clip(clip)
+            samples += clip.samples
+            bad += clip.bad
+        return samples, bad
 
     def open_archives(self, location: str) -> Archives:
         """The tars at a folder, file or `hf://datasets/facebook/PE-Video/train`."""
@@ -141,18 +150,6 @@ def _unpack(location: str, count: int, cache: Path) -> Path:
                     clips.append({"archive": clip.archive, "key": clip.key, "files": files})
                 (partial / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
     return folder
-
-
-def _read_unpacked(folder: Path) -> Records:
-    samples: list[Sample] = []
-    bad: list[BadRecord] = []
-    for about in json.loads((folder / "clips.json").read_text(encoding="utf-8")):
-        files = {name: folder / file for name, file in about["files"].items()}
-        clip = ArchiveClip(about["archive"], about["key"], 0, files=files)
-        _read_clip(clip)
-        samples += clip.samples
-        bad += clip.bad
-    return samples, bad
 
 
 def _all_clips(location: str, spool: Path) -> Iterator[ArchiveClip]:

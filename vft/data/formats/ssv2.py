@@ -15,15 +15,7 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
 from vft.data.records.files import labelled_sample, read_json
 from vft.data.records.paths import find_path, first_present, media_folders
-from vft.data.records.record import (
-    RecordError,
-    Records,
-    as_object,
-    check_text,
-    make_samples,
-    record_id,
-    short_repr,
-)
+from vft.data.records.record import RecordError, Records, as_object, check_text, make_samples, record_id, short_repr
 
 LABELS = ("labels.json", "something-something-v2-labels.json")
 """Names of the file of classes in the releases of this set."""

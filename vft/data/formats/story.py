@@ -21,14 +21,7 @@ from vft.data.records.files import read_samples, record_files
 from vft.data.records.foreign_records import QUESTIONS, Normalizer
 from vft.data.records.media_options import MAX_S, apply_options
 from vft.data.records.paths import find_path, resolve_media
-from vft.data.records.record import (
-    ParsedRecord,
-    RecordError,
-    Records,
-    check_text,
-    list_keys,
-    short_repr,
-)
+from vft.data.records.record import ParsedRecord, RecordError, Records, check_text, list_keys, short_repr
 from vft.data.records.unread_keys import answer_lists, find_unread_keys
 
 KEYS = ("video", "images", "segments", "text", "speech")

@@ -111,12 +111,11 @@ def apply_options(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Tu
         RecordError: as `options_of_part`; or a list of another length.
     """
     media = [part for _, parts in turns for part in parts if isinstance(part, MediaRef)]
-    about_media = [(key, value) for key, value in given.items() if value is not None and _is_about_media(key)]
-    if not media or not (about_media or any(ref.options.timestamps for ref in media)):
+    if not media:
         return turns, frozenset()
     given_to: list[Record] = [{} for _ in media]
     used: set[str] = set()
-    for key, value in about_media:
+    for key, value in given.items():
         meaning = key_meaning(key)
         takers = [own for own, ref in zip(given_to, media, strict=True) if meaning and _takes(ref, meaning.option)]
         if meaning is None or not takers:
@@ -137,11 +136,6 @@ def apply_options(turns: Turns, given: Mapping[str, Any], name: str) -> tuple[Tu
         (role, [next(rest) if isinstance(part, MediaRef) else part for part in parts]) for role, parts in turns
     ]
     return filled, frozenset(used)
-
-
-@lru_cache(maxsize=4096)
-def _is_about_media(key: str) -> bool:
-    return key_meaning(key) is not None or _compact(key) in _AMBIGUOUS
 
 
 def _takes(ref: MediaRef, option: str) -> bool:
