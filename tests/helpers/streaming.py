@@ -21,8 +21,7 @@ from vft.data.loader import LoadedPack, Loader
 from vft.data.packing import Cursor
 from vft.data.quarantine import BadItem
 from vft.data.streaming.archives import START, Position
-from vft.data.streaming.sources import Streams
-from vft.data.streaming.stream import SlotStream
+from vft.data.streaming.stream import SlotStream, Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.recipes.caption import Caption

@@ -25,7 +25,7 @@ from vft.config.data import DataConfig
 from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.packing import Cursor
-from vft.data.streaming.sources import Streams
+from vft.data.streaming.stream import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 

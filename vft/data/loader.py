@@ -22,8 +22,7 @@ from vft.data.pack_schedule import PackSchedule, PlannedPack
 from vft.data.packing import Cursor, PackPlan, collate
 from vft.data.quarantine import BadItem, BadItemLog, Encountered, LoadReport, check_bad_of_stream
 from vft.data.streaming.archives import Position
-from vft.data.streaming.sources import INDEX, Streams
-from vft.data.streaming.stream import SearchStopped, SlotStream, StreamedPack
+from vft.data.streaming.stream import INDEX, SearchStopped, SlotStream, StreamedPack, Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vft.data.packing import Cursor, PackPlan, PackRef, share_out, take_step
-from vft.data.streaming.sources import INDEX, Streams
+from vft.data.streaming.stream import INDEX, Streams
 from vft.distributed.process_group import DataParallel
 
 Positions = Mapping[str, tuple[int, ...]]

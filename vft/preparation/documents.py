@@ -17,7 +17,7 @@ from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, converse, load_dataset, take
 from vft.data.split import Split, overlap_warning
-from vft.data.streaming.sources import Streams
+from vft.data.streaming.stream import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 

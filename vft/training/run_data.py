@@ -11,7 +11,7 @@ from vft.config.run import Config
 from vft.data.dataset import Dataset, Prompts, prompts_of
 from vft.data.loader import Loader
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
-from vft.data.streaming.sources import Streams
+from vft.data.streaming.stream import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment
 

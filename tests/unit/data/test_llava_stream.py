@@ -30,7 +30,7 @@ from vft.data import formats
 from vft.data.dataset import load_dataset
 from vft.data.media.patches import load_patches
 from vft.data.streaming.archives import DamagedArchive
-from vft.data.streaming.sources import StreamSource
+from vft.data.streaming.stream import StreamSource
 from vft.models.processor import VisionProcessor
 from vft.recipes.caption import Caption
 

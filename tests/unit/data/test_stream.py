@@ -39,7 +39,7 @@ from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.data.dataset import Dataset
 from vft.data.streaming.archives import START, Member, Position
-from vft.data.streaming.sources import make_spool
+from vft.data.streaming.stream import make_spool
 
 # ------------------------------------------------------------------------------------------------- shares of slots
 

@@ -28,8 +28,7 @@ from vft.common.errors import UserError
 from vft.data.dataset import load_dataset
 from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
 from vft.data.streaming import stream as streams
-from vft.data.streaming.sources import StreamSource
-from vft.data.streaming.stream import MAX_MISSES
+from vft.data.streaming.stream import MAX_MISSES, StreamSource
 
 
 def without_caption(name: str) -> list[tuple[str, bytes]]:
