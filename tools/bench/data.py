@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Frames a second of the whole data path: python tools/bench/data.py [--clips FOLDER] [--output FILE]
 
-Three ways to the same frames of the same clips, in equally many processes on equally many CPU cores, taken in turns:
+Ways to the same frames of the same clips, in equally many processes on equally many CPU cores, taken in turns:
 
   vft        records, index, documents, decoding, resizing, patches, collating: `Loader` and `WorkerPool`
              as in training, the training process on the same cores as its workers
   torchcodec VideoDecoder(num_ffmpeg_threads=1).get_frames_at of the same indices; the frames are thrown away
+  patches    what a worker of vft does with a clip, without the rest of the data path
+  cached     the same with `data.cache = "frames"`, once the cache holds the clips
   processor  qwen-vl-utils' fetch_video and one call of transformers' Qwen2.5-VL processor a sample, also thrown away;
-             left out if qwen_vl_utils or torchvision cannot be imported
+             left out if qwen_vl_utils or a torchvision that fits torch is not installed
 
 The clips are in the file cache: they are indexed and decoded once before. Only frames that the model gets are counted,
 not those in between that a decoder has to go through. CPU seconds are those of all processes of a side together; on a
@@ -17,6 +19,7 @@ busy machine they are more reliable than the clock.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
@@ -25,12 +28,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from data_sides import decode_bare, fetch_and_process, pid_after, start_on, start_processor
-from measure import benchmark, median, report
-from workload import DEMO_BASE, write_clips, write_records
+from data_sides import decode_bare, decode_to_patches, fetch_and_process, read_cache, start_on
+from measure import benchmark, report
+from workload import DEMO_BASE, FPS, write_clips, write_records
 
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan
@@ -40,14 +44,13 @@ from vft.data.dataset import Dataset, load_dataset
 from vft.data.loader import Loader
 from vft.data.media.errors import MediaError
 from vft.data.media.video import scan_file
+from vft.data.records.paths import VIDEO_SUFFIXES
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.preparation.run import open_for_inference
 from vft.recipes.caption import Caption
 
-SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts"})
 DEADLINE_S = 600.0
-CLIP_FPS = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,16 @@ class Side:
     name: str
     run: Callable[[], int]
     """Goes through all samples once and returns the number of frames."""
-    pids: Sequence[int]
-    """Process numbers of its workers."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
     def take(self, frames: int) -> None:
         """One timed run."""
-        cpu_s, since = self._cpu_s(), time.perf_counter()
+        cpu_s, since = all_cpu_seconds(), time.perf_counter()
         found = self.run()
         self.seconds.append(time.perf_counter() - since)
-        self.cpu_seconds.append(self._cpu_s() - cpu_s)
+        self.cpu_seconds.append(all_cpu_seconds() - cpu_s)
         assert found == frames, (self.name, found, frames)
-
-    def _cpu_s(self) -> float:
-        return time.process_time() + sum(cpu_seconds(pid) for pid in self.pids)
 
 
 def main() -> None:
@@ -107,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", nargs="+", default=["640x360", "1280x720"], help="width x height of made clips, pixels"
     )
-    parser.add_argument("--seconds", type=float, default=8.0, help=f"length of made clips, at {CLIP_FPS:g} fps (8)")
+    parser.add_argument("--seconds", type=float, default=8.0, help=f"length of made clips, at {FPS:g} fps (8)")
     parser.add_argument("--count", type=int, default=2, help="made clips of each size (2)")
     parser.add_argument("--samples", type=int, default=16, help="samples of each size, round the clips (16)")
     parser.add_argument("--fps", type=float, nargs="+", default=[2.0, 8.0], help="frames sampled a second (2 8)")
@@ -130,7 +128,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             cores = sorted(everywhere)[:count]
             os.sched_setaffinity(0, cores)  # before the pools, whose threads and workers inherit it
             try:
-                with sides_of(case, cores, not options.without_processor, notes) as sides:
+                with sides_of(case, cores, folder / "frames", not options.without_processor, notes) as sides:
                     for side in sides * options.repeats:
                         side.take(case.frames)
                     rows += table(case, count, sides)
@@ -192,14 +190,14 @@ def clips_by_size(options: argparse.Namespace, folder: Path) -> dict[str, list[P
     if options.clips is None:
         return {size: made_clips(options, folder, size) for size in options.sizes}
     found: dict[str, list[Path]] = {}
-    for path in sorted(path for path in options.clips.rglob("*") if path.suffix.lower() in SUFFIXES):
+    for path in sorted(path for path in options.clips.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         try:
             info = scan_file("video", path)
         except MediaError as error:
             raise UserError(f"--clips: {error}") from error
         found.setdefault(f"{info.width}x{info.height}", []).append(path)
     if not found:
-        raise UserError(f"--clips {str(options.clips)!r}: no videos there ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"--clips {str(options.clips)!r}: no videos there ({', '.join(sorted(VIDEO_SUFFIXES))})")
     return found
 
 
@@ -209,34 +207,34 @@ def made_clips(options: argparse.Namespace, folder: Path, size: str) -> list[Pat
     if not (width.isdigit() and height.isdigit() and int(width) > 1 and int(height) > 1):
         raise UserError(f"--sizes {size}: must be WIDTHxHEIGHT in pixels, as 640x360")
     print(f"making {options.count} clips of {size}", file=sys.stderr)
-    frames = max(2, round(options.seconds * CLIP_FPS))
-    return write_clips(folder / size, options.count, int(height), int(width), frames, CLIP_FPS)
+    frames = max(2, round(options.seconds * FPS))
+    return write_clips(folder / size, options.count, int(height), int(width), frames)
 
 
 # ----------------------------------------------------------------------------------------------------------- sides
 
 
 @contextmanager
-def sides_of(case: Case, cores: Sequence[int], processor: bool, notes: list[str]) -> Iterator[list[Side]]:
+def sides_of(case: Case, cores: Sequence[int], cache: Path, processor: bool, notes: list[str]) -> Iterator[list[Side]]:
     """The sides, started and warmed up. A side that cannot run is explained in `notes`."""
+    spec = case.documents.encoder.processor
+    tasks: dict[str, Callable[[MediaPlan], int]] = {
+        "torchcodec": decode_bare,
+        "patches": partial(decode_to_patches, processor=spec),
+        "cached": partial(read_cache, processor=spec, folder=cache),
+        **({"processor": partial(fetch_and_process, base=DEMO_BASE)} if processor else {}),
+    }
     with ExitStack() as stack:
-
-        def start(initializer: Callable[[Sequence[int]], None]) -> WorkerPool:
-            return stack.enter_context(WorkerPool(len(cores), DEADLINE_S, partial(initializer, cores)))
-
-        pool = start(start_on)
-        sides = [Side("vft", partial(run_vft, case, pool), pids_of(pool))]
-        pool = start(start_on)
-        sides.append(Side("torchcodec", partial(run_bare, case, pool), pids_of(pool)))
-        for side in sides:
-            side.run()
-        if processor:
-            pool = start(start_processor)
+        sides = []
+        for name, task in {"vft": None, **tasks}.items():
+            pool = stack.enter_context(WorkerPool(len(cores), DEADLINE_S, partial(start_on, cores)))
+            side = Side(name, partial(run_task, case, pool, task) if task else partial(run_vft, case, pool))
             try:
-                usual = Side("processor", partial(run_processor, case, pool), pids_of(pool))
-                usual.run()
-                sides.append(usual)
+                side.run()
+                sides.append(side)
             except (ImportError, RuntimeError, ValueError) as error:
+                if name != "processor":
+                    raise
                 notes.append(f"processor, {case.name}: {str(error).splitlines()[0]}")
         yield sides
 
@@ -254,30 +252,18 @@ def run_vft(case: Case, pool: WorkerPool) -> int:
     return frames
 
 
-def run_bare(case: Case, pool: WorkerPool) -> int:
-    """The same frames, decoded alone."""
-    plans = [(plan.ref.path, plan.info.stream_index, plan.frame_indices) for plan in case.plans]
-    return sum(future.result() for future in [pool.submit(decode_bare, *plan) for plan in plans])
+def run_task(case: Case, pool: WorkerPool, task: Callable[[MediaPlan], int]) -> int:
+    """The same frames another way."""
+    return sum(future.result() for future in [pool.submit(task, plan) for plan in case.plans])
 
 
-def run_processor(case: Case, pool: WorkerPool) -> int:
-    """The same frames through the usual processor."""
-    plans = [(plan.ref.path, plan.frame_indices, plan.height, plan.width) for plan in case.plans]
-    return sum(future.result() for future in [pool.submit(fetch_and_process, DEMO_BASE, *plan) for plan in plans])
-
-
-def pids_of(pool: WorkerPool) -> list[int]:
-    """The process numbers of its workers."""
-    found: set[int] = set()
-    while len(found) < pool.workers:
-        found |= {future.result() for future in [pool.submit(pid_after, 0.02) for _ in range(pool.workers)]}
-    return sorted(found)
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time that a process has taken, all its threads together."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def all_cpu_seconds() -> float:
+    """CPU seconds of this process and all workers, with their threads. Those of the other sides are idle meanwhile."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
 #!/usr/bin/env python
 """What each optimisation of a step is worth, with and without it in turns: python tools/bench/gains.py [--shape small]
 
-Every line is the same work with the same loss, done in the obvious way and in the trainer's. `gain` is the ratio of the
-two times.
+Every line is the same work with the same mean loss, done in the obvious way and in the trainer's. `gain` is the ratio
+of the two times. Where tokens alone decide about them, `found` is the share of the plain way's time that the trainer's
+takes and `expected` the share that it should take: (V + k q) / k (V + q) for k questions on one copy of their video.
+Beside these, several rows are compared with one: their time should be in proportion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from measure import benchmark, default_device, interleaved, median, report
-from workload import SHAPES, adapted_model, add_shape, shape_and_device
+import torch.nn.functional as F
+from measure import DEVICE, benchmark, in_turns, report
+from workload import add_shape, random_model, settings
 
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
@@ -23,164 +29,177 @@ from vft.models.base import VideoLanguageModel
 from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
-WORDS, ANSWER = 25, 10
-"""Tokens of a question with its answer, and of the answer."""
 Work = Callable[[], torch.Tensor]
-"""Runs forward and backward and gives the summed loss."""
+"""Runs forward and backward and gives the mean loss."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Two ways to one loss."""
+
+    plainly: Work
+    ours: Work
+    tokens: tuple[int, int] | None = None
+    """Of the two ways, where these decide about their times."""
 
 
 def main() -> None:
     """Command line."""
-    with benchmark(__doc__, add_shape) as (options, _):
-        name, device = shape_and_device(options)
-        model = adapted_model(SHAPES[name], device)
-        lines = [compare(what, *make(model, device), options.repeats) for what, make in GAINS.items()]
-        report(f"what each optimisation is worth: {name}", lines, options)
+    with benchmark(__doc__, add_arguments) as (options, _):
+        model = random_model(settings(options.shape))
+        gains = {name: gain for kind in options.of for name, gain in KINDS[kind](model).items()}
+        lines = [compare(name, gain, options.repeats) for name, gain in gains.items()]
+        report(f"what each optimisation is worth: {options.shape}", lines, options)
 
 
-def compare(what: str, plainly: Work, ours: Work, repeats: int) -> dict[str, Any]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    add_shape(parser)
+    parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=list(KINDS), help="what is measured (all)")
+
+
+def compare(name: str, gain: Gain, repeats: int) -> dict[str, Any]:
     """One line of the table. UserError if the two ways give different losses: then the figure means nothing."""
-    losses = [float(work()) for work in (plainly, ours)]
+    losses = [float(work()) for work in (gain.plainly, gain.ours)]
     difference = abs(losses[1] / losses[0] - 1)
-    if difference > (1e-4 if default_device().type == "cpu" else 2e-2):
-        raise UserError(f"{what}: losses {losses[0]} and {losses[1]} differ")
-    times = {name: median(t) for name, t in interleaved({"plainly": plainly, "ours": ours}, repeats).items()}
-    figures = {"plainly s": times["plainly"], "ours s": times["ours"], "gain": times["plainly"] / times["ours"]}
-    return {"optimisation": what, **figures, "loss differs by": difference}
+    if difference > (1e-4 if DEVICE.type == "cpu" else 2e-2):
+        raise UserError(f"{name}: losses {losses[0]} and {losses[1]} differ")
+    plainly_s, ours_s = map(median, in_turns({"plainly": gain.plainly, "ours": gain.ours}, repeats).values())
+    line: dict[str, Any] = {"optimisation": name, "plainly s": plainly_s, "ours s": ours_s, "gain": plainly_s / ours_s}
+    if gain.tokens is not None:
+        found, expected = ours_s / plainly_s, gain.tokens[1] / gain.tokens[0]
+        line |= {"tokens": gain.tokens[1], "instead of": gain.tokens[0], "found": found, "expected": expected}
+        line["found / expected"] = found / expected
+    return {**line, "loss differs by": difference}
 
 
-def passes(model: VideoLanguageModel, rows: list[Batch], device: torch.device) -> Work:
+def passes(model: VideoLanguageModel, rows: Sequence[Batch]) -> Work:
     """Forward and backward of rows one after another."""
 
     def run() -> torch.Tensor:
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=DEVICE)
         for row in rows:
-            loss = cross_entropy(model, row.to(device))
+            loss = cross_entropy(model, row.to(DEVICE))
             loss.backward()
             total += loss.detach()
         model.zero_grad()
-        return total
+        return total / sum(row.num_targets for row in rows)
 
     return run
 
 
-def shared_videos(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """Five questions on one copy of their video, and on five."""
-    shared = video_document(model.processor, Video(), 5, WORDS, ANSWER)
-    return passes(model, [row_of(model.processor, apart(shared))], device), passes(
-        model, [row_of(model.processor, [shared])], device
+def packs(model: VideoLanguageModel) -> dict[str, Gain]:
+    """One row, and several."""
+    row = video_row(model, 2)
+    return {
+        f"{k} rows instead of 1": Gain(
+            passes(model, [row]), passes(model, [row] * k), (row.num_tokens, k * row.num_tokens)
+        )
+        for k in (2, 4)
+    }
+
+
+def questions(model: VideoLanguageModel) -> dict[str, Gain]:
+    """k questions with a copy of their video each, and on one copy.
+
+    Four videos a row in either case: on two cores a row of one is too short to keep them busy.
+    """
+    gains = {}
+    for k in (2, 5, 8):
+        shared = [video_document(model.processor, Video(), k, 25, 10, seed) for seed in range(4)]
+        apart = [row_of(model.processor, [part(document, number) for document in shared]) for number in range(k)]
+        row = row_of(model.processor, shared)
+        tokens = sum(one.num_tokens for one in apart), row.num_tokens
+        gains[f"{k} questions on one video"] = Gain(passes(model, apart), passes(model, [row]), tokens)
+    return gains
+
+
+def part(document: Document, number: int) -> Document:
+    """One branch with a copy of the trunk."""
+    trunk, own = document.prefix_length, document.suffix_rows[number]
+    kept = torch.cat([torch.arange(trunk), torch.arange(own.start, own.stop)])
+    return Document(
+        sample_ids=(document.sample_ids[number],),
+        ids_T=document.ids_T[kept],
+        labels_T=document.labels_T[kept],
+        positions_3T=document.positions_3T[:, kept],
+        prefix_length=0,
+        suffix_lengths=(len(kept),),
+        media=document.media,
+        media_mask_T=document.media_mask_T[kept],
     )
 
 
-def apart(document: Document) -> list[Document]:
-    """Each branch with a copy of the trunk."""
-    trunk, made = document.prefix_length, []
-    for sample, own in zip(document.sample_ids, document.suffix_rows, strict=True):
-        rows = torch.cat([torch.arange(trunk), torch.arange(own.start, own.stop)])
-        made.append(
-            replace(
-                document,
-                sample_ids=(sample,),
-                ids_T=document.ids_T[rows],
-                labels_T=document.labels_T[rows],
-                positions_3T=document.positions_3T[:, rows],
-                prefix_length=0,
-                suffix_lengths=(len(rows),),
-                media_mask_T=document.media_mask_T[rows],
-            )
-        )
-    return made
-
-
-def packed_rows(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """Sixteen short documents in one row, and in a row each."""
+def packing(model: VideoLanguageModel) -> dict[str, Gain]:
+    """Sixteen short documents in a row each, and in one row."""
     documents = [text_document(20 + 8 * seed, 10, seed) for seed in range(16)]
     alone = [row_of(model.processor, [document]) for document in documents]
-    return passes(model, alone, device), passes(model, [row_of(model.processor, documents)], device)
+    return {"16 documents in one row": Gain(passes(model, alone), passes(model, [row_of(model.processor, documents)]))}
 
 
-def supervised_head(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """Logits of supervised tokens alone, and of every token."""
-    row = row_of(
-        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
-    )
+def parts(model: VideoLanguageModel) -> dict[str, Gain]:
+    """Parts of the model that do less than all, on a row of four videos."""
+    row = video_row(model, 4)
+    ours = passes(model, [row])
 
-    def everywhere() -> torch.Tensor:
-        batch = row.to(device)
-        every = torch.arange(row.num_tokens, device=device)
+    def head_everywhere() -> torch.Tensor:
+        batch = row.to(DEVICE)
         x_TE, _ = model.embed(batch)
+        every = torch.arange(row.num_tokens, device=DEVICE)
         hidden_TE = model.decoder.norm(model.decoder(x_TE, batch.positions_3T, batch.plan, every))
-        losses_T = torch.nn.functional.cross_entropy(
-            model.head(hidden_TE).float().index_select(0, batch.target_index_N), batch.target_ids_N, reduction="sum"
-        )
-        losses_T.backward()
+        logits_NV = model.head(hidden_TE).float().index_select(0, batch.target_index_N)
+        loss = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="sum")
+        loss.backward()
         model.zero_grad()
-        return losses_T.detach()
+        return loss.detach() / row.num_targets
 
-    return everywhere, passes(model, [row], device)
-
-
-def windows_at_once(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """All windows of the vision encoder in one call, and each in its own, as without flash-attention elsewhere."""
-    row = row_of(
-        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
-    )
-    ours = passes(model, [row], device)
-
-    def one_by_one() -> torch.Tensor:
+    def windows_one_by_one() -> torch.Tensor:
         with each_segment_alone():
             return ours()
 
-    return one_by_one, ours
-
-
-@contextmanager
-def each_segment_alone() -> Iterator[None]:
-    """A call of attention for each segment of the encoder's plans."""
-    attend = attention.attend
-
-    def loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        if plan.causal:
-            return attend(q, k, v, plan)
-        parts = []
-        for one in plan.segments:
-            own = slice(one.q_start, one.q_start + one.q_length)
-            q1, k1, v1 = (x[own].transpose(0, 1)[None] for x in (q, k, v))
-            parts.append(torch.nn.functional.scaled_dot_product_attention(q1, k1, v1)[0].transpose(0, 1))
-        return torch.cat(parts)
-
-    module: Any = layers
-    module.attend = loop
-    try:
-        yield
-    finally:
-        module.attend = attend
-
-
-def frozen_encoder(model: VideoLanguageModel, device: torch.device) -> tuple[Work, Work]:
-    """No graph through the frozen encoder, and a whole graph, as if the patches' embedding needed a gradient."""
-    row = row_of(
-        model.processor, [video_document(model.processor, Video(), 1, WORDS, ANSWER, seed) for seed in range(4)]
-    )
-
-    def with_graph() -> torch.Tensor:
-        weight = model.get_parameter("visual.patch_embed.proj.weight")
-        weight.requires_grad_(True)
+    def graph_in_the_encoder() -> torch.Tensor:
+        # As if the patches' embedding needed a gradient.
+        weight = model.get_parameter("visual.patch_embed.proj.weight").requires_grad_(True)
         try:
             return ours()
         finally:
             weight.requires_grad_(False)
 
-    ours = passes(model, [row], device)
-    return with_graph, ours
+    return {
+        "head on supervised tokens": Gain(head_everywhere, ours),
+        "windows in one call": Gain(windows_one_by_one, ours),
+        "no graph in a frozen encoder": Gain(graph_in_the_encoder, ours),
+    }
 
 
-GAINS: dict[str, Callable[[Any, torch.device], tuple[Work, Work]]] = {
-    "5 questions on one video": shared_videos,
-    "16 documents in one row": packed_rows,
-    "head on supervised tokens": supervised_head,
-    "windows in one call": windows_at_once,
-    "no graph in a frozen encoder": frozen_encoder,
+def video_row(model: VideoLanguageModel, count: int) -> Batch:
+    """Videos with a question each."""
+    return row_of(model.processor, [video_document(model.processor, Video(), 1, 25, 10, seed) for seed in range(count)])
+
+
+@contextmanager
+def each_segment_alone() -> Iterator[None]:
+    """A call of attention for each segment of the encoder's plans, as without flash-attention elsewhere."""
+
+    def loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        if plan.causal:
+            return attention.attend(q, k, v, plan)
+        results = []
+        for one in plan.segments:
+            own = slice(one.q_start, one.q_start + one.q_length)
+            q1, k1, v1 = (x[own].transpose(0, 1)[None] for x in (q, k, v))
+            results.append(F.scaled_dot_product_attention(q1, k1, v1)[0].transpose(0, 1))
+        return torch.cat(results)
+
+    with patch.object(layers, "attend", loop):
+        yield
+
+
+KINDS: dict[str, Callable[[Any], dict[str, Gain]]] = {
+    "packs": packs,
+    "questions": questions,
+    "packing": packing,
+    "parts": parts,
 }
 
 

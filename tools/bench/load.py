@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from measure import benchmark, default_device, median, report, synchronise
+from measure import DEVICE, benchmark, in_new_process, report, seconds_of
 from safetensors.torch import load_file
 from torch import Tensor
 from workload import SHAPES, write_checkpoint
@@ -56,40 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of a random checkpoint (small)")
     model.add_argument("--model", type=Path, help="folder of a Qwen2.5-VL checkpoint instead")
-    parser.add_argument("--device", default=str(default_device()), help="where the weights go (default: the GPU)")
+    parser.add_argument("--device", default=str(DEVICE), help="where the weights go (default: the GPU)")
 
 
 def compare(options: argparse.Namespace, model: Path) -> None:
     """Time all ways and report."""
-    files = sorted(model.glob("*.safetensors"))
-    file_bytes = sum(file.stat().st_size for file in files)
-    for file in files:  # so that it lies in the system's file cache
-        file.read_bytes()
+    # Reading puts the files into the system's file cache.
+    file_bytes = sum(len(file.read_bytes()) for file in sorted(model.glob("*.safetensors")))
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(options.repeats):
         for way in WAYS:
-            runs[way].append(run(way, model, options.device))
+            runs[way].append(in_new_process(__file__, "--way", way, model, options.device))
     rows = []
+    ours = median(run["seconds"] for run in runs["vft"])
     for way, found in runs.items():
-        seconds, host = (median([run[name] for run in found]) for name in ("seconds", "host_bytes"))
-        size = found[0]["bytes"]
-        times = [run["seconds"] for run in found]
+        times, size = [run["seconds"] for run in found], found[0]["bytes"]
+        seconds, host = median(times), median(run["host_bytes"] for run in found)
         row = {"way": way, "seconds": seconds, "fastest": min(times), "slowest": max(times)}
-        ours = median([run["seconds"] for run in runs["vft"]])
         row |= {"time / vft's": seconds / ours, "GiB/s": file_bytes / GIB / seconds}
         rows.append({**row, "model GiB": size / GIB, "host peak GiB": host / GIB, "host / model": host / size})
     report(f"Loading {file_bytes / GIB:.3g} GiB from the file cache", rows, options, file_bytes=file_bytes)
-
-
-def run(way: str, model: Path, device: str) -> dict[str, Any]:
-    """One run in a new process. UserError, with the last line that it printed, if it fails."""
-    command = [sys.executable, __file__, "--way", way, str(model), device]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{way}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 # -------------------------------------------------------------------------------------------- in the child process
@@ -100,32 +85,33 @@ def measure(way: str, folder: Path, device: torch.device) -> None:
     if way == "transformers":
         from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401  # not part of the time
     torch.zeros(1, device=device)
-    memory = MemoryWatcher()
-    memory.start()
-    since = time.perf_counter()
-    tensors = list(WAYS[way](folder, device))
-    for tensor in tensors:
-        tensor.detach().flatten()[:: max(1, PAGE_BYTES // tensor.element_size())].sum()
-    synchronise()
-    seconds = time.perf_counter() - since
-    memory.done.set()
-    memory.join()
+    tensors: list[Tensor] = []
+
+    def work() -> None:
+        tensors.extend(WAYS[way](folder, device))
+        for tensor in tensors:
+            tensor.detach().flatten()[:: max(1, PAGE_BYTES // tensor.element_size())].sum()
+
+    with watched_memory() as seen:
+        seconds = seconds_of(work)
     size = sum(tensor.nbytes for tensor in tensors)
-    print(json.dumps({"seconds": seconds, "bytes": size, "host_bytes": memory.peak - memory.before}))
+    print(json.dumps({"seconds": seconds, "bytes": size, "host_bytes": max(seen) - seen[0]}))
 
 
-class MemoryWatcher(threading.Thread):
-    """Follows this process's own memory; pages of mapped files do not count."""
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """This process's anonymous and shared memory every `POLL_S`, bytes; pages of mapped files do not count."""
+    seen, done = [own_bytes()], threading.Event()
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.before = self.peak = own_bytes()
-        self.done = threading.Event()
+    def look() -> None:
+        while not done.wait(POLL_S):
+            seen.append(own_bytes())
 
-    def run(self) -> None:
-        """Until `done` is set."""
-        while not self.done.wait(POLL_S):
-            self.peak = max(self.peak, own_bytes())
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield seen
+    done.set()
+    thread.join()
 
 
 def own_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command line, timing in turns, medians, a table to read and JSON to keep."""
+"""What the benchmarks share: the command line, timing in turns, new processes, a table to read and JSON to keep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import platform
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from vft.common.console import user_errors
 from vft.common.errors import UserError
 
 Row = Mapping[str, Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOAD = os.getloadavg()[0]
 """Load of the machine before the benchmark."""
 
@@ -43,48 +45,29 @@ def benchmark(
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed runs of each kind (default {repeats})")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
-    with (
-        user_errors(),
-        tempfile.TemporaryDirectory(prefix="vft-bench-", dir=getattr(options, "folder", None)) as folder,
-    ):
+    with user_errors(), tempfile.TemporaryDirectory(prefix="vft-", dir=getattr(options, "folder", None)) as folder:
         for name, values in vars(options).items():
             for value in values if isinstance(values, list) else [values]:
-                least = 0 if name in may_be_zero else 1
-                option = f"--{name.replace('_', '-')} {value}"
-                if type(value) is int and value < least:
-                    raise UserError(f"{option}: must be at least {least}")
-                if isinstance(value, float) and (value < 0 or (least and not value)):
-                    raise UserError(f"{option}: must be above 0")
+                if type(value) in (int, float) and (value < 0 or (not value and name not in may_be_zero)):
+                    least = "at least 0" if name in may_be_zero else "above 0"
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be {least}")
         yield options, Path(folder)
 
 
-def seconds_of(work: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> list[float]:
-    """Wall-clock seconds of each of `repeats` runs after `warm_up` uncounted ones; waits for the GPU's work."""
-    times = []
-    for number in range(warm_up + repeats):
-        synchronise()
-        begin = time.perf_counter()
-        work()
-        synchronise()
-        if number >= warm_up:
-            times.append(time.perf_counter() - begin)
-    return times
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one run, with the GPU's work."""
+    synchronise()
+    begin = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - begin
 
 
-def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of several kinds of work, taken in turns, so that other load on the machine affects all alike."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
-    for _ in range(repeats):
-        for name, work in works.items():
-            times[name] += seconds_of(work, repeats=1, warm_up=0)
-    return times
-
-
-def median(values: Sequence[float]) -> float:
-    """The median."""
-    return statistics.median(values)
+def in_turns(works: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of several kinds of work, taken in turns, so that other load on the machine affects all alike. The first
+    `warm_up` rounds are not counted."""
+    rounds = [{name: seconds_of(work) for name, work in works.items()} for _ in range(warm_up + repeats)]
+    return {name: [times[name] for times in rounds[warm_up:]] for name in works}
 
 
 def synchronise() -> None:
@@ -93,9 +76,16 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def in_new_process(script: str, *arguments: object, **environment: str) -> dict[str, Any]:
+    """What `script` prints as its last line, which is JSON. UserError, with its last message, if it fails."""
+    command = [sys.executable, script, *map(str, arguments)]
+    own = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    if done.returncode:
+        message = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise UserError(f"{arguments[1]}: {message.removeprefix('error: ')}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -116,16 +106,9 @@ def report(title: str, rows: Sequence[Row], options: argparse.Namespace, **facts
     where = environment()
     show_table(title, rows, ", ".join(f"{name} {value}" for name, value in where.items()))
     if options.output is not None:
+        content = {"title": title, "environment": where, "settings": vars(options), **facts, "rows": rows}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        content = {
-            "title": title,
-            "environment": where,
-            "settings": settings,
-            **facts,
-            "rows": [dict(row) for row in rows],
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        options.output.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def show_table(title: str, rows: Sequence[Row], caption: str = "") -> None:

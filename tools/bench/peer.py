@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """vft beside what its users would otherwise run: python tools/bench/peer.py [--questions 5] [--mixed] [--output FILE]
 
-The other side is transformers' Trainer with PEFT's LoRA on Qwen2_5_VLForConditionalGeneration (peer_trainer.py): SDPA
-attention, DataLoader workers, batches padded to the longest row, each question with its whole video. Both train the
-same adapter on the same checkpoint, in float32 on the CPU, with the same samples in every step, optimizer and schedule.
+The other side is transformers' Trainer with PEFT's LoRA on Qwen2_5_VLForConditionalGeneration: SDPA attention,
+DataLoader workers, batches padded to the longest row, each question with its whole video. Both train the same adapter
+on the same checkpoint, in float32 on the CPU, with the same samples in every step, optimizer and schedule. The tokens,
+labels and pixels of the other side are vft's: the tests compare those with transformers' processors.
 
 Their losses are printed beside each other. Two things are set so that they can be equal at all. A step's loss is
 divided by the step's supervised tokens on both sides; Trainer left alone averages the means of its batches for this
@@ -23,26 +24,35 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from measure import benchmark, median, report, show_table
+from measure import benchmark, in_new_process, report, show_table
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from workload import SHAPES, write_checkpoint, write_clips, write_records
 
-from vft.adapters.lora import LoRALinear, initialise
+from vft.adapters.lora import adapted_layers
 from vft.adapters.peft_format import export_adapter
 from vft.common.errors import UserError
+from vft.common.types import IGNORE_INDEX, Document
 from vft.config import run as configs
 from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.config.run import CheckpointConfig, Config, LoraConfig, ModelConfig, TrainConfig
-from vft.preparation.run import open_for_training
+from vft.data.media.patches import load_patches
+from vft.data.packing import Cursor, take_step
+from vft.preparation.documents import load_training
+from vft.preparation.run import PreparedModel, open_for_training
+from vft.recipes import task_of
+from vft.recipes.main import train_config
+from vft.reporting.metrics_log import MetricsFile
 
 WARM_UP = 2
 """Steps before the timed ones."""
@@ -50,59 +60,22 @@ AHEAD = 1
 """Steps after the timed ones: vft prepares so many ahead; the other side two batches a worker."""
 LONGEST_STEP = 1 << 20
 """Tokens; a row is limited by its samples instead, so that all steps hold equally many."""
-POLL_S = 0.1
 MAX_PIXELS = 50176
 """Height x width of a frame, at most: 224 x 224, 64 tokens of two frames."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """The job of the other side: the argument of peer_trainer.py, as JSON."""
-
-    config: str
-    """TOML file that the vft side runs: data, optimizer, schedule and adapter are taken from it."""
-    batch: int
-    """Rows of a padded batch; the last of a step may have fewer."""
-    workers: int
-    """DataLoader's worker processes."""
-    output: str
-    """JSON file to write: a `Record`."""
-
-
-@dataclass
-class Record:
-    """The course of a run: lists with a value for each step."""
-
-    losses: list[float] = field(default_factory=list)
-    """Mean over the supervised tokens of the step, natural log."""
-    grad_norms: list[float] = field(default_factory=list)
-    """2-norm before clipping."""
-    targets: list[int] = field(default_factory=list)
-    """Supervised tokens that the step's loss was divided by."""
-    tokens: list[int] = field(default_factory=list)
-    """Tokens through the decoder, padding with them."""
-    samples: list[int] = field(default_factory=list)
-    ends_s: list[float] = field(default_factory=list)
-    """When the step ended, on a clock that starts anywhere."""
-    cpu_s: list[float] = field(default_factory=list)
-    """Processor time of the training process, its threads together, up to the step's end."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a side."""
-
-    record: Record
-    seconds: float
-    """Of all timed steps together, by the clock."""
-    cpu_s: float
-    """The same by the processor: of the training process with its threads, without its workers."""
-    peak_bytes: int
-    """Peak of the training process's resident memory, without its workers."""
+Run = dict[str, Any]
+"""The course of a run: lists with a value for each step. `loss`, `grad_norm`, `num_targets`, `tokens` (padding among
+them) and `samples` as in metrics.jsonl; `ends_s` and `cpu_s`, the clock and the processor time of the training process
+with its threads at the step's end; and `peak_bytes`, the most memory that this process had resident."""
 
 
 def main() -> None:
     """Command line."""
+    if sys.argv[1:2] == ["--side"]:  # a child process of `compare`
+        run = SIDES[sys.argv[2]](configs.load(Path(sys.argv[3])), int(sys.argv[4]))
+        # Not getrusage's peak: it counts the parent's memory too, from before the command was executed.
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        print(json.dumps({**run, "peak_bytes": int(peak[1]) * 1024 if peak else 0}))
+        return
     with benchmark(__doc__, add_arguments, repeats=3, may_be_zero=("workers",)) as (options, folder):
         check(options)
         compare(options, folder)
@@ -144,73 +117,57 @@ def check(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace, folder: Path) -> None:
     """Run both sides in turns and report."""
     torch.set_num_threads(options.threads)
-    config = prepare(options, folder)
-    sides: dict[str, Callable[[], Run]] = {
-        "vft": lambda: run_vft(config, options, folder),
-        "Trainer + PEFT": lambda: run_peer(config, options, folder),
-    }
-    runs: dict[str, list[Run]] = {name: [] for name in sides}
+    config, file = prepare(options, folder), folder / "run.toml"
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    runs: dict[str, list[Run]] = {name: [] for name in SIDES}
     for number in range(options.repeats):
-        for name, side in sides.items():
-            runs[name].append(side())
-            print(f"run {number + 1}/{options.repeats} of {name}: {runs[name][-1].seconds:.1f} s", file=sys.stderr)
-    steps = compared(*(taken[0].record for taken in runs.values()))
-    rows = [row(name, taken, options) for name, taken in runs.items()]
-    ratio = rows[0]["samples/s"] / rows[1]["samples/s"]
-    ours_s, theirs_s = (float(one["CPU s a step"]) for one in rows)
-    cpu_ratio = theirs_s / ours_s if ours_s else None  # steps that passed between two looks have no seconds
+        for name in SIDES:
+            own = config.model_copy(update={"output_dir": folder / f"{name}-{number}"})
+            file.write_text(configs.dump(own), encoding="utf-8")
+            command = ("--side", name, file, options.peer_batch)
+            environment = {**threads, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+            runs[name].append(in_new_process(__file__, *command, **environment))
+            print(f"run {number + 1}/{options.repeats} of {name}: done", file=sys.stderr)
+    steps = compared(*(taken[0] for taken in runs.values()))
+    rows = [row(name, taken, options.steps) for name, taken in runs.items()]
+    ratio, cpu_ratio = rows[0]["samples/s"] / rows[1]["samples/s"], rows[1]["CPU s a step"] / rows[0]["CPU s a step"]
     largest = max(step["loss, relative difference"] for step in steps)
     show_table(f"losses: largest relative difference {largest:.1e}", steps)
-    by_cpu = "too short for CPU seconds" if cpu_ratio is None else f"{cpu_ratio:.2f} times, by CPU seconds"
-    title = f"{ratio:.2f} times the samples/s ({by_cpu})"
-    facts = {
-        "ratio": ratio,
-        "cpu_ratio": cpu_ratio,
-        "largest_loss_difference": largest,
-        "steps": steps,
-    }
-    report(title, rows, options, **facts)
+    facts = {"ratio": ratio, "cpu_ratio": cpu_ratio, "largest_loss_difference": largest, "steps": steps}
+    report(f"{ratio:.2f} times the samples/s ({cpu_ratio:.2f} times, by CPU seconds)", rows, options, **facts)
 
 
-def row(name: str, runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
+def row(name: str, runs: Sequence[Run], steps: int) -> dict[str, Any]:
     """A side's line of the table: medians over its runs, counts of the timed steps."""
-    timed = slice(WARM_UP, WARM_UP + options.steps)
-    record = runs[0].record
-    rates = [sum(run.record.samples[timed]) / run.seconds for run in runs]
+    timed, last = slice(WARM_UP, WARM_UP + steps), WARM_UP + steps - 1
+    seconds, cpu_s = ([run[key][last] - run[key][WARM_UP - 1] for run in runs] for key in ("ends_s", "cpu_s"))
+    counts = {key: sum(runs[0][key][timed]) for key in ("samples", "num_targets", "tokens")}
     return {
         "side": name,
-        "samples/s": median(rates),
-        "slowest": min(rates),
-        "fastest": max(rates),
-        "s a step": median([run.seconds for run in runs]) / options.steps,
-        "CPU s a step": median([run.cpu_s for run in runs]) / options.steps,
-        "peak GiB": median([run.peak_bytes for run in runs]) / 2**30,
-        "samples": sum(record.samples[timed]),
-        "supervised tokens": sum(record.targets[timed]),
-        "tokens": sum(record.tokens[timed]),
+        "samples/s": counts["samples"] / median(seconds),
+        "slowest": counts["samples"] / max(seconds),
+        "fastest": counts["samples"] / min(seconds),
+        "s a step": median(seconds) / steps,
+        "CPU s a step": median(cpu_s) / steps,
+        "peak GiB": median(run["peak_bytes"] for run in runs) / 2**30,
+        "samples": counts["samples"],
+        "supervised tokens": counts["num_targets"],
+        "tokens": counts["tokens"],
     }
 
 
-def compared(ours: Record, theirs: Record) -> list[dict[str, Any]]:
+def compared(ours: Run, theirs: Run) -> list[dict[str, Any]]:
     """Losses and gradient norms step by step. UserError if the steps do not hold the same samples."""
-    for name in ("samples", "targets"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise UserError(f"{name} of the steps: {getattr(ours, name)} here, {getattr(theirs, name)} there")
+    for name in ("samples", "num_targets"):
+        if ours[name] != theirs[name]:
+            raise UserError(f"{name} of the steps: {ours[name]} here, {theirs[name]} there")
     steps = []
-    for number, (a, b) in enumerate(zip(ours.losses, theirs.losses, strict=True)):
-        norms = ours.grad_norms[number], theirs.grad_norms[number]
-        steps.append(
-            {
-                "step": number + 1,
-                "supervised tokens": ours.targets[number],
-                "loss, vft": f"{a:.6f}",
-                "loss, peer": f"{b:.6f}",
-                "loss, relative difference": abs(a - b) / abs(b),
-                "gradient norm, vft": norms[0],
-                "gradient norm, peer": norms[1],
-                "norm, relative difference": abs(norms[0] - norms[1]) / norms[1],
-            }
-        )
+    for number, targets in enumerate(ours["num_targets"]):
+        line = {"step": number + 1, "supervised tokens": targets}
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            a, b = ours[key][number], theirs[key][number]
+            line |= {f"{name}, vft": a, f"{name}, peer": b, f"{name}, relative difference": abs(a - b) / abs(b)}
+        steps.append(line)
     return steps
 
 
@@ -260,105 +217,137 @@ def write_adapter(config: Config, folder: Path) -> None:
     """The adapter that both sides start from. Its B is not zero, as a fresh one's is: else A would have no gradient,
     and the first losses would be those of the base alone."""
     assert config.lora is not None
-    model = open_for_training(config).model
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    for layer in layers:
-        layer.lora_A.to_empty(device="cpu")
-        layer.lora_B.to_empty(device="cpu")
-    initialise(model, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_B.weight, std=0.02, generator=generator)
+    model, generator = open_for_training(config).model, torch.Generator().manual_seed(config.seed)
+    for _, layer in adapted_layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(part.to_empty(device="cpu").weight, std=0.02, generator=generator)
     export_adapter(model, folder, config.lora, config.model.path, {}, write=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- sides
+# ----------------------------------------------------------------------------------- sides, in their own processes
 
 
-def run_vft(config: Config, options: argparse.Namespace, folder: Path) -> Run:
+def run_vft(config: Config, _: int) -> Run:
     """The recipe as a user starts it; its metrics.jsonl says what its steps were."""
-    with tempfile.TemporaryDirectory(prefix="vft-", dir=folder) as output:
-        run = Path(output)
-        file = run.with_suffix(".toml")
-        file.write_text(configs.dump(config.model_copy(update={"output_dir": run})), encoding="utf-8")
-        command = [sys.executable, "-m", "vft.recipes.qa", str(file)]
-        peak, cpu_s = watched(command, options.threads, run.with_suffix(".log"), run / "metrics.jsonl")
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    record = Record(
-        losses=[line["loss"] for line in lines],
-        grad_norms=[line["grad_norm"] for line in lines],
-        targets=[line["num_targets"] for line in lines],
-        tokens=[line["tokens"] for line in lines],
-        samples=[line["samples"] for line in lines],
-        cpu_s=cpu_s,
+    run: Run = {"ends_s": [], "cpu_s": []}
+    append = MetricsFile.append
+
+    def append_and_note(file: MetricsFile, line: Any) -> None:
+        append(file, line)
+        note(run)
+
+    with patch.object(MetricsFile, "append", append_and_note):
+        train_config(config, "qa")
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = ("loss", "grad_norm", "num_targets", "tokens", "samples")
+    return {**run, **{key: [line[key] for line in lines] for key in keys}}
+
+
+def note(run: Run) -> None:
+    """The end of a step."""
+    run["ends_s"].append(time.perf_counter())
+    run["cpu_s"].append(time.process_time())
+
+
+def run_peer(config: Config, batch: int) -> Run:
+    """The other side on the same data, in the same steps, `batch` questions at a time."""
+    import transformers
+    from peft import PeftModel
+
+    transformers.logging.set_verbosity_error()
+    prepared = open_for_training(config)
+    steps = questions_by_step(config, prepared)
+    accumulated = [[step[i : i + batch] for i in range(0, len(step), batch)] for step in steps]
+    run: Run = {"ends_s": [], "cpu_s": [], "samples": [len(step) for step in steps]}
+    run["num_targets"] = [sum(int((one.labels_T != IGNORE_INDEX).sum()) for one in step) for step in steps]
+    run["tokens"] = [sum(len(part) * max(one.num_tokens for one in part) for part in step) for step in accumulated]
+
+    class Recorder(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            note(run)
+
+    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="sdpa"
     )
-    seconds = sum(line["step_time_s"] for line in lines[WARM_UP : WARM_UP + options.steps])
-    return Run(record, seconds, of_timed(cpu_s, options), peak)
+    base.config.use_cache = False
+    base.accepts_loss_kwargs = True  # a step's supervised tokens; otherwise short answers weigh more than long ones
+    train, workers = config.train, config.data.workers
+    arguments = transformers.TrainingArguments(
+        output_dir=str(config.output_dir),
+        per_device_train_batch_size=1,  # an item is a whole batch, so that none reaches over the end of a step
+        gradient_accumulation_steps=len(accumulated[0]),
+        num_train_epochs=1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_epsilon=train.eps,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=2 if workers else None,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=config.seed,
+    )
+    trainer = transformers.Trainer(
+        model=PeftModel.from_pretrained(base, config.model.adapter, is_trainable=True),
+        args=arguments,
+        train_dataset=Batches([part for step in accumulated for part in step], prepared),
+        data_collator=itemgetter(0),
+        callbacks=[Recorder()],
+    )
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    return {**run, **{key: [line[key] for line in logs] for key in ("loss", "grad_norm")}}
 
 
-def run_peer(config: Config, options: argparse.Namespace, folder: Path) -> Run:
-    """The other side on the same data, in the same steps."""
-    file, output = folder / "peer.toml", folder / "peer.json"
-    file.write_text(configs.dump(config), encoding="utf-8")
-    job = Job(config=str(file), batch=options.peer_batch, workers=options.workers, output=str(output))
-    job_file = folder / "job.json"
-    job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    script = Path(__file__).with_name("peer_trainer.py")
-    peak, _ = watched([sys.executable, str(script), str(job_file)], options.threads, folder / "peer.log")
-    record = Record(**json.loads(output.read_text(encoding="utf-8")))
-    return Run(record, of_timed(record.ends_s, options), of_timed(record.cpu_s, options), peak)
+def questions_by_step(config: Config, prepared: PreparedModel) -> list[list[Document]]:
+    """The questions of every step of a vft run, in its order, each with its whole video."""
+    task, encoder = task_of(config), prepared.encoder(config.data)
+    unshared = config.data.model_copy(update={"share_videos": False})
+    shared = load_training(task, config, encoder)
+    alone = load_training(task, config.model_copy(update={"data": unshared}), encoder)
+    numbers = {planned.conversations[0].id: number for number, planned in enumerate(alone.documents)}
+    plan, cursor, steps = shared.pack_plan(config.seed), Cursor(), []
+    for _ in range(config.train.max_steps or 0):
+        packs, cursor = take_step(plan, cursor, config.train.packs_per_step, None)
+        documents = [shared.documents[number] for pack in packs for number in pack.documents]
+        steps.append([alone.build(numbers[one.id]) for document in documents for one in document.conversations])
+    return steps
 
 
-def of_timed(ends: Sequence[float], options: argparse.Namespace) -> float:
-    """What passed in the timed steps, of a clock's readings at the end of each step."""
-    return ends[WARM_UP + options.steps - 1] - ends[WARM_UP - 1]
+class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Batches as the model takes them, padded on the right; padding is neither attended nor supervised."""
+
+    def __init__(self, batches: list[list[Document]], prepared: PreparedModel) -> None:
+        self.batches, self.model = batches, prepared.model
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self.batches[index]
+        plans = [row.media[0] for row in rows]
+        pixels_PD = torch.cat([load_patches(plan, self.model.processor).pixels_PD for plan in plans])
+        return {
+            "input_ids": pad_sequence([row.ids_T for row in rows], batch_first=True),
+            "labels": pad_sequence([row.labels_T for row in rows], batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row.ids_T) for row in rows], batch_first=True),
+            "position_ids": pad_sequence([row.positions_3T.T for row in rows], batch_first=True).permute(2, 0, 1),
+            "pixel_values_videos": self.model.normalise(pixels_PD),
+            "video_grid_thw": torch.tensor([plan.grid_thw for plan in plans]),
+        }
 
 
-def watched(command: Sequence[str], threads: int, log: Path, progress: Path | None = None) -> tuple[int, list[float]]:
-    """Run `command` to its end on the CPU with `threads` of torch.
-
-    Returns the most bytes that it had resident, and the CPU seconds that it had used when each line of `progress`
-    appeared (looked at ten times a second). UserError, with the last line that it printed, if it fails.
-    """
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    peak = 0
-    cpu_s: list[float] = []
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                now_peak, now_cpu_s = usage_of(process.pid)
-                peak = max(peak, now_peak)
-                done = progress.read_bytes().count(b"\n") if progress and progress.exists() else 0
-                cpu_s += [now_cpu_s] * (done - len(cpu_s))
-                time.sleep(POLL_S)
-        finally:
-            process.kill()
-    if process.returncode:
-        lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit status {process.returncode}"]
-        raise UserError(f"{' '.join(command[1:3])}: {lines[-1].removeprefix('error: ')}")
-    return peak, cpu_s
-
-
-def usage_of(pid: int) -> tuple[int, float]:
-    """Most bytes that a process had resident, and its CPU seconds; zeros if it has just ended.
-
-    Not getrusage's: its maximum counts this process's memory too, from before the command was executed.
-    """
-    try:
-        status, fields = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "stat"))
-    except OSError:
-        return 0, 0.0
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    user, system = fields.rpartition(")")[2].split()[11:13]  # behind the command's name, which may hold spaces
-    return int(found[1]) * 1024 if found else 0, (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+SIDES: dict[str, Callable[[Config, int], Run]] = {"vft": run_vft, "Trainer + PEFT": run_peer}
 
 
 if __name__ == "__main__":

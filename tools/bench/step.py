@@ -8,47 +8,27 @@ activation checkpointing. MFU and HFU are of the device's dense bf16 peak; of a 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from measure import benchmark, default_device, median, report, seconds_of
+from measure import DEVICE, benchmark, in_turns, report
 from torch._dynamo.utils import counters
-from workload import MODELS, fill
+from workload import MODELS, add_shape, make_step, open_random, random_model, settings
 
-from vft.adapters.lora import initialise
-from vft.adapters.targets import choose_trainable
 from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError
 from vft.common.types import Batch
-from vft.config.run import LoraConfig, ParallelConfig, TrainConfig
-from vft.models.base import VideoLanguageModel
+from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from vft.models.flops import FlopCounter
-from vft.models.released import build_from_config
-from vft.parallel.parallelize import checkpoint_activations, parallelize
+from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import GIB, MODES, resident_bytes, run_step
 from vft.preparation.synthetic import Video, plan_of, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
-from vft.training.optimizer import build_optimizer, scale_and_clip
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
 """Calls of the runtime in which the CPU waits for the device."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The model and the settings that are measured."""
-
-    shape: dict[str, Any]
-    dtype: torch.dtype
-    device: torch.device
-    lora: LoraConfig
-    parallel: ParallelConfig
-    quantize: str
 
 
 def main() -> None:
@@ -56,68 +36,59 @@ def main() -> None:
     with benchmark(__doc__, add_arguments, may_be_zero=("video",)) as (options, _):
         if options.video > 1:
             raise UserError(f"--video {options.video}: must be 0 to 1")
-        device = default_device()
-        on_gpu = device.type == "cuda"
-        name = options.shape or ("7b" if on_gpu else "small")
-        precision = options.precision or ("bf16" if on_gpu else "fp32")
-        tokens = options.tokens or (8192 if on_gpu else 1024)
-        rows = []
-        for mode in options.modes:
-            setting = Setting(
-                MODELS[name],
-                torch.bfloat16 if precision == "bf16" else torch.float32,
-                device,
-                LoraConfig(rank=options.rank),
-                ParallelConfig(activation_checkpointing=mode, compile=options.compile),
-                options.quantize,
-            )
-            rows.append(measure(setting, tokens, options.video, options.questions, options.repeats))
-        what = f"{name}, {precision}, LoRA r{options.rank}, {options.video:.0%} video"
+        rows = [measure(config_of(options, mode), options) for mode in options.modes]
+        what = f"{options.shape}, {options.precision}, LoRA r{options.rank}, {options.video:.0%} video"
         what += (", NF4" if options.quantize == "nf4" else "") + (", compiled" if options.compile else "")
         report(f"one step: {what}", rows, options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("--shape", choices=sorted(MODELS), help="default: 7b on a GPU, small on a CPU")
-    parser.add_argument("--tokens", type=int, help="of the row (default: 8192 on a GPU, 1024 on a CPU)")
+    precision, tokens = ("bf16", 8192) if DEVICE.type == "cuda" else ("fp32", 1024)
+    add_shape(parser, MODELS, on_gpu="7b")
+    parser.add_argument("--tokens", type=int, default=tokens, help=f"of the row (default {tokens})")
     parser.add_argument("--video", type=float, default=0.9, metavar="SHARE", help="of the tokens, 0 to 1 (default 0.9)")
     parser.add_argument("--questions", type=int, default=1, help="about each video (default 1)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=precision, help=f"default: {precision}")
     parser.add_argument("--modes", nargs="+", default=["none"], choices=MODES, help="of activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
     parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="of the decoder's layers")
 
 
-def measure(setting: Setting, tokens: int, video: float, questions: int, repeats: int) -> dict[str, Any]:
+def config_of(options: argparse.Namespace, mode: str) -> Config:
+    """The run that is measured, with a mode of activation checkpointing."""
+    return settings(
+        options.shape,
+        model=ModelConfig(path=options.shape, quantize=options.quantize),
+        lora=LoraConfig(rank=options.rank),
+        train=TrainConfig(max_steps=1, precision=options.precision),
+        parallel=ParallelConfig.model_validate({"activation_checkpointing": mode, "compile": options.compile}),
+    )
+
+
+def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    model = build_from_config(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, setting.lora, ())
-    mode = setting.parallel.activation_checkpointing
-    flops = FlopCounter(model, mode)
-    row = make_row(model.processor, tokens, video, questions)
-    planned = plan_bytes(setting, row)
     counters.clear()
-    parallelize(model, None, setting.parallel, setting.dtype, setting.device)
-    model.to_empty(device=setting.device)
-    fill(model)
-    initialise(model, seed=0)
-    step = make_step(model, row, setting.device)
-    if setting.device.type == "cuda":
+    planned, mode = open_random(config).model, config.parallel.activation_checkpointing
+    row = make_row(planned.processor, options.tokens, options.video, options.questions)
+    count = FlopCounter(planned, mode).count(row)
+    checkpoint_activations(planned, mode)
+    planned_bytes = resident_bytes(planned, 1) + run_step(planned, cross_entropy, row, DEVICE).peak
+    step = make_step(random_model(config), row, DEVICE)
+    if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = median(seconds_of(step, repeats, warm_up=2))
+    seconds = median(in_turns({"step": step}, options.repeats, warm_up=2)["step"])
     graphs = counters["stats"]["unique_graphs"]
     waits = count_waits(step)
-    count, peak = flops.count(row), peak_flops(setting.device)
     line: dict[str, Any] = {"checkpointing": mode, "tokens": row.num_tokens, "step s": seconds}
     line |= {"tokens/s": row.num_tokens / seconds, "samples/s": len(row.sample_ids) / seconds}
     line["TFLOP/s"] = count.model / seconds / 1e12
-    if peak is not None:
+    if (peak := peak_flops(DEVICE)) is not None:
         line |= {"MFU": count.model / seconds / peak, "HFU": count.hardware / seconds / peak}
         line["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
-    line["planned GiB"] = planned / GIB
-    if setting.parallel.compile:
+    line["planned GiB"] = planned_bytes / GIB
+    if config.parallel.compile:
         line |= {"graphs": graphs, "recompiled": counters["stats"]["unique_graphs"] - graphs}
     if waits is not None:
         line["waits"] = waits
@@ -137,40 +108,14 @@ def make_row(processor: Any, tokens: int, video: float, questions: int) -> Batch
     return row_of(processor, documents)
 
 
-def plan_bytes(setting: Setting, row: Batch) -> int:
-    """What vft.preparation.memory says the step will hold."""
-    model = build_from_config(setting.shape, setting.dtype, setting.quantize)
-    choose_trainable(model, setting.lora, ())
-    checkpoint_activations(model, setting.parallel.activation_checkpointing)
-    return resident_bytes(model, 1) + run_step(model, cross_entropy, row, setting.device).peak
-
-
-def make_step(model: VideoLanguageModel, row: Batch, device: torch.device) -> Callable[[], None]:
-    """What the trainer does with one pack."""
-    optimizer = build_optimizer(model, TrainConfig())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        cross_entropy(model, row.to(device)).backward()
-        scale_and_clip(trainable, 1 / row.num_targets, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def count_waits(step: Callable[[], None]) -> int | None:
     """How often the processor waited for the GPU in one step; None without one. The gradient's norm is one."""
-    if not torch.cuda.is_available():
+    if DEVICE.type != "cuda":
         return None
     with torch.profiler.profile() as profile:
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
     # The profiler itself waits once, at its end.
-    return sum(event.get("name") in WAITS for event in events) - 1
+    return sum(event.count for event in profile.key_averages() if event.key in WAITS) - 1
 
 
 if __name__ == "__main__":

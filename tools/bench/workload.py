@@ -1,29 +1,34 @@
-"""The material of the benchmarks: checkpoints of any size with random weights, clips, and questions about them."""
+"""The material of the benchmarks: models of any size with random weights, clips, and questions about them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from measure import default_device
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from measure import DEVICE
 from torchcodec.encoders import VideoEncoder
+from transformers import AutoConfig
 
-from vft.adapters.lora import initialise
-from vft.adapters.targets import choose_trainable
-from vft.config.run import LoraConfig
+from vft.common.types import Batch
+from vft.config.run import Config, LoraConfig, ModelConfig, TrainConfig
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
+from vft.models.pretrained import Pretrained
 from vft.models.released import RELEASED, build_from_config, qwen2_5_vl
+from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
+from vft.training.losses import cross_entropy
+from vft.training.optimizer import build_optimizer, scale_and_clip
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
+FPS = 30.0
+"""Of all clips."""
 
 
 _SEVEN_B, _SEVENTY_TWO_B = RELEASED["Qwen2.5-VL-7B-"], RELEASED["Qwen2.5-VL-72B-"]
@@ -55,31 +60,54 @@ MODELS: dict[str, dict[str, Any]] = {
 """Also those of other families, for benchmarks that need no files."""
 
 
-def adapted_model(config: dict[str, Any], device: torch.device) -> VideoLanguageModel:
-    """A model with random weights and fresh adapters on `device`, in bf16 on a GPU and fp32 on a CPU."""
-    model = build_from_config(config, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    choose_trainable(model, LoraConfig(), ())
-    model.to_empty(device=device)
-    fill(model)
-    initialise(model, seed=0)
-    return model
-
-
-def add_shape(parser: ArgumentParser) -> None:
+def add_shape(parser: ArgumentParser, shapes: dict[str, Any] = SHAPES, on_gpu: str = "3b") -> None:
     """The option for the model's size."""
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 3b on a GPU, small on a CPU")
+    name = on_gpu if DEVICE.type == "cuda" else "small"
+    parser.add_argument("--shape", choices=sorted(shapes), default=name, help=f"size of a random model ({name})")
 
 
-def shape_and_device(options: Namespace) -> tuple[str, torch.device]:
-    """The name of the model's size, and the device that it runs on."""
-    device = default_device()
-    return options.shape or ("3b" if device.type == "cuda" else "small"), device
+def settings(shape: str, device: torch.device = DEVICE, **tables: Any) -> Config:
+    """The configuration of a run of one step with a model of `MODELS`, in bf16 on a GPU and fp32 on a CPU."""
+    model = ModelConfig(path=shape)
+    train = TrainConfig(max_steps=1, precision="bf16" if device.type == "cuda" else "fp32")
+    return Config(**{"output_dir": Path(), "model": model, "lora": LoraConfig(), "train": train, **tables})
+
+
+def open_random(config: Config) -> PreparedModel:
+    """The model of a configuration whose `model.path` is one of `MODELS`, on the meta device."""
+    pretrained = Pretrained(str(DEMO_BASE), AutoConfig.for_model(**MODELS[config.model.path]), {})
+    return open_for_training(config, pretrained)
+
+
+def random_model(config: Config, device: torch.device = DEVICE) -> VideoLanguageModel:
+    """The same with random weights, ready to train on `device`."""
+    prepared = open_random(config)
+    load(prepared, device, None, config.parallel)
+    fill(prepared.model)
+    start_adapters(prepared, config)
+    return prepared.model
+
+
+def make_step(
+    model: VideoLanguageModel, row: Batch, device: torch.device, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], None]:
+    """What the trainer does with one pack."""
+    optimizer = optimizer or build_optimizer(model, TrainConfig())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        cross_entropy(model, row.to(device)).backward()
+        scale_and_clip(trainable, 1 / row.num_targets, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, seed: int = 0) -> None:
+def fill(model: torch.nn.Module) -> None:
     """Random weights that keep activations of ordinary size: as an initialiser would make them."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     shapes = nf4.true_shapes(model)
     for name, parameter in model.named_parameters():
         if nf4.is_packed(parameter):
@@ -92,34 +120,22 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_checkpoint(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, file_bytes: int = 0
+    folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, file_bytes: int = 1 << 40
 ) -> Path:
-    """A checkpoint with random weights in the released layout; with `file_bytes` in several files and an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in DEMO_BASE.glob("*.json"):
-        if file.name not in ("config.json", "vft.json"):
-            shutil.copy(file, folder / file.name)
+    """A checkpoint with random weights in the released layout, in files of at most `file_bytes`."""
+    shutil.copytree(DEMO_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "vft.json"), dirs_exist_ok=True)
     base = json.loads((DEMO_BASE / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**base, **config}, indent=1), encoding="utf-8")
-    model = build_from_config(config, dtype)
-    model.to_empty(device="cpu")
-    fill(model, seed)
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    if not file_bytes:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=file_bytes)
-    for name, members in split.filename_to_tensors.items():
-        save_file({member: tensors[member] for member in members}, folder / name, {"format": "pt"})
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    model = build_from_config(config, dtype).to_empty(device="cpu")
+    fill(model)
+    save_torch_state_dict(dict(model.named_parameters()), folder, max_shard_size=file_bytes)
     return folder
 
 
 def write_clips(
-    folder: Path, count: int, height: int = 256, width: int = 256, frames: int = 60, fps: float = 30.0, longest: int = 0
+    folder: Path, count: int, height: int = 256, width: int = 256, frames: int = 60, longest: int = 0
 ) -> list[Path]:
-    """H.264 clips of `frames` frames, or of up to `longest` (short ones are more).
+    """H.264 clips of `frames` frames at `FPS` a second, or of up to `longest` (short ones are more).
 
     Coarse patches drift one way and a fine texture another: every frame differs.
 
@@ -138,7 +154,7 @@ def write_clips(
             y, x = step % 96, (2 * step) % 96
             fine = texture[:, :height, :width].roll((-3 * step, 5 * step), (1, 2))
             clip[step] = (255 * patches[:, y : y + height, x : x + width] + 12 * fine).clamp(0, 255)
-        VideoEncoder(clip, frame_rate=fps).to_file(path)
+        VideoEncoder(clip, frame_rate=FPS).to_file(path)
     return paths
 
 
@@ -149,53 +165,33 @@ def _noise(height: int, width: int, size: int, generator: torch.Generator) -> to
 
 
 def write_records(
-    file: Path,
-    clips: Sequence[Path],
-    questions: int,
-    words: int = 12,
-    mixed: bool = False,
-    seed: int = 0,
-    root: Path | None = None,
+    file: Path, clips: Sequence[Path], questions: int, words: int = 12, mixed: bool = False, root: Path | None = None
 ) -> Path:
     """LLaVA-shaped JSON: `questions` records for each clip, each a question and an answer of about `words` words.
 
     Paths of clips are relative to `root`, else to the file's folder. `mixed`: answers of very different lengths, from
     1 word to 16 x `words`, most of them short.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = (
-        "red",
-        "blue",
-        "disc",
-        "square",
-        "moves",
-        "jumps",
-        "left",
-        "right",
-        "slowly",
-        "on",
-        "a",
-        "dark",
-        "field",
-    )
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [
+        *("red", "blue", "disc", "square", "moves", "jumps", "left", "right", "slowly"),
+        *("on", "a", "dark", "field"),
+    ]
 
     def text(count: int) -> str:
-        chosen = torch.randint(len(vocabulary), (count,), generator=generator)
-        return " ".join(vocabulary[i] for i in chosen)
+        return " ".join(vocabulary[i] for i in torch.randint(len(vocabulary), (count,), generator=generator))
 
-    def lengths() -> Iterator[int]:
-        while True:
-            factor = 2 ** (4 * float(torch.rand((), generator=generator)) ** 2) if mixed else 1.0
-            yield max(1, round(words * factor / (2 if mixed else 1)))
+    def answer() -> str:
+        share = 2 ** (4 * float(torch.rand((), generator=generator)) ** 2) / 2 if mixed else 1.0
+        return text(max(1, round(words * share)))
 
-    length = lengths()
     records = [
         {
             "id": f"{clip.stem}-{number}",
             "video": str(clip.relative_to(root or file.parent)),
             "conversations": [
                 {"from": "human", "value": f"<video>\n{text(words)}?"},
-                {"from": "gpt", "value": f"{text(next(length))}."},
+                {"from": "gpt", "value": f"{answer()}."},
             ],
         }
         for clip in clips

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,39 +26,16 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Media:
-    """Files of a folder by their name without suffix, as paths relative to the root."""
-
-    folder: Path
-    root: Path
-    by_stem: dict[str, list[str]]
-
-    @staticmethod
-    def scan(folder: Path, root: Path, suffixes: frozenset[str]) -> Media:
-        """All files of `root / folder`, at any depth. UserError if there are none."""
-        if not (root / folder).resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
-        by_stem: dict[str, list[str]] = {}
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix.lower() in suffixes and not is_stray(path.relative_to(root / folder).as_posix()):
-                by_stem.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
-        if not by_stem:
-            kinds = ", ".join(sorted(suffixes))
-            raise UserError(f"{root / folder}: no files of {kinds} there; name the folder of the media below --root")
-        return Media(folder, root, by_stem)
-
-    def find(self, *stems: str) -> list[str]:
-        """The files with the first of these names that exists."""
-        return next((self.by_stem[stem] for stem in stems if stem in self.by_stem), [])
-
-
-@dataclass(frozen=True)
 class Conversion:
     """One run of a converter."""
 
     annotations: Path
-    media: Media
-    left_out: Counter[str]
+    root: Path
+    folder: Path
+    """Of the media, relative to the root."""
+    by_stem: dict[str, list[str]]
+    """Paths of the media relative to the root, by name without suffix."""
+    left_out: Counter[str] = field(default_factory=Counter)
     """Records, or segments of one, that are not written, by reason."""
 
     def records(self, name: str, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -80,18 +57,22 @@ class Conversion:
                 yield item
                 bar.update()
 
+    def find_all(self, *stems: str) -> list[str]:
+        """The files with the first of these names that exists."""
+        return next((self.by_stem[stem] for stem in stems if stem in self.by_stem), [])
+
     def find(self, *stems: str, length_s: Any = None) -> str | None:
         """The file with the first of these names that exists. Of several, the one that is `length_s` seconds long.
 
         None if there is no such file, or more than one; counts these.
         """
-        files = self.media.find(*stems)
+        files = self.find_all(*stems)
         if len(files) > 1 and isinstance(length_s, int | float):
-            infos = [(name, read_header(self.media.root / name)) for name in files]
+            infos = [(name, read_header(self.root / name)) for name in files]
             files = [name for name, info in infos if info and abs(info.duration_s - length_s) <= SLACK_S] or files
         if len(files) != 1:
             reason = "video: several of that name in" if files else "video not in"
-            self.left_out[f"{reason} {self.media.folder}"] += 1
+            self.left_out[f"{reason} {self.folder}"] += 1
             return None
         return files[0]
 
@@ -103,7 +84,7 @@ class Conversion:
         if not isinstance(times, list) or len(times) != len(texts):
             self.left_out["segments: not as many times as texts"] += len(texts)
             return []
-        info = read_header(self.media.root / video)
+        info = read_header(self.root / video)
         stated = MediaInfo("video", 0, 0, duration_s=length_s) if isinstance(length_s, int | float) else None
         lengths = [one for one in (info, stated) if one is not None and one.duration_s > 0]
         segments: list[dict[str, Any]] = []
@@ -118,6 +99,20 @@ class Conversion:
                 end_s = span[1] if info is None or span[1] <= info.duration_s else round(info.duration_s, 3)
                 segments.append({"start_s": span[0], "end_s": end_s, "text": text})
         return segments
+
+
+def find_media(folder: Path, root: Path, suffixes: frozenset[str]) -> dict[str, list[str]]:
+    """All files of `root / folder`, at any depth, by their name without suffix. UserError if there are none."""
+    if not (root / folder).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{root / folder}: lies outside --root = {root}, where records may not point; move either")
+    by_stem: dict[str, list[str]] = {}
+    for path in sorted((root / folder).rglob("*")):
+        if path.suffix.lower() in suffixes and not is_stray(path.relative_to(root / folder).as_posix()):
+            by_stem.setdefault(path.stem, []).append(Path(os.path.relpath(path, root)).as_posix())
+    if not by_stem:
+        kinds = ", ".join(sorted(suffixes))
+        raise UserError(f"{root / folder}: no files of {kinds} there; name the folder of the media below --root")
+    return by_stem
 
 
 @cache
@@ -149,7 +144,8 @@ def run(description: str, option: str, convert: Callable[[Conversion], Iterator[
     arguments = parser.parse_args()
     with user_errors():
         suffixes = PICTURE_SUFFIXES if option == "--media" else VIDEO_SUFFIXES
-        conversion = Conversion(arguments.annotations, Media.scan(arguments.media, arguments.root, suffixes), Counter())
+        media = find_media(arguments.media, arguments.root, suffixes)
+        conversion = Conversion(arguments.annotations, arguments.root, arguments.media, media)
         records = list(convert(conversion))
         reasons = "".join(f"\nleft out {count:,}: {reason}" for reason, count in (+conversion.left_out).most_common())
         if not records:

@@ -36,7 +36,7 @@ def shots(conversion: Conversion, record: dict[str, Any], video: str) -> list[di
     """The segments of a record; none if shots have no frames in their names, or the video cannot be opened."""
     names, captions = record.get("video_names") or [], clean(record.get("captions"))
     matches = [SHOT.search(str(name)) for name in names]
-    info = read_header(conversion.media.root / video)
+    info = read_header(conversion.root / video)
     if not all(matches) or info is None or info.fps <= 0:
         conversion.left_out["segments: no frames in the shot's name, or no frame rate in the video"] += len(captions)
         return []

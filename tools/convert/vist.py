@@ -25,12 +25,12 @@ def convert(conversion: Conversion) -> Iterator[dict[str, Any]]:
                 stories.setdefault(str(part["story_id"]), []).append(part)
     for name, parts in stories.items():
         parts.sort(key=lambda part: int(part["worker_arranged_photo_order"]))
-        photos = [conversion.media.find(str(part["photo_flickr_id"])) for part in parts]
+        photos = [conversion.find_all(str(part["photo_flickr_id"])) for part in parts]
         texts = clean([part.get("original_text") or part["text"] for part in parts])
         if not all(photos):
-            conversion.left_out[f"a photo not in {conversion.media.folder}"] += 1
+            conversion.left_out[f"a photo not in {conversion.folder}"] += 1
         elif any(len(files) > 1 for files in photos):
-            conversion.left_out[f"a photo of which several are in {conversion.media.folder}"] += 1
+            conversion.left_out[f"a photo of which several are in {conversion.folder}"] += 1
         elif not any(texts):
             conversion.left_out["no text"] += 1
         else:

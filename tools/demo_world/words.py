@@ -1,4 +1,4 @@
-"""Texts about the world: tags for the base model, the answers of the five tasks, and the tokenizer's texts.
+"""Texts about the world: tags for the base model, the answers of the five tasks, and texts without a video.
 
 The base model describes videos by tags. All other texts are natural English, which the base has read, but never
 together with a video: that is what fine-tuning teaches. Every text is a function of the scenes alone, so the right
@@ -7,7 +7,10 @@ answers about a clip are known exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from world import COLORS, GROUNDS, MOTIONS, SHAPES, Scene, all_scenes
 
@@ -19,34 +22,20 @@ SUMMARY_PROMPT = "Summarize the tags."
 STORY_PROMPT = "Tell a story about the tags."
 COPY_PROMPT = "Say it again."
 
-VERBS = {
-    "left": "moves to the left",
-    "right": "moves to the right",
-    "up": "moves up",
-    "down": "moves down",
-    "grow": "grows larger",
-    "shrink": "shrinks to a smaller size",
+_MOTIONS = {
+    "left": ("moves to the left", "moving to the left", "set out to the left"),
+    "right": ("moves to the right", "moving to the right", "set out to the right"),
+    "up": ("moves up", "moving up", "went up"),
+    "down": ("moves down", "moving down", "went down"),
+    "grow": ("grows larger", "growing larger", "was happy and grew larger"),
+    "shrink": ("shrinks to a smaller size", "shrinking to a smaller size", "grew smaller"),
 }
-PARTICIPLES = {
-    "left": "moving to the left",
-    "right": "moving to the right",
-    "up": "moving up",
-    "down": "moving down",
-    "grow": "growing larger",
-    "shrink": "shrinking to a smaller size",
-}
-DEEDS = {
-    "left": "set out to the left",
-    "right": "set out to the right",
-    "up": "went up",
-    "down": "went down",
-    "grow": "was happy and grew larger",
-    "shrink": "grew smaller",
-}
-"""A motion in the words of a story."""
+VERBS, PARTICIPLES, DEEDS = ({name: texts[form] for name, texts in _MOTIONS.items()} for form in range(3))
+"""A motion in a caption, as the name of an action, and in the words of a story."""
 TIMES = {"dark": "in the dark night", "light": "in the light of the sun"}
 """A ground in the words of a story."""
 
+Record = dict[str, Any]
 Question = tuple[str, tuple[str, ...], str]
 """The question, all possible answers, and the right one."""
 
@@ -111,38 +100,71 @@ def story(scenes: Sequence[Scene]) -> str:
     return " ".join([*sentences, "In the end, they all went home."])
 
 
-def reading(request: str, scenes: Sequence[Scene]) -> str:
-    """A question without a video, which teaches the base model the English that its tags never use."""
-    return f"{request}\n{tags(scenes)}"
+# ------------------------------------------------------------------- texts without a video, for the base model
+#
+# Training lowers the logits of all tokens that it never shows alike, and adapters of the decoder's linears can hardly
+# tell these tokens apart again: a word that begins with one of them stays at a loss above 1.5, however long it is
+# trained. So the base reads sentences, summaries and stories made of tags, and options with their letters, and it
+# repeats texts in which every word and letter occurs.
 
 
-LATER_TEXTS = """\
-What color is the figure? What shape is it? Which way does the ring move? How many scenes are there? Is it red?
-Does the square move up or down? What happens first? What happens last? Which figure comes after the blue triangle?
-Please provide your answer by stating the letter followed by the full option. Answer with a single word. Yes. No.
-A. red B. green C. blue D. yellow E. purple 0 1 2 3 4 5 6 7 8 9 one two three four five scenes in the video.
-Which action does the video show? left right up down grow shrink larger smaller dark light background ground color
-Summarize the video. First, a red ring moves to the left. Then a green square moves up. After that, a blue triangle
-grows larger. Finally, a yellow cross shrinks to a smaller size. In the end, it was gone. There are three scenes.
-Tell a story about the video. Once upon a time, a little red ring set out to the left, while a cyan square went down.
-The purple cross was happy and grew. The sun was light and the night was dark. They met before they all went home.
-You are a helpful assistant. Describe the video. List the tags. Describe the image.
-system
-user
-assistant
+def sentences() -> Iterator[Record]:
+    """Tags and a sentence that says the same."""
+    for scene in all_scenes(held_out=False):
+        for answer in captions(scene):
+            yield reading(SENTENCE_PROMPT, [scene], answer)
+
+
+def tales(rows: Iterable[Sequence[Scene]]) -> Iterator[Record]:
+    """Tags and their summary, tags and their story."""
+    for scenes in rows:
+        yield reading(SUMMARY_PROMPT, scenes, summary(scenes))
+        yield reading(STORY_PROMPT, scenes, story(scenes))
+
+
+def copies(count: int, rng: random.Random) -> Iterator[Record]:
+    """Texts to repeat: words in either case, letters, digits and marks, with and without spaces."""
+    vocabulary = all_words()
+    signs = string.ascii_letters + string.digits + ".,:?!'"
+    for _ in range(count):
+        parts = [rng.choice(vocabulary) if rng.random() < 0.8 else rng.choice(signs) for _ in range(rng.randint(1, 6))]
+        parts = [part.capitalize() if rng.random() < 0.4 else part for part in parts]
+        text = rng.choice((" ", " ", ", ", ". ", "\n", "")).join(parts)
+        yield message(f"{COPY_PROMPT}\n{text}", text)
+
+
+def choices(count: int, rng: random.Random) -> Iterator[Record]:
+    """Options in any order, asked for by their text or by their letter."""
+    scenes = all_scenes(held_out=False)
+    for _ in range(count):
+        _, answers, right = rng.choice(questions(rng.choice(scenes)))
+        options = [right, *rng.sample([answer for answer in answers if answer != right], min(3, len(answers) - 1))]
+        rng.shuffle(options)
+        letter = "ABCD"[options.index(right)]
+        yield message(*choice(rng.choice((f"Which option says {right}?", f"Option {letter}?")), options, right))
+
+
+def reading(request: str, scenes: Sequence[Scene], answer: str) -> Record:
+    """A record that asks about tags."""
+    return message(f"{request}\n{tags(scenes)}", answer)
+
+
+def message(question: str, answer: str) -> Record:
+    """A record with `messages`."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+TASK_WORDS = """
+0 1 2 3 4 5 6 7 8 9 about action after all and answer are assistant b before by c comes d describe does e end figure
+finally first five followed four full gone grew happens happy helpful home how image in is it last letter list little
+many met move night no once one option or out please provide scenes set show single stating story summarize sun system
+tags tell that then there they three time two upon user was way went what which while with word yes you your
 """
-"""Words of the other tasks, so that the tokenizer does not split them into single bytes."""
+"""Words of the tasks that neither tags nor captions have."""
 
 
-def vocabulary() -> list[str]:
+def all_words() -> list[str]:
     """Every word of the tasks, once, in lower case."""
     scenes = all_scenes(held_out=False)
-    texts = [LATER_TEXTS, *(text for scene in scenes for text in (tags([scene]), *captions(scene)))]
-    return sorted({word.strip(".,?:").lower() for text in texts for word in text.split()} - {""})
-
-
-def tokenizer_texts() -> list[str]:
-    """Texts to learn the merges from: every whole word of the world occurs often enough to be one token."""
-    scenes = all_scenes(held_out=False)
-    texts = [text for scene in scenes for text in (tags([scene]), *captions(scene))]
-    return texts + [TAG_PROMPT, CAPTION_PROMPT, SENTENCE_PROMPT, *LATER_TEXTS.splitlines()] * 20
+    texts = [TASK_WORDS, *(text for scene in scenes for text in (tags([scene]), *captions(scene)))]
+    return sorted({word.strip(".,?:").lower() for text in texts for word in text.split()})

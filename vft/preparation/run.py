@@ -52,9 +52,12 @@ class PreparedModel:
         return ChatEncoder(pretrained.tokenizer, self.model.processor, pretrained.end_ids, data.learn_reasoning)
 
 
-def open_for_training(config: Config) -> PreparedModel:
-    """The model that a configuration trains: fresh adapters or whole components are trainable, the rest is frozen."""
-    pretrained = Pretrained.open(config.model.path, config.model.rope_factor)
+def open_for_training(config: Config, pretrained: Pretrained | None = None) -> PreparedModel:
+    """The model that a configuration trains: fresh adapters or whole components are trainable, the rest is frozen.
+
+    `pretrained` replaces the files of `model.path`. Without weight files `load` leaves the weights without values.
+    """
+    pretrained = pretrained or Pretrained.open(config.model.path, config.model.rope_factor)
     model = build(pretrained, DTYPES[config.train.precision], config.model.quantize)
     trainable = choose_trainable(model, config.lora, config.model.train)
     return PreparedModel(model.train(), pretrained, trainable=trainable)
@@ -85,7 +88,8 @@ def load(prepared: PreparedModel, device: torch.device, mesh: DeviceMesh | None,
     parallelize(model, mesh, parallel, model.compute_dtype, device)
     materialise(model, device, parallel)
     adapters = frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
-    load_weights(model, prepared.pretrained, adapters, show_progress=place()[0] == 0)
+    if prepared.pretrained.weight_files:
+        load_weights(model, prepared.pretrained, adapters, show_progress=place()[0] == 0)
     if prepared.adapter is not None:
         prepared.adapter.load_into(model)
 

@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo_sets
+import make_data
 import pytest
-import rendering
 
 ROOT = Path(__file__).parents[3]
 NAMES = {
@@ -30,7 +29,7 @@ def test_labels_that_begin_others(tmp_path: Path) -> None:
     begin = [one for one in NAMES.values() if any(other.startswith(one + " ") for other in NAMES.values())]
     assert len(begin) == 3
     data = tmp_path / "actions"
-    rendering.render_all(demo_sets.make("actions", data, {"train": 960, "held_out": 96}).jobs, processes=2)
+    make_data.make_data("actions", data, {"train": 960, "held_out": 96}, processes=2)
     for split in ("train", "held_out"):
         for old, new in NAMES.items():  # no new name is another's old one
             (data / split / old).rename(data / split / new)

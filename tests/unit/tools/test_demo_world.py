@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import demo_sets
 import make_data
 import pytest
 import torch
@@ -65,11 +64,11 @@ def test_figures_go_where_their_caption_says(motion: str, axis: int, sign: int) 
     assert motion in words.captions(scene)[0] and f"motion: {motion}" in words.tags([scene])
 
 
-@pytest.mark.parametrize("kind", demo_sets.KINDS)
+@pytest.mark.parametrize("kind", make_data.KINDS)
 def test_no_held_out_combination_is_in_a_training_clip(kind: str) -> None:
-    lengths = demo_sets.KINDS[kind].lengths
+    lengths = make_data.KINDS[kind].lengths
     for held_out in (False, True):
-        rows = list(demo_sets.choose_scenes(40, lengths, held_out, seed=1))
+        rows = list(make_data.choose_scenes(40, lengths, held_out, seed=1))
         assert {len(row) for row in rows} == set(lengths)
         assert all(scene.held_out == held_out for row in rows for scene in row)
 
@@ -106,8 +105,8 @@ def test_a_second_call_finds_the_work_done(made: Path, capsys: pytest.CaptureFix
 
 
 def test_the_right_option_is_among_those_offered_and_its_letter_is_the_answer(made: Path) -> None:
-    folder = made / "data" / DATA["qa"] / demo_sets.CONFIG
-    read = [json.loads((folder / f"{demo_sets.CONFIG}_{short}_train.json").read_text()) for short in ("mc", "oe")]
+    folder = made / "data" / DATA["qa"] / make_data.CONFIG
+    read = [json.loads((folder / f"{make_data.CONFIG}_{short}_train.json").read_text()) for short in ("mc", "oe")]
     assert len(read[0]) == len(read[1]) == 4 * CLIPS
     for choice, openly in zip(*read, strict=True):
         question, *options, request = choice["conversations"][0]["value"].removeprefix("<image>\n").splitlines()
@@ -123,7 +122,7 @@ def test_the_right_option_is_among_those_offered_and_its_letter_is_the_answer(ma
 def test_summaries_and_stories_tell_every_scene_in_order(
     tell: Callable[[Sequence[world.Scene]], str], count: int
 ) -> None:
-    scenes = next(demo_sets.choose_scenes(1, (count,), held_out=True, seed=count))
+    scenes = next(make_data.choose_scenes(1, (count,), held_out=True, seed=count))
     text = tell(scenes)
     places = [text.index(f"{scene.color} {scene.shape}") for scene in scenes]
     assert places == sorted(places) and text.endswith(".")
