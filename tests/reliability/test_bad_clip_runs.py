@@ -107,6 +107,7 @@ def test_a_few_bad_clips(
     bad = [json.loads(line) for line in quarantine.splitlines()]
     assert {item["id"]: item["reason"] for item in bad} == reasons
     for item in bad:
+        assert list(item) == ["id", "path", "reason", "message"]
         assert item["path"] == str(tmp_path / "data" / f"{item['id']}.mp4") and item["path"] in item["message"]
     # What fails in decoding keeps its place in the row, where another clip stands in for it.
     refused = sum(reason != "decode_error" for reason in reasons.values())

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.formats import write
+from tests.helpers.tars import write_tar
 from tests.runs.commands import Commands, metrics
 from tests.runs.world import ANSWERS, COLOURS, World
 
@@ -26,11 +27,6 @@ def put(clips: Path, name: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(clips / name, target)
     return target
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def llava(name: str, video: str, *turns: str, source: str = "0_30_s_youtube_v0_1") -> dict[str, Any]:
@@ -55,7 +51,7 @@ def llava_video(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]
     several = ["What moves?", "A bar.", "What colour is the ground?"]
     open_ended = [llava(f"o-{c}", videos[c], *several, c.capitalize() + ".") for c in COLOURS]
     for kind, records in (("cap", caption), ("mc", choice), ("oe", open_ended)):
-        write(folder / f"0_30_s_youtube_{kind}_v0_1.json", json.dumps(records))
+        write(folder / f"0_30_s_youtube_{kind}_v0_1.json", records)
     return [{"format": "llava_video", "path": folder.name}], {"choice_accuracy", "open_anls"}
 
 
@@ -64,7 +60,7 @@ def llava_hound(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]
         for i in (1, 2, 10):
             put(clips, f"{colour}.png", root / "llava_hound" / colour / f"c01_{i:04d}.jpeg")
     records = [llava(c, c, "What is it?", ANSWERS[c], source="llava_hound") for c in ("red", "blue")]
-    write(root / "llava_hound" / "cap.json", json.dumps(records))
+    write(root / "llava_hound" / "cap.json", records)
     return [{"format": "llava_video", "path": "llava_hound/cap.json"}], set()
 
 
@@ -96,20 +92,11 @@ def video_mme(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]]:
     return [source], {"choice_accuracy", "choice_accuracy_generated", "accuracy/task_type/Counting Problem"} | groups
 
 
-def tar_of(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-
-
 def pe_video(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]]:
     for number, colour in enumerate(COLOURS):
         about = {"human_caption": ANSWERS[colour] if number % 2 else None, "model_caption": "A bar.", "fps": 4.0}
         members = {"0.mp4": (clips / f"{colour}.mp4").read_bytes(), "0.json": json.dumps(about).encode()}
-        tar_of(root / "train" / f"{number:06d}.tar", {name.replace("0", colour): v for name, v in members.items()})
+        write_tar(root / "train" / f"{number:06d}.tar", {name.replace("0", colour): v for name, v in members.items()})
     return [{"format": "pe_video", "path": "train", "take": "first:4"}], set()
 
 
@@ -120,7 +107,7 @@ def llava_instruct(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[s
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": ANSWERS[colour]}]
         turns += [{"from": "human", "value": "Is it warm?"}, {"from": "gpt", "value": "Perhaps."}]
         records.append({"id": f"{number:012d}", "image": f"{number:012d}.png", "conversations": turns})
-    write(root / "llava_instruct_150k.json", json.dumps(records))
+    write(root / "llava_instruct_150k.json", records)
     return [{"format": "llava_instruct", "path": "llava_instruct_150k.json"}], set()
 
 
@@ -163,8 +150,8 @@ def ssv2(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]]:
         template = f"Watching [something] {colour}"
         label = {"label": f"watching a bar {colour}", "template": template, "placeholders": ["a bar"]}
         records.append({"id": str(number), **label})
-    write(root / "labels.json", json.dumps({f"Watching something {c}": str(i) for i, c in enumerate(COLOURS)}))
-    write(root / "train.json", json.dumps(records))
+    write(root / "labels.json", {f"Watching something {c}": str(i) for i, c in enumerate(COLOURS)})
+    write(root / "train.json", records)
     return [{"format": "ssv2", "path": "train.json"}], {"top1", "top1/Watching something red"}
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torchcodec.encoders import VideoEncoder
 
+from tests.helpers.clips import make_clip
 from tests.runs.commands import REPOSITORY, Commands, Result, commands_in
 from tests.runs.test_docs import PAGES, PLACEHOLDER, blocks
+from tests.runs.world import record
 
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 SMALL = ("README.md", "start.md")
@@ -31,7 +31,7 @@ SMALLER = (
     "train.precision=fp32",
 )
 """Behind a training command, which would otherwise take 500 steps of 16 videos."""
-ANSWERS = ("A red square.", "A green square.", "A blue square.")
+PROMPT, ANSWERS = "Describe the video.", ("A red square.", "A green square.", "A blue square.")
 
 
 def lines_of(page: Path) -> list[str]:
@@ -49,27 +49,14 @@ def reader(tmp_path: Path) -> Path:
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).symlink_to(REPOSITORY / name)
     clips = [home / "data" / "clips" / f"{number}.mp4" for number in range(3)]
-    for number, clip in enumerate([*clips, home / "new_clip.mp4", home / "new_clips" / "a.mp4"]):
-        write_clip(clip, number % 3, seconds=2)
-    write_clip(home / "lecture.mp4", 0, seconds=65)
-    records = [record(f"clips/{number}.mp4", answer) for number, answer in enumerate(ANSWERS)]
+    for clip in (*clips, home / "new_clip.mp4", home / "new_clips" / "a.mp4"):
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        make_clip(clip, range(20), fps=10, size=(64, 64))
+    make_clip(home / "lecture.mp4", range(650), fps=10, size=(64, 64))
+    records = [record(f"<video>{PROMPT}", answer, videos=[f"clips/{i}.mp4"]) for i, answer in enumerate(ANSWERS)]
     for name, kept in (("train.jsonl", records), ("val.jsonl", records[:1])):
         (home / "data" / name).write_text("".join(json.dumps(one) + "\n" for one in kept))
     return home
-
-
-def record(clip: str, answer: str) -> dict[str, object]:
-    """As the pages write it."""
-    turns = [{"role": "user", "content": "<video>Describe the video."}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, "videos": [clip]}
-
-
-def write_clip(path: Path, channel: int, seconds: int) -> None:
-    """Ten frames a second of one colour."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames_TCHW = torch.zeros(10 * seconds, 3, 64, 64, dtype=torch.uint8)
-    frames_TCHW[:, channel, 16:48, 16:48] = 230
-    VideoEncoder(frames_TCHW, frame_rate=10).to_file(str(path))
 
 
 def fill_hub_cache(folder: Path) -> None:
