@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vft.adapters.peft_format import recorded
-from vft.cli.evaluate import score_all
 from vft.cli.predict import DECODE_TIMEOUT_S, DEFAULT_PROMPT
 from vft.common.errors import UserError
 from vft.common.scores import Interval
@@ -23,9 +22,11 @@ from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 from vft.inference.as_trained import data_config, evaluation_config
 from vft.inference.engine import Answerer, Failure
+from vft.inference.evaluate import score_all
 from vft.inference.generate import Sampling
 from vft.inference.requests import read_requests, with_frame_times
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
+from vft.recipes import task_of
 from vft.recipes.main import train_config
 from vft.reporting.run_folder import RecordedRun, read_run
 
@@ -111,8 +112,6 @@ def load_model(
     """
     world = environment()
     folder = None if adapter is None else Path(adapter)
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"adapter = {str(folder)!r}: no such folder")
     dtype = DTYPES[precision or ("bf16" if world.device.type == "cuda" else "fp32")]
     prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
     about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
@@ -158,11 +157,10 @@ def evaluate(
         UserError: a setting is wrong, or the data, the model or the adapter cannot be read.
     """
     folder = None if adapter is None else Path(adapter)
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"adapter = {str(folder)!r}: no such folder")
     loaded = evaluation_config(_load(config, overrides), folder)
     name = "base" if folder is None else "adapter"
-    return score_all(loaded, {loaded.output_dir / "predictions" / f"{name}.jsonl": folder}, environment())[name]
+    file = loaded.output_dir / "predictions" / f"{name}.jsonl"
+    return score_all(task_of(loaded), loaded, {file: folder}, environment())[name]
 
 
 def load_run(folder: str | Path) -> RecordedRun:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.recipes.main import main
-from vft.reporting.metrics_log import Monitor
+from vft.reporting.monitor import Monitor
 from vft.training import run_data
 from vft.training import trainer as train
 from vft.training.checkpoint_writer import AsyncCheckpointer

@@ -33,7 +33,7 @@ from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
 from vft.preparation.documents import load_held_out
 from vft.recipes import task_of
-from vft.reporting import examples, write_report
+from vft.reporting import report, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -380,14 +380,14 @@ def test_equal_ids_of_two_sources_are_two_questions() -> None:
 
     planned = [SimpleNamespace(conversations=(one,)) for one in talks]
     held_out: Any = SimpleNamespace(documents=planned, build=build)
-    shown = examples.examples(rows, held_out, cast(VisionProcessor, object()))
+    shown = report.examples(rows, held_out, cast(VisionProcessor, object()))
     assert sorted(built) == [0, 1] and len(shown) == 2
     for one in shown:
-        (source,) = one.references
-        assert [row["prediction"] for _, row, _ in one.answers] == [f"first {source}", f"last {source}"]
+        (source,) = one["references"]
+        assert [row["prediction"] for _, row, _ in one["answers"]] == [f"first {source}", f"last {source}"]
     old = {key: value for key, value in rows["last"][0].items() if key not in ("source", "media")}
     built.clear()
-    assert examples.strips(old, held_out, cast(VisionProcessor, object())) == [] and built == []
+    assert report.strips(old, held_out, cast(VisionProcessor, object())) == [] and built == []
 
 
 def test_answers_that_were_cut_off_are_marked(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,24 +16,24 @@ from vft.common.interpreter import fail, prefer_venv, report_missing, run_in_ven
 from vft.common.version import __version__
 
 COMMANDS = {
-    "train": ("train", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
-    "predict": ("predict", "answer a prompt about videos, pictures or files of records"),
-    "evaluate": ("evaluate", "score a model on held-out samples, with 95 % intervals"),
-    "merge": ("merge_lora", "merge an adapter into its base model"),
-    "plan": ("plan", "memory and time of a run, before any GPU is rented"),
-    "inspect": ("inspect_batch", "write the first pack of a run as the model gets it"),
-    "compare": ("compare", "lay runs side by side: settings, course, scores"),
-    "live": ("live", "follow a run from another terminal"),
-    "doctor": ("doctor", "check this machine's set-up and say how to fix it"),
-    "download": ("download", "fetch a public data set, or say how to get it"),
-    "new": ("new", "write a skeleton of your own task or data format"),
+    "train": ("vft.recipes.main", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
+    "predict": ("vft.cli.predict", "answer a prompt about videos, pictures or files of records"),
+    "evaluate": ("vft.cli.evaluate", "score a model on held-out samples, with 95 % intervals"),
+    "merge": ("vft.cli.merge_lora", "merge an adapter into its base model"),
+    "plan": ("vft.cli.plan", "memory and time of a run, before any GPU is rented"),
+    "inspect": ("vft.cli.inspect_batch", "write the first pack of a run as the model gets it"),
+    "compare": ("vft.cli.compare", "lay runs side by side: settings, course, scores"),
+    "live": ("vft.cli.live", "follow a run from another terminal"),
+    "doctor": ("vft.cli.doctor", "check this machine's set-up and say how to fix it"),
+    "download": ("vft.cli.download", "fetch a public data set, or say how to get it"),
+    "new": ("vft.cli.new", "write a skeleton of your own task or data format"),
 }
-"""Module in vft/cli and a line of help, by the name of the command."""
+"""Module with `main`, and a line of help, by the name of the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line `vft COMMAND ...`; `argv` is without the program's own name."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(own_arguments() if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if words else 2)
@@ -56,9 +57,17 @@ def usage() -> str:
     )
 
 
+def own_arguments() -> list[str]:
+    """The arguments of this process. If it is to show help, it ends in silence when its reader does (`| head -1`)."""
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & {*words}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    return words
+
+
 def run_tool(command: str) -> None:
     """The command line of `python tools/NAME.py`, which is the same as `vft COMMAND`."""
-    run(command, sys.argv[1:], f"python tools/{COMMANDS[command][0]}.py")
+    run(command, own_arguments(), f"python tools/{COMMANDS[command][0].rpartition('.')[2]}.py")
 
 
 def run(command: str, argv: Sequence[str], prog: str) -> None:
@@ -69,12 +78,12 @@ def run(command: str, argv: Sequence[str], prog: str) -> None:
     """
     prefer_venv()
     try:
-        module = importlib.import_module(f"vft.cli.{COMMANDS[command][0]}")
+        module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
         run_in_venv()
         report_missing(error)
     try:
-        module.main(argv, prog)
+        module.main(argv=argv, prog=prog)
     except ModuleNotFoundError as error:  # a package that is imported only where it is used
         report_missing(error)
 

@@ -1,30 +1,99 @@
-"""What the command lines of all commands share."""
+"""Command lines, declared once: the fields of a pydantic model, with type, range, default and help."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from vft.common.console import user_errors
+from vft.common.errors import UserError
 
 
-def parse_arguments(
-    text: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    argv: Sequence[str] | None,
-    prog: str | None,
-) -> argparse.Namespace:
-    """Arguments of a command. `text` is its description, `prog` its name in usage lines (None: of the script).
-
-    Options may stand between positional arguments: `CONFIG.toml --adapter DIR train.max_steps=4`.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return parser.parse_intermixed_args(argv)
+def _check_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError("no such folder")
+    return folder
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """The configuration file of a run, and settings that replace the file's."""
-    parser.add_argument("config", type=Path, nargs="?" if optional else None, help="TOML file of a training run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-    )
+ExistingFolder = Annotated[Path, AfterValidator(_check_folder)]
+
+
+class Positional(str):
+    """Marks the field of a positional argument, and is its name in the help."""
+
+
+class Choices(tuple[str, ...]):
+    """Marks a field that takes one of these texts."""
+
+
+class Arguments(BaseModel):
+    """The field `max_frames` is the option `--max-frames`; a bool is a flag, a list an option that can be repeated. The
+    docstring under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, text: str | None, argv: Sequence[str] | None, prog: str | None) -> Self:
+        """The arguments that were given. `text` describes the command, `prog` is its name in usage lines.
+
+        Options may stand between positional arguments: `CONFIG.toml --adapter DIR train.max_steps=4`.
+        UserError names the first argument that is wrong, its value and what is allowed.
+        """
+        parser = argparse.ArgumentParser(prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        shown = {}
+        for key, field in cls.model_fields.items():
+            name, is_list = field.alias or key, str(field.annotation).startswith("list")
+            marks = {type(mark): mark for mark in field.metadata}
+            choices = marks.get(Choices)
+            text = " ".join((field.description or ", ".join(choices or ())).split()).replace("%", "%%")
+            about: dict[str, Any] = {"help": text} if field.annotation is bool else {"help": text, "choices": choices}
+            if Positional in marks:
+                shown[name] = marks[Positional]
+                nargs = None if not is_list else "+" if field.is_required() else "*"
+                parser.add_argument(name, metavar=shown[name], nargs=nargs, **about)
+                continue
+            shown[name] = f"--{name.replace('_', '-')}"
+            about |= {"default": argparse.SUPPRESS, "required": field.is_required()}
+            if field.annotation is bool:
+                about["action"] = "store_true"
+            else:
+                about |= {"action": "append" if is_list else "store", "metavar": None if choices else "VALUE"}
+            parser.add_argument(shown[name], **about)
+        try:
+            return cls.model_validate(vars(parser.parse_intermixed_args(argv)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = str(first.get("ctx", {}).get("error", first["msg"])).replace("Input should be", "must be")
+            if not first["loc"]:  # of several options: the reason names them
+                raise UserError(reason) from None
+            value = first["input"] if str(first["input"]).strip() else repr(first["input"])
+            raise UserError(f"{shown[str(first['loc'][0])]} = {value}: {reason}") from None
+
+
+class ConfigArguments(Arguments):
+    """Those of a command about a training run."""
+
+    config: Annotated[Path, Positional("CONFIG.toml")]
+    """TOML file of a training run"""
+    overrides: Annotated[list[str], Positional("section.key=value")] = Field(default_factory=list)
+    """settings that replace those of the file"""
+
+
+A = TypeVar("A", bound=Arguments)
+
+
+def command(arguments: type[A], text: str | None) -> Callable[[Callable[[A], None]], Callable[..., None]]:
+    """Makes `main(argv, prog)` of a function of `arguments`. A UserError in it ends the command with one line."""
+
+    def decorate(run: Callable[[A], None]) -> Callable[..., None]:
+        def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+            with user_errors():
+                run(arguments.parse(text, argv, prog))
+
+        return main
+
+    return decorate

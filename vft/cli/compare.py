@@ -6,27 +6,21 @@ differences from the first run's scores if both answered the same questions. --h
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
-
-from vft.cli.arguments import parse_arguments
-from vft.common.console import user_errors
+from vft.cli.arguments import Arguments, Positional, command
+from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.config.run import flatten
-from vft.reporting.chart import Curve, line_chart
-from vft.reporting.run_folder import RecordedRun, is_number, read_run
-from vft.reporting.run_report import CURVES
-from vft.reporting.score_tables import change_text, score_text
-from vft.reporting.templates import render
+from vft.reporting.page import line_chart, render
+from vft.reporting.report import change_text, curves_of, score_text
+from vft.reporting.run_folder import RecordedRun, Scores, read_run
 
 MAX_RUNS = 6
 """As many as a chart has colours."""
@@ -34,34 +28,40 @@ Rows = dict[str, list[str]]
 """A table: a label to a cell for each run."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+class CompareArguments(Arguments):
+    """Arguments of `vft compare`."""
+
+    runs: Annotated[list[Path], Positional("RUN")]
+    """output_dir of a run"""
+    html: Path | None = None
+    """also write a page with the curves of all"""
+
+
+@command(CompareArguments, __doc__)
+def main(arguments: CompareArguments) -> None:
     """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        runs = read(arguments.runs)
-        tables = {
-            "Settings that differ": settings(runs),
-            "Course": course(runs),
-            "Last evaluation": scores(runs),
-            f"Last evaluation, less that of {next(iter(runs))}": differences(runs),
-        }
-        for title, rows in tables.items():
-            show(title, list(runs), rows)
-        rules = {name: run.about.get("rules", 1) for name, run in runs.items()}
-        if len(set(rules.values())) > 1:
-            versions = ", ".join(f"{name} {version}" for name, version in rules.items())
-            print(f"warning: samples were made and scored by different rules ({versions}): scores don't compare")
-        if arguments.html is not None:
-            charts = {title: chart for title, chart in curves(runs).items() if chart["names"]}
-            page = render("comparison.html", names=list(runs), tables=tables, charts=charts)
-            replace_text(arguments.html, page)
-            print(f"wrote {arguments.html}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves of all")
+    runs = read(arguments.runs)
+    tables = {
+        "Settings that differ": settings(runs),
+        "Course": course(runs),
+        "Last evaluation": scores(runs),
+        f"Last evaluation, less that of {next(iter(runs))}": differences(runs),
+    }
+    for title, rows in tables.items():
+        if rows:
+            print_table(make_table(title, ["", *runs], ([label, *cells] for label, cells in rows.items())))
+    rules = {name: run.about.get("rules", 1) for name, run in runs.items()}
+    if len(set(rules.values())) > 1:
+        versions = ", ".join(f"{name} {version}" for name, version in rules.items())
+        print(f"warning: samples were made and scored by different rules ({versions}): scores don't compare")
+    if arguments.html is not None:
+        curves = {name: curves_of(run) for name, run in runs.items()}
+        titles = dict.fromkeys(title for own in curves.values() for title in own if "/" not in title)
+        series = {title: {name: own[title] for name, own in curves.items() if title in own} for title in titles}
+        charts = {title: {"names": [*lines], "svg": line_chart(title, lines)} for title, lines in series.items()}
+        page = render("comparison.html", names=list(runs), tables=tables, charts=charts)
+        replace_text(arguments.html, page)
+        print(f"wrote {arguments.html}")
 
 
 def read(folders: list[Path]) -> dict[str, RecordedRun]:
@@ -88,11 +88,10 @@ def settings(runs: Mapping[str, RecordedRun]) -> Rows:
 
 def course(runs: Mapping[str, RecordedRun]) -> Rows:
     """Steps, losses, speed and memory of each run."""
-    rows: Rows = {}
-    for number, run in enumerate(runs.values()):
-        for label, cell in _course(run).items():
-            rows.setdefault(label, [""] * len(runs))[number] = cell
-    return rows
+    own = [_course(run) for run in runs.values()]
+    return {
+        label: [cells.get(label, "") for cells in own] for label in dict.fromkeys(key for one in own for key in one)
+    }
 
 
 def _course(run: RecordedRun) -> dict[str, str]:
@@ -142,40 +141,6 @@ def differences(runs: Mapping[str, RecordedRun]) -> Rows:
     return rows
 
 
-def last_scores(run: RecordedRun) -> Mapping[str, Interval]:
+def last_scores(run: RecordedRun) -> Scores:
     """Scores of the last evaluation; empty if there was none."""
     return [*run.evaluations.values()][-1] if run.evaluations else {}
-
-
-def curves(runs: Mapping[str, RecordedRun]) -> dict[str, dict[str, Any]]:
-    """Charts by title: those of the steps, then one for each score that is not of a group."""
-    drawn: dict[str, dict[str, Curve]] = {}
-    for name, run in runs.items():
-        for key, title in CURVES.items():
-            values = [(row["step"], Interval.point(row[key])) for row in run.steps if is_number(row.get(key))]
-            drawn.setdefault(title, {})[name] = values
-        for when, found in run.evaluations.items():
-            for metric, score in found.items():
-                if "/" not in metric:
-                    curve: list[Any] = drawn.setdefault(f"held-out {metric}", {}).setdefault(name, [])  # type: ignore[assignment]
-                    curve.append((int(when.split()[1]), score))
-    filled = {title: {name: curve for name, curve in series.items() if curve} for title, series in drawn.items()}
-    return {
-        title: {"names": list(series), "svg": line_chart(title, series)} for title, series in filled.items() if series
-    }
-
-
-def show(title: str, names: list[str], rows: Rows) -> None:
-    """Print a table, unless it is empty."""
-    if not rows:
-        return
-    table = Table(title=title)
-    for name in ("", *names):
-        table.add_column(name, overflow="fold")
-    for label, cells in rows.items():
-        table.add_row(label, *cells)
-    Console(markup=False, emoji=False).print(table)  # brackets and colons of labels are text
-
-
-if __name__ == "__main__":
-    main()

@@ -7,15 +7,15 @@ prints the steps. docs/use/data.md says how each set is read.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vft.cli.arguments import parse_arguments
-from vft.common.console import user_errors
+from pydantic import Field
+
+from vft.cli.arguments import Arguments, Choices, Positional, command
 from vft.common.errors import UserError, first_line
 
 
@@ -37,16 +37,20 @@ class Part:
 class DataSet:
     """Where a set comes from and where it goes."""
 
-    title: str
     page: str
-    licence: str
     source: str
     """The entry of `data.sources` that reads it."""
+    licence: str = "see the set's page"
     parts: Mapping[str, Part] = field(default_factory=dict)
     gb: float = 0.0
     """Approximate size of the whole set, unpacked, 10^9 bytes; 0: unknown."""
     steps: tuple[str, ...] = ()
     """Commands to run by hand in the set's folder, after the parts have been fetched."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder, below that of all sets."""
+        return self.source.partition('path = "')[2].partition("/")[0]
 
 
 LLAVA_VIDEO = "lmms-lab/LLaVA-Video-178K"
@@ -65,11 +69,9 @@ VIDEO_MME = "lmms-eval/Video-MME"
 ACTIVITYNET_VIDEOS = (
     "ask for ActivityNet's videos at http://activity-net.org/download.html; put them in {root}/ActivityNet/videos"
 )
-SEE_PAGE = "see the set's page"
 
 SETS: dict[str, DataSet] = {
     "llava-video-178k": DataSet(
-        title="LLaVA-Video-178K",
         page=f"https://huggingface.co/datasets/{LLAVA_VIDEO}",
         licence="Apache 2.0; by its page for academic research and education only, and OpenAI's usage policy",
         source='{ format = "llava_video", path = "LLaVA-Video-178K/0_30_s_academic_v0_1" }',
@@ -81,7 +83,6 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "video-mme": DataSet(
-        title="Video-MME",
         page=f"https://huggingface.co/datasets/{VIDEO_MME}",
         licence="academic research only, no commercial use; the videos belong to their owners",
         source='{ format = "video_mme", path = "Video-MME/videomme" }',
@@ -93,14 +94,11 @@ SETS: dict[str, DataSet] = {
         steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done',),
     ),
     "pe-video": DataSet(
-        title="PE-Video",
         page="https://huggingface.co/datasets/facebook/PE-Video",
-        licence=SEE_PAGE,
         source='{ format = "pe_video", path = "PE-Video/train", stream = true }',
         parts={name: Part((f"{name}/*",), "facebook/PE-Video") for name in ("train", "test", "extended")},
     ),
     "llava-instruct-150k": DataSet(
-        title="LLaVA-Instruct-150K",
         page="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
         licence="CC BY 4.0, and OpenAI's terms of use; COCO's pictures: https://cocodataset.org/#termsofuse",
         source='{ format = "llava_instruct", path = "LLaVA-Instruct-150K/llava_instruct_150k.json" }',
@@ -114,9 +112,7 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "ucf101": DataSet(
-        title="UCF101",
         page="https://www.crcv.ucf.edu/data/UCF101.php",
-        licence=SEE_PAGE,
         source='{ format = "ucf101", path = "UCF101/ucfTrainTestlist/trainlist01.txt" }',
         gb=7.0,
         steps=(
@@ -126,9 +122,7 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "kinetics-700": DataSet(
-        title="Kinetics-700",
         page="https://github.com/cvdfoundation/kinetics-dataset",
-        licence=SEE_PAGE,
         source='{ format = "kinetics", path = "Kinetics-700/k700-2020/annotations/train.csv" }',
         gb=700.0,
         steps=(
@@ -142,9 +136,7 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "ssv2": DataSet(
-        title="Something-Something v2",
         page="https://www.qualcomm.com/developer/software/something-something-v-2-dataset",
-        licence=SEE_PAGE,
         source='{ format = "ssv2", path = "SSv2/labels/train.json" }',
         gb=20.0,
         steps=(
@@ -154,9 +146,7 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "activitynet-captions": DataSet(
-        title="ActivityNet",
         page="https://cs.stanford.edu/people/ranjaykrishna/densevid/",
-        licence=SEE_PAGE,
         source='{ format = "story", path = "ActivityNet/train.jsonl" }',
         steps=(
             ACTIVITYNET_VIDEOS,
@@ -166,9 +156,8 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "videoxum": DataSet(
-        title="VideoXum",
         page="https://huggingface.co/datasets/jylins/videoxum",
-        licence="Apache 2.0 for the texts; ActivityNet's videos: " + SEE_PAGE,
+        licence="Apache 2.0 for the texts; ActivityNet's videos: see the set's page",
         source='{ format = "story", path = "VideoXum/train.jsonl" }',
         parts={"annotations": Part(("*.json",), "jylins/videoxum")},
         steps=(
@@ -178,7 +167,6 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "shot2story": DataSet(
-        title="Shot2Story",
         page="https://huggingface.co/datasets/mhan/shot2story",
         licence="CC BY-NC-SA 4.0; the videos: to be accepted on https://huggingface.co/mhan/shot2story-videos first",
         source='{ format = "story", path = "Shot2Story/train.jsonl" }',
@@ -196,9 +184,7 @@ SETS: dict[str, DataSet] = {
         ),
     ),
     "vist": DataSet(
-        title="VIST",
         page="https://visionandlanguage.net/VIST/dataset.html",
-        licence=SEE_PAGE,
         source='{ format = "story", path = "VIST/train.jsonl" }',
         steps=(
             "from the set's page: Stories of Images-in-Sequence (SIS) into sis/, and the images into images/",
@@ -209,34 +195,10 @@ SETS: dict[str, DataSet] = {
 }
 
 
-def chosen_parts(dataset: DataSet, names: Sequence[str]) -> dict[str, Part]:
-    """The parts with these names; all parts if `names` is empty. UserError if there is no such part."""
-    for name in names:
-        if name not in dataset.parts:
-            known = ", ".join(dataset.parts) or "none: it is not on the hub"
-            raise UserError(f"--part {name}: {dataset.title} has no such part; its parts are {known}")
-    return {name: dataset.parts[name] for name in names} if names else dict(dataset.parts)
-
-
 def free_bytes(folder: Path) -> int:
     """Free space on the disk where `folder` is or would be."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def describe(dataset: DataSet, parts: Mapping[str, Part], whole: bool, folder: Path) -> str:
-    """What would be fetched from where, its size, the free space, and the licence."""
-    known = dataset.gb if whole and dataset.gb else sum(part.gb for part in parts.values())
-    size = f"about {known:,.4g} GB" if known else SEE_PAGE
-    lines = [
-        f"{dataset.title}: {dataset.page}",
-        f"licence: {dataset.licence}",
-        f"goes to {folder}; size: {size}, free there: {free_bytes(folder) / 1e9:,.1f} GB",
-    ]
-    for name, part in parts.items():
-        size = f"  about {part.gb:g} GB" if part.gb else ""
-        lines.append(f"  --part {name:24} {part.repository}: {', '.join(part.patterns)}{size}")
-    return "\n".join(lines)
 
 
 def fetch(parts: Mapping[str, Part], folder: Path, page: str) -> None:
@@ -274,46 +236,49 @@ def _snapshot(name: str, part: Part, folder: Path, page: str, dry_run: bool) -> 
             dry_run=dry_run,
         )
     except Exception as error:  # those of the hub's client, its network library and the disk have no class in common
-        cause = error.__cause__ or error
-        reason = first_line(cause)
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{part.repository}: {name} can't be fetched ({reason}); check the network and whether {page} asks you to "
             "log in (`hf auth login`), then run the same command again: it goes on where it stopped"
         ) from error
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+class DownloadArguments(Arguments):
+    """Arguments of `vft download`."""
+
+    set: Annotated[str, Positional("SET"), Choices(SETS)]
+    root: Path = Path("data")
+    """folder of all data sets, data.root of the configurations (default data)"""
+    part: list[str] = Field(default_factory=list)
+    """fetch this part alone; can be repeated"""
+    yes: bool = False
+    """fetch; without it nothing is fetched"""
+
+
+@command(DownloadArguments, __doc__)
+def main(arguments: DownloadArguments) -> None:
     """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        dataset: DataSet = SETS[arguments.set]
-        folder = arguments.root / dataset.source.partition('path = "')[2].partition("/")[0]
-        parts = chosen_parts(dataset, arguments.part)
-        print(describe(dataset, parts, not arguments.part, folder), flush=True)
-        if arguments.yes and parts:
-            fetch(parts, folder, dataset.page)
-        elif parts:
-            print("Nothing has been fetched; with --yes the parts above are.")
-        if dataset.steps:
-            print(f"{'Then' if parts else 'By hand'}, in {folder} unless it is a command of tools/:")
-            print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
-        print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("data"),
-        help="folder of all data sets, data.root of the configurations (default data)",
-    )
-    parser.add_argument(
-        "--part", action="append", default=[], metavar="NAME", help="fetch this part alone; can be repeated"
-    )
-    parser.add_argument("--yes", action="store_true", help="fetch; without it nothing is fetched")
-
-
-if __name__ == "__main__":
-    main()
+    dataset = SETS[arguments.set]
+    folder = arguments.root / dataset.folder
+    for name in arguments.part:
+        if name not in dataset.parts:
+            known = ", ".join(dataset.parts) or "none: it is not on the hub"
+            raise UserError(f"--part {name}: {dataset.folder} has no such part; its parts are {known}")
+    parts = {name: dataset.parts[name] for name in arguments.part or dataset.parts}
+    known_gb = 0.0 if arguments.part else dataset.gb
+    known_gb = known_gb or sum(part.gb for part in parts.values())
+    size = f"about {known_gb:,.4g} GB" if known_gb else "see the set's page"
+    print(f"{dataset.folder}: {dataset.page}")
+    print(f"licence: {dataset.licence}")
+    print(f"goes to {folder}; size: {size}, free there: {free_bytes(folder) / 1e9:,.1f} GB")
+    for name, part in parts.items():
+        size = f"  about {part.gb:g} GB" if part.gb else ""
+        print(f"  --part {name:24} {part.repository}: {', '.join(part.patterns)}{size}", flush=True)
+    if arguments.yes and parts:
+        fetch(parts, folder, dataset.page)
+    elif parts:
+        print("Nothing has been fetched; with --yes the parts above are.")
+    if dataset.steps:
+        print(f"{'Then' if parts else 'By hand'}, in {folder} unless it is a command of tools/:")
+        print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
+    print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')

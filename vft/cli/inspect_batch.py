@@ -6,52 +6,62 @@ the first pack the frames, the tokens, which of them are supervised, and the sha
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import math
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vft.cli.arguments import add_config_arguments, parse_arguments
-from vft.common.console import user_errors
+from vft.cli.arguments import ConfigArguments, command
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
-from vft.common.types import Batch
+from vft.common.types import IGNORE_INDEX, Batch, Document, MediaPlan
 from vft.config import run as configs
+from vft.config.data import DataConfig
 from vft.config.run import Config, ParallelConfig
+from vft.data.budget import limits_of
+from vft.data.chat import ChatEncoder
+from vft.data.dataset import Dataset
 from vft.data.loader import Loader
-from vft.data.packing import owners
+from vft.data.packing import PackPlan, owners
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.models.base import VideoLanguageModel
+from vft.models.processor import VisionProcessor
 from vft.preparation.documents import load_training, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
-from vft.reporting.batch_preview import preview, summary
+from vft.reporting.page import render
+from vft.reporting.report import pictures
 from vft.training.checks import warn_of_weights
 from vft.training.losses import cross_entropy
 
+NUM_BARS = 32
+"""Bars of the histogram of lengths."""
+MAX_PLANNED = 2000
+"""Documents, evenly spread, that are planned again to see what they lose to fit a row."""
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+Token = tuple[str, str]
+"""CSS classes and text of a token."""
+
+
+class InspectArguments(ConfigArguments):
+    """Arguments of `vft inspect`."""
+
+    output: Path
+    """folder to write: a new one, or one that this command wrote"""
+    forward: bool = False
+    """also run the model in fp32 (for small models)"""
+
+
+@command(InspectArguments, __doc__)
+def main(arguments: InspectArguments) -> None:
     """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        inspect(configs.load(arguments.config, arguments.overrides), arguments.output, arguments.forward)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder to write: a new one, or one that this command wrote"
-    )
-    parser.add_argument("--forward", action="store_true", help="also run the model in fp32 (for small models)")
-
-
-def inspect(config: Config, output: Path, forward: bool) -> None:
-    """Load the first pack of the configured run and write it to the folder `output`."""
+    config, output = configs.load(arguments.config, arguments.overrides), arguments.output
     config.require_training()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
@@ -59,7 +69,7 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     warn_of_weights(config)
     adapter = Path(config.model.adapter) if config.model.adapter else None
-    prepared = open_for_inference(config.model, adapter if forward else None, torch.float32)
+    prepared = open_for_inference(config.model, adapter if arguments.forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
     documents = load_training(task, config, encoder)
     with (
@@ -72,9 +82,12 @@ def inspect(config: Config, output: Path, forward: bool) -> None:
         batch = first_batch(loader)
     lengths = summary(documents, plan, data)
     tensors = batch_tensors(batch, prepared.model)
-    if forward:
+    if arguments.forward:
         load_for_inference(prepared, torch.device("cpu"), None, ParallelConfig())
-        tensors |= forward_tensors(batch, prepared.model)
+        with torch.no_grad():
+            tensors["loss_sum"] = cross_entropy(prepared.model, batch)
+            tensors["num_targets"] = torch.tensor(batch.num_targets)
+            tensors["target_logits_NV"] = prepared.model.logits(batch)
     with whole_folder(output) as folder:
         save_file(tensors, folder / "batch.safetensors")
         (folder / "preview.html").write_text(preview(batch, encoder, config, lengths), encoding="utf-8")
@@ -115,15 +128,93 @@ def batch_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def forward_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:
-    """Summed loss, count and logits of the supervised tokens."""
-    with torch.no_grad():
-        return {
-            "loss_sum": cross_entropy(model, batch),
-            "num_targets": torch.tensor(batch.num_targets),
-            "target_logits_NV": model.logits(batch),
+# -------------------------------------------------------------------------------------------------------- the page
+
+
+def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> dict[str, Any] | None:
+    """The index in numbers, with a histogram; None if all sources are streams, which have no index."""
+    lengths, count, packs = documents.lengths, len(documents.documents), plan.first_packs
+    if not count:
+        return None
+    tokens = sum(lengths[number] for pack in packs for number in pack)
+    planned = range(0, count, -(-count // MAX_PLANNED))
+    notes = Counter(
+        note.split(":")[0]
+        for number in planned
+        for media in documents.build(number).media
+        for note in shortened(media, documents.encoder.processor, data)
+    )
+    planned_text = f" of {len(planned):,} documents looked at" if len(planned) < count else ""
+    facts = {
+        "samples": f"{documents.num_samples:,} in {count:,} documents; {len(documents.bad):,} left out",
+        "tokens of a document": f"{min(lengths):,} to {max(lengths):,}",
+        "rows of an epoch": f"{len(packs):,}, filled to {tokens / (len(packs) * data.pack_tokens):.0%} on average",
+        "dropped to fit a row": ", ".join(f"{note} in {n:,}" for note, n in notes.items()) + planned_text or "nothing",
+    }
+    width = -(-max(lengths) // NUM_BARS)
+    counts = Counter(min(length // width, NUM_BARS - 1) for length in lengths)
+    most = max(counts.values())
+    bars = [
+        (f"{counts[i] / most:.1%}", f"{i * width:,} to {(i + 1) * width - 1:,} tokens: {counts[i]:,}")
+        for i in range(NUM_BARS)
+    ]
+    return {"facts": facts, "bars": bars, "longest": f"{width * NUM_BARS:,}", "most": f"{most:,}"}
+
+
+def shortened(plan: MediaPlan, processor: VisionProcessor, data: DataConfig) -> list[str]:
+    """What a video or picture lost so that its sample fits a row, compared with the configured limits alone."""
+    free = processor.plan(plan.ref, plan.info, limits_of(plan.ref, data))
+    notes = []
+    if len(plan.frame_indices) < len(free.frame_indices):
+        notes.append(f"frames: {len(plan.frame_indices)} of {len(free.frame_indices)} kept to fit data.pack_tokens")
+    if plan.height * plan.width < free.height * free.width:
+        size = f"{plan.width} x {plan.height} instead of {free.width} x {free.height}"
+        notes.append(f"resolution: {size} px to fit data.pack_tokens")
+    return notes
+
+
+def preview(batch: Batch, encoder: ChatEncoder, config: Config, index: dict[str, Any] | None) -> str:
+    """The page, which stands alone: no scripts, no links, pictures inside. `index` is its `summary`."""
+    vision = int(batch.media_index_M.numel())
+    facts = {
+        "tokens": f"{batch.num_tokens:,} of data.pack_tokens = {config.data.pack_tokens:,}",
+        "video and picture tokens": f"{vision:,}",
+        "text tokens": f"{batch.num_tokens - vision:,}",
+        "supervised tokens": f"{batch.num_targets:,}",
+        "documents, samples": f"{len(batch.documents)}, {len(batch.sample_ids)}",
+    }
+    documents = []
+    patch = 0
+    for document in batch.documents:
+        media = []
+        for plan in document.media:
+            pixels_PD = batch.pixels_PD[patch : patch + math.prod(plan.grid_thw)]
+            patch += len(pixels_PD)
+            source = f"{plan.info.width} x {plan.info.height} px, {plan.info.num_frames} frames"
+            seen = f"{plan.width} x {plan.height} px, grid {plan.grid_thw}, {plan.num_tokens} tokens"
+            title, notes = f"{plan.ref.path}: {source}, seen as {seen}", shortened(plan, encoder.processor, config.data)
+            frames = pictures(pixels_PD, plan, encoder.processor, "png")
+            media.append({"title": title, "frames": frames, "notes": notes})
+        trunk = document.prefix_length
+        parts = {"trunk": slice(0, trunk)} if trunk else {}
+        parts |= {f"branch {n}" if trunk else "one branch": rows for n, rows in enumerate(document.suffix_rows)}
+        tokens = {
+            f"{name}, {rows.stop - rows.start} tokens": _tokens(document, rows, encoder.tokenizer)
+            for name, rows in parts.items()
         }
+        documents.append({"sample_ids": document.sample_ids, "media": media, "parts": tokens})
+    return render("preview.html", index=index, facts=facts, documents=documents)
 
 
-if __name__ == "__main__":
-    main()
+def _tokens(document: Document, rows: slice, tokenizer: Any) -> list[Token]:
+    """The tokens one by one; each run of vision tokens as one."""
+    columns = (document.media_mask_T[rows], document.ids_T[rows], document.labels_T[rows])
+    tokens: list[Token] = []
+    for is_media, run in groupby(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: row[0]):
+        if is_media:
+            tokens.append(("t media", f"{len(list(run))} vision tokens"))
+        else:
+            tokens += [
+                ("t" if label == IGNORE_INDEX else "t supervised", tokenizer.decode([token])) for _, token, label in run
+            ]
+    return tokens

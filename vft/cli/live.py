@@ -6,20 +6,17 @@ Reads the files that the run writes and shows what its own terminal shows, until
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from rich.console import Console
 
-from vft.cli.arguments import parse_arguments
-from vft.common.console import user_errors
+from vft.cli.arguments import Arguments, Positional, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
@@ -30,59 +27,47 @@ from vft.training.checkpoint import list_checkpoints
 POLL_S = 0.2
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+class LiveArguments(Arguments):
+    """Arguments of `vft live`."""
+
+    run: Annotated[Path, Positional("RUN")]
+    """output_dir of a run that is at work or done"""
+    svg: Path | None = None
+    """draw one picture into this file instead"""
+    step: int = 0
+    """with --svg: draw it when the run has done so many optimizer steps"""
+
+
+@command(LiveArguments, __doc__)
+def main(arguments: LiveArguments) -> None:
     """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
-        console = paper if arguments.svg else Console(stderr=True)
-        watch(arguments.run, arguments.step, console, once=arguments.svg is not None)
-        if arguments.svg is not None:
-            picture = paper.export_svg(title=f"python -m vft.recipes.{read(arguments.run).task}")
-            fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they come from a server; any monospaced font will do
-            replace_text(arguments.svg, fonts.sub("", picture))
-            print(f"wrote {arguments.svg}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of a run that is at work or done")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one picture into this file instead")
-    parser.add_argument(
-        "--step", type=int, default=0, metavar="N", help="with --svg: draw it when the run has done N optimizer steps"
-    )
-
-
-def read(folder: Path) -> configs.Config:
-    """Settings of a run. UserError if the folder is no run."""
+    folder, svg = arguments.run, arguments.svg
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder}: no run.json; name the output_dir of a run")
-    return configs.load(folder / "config.toml")
-
-
-def watch(folder: Path, step: int, console: Console, once: bool) -> None:
-    """Show the run until it is done, or with `once` print it when it has done `step` steps."""
-    config = read(folder)
+    config = configs.load(folder / "config.toml")
     state = RunState(f"{config.task}: {config.output_dir}", config.train.max_steps or 0)
-    view = LiveView(state, console)
-    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
-    if not once:
+    paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
+    view = LiveView(state, paper if svg else Console(stderr=True))
+    if svg is None:
         view.start()
+    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
     state.begin_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-            while True:
-                update(state, folder, lines)
-                if once and state.line["step"] >= step:
-                    console.print(state)
-                    return
-                if state.line["step"] == state.max_steps:
-                    return
+            update(state, folder, lines)
+            while state.line["step"] != state.max_steps and (svg is None or state.line["step"] < arguments.step):
                 time.sleep(POLL_S)
+                update(state, folder, lines)
     except FileNotFoundError:
         raise UserError(f"{folder}: no metrics.jsonl; the run has not begun") from None
     finally:
         view.stop()
+    if svg is not None:
+        paper.print(state)
+        picture = paper.export_svg(title=f"python -m vft.recipes.{config.task}")
+        fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they come from a server; any monospaced font will do
+        replace_text(svg, fonts.sub("", picture))
+        print(f"wrote {svg}")
 
 
 def update(state: RunState, folder: Path, lines: IO[str]) -> None:
@@ -99,7 +84,3 @@ def update(state: RunState, folder: Path, lines: IO[str]) -> None:
         state.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
     file = folder / "quarantine.jsonl"
     state.num_quarantined = file.read_text(encoding="utf-8").count("\n") if file.is_file() else 0
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,11 @@ was trained on a quantised base (model.quantize) is merged into the base without
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated
 
 import torch
 from safetensors import safe_open
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merged
 from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, check_adapter, merged_into, recorded
-from vft.cli.arguments import parse_arguments
-from vft.common.console import progress_bar, user_errors
+from vft.cli.arguments import Arguments, Choices, command
+from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.common.safetensors_io import open_tensors
@@ -29,6 +28,34 @@ from vft.models import build
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.weights import copy_companions, stored_names
 from vft.reporting.serving import served_files, vllm_serve
+
+
+class MergeArguments(Arguments):
+    """Arguments of `vft merge`."""
+
+    base: str
+    """folder or hub name of the adapter's base model"""
+    adapter: Path
+    """folder of the adapter, such as runs/caption/adapter"""
+    output: Path
+    """folder to write; must be new or empty"""
+    generation: Annotated[str, Choices(("greedy", "base"))] = "greedy"
+    """decoding in generation_config.json: greedy, as in evaluation (default), or as in the base"""
+
+
+@command(MergeArguments, __doc__)
+def main(arguments: MergeArguments) -> None:
+    """Command line."""
+    changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
+    print(f"merged {changed} layers into {arguments.output}")
+    print(f"with vLLM: {serve_command(arguments.output)}")
+
+
+def serve_command(folder: Path) -> str:
+    """How vLLM serves the merged model in `folder`."""
+    checkpoint, about = Pretrained.open(str(folder)), recorded(folder)
+    media = about.get("video", {}), about.get("image", {})
+    return vllm_serve(str(folder), checkpoint.config.model_type, *media, checkpoint.weight_bytes)
 
 
 def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:
@@ -47,95 +74,50 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
         copy_companions(checkpoint, folder, served_files(checkpoint, model, about, generation))
-        _compare(checkpoint, folder)
     return changed
 
 
 def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
     """Copy the files and overwrite the adapted weights. `ours` maps the names in the files to the model's."""
-    scales = adapter.scales
-    waiting = set(scales)
-    files = sorted(set(checkpoint.weight_files.values()))
+    waiting = set(adapter.scales)
     # Read first: nothing has looked into the files of a base that has several.
-    layouts = {file: _header(file) for file in files}
+    layouts = {file: _layout(file) for file in sorted(set(checkpoint.weight_files.values()))}
     with (
         safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as low_rank,
-        progress_bar(len(files), "merging", "file") as bar,
+        progress_bar(len(layouts), "merging", "file") as bar,
     ):
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-            with (folder / file.name).open("r+b") as stream:
-                for name, start in _starts(stream).items():
+        for file, layout in layouts.items():
+            copy = Path(shutil.copyfile(file, folder / file.name))
+            with copy.open("r+b") as stream:
+                for name, (dtype, _, start) in layout.items():
                     module = ours[name].removesuffix(".weight")
                     if module in waiting:
-                        require_whole(layouts[file][name][1], checkpoint.path, name)
+                        require_whole(dtype, checkpoint.path, name)
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)
                         magnitude = None if lengths is None else low_rank.get_tensor(lengths)
-                        weight = merged(_read(file, name), a, b, scales[module], magnitude)
+                        weight = merged(_read(file, name), a, b, adapter.scales[module], magnitude)
                         stream.seek(start)
                         stream.write(weight.view(torch.uint8).numpy().data)
                         waiting.remove(module)
+            if _layout(copy) != layout:
+                raise UserError(f"{copy}: does not hold the tensors of {file} any more; merge again")
             bar.update()
     if waiting:
         raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {sorted(waiting)[:3]}")
-    return len(scales)
+    return len(adapter.scales)
 
 
-def _starts(stream: BinaryIO) -> dict[str, int]:
-    """Offset of each tensor in a safetensors file: 8 bytes with the length of a JSON header, the header, tensors."""
-    length = int.from_bytes(stream.read(8), "little")
-    header = json.loads(stream.read(length))
-    return {name: 8 + length + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+def _layout(file: Path) -> dict[str, tuple[str, list[int], int]]:
+    """Type, shape and offset of each tensor in a safetensors file: 8 bytes with the length of a JSON header, the
+    header, tensors. UserError if the file is damaged."""
+    with open_tensors(file), file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    tensors = {name: one for name, one in header.items() if name != "__metadata__"}
+    return {name: (one["dtype"], one["shape"], 8 + length + one["data_offsets"][0]) for name, one in tensors.items()}
 
 
 def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as reader:  # anew for each tensor: what was read does not stay mapped
         return reader.get_tensor(name)
-
-
-def _compare(checkpoint: Pretrained, folder: Path) -> None:
-    """UserError if the written files do not hold exactly the tensors of the base, with their shapes and dtypes."""
-    for file in sorted(set(checkpoint.weight_files.values())):
-        base, written = _header(file), _header(folder / file.name)
-        if base != written:
-            odd = sorted(name for name in base.keys() | written.keys() if base.get(name) != written.get(name))
-            found = f"{base.get(odd[0])} in the base, {written.get(odd[0])} after merging"
-            raise UserError(f"{folder / file.name}: {odd[0]}: {found}")
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with open_tensors(file) as reader:
-        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
-        print(f"merged {changed} layers into {arguments.output}")
-        print(f"with vLLM: {serve_command(arguments.output)}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    parser.add_argument("--base", required=True, help="folder or hub name of the adapter's base model")
-    parser.add_argument(
-        "--adapter", required=True, type=Path, help="folder of the adapter, such as runs/caption/adapter"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must be new or empty")
-    what = "decoding in generation_config.json: greedy, as in evaluation (default), or as in the base"
-    parser.add_argument("--generation", choices=["greedy", "base"], default="greedy", help=what)
-
-
-def serve_command(folder: Path) -> str:
-    """How vLLM serves the merged model in `folder`."""
-    checkpoint, about = Pretrained.open(str(folder)), recorded(folder)
-    media = about.get("video", {}), about.get("image", {})
-    return vllm_serve(str(folder), checkpoint.config.model_type, *media, checkpoint.weight_bytes)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,51 +6,15 @@ used without installing anything: `vft train NAME:Class CONFIG.toml`, or format 
 
 from __future__ import annotations
 
-import argparse
 import keyword
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from vft.cli.arguments import parse_arguments
-from vft.common.console import user_errors
+from vft.cli.arguments import Arguments, Choices, Positional, command
 from vft.common.errors import UserError
+from vft.recipes import caption
 
-TASK = '''"""{title}: describe here what the model learns.
-
-vft train {module}:{name} CONFIG.toml [section.key=value ...]
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from vft.common.scores import Interval
-from vft.common.task import Answer, answer_facts, samples_of, texts_of, with_prompt
-from vft.common.types import Conversation, Sample
-from vft.metrics import Japanese, rouge_l_interval
-
-
-@dataclass(frozen=True)
-class {name}:
-    """The record's own turns; a record without a question is asked `prompt`."""
-
-    prompt: str = "Describe the video."
-    japanese: Japanese = "char"
-    name = "{module}:{name}"
-    main_metric = "rouge_l"
-
-    def conversations(self, sample: Sample) -> list[Conversation]:
-        """What to train on. Evaluation asks the first one; the others are further supervision."""
-        turns = with_prompt(sample.turns, self.prompt)
-        return [Conversation(sample.id, turns, sample.origin, facts=answer_facts(sample))]
-
-    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """ROUGE-L (0 to 1), with its 95 % interval. Larger values of `main_metric` are better."""
-        predictions, references = texts_of(answers)
-        return {{"rouge_l": rouge_l_interval(predictions, references, samples_of(answers))}}
-'''
 FORMAT = '''"""{title}: JSON lines of {{"clip": path below data.root, "text": what it shows}}.
 
 In a configuration: sources = [{{ format = "{module}:{name}", path = "train.jsonl" }}]
@@ -76,38 +40,43 @@ class {name}(Format):
         turns = (Turn("user", (clip,)), Turn("assistant", (text,)))
         return ParsedRecord(turns, unread=other_keys(record, {{"id", "clip", "text"}}))
 '''
-SKELETONS = {"task": TASK, "format": FORMAT}
 NEXT_STEP = {
     "task": "train it: vft train {module}:{name} CONFIG.toml",
     "format": 'look at it with vft inspect CONFIG.toml; sources = [{{ format = "{module}:{name}", path = ... }}]',
 }
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+class NewArguments(Arguments):
+    """Arguments of `vft new`."""
+
+    kind: Annotated[str, Positional("KIND"), Choices(NEXT_STEP)]
+    """what to write: task or format"""
+    name: Annotated[str, Positional("NAME")]
+    """name of the module, such as count_people"""
+
+
+@command(NewArguments, __doc__)
+def main(arguments: NewArguments) -> None:
     """Command line."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        names = {"module": arguments.name, "name": class_name(arguments.name)}
-        file = Path(f"{arguments.name}.py")
-        if file.exists():
-            raise UserError(f"{file}: exists; choose another name, or delete it")
-        title = arguments.name.replace("_", " ").capitalize()
-        file.write_text(SKELETONS[arguments.kind].format(title=title, **names), encoding="utf-8")
-        print(f"wrote {file}; {NEXT_STEP[arguments.kind].format(**names)}")
+    module, file = arguments.name, Path(f"{arguments.name}.py")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", module) or keyword.iskeyword(module):
+        raise UserError(f"NAME = {module!r}: must be the name of a Python module: small letters, digits and _")
+    if file.exists():
+        raise UserError(f"{file}: exists; choose another name, or delete it")
+    names = {"module": module, "name": class_name(module), "title": module.replace("_", " ").capitalize()}
+    text = task_like_caption(**names) if arguments.kind == "task" else FORMAT.format(**names)
+    file.write_text(text, encoding="utf-8")
+    print(f"wrote {file}; {NEXT_STEP[arguments.kind].format(**names)}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    parser.add_argument("kind", choices=SKELETONS, help="what to write")
-    parser.add_argument("name", metavar="NAME", help="name of the module, such as count_people")
+def task_like_caption(module: str, name: str, title: str) -> str:
+    """The source of the recipe for captions under other names."""
+    source = Path(caption.__file__).read_text(encoding="utf-8")
+    source = re.sub(r"Captioning: .*", f"{title}: describe here what the model learns.", source)
+    source = source.replace("vft.recipes.caption", f"vft.recipes {module}:{name}")
+    return re.sub(r"\bCaption\b", name, source).replace('"caption"', f'"{module}:{name}"')
 
 
 def class_name(module: str) -> str:
-    """`count_people` as `CountPeople`. UserError if `module` cannot be the name of a module."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", module) or keyword.iskeyword(module):
-        raise UserError(f"NAME = {module!r}: must be the name of a Python module: small letters, digits and _")
+    """`count_people` as `CountPeople`."""
     return "".join(part.capitalize() for part in module.split("_"))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,22 +7,23 @@ of it; nothing is measured.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from vft.cli.arguments import add_config_arguments, parse_arguments
-from vft.common.console import user_errors
+from vft.cli.arguments import Choices, ConfigArguments, command
+from vft.common.console import make_table
 from vft.common.device_specs import CARDS
-from vft.common.errors import UserError
 from vft.common.task import trained_conversations
 from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
+from vft.config.toml import Positive, PositiveFloat
 from vft.data import formats as sources
 from vft.data.dataset import converse, take
 from vft.models.quantization import true_shapes
@@ -33,65 +34,36 @@ from vft.training.checks import check_shares
 from vft.training.losses import cross_entropy
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+class PlanArguments(ConfigArguments):
+    """Arguments of `vft plan`."""
+
+    gpus: Positive
+    """number of GPUs; each runs one process"""
+    gpu_memory_gib: PositiveFloat
+    """memory of one GPU, GiB"""
+    gpu: Annotated[str | None, Choices(sorted(CARDS))] = None
+    """the card, to estimate times; without it there are none"""
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """assumed share of the card's peak FLOP/s (default 0.35)"""
+    gpus_per_host: Positive = 8
+    """GPUs of one host (default 8)"""
+    network_gb_s: PositiveFloat = 50.0
+    """network bandwidth between hosts, for each GPU, 10^9 bytes a second (default 50)"""
+    text_tokens: Positive = 300
+    """tokens of a sample beside its video (default 300)"""
+    samples: Positive | None = None
+    """samples of an epoch (default: those of data.sources are counted)"""
+    disk_gb_s: PositiveFloat = 2.0
+    """reading speed of the disk, 10^9 bytes a second (default 2)"""
+
+
+@command(PlanArguments, __doc__)
+def main(arguments: PlanArguments) -> None:
     """Command line. SystemExit(1) if nothing fits."""
-    arguments = parse_arguments(__doc__, add_arguments, argv, prog)
-    with user_errors():
-        setting = setting_of(arguments)
-        planner = Planner(cross_entropy)
-        row = planner.longest_row(setting)
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-        console.print(
-            f"{setting.config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
-            f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
-        )
-        search = planner.search(setting, row)
-        console.print(memory_table([*search.tried, *([search.faster] if search.faster else [])]))
-        if not search.fitting:
-            console.print(what_is_missing(search))
-            raise SystemExit(1)
-        for line in advice(setting, search, planner, row):
-            console.print(line)
-        console.print(figures_table(search.fitting[0], planner, row, arguments))
-        if arguments.gpu and setting.card is None:
-            console.print(f'no times: the peak of a {arguments.gpu} that is known is that of train.precision = "bf16"')
-        elif setting.card is None:
-            console.print("no times: name the card with --gpu")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options."""
-    add_config_arguments(parser)
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs; each runs one process")
-    parser.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of one GPU, GiB")
-    parser.add_argument("--gpu", choices=sorted(CARDS), help="the card, to estimate times; without it there are none")
-    parser.add_argument(
-        "--efficiency", type=float, default=0.35, help="assumed share of the card's peak FLOP/s (default 0.35)"
-    )
-    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs of one host (default 8)")
-    what = "network bandwidth between hosts, for each GPU, 10^9 bytes a second (default 50)"
-    parser.add_argument("--network-gb-s", type=float, default=50.0, help=what)
-    parser.add_argument(
-        "--text-tokens", type=int, default=300, help="tokens of a sample beside its video (default 300)"
-    )
-    parser.add_argument("--samples", type=int, help="samples of an epoch (default: those of data.sources are counted)")
-    parser.add_argument(
-        "--disk-gb-s", type=float, default=2.0, help="reading speed of the disk, 10^9 bytes a second (default 2)"
-    )
-
-
-def setting_of(arguments: argparse.Namespace) -> Setting:
-    """What is to be planned. UserError if a number is out of range or the run could not be trained."""
-    for name in ("gpus", "gpu_memory_gib", "gpus_per_host", "network_gb_s", "text_tokens", "samples", "disk_gb_s"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0 and finite")
-    if not 0 < arguments.efficiency <= 1:
-        raise UserError(f"--efficiency {arguments.efficiency}: must be above 0, at most 1")
     config = configs.load(arguments.config, arguments.overrides)
     config.require_training()
     check_shares(config, arguments.gpus)
-    return Setting(
+    setting = Setting(
         config,
         arguments.gpus,
         arguments.gpu_memory_gib,
@@ -101,6 +73,25 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         arguments.gpus_per_host,
         arguments.network_gb_s,
     )
+    planner = Planner(cross_entropy)
+    row = planner.longest_row(setting)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    console.print(
+        f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
+        f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
+    )
+    search = planner.search(setting, row)
+    console.print(memory_table([*search.tried, *([search.faster] if search.faster else [])]))
+    if not search.fitting:
+        console.print(what_is_missing(search))
+        raise SystemExit(1)
+    for line in advice(setting, search, planner, row):
+        console.print(line)
+    console.print(figures_table(search.fitting[0], planner, row, arguments))
+    if arguments.gpu and setting.card is None:
+        console.print(f'no times: the peak of a {arguments.gpu} that is known is that of train.precision = "bf16"')
+    elif setting.card is None:
+        console.print("no times: name the card with --gpu")
 
 
 def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> list[str]:
@@ -146,25 +137,25 @@ def what_is_missing(search: Search) -> str:
 
 def memory_table(memories: Sequence[Memory]) -> Table:
     """A column for each of the settings that were tried."""
-    table = Table(title="GiB on each GPU at the worst moment of a step")
-    table.add_column("activation checkpointing")
-    for memory in memories:
-        table.add_column(column_name(memory.setting.config, memories[0].setting.config), justify="right")
+    first, rows = memories[0].setting, []
     for label, name in (
-        *([("NF4 weights", "packed")] if any(memory.sizes["packed"] for memory in memories) else []),
+        ("NF4 weights", "packed"),
         ("frozen weights", "weights"),
         ("trained weights", "trained"),
         ("optimizer", "optimizer"),
         ("gathered weights", "gathered"),
         ("activations, gradients", "activations"),
+        ("total", "total"),
+        ("host memory for it", "host"),
     ):
-        table.add_row(label, *(f"{memory.sizes[name] / GIB:,.2f}" for memory in memories))
-    table.add_row("total", *(f"{memory.total / GIB:,.2f}" for memory in memories))
-    memory_gib = memories[0].setting.memory_gib
-    table.add_row(f"of {memory_gib:g}", *(f"{memory.total / GIB / memory_gib:.0%}" for memory in memories))
-    if any(memory.sizes["host"] for memory in memories):
-        table.add_row("host memory for it", *(f"{memory.sizes['host'] / GIB:,.2f}" for memory in memories))
-    return table
+        sizes = [{**memory.sizes, "total": memory.total}[name] / GIB for memory in memories]
+        if any(sizes) or name not in ("packed", "host"):
+            rows.append([label, *(f"{gib:,.2f}" for gib in sizes)])
+        if name == "total":
+            rows.append([f"of {first.memory_gib:g}", *(f"{gib / first.memory_gib:.0%}" for gib in sizes)])
+    names = [column_name(memory.setting.config, first.config) for memory in memories]
+    title = "GiB on each GPU at the worst moment of a step"
+    return make_table(title, ["activation checkpointing", *names], rows, justify="right")
 
 
 def column_name(config: Config, first: Config) -> str:
@@ -178,14 +169,14 @@ def column_name(config: Config, first: Config) -> str:
     return ", ".join(parts)
 
 
-def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: argparse.Namespace) -> Table:
+def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: PlanArguments) -> Table:
     """Speed, traffic and disk space, each with what it rests on."""
     setting, config = memory.setting, memory.setting.config
     model, gpus = planner.model_of(config), setting.gpus
-    assumed = f"{arguments.gpu} at {setting.efficiency:.0%} of its peak, {LINK_SHARE:.0%} of its links (assumed)"
-    table = Table(title=assumed if setting.card else "what a step moves, and what the run needs beside")
-    for name in ("what", "figure", "from"):
-        table.add_column(name)
+    title = "what a step moves, and what the run needs beside"
+    if setting.card:
+        title = f"{arguments.gpu} at {setting.efficiency:.0%} of its peak, {LINK_SHARE:.0%} of its links (assumed)"
+    table = make_table(title, ("what", "figure", "from"), ())
     step = planner.step(setting, row)
     products = f"{step.rows} row(s) of {step.flops / 1e12:,.0f} TFLOP a GPU"
     host_gb = step.host / 1e9
@@ -252,7 +243,3 @@ def count_samples(config: Config) -> int | None:
         documents = (converse(sample, make, data)[0] for sample in take(samples, source.take, config.seed))
         count += source.times * sum(map(len, documents))
     return math.ceil(count * (1 - (config.eval.split or 0)))
-
-
-if __name__ == "__main__":
-    main()

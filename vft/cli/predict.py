@@ -18,7 +18,7 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,20 +26,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vft.adapters.peft_format import recorded
-from vft.cli.arguments import parse_arguments
-from vft.cli.options import ExistingFolder, Options
-from vft.common.console import user_errors
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
 from vft.common.errors import UserError
 from vft.common.task import Answer
-from vft.common.types import MediaInfo, MediaRef
-from vft.config.data import DataConfig, SourceConfig
+from vft.config.data import SourceConfig
 from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import Count, Name, NonNegativeFloat, Positive, PositiveFloat, explain
 from vft.data.media.index import build
 from vft.data.media.video import scan
 from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import DataParallel, World, all_of, environment, make_mesh, process_group
+from vft.distributed.process_group import DataParallel, all_of, environment, make_mesh, process_group
 from vft.inference.answers_file import AnswersFile, answer_settings, prediction_line
 from vft.inference.as_trained import data_config
 from vft.inference.engine import Answerer, Failure
@@ -68,8 +65,6 @@ FEW = 8
 WORKERS = 4
 DECODE_TIMEOUT_S = 600.0
 
-Info = Callable[[MediaRef], MediaInfo]
-
 
 def _check_prompt(prompt: str) -> str:
     if not prompt.strip():
@@ -86,8 +81,8 @@ def _columns(text: str) -> dict[str, str]:
         raise ValueError(explain(SourceConfig, error)[1]) from None
 
 
-class PredictOptions(Options):
-    """Options of `vft predict`."""
+class PredictArguments(Arguments):
+    """Arguments of `vft predict`."""
 
     model: Name
     """folder or hub name of a base or merged model"""
@@ -131,7 +126,7 @@ class PredictOptions(Options):
     """questions that a process answers at once (default 1)"""
     workers: Count | None = None
     """processes that decode (default 4; up to 8 videos: 0)"""
-    videos: list[Path]
+    videos: Annotated[list[Path], Positional("VIDEO")]
     """videos or pictures, folders of them, or files of records (JSON, JSONL, CSV, TSV, Parquet)"""
 
     @model_validator(mode="after")
@@ -151,26 +146,23 @@ class PredictOptions(Options):
         """How answers are generated."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
-    def workers_for(self, requests: Sequence[Request]) -> int:
-        """Processes that scan and decode."""
-        if self.workers is not None:
-            return self.workers
-        return WORKERS if len(requests) > FEW else 0
+    def workers_for(self, questions: int) -> int:
+        """Processes that scan and decode the media of so many questions."""
+        return self.workers if self.workers is not None else WORKERS if questions > FEW else 0
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Command line."""
-    arguments = parse_arguments(__doc__, PredictOptions.add_to, argv, prog)
-    with user_errors():
-        try:
-            failed = predict(PredictOptions.parse(arguments))
-        except UserError as error:
-            error.args = (with_options(str(error)),)
-            raise
+@command(PredictArguments, __doc__)
+def main(options: PredictArguments) -> None:
+    """Command line. SystemExit(1) if a question has no answer."""
+    try:
+        failed = predict(options)
+    except UserError as error:
+        error.args = (with_options(str(error)),)
+        raise
     sys.exit(1 if failed else 0)
 
 
-def predict(options: PredictOptions) -> int:
+def predict(options: PredictArguments) -> int:
     """Print or write an answer to each question; returns how many have none."""
     world = environment()
     precision = options.precision or ("bf16" if world.device.type == "cuda" else "fp32")
@@ -186,12 +178,16 @@ def predict(options: PredictOptions) -> int:
     if options.output is not None:
         settings = answer_settings(base, options.adapter, prepared.pretrained, precision, options.sampling, config)
         file = AnswersFile(options.output, settings)
+    info = scan
     # Before the process group, as in training: the first scan of many files may outlast any timeout.
-    scan_first = len(requests) > FEW or options.segments is not None
-    info = scan_all(requests, config, options.workers_for(requests), world) if scan_first else scan
+    if len(requests) > FEW or options.segments is not None:
+        questions = [request.question for request in requests if not isinstance(request.question, Failure)]
+        refs = [ref for question in questions for ref in question.prompt.media]
+        workers = options.workers_for(len(requests))
+        info = build(refs, config.cache_path, workers, DECODE_TIMEOUT_S, show_progress=world.is_main).info
     if options.segments is not None:
         requests = split(requests, options.segments, info)
-    with process_group(world), WorkerPool(options.workers_for(requests), DECODE_TIMEOUT_S) as pool:
+    with process_group(world), WorkerPool(options.workers_for(len(requests)), DECODE_TIMEOUT_S) as pool:
         # The file of the first process counts: other hosts may not see it.
         answered = all_of([file is not None and file.has(request) for request in requests])[0]
         left = [request for request, is_answered in zip(requests, answered, strict=True) if not is_answered]
@@ -205,7 +201,7 @@ def predict(options: PredictOptions) -> int:
         return answer_requests(answerer, left, options, file)
 
 
-def requests_of(options: PredictOptions, about: Mapping[str, Any]) -> list[Request]:
+def requests_of(options: PredictArguments, about: Mapping[str, Any]) -> list[Request]:
     """The questions. Files, and records that ask nothing, are asked `--prompt`, or what training asked most often."""
     prompt = options.prompt or about.get("prompt") or DEFAULT_PROMPT
     before = "" if options.prompt else about.get("prompt_before_media", "")
@@ -217,15 +213,8 @@ def requests_of(options: PredictOptions, about: Mapping[str, Any]) -> list[Reque
     return requests
 
 
-def scan_all(requests: Sequence[Request], config: DataConfig, workers: int, world: World) -> Info:
-    """Scan all media side by side."""
-    questions = [request.question for request in requests if not isinstance(request.question, Failure)]
-    refs = [ref for question in questions for ref in question.prompt.media]
-    return build(refs, config.cache_path, workers, DECODE_TIMEOUT_S, show_progress=world.is_main).info
-
-
 def answer_requests(
-    answerer: Answerer, requests: Sequence[Request], options: PredictOptions, file: AnswersFile | None
+    answerer: Answerer, requests: Sequence[Request], options: PredictArguments, file: AnswersFile | None
 ) -> int:
     """Answer all questions and show each answer, or why there is none, as soon as it is known; returns how many have
     no answer. Every process must call it; the first one shows."""
@@ -262,7 +251,7 @@ def answer_requests(
 
 
 def show(
-    request: Request, answer: Answer | Failure, options: PredictOptions, file: AnswersFile | None, live: bool
+    request: Request, answer: Answer | Failure, options: PredictArguments, file: AnswersFile | None, live: bool
 ) -> None:
     """Write one answer, or why there is none, to the file, or print it."""
     if file is not None:
@@ -294,7 +283,3 @@ def clock(request: Request) -> list[str]:
         return []
     times_s = [round(time_s, 1) for time_s in request.segment_s]
     return ["-".join(f"{int(time_s // 60):02d}:{time_s % 60:04.1f}".removesuffix(".0") for time_s in times_s)]
-
-
-if __name__ == "__main__":
-    main()

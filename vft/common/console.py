@@ -6,12 +6,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 from tqdm import tqdm
 
 from vft.common.errors import UserError
@@ -26,6 +27,23 @@ def stderr_console() -> Console:
     It is made when first used: rich looks at the terminal only then.
     """
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], justify: JustifyMethod = "left"
+) -> Table:
+    """A table for a terminal. `justify` is for all columns but the first."""
+    table = Table(title=title)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify=justify if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout. Brackets and colons in it are text."""
+    Console(markup=False, emoji=False).print(table)
 
 
 _PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -19,34 +20,37 @@ from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import Answer, Task, files_of
 from vft.common.types import IGNORE_INDEX, Document
 from vft.common.unique import unique_names
+from vft.config.run import Config, EvalConfig
 from vft.data.dataset import Dataset
 from vft.data.loader import Loader
 from vft.data.packing import PackPlan
 from vft.data.workers import WorkerPool
 from vft.distributed import signals as stopping
-from vft.distributed.process_group import DataParallel, World, all_of, sum_over_ranks
+from vft.distributed.process_group import DataParallel, World, all_of, make_mesh, process_group, sum_over_ranks
 from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.models.base import VideoLanguageModel
-from vft.preparation.documents import questions, spread
+from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
+from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    task: Task, answerer: Answerer, held_out: Dataset, sampling: Sampling, batch_size: int, limit: int, file: Path
+    task: Task, answerer: Answerer, held_out: Dataset, settings: EvalConfig, file: Path
 ) -> dict[str, Interval]:
-    """Scores of the task on (`limit`) held-out documents and the loss on them. Counts stand beside them: `answered`,
-    `unreadable`, and `cut_off`, the answers that ended at `max_new_tokens` or at the end of the model's context.
+    """Scores of the task on (`max_samples`) held-out documents and the loss on them. Counts stand beside them:
+    `answered`, `unreadable`, and `cut_off`, the answers that ended at `max_new_tokens` or with the model's context.
 
     The answers go to `file`, a line each. Every process must call it; all get the same scores.
     """
+    limit = settings.max_samples
     asked = questions(held_out.conversations, limit)
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
-            results = list(answerer.answers(asked, sampling, batch_size))
+            results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
             loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, answerer.parallel, limit)
     finally:
         for module in answerer.model.modules():
@@ -65,10 +69,36 @@ def evaluate(
         scores["loss"] = loss
     cut_off = sum(answer.is_cut_off for answer in answers)
     if cut_off:
-        limit_set = f"eval.max_new_tokens = {sampling.max_new_tokens}"
+        limit_set = f"eval.max_new_tokens = {settings.max_new_tokens}"
         logger.warning("%s: %d of %d answers were cut off at %s: raise it", file.stem, cut_off, len(answers), limit_set)
     counts = {"answered": len(answers), "unreadable": len(held_out.bad) + len(failures), "cut_off": cut_off}
     return {**scores, **{name: Interval.point(count) for name, count in counts.items()}}
+
+
+def score_all(
+    task: Task, config: Config, runs: Mapping[Path, Path | None], world: World
+) -> dict[str, dict[str, Interval]]:
+    """Scores by the name of the file that the answers go to; `runs` says which adapter each file is of (None: the base
+    alone)."""
+    dtype = DTYPES[config.train.precision]
+    models = {file: open_for_inference(config.model, adapter, dtype) for file, adapter in runs.items()}
+    # Before the process group, as in training: the first scan of many files may outlast any timeout.
+    held_out = load_held_out(task, config, next(iter(models.values())).encoder(config.data))
+    warn_of_overlap(task, config, held_out)
+    scores = {}
+    with (
+        process_group(world, alone=config.parallel.offload != "none"),
+        WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
+    ):
+        for file in runs:
+            mesh = make_mesh(world, config.parallel.shard)
+            load_for_inference(models[file], world.device, mesh, config.parallel)
+            model, parallel = models.pop(file).model, DataParallel.of(mesh)
+            answerer = Answerer(model, held_out.encoder, config.data, held_out.info, pool, world, parallel)
+            scores[file.stem] = evaluate(task, answerer, held_out, config.eval, file)
+            del model, answerer
+            gc.collect()  # a sharded model holds itself through its hooks; two may not fit in memory
+    return scores
 
 
 def write_score_parts(file: Path, scores: Mapping[str, Interval]) -> None:

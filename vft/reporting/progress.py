@@ -6,10 +6,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -24,43 +26,22 @@ PERIOD_S = 0.5
 """Between two drawings, at least."""
 MAX_CPU_SHARE = 0.005
 """Share of a core's time that drawing may take: on a slow machine the view is drawn less often."""
-MAX_MEANS = 512
-"""Of a sparkline; then each two become one."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 MIN_WIDTH, MIN_HEIGHT = 60, 14
 """Characters and lines of the smallest terminal on which the view has a frame."""
 
 
-class Sparkline:
-    """A figure over the whole run, in a bounded number of means; on a logarithmic axis with `log`."""
-
-    def __init__(self, log: bool = False) -> None:
-        self.log = log
-        self.means: list[float] = []
-        self.values_per_mean = 1
-        self._sum, self._count = 0.0, 0
-
-    def add(self, value: float) -> None:
-        """Add the figure of one more step."""
-        self._sum, self._count = self._sum + value, self._count + 1
-        if self._count == self.values_per_mean:
-            self.means.append(self._sum / self._count)
-            self._sum, self._count = 0.0, 0
-        if len(self.means) == MAX_MEANS:
-            pairs = zip(self.means[::2], self.means[1::2], strict=True)
-            self.means, self.values_per_mean = [(a + b) / 2 for a, b in pairs], 2 * self.values_per_mean
-
-    def text(self, width: int) -> str:
-        """The whole run as at most `width` blocks; the lowest is its least value, the highest its largest."""
-        means, parts = list(self.means), min(width, len(self.means))
-        if parts < 2:
-            return ""
-        ends = [i * len(means) // parts for i in range(parts + 1)]
-        heights = [sum(means[a:b]) / (b - a) for a, b in pairwise(ends)]
-        if self.log and min(heights) > 0:
-            heights = [math.log(h) for h in heights]
-        low, high = min(heights), max(heights)
-        return "".join(BLOCKS[int((h - low) / ((high - low) or 1.0) * 7.999)] for h in heights)
+def sparkline(values: Sequence[float], width: int, log: bool = False) -> str:
+    """A figure over the whole run as at most `width` blocks; the lowest is its least value, the highest its largest."""
+    parts = min(width, len(values))
+    if parts < 2:
+        return ""
+    ends = [i * len(values) // parts for i in range(parts + 1)]
+    heights = [fmean(values[a:b]) for a, b in pairwise(ends)]
+    if log and min(heights) > 0:
+        heights = [math.log(h) for h in heights]
+    low, high = min(heights), max(heights)
+    return "".join(BLOCKS[int((h - low) / ((high - low) or 1.0) * 7.999)] for h in heights)
 
 
 @dataclass(eq=False)
@@ -73,8 +54,8 @@ class RunState:
     begin_s: float = field(default_factory=time.monotonic)
     line: Mapping[str, Any] = field(default_factory=lambda: {"step": 0})
     """The newest step's line of metrics.jsonl."""
-    loss: Sparkline = field(default_factory=lambda: Sparkline(log=True))
-    rate: Sparkline = field(default_factory=Sparkline)
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     step_ends: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=200))
     """Time and number of the latest steps. The time that is left is estimated from these, pauses included."""
     evaluation: str = ""
@@ -86,9 +67,8 @@ class RunState:
 
     def add_step(self, line: Mapping[str, Any], end_s: float | None = None) -> None:
         """A step's line of metrics.jsonl, and when the step ended; None for steps of an earlier start of the run."""
-        for sparkline, value in ((self.loss, line["loss"]), (self.rate, line["lr"])):
-            if value is not None:
-                sparkline.add(value)
+        self.losses += [] if line["loss"] is None else [line["loss"]]
+        self.rates.append(line["lr"])
         self.line = line
         if end_s is not None:
             self.step_ends.append((end_s, line["step"]))
@@ -110,13 +90,12 @@ class RunState:
         line = self.line
         rows = [self._progress(width, ascii_only)]
         if "loss" in line:
-            for label, value, sparkline in (
-                ("loss", loss_text(line), self.loss),
-                ("lr", f"{line['lr']:.2e}", self.rate),
-            ):
-                free = width - 11 - max(8, len(value)) - 2
-                blocks = "" if ascii_only else sparkline.text(min(60, free))
-                rows.append(_row(label, f"{value:<8}", (f"  {blocks}", "cyan")))
+            curves = ("loss", loss_text(line), self.losses), ("lr", f"{line['lr']:.2e}", self.rates)
+            for label, value, values in curves:
+                free = 0 if ascii_only else width - 11 - max(8, len(value)) - 2
+                rows.append(
+                    _row(label, f"{value:<8}", (f"  {sparkline(values, min(60, free), label == 'loss')}", "cyan"))
+                )
             rows.append(_row("speed", speed_text(line)))
             rows.append(_row("", resources_text(line)))
         if self.evaluation:
@@ -159,7 +138,7 @@ class LiveView:
         self.state.begin_s = time.monotonic()
         self._live.start()
         self.console.show_cursor(True)  # a hidden one would stay hidden if the process is killed
-        show_bars_in(self._show_bar)
+        show_bars_in(partial(setattr, self.state, "bar"))
         threading.Thread(target=self._draw, name="live-view", daemon=True).start()
 
     def stop(self) -> None:
@@ -167,9 +146,6 @@ class LiveView:
         self._ended.set()
         show_bars_in(None)
         self._live.stop()
-
-    def _show_bar(self, text: str) -> None:
-        self.state.bar = text
 
     def _draw(self) -> None:
         pause_s = 0.0

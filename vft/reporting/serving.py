@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -84,34 +84,26 @@ def processor_files(
     frames, sizes = _limits(VideoConfig, video), _sizes(model_type, video, image)
     pictures = dict(files.get("preprocessor_config.json", {}))
     films = dict(files.get("video_preprocessor_config.json", {}))
-    if not films:
-        films = {key: value for key, value in pictures.items() if key not in IMAGE_KEYS}
-    for key in FRAME_KEYS:
-        films.pop(key, None)
+    films = films or {key: value for key, value in pictures.items() if key not in IMAGE_KEYS}
+    films = {key: value for key, value in films.items() if key not in FRAME_KEYS}
     films |= {"video_processor_type": VIDEO_PROCESSORS[model_type], "do_sample_frames": True}
     if frames.frames is not None:
         films |= {"num_frames": frames.frames, "fps": None}
     else:
         films |= {"fps": frames.fps, **_bounds(frames)}
-    pictures |= sizes["images_kwargs"]
-    films |= sizes["videos_kwargs"]
     for content, scope in ((pictures, "images_kwargs"), (films, "videos_kwargs")):
+        content |= sizes[scope]
         if size := sizes[scope].get("size"):  # for older versions
             content |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    own = {"image_processor": pictures, "video_processor": films}
     whole = dict(files.get("processor_config.json", {}))
-    nested = {key: whole[key] for key in ("image_processor", "video_processor") if isinstance(whole.get(key), dict)}
+    nested = {key: whole[key] for key in own if isinstance(whole.get(key), dict)}
     # If transformers 5 has saved both in one file, that file counts.
-    made: dict[str, dict[str, Any]] = {}
-    if "image_processor" not in nested or files.get("preprocessor_config.json"):
-        made["preprocessor_config.json"] = pictures
-    if "video_processor" not in nested or files.get("video_preprocessor_config.json"):
-        made["video_preprocessor_config.json"] = films
-    if nested:
-        own = {"image_processor": pictures, "video_processor": films}
-        for key, content in nested.items():
-            whole[key] = {**{name: value for name, value in content.items() if name not in FRAME_KEYS}, **own[key]}
-        made["processor_config.json"] = whole
-    return made
+    names = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+    made = {name: own[key] for key, name in names.items() if key not in nested or files.get(name)}
+    for key, content in nested.items():
+        whole[key] = {name: value for name, value in content.items() if name not in FRAME_KEYS} | own[key]
+    return {**made, "processor_config.json": whole} if nested else made
 
 
 def vllm_serve(
@@ -120,9 +112,10 @@ def vllm_serve(
     video: Mapping[str, Any],
     image: Mapping[str, Any],
     weight_bytes: int = 0,
-    adapter: Mapping[str, Any] | None = None,
+    adapter: str = "",
+    lora: Mapping[str, Any] | None = None,
 ) -> str:
-    """The command `vllm serve` for a model, or for an `adapter` (`path`, `rank`, `components`) on it.
+    """The command `vllm serve` for a model, or for an adapter on it, a folder with its `[lora]` table.
 
     It decodes greedily, with the frames and pixels of training. `video` and `image` are as for `processor_files`; if
     they are empty, the command does not set them.
@@ -132,24 +125,23 @@ def vllm_serve(
     words = ["vllm", "serve", model, "--served-model-name", name, "--tensor-parallel-size", str(gpus)]
     # "vllm": of the folder's generation_config.json only the end tokens count.
     words += ["--generation-config", "vllm", "--override-generation-config", json.dumps({"temperature": 0.0})]
-    if adapter is not None:
-        limit = next((rank for rank in MAX_RANKS if rank >= adapter["rank"]), adapter["rank"])
+    if lora:
+        # PiSSA is exported with twice its rank.
+        largest = max([lora["rank"], *(lora.get("ranks") or {}).values()]) * (1 if lora["init"] == "kaiming" else 2)
+        limit = next((rank for rank in MAX_RANKS if rank >= largest), largest)
         words += ["--enable-lora", "--max-lora-rank", str(limit)]
-        words += ["--enable-tower-connector-lora"] if adapter["components"] else []
-        words += ["--lora-modules", f"tuned={adapter['path']}"]
+        if any(name.partition(".")[0] != "language_model" for name in lora["targets"]):
+            words += ["--enable-tower-connector-lora"]
+        words += ["--lora-modules", f"tuned={adapter}"]
     if video:
         words += ["--media-io-kwargs", json.dumps({"video": _frames(model_type, _limits(VideoConfig, video))})]
-        words += ["--mm-processor-kwargs", json.dumps(request_pixels(model_type, video, image))]
+        sizes = _sizes(model_type, video, image)
+        if model_type == "qwen2_5_vl":
+            # vLLM's loader has sampled the frames already; the class of Qwen3-VL sets this itself.
+            sizes["videos_kwargs"]["do_sample_frames"] = False
+        pixels = {scope: values for scope, values in sizes.items() if values}
+        words += ["--mm-processor-kwargs", json.dumps(pixels)]
     return shlex.join(words)
-
-
-def request_pixels(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's `mm_processor_kwargs`, for the command or for a request: the pixels of training."""
-    sizes = _sizes(model_type, video, image)
-    if model_type == "qwen2_5_vl":
-        # vLLM's loader has sampled the frames already; the class of Qwen3-VL sets this itself.
-        sizes["videos_kwargs"]["do_sample_frames"] = False
-    return {scope: values for scope, values in sizes.items() if values}
 
 
 def _frames(model_type: str, video: VideoConfig) -> dict[str, Any]:
@@ -204,19 +196,3 @@ def _limits(section: type[Limits], recorded: Mapping[str, Any]) -> Limits:
     except ValidationError as error:
         message = explain(section, error)[1]
         raise UserError(f"vft.json: {message}: not limits that this version knows; correct them") from error
-
-
-def ranks_of(lora: Mapping[str, Any]) -> int:
-    """The largest rank in an exported adapter, from its `[lora]` table. PiSSA is exported with twice its rank."""
-    largest = max([lora["rank"], *(lora.get("ranks") or {}).values()])
-    return int(largest) * (1 if lora["init"] == "kaiming" else 2)
-
-
-def components_of(lora: Mapping[str, Any]) -> Sequence[str]:
-    """The components other than the language model that have adapters, from the `[lora]` table."""
-    return sorted({name.partition(".")[0] for name in lora["targets"]} - {"language_model"})
-
-
-def not_served(lora: Mapping[str, Any]) -> str:
-    """Why vLLM can't serve an adapter with this `[lora]` table (vllm/lora/peft_helper.py); empty if it can."""
-    return "DoRA is not served" if lora.get("dora") else ""

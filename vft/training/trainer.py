@@ -36,7 +36,6 @@ from vft.distributed.signals import Stopped, deferred, stop_if, stop_requested, 
 from vft.inference.best_score import BestScore
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import evaluate, questions_digest, write_score_parts
-from vft.inference.generate import Sampling
 from vft.models.base import Objective
 from vft.models.flops import FlopCounter
 from vft.models.weights import export_model
@@ -45,12 +44,16 @@ from vft.preparation.documents import load_held_out, load_training, training_str
 from vft.preparation.memory import longest_row, memory_preflight, resolve_checkpointing
 from vft.preparation.run import load, open_for_training, start_adapters
 from vft.reporting import write_card, write_report
-from vft.reporting.loggers import require_boards
-from vft.reporting.metrics_log import Monitor
-from vft.reporting.profiler import Profiler
-from vft.reporting.run_facts import describe_run, trainable_table
+from vft.reporting.monitor import (
+    Monitor,
+    Profiler,
+    Tally,
+    describe_run,
+    describe_step,
+    require_boards,
+    trainable_table,
+)
 from vft.reporting.serving import served_files
-from vft.reporting.step_metrics import Stopwatch, Tally, describe_step
 from vft.training import checkpoint as checkpoints
 from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.checks import (
@@ -118,7 +121,7 @@ class Trainer:
         """Whether a step has changed the weights."""
         self.non_finite = NonFiniteSteps()
         self.monitor = Monitor(config, self.max_steps, world.is_main)
-        self.profiler = Profiler.of(config.log, config.output_dir, world)
+        self.profiler = Profiler(config, world.rank)
         archives = sum(len(source.shards) for source in streams.archives) if streams is not None else 0
         self.facts = describe_run(world, documents.num_samples, documents.lengths, archives)
         shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
@@ -222,12 +225,11 @@ class Trainer:
         coming.
         """
         config, device, loader, step = self.config, self.world.device, self.data.loader, self.step
-        if self.profiler is not None:
-            self.profiler.before(step)
-        watch, tally = Stopwatch(), Tally()
+        self.profiler.before(step)
+        tally = Tally()
         rate = learning_rate(config.train, step, self.max_steps)
         set_learning_rate(self.optimizer, rate)
-        loss_sum, missing = self.backward(watch, tally)
+        loss_sum, missing = self.backward(tally)
         counted = self.data_parallel.sum(torch.tensor(list(tally.counts.values()), device=device)).tolist()
         counts = dict(zip(tally.counts, counted, strict=True))
         loss = float(self.data_parallel.sum(loss_sum)) / max(counts["num_targets"], 1)
@@ -255,13 +257,12 @@ class Trainer:
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
-        line = describe_step(loss, norm, rate, counts, watch, self.world)
+        line = describe_step(loss, norm, rate, counts, tally, self.world)
         self.monitor.step({"step": step, "epoch": loader.epoch, **line})
-        if self.profiler is not None and self.profiler.after(step):
-            logger.info("wrote %s", self.profiler.file)
+        self.profiler.after(step)
         return stop
 
-    def backward(self, watch: Stopwatch, tally: Tally) -> tuple[Tensor, int]:
+    def backward(self, tally: Tally) -> tuple[Tensor, int]:
         """Add up the gradients of this process's packs of the step. Returns the sum of their losses, and the number of
         packs for which a stream found nothing before a signal came."""
         config, device = self.config, self.world.device
@@ -272,7 +273,7 @@ class Trainer:
             report_progress(f"at step {self.step}, waiting for data")
             pack = next(packs)
             report_progress(f"at step {self.step}, computing")
-            watch.waiting(since)
+            tally.waited_s += time.perf_counter() - since
             packs_left -= 1
             missing += pack.is_missing
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
@@ -297,9 +298,8 @@ class Trainer:
         assert self.answerer is not None
         step, limits, folder = self.step, self.config.eval, self.config.output_dir
         report_progress(f"evaluating after step {step}", has_timeout=False)
-        name, sampling = f"step-{step:06d}", Sampling(max_new_tokens=limits.max_new_tokens)
-        answers = folder / "predictions" / f"{name}.jsonl"
-        scores = evaluate(self.task, self.answerer, held_out, sampling, limits.batch_size, limits.max_samples, answers)
+        name = f"step-{step:06d}"
+        scores = evaluate(self.task, self.answerer, held_out, limits, folder / "predictions" / f"{name}.jsonl")
         if self.world.is_main:
             write_score_parts(folder / "scores" / f"{name}.json", scores)
         if step and limits.best_metric:

@@ -42,14 +42,14 @@ def test_help_lists_every_command_and_imports_no_torch() -> None:
     assert torch_is_imported == "False"
     for name, (module, _) in app.COMMANDS.items():
         assert any(line.startswith(f"  {name} ") for line in lines)
-        assert (REPOSITORY / "vft" / "cli" / f"{module}.py").is_file()
+        assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
 
 
 def test_every_command_is_a_tool_too() -> None:
     """Except those that are new with `vft`."""
     for name, (module, _) in app.COMMANDS.items():
         if name not in ("train", "new"):
-            assert f'run_tool("{name}")' in (REPOSITORY / "tools" / f"{module}.py").read_text()
+            assert f'run_tool("{name}")' in (REPOSITORY / "tools" / f"{module.rpartition('.')[2]}.py").read_text()
 
 
 @pytest.mark.parametrize(

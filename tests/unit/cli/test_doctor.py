@@ -16,7 +16,7 @@ import pytest
 
 from tests.runs.fixtures import world as world
 from tests.runs.world import World
-from vft.cli.doctor_checks import devices, machine, packages
+from vft.cli import doctor
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -108,14 +108,14 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    one = the_only(packages.check_decoding(lambda: []))
+    one = doctor.check_decoding(lambda: [])
     assert one.status == "error" and "no FFmpeg of version 4 to 8" in one.found and "apt-get install ffmpeg" in one.fix
 
 
 def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = packages.metadata.version
-    monkeypatch.setattr(packages.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
-    one = the_only(packages.check_packages())
+    version = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
+    one = the_only(doctor.check_packages())
     assert (one.status, one.found) == ("error", "torch 2.6.0") and one.fix.startswith("pip install 'torch>=2.11")
 
 
@@ -150,20 +150,20 @@ def test_a_full_disk_and_little_shared_memory(full_disk: Path, config: Path) -> 
 def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gib: float, status: str) -> None:
     free = int(free_gib * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert the_only(machine.check_folder("output folder", tmp_path / "not" / "yet", "name another")).status == status
-    assert the_only(machine.check_shared_memory(tmp_path, free + 1)).status == "error"
-    assert the_only(machine.check_shared_memory(tmp_path, free)).status == "ok"
+    assert doctor.check_folder("output folder", tmp_path / "not" / "yet", "name another").status == status
+    assert doctor.check_shared_memory(tmp_path, free + 1).status == "error"
+    assert doctor.check_shared_memory(tmp_path, free).status == "ok"
 
 
 def test_shared_memory_that_workers_need() -> None:
     from vft.config.data import DataConfig
     from vft.data.loader import MAX_PENDING_BYTES
 
-    assert machine.MAX_PENDING_BYTES == MAX_PENDING_BYTES
+    assert doctor.MAX_PENDING_BYTES == MAX_PENDING_BYTES
     few = DataConfig(pack_tokens=1000, prefetch_packs=2)
-    assert machine.max_pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
-    assert machine.max_pending_bytes(few.model_copy(update={"workers": 0})) == 0
-    assert machine.max_pending_bytes(few.model_copy(update={"pack_tokens": 10**7})) == 2 << 30
+    assert doctor.max_pending_bytes(few) == 2 * 1000 * 28 * 28 * 3 * 2  # a token is 28 x 28 pixels of two RGB frames
+    assert doctor.max_pending_bytes(few.model_copy(update={"workers": 0})) == 0
+    assert doctor.max_pending_bytes(few.model_copy(update={"pack_tokens": 10**7})) == 2 << 30
 
 
 def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) -> Any:
@@ -181,13 +181,13 @@ def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) 
 
 
 def test_a_hip_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "_check_attention", lambda torch: devices.Finding("ok", "attention", ""))
-    found = list(devices.check_gpus(torch_with("7.0.2", None, 2)))
+    monkeypatch.setattr(doctor, "_check_attention", lambda torch: doctor.Finding("attention", ""))
+    found = list(doctor.check_gpus(torch_with("7.0.2", None, 2)))
     assert [one.status for one in found] == ["ok"] * 3
     assert found[1].found == "1: AMD Instinct MI300X, 192 GiB, ROCm 7.0.2, bf16"
     (kfd := tmp_path / "kfd").touch()
-    monkeypatch.setattr(devices, "DRIVERS", {str(kfd): "ROCm"})
-    one = the_only(devices.check_gpus(torch_with("7.0.2", None, 0)))
+    monkeypatch.setattr(doctor, "DRIVERS", {str(kfd): "ROCm"})
+    one = the_only(doctor.check_gpus(torch_with("7.0.2", None, 0)))
     assert one.status == "error" and "ROCm 7.0.2 can't use it" in one.found and "video and render" in one.fix
 
 
@@ -195,33 +195,35 @@ def test_a_gpu_that_this_build_can_not_use(monkeypatch: pytest.MonkeyPatch, tmp_
     (kfd := tmp_path / "kfd").touch()
     (nvidia := tmp_path / "nvidia0").touch()
     for build, node, said, fix in (
-        ((None, None), nvidia, "built for CPUs only", "pytorch.org's index for CUDA"),
-        ((None, None), kfd, "built for CPUs only", "pytorch.org's index for ROCm"),
+        ((None, None), nvidia, "torch for CPU only can't use it", "pytorch.org's index for CUDA"),
+        ((None, None), kfd, "torch for CPU only can't use it", "pytorch.org's index for ROCm"),
         ((None, "12.8"), nvidia, "CUDA 12.8 can't use it", "update the driver"),
         ((None, "12.8"), kfd, "CUDA 12.8 can't use it", "install a torch for ROCm"),
         (("7.0", None), nvidia, "ROCm 7.0 can't use it", "install a torch for CUDA"),
     ):
-        monkeypatch.setattr(devices, "DRIVERS", {str(node): "ROCm" if node is kfd else "CUDA"})
-        one = the_only(devices.check_gpus(torch_with(*build, gpus=0)))
+        monkeypatch.setattr(doctor, "DRIVERS", {str(node): "ROCm" if node is kfd else "CUDA"})
+        one = the_only(doctor.check_gpus(torch_with(*build, gpus=0)))
         assert one.status == "error" and said in one.found and fix in one.fix, one
-    monkeypatch.setattr(devices, "DRIVERS", {str(tmp_path / "none"): "CUDA"})
-    one = the_only(devices.check_gpus(torch_with(None, "12.8", 0)))
+    monkeypatch.setattr(doctor, "DRIVERS", {str(tmp_path / "none"): "CUDA"})
+    one = the_only(doctor.check_gpus(torch_with(None, "12.8", 0)))
     assert one.status == "warning" and "--gpus all" in one.fix
+    one = the_only(doctor.check_gpus(torch_with(None, None, 0)))
+    assert one.status == "ok" and "enough for the demo" in one.found and not one.fix
 
 
 def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_check_attention", lambda torch: devices.Finding("ok", "attention", ""))
-    one = next(iter(devices.check_gpus(torch_with(None, "12.8", 1, bf16=False))))
+    monkeypatch.setattr(doctor, "_check_attention", lambda torch: doctor.Finding("attention", ""))
+    one = next(iter(doctor.check_gpus(torch_with(None, "12.8", 1, bf16=False))))
     assert one.status == "warning" and "emulated" in one.found and 'train.precision = "fp32"' in one.fix
 
 
 def test_threads_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", str(count + 1))
-    one = the_only(machine.check_processors(1))
+    one = doctor.check_processors(1)
     assert one.status == "warning" and one.fix.endswith("OMP_NUM_THREADS=" + one.fix.rpartition("=")[2])
     assert 1 <= int(one.fix.rpartition("=")[2]) <= count
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert the_only(machine.check_processors(1)).status == "ok"
-    assert the_only(machine.check_open_files(1024)).status == "error"
-    assert the_only(machine.check_open_files(resource.RLIM_INFINITY)).status == "ok"
+    assert doctor.check_processors(1).status == "ok"
+    assert doctor.check_open_files(1024).status == "error"
+    assert doctor.check_open_files(resource.RLIM_INFINITY).status == "ok"

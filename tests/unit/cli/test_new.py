@@ -36,8 +36,8 @@ def test_a_task(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     turns = (Turn("user", (MediaRef("video", Path("a.mp4")),)), Turn("assistant", ("A dog.",)))
     (conversation,) = task.conversations(Sample("1", turns, "train.jsonl:1"))
     assert isinstance(conversation, Conversation) and task.prompt in conversation.turns[0].text
-    answer = Answer(Question("1", conversation, ("A dog.",)), "A dog.")
-    assert task.name == name and task.score([answer])[task.main_metric].value == 1
+    answers = [Answer(Question(text, conversation, (text,)), text) for text in ("A dog.", "Two cats.")]
+    assert task.name == name and task.score(answers)[task.main_metric].value > 1
 
 
 def test_a_format(module: str, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_skeletons_pass_the_projects_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: tuple[object, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for kind in new.SKELETONS:
+    for kind in new.NEXT_STEP:
         new.main([kind, f"my_{kind}"])
     command = (sys.executable, "-m", *check, REPOSITORY / "pyproject.toml", "my_task.py", "my_format.py")
     environment = {"MYPYPATH": str(REPOSITORY)}

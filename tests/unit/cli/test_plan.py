@@ -198,12 +198,15 @@ def test_a_run_in_epochs_has_its_hours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "0", "--gpu-memory-gib", "80"), "--gpus 0: must be above 0"),
-        (("--gpus", "8", "--gpu-memory-gib", "80", "--efficiency", "1.5"), "--efficiency 1.5: must be above 0"),
+        (("--gpus", "0", "--gpu-memory-gib", "80"), "--gpus = 0: must be greater than or equal to 1"),
+        (
+            ("--gpus", "8", "--gpu-memory-gib", "80", "--efficiency", "1.5"),
+            "--efficiency = 1.5: must be less than or equal to 1",
+        ),
         (("--gpus", "8", "--gpu-memory-gib", "80", "parallel.shard=3"), "parallel.shard = 3: doesn't divide"),
         (("--gpus", "8", "--gpu-memory-gib", "80", "train.epoch=3"), "train.epoch"),
         (("--gpus", "3", "--gpu-memory-gib", "80"), "train.packs_per_step = 16: must be a multiple of the number"),
-        (("--gpus", "8", "--gpu-memory-gib", "nan"), "--gpu-memory-gib nan: must be above 0 and finite"),
+        (("--gpus", "8", "--gpu-memory-gib", "nan"), "--gpu-memory-gib = nan: must be"),
     ],
 )
 def test_a_mistake_is_one_line(plan: Plan, arguments: tuple[str, ...], message: str) -> None:

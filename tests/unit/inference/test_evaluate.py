@@ -36,7 +36,6 @@ from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.as_trained import evaluation_config
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import evaluate, held_out_loss
-from vft.inference.generate import Sampling
 from vft.preparation.documents import load_held_out, questions, warn_of_overlap
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -268,7 +267,8 @@ def evaluated(
     config, held_out = held_out_of(tiny, root, records, task)
     with WorkerPool(0, 60.0) as pool:
         answerer = Answerer(model or tiny.ours(), tiny.encoder, config.data, held_out.info, pool, ALONE)
-        scores = evaluate(task, answerer, held_out, Sampling(max_new_tokens=4), 2, limit, folder / "answers.jsonl")
+        settings = EvalConfig(max_new_tokens=4, batch_size=2, max_samples=limit)
+        scores = evaluate(task, answerer, held_out, settings, folder / "answers.jsonl")
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     return {name: one.value for name, one in scores.items()}, lines
 

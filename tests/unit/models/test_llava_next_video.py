@@ -28,7 +28,6 @@ from tests.parity.test_against_transformers import row
 from vft.adapters.lora import is_adapter
 from vft.adapters.peft_format import export_adapter
 from vft.adapters.targets import choose_trainable
-from vft.cli import evaluate as evaluate_tool
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import MediaPlan, VisionLimits
@@ -37,9 +36,11 @@ from vft.config.run import Config, LoraConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import make_dataset
 from vft.distributed.process_group import environment
+from vft.inference import evaluate as evaluation
 from vft.inference.as_trained import evaluation_config
 from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
+from vft.recipes import task_of
 
 RELEASED = LlavaNextVideoConfig()
 SPEC = LlavaProcessor.from_hf(RELEASED, {})
@@ -358,7 +359,7 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
     def held_out(task: Any, config: Any, encoder: Any) -> None:
         raise Seen(encoder.processor.context_tokens)
 
-    monkeypatch.setattr(evaluate_tool, "load_held_out", held_out)
+    monkeypatch.setattr(evaluation, "load_held_out", held_out)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "vft.json").write_text(json.dumps({"rope_factor": 3.0}))
     world = environment()
@@ -367,7 +368,8 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
             {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
         )
         with pytest.raises(Seen, match=str(wanted * 4096)):
-            evaluate_tool.score_all(evaluation_config(config, adapter), {tmp_path / "base.jsonl": None}, world)
+            config = evaluation_config(config, adapter)
+            evaluation.score_all(task_of(config), config, {tmp_path / "base.jsonl": None}, world)
     config = Config.model_validate(
         {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
     )

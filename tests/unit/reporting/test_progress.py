@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vft.common.console import progress_bar
 from vft.common.scores import Interval
-from vft.reporting.progress import BLOCKS, MAX_CPU_SHARE, MAX_MEANS, LiveView, RunState, Sparkline
+from vft.reporting.progress import BLOCKS, MAX_CPU_SHARE, LiveView, RunState, sparkline
 
 STEP: dict[str, Any] = {
     **{"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_s": 1234.0, "samples_per_s": 5.0, "frames_per_s": 7.0},
@@ -70,22 +70,12 @@ def test_a_step_that_is_no_number_and_a_run_without_an_end() -> None:
     assert "not finite, skipped" in text and "step 3  ━" in text and "left" not in text
 
 
-def test_a_sparkline_keeps_its_means_and_its_shape() -> None:
-    line, values = Sparkline(), [float(i % 7) for i in range(10_000)]
-    for value in values:
-        line.add(value)
-    size = line.values_per_mean
-    assert len(line.means) < MAX_MEANS and size * len(line.means) <= 10_000
-    for place, mean in enumerate(line.means):
-        part = values[place * size : (place + 1) * size]
-        assert mean == pytest.approx(sum(part) / len(part))
-    falling = Sparkline()
-    for i in range(1000):
-        falling.add(-float(i))
-    blocks = falling.text(30)
+def test_a_sparkline_has_the_shape_of_its_values() -> None:
+    blocks = sparkline([-float(i) for i in range(1000)], 30)
     assert len(blocks) == 30 and blocks[0] == BLOCKS[-1] and blocks[-1] == BLOCKS[0]
     assert all(BLOCKS.index(a) >= BLOCKS.index(b) for a, b in pairwise(blocks))
-    assert Sparkline().text(30) == ""
+    assert sparkline([1.0, 3.0, 1.0, 3.0, 4.0, 4.0], 3) == BLOCKS[0] * 2 + BLOCKS[-1]  # means of parts
+    assert sparkline([], 30) == sparkline([1.0], 30) == ""
 
 
 def test_others_may_print_and_count(monkeypatch: pytest.MonkeyPatch) -> None:

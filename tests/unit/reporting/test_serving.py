@@ -28,7 +28,7 @@ from vft.config.run import LoraConfig
 from vft.data.budget import limits_of
 from vft.data.media.video import scan
 from vft.inference.generate import Sampling, choose
-from vft.reporting.serving import MAX_RANKS, components_of, not_served, ranks_of, vllm_serve
+from vft.reporting.serving import MAX_RANKS, vllm_serve
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Last parts of the decoder's layers that take adapters (`packed_modules_mapping` and what is beside it)."""
@@ -91,10 +91,9 @@ def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> 
     assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int | float)
     assert isinstance(config["target_modules"], str | list) and config["target_modules"]
     assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not_served(lora.model_dump()) == ""
-    told = {"path": str(tmp_path / "adapter"), "rank": ranks_of(lora.model_dump()), "components": ()}
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
     kind_of = json.loads((each_tiny.path / "config.json").read_text())["model_type"]
-    asked = shlex.split(vllm_serve(str(each_tiny.path), kind_of, {"frames": 4}, {}, adapter=told))
+    asked = shlex.split(vllm_serve(str(each_tiny.path), kind_of, {"frames": 4}, {}, 0, "adapter", lora.model_dump()))
     assert config["r"] <= int(asked[asked.index("--max-lora-rank") + 1]) in MAX_RANKS
 
     halves: dict[str, dict[str, list[int]]] = {}
@@ -161,25 +160,8 @@ def test_one_command_for_sampling_pixels_and_gpus() -> None:
     }
     assert option(shlex.split(vllm_serve("base", "qwen2_5_vl", {}, {}, 17 * 10**9)), "--tensor-parallel-size") == "1"
     lora = LoraConfig(rank=4, alpha=8, ranks={"language_model.q_proj": 20}, targets=("language_model.*", "projector.*"))
-    adapter = {"path": "a", "rank": ranks_of(lora.model_dump()), "components": components_of(lora.model_dump())}
-    words = shlex.split(vllm_serve("base", "qwen2_5_vl", video, image, adapter=adapter))
+    words = shlex.split(vllm_serve("base", "qwen2_5_vl", video, image, 0, "a", lora.model_dump()))
     assert option(words, "--max-lora-rank") == "32" and "--enable-tower-connector-lora" in words
-
-
-@pytest.mark.parametrize(
-    ("settings", "served"),
-    [
-        ({}, True),
-        ({"rslora": True}, True),
-        ({"dora": True}, False),
-        ({"ranks": {"language_model.q_proj": 2}}, True),
-        ({"alphas": {"language_model.q_proj": 2.0}}, True),
-        ({"targets": ("language_model.*", "vision_encoder.*")}, True),
-    ],
-)
-def test_what_is_not_served(settings: dict[str, Any], served: bool) -> None:
-    lora = LoraConfig(rank=4, alpha=8, **settings)
-    assert (not_served(lora.model_dump()) == "") == served
 
 
 # ----------------------------------------------------------------------------------------- the files of a whole model

@@ -1,6 +1,7 @@
-"""Curves over steps as an SVG element, with round numbers on the axes and a tooltip on every point.
+"""Pages from the jinja templates beside this file, and the charts in them: curves over steps as SVG elements.
 
-The page sets colours and fonts by class: `s0` to `s5` for the series, `grid`, `tick`, `whisker`.
+A chart has round numbers on its axes and a tooltip on every point. The page sets its colours and fonts by class: `s0`
+to `s5` for the series, `grid`, `tick`, `whisker`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from statistics import fmean, median
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from vft.common.scores import Interval
 
@@ -25,6 +30,18 @@ MAX_DOTS = 40
 """A curve with at most this many points shows each as a dot."""
 LOG_FROM = 30
 """The axis is logarithmic if the largest value is more than this many times the median: a spike would hide the rest."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in the template of this name. In `.html` all values are escaped, unless the template marks one safe."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,0 @@
-"""The checks of `vft doctor`: each is a function check_*(...) that yields findings."""
