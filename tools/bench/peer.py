@@ -52,7 +52,7 @@ from vft.preparation.documents import load_training
 from vft.preparation.run import PreparedModel, open_for_training
 from vft.recipes import task_of
 from vft.recipes.main import train_config
-from vft.reporting.metrics_log import MetricsFile
+from vft.reporting.monitor import Monitor
 
 WARM_UP = 2
 """Steps before the timed ones."""
@@ -230,13 +230,13 @@ def write_adapter(config: Config, folder: Path) -> None:
 def run_vft(config: Config, _: int) -> Run:
     """The recipe as a user starts it; its metrics.jsonl says what its steps were."""
     run: Run = {"ends_s": [], "cpu_s": []}
-    append = MetricsFile.append
+    step = Monitor.step
 
-    def append_and_note(file: MetricsFile, line: Any) -> None:
-        append(file, line)
+    def step_and_note(monitor: Monitor, line: Any) -> None:
+        step(monitor, line)
         note(run)
 
-    with patch.object(MetricsFile, "append", append_and_note):
+    with patch.object(Monitor, "step", step_and_note):
         train_config(config, "qa")
     lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "grad_norm", "num_targets", "tokens", "samples")
