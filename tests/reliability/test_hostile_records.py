@@ -22,9 +22,9 @@ import pytest
 from tests.helpers.formats import read_folders, read_kinetics, read_source, read_ucf101, read_video_mme, write
 from tests.helpers.tars import write_tar
 from vft.common.errors import UserError
-from vft.common.types import MediaRef, Sample
+from vft.common.types import MediaKind, MediaRef, Sample
 from vft.data import formats
-from vft.data.formats import kinetics, pe_video, video_mme
+from vft.data.formats import kinetics, video_mme
 from vft.data.media.errors import MediaError
 from vft.data.media.index import build
 from vft.data.media.video import scan_file
@@ -221,27 +221,16 @@ def test_archives_that_are_pipes(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- after the indexing
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "device", "folder", "socket"])
-def test_a_clip_that_becomes_something_else(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the index and the decoder: refused, neither followed nor waited for."""
-    clip, secret = tmp_path / "a.mp4", tmp_path / "secret.mp4"
-    secret.write_bytes(b"secret")
-    if kind == "link":
-        clip.symlink_to(secret)
-    elif kind == "pipe":
-        os.mkfifo(clip)
-    elif kind == "device":
-        clip.symlink_to("/dev/zero")
-    elif kind == "folder":
-        clip.mkdir()
-    else:
-        monkeypatch.chdir(tmp_path)
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind("a.mp4")
-    for medium in ("video", "image"):
-        with pytest.raises(MediaError) as caught:
-            scan_file(medium, clip, False)  # type: ignore[arg-type]
-        assert caught.value.reason == "not_a_file" and str(clip) in str(caught.value)
+@pytest.mark.parametrize("medium", ["video", "image"])
+def test_a_clip_that_becomes_something_else(tmp_path: Path, medium: MediaKind) -> None:
+    """Between the index and the decoder: refused, neither followed nor waited for (see odd_clips.py too)."""
+    clip = tmp_path / "a.mp4"
+    for become in (lambda: clip.symlink_to("/dev/zero"), lambda: os.mkfifo(clip)):
+        become()
+        with pytest.raises(MediaError, match=str(clip)) as caught:
+            scan_file(medium, clip, False)
+        assert caught.value.reason == "not_a_file"
+        clip.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------ archives
@@ -263,8 +252,3 @@ def test_names_in_archives(root: Path, tmp_path: Path) -> None:
     found = [path for group in groups for sample in group.samples for path in paths_of(sample)]
     assert len(found) == len(files) and all(path.parent == spool for path in found)
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(spool)} == before
-    clips = [("../../up.mp4", b"clip"), ("../../up.json", b'{"human_caption": "x", "video": "/etc/passwd"}')]
-    write_tar(location / "b.tar", clips)
-    (group,) = pe_video.read_clips(str(location / "b.tar"), 0, spool)
-    assert [path.parent for path in paths_of(group.samples[0])] == [spool]
-    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(spool)} == before | {location / "b.tar"}

@@ -265,8 +265,6 @@ PART_0 = "messages[0].content[0]"
         (part(fsp=2), f"{PART_0}.fsp", "unknown key"),
         (part(fps=True), f"{PART_0}.fps", "True must be a number"),
         (part(nframes=2.5), f"{PART_0}.nframes", "whole number"),
-        (part(fps=1, nframes=2), f"{PART_0}.nframes", "beside fps = 1"),
-        (part(video_start=5, video_end=2), f"{PART_0}.video_start", "above video_end = 2"),
         (part(type="image", video=None, image="a", fps=1), f"{PART_0}.fps", "unknown key"),
         (part() | {"videos": ["b"]}, "videos[0]", "keep one of the two"),
     ],
@@ -354,8 +352,6 @@ def test_predict_shows_what_training_shows_of_llava_video(tmp_path: Path) -> Non
 def test_llava_video_mistakes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "has no pictures" in fail_one(tmp_path, llava("empty"), "llava_video").message
-    assert "out of data.root" in fail_one(tmp_path, llava("../a.mp4"), "llava_video").message
-    assert "out of data.root" in fail_one(tmp_path, llava("a.mp4", data_source="../.."), "llava_video").message
     assert fail_one(tmp_path, llava("a.mp4", data_source=["x"]), "llava_video").field == "data_source"
     with pytest.raises(UserError, match=r"no \.json files"):
         read("llava_video", tmp_path / "empty", tmp_path)

@@ -102,30 +102,6 @@ def test_subtitles_are_those_of_the_planned_frames(tiny: Tiny, frames: int) -> N
     assert Subtitles(LINES, media=1).resolve(plans) == "\n".join([HEADING, *seen, ""])
 
 
-class Counting:
-    """A `PlannedText` that notes the plans it was settled with."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[MediaPlan, ...]] = []
-
-    def resolve(self, plans: Sequence[MediaPlan]) -> str:
-        self.seen.append(tuple(plans))
-        return "".join(f"{len(plan.frame_indices)} frames. " for plan in plans)
-
-
-def test_text_is_settled_with_the_plans_that_are_built(tiny: Tiny) -> None:
-    """Room for a part of the frames: the text speaks of these, not of those that were wished for."""
-    planned = Counting()
-    conversation = Conversation("c", (Turn("user", (LONG, planned, "?")), Turn("assistant", ("x",))), "c")
-    assert isinstance(planned.resolve([]), str) and planned.seen.pop() == ()
-    documents = make_dataset([conversation], tiny.encoder, config_of(150), info_of)
-    made = documents.build(0)
-    count = len(made.media[0].frame_indices)
-    assert 4 <= count < 20
-    assert f"{count} frames. ?" in told(tiny, made) and planned.seen[-1] == made.media
-    assert conversation.resolved(made.media).turns[0].parts == (LONG, f"{count} frames. ", "?")
-
-
 # ------------------------------------------------------------------------------------------------ the room for both
 
 

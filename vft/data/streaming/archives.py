@@ -93,11 +93,8 @@ def open_file(url: str) -> Iterator[Any]:
 
 def read_bytes(url: str) -> bytes:
     """The content of a file, local or `hf://`. UserError if it cannot be read."""
-    with open_file(url) as file:
-        try:
-            return bytes(file.read())
-        except Exception as error:
-            raise UserError(f"{url}: can't be read ({first_line(error)}); check the disk or network") from error
+    with open_file(url) as file, _reading(url):
+        return bytes(file.read())
 
 
 def _file_system(location: str) -> tuple[Any, str]:
