@@ -454,8 +454,7 @@ def test_missing_and_unreadable_archives(tmp_path: Path) -> None:
 
 OFFLINE = """
 from vft.common.errors import UserError
-from vft.data.streaming.archives import list_files, read_bytes
-from vft.data.streaming.archives import members
+from vft.data.streaming.archives import list_files, members, read_bytes
 where = "hf://datasets/someone/some-set"
 asks = (lambda at: list_files(at, (".tar",)), lambda at: list(members(at)), read_bytes)
 for ask, name in zip(asks, ("", "/a.tar", "/a")):

@@ -101,18 +101,14 @@ class Streams:
         """The weights are shares of the samples, not of the rows."""
         self.prompts: Prompts = Counter()
         self.is_closing = Event()
-        self._threads: list[ThreadPoolExecutor] = []
+        self.threads: list[ThreadPoolExecutor] = []
+        """One that reads for each stream: over a network, several threads read faster than one."""
         self.spool, self._lock = make_spool(config.cache_path / "stream")
-
-    def start_thread(self) -> ThreadPoolExecutor:
-        """A thread that reads for one stream: over a network, several threads read faster than one."""
-        self._threads.append(ThreadPoolExecutor(1, "vft-archives"))
-        return self._threads[-1]
 
     def close(self) -> None:
         """Stop reading and remove the copies of clips."""
         self.is_closing.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
         shutil.rmtree(self.spool, ignore_errors=True)
@@ -236,7 +232,8 @@ class SlotStream:
         self.source, self.slot, self.streams = source, slot, streams
         self._archive = ""
         """The archive that is being read, for messages."""
-        self._thread = streams.start_thread()
+        self._thread = ThreadPoolExecutor(1, "vft-archives")
+        streams.threads.append(self._thread)
         self._items = self._read(start)
         self._ahead: deque[Future[ArchiveClip | ArchiveEnd]] = deque()
         self._ready: deque[StreamedDocument | Miss] = deque()
