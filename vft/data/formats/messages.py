@@ -26,7 +26,7 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
 from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
-from vft.data.records.media_options import Turns, apply_options, options_of_part
+from vft.data.records.media_options import NO_OPTIONS, Turns, apply_options, options_of_part
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
 from vft.data.records.record import TURN_KEYS, ParsedRecord, RecordError, Records, check_text, list_keys, short_repr
 from vft.data.records.unread_keys import MEDIA_KEYS, answer_lists, check_shows_nothing, find_unread_keys
@@ -252,13 +252,7 @@ def _medium(root: Path, kind: MediaKind, part: dict[str, Any], name: str) -> Med
     return _reference(root, kind, value, f"{name}.{keys[0]}", options)
 
 
-def _reference(
-    root: Path,
-    kind: MediaKind,
-    value: object,
-    name: str,
-    options: MediaOptions = MediaOptions(),  # noqa: B008
-) -> MediaRef:
+def _reference(root: Path, kind: MediaKind, value: object, name: str, options: MediaOptions = NO_OPTIONS) -> MediaRef:
     if kind == "video" and isinstance(value, list):
         if not value:
             raise RecordError(name, "[] is an empty list of frames; name at least one picture")

@@ -13,7 +13,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -232,17 +233,14 @@ def _read_cell(key: str, value: Any) -> Any:
         return value
     meaning = key_meaning(key)
     is_list = key in LISTS or (meaning is not None and meaning.option in LIST_OPTIONS)
+    readers: list[Callable[[str], Any]] = []
     if (is_list or meaning is not None) and value.lstrip()[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return read(value)
-            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                continue
+        readers += [json.loads, ast.literal_eval]
     if meaning is not None and not is_list:
-        try:
-            return float(value) if meaning.option in REAL_OPTIONS else int(value)
-        except ValueError:
-            return value
+        readers.append(float if meaning.option in REAL_OPTIONS else int)
+    for read in readers:
+        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            return read(value)
     return value
 
 

@@ -30,6 +30,7 @@ OF_FRAME_LISTS = frozenset({"sample_fps", "timestamps"})
 REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
 LIST_OPTIONS = frozenset({"trim", "timestamps"})
 """Options of which one value is itself a list."""
+NO_OPTIONS = MediaOptions()
 MAX_S = 1e9
 """Times from here on are not seconds."""
 ALTERNATIVES = (("fps", "nframes"), ("resized_height", "resized_width"), ("sample_fps", "timestamps"))
@@ -169,7 +170,7 @@ def _refuse_ambiguous(key: str, value: Any, media: Sequence[MediaRef], field: st
         )
 
 
-def _options(given: Mapping[str, Any], name: str, own: MediaOptions = MediaOptions()) -> MediaOptions:  # noqa: B008
+def _options(given: Mapping[str, Any], name: str, own: MediaOptions = NO_OPTIONS) -> MediaOptions:
     """The options of one medium from the keys of the object called `name`; the medium's `own` take precedence.
 
     RecordError if they contradict each other.
