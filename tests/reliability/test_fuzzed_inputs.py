@@ -25,7 +25,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.formats import read_source
+from tests.helpers.formats import read_source, write
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample
 from vft.config import run as configs
@@ -226,8 +226,7 @@ def damaged_labels_of_ssv2(root: Path, edits: Any) -> None:
 
 def damaged_classes(root: Path, cuts: Any) -> None:
     damaged_file("kinetics", "val.csv", {"classes.txt": CLASSES, "val.csv": KINETICS}, "classes.txt", root, cuts)
-    (root / "all" / "jump_rope").mkdir(parents=True, exist_ok=True)
-    (root / "all" / "jump_rope" / "a.mp4").write_bytes(b"x")
+    write(root / "all" / "jump_rope" / "a.mp4")
     check("folders", root / "all", root, "classes.txt")
 
 
@@ -235,9 +234,7 @@ def odd_folders(root: Path, names: Any) -> None:
     shutil.rmtree(root / "folders", ignore_errors=True)
     for folder, name, suffix in names:
         if {folder, name + suffix}.isdisjoint({".", ".."}):
-            path = root / "folders" / "train" / folder / (name + suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"x")
+            write(root / "folders" / "train" / folder / (name + suffix))
     check("folders", root / "folders" / "train", root, "")
 
 
@@ -396,9 +393,8 @@ KINDS: dict[str, tuple[int, st.SearchStrategy[Any], Callable[[Path, Any], None]]
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_inputs(tmp_path: Path, count: Callable[[int], int], kind: str) -> None:
     root = tmp_path / "root"
-    (root / "frames").mkdir(parents=True)
     for name in ("a.mp4", "0.jpg", "1.jpg", "frames/1.jpg", "frames/2.jpg", "7.webm"):
-        (root / name).write_bytes(b"x")
+        write(root / name)
     (root / "labels.json").write_text(json.dumps(SSV2_LABELS))
     examples, strategy, body = KINDS[kind]
 

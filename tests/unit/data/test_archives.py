@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.formats import write
 from tests.helpers.tars import cut, plain, write_entries, write_tar
 from vft.common.errors import UserError
 from vft.data.streaming.archives import DamagedArchive, Member, copy_clips, list_files, members, read_bytes
@@ -394,8 +395,7 @@ def test_a_spool_that_can_not_be_written(tmp_path: Path) -> None:
 
 def test_listing(tmp_path: Path) -> None:
     for name in ("b.tar", "a/z.tar.gz", "a/y.tgz", "a/deep/er.tar", "c.json", "d.tar.txt", "with::colons [1]/e.tar"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
+        write(tmp_path / name, name)
     (tmp_path / "link.tar").symlink_to(tmp_path / "b.tar")
     names = ["a/deep/er.tar", "a/y.tgz", "a/z.tar.gz", "b.tar", "link.tar", "with::colons [1]/e.tar"]
     found = list_files(str(tmp_path), (".tar", ".tar.gz", ".tgz"))

@@ -46,11 +46,9 @@ def fail(call: Any, path: Path, *words: str) -> None:
 
 
 def lay_out_folders(root: Path) -> Path:
-    for name in ("riding_a_bike/a.mp4", "riding_a_bike/x/y/b.WEBM", "chess/c.jpg", ".git/x.mp4", "waving__hands/"):
-        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            write(root / "train" / name)
-    for name in ("chess/.hidden.mp4", "chess/.thumbs/t.mp4", "chess/notes.txt", "readme.mp4", "chess/noname"):
+    clips = ("riding_a_bike/a.mp4", "riding_a_bike/x/y/b.WEBM", "chess/c.jpg")
+    others = ("chess/.hidden.mp4", "chess/.thumbs/t.mp4", "chess/notes.txt", "readme.mp4", "chess/noname", ".git/x.mp4")
+    for name in (*clips, *others):
         write(root / "train" / name)
     (root / "train" / "waving__hands").mkdir()
     return root / "train"

@@ -122,9 +122,7 @@ def test_mistakes_are_named(tmp_path: Path, bad_record: Any, field: str, message
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
     for name in ("conversation_58k.json", "more/detail_23k.json"):
-        path = tmp_path / "instruct" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([record()]))
+        write(tmp_path / "instruct" / name, json.dumps([record()]))
     samples, bad = read_llava_instruct(tmp_path / "instruct", tmp_path)
     assert not bad
     assert [sample.origin for sample in samples] == ["conversation_58k.json:1", "more/detail_23k.json:1"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.formats import write
 from tests.helpers.streaming import (
     clip,
     damaged_clip,
@@ -76,8 +77,7 @@ def publish(root: Path) -> Path:
     """The set as it is downloaded: lists and parts."""
     part = root / PART
     for name, records in LISTS.items():
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        (part / name).write_text(json.dumps(records, indent=1))
+        write(part / name, records)
     content = {**VIDEOS, **FRAMES, "notes.txt": b"no video"}
     for name, members in TARS.items():
         write_tar(part / name, {member: content[member] for member in members})
@@ -180,8 +180,7 @@ def test_records_that_can_not_be_used(tiny: Tiny, tmp_path: Path) -> None:
         llava_record("academic/a.mp4", 4, id=["odd"]),
         llava_record("academic/b.mp4", 5, conversations=[{"from": "human", "value": "<image>\n?"}]),
     ]
-    part.mkdir(parents=True)
-    (part / "x.json").write_text("[\n" + ",\n".join(map(json.dumps, broken)) + "\n]")
+    write(part / "x.json", "[\n" + ",\n".join(map(json.dumps, broken)) + "\n]")
     write_tar(part / "v.tar.gz", VIDEOS)
     config = data_config(tmp_path / "data", STREAM)
     archives = StreamSource(config.sources[0], config)
@@ -196,9 +195,8 @@ def test_records_that_can_not_be_used(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_video_that_can_not_be_used_is_told_once(tiny: Tiny, tmp_path: Path) -> None:
     """Of all its questions, also where they come in several rows, and of frames by the first of them."""
     part = tmp_path / "data" / PART
-    part.mkdir(parents=True)
     records = [llava_record(video, i) for i, video in enumerate(["a.mp4", "b.mp4", "c.mp4", "f"] * 3)]
-    (part / "x.json").write_text(json.dumps(records))
+    write(part / "x.json", records)
     frames = {"f/1.jpg": picture(1), "f/2.jpg": b"no picture"}
     write_tar(part / "v.tar", {"a.mp4": damaged_clip(), "b.mp4": b"none", "c.mp4": clip(), **frames})
     config = data_config(tmp_path / "data", STREAM, max_samples_per_pack=1)
@@ -223,10 +221,8 @@ def test_a_video_that_can_not_be_used_is_told_once(tiny: Tiny, tmp_path: Path) -
     ],
 )
 def test_what_can_not_be_streamed(tiny: Tiny, tmp_path: Path, files: dict[str, str], message: str) -> None:
-    part = tmp_path / "data" / PART
-    part.mkdir(parents=True)
     for name, content in files.items():
-        (part / name).write_text(content)
+        write(tmp_path / "data" / PART / name, content)
     with (
         pytest.raises(UserError, match=message),
         stream_context(data_config(tmp_path / "data", STREAM), tiny.encoder, 1) as context,

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import write
 from tests.helpers.streaming import (
     LLAVA,
     PE,
@@ -147,10 +148,9 @@ def test_archives_without_any_clip(tiny: Tiny, tmp_path: Path) -> None:
 
 def llava_set(root: Path, videos: int, questions: int, parts: int = 2) -> list[str]:
     """Videos with several questions each, in parts; their ids."""
-    (root / "llava").mkdir(parents=True)
     names = [f"v/{number}.mp4" for number in range(videos)]
     records = [llava_record(name, i * questions + j) for i, name in enumerate(names) for j in range(questions)]
-    (root / "llava" / "all.json").write_text(json.dumps(records))
+    write(root / "llava" / "all.json", records)
     for part in range(parts):
         members = {name: clip() for name in reversed(names[part::parts])}
         write_tar(root / "llava" / f"videos_{part}.tar.gz", members)
@@ -337,9 +337,8 @@ def test_copies_are_removed_as_they_are_used_up(tiny: Tiny, tmp_path: Path) -> N
     pe_shards(root / "pe", [6, 6])
     config = data_config(root, PE, max_samples_per_pack=1)
     left = config.cache_path / "stream" / "tmpkilled"
-    left.mkdir(parents=True)
-    (left / ".lock").touch()
-    (left / "00000001.mp4").write_bytes(b"of a process that was killed")
+    write(left / ".lock", b"")
+    write(left / "00000001.mp4", b"of a process that was killed")
     most = 0
     with running(config, tiny.encoder, slots=3, prefetch=2) as run, running(config, tiny.encoder) as other:
         assert not left.exists()

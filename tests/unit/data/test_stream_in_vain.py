@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.formats import write
 from tests.helpers.streaming import (
     LLAVA,
     MAKE,
@@ -164,12 +165,10 @@ def test_the_same_share_streamed_and_indexed(tiny: Tiny, tmp_path: Path) -> None
     contents = {f"v/{i}.mp4": clip() for i in range(6)} | {"v/6.mp4": b"<html>", "v/7.mp4": damaged_clip()}
     records = [llava_record(name, 5 * i + j) for i, name in enumerate(contents) for j in range(5)]
     records[3]["conversations"] = []
-    (root / "llava").mkdir(parents=True)
-    (root / "llava" / "qa.json").write_text(json.dumps(records))
+    write(root / "llava" / "qa.json", records)
     write_tar(root / "llava" / "v.tar", contents)
     for name, content in contents.items():
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(content)
+        write(root / name, content)
 
     config = data_config(root, {**LLAVA, "stream": False}, max_samples_per_pack=1)
     with running(config, tiny.encoder, slots=2) as run:
@@ -249,8 +248,7 @@ def test_archives_that_are_cut_off_are_told_and_weighed(tiny: Tiny, tmp_path: Pa
 
 def llava_set(root: Path, names: dict[str, str], *more: str) -> Path:
     """Records about `names`' keys, in an archive under their values; `more` members that nobody asks for."""
-    (root / "llava").mkdir(parents=True, exist_ok=True)
-    (root / "llava" / "x_cap.json").write_text(json.dumps([llava_record(name, i) for i, name in enumerate(names)]))
+    write(root / "llava" / "x_cap.json", [llava_record(name, i) for i, name in enumerate(names)])
     members = {name: clip() for name in more} | {member: clip() for member in names.values()}
     return write_tar(root / "llava" / "v.tar", members)
 
@@ -367,9 +365,8 @@ def test_a_bad_clip_of_one_source_is_not_another_ones(tiny: Tiny, tmp_path: Path
 
 def test_indexed_share_of_a_video_that_fails_late(tiny: Tiny, tmp_path: Path) -> None:
     """A video that can't be decoded costs all its questions, though it is told once."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "good.mp4").write_bytes(clip())
-    (tmp_path / "data" / "bad.mp4").write_bytes(damaged_clip())
+    write(tmp_path / "data" / "good.mp4", clip())
+    write(tmp_path / "data" / "bad.mp4", damaged_clip())
     records = [llava_record(name, i) for i, name in enumerate(["good.mp4"] * 6 + ["bad.mp4"] * 4)]
     (tmp_path / "data" / "x.json").write_text(json.dumps(records))
     config = data_config(tmp_path / "data", {**LLAVA, "stream": False, "path": "x.json"}, max_samples_per_pack=2)

@@ -416,8 +416,7 @@ def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
     those of other tables from data.root on, as does one that is there alone."""
     columns = {"video": column} if column[:4] == "clip" else {}
     for name in ("clips/train/1.mp4", "1.mp4", "clips/train/a/2.mp4", "clips/3.mp4", "4.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        write(tmp_path / name)
     rows = f"{column},text\n1.mp4,One.\na/2.mp4,Two.\n../3.mp4,Three.\n4.mp4,Four.\n5.mp4,Five.\n"
     for table, wanted in (
         ("metadata", ["clips/train/1.mp4", "clips/train/a/2.mp4", "clips/3.mp4", "4.mp4", "clips/train/5.mp4"]),
@@ -443,9 +442,8 @@ def test_a_table_that_lies_among_its_files(tmp_path: Path, column: str) -> None:
     ],
 )
 def test_an_origin_is_a_place_below_the_root(tmp_path: Path, path: str, origins: list[str]) -> None:
-    (tmp_path / "a/set/train").mkdir(parents=True)
-    for name in ("a/train.csv", "a/train-2.csv"):
-        (tmp_path / name).write_text("video,text\nx.mp4,One.\n")
+    for name in ("a/train.csv", "a/train-2.csv", "a/set/train/notes.txt"):
+        write(tmp_path / name, "video,text\nx.mp4,One.\n")
     pq.write_table(pa.table({"video": ["x.mp4"], "text": ["One."]}), tmp_path / "a/set/train/train-00.parquet")
     samples, bad = sources.read(SourceConfig(format="messages", path=path), DataConfig(root=tmp_path))
     assert not bad and sorted(sample.origin for sample in samples) == sorted(origins)
