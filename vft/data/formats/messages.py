@@ -40,7 +40,7 @@ ROLES: dict[str, Role] = {
 }
 KINDS: tuple[MediaKind, ...] = ("image", "video")
 PLACEHOLDER = re.compile(r"<(video|image)>")
-LINE_PLACEHOLDER = re.compile(r"<(video|image)>\n|\n<(video|image)>\Z|<(video|image)>")
+LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 """LLaVA's placeholder, with the line break that separates it from the question."""
 
 FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", *MEDIA_KEYS})
@@ -189,12 +189,8 @@ class _MessageReader:
         text = check_text(value, name)
         if role == "assistant" or not split:
             return [text]
-        parts: list[str | MediaRef] = []
-        position = 0
-        for match in self.placeholder.finditer(text):
-            parts += [text[position : match.start()], MediaRef("video" if "video" in match[0] else "image", ())]
-            position = match.end()
-        return [*parts, text[position:]]
+        pieces = self.placeholder.split(text)  # texts, and the kinds of media between them
+        return [MediaRef(PART_KINDS[piece], ()) if i % 2 else piece for i, piece in enumerate(pieces)]
 
     def _part(self, part: object, role: Role, name: str, split: bool) -> list[str | MediaRef]:
         """A typed part: a text, or a medium."""

@@ -140,7 +140,11 @@ class Normalizer:
         is_label = is_label or answer in (names.get(name) for name in LABELS) or "label" in self.columns
         answers = _answers(row[answer], answer)
         if is_label and not any(turn["role"] != "system" and turn["content"] for turn in before):
-            self._add_labels(answers, answer)
+            for turns in answers:
+                label = turns[-1]["content"]
+                if self.classes and label not in self.classes:
+                    raise RecordError(answer, f"{short_repr(label)} is no label of classes.txt; correct one of them")
+                self.labels.append(label)
             rest["labels"] = self.labels
         return [{**rest, "messages": [*before, *turns]} for turns in answers]
 
@@ -204,14 +208,6 @@ class Normalizer:
             fix = "keep the names that Label Studio gave them"
             raise RecordError(key, f"{both} would both be {short_repr(path)}; {fix}")
         return path
-
-    def _add_labels(self, answers: Iterable[Sequence[Record]], key: str) -> None:
-        """Add the labels of a record to `labels`. RecordError if one is not in the file that lists them."""
-        for turns in answers:
-            label = turns[-1]["content"]
-            if self.classes and label not in self.classes:
-                raise RecordError(key, f"{short_repr(label)} is no label of classes.txt; correct one of them")
-            self.labels.append(label)
 
 
 def _plain_names(row: Record) -> dict[str, str]:
