@@ -20,11 +20,10 @@ from vft.config.run import Config, ModelConfig, ParallelConfig
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
-from vft.inference.as_trained import data_config, evaluation_config
 from vft.inference.engine import Answerer, Failure
-from vft.inference.evaluate import score_all
+from vft.inference.evaluate import evaluation_config, score_all
 from vft.inference.generate import Sampling
-from vft.inference.requests import read_requests, with_frame_times
+from vft.inference.requests import data_config, read_requests, with_frame_times
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.recipes.main import train_config

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +22,9 @@ from vft.data.chat import ChatEncoder
 from vft.data.media.index import build as build_index
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment, make_mesh, process_group
-from vft.inference import engine as answering
+from vft.inference import option_scores
 from vft.inference.engine import Answerer
 from vft.inference.generate import Sampling
-from vft.inference.option_scores import score_options
 from vft.models import build
 from vft.models.pretrained import Pretrained
 from vft.models.weights import load_weights
@@ -41,7 +39,7 @@ TARGETS = {
 def main(base: str, questions: str, trained: str, output: str) -> None:
     """Answer and score each list; the first process writes what each question got and how many options-passes each
     process had."""
-    answering.score_options = partial(score_options, max_rows=64)  # several chunks for few options
+    option_scores.MAX_ROWS = 64  # several chunks for few options
     world = environment()
     lists = {name: list(map(question_of, some)) for name, some in json.loads(Path(questions).read_text()).items()}
     checkpoint = Pretrained.open(base)

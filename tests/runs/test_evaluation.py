@@ -16,7 +16,7 @@ from tests.runs.world import ANSWERS, COLOURS, FULL_TUNING, VISION_LORA, World, 
 from vft.common.errors import UserError
 from vft.common.scores import Interval
 from vft.distributed import process_group as distributed
-from vft.inference.best_score import BestScore
+from vft.inference.evaluate import BestScore
 from vft.metrics import mean_interval
 
 ALONE = distributed.World(0, 1, 0, torch.device("cpu"))

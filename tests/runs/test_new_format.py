@@ -1,4 +1,4 @@
-"""A format added by the steps of docs/develop/new_format.md: one file, inspected and trained from."""
+"""What a user adds outside the package: a format by the steps of docs/develop/new_format.md, and a task."""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ def test_a_format_of_ones_own(world: World, commands: Commands, folder: Path) ->
     assert len(metrics(folder / "run")) == 2
     (bad,) = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert bad["id"] == "train.jsonl:5" and "leads to" in bad["message"]
+
+
+def test_a_task_of_ones_own(world: World, commands: Commands, tmp_path: Path) -> None:
+    """A task of the current folder, with a field of its own, is trained, scored by its own metric and exported."""
+    name = "my_task:MyTask"
+    commands.run("vft.cli.new", "task", "my_task", cwd=tmp_path).ok()
+    with (tmp_path / "my_task.py").open("a") as file:
+        file.write('        return {"length": Interval.point(float(len(answers)))}\n')
+    text = (tmp_path / "my_task.py").read_text().replace('main_metric = "rouge_l"', 'main_metric = "length"')
+    (tmp_path / "my_task.py").write_text(re.sub(r"\n +predictions, references = .*\n +return .*", "", text))
+    settings = {"train": {"max_steps": 2}, "eval": {"every_steps": 2, "max_new_tokens": 2, "best_metric": "length"}}
+    config = world.config(tmp_path / "run.toml", settings)
+    commands.run("vft.recipes", name, config, cwd=tmp_path).ok()
+    *_, line = (json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["eval_length"] == len(COLOURS) and "eval_rouge_l" not in line
+    assert json.loads((tmp_path / "run" / "best" / "vft.json").read_text())["task"] == name
 
 
 def test_a_format_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

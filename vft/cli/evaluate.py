@@ -24,8 +24,7 @@ from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.config import run as configs
 from vft.distributed.process_group import environment
-from vft.inference.as_trained import evaluation_config
-from vft.inference.evaluate import score_all
+from vft.inference.evaluate import evaluation_config, score_all
 from vft.metrics import paired_difference
 from vft.recipes import task_of
 from vft.reporting.report import COUNTS, DIFFERENCE, key_of, score_tables

@@ -38,11 +38,9 @@ from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment, make_mesh, process_group
 from vft.inference.answers_file import AnswersFile, answer_settings, prediction_line
-from vft.inference.as_trained import data_config
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.inference.requests import Request, read_requests, with_frame_times
-from vft.inference.segments import split
+from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times
 from vft.preparation.documents import check_answer_length
 from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 

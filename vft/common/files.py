@@ -37,7 +37,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _open_to_all(partial)
-        _flush(partial)
+        for path in [*(one for one in partial.iterdir() if one.is_file()), partial]:
+            flush(path)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -149,11 +150,6 @@ def _open_to_all(folder: Path) -> None:
     os.umask(mask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~mask)
-
-
-def _flush(folder: Path) -> None:
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        flush(path)
 
 
 def flush(path: Path) -> None:

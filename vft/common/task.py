@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from vft.common.errors import UserError
 from vft.common.files import digest
-from vft.common.reasoning import split_reasoning
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.types import ANSWER_KEYS, Conversation, MediaRef, Sample, Turn
 from vft.common.unique import unique_names
@@ -58,10 +57,6 @@ def likeliest(scores: Sequence[float]) -> int | None:
     return max(range(len(scores)), key=scores.__getitem__) if scores else None
 
 
-Scores = Mapping[str, Interval]
-"""Scores by the name of the metric, each with its 95 % interval."""
-
-
 class Task(Protocol):
     """What a recipe needs besides its configuration. `vft/recipes/caption.py` is a short one."""
 
@@ -88,7 +83,7 @@ class Task(Protocol):
         ...
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """The scores of all answers, of which there is at least one."""
+        """Scores by the name of the metric, each with its 95 % interval. There is at least one answer."""
         ...
 
 
@@ -110,13 +105,6 @@ def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
                 turn = replace(turn, parts=(*(part for part in turn.parts if not isinstance(part, str)), prompt))
             return (*turns[:i], turn, *turns[i + 1 :])
     return tuple(turns)
-
-
-def configured(task: Task, prompt: str, japanese: str) -> Task:
-    """The task with the settings `data.prompt` (unless empty) and `eval.japanese`, if it has such fields."""
-    given = {"prompt": prompt or task.prompt, "japanese": japanese}
-    known = {field.name for field in fields(cast(Any, task))}
-    return replace(cast(Any, task), **{name: value for name, value in given.items() if name in known})
 
 
 def narrate(sample: Sample, prompt: str) -> list[Conversation]:
@@ -239,7 +227,32 @@ def _as_read(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def groups_of(sample: Sample) -> dict[str, str]:
-    """The `groups` of a record, by which scores are broken down, as texts."""
-    groups = sample.fields.get("groups")
-    return {str(key): str(value) for key, value in groups.items()} if isinstance(groups, dict) else {}
+# ------------------------------------------------------------------------------------------------------- reasoning
+
+OPEN, CLOSE = "<think>", "</think>"
+"""Around reasoning before an answer, as in the templates of Qwen3 and DeepSeek-R1."""
+
+
+def split_reasoning(text: str, opened: bool = False) -> tuple[str | None, str]:
+    """The reasoning at the start of a text, and the answer after it; None and the whole text if there is no reasoning.
+
+    `opened`: the prompt ends with the opening tag, so everything up to the closing tag is reasoning. Line breaks next
+    to the tags are removed (the rule of Qwen3's template).
+    """
+    begins = text.lstrip().startswith(OPEN)
+    if (begins or opened) and CLOSE in text:
+        reasoning, _, answer = text.partition(CLOSE)
+        if begins:
+            reasoning = reasoning.partition(OPEN)[2]
+        return reasoning.strip("\n"), answer.lstrip("\n")
+    return None, text
+
+
+def answer_in(text: str, opened: bool = False) -> str:
+    """The answer in a generated text: what follows the reasoning; empty if the reasoning was not finished.
+
+    `opened` as in `split_reasoning`.
+    """
+    if CLOSE not in text and (opened or text.lstrip().startswith(OPEN)):
+        return ""
+    return split_reasoning(text, opened)[1]

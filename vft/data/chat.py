@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vft.common.errors import UserError
-from vft.common.reasoning import CLOSE, OPEN
+from vft.common.task import CLOSE, OPEN
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn
 from vft.data.template import LITERAL, ChatTemplate, Kind, Text
 from vft.models.processor import VisionProcessor

@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any
 
 from vft.common.errors import UserError, first_line
-from vft.common.reasoning import CLOSE, OPEN, split_reasoning
+from vft.common.task import CLOSE, OPEN, split_reasoning
 from vft.common.types import MediaKind, Role
 
 Text = tuple[tuple[Role, tuple[str | tuple[MediaKind], ...]], ...]

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
-from vft.common.reasoning import CLOSE, OPEN, answer_in, split_reasoning
-from vft.common.task import Answer, Question
+from vft.common.task import CLOSE, OPEN, Answer, Question, answer_in, split_reasoning
 from vft.common.types import Document, MediaInfo, MediaRef, Patches
 from vft.config.data import DataConfig
 from vft.data.budget import check_spans, fit, plan_conversation
@@ -27,9 +26,6 @@ from vft.distributed.process_group import DataParallel, World, all_of
 from vft.inference.generate import Sampling, TextStreamer, generate
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
 from vft.models.base import VideoLanguageModel
-
-ONE_PART = DataParallel()
-"""For one process, which answers all questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +40,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """Text that a model generated."""
-
-    text: str
-    """The answer, without its reasoning; empty if the reasoning did not end."""
-    reasoning: str = ""
-    is_cut_off: bool = False
-    """Whether it ended at the limit of tokens, or at the end of the model's context."""
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedQuestion:
     """A question as the model gets it."""
 
-    document: Document
-    """Ends where the answer begins."""
-    patches: list[Patches]
-    options: Document | None
-    """The question's options as suffixes of a shared prefix; None if it has none."""
-    name: str
-    """`sampling_name`: random numbers depend on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingQuestion:
-    """A question whose media are being decoded."""
-
     question: Question
     document: Document
+    """Ends where the answer begins."""
     options: Document | None
-    patches: list[Future[Patches]]
+    """The question's options as suffixes of a shared prefix; None if it has none."""
+    decoding: list[Future[Patches]]
+    """Its media, which worker processes may still decode."""
+
+    @property
+    def patches(self) -> list[Patches]:
+        """Its media, decoded. Raises MediaError if one cannot be decoded."""
+        return [future.result() for future in self.decoding]
 
 
 def sampling_name(question: Question) -> str:
@@ -85,33 +65,31 @@ def sampling_name(question: Question) -> str:
     return repr((question.id, turns, media))
 
 
-def answer_of(question: Question, generation: Generation, scores: Sequence[OptionScore]) -> Answer:
-    """A generated text with the scores of the question's options, if it has any, in two forms.
+def with_option_scores(answer: Answer, scores: Sequence[OptionScore]) -> Answer:
+    """The answer with the scores of the question's options, if it has any, in two forms.
 
     The second is `acc_norm` of lm-eval (`lm_eval/api/task.py`): summed log-probability by `len(option)`.
     """
-    options = question.prompt.options if scores else ()
-    whole = tuple(score.whole for score in scores)
-    by_length = tuple(score.text / len(option) for score, option in zip(scores, options, strict=True))
-    return Answer(question, generation.text, whole, by_length, generation.reasoning, generation.is_cut_off)
+    pairs = zip(scores, answer.question.prompt.options, strict=True)
+    by_length = tuple(score.text / len(option) for score, option in pairs)
+    return replace(answer, option_scores=tuple(score.whole for score in scores), option_scores_norm=by_length)
 
 
+@dataclass
 class Answerer:
     """A model, and what it takes to ask it about media."""
 
-    def __init__(
-        self,
-        model: VideoLanguageModel,
-        encoder: ChatEncoder,
-        config: DataConfig,
-        info: Callable[[MediaRef], MediaInfo],
-        pool: WorkerPool,
-        world: World,
-        parallel: DataParallel = ONE_PART,
-    ) -> None:
-        self.model, self.encoder, self.config = model, encoder, config
-        self.info, self.pool, self.world, self.parallel = info, pool, world, parallel
-        self.frames = FrameCache.of(config)
+    model: VideoLanguageModel
+    encoder: ChatEncoder
+    config: DataConfig
+    info: Callable[[MediaRef], MediaInfo]
+    pool: WorkerPool
+    world: World
+    parallel: DataParallel = field(default_factory=DataParallel)
+    """By default one process answers all questions."""
+
+    def __post_init__(self) -> None:
+        self.frames = FrameCache.of(self.config)
 
     def answers(
         self,
@@ -138,17 +116,12 @@ class Answerer:
             with progress_bar(len(questions), "answering", "question", show_progress and self.world.is_main) as bar:
                 for turn, share in zip(turns, self._prepared_shares(turns, sampling.max_new_tokens), strict=True):
                     ready = [one for one in share if isinstance(one, PreparedQuestion)]
-                    generations = iter(self.generate(ready, sampling, write))
-                    scores = iter(self.score(ready)) if has_options else repeat(())
-                    results = [one if isinstance(one, Failure) else (next(generations), next(scores)) for one in share]
+                    answers = self.generate(ready, sampling, write)
+                    scores = self.score(ready) if has_options else repeat(())
+                    answered = map(with_option_scores, answers, scores)
+                    results = [one if isinstance(one, Failure) else next(answered) for one in share]
                     by_part = all_of(results, parallel.group)
-                    for place, question in enumerate(turn):
-                        result = by_part[place % parallel.size][place // parallel.size]
-                        if isinstance(result, Failure):
-                            yield result
-                        else:
-                            assert isinstance(question, Question)
-                            yield answer_of(question, *result)
+                    yield from (by_part[place % parallel.size][place // parallel.size] for place in range(len(turn)))
                     bar.update(len(turn))
         finally:
             self.model.train(was_training)
@@ -163,13 +136,13 @@ class Answerer:
         pending = deque(islice(shares, 1 if self.pool.workers else 0))
         for _ in turns:
             pending.extend(islice(shares, 1))
-            yield [self._finish(one) for one in pending.popleft()]
+            yield [self._decoded(one) for one in pending.popleft()]
 
     def prepare(self, question: Question, new_tokens: int = 1) -> PreparedQuestion | Failure:
         """A question with its media decoded, fitted so that the answer may have `new_tokens`."""
-        return self._finish(self._start(question, new_tokens))
+        return self._decoded(self._start(question, new_tokens))
 
-    def _start(self, question: Question | Failure, new_tokens: int) -> _PendingQuestion | Failure:
+    def _start(self, question: Question | Failure, new_tokens: int) -> PreparedQuestion | Failure:
         """Start to decode the media of a question."""
         if isinstance(question, Failure):
             return question
@@ -182,18 +155,18 @@ class Answerer:
             return _failure(question, error.reason, error)
         except UserError as error:
             return _failure(question, reason, error)
-        patches = [self.frames.submit(self.pool, plan, self.encoder.processor) for plan in document.media]
-        return _PendingQuestion(question, document, options, patches)
+        decoding = [self.frames.submit(self.pool, plan, self.encoder.processor) for plan in document.media]
+        return PreparedQuestion(question, document, options, decoding)
 
-    def _finish(self, pending: _PendingQuestion | Failure) -> PreparedQuestion | Failure:
+    @staticmethod
+    def _decoded(prepared: PreparedQuestion | Failure) -> PreparedQuestion | Failure:
         """Wait for the media of a question."""
-        if isinstance(pending, Failure):
-            return pending
-        try:
-            patches = [future.result() for future in pending.patches]
-        except MediaError as error:
-            return _failure(pending.question, error.reason, error)
-        return PreparedQuestion(pending.document, patches, pending.options, sampling_name(pending.question))
+        if isinstance(prepared, PreparedQuestion):
+            try:
+                _ = prepared.patches
+            except MediaError as error:
+                return _failure(prepared.question, error.reason, error)
+        return prepared
 
     def documents(self, question: Question, new_tokens: int = 1) -> tuple[Document, Document | None]:
         """The prompt as a document that ends where the answer begins, and its options on a shared prefix of the same
@@ -215,7 +188,7 @@ class Answerer:
 
     def generate(
         self, questions: Sequence[PreparedQuestion], sampling: Sampling, write: Callable[[str], None] | None = None
-    ) -> list[Generation]:
+    ) -> list[Answer]:
         """Texts for a batch of questions. Every process must call it, with none if it has no question."""
         batch = collate([(question.document, question.patches) for question in questions], self.encoder.processor)
         streamer = TextStreamer(self.decode, write) if write is not None and questions else None
@@ -225,21 +198,22 @@ class Answerer:
             self.encoder.end_ids,
             sampling,
             on_tokens=None if streamer is None else streamer.put,
-            names=[question.name for question in questions],
+            names=[sampling_name(one.question) for one in questions],
             context=self.encoder.processor.context_tokens,
         )
         texts = [self.decode(one.ids) for one in generated]
         if streamer is not None:
             streamer.end(texts[0])
-        return [self.parse(text, not one.ended) for text, one in zip(texts, generated, strict=True)]
+        rows = zip(questions, texts, generated, strict=True)
+        return [self.parse(prepared.question, text, not one.ended) for prepared, text, one in rows]
 
-    def parse(self, text: str, is_cut_off: bool) -> Generation:
-        """Tell the reasoning in a generated text from the answer."""
+    def parse(self, question: Question, text: str, is_cut_off: bool) -> Answer:
+        """Tell the reasoning in a generated text from the answer, which is empty if the reasoning did not end."""
         thinking = self.encoder.template.thinking
         opened = thinking is not None and thinking.opened
         answer = answer_in(text, opened)
         reasoning = split_reasoning(text, opened)[0] if answer or CLOSE in text else text.removeprefix(OPEN)
-        return Generation(answer, (reasoning or "").strip(), is_cut_off)
+        return Answer(question, answer, reasoning=(reasoning or "").strip(), is_cut_off=is_cut_off)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -7,18 +7,20 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+from vft.adapters.peft_format import recorded, trained_rope_factor
+from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import Answer, Task, files_of
-from vft.common.types import IGNORE_INDEX, Document
+from vft.common.types import IGNORE_INDEX
 from vft.common.unique import unique_names
 from vft.config.run import Config, EvalConfig
 from vft.data.dataset import Dataset
@@ -31,11 +33,27 @@ from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
-from vft.models.base import VideoLanguageModel
 from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
 from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
+
+SCORING_VERSION = 3
+"""Version of the rules by which answers are scored. Raise it with every change, so that nothing is compared with older
+scores."""
+
+
+def evaluation_config(config: Config, adapter: Path | None) -> Config:
+    """`config` with the task and `model.rope_factor` of the adapter's training, if it names none itself.
+
+    A merged model has the task of the adapter that is merged into it. The base beside an adapter is asked the same
+    questions, so it gets the same `rope_factor`, and with it the same length of context.
+    """
+    about = recorded(adapter or Path(config.model.path))
+    rope_factor = trained_rope_factor(adapter, config.model.rope_factor)
+    model = config.model.model_copy(update={"rope_factor": rope_factor})
+    task = config.task or about.get("task")
+    return Config.model_validate({**config.model_dump(), "task": task, "model": model.model_dump()})
 
 
 def evaluate(
@@ -51,7 +69,7 @@ def evaluate(
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
             results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-            loss = held_out_loss(answerer.model, held_out, answerer.pool, answerer.world, answerer.parallel, limit)
+            loss = held_out_loss(answerer, held_out, limit)
     finally:
         for module in answerer.model.modules():
             if isinstance(module, FSDPModule):
@@ -125,63 +143,91 @@ class _PackPlanWithGaps(PackPlan):
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: VideoLanguageModel,
-    held_out: Dataset,
-    pool: WorkerPool,
-    world: World,
-    parallel: DataParallel,
-    limit: int = 0,
-) -> Interval | None:
+def held_out_loss(answerer: Answerer, held_out: Dataset, limit: int = 0) -> Interval | None:
     """Mean loss over the supervised tokens of (`limit`) held-out documents; None if none of them is readable.
 
     For its interval documents are drawn anew, those about one video together: their losses over their tokens.
     """
+    model, device, parallel = answerer.model, answerer.world.device, answerer.parallel
     whole = held_out.pack_plan(seed=0)
     chosen = frozenset(spread(len(whole.lengths), limit))
     weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
     plan = _PackPlanWithGaps(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
-    loader = Loader(held_out, plan, pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0)
-    parts: list[tuple[int, list[_DocumentLoss]]] = []
+    loader = Loader(held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0)
+    found: list[tuple[int, str, tuple[str, ...], tuple[float, float]]] = []
     was_training = model.training
     model.eval()
     try:
         for step in range(math.ceil(len(plan.packs(0)) / parallel.size)):
-            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=world.device))))
+            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=device))))
             for pack in loader.step():
-                batch = pack.batch.to(world.device)
+                batch = pack.batch.to(device)
                 chunks = model.chunks(model(batch), batch.target_ids_N)
-                with torch.no_grad():
-                    losses_N = [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks]
-                losses = _document_losses(pack.batch.documents, torch.cat(losses_N).tolist())
-                parts.append((step * parallel.size + pack.slot, losses))
+                losses_N = torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks])
+                counts = [int((one.labels_T != IGNORE_INDEX).sum()) for one in pack.batch.documents]
+                for document, losses in zip(pack.batch.documents, losses_N.cpu().split(counts), strict=True):
+                    files = files_of(plan.ref for plan in document.media)
+                    loss = math.fsum(losses.tolist()), float(len(losses))
+                    found.append((step * parallel.size + pack.slot, f"{document.sample_ids} {files}", files, loss))
     finally:
         model.train(was_training)
-    in_order = sorted((part for of_rank in all_of(parts, parallel.group) for part in of_rank), key=lambda part: part[0])
-    documents = [document for _, losses in in_order for document in losses]
-    if not documents:
+    in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
+    if not in_order:
         return None
-    names = tuple(unique_names(document.name for document in documents))
-    samples = Samples(names, clusters_of([document.files for document in documents]))
-    return ratio_interval([(document.loss_sum, float(document.num_targets)) for document in documents], samples)
+    _, names, files_of_each, losses_and_tokens = zip(*in_order, strict=True)
+    return ratio_interval(losses_and_tokens, Samples(tuple(unique_names(names)), clusters_of(files_of_each)))
 
 
-class _DocumentLoss(NamedTuple):
-    name: str
-    files: tuple[str, ...]
-    loss_sum: float
-    num_targets: int
+@dataclass(frozen=True)
+class BestScore:
+    """The best value of a metric so far (`eval.best_metric`), in a file, so that a resumed run knows it."""
 
+    file: Path
+    metric: str
+    world: World
+    questions: str = ""
+    """Digest of what is asked and of how it is scored. A value with another digest is not compared."""
 
-def _document_losses(documents: Sequence[Document], losses: Sequence[float]) -> list[_DocumentLoss]:
-    """Those of each document of a row."""
-    found: list[_DocumentLoss] = []
-    row = 0
-    for document in documents:
-        count = int((document.labels_T != IGNORE_INDEX).sum())
-        files = files_of(plan.ref for plan in document.media)
-        name = f"{document.sample_ids} {files}"
-        found.append(_DocumentLoss(name, files, math.fsum(losses[row : row + count]), count))
-        row += count
-    assert row == len(losses), f"{row} supervised tokens, {len(losses)} losses"
-    return found
+    @staticmethod
+    def of(config: Config, held_out: Dataset, world: World) -> BestScore:
+        """That of a run."""
+        asked, limits = questions_digest(held_out, config.eval.max_samples), config.eval
+        rules = f"{SCORING_VERSION}:{asked}:{limits.max_new_tokens}:{limits.max_samples}:{limits.japanese}"
+        return BestScore(config.output_dir / "best.json", config.eval.best_metric, world, digest(rules))
+
+    def is_beaten_by(self, scores: Mapping[str, Interval]) -> bool:
+        """Whether `scores` are the best so far: the lowest `loss`, the highest value of another metric. If another
+        number of samples could be read, the score on more samples is the best. Every process must call it.
+
+        Raises:
+            UserError: the metric is not among the scores.
+        """
+        if self.metric not in scores:
+            raise UserError(f"eval.best_metric = {self.metric!r}: not among the scores, {', '.join(scores)}")
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.world.is_main and self.file.exists() else {}
+        best = all_of(known)[0]
+        if not best:
+            return True
+        before = f"{self.file}: {best.get('metric')} {best.get('value')} of step {best.get('step')} was taken on other"
+        if best.get("metric") != self.metric or best.get("questions") != self.questions:
+            if best.get("metric") == self.metric:
+                logger.info("%s questions, or by other rules: the best score starts anew", before)
+            return True
+        value, samples = scores[self.metric].value, self._samples(scores)
+        if samples != best["samples"]:
+            which = "this one, on more samples, is the best" if samples > best["samples"] else "it stays the best"
+            logger.info("%s samples (%d were readable then, %d now): %s", before, best["samples"], samples, which)
+            return samples > int(best["samples"])
+        return value < best["value"] if self.metric == "loss" else value > best["value"]
+
+    def record(self, step: int, scores: Mapping[str, Interval]) -> None:
+        """Write `scores` as the best."""
+        if self.world.is_main:
+            line = {"step": step, "metric": self.metric, "value": scores[self.metric].value}
+            line |= {"samples": self._samples(scores), "questions": self.questions}
+            replace_text(self.file, json.dumps(line) + "\n")
+
+    def _samples(self, scores: Mapping[str, Interval]) -> int:
+        """How many samples the score was taken on; 0 for that of a group."""
+        parts = scores[self.metric].parts
+        return 0 if parts is None else len(parts.samples.names)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, Segment
 from vft.distributed.process_group import largest_over_ranks
@@ -43,46 +42,35 @@ class _Suffix:
 
     question: int
     """Index of its document; -1 for a suffix that only keeps a process busy."""
-    document: Document
-    rows: slice
-    """Its rows in the document."""
+    rows: Document
+    """Its own rows."""
     prefix: tuple[int, int]
     """First row of its prefix in the prefix cache, and the prefix's length."""
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.rows.stop - self.rows.start
-
-    @property
-    def labels_T(self) -> Tensor:
-        """Labels of its tokens."""
-        return self.document.labels_T[self.rows]
 
 
 def prefix_of(document: Document) -> Document:
     """The shared prefix of `document`, as a document of its own without labels."""
-    end = document.prefix_length
+    prefix = _part(document, slice(0, document.prefix_length))
+    return replace(prefix, labels_T=torch.full_like(prefix.labels_T, IGNORE_INDEX))
+
+
+def _part(document: Document, rows: slice) -> Document:
+    """Some rows of a document."""
     return replace(
         document,
         sample_ids=document.sample_ids[:1],
-        ids_T=document.ids_T[:end],
-        labels_T=torch.full_like(document.labels_T[:end], IGNORE_INDEX),
-        positions_3T=document.positions_3T[:, :end],
-        media_mask_T=document.media_mask_T[:end],
+        ids_T=document.ids_T[rows],
+        labels_T=document.labels_T[rows],
+        positions_3T=document.positions_3T[:, rows],
+        media_mask_T=document.media_mask_T[rows],
         prefix_length=0,
-        suffix_lengths=(end,),
+        suffix_lengths=(rows.stop - rows.start,),
     )
 
 
 @torch.no_grad()
 def score_options(
-    model: VideoLanguageModel,
-    prefixes: Batch,
-    documents: Sequence[Document],
-    around: tuple[int, int],
-    max_rows: int = MAX_ROWS,
-    max_keys: int = MAX_KEY_ROWS,
+    model: VideoLanguageModel, prefixes: Batch, documents: Sequence[Document], around: tuple[int, int]
 ) -> list[list[OptionScore]]:
     """Scores of every option of `documents` (from `ChatEncoder.options`), in order.
 
@@ -93,57 +81,52 @@ def score_options(
     cache = PrefixCache(model.config.layers)
     model(prefixes, cache)
     past = prefixes.input_ids_T.numel()
-    chunks = _chunks(_suffixes(documents), max_rows, max_keys)
+    chunks = _chunks(documents)
     scores: list[list[OptionScore]] = [[] for _ in documents]
     before, behind = around
-    idle = [_Suffix(-1, Document.blank(), slice(0, 1), (0, 1))]
+    idle = [_Suffix(-1, Document.blank(), (0, 1))]
     for number in range(largest_over_ranks(len(chunks), device)):
         chunk = chunks[number] if number < len(chunks) else idle
         batch = _batch(chunk, prefixes, past).to(device)
         logits_NV = model.logits(batch, cache)
         losses = iter(F.cross_entropy(logits_NV, batch.target_ids_N, reduction="none").tolist())
         for suffix in chunk:
-            log_probs = [-next(losses) for _ in range(int((suffix.labels_T != IGNORE_INDEX).sum()))]
+            log_probs = [-next(losses) for _ in range(int((suffix.rows.labels_T != IGNORE_INDEX).sum()))]
             if suffix.question >= 0:
                 text = log_probs[before : len(log_probs) - behind]
                 scores[suffix.question].append(OptionScore(math.fsum(log_probs), math.fsum(text)))
     return scores
 
 
-def _suffixes(documents: Sequence[Document]) -> list[_Suffix]:
-    suffixes, row = [], 0
-    for number, document in enumerate(documents):
-        prefix = row, document.prefix_length
-        suffixes += [_Suffix(number, document, rows, prefix) for rows in document.suffix_rows]
-        row += document.prefix_length
-    return suffixes
-
-
-def _chunks(suffixes: Sequence[_Suffix], max_rows: int, max_keys: int) -> list[list[_Suffix]]:
-    """Consecutive suffixes, as many in a chunk as both bounds allow, and at least one."""
+def _chunks(documents: Sequence[Document]) -> list[list[_Suffix]]:
+    """The options of all documents in order, as many in a chunk as both bounds allow, and at least one."""
     chunks: list[list[_Suffix]] = []
-    rows = keys = 0
-    for suffix in suffixes:
-        more_keys = suffix.prefix[1] + suffix.length
-        if not chunks or rows + suffix.length > max_rows or keys + more_keys > max_keys:
-            chunks.append([])
-            rows = keys = 0
-        chunks[-1].append(suffix)
-        rows, keys = rows + suffix.length, keys + more_keys
+    start = rows = keys = 0
+    for number, document in enumerate(documents):
+        for own in document.suffix_rows:
+            suffix = _Suffix(number, _part(document, own), (start, document.prefix_length))
+            more_rows = suffix.rows.num_tokens
+            more_keys = document.prefix_length + more_rows
+            if not chunks or rows + more_rows > MAX_ROWS or keys + more_keys > MAX_KEY_ROWS:
+                chunks.append([])
+                rows = keys = 0
+            chunks[-1].append(suffix)
+            rows, keys = rows + more_rows, keys + more_keys
+        start += document.prefix_length
     return chunks
 
 
 def _batch(chunk: Sequence[_Suffix], prefixes: Batch, past: int) -> Batch:
     """A row of suffixes. The row before a label predicts it; the first row of a suffix never has a label."""
-    labels_T = torch.cat([suffix.labels_T for suffix in chunk])
+    labels_T = torch.cat([suffix.rows.labels_T for suffix in chunk])
     segments, row = [], 0
     for suffix in chunk:
-        segments.append(Segment(row, suffix.length, *suffix.prefix))
-        row += suffix.length
+        segments.append(Segment(row, suffix.rows.num_tokens, *suffix.prefix))
+        row += suffix.rows.num_tokens
     targets_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
     return Batch(
-        input_ids_T=torch.cat([suffix.document.ids_T[suffix.rows] for suffix in chunk]),
-        positions_3T=torch.cat([suffix.document.positions_3T[:, suffix.rows] for suffix in chunk], dim=1),
+        input_ids_T=torch.cat([suffix.rows.ids_T for suffix in chunk]),
+        positions_3T=torch.cat([suffix.rows.positions_3T for suffix in chunk], dim=1),
         plan=build_plan(segments, causal=True, past=past),
         target_index_N=targets_N - 1,
         target_ids_N=labels_T[targets_N],

@@ -1,20 +1,26 @@
-"""What a trained model is asked: files, folders of files and records, as questions."""
+"""What a trained model is asked: files, folders and records as questions, and the frames and pixels that it sees."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vft.common.errors import UserError
-from vft.common.reasoning import split_reasoning
-from vft.common.task import Question, narrate, with_prompt
-from vft.common.types import Conversation, MediaKind, MediaRef, Sample, Turn
+from vft.common.task import Question, narrate, split_reasoning, with_prompt
+from vft.common.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample, Turn
 from vft.common.unique import unique_name
+from vft.config.data import DataConfig
+from vft.config.toml import explain
+from vft.data.budget import check_spans
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
 from vft.data.media import timed_text
+from vft.data.media.errors import MediaError
 from vft.data.records.files import RECORD_SUFFIXES, read_records
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
 from vft.data.records.paths import PICTURE_SUFFIXES, resolve_media
@@ -22,6 +28,13 @@ from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id
 from vft.data.records.unread_keys import report_unread_keys
 from vft.distributed.process_group import environment
 from vft.inference.engine import Failure
+
+NO_LIMIT_TOKENS = 1 << 20
+"""`data.pack_tokens` for a model whose training is unknown: media keep all frames that other limits allow."""
+MIN_SEGMENT = 0.1
+"""The end of a video that is shorter than this share of a segment belongs to the segment before it."""
+GAP_S = 1e-4
+"""A segment ends so many seconds before the next one starts: ranges include both ends, and no frame may be in two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +176,74 @@ def with_frame_times(request: Request) -> Request:
     if isinstance(question, Failure):
         return request
     return replace(request, question=replace(question, prompt=timed_text.with_frame_times(question.prompt)))
+
+
+def split(requests: Sequence[Request], length_s: float, info: Callable[[MediaRef], MediaInfo]) -> list[Request]:
+    """Each question about a video once for every `length_s` seconds of it; others stay as they are."""
+    return [part for request in requests for part in _segments(request, length_s, info)]
+
+
+def _segments(request: Request, length_s: float, info: Callable[[MediaRef], MediaInfo]) -> Iterator[Request]:
+    question = request.question
+    if isinstance(question, Failure) or all(ref.kind != "video" for ref in question.prompt.media):
+        yield request
+        return
+    videos = [ref for ref in question.prompt.media if ref.kind == "video"]
+    if len(videos) > 1:
+        message = f"{question.prompt.origin}: {len(videos)} videos; segments are of one alone: ask about each"
+        yield replace(request, question=Failure(videos[0].name, "record", message))
+        return
+    try:
+        video = info(videos[0])
+        check_spans(question.prompt, info)
+    except (MediaError, UserError):  # the question fails when its turn comes, with this reason
+        yield request
+        return
+    options = videos[0].options
+    first_s, last_s = options.video_start or 0.0, min(options.video_end or math.inf, video.duration_s)
+    count = max(1, math.ceil((last_s - first_s) / length_s - MIN_SEGMENT))
+    for number in range(count):
+        start_s, end_s = first_s + number * length_s, first_s + (number + 1) * length_s
+        part = options
+        if number:
+            part = replace(part, video_start=start_s - GAP_S)
+        if number < count - 1:
+            part = replace(part, video_end=end_s - GAP_S)
+        about_part = _about(question, videos[0], replace(videos[0], options=part))
+        yield replace(request, question=about_part, segment_s=(start_s, end_s if number < count - 1 else last_s))
+
+
+def _about(question: Question, ref: MediaRef, other: MediaRef) -> Question:
+    """The question with the medium `other` in the place of `ref`."""
+    turns = tuple(
+        replace(turn, parts=tuple(other if part is ref else part for part in turn.parts))
+        for turn in question.prompt.turns
+    )
+    return replace(question, prompt=replace(question.prompt, turns=turns))
+
+
+def data_config(about: Mapping[str, Any], limits: Mapping[str, Any], pack_tokens: int | None = None) -> DataConfig:
+    """Frames, pixels and length of a row as `about` (vft.json) records them, unless `limits` has other ones.
+
+    `limits` holds `fps`, `frames`, `max_frames` and `max_pixels` of `[data.video]`, None for those not given.
+    """
+    video = dict(about.get("video", {}))
+    given = {key: value for key, value in limits.items() if value is not None}
+    if "fps" in given or "frames" in given:
+        video = {key: value for key, value in video.items() if key not in ("fps", "frames")}
+    video |= given
+    if given.keys() & {"fps", "frames", "max_frames"}:
+        video["sample_lists"] = True  # or the limits would not hold for videos that are lists of pictures
+    max_frames = given.get("max_frames")
+    if max_frames is not None:
+        video["min_frames"] = min(video.get("min_frames", DataConfig().video.min_frames), max_frames)
+        if "frames" in video and "frames" not in given:
+            video["frames"] = min(video["frames"], max_frames)
+    table = {"video": video, "image": about.get("image", {})}
+    try:
+        return DataConfig.model_validate(
+            {**table, "pack_tokens": pack_tokens or about.get("pack_tokens", NO_LIMIT_TOKENS)}
+        )
+    except ValidationError as error:
+        message = explain(DataConfig, error)[1]
+        raise UserError(f"{message}; see --fps, --frames, --max-frames, --max-pixels") from error

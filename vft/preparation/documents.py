@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 
 from vft.common.errors import UserError
-from vft.common.reasoning import split_reasoning
-from vft.common.task import Answer, Question, Task, main_conversation, trained_conversations
+from vft.common.task import Answer, Question, Task, main_conversation, split_reasoning, trained_conversations
 from vft.common.types import Conversation, Sample
 from vft.config.run import Config
 from vft.data import formats

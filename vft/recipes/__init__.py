@@ -5,12 +5,12 @@ A task is named by a key of `TASKS`, or as `module:Class` if it lives outside th
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
 from vft.common.errors import UserError
 from vft.common.plugins import load_class
-from vft.common.task import Task, configured
+from vft.common.task import Task
 from vft.config.run import Config
 
 TASKS = {
@@ -51,5 +51,8 @@ def load_task(name: str) -> Task:
 
 
 def task_of(config: Config) -> Task:
-    """The task that a configuration names, with its prompt; captioning if it names none."""
-    return configured(load_task(config.task or "caption"), config.data.prompt, config.eval.japanese)
+    """The task that a configuration names; captioning if it names none. Its fields `prompt` and `japanese`, if it has
+    them, are `data.prompt` (unless empty) and `eval.japanese`."""
+    task: Any = load_task(config.task or "caption")
+    given = {"prompt": config.data.prompt or task.prompt, "japanese": config.eval.japanese}
+    return replace(task, **{field.name: given[field.name] for field in fields(task) if field.name in given})

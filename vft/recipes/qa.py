@@ -11,9 +11,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vft.common.reasoning import split_reasoning
 from vft.common.scores import Interval
-from vft.common.task import Answer, answer_facts, groups_of, options_of, samples_of, texts_of, with_prompt
+from vft.common.task import Answer, answer_facts, options_of, samples_of, split_reasoning, texts_of, with_prompt
 from vft.common.types import Conversation, Sample
 from vft.metrics import (
     Japanese,
@@ -52,7 +51,7 @@ class QuestionAnswering:
         given = options_of(sample)
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
         options = given or written_options(turns[last - 1].text, split_reasoning(turns[last].text)[1])
-        facts = {"groups": groups_of(sample), **answer_facts(sample)}
+        facts = {"groups": _groups_of(sample), **answer_facts(sample)}
         return [Conversation(sample.id, turns, sample.origin, options, facts)]
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
@@ -106,6 +105,12 @@ def _correct(answer: Answer, norm: bool = False) -> float:
     if answer.choice is None:
         return exact_match_scores([answer.text], [answer.question.references])[0]
     return float(top_k(answer.option_scores_norm if norm else answer.option_scores, answer.right_options, 1))
+
+
+def _groups_of(sample: Sample) -> dict[str, str]:
+    """The `groups` of a record, by which scores are broken down, as texts."""
+    groups = sample.fields.get("groups")
+    return {str(key): str(value) for key, value in groups.items()} if isinstance(groups, dict) else {}
 
 
 def written_options(question: str, answer: str) -> tuple[str, ...]:

@@ -33,9 +33,8 @@ from vft.distributed.process_group import (
     sum_over_ranks,
 )
 from vft.distributed.signals import Stopped, deferred, stop_if, stop_requested, stopped_by
-from vft.inference.best_score import BestScore
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import evaluate, questions_digest, write_score_parts
+from vft.inference.evaluate import BestScore, evaluate, questions_digest, write_score_parts
 from vft.models.base import Objective
 from vft.models.flops import FlopCounter
 from vft.models.weights import export_model

@@ -11,7 +11,7 @@ import pytest
 from vft.common.errors import UserError
 from vft.common.task import Answer
 from vft.inference.answers_file import AnswersFile
-from vft.inference.engine import Failure, Generation, answer_of
+from vft.inference.engine import Failure
 from vft.inference.requests import Request, read_requests
 
 SETTINGS = {"model": "base", "adapter": None, "weights": "abc", "video": {"fps": 2.0, "max_frames": 32}}
@@ -26,7 +26,7 @@ def items_of(folder: Path, *records: Any) -> list[Request]:
 
 def said(item: Request, text: str) -> Answer:
     assert not isinstance(item.question, Failure)
-    return answer_of(item.question, Generation(text), ())
+    return Answer(item.question, text)
 
 
 def written(path: Path, answers: list[tuple[Request, str | Failure]]) -> bytes:

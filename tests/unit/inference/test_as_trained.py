@@ -18,9 +18,8 @@ from vft.data.media.timed_text import with_frame_times
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
-from vft.inference.as_trained import data_config
 from vft.inference.engine import Answerer
-from vft.inference.requests import read_requests
+from vft.inference.requests import data_config, read_requests
 from vft.recipes.qa import QuestionAnswering
 
 SYSTEM = "You watch carefully."

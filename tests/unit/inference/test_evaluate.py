@@ -31,11 +31,10 @@ from vft.data.dataset import Dataset, make_dataset
 from vft.data.media.patches import load_patches
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
-from vft.distributed.process_group import DataParallel, World
+from vft.distributed.process_group import World
 from vft.inference.answers_file import as_text, evaluation_line
-from vft.inference.as_trained import evaluation_config
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import evaluate, held_out_loss
+from vft.inference.evaluate import evaluate, evaluation_config, held_out_loss
 from vft.preparation.documents import load_held_out, questions, warn_of_overlap
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -189,6 +188,12 @@ def sums_of(tiny: Tiny, held_out: Dataset, leave_out: str = "") -> list[tuple[fl
     return found
 
 
+def loss_of(tiny: Tiny, held_out: Dataset, model: Any = None, limit: int = 0) -> Interval | None:
+    with WorkerPool(0, 60.0) as pool:
+        answerer = Answerer(model or tiny.ours(), tiny.encoder, held_out.config, held_out.info, pool, ALONE)
+        return held_out_loss(answerer, held_out, limit)
+
+
 def mean_of(sums: Sequence[tuple[float, int]]) -> float:
     return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
 
@@ -201,8 +206,7 @@ def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: b
     assert len(held_out.documents) == (5 if share else 6) and 1 < len(packs) < 5 and max(map(len, packs)) > 1
     model, modes = tiny.ours().train(), []
     model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(model, held_out, pool, ALONE, DataParallel())
+    loss = loss_of(tiny, held_out, model)
     assert loss is not None and model.training and set(modes) == {False} and len(modes) == len(packs)
     assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out)), rel=1e-5)
     assert loss.low <= loss.value <= loss.high and loss.low < loss.high
@@ -212,8 +216,7 @@ def test_loss_is_that_of_the_samples_one_by_one(tiny: Tiny, root: Path, share: b
 def test_loss_has_the_interval_of_its_documents(tiny: Tiny, root: Path) -> None:
     """Sums of each document by transformers, those about one picture drawn together, though rows hold several."""
     _, held_out = held_out_of(tiny, root, RECORDS, share_videos=False)
-    with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(tiny.ours(), held_out, pool, ALONE, DataParallel())
+    loss = loss_of(tiny, held_out)
     assert loss is not None and loss.parts is not None
     for found, wanted in zip(sorted(loss.parts.table.tolist()), sorted(sums_of(tiny, held_out)), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
@@ -229,12 +232,11 @@ def test_loss_of_some_documents(tiny: Tiny, root: Path) -> None:
     """A limit is a number of documents, each once: the loss is that of some choice of so many."""
     _, held_out = held_out_of(tiny, root, RECORDS, share_videos=False)
     sums, model = sums_of(tiny, held_out), tiny.ours()
-    with WorkerPool(0, 60.0) as pool:
-        for limit in (1, 3, 6, 7):
-            loss = held_out_loss(model, held_out, pool, ALONE, DataParallel(), limit)
-            assert loss is not None
-            possible = [mean_of(chosen) for chosen in itertools.combinations(sums, min(limit, 6))]
-            assert min(abs(loss.value / one - 1) for one in possible) <= 1e-5
+    for limit in (1, 3, 6, 7):
+        loss = loss_of(tiny, held_out, model, limit)
+        assert loss is not None
+        possible = [mean_of(chosen) for chosen in itertools.combinations(sums, min(limit, 6))]
+        assert min(abs(loss.value / one - 1) for one in possible) <= 1e-5
 
 
 def test_what_is_unreadable_does_not_count(tiny: Tiny, root: Path) -> None:
@@ -242,13 +244,10 @@ def test_what_is_unreadable_does_not_count(tiny: Tiny, root: Path) -> None:
     broken = record("Half a picture, which nobody sees.", "broken.png")
     _, held_out = held_out_of(tiny, root, [*RECORDS[:2], broken, *RECORDS[2:]])
     assert not held_out.bad
-    model = tiny.ours()
-    with WorkerPool(0, 60.0) as pool:
-        loss = held_out_loss(model, held_out, pool, ALONE, DataParallel())
-        assert loss is not None
-        assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out, leave_out="broken")), rel=1e-5)
-        _, nothing = held_out_of(tiny, root, [broken])
-        assert held_out_loss(model, nothing, pool, ALONE, DataParallel()) is None
+    loss = loss_of(tiny, held_out)
+    assert loss is not None
+    assert loss.value == pytest.approx(mean_of(sums_of(tiny, held_out, leave_out="broken")), rel=1e-5)
+    assert loss_of(tiny, held_out_of(tiny, root, [broken])[1]) is None
 
 
 # --------------------------------------------------------------------------------------------- all of an evaluation

@@ -20,7 +20,7 @@ from vft.data.dataset import make_dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
-from vft.inference.engine import Answerer, Failure, Generation, sampling_name
+from vft.inference.engine import Answerer, Failure, sampling_name
 from vft.inference.generate import GeneratedIds, Sampling, choose, generate
 from vft.inference.requests import user_question
 from vft.models import kv_cache as cache
@@ -135,11 +135,12 @@ def test_every_end_token_that_the_checkpoint_names(tiny: Tiny, tmp_path: Any, na
 
 
 def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
-    answerer = object.__new__(Answerer)
+    answerer, asked = object.__new__(Answerer), user_question("x", [], "How many?")
     answerer.encoder = tiny.encoder
-    assert answerer.parse("<think>\nI look.\n</think>\n\nOne.", False) == Generation("One.", "I look.")
-    assert answerer.parse("<think>\nI lo", True) == Generation("", "I lo", True)
-    assert answerer.parse("One.", False) == Generation("One.")
+    found = answerer.parse(asked, "<think>\nI look.\n</think>\n\nOne.", False)
+    assert found == Answer(asked, "One.", reasoning="I look.")
+    assert answerer.parse(asked, "<think>\nI lo", True) == Answer(asked, "", reasoning="I lo", is_cut_off=True)
+    assert answerer.parse(asked, "One.", False) == Answer(asked, "One.")
 
 
 # ---------------------------------------------------------------------------------------------------------- context

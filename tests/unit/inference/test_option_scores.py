@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny import NO_MEDIA, Media, Tiny, batch_of, medium, talk
-from vft.common.task import Question
+from vft.common.task import Answer, Question
 from vft.common.types import IGNORE_INDEX, Batch, Conversation, Document, Turn
 from vft.data.packing import collate
 from vft.inference import option_scores as score
-from vft.inference.engine import Generation, answer_of
+from vft.inference.engine import with_option_scores
 from vft.inference.option_scores import OptionScore, prefix_of, score_options
 from vft.models.kv_cache import PrefixCache
 from vft.recipes.classify import Classify
@@ -73,12 +73,12 @@ def asked(tiny: Tiny) -> dict[str, Asked]:
     }
 
 
-def ours(tiny: Tiny, model: Any, questions: Sequence[Asked], **bounds: int) -> list[list[float]]:
+def ours(tiny: Tiny, model: Any, questions: Sequence[Asked]) -> list[list[float]]:
     """Scores of some questions at once: of each option the whole answer's, then the text's alone."""
     documents = [tiny.encoder.options(one.prompt, one.options, one.media.plans) for one in questions]
     rows = [(prefix_of(made), one.media.patches) for made, one in zip(documents, questions, strict=True)]
     batch = collate(rows, tiny.encoder.processor)
-    scores = score_options(model, batch, documents, tiny.encoder.around_answer, **bounds)
+    scores = score_options(model, batch, documents, tiny.encoder.around_answer)
     return [[score for option in options for score in (option.whole, option.text)] for options in scores]
 
 
@@ -131,24 +131,27 @@ def test_several_questions_at_once(tiny: Tiny, asked: dict[str, Asked]) -> None:
 
 
 @pytest.mark.parametrize(
-    "bounds", [{"max_rows": 1}, {"max_keys": 1}, {"max_rows": 20}, {"max_keys": 250}, {"max_rows": 25, "max_keys": 300}]
+    ("max_rows", "max_keys"), [(1, score.MAX_KEY_ROWS), (score.MAX_ROWS, 1), (20, 10_000), (1000, 250), (25, 300)]
 )
-def test_chunks(tiny: Tiny, asked: dict[str, Asked], bounds: dict[str, int]) -> None:
+def test_chunks(
+    tiny: Tiny, asked: dict[str, Asked], max_rows: int, max_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same scores however many options a pass takes; one at a time where no two fit."""
     model, questions = tiny.ours(), list(asked.values())
     wanted = ours(tiny, model, questions)
     passes = spy(model)
-    found = ours(tiny, model, questions, **bounds)
+    monkeypatch.setattr(score, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(score, "MAX_KEY_ROWS", max_keys)
+    found = ours(tiny, model, questions)
     assert [len(scores) for scores in found] == [2 * len(one.options) for one in questions]
     for scores, at_once in zip(found, wanted, strict=True):
         assert scores == pytest.approx(at_once, rel=1e-5)
     counts = [len(batch.plan.segments) for batch in passes[1:]]
     assert sum(counts) == sum(len(one.options) for one in questions)
-    assert set(counts) == {1} if 1 in bounds.values() else max(counts) > 1
+    assert set(counts) == {1} if 1 in (max_rows, max_keys) else max(counts) > 1
     # An option that is longer than the bound has a pass of its own.
     for batch in (batch for batch, count in zip(passes[1:], counts, strict=True) if count > 1):
-        assert batch.input_ids_T.numel() <= bounds.get("max_rows", score.MAX_ROWS)
-        assert batch.plan.k_index.numel() <= bounds.get("max_keys", score.MAX_KEY_ROWS)
+        assert batch.input_ids_T.numel() <= max_rows and batch.plan.k_index.numel() <= max_keys
 
 
 def test_nothing_asked(tiny: Tiny) -> None:
@@ -210,14 +213,13 @@ def test_scores_by_length_are_those_of_lm_eval() -> None:
     texts, closing = (-2.0, -2.4, -1.5), (-0.1, -0.9, -3.0)
     prompt = Conversation("q", (Turn("user", (OTHER, "?")),), "q", options)
     scores = [OptionScore(text + end, text) for text, end in zip(texts, closing, strict=True)]
-    answer = answer_of(Question("q", prompt, ("basketball",)), Generation("x"), scores)
+    answer = with_option_scores(Answer(Question("q", prompt, ("basketball",)), "x"), scores)
     lengths = np.array([float(len(option)) for option in options])
     assert answer.option_scores == pytest.approx((-2.1, -3.3, -4.5))
     assert answer.option_scores_norm == pytest.approx(np.array(texts) / lengths)
     assert answer.choice == 0 and int(np.argmax(np.array(texts) / lengths)) == 1
     found = {name: score.value for name, score in Classify().score([answer]).items()}
     assert (found["top1"], found["top1_norm"]) == (1.0, 0.0)
-    assert answer_of(answer.question, Generation("x"), ()).option_scores_norm == ()
 
 
 # ----------------------------------------------------------------------------------------------- trunk, branches
@@ -296,14 +298,15 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
         assert found[2 * number : 2 * number + 2] == pytest.approx(theirs(tiny, one, labels[number]), rel=1e-5)
 
 
-def test_keys_are_bounded_where_the_trunk_is_long(tiny: Tiny) -> None:
+def test_keys_are_bounded_where_the_trunk_is_long(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few short options fill a pass by the keys of their trunk, long before their own rows do."""
     media = Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])
     one = Asked(talk(("user", [VIDEO, "Which?"])), tuple("ABCDEFGHIJ"), media)
     model = tiny.ours()
     trunk = len(rendered(tiny, one)) - 1
     passes = spy(model)
-    ours(tiny, model, [one], max_keys=3 * (trunk + 5))
+    monkeypatch.setattr(score, "MAX_KEY_ROWS", 3 * (trunk + 5))
+    ours(tiny, model, [one])
     assert [len(batch.plan.segments) for batch in passes[1:]] == [3, 3, 3, 1]
 
 

@@ -18,8 +18,7 @@ from vft.common.types import MediaInfo, MediaOptions, MediaRef
 from vft.data.media.errors import MediaError
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import TextStreamer
-from vft.inference.requests import Request, read_requests
-from vft.inference.segments import split
+from vft.inference.requests import Request, read_requests, split
 from vft.recipes.story import Story
 
 CLIP = {"video": "clip.mp4"}

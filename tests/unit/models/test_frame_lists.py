@@ -18,7 +18,7 @@ from vft.data.dataset import Dataset, load_dataset, make_dataset
 from vft.data.media.patches import frames_of, load_patches
 from vft.data.media.timed_text import FrameTimes
 from vft.data.media.video import join_scans, scan
-from vft.inference.as_trained import data_config
+from vft.inference.requests import data_config
 from vft.models.llava_next_video.processor import LlavaProcessor
 from vft.models.processor import VisionProcessor
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor

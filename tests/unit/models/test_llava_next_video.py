@@ -37,7 +37,7 @@ from vft.data.chat import ChatEncoder
 from vft.data.dataset import make_dataset
 from vft.distributed.process_group import environment
 from vft.inference import evaluate as evaluation
-from vft.inference.as_trained import evaluation_config
+from vft.inference.evaluate import evaluation_config
 from vft.models.llava_next_video.processor import LlavaProcessor, best_resolution, fitted
 from vft.models.pretrained import Pretrained
 from vft.recipes import task_of

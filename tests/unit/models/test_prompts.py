@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.helpers.families import CHAT_TEMPLATE, MISTRAL_TEMPLATE, VICUNA_TEMPLATE, llama_tokenizer, qwen_tokenizer
 from tests.helpers.tiny import Tiny, talk
 from vft.common.errors import UserError
-from vft.common.reasoning import answer_in, split_reasoning
+from vft.common.task import answer_in, split_reasoning
 from vft.common.types import IGNORE_INDEX, Conversation
 from vft.data.chat import ChatEncoder, Encoded
 from vft.models.llava_next_video.processor import LlavaProcessor

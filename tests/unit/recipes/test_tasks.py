@@ -41,12 +41,8 @@ def labelled(answer: str, /, **fields: Any) -> Sample:
     return sample(("user", [VIDEO]), ("assistant", answer), **fields)
 
 
-def said(
-    text: str,
-    *references: str,
-    options: Sequence[str] = (),
-    scores: Sequence[float] = (),
-    **facts: Any,
+def answered(
+    text: str, *references: str, options: Sequence[str] = (), scores: Sequence[float] = (), **facts: Any
 ) -> Answer:
     """An answer to some question with these right ones."""
     prompt = Conversation("q", (Turn("user", (VIDEO, "?")),), "q", tuple(options), facts)
@@ -121,8 +117,8 @@ def test_the_main_metric_is_among_the_scores(task: Task) -> None:
     right, wrong = [], []
     for number, text in enumerate(texts):
         likeliest = [-1.0, -2.0] if number == 0 else [-2.0, -1.0]
-        right.append(said(text, text, **classes, scores=likeliest if classes else ()))
-        wrong.append(said("zzz", text, **classes, scores=likeliest[::-1] if classes else ()))
+        right.append(answered(text, text, **classes, scores=likeliest if classes else ()))
+        wrong.append(answered("zzz", text, **classes, scores=likeliest[::-1] if classes else ()))
     assert values(task, *right)[task.main_metric] > values(task, *wrong)[task.main_metric]
 
 
@@ -152,14 +148,7 @@ FULL_STOPS = [
         (LLAVA, "training.", ["playing.", "eating.", "walking.", "sleeping.", "training."]),
         (LLAVA.replace("ing.", "ing"), "E. training.", FULL_STOPS),  # the answer alone has the full stop
         (NEXT_QA, "C", list("ABCDE")),
-        (
-            NEXT_QA,
-            "C. strum the string.",
-            [
-                *("A. roll the handle.", "B. tap their feet.", "C. strum the string.", "D. hit with sticks."),
-                "E. pat with hand.",
-            ],
-        ),
+        (NEXT_QA, "C. strum the string.", NEXT_QA.splitlines()[1:6]),
         (ROUND, "(B) light green", ["(A) red", "(B) light green", "(C) blue"]),
         (ROUND, "(C)", ["(A)", "(B)", "(C)"]),
         (ROUND, "B", ["A", "B", "C"]),
@@ -170,9 +159,9 @@ FULL_STOPS = [
         ("Is it?\nA: yes\nB: no", "B: no", ["A: yes", "B: no"]),
         ("A.yes\nB.   no  ", "B. no", ["A. yes", "B. no"]),
         (
-            "Where?\nA. In St. Ives, U.S.\nB. At 10:30 (a.m.)",
-            "B. At 10:30 (a.m.)",
-            ["A. In St. Ives, U.S.", "B. At 10:30 (a.m.)"],
+            "Where?\nA. In St. Ives, U.S.\nB. At 10 (a.m.)",
+            "B. At 10 (a.m.)",
+            ["A. In St. Ives, U.S.", "B. At 10 (a.m.)"],
         ),
         ("Is it?\nA. yes\nB. yes", "B", ["A", "B"]),  # told apart by their letters
         ("是吗？\nA、是\nB、不是", "B", ["A", "B"]),
@@ -184,17 +173,12 @@ FULL_STOPS = [
         ("Is it?\nA. yes\nb. no", "A", []),
         # None of these is a choice.
         ("Is it?\nA. yes\nB. yes", "yes", []),
-        ("Is it?\nA. yes\nB. no", "maybe", []),
-        ("Is it?\nA. yes\nB. no", "C", []),
-        ("Is it?\nA. yes\nB. no", "a", []),
-        ("Is it?\nA. yes\nB. no", "", []),
-        ("Is it?\nA. yes", "A", []),
-        ("Is it?\nA. yes\nC. no", "A", []),
-        ("Is it?\nB. yes\nC. no", "B", []),
-        ("Is it?\n1. yes\n2. no", "1", []),
-        ("Who is Dr. A. Smith to B. Jones?", "A", []),
-        ("What happens in the video?", "A dog runs.", []),
-        ("", "A", []),
+        *(("Is it?\nA. yes\nB. no", answer, []) for answer in ("maybe", "C", "a", "")),
+        *(
+            (f"Is it?\n{lines}", lines[0], [])
+            for lines in ("A. yes", "A. yes\nC. no", "B. yes\nC. no", "1. yes\n2. no")
+        ),
+        *((question, "A", []) for question in ("Who is Dr. A. Smith to B. Jones?", "What happens?", "")),
     ],
 )
 def test_options_written_in_a_question(question: str, answer: str, options: list[str]) -> None:
@@ -281,11 +265,11 @@ def test_numbers_among_right_answers_are_texts() -> None:
     assert questions([made])[0].references == ("10", "12", "2.5", "ten")
 
 
-@pytest.mark.parametrize(("said", "option"), [("e\u0301te\u0301", "été"), ("blue", " blue")])
-def test_options_that_only_look_like_the_answer(said: str, option: str) -> None:
+def test_options_that_only_look_like_the_answer() -> None:
     """Trained is one form and scored would be the other: the line says what can't be seen."""
-    with pytest.raises(UserError, match=r"form of Unicode, NFC or NFD, or in space around it: write both alike"):
-        Classify().conversations(labelled(said, options=[option, "red"]))
+    for answer, option in (("e\u0301te\u0301", "été"), ("blue", " blue")):
+        with pytest.raises(UserError, match=r"form of Unicode, NFC or NFD, or in space around it: write both alike"):
+            Classify().conversations(labelled(answer, options=[option, "red"]))
 
 
 def test_labels_beside_options_are_the_right_ones() -> None:
@@ -312,10 +296,10 @@ LETTERS = ("A", "B", "C")
 def test_scores_of_choices() -> None:
     """Likelihood decides; what is generated is scored beside it, by its letter or its words."""
     answers = [
-        said("The answer is B.", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # both right
-        said("A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # likelihood alone
-        said("It is (C)", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # generated alone
-        said("", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # neither
+        answered("The answer is B.", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # both right
+        answered("A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0)),  # likelihood alone
+        answered("It is (C)", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # generated alone
+        answered("", "C", options=LETTERS, scores=(-1.0, -2.0, -3.0)),  # neither
     ]
     assert values(QuestionAnswering(), *answers) == {
         "accuracy": 0.5,
@@ -342,7 +326,7 @@ def test_scores_of_choices() -> None:
 def test_a_tie_is_wrong(scores: tuple[float, ...], right: bool, order: tuple[int, ...]) -> None:
     """A model that finds all options alike knows nothing, wherever the right one stands."""
     options, found = tuple(LETTERS[i] for i in order), tuple(scores[i] for i in order)
-    answer = said("", "A", options=options, scores=found)
+    answer = answered("", "A", options=options, scores=found)
     assert values(QuestionAnswering(), answer)["choice_accuracy"] == float(right)
     assert values(QuestionAnswering(), answer)["accuracy"] == float(right)
     assert values(Classify(), answer)["top1"] == float(right)
@@ -358,75 +342,57 @@ def test_white_space_around_an_answer_is_none_of_its_own() -> None:
 
 def test_any_of_several_references_is_right() -> None:
     """Equal prompts with several answers; options that are all right are no tie."""
-    answer = said("B", "A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0))
+    answer = answered("B", "A", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0))
     assert set(values(QuestionAnswering(), answer).values()) == {1.0}
-    both = said("B", "A", "B", options=LETTERS, scores=(-1.0, -1.0, -3.0))
+    both = answered("B", "A", "B", options=LETTERS, scores=(-1.0, -1.0, -3.0))
     assert values(QuestionAnswering(), both)["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
-    ("text", "right"),
+    ("options", "reference", "right", "wrong"),
     [
-        ("B. eating.", True),
-        ("B", True),
-        ("b. EATING", True),
-        ("The best answer is B", True),
-        ("(B)", True),
-        ("C. walking.", False),
-        ("eating", False),  # neither a letter nor the whole option
-        ("", False),
+        (
+            FULL_STOPS,
+            "B. eating.",
+            ["B. eating.", "B", "b. EATING", "The best answer is B", "(B)"],
+            ["C. walking.", ""],
+        ),
+        (FULL_STOPS, "B. eating.", [], ["eating"]),  # neither a letter nor the whole option
+        # `Apple` and `Banana` are no options A and B: `Both` says neither.
+        (["Apple", "Banana"], "Banana", ["Banana", "banana."], ["Apple", "Both", "B", "Not Apple, Banana"]),
+        (list("ABCDEFGHIJ"), "C", ["C", "C. maple", "It is C.", "I think it is C", "Judging by the leaves, C"], []),
+        (list("ABCDEFGHIJ"), "C", ["(c)", "**C**"], []),
+        (list("ABCDEFGHIJ"), "I", [], ["It is C.", "I think it is C"]),  # a pronoun is no option
     ],
 )
-def test_generated_full_options(text: str, right: bool) -> None:
-    answer = said(text, "B. eating.", options=FULL_STOPS, scores=(0.0,) * 5)
-    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == float(right)
-
-
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("Banana", True),
-        ("banana.", True),
-        ("Apple", False),
-        ("Both", False),
-        ("B", False),
-        ("Not Apple, Banana", False),
-    ],
-)
-def test_options_that_only_begin_like_letters(text: str, right: bool) -> None:
-    """`Apple` and `Banana` are no options A and B: `Both` says neither."""
-    answer = said(text, "Banana", options=("Apple", "Banana"), scores=(-1.0, -2.0))
-    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == float(right)
+def test_generated_options(options: list[str], reference: str, right: list[str], wrong: list[str]) -> None:
+    for text in (*right, *wrong):
+        answer = answered(text, reference, options=options, scores=(0.0,) * len(options))
+        assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == float(text in right), text
 
 
 def test_scores_of_open_questions() -> None:
     """Exact in its words; F1 of `red park` and `green park in town` is 2 * 1 / (2 + 4); ANLS where edits are few."""
     answers = [
-        said("A dog.", "a dog"),
-        said("red park", "a house", "the green park in town"),
-        said("four", "seven"),
-        said("colour", "color"),
+        answered("A dog.", "a dog"),
+        answered("red park", "a house", "the green park in town"),
+        answered("four", "seven"),
+        answered("colour", "color"),
     ]
-    found = values(QuestionAnswering(), *answers)
-    assert found == pytest.approx(
-        {
-            "accuracy": 0.25,
-            "open_exact_match": 0.25,
-            "open_token_f1": (1 + 1 / 3 + 0 + 0) / 4,
-            # One edit in six characters each; the others need more edits than half their letters.
-            "open_anls": (5 / 6 + 0 + 0 + 5 / 6) / 4,
-        }
-    )
+    # One edit in six characters for two of them; the others need more edits than half their letters.
+    f1, anls = (1 + 1 / 3 + 0 + 0) / 4, (5 / 6 + 0 + 0 + 5 / 6) / 4
+    expected = {"accuracy": 0.25, "open_exact_match": 0.25, "open_token_f1": f1, "open_anls": anls}
+    assert values(QuestionAnswering(), *answers) == pytest.approx(expected)
 
 
 def test_open_questions_and_choices_together() -> None:
     """`accuracy` is over all of them, its parts over their own."""
     answers = [
-        said("A", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
-        said("no dog", "a dog"),
-        said("B", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
-        said("two", "two"),
-        said("two", "two"),
+        answered("A", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
+        answered("no dog", "a dog"),
+        answered("B", "A", options=LETTERS, scores=(-1.0, -2.0, -3.0)),
+        answered("two", "two"),
+        answered("two", "two"),
     ]
     found = values(QuestionAnswering(), *answers)
     assert found["accuracy"] == pytest.approx(4 / 5)
@@ -438,10 +404,10 @@ def test_scores_by_group() -> None:
     """Each answer in its own groups, whatever kind it is, in the order in which answers come."""
     groups = [{"duration": "short", "domain": "Art"}, {"duration": "long", "domain": "Art"}, {"duration": "short"}, {}]
     answers = [
-        said("two", "two", groups=groups[0]),
-        said("", "A", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[1]),
-        said("three", "two", groups=groups[2]),
-        said("", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[3]),
+        answered("two", "two", groups=groups[0]),
+        answered("", "A", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[1]),
+        answered("three", "two", groups=groups[2]),
+        answered("", "B", options=LETTERS, scores=(-2.0, -1.0, -3.0), groups=groups[3]),
     ]
     found = values(QuestionAnswering(), *answers)
     assert {name: value for name, value in found.items() if "/" in name} == {
@@ -464,7 +430,7 @@ def test_video_mmes_official_accuracy() -> None:
         "I see. The answer is D": ("D", {"duration": "long"}),
     }
     answers = [
-        said(text, right, options=("A", "B", "C", "D"), scores=(0.0,) * 4, groups=groups)
+        answered(text, right, options=("A", "B", "C", "D"), scores=(0.0,) * 4, groups=groups)
         for text, (right, groups) in told.items()
     ]
     correct: dict[str, list[bool]] = {}
@@ -480,16 +446,6 @@ def test_video_mmes_official_accuracy() -> None:
     assert scores["choice_accuracy_official"] == 0.5 and scores["choice_with_letter"] == 0.8
     assert scores["choice_accuracy_generated"] == pytest.approx(3 / 5)
     assert scores["choice_accuracy_generated/duration/long"] == pytest.approx(2 / 3)
-
-
-def test_ten_options() -> None:
-    """A pronoun, or the first letter of a word, is no option."""
-    ten = tuple("ABCDEFGHIJ")
-    for text in ("C", "C. maple", "It is C.", "I think it is C", "Judging by the leaves, C", "(c)", "**C**"):
-        answer = said(text, "C", options=ten, scores=(0.0,) * 10)
-        assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 1.0, text
-    answer = said("It is C.", "I", options=ten, scores=(0.0,) * 10)
-    assert values(QuestionAnswering(), answer)["choice_accuracy_generated"] == 0.0
 
 
 def test_groups_that_are_no_texts_become_some() -> None:
@@ -509,7 +465,7 @@ def ranked(label: str, place: int, text: str = "") -> Answer:
     """An answer whose right label is likeliest but for `place` others."""
     others = [one for one in LABELS if one != label]
     order = [*others[:place], label, *others[place:]]
-    return said(text, label, options=LABELS, scores=[-float(order.index(one)) for one in LABELS])
+    return answered(text, label, options=LABELS, scores=[-float(order.index(one)) for one in LABELS])
 
 
 def test_scores_of_classes() -> None:
@@ -520,24 +476,16 @@ def test_scores_of_classes() -> None:
         ranked("run", 0),
         ranked("wave", 0),
     ]
-    assert values(Classify(), *answers) == pytest.approx(
-        {
-            "top1": 3 / 5,
-            "top5": 4 / 5,
-            "mean_per_class": (2 / 3 + 0 + 1) / 3,
-            "exact_match": 1 / 5,
-            "top1/run": 2 / 3,
-            "top1/sit": 0.0,
-            "top1/wave": 1.0,
-        }
-    )
+    expected = {"top1": 3 / 5, "top5": 4 / 5, "mean_per_class": (2 / 3 + 0 + 1) / 3, "exact_match": 1 / 5}
+    expected |= {"top1/run": 2 / 3, "top1/sit": 0.0, "top1/wave": 1.0}
+    assert values(Classify(), *answers) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("right", [("run", "sit"), ("sit", "run"), ("sit", "run", "sit")])
 def test_any_of_several_labels_is_right(right: tuple[str, ...]) -> None:
     """In whatever order; the clip counts under each of its labels, and for top5 too."""
     scores = {"climb": -9.0, "dance": -8.0, "jump": -7.0, "run": -1.0, "sit": -99.0, "walk": -2.0, "wave": -3.0}
-    first = said("Run.", *right, options=LABELS, scores=[scores[one] for one in LABELS])
+    first = answered("Run.", *right, options=LABELS, scores=[scores[one] for one in LABELS])
     found = values(Classify(), first, ranked("sit", 5), ranked("wave", 0))
     assert found == pytest.approx(
         {
@@ -552,16 +500,12 @@ def test_any_of_several_labels_is_right(right: tuple[str, ...]) -> None:
     assert (found["choice_accuracy"], found["choice_accuracy_norm"], found["accuracy_norm"]) == (0.0, 1.0, 1.0)
 
 
-def test_labels_without_a_set() -> None:
-    """Nothing to rank: what is generated alone."""
+def test_labels_with_and_without_a_set() -> None:
+    """Without one there is nothing to rank; with both kinds, likelihoods of the one, texts of both."""
     (made,) = Classify().conversations(labelled("run"))
     assert made.options == ()
-    assert values(Classify(), said("Run!", "run"), said("sit", "run")) == {"exact_match": 0.5}
-
-
-def test_labels_with_and_without_a_set() -> None:
-    """Sources of both kinds in one evaluation: likelihoods of the one, texts of both."""
-    found = values(Classify(), ranked("run", 1, "run"), said("sit", "run"), ranked("sit", 0, "run"))
+    assert values(Classify(), answered("Run!", "run"), answered("sit", "run")) == {"exact_match": 0.5}
+    found = values(Classify(), ranked("run", 1, "run"), answered("sit", "run"), ranked("sit", 0, "run"))
     assert (found["top1"], found["exact_match"]) == (0.5, pytest.approx(1 / 3))
     assert {name for name in found if "/" in name} == {"top1/run", "top1/sit"}
 
@@ -590,53 +534,48 @@ def test_segments_are_further_questions(task: Task) -> None:
 
 @pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
 def test_speech_stands_beside_the_question(task: Task) -> None:
-    """In the main question; of the segments nobody knows which part of it belongs to them."""
+    """In the main question, a record's own too; of the segments nobody knows which part of it belongs to them."""
     main, first, _ = task.conversations(labelled("x", segments=SEGMENTS, speech="Good evening."))
     assert main.turns[0].text == f"{task.prompt}\nWhat is said: Good evening."
     assert "Good evening" not in first.turns[0].text
     (plain,) = task.conversations(labelled("x"))
     assert plain.turns[0].text == task.prompt and plain.facts == {"segments": ()}
-
-
-@pytest.mark.parametrize("task", [Summarize(), Story()], ids=lambda task: task.name)
-def test_speech_stands_beside_a_records_own_question(task: Task) -> None:
-    """Before its media too."""
-    sample = labelled("x", speech="Good evening.")
-    own = (Turn("user", ("Who speaks?", VIDEO)), sample.turns[-1])
-    (made,) = task.conversations(replace(sample, turns=own))
-    assert made.turns[0].parts == ("Who speaks?", VIDEO, "What is said: Good evening.")
+    own = sample(("user", ["Who speaks?", VIDEO]), ("assistant", "x"), speech="Good evening.")
+    assert task.conversations(own)[0].turns[0].parts == ("Who speaks?", VIDEO, "What is said: Good evening.")
 
 
 def test_scores_of_summaries() -> None:
     """ROUGE-L: 3 words in common of 3 and 6 give F = 2 * 1 * 0.5 / 1.5; coverage over records with segments alone."""
     segments = ("A man enters.", "He sits down.", "Rain falls on the old roof.")
     answers = [
-        said("A man enters.", "A man enters and sits down.", segments=segments),
-        said("He sits down. Rain falls on the roof.", "Something else entirely", segments=segments[1:]),
-        said("No", "yes", segments=()),
+        answered("A man enters.", "A man enters and sits down.", segments=segments),
+        answered("He sits down. Rain falls on the roof.", "Something else entirely", segments=segments[1:]),
+        answered("No", "yes", segments=()),
     ]
     found = values(Summarize(), *answers)
     assert found["rouge_l"] == pytest.approx((2 / 3 + 0 + 0) / 3)
     assert found["coverage"] == pytest.approx((1 / 3 + 1) / 2)
     assert set(found) == {"rouge_l", "bleu4", "coverage"}
-    assert set(values(Summarize(), said("No", "yes"))) == {"rouge_l", "bleu4"}
+    assert set(values(Summarize(), answered("No", "yes"))) == {"rouge_l", "bleu4"}
 
 
 def test_scores_of_stories() -> None:
     """Two stories that are one: half of all word pairs are there twice."""
-    found = values(Story(), said("He ran home fast.", "He ran home fast."), said("He ran home fast.", "It rains."))
+    found = values(
+        Story(), answered("He ran home fast.", "He ran home fast."), answered("He ran home fast.", "It rains.")
+    )
     assert found["distinct_2"] == 0.5 and found["rouge_l"] == 0.5
     assert set(found) == {"rouge_l", "bleu4", "distinct_2"}
-    one = values(Story(), said("He ran home fast.", "He ran home fast."))
+    one = values(Story(), answered("He ran home fast.", "He ran home fast."))
     assert one == pytest.approx({"rouge_l": 1.0, "bleu4": 100.0, "distinct_2": 1.0})
 
 
 def test_scores_of_captions() -> None:
     """Word for word right is the top of every scale; a single caption has no CIDEr-D."""
-    right = [said(text, text) for text in ("a red dog runs home", "two men play a grey guitar")]
+    right = [answered(text, text) for text in ("a red dog runs home", "two men play a grey guitar")]
     assert values(Caption(), *right) == pytest.approx({"cider_d": 10.0, "bleu4": 100.0, "rouge_l": 1.0})
     assert set(values(Caption(), right[0])) == {"bleu4", "rouge_l"}
-    assert values(Caption(), right[0], said("zzz", "two men play"))["rouge_l"] == 0.5
+    assert values(Caption(), right[0], answered("zzz", "two men play"))["rouge_l"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------- intervals
@@ -667,9 +606,11 @@ def test_every_interval_is_over_videos(task: Task) -> None:
     answers = []
     for video in range(6):
         text = "A" if video % 2 else "B"
-        answer = said(text, "A", scores=scores[text], **options)
+        answer = answered(text, "A", scores=scores[text], **options)
         if not isinstance(task, Classify | QuestionAnswering):
-            answer = said(f"a dog runs to the {'park' if video % 3 else 'mill'}", "a dog runs to the mill", **options)
+            answer = answered(
+                f"a dog runs to the {'park' if video % 3 else 'mill'}", "a dog runs to the mill", **options
+            )
         prompt = replace(answer.question.prompt, turns=(Turn("user", (MediaRef("video", Path(f"{video}.mp4")), "?")),))
         for number in range(8):
             asked = replace(prompt, turns=(replace(prompt.turns[0], parts=(*prompt.turns[0].parts, str(number))),))

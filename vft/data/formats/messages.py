@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vft.common.reasoning import CLOSE, OPEN
+from vft.common.task import CLOSE, OPEN
 from vft.common.types import MediaKind, MediaOptions, MediaRef, Role, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
