@@ -16,12 +16,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vft.common.interpreter import require_packages
+from vft.common.version import __version__
 
 if TYPE_CHECKING:
     from vft.api import VideoModel, evaluate, load_model, load_run, train
     from vft.common.errors import UserError
 
-__version__ = "0.1.0"
 __all__ = ["UserError", "VideoModel", "__version__", "evaluate", "load_model", "load_run", "train"]
 
 # Allocate CPU tensors of 2 MiB and more in pages of 2 MiB instead of 4 KiB, if the system offers such pages. Frames are

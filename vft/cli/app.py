@@ -12,8 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vft import __version__
 from vft.common.interpreter import fail, prefer_venv, report_missing, run_in_venv
+from vft.common.version import __version__
 
 COMMANDS = {
     "train": ("vft.recipes.main", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
