@@ -63,28 +63,23 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """Name of the module in `vft.recipes`."""
-        ...
 
     @property
     def prompt(self) -> str:
         """The question for records that have none of their own."""
-        ...
 
     @property
     def main_metric(self) -> str:
         """The metric that stands for all of them; larger is better."""
-        ...
 
     def conversations(self, sample: Sample) -> Sequence[Conversation]:
         """The conversations to train on. Evaluation asks the first one; the others are additional supervision.
 
         Raises UserError, with the sample's origin, if the task cannot use the sample.
         """
-        ...
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """Scores by the name of the metric, each with its 95 % interval. There is at least one answer."""
-        ...
 
 
 def main_conversation(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
@@ -97,13 +92,18 @@ def trained_conversations(task: Task, segment_questions: bool) -> Callable[[Samp
     return task.conversations if segment_questions else main_conversation(task)
 
 
-def with_prompt(turns: Sequence[Turn], prompt: str) -> tuple[Turn, ...]:
-    """The turns, with `prompt` as the text of the first user turn if that turn has only media."""
+def with_prompt(turns: Sequence[Turn], prompt: str, speech: str = "") -> tuple[Turn, ...]:
+    """The turns, with `prompt` as the text of the first user turn if that turn has only media. `speech`, what is said
+    in the video, comes after this question."""
     for i, turn in enumerate(turns):
         if turn.role == "user":
-            if all(not isinstance(part, str) or not part.strip() for part in turn.parts):
-                turn = replace(turn, parts=(*(part for part in turn.parts if not isinstance(part, str)), prompt))
-            return (*turns[:i], turn, *turns[i + 1 :])
+            parts = turn.parts
+            if all(not isinstance(part, str) or not part.strip() for part in parts):
+                parts = (*(part for part in parts if not isinstance(part, str)), prompt)
+            if speech:
+                text, last = f"What is said: {speech}", parts[-1]
+                parts = (*parts[:-1], f"{last}\n{text}") if isinstance(last, str) else (*parts, text)
+            return (*turns[:i], replace(turn, parts=parts), *turns[i + 1 :])
     return tuple(turns)
 
 
@@ -117,9 +117,7 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
         segments = ()
     speech = sample.fields.get("speech")
     facts = {"segments": tuple(text for _, _, text in segments), **answer_facts(sample)}
-    turns = with_prompt(sample.turns, prompt)
-    if isinstance(speech, str) and speech:
-        turns = _with_speech(turns, speech)
+    turns = with_prompt(sample.turns, prompt, speech if isinstance(speech, str) else "")
     spans_s = tuple((start_s, end_s) for start_s, end_s, _ in segments)
     made = [Conversation(sample.id, turns, sample.origin, facts=facts, spans_s=spans_s)]
     system = tuple(turn for turn in sample.turns if turn.role == "system")
@@ -129,17 +127,6 @@ def narrate(sample: Sample, prompt: str) -> list[Conversation]:
         segment_turns = (*system, question, Turn("assistant", (text,)))
         made.append(Conversation(f"{sample.id}/{number}", segment_turns, sample.origin, spans_s=spans_s))
     return made
-
-
-def _with_speech(turns: Sequence[Turn], speech: str) -> tuple[Turn, ...]:
-    """The turns, with what is said in the video after the first question."""
-    text = f"What is said: {speech}"
-    for i, turn in enumerate(turns):
-        if turn.role == "user":
-            *before, last = turn.parts
-            parts = (*before, f"{last}\n{text}") if isinstance(last, str) else (*turn.parts, text)
-            return (*turns[:i], replace(turn, parts=parts), *turns[i + 1 :])
-    return tuple(turns)
 
 
 def texts_of(answers: Sequence[Answer]) -> tuple[list[str], list[tuple[str, ...]]]:

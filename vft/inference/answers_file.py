@@ -148,22 +148,19 @@ class AnswersFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         self._stream: TextIO | None = None
-        self._lines: list[str] = []
-        """Answers of an earlier run."""
-        self._keys: set[str] = set()
-        """Of their questions."""
+        self._lines: dict[str, str] = {}
+        """Answers of an earlier run, by their questions."""
         if path.is_dir():
             raise UserError(f"--output = {str(path)!r}: is a folder; name a file, such as answers.jsonl")
         self._content = self._read()
         for number, text in enumerate(io.StringIO(self._content, newline="\n"), 1):  # an answer may hold other breaks
             line = self._parsed(text, number)
             if line is not None and "prediction" in line:
-                self._lines.append(text if text.endswith("\n") else f"{text}\n")
-                self._keys.add(_key(line))
+                self._lines[_key(line)] = text if text.endswith("\n") else f"{text}\n"
 
     def has(self, request: Request) -> bool:
         """Whether this question is answered."""
-        return _key(question_line(request)) in self._keys
+        return _key(question_line(request)) in self._lines
 
     def begin(self) -> None:
         """Open the file to add lines; one process does. UserError if another command writes, or has written since."""
@@ -172,7 +169,7 @@ class AnswersFile:
             raise UserError(
                 f"--output = {str(self.path)!r}: another command has written to it since; start this one again"
             )
-        text = "".join(self._lines)
+        text = "".join(self._lines.values())
         if text != self._content:
             replace_text(self.path, text)
             with stream:  # until the new file is locked too

@@ -132,17 +132,13 @@ class Answerer:
         """This process's share of each turn. Worker processes decode one turn ahead; without them nothing runs beside
         this process."""
         rank, size = self.parallel.rank, self.parallel.size
-        shares = ([self._start(one, new_tokens) for one in turn[rank::size]] for turn in turns)
+        shares = ([self.start(one, new_tokens) for one in turn[rank::size]] for turn in turns)
         pending = deque(islice(shares, 1 if self.pool.workers else 0))
         for _ in turns:
             pending.extend(islice(shares, 1))
             yield [self._decoded(one) for one in pending.popleft()]
 
-    def prepare(self, question: Question, new_tokens: int = 1) -> PreparedQuestion | Failure:
-        """A question with its media decoded, fitted so that the answer may have `new_tokens`."""
-        return self._decoded(self._start(question, new_tokens))
-
-    def _start(self, question: Question | Failure, new_tokens: int) -> PreparedQuestion | Failure:
+    def start(self, question: Question | Failure, new_tokens: int) -> PreparedQuestion | Failure:
         """Start to decode the media of a question."""
         if isinstance(question, Failure):
             return question

@@ -116,7 +116,7 @@ def test_questions_are_asked_about_the_same_frames(tiny: Tiny, tmp_path: Path) -
         config = data_config(tmp_path, cache=cache)
         world = World(rank=0, size=1, local_rank=0, device=CPU)
         with WorkerPool(0, 60.0) as pool:
-            prompt = Answerer(tiny.ours(), tiny.encoder, config, scan, pool, world).prepare(question)
+            prompt = Answerer(tiny.ours(), tiny.encoder, config, scan, pool, world).start(question, 1)
         assert isinstance(prompt, PreparedQuestion)
         return prompt.patches[0].pixels_PD
 

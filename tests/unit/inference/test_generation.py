@@ -146,63 +146,62 @@ def test_thoughts_are_told_from_the_answer(tiny: Tiny) -> None:
 # ---------------------------------------------------------------------------------------------------------- context
 
 
-def released_llava(tiny: Tiny) -> ChatEncoder:
+@pytest.fixture
+def released(make_tiny: Any) -> ChatEncoder:
     """The sizes of LLaVA-NeXT-Video-7B: 144 tokens a frame, 4,096 positions, with a small tokenizer."""
-    marks = {"image_token": tiny.encoder.processor.image_token, "video_token": tiny.encoder.processor.video_token}
+    encoder = make_tiny("llava_next_video", "tied").encoder
+    marks = {"image_token": encoder.processor.image_token, "video_token": encoder.processor.video_token}
     processor = LlavaProcessor(**marks, patch=14, side=336, stride=2, resolutions=((336, 672),), context_tokens=4096)
-    return ChatEncoder(tiny.encoder.tokenizer, processor)
+    return ChatEncoder(encoder.tokenizer, processor)
+
+
+MINUTE, _ = medium("video", 1500, 360, 640, fps=25.0)
 
 
 def minute(ref: MediaRef) -> MediaInfo:
     return MediaInfo("video", 360, 640, 1500, 25.0, duration_s=60.0)
 
 
-def test_a_minute_fits_at_the_defaults(make_tiny: Any) -> None:
+def test_a_minute_fits_at_the_defaults(released: ChatEncoder) -> None:
     """32 frames of 144 tokens are more than 4,096: as many frames stay as leave room for text and answer."""
-    encoder = released_llava(make_tiny("llava_next_video", "tied"))
-    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
-    prompt, answered = talk(("user", [ref, "Who?"])), talk(("user", [ref, "Who?"]), ("assistant", "A dog."))
-    text = encoder.encode(prompt, answer_next=True).text_tokens
+    prompt, answered = talk(("user", [MINUTE, "Who?"])), talk(("user", [MINUTE, "Who?"]), ("assistant", "A dog."))
+    text = released.encode(prompt, answer_next=True).text_tokens
     for new_tokens in (1, 128, 256, 2000):
-        (plan,) = plans_that_fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
+        (plan,) = plans_that_fit([prompt], released, DataConfig(), minute, answer_next=True, new_tokens=new_tokens)
         room = (4096 - text - new_tokens) // 144
         assert len(plan.frame_indices) in (room, room - 1) and plan.num_tokens == 144 * len(plan.frame_indices)
-    documents = make_dataset([answered], encoder, DataConfig(), minute)
+    documents = make_dataset([answered], released, DataConfig(), minute)
     assert not documents.bad and 4096 - 2 * 144 < documents.lengths[0] <= 4096
     assert documents.build(0).num_tokens == documents.lengths[0]
 
 
-def test_nothing_runs_past_the_context_unsaid(make_tiny: Any) -> None:
+def test_nothing_runs_past_the_context_unsaid(released: ChatEncoder) -> None:
     """With the numbers of the limit that holds: the context's or the row's."""
-    encoder = released_llava(make_tiny("llava_next_video", "tied"))
-    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
-    prompt = talk(("user", [ref, "Who?"]))
+    prompt = talk(("user", [MINUTE, "Who?"]))
     with pytest.raises(UserError, match=r"the model's context of 4096 less 4000 for the answer leaves room for \d+"):
-        plans_that_fit([prompt], encoder, DataConfig(), minute, answer_next=True, new_tokens=4000)
+        plans_that_fit([prompt], released, DataConfig(), minute, answer_next=True, new_tokens=4000)
     with pytest.raises(UserError, match=r"tokens of text, more than the model's context of 4096; "):
-        plans_that_fit([talk(("user", "Who? " * 4000))], encoder, DataConfig(pack_tokens=1 << 20), minute, True)
+        plans_that_fit([talk(("user", "Who? " * 4000))], released, DataConfig(pack_tokens=1 << 20), minute, True)
     with pytest.raises(UserError, match=r"more than data.pack_tokens = 50; "):
-        plans_that_fit([talk(("user", "Who? " * 100))], encoder, DataConfig(pack_tokens=50), minute, True)
+        plans_that_fit([talk(("user", "Who? " * 100))], released, DataConfig(pack_tokens=50), minute, True)
     with pytest.raises(UserError, match=r"--max-new-tokens = 4096: the model's context is 4096 tokens"):
         check_answer_length(4096, 4096, "--max-new-tokens")
     check_answer_length(4095, 4096, "--max-new-tokens")
 
 
-def test_options_leave_room_for_the_longest(make_tiny: Any) -> None:
+def test_options_leave_room_for_the_longest(released: ChatEncoder) -> None:
     """Its branch ends within the context, closing token included."""
-    encoder = released_llava(make_tiny("llava_next_video", "tied"))
-    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
     options = ("No.", "A dog runs. " * 40)
-    question = user_question("x", [ref], "Who?")
+    question = user_question("x", [MINUTE], "Who?")
     question = replace(question, prompt=replace(question.prompt, options=options))
     answerer = object.__new__(Answerer)
-    answerer.encoder, answerer.config, answerer.info = encoder, DataConfig(video=VideoConfig()), minute
+    answerer.encoder, answerer.config, answerer.info = released, DataConfig(video=VideoConfig()), minute
     document_, scored = answerer.documents(question)
     assert scored is not None
     longest = scored.prefix_length + max(scored.suffix_lengths)
     assert 4096 - 2 * 144 < longest <= 4096 and document_.num_tokens < longest
     for option, length in zip(options, scored.suffix_lengths, strict=True):
-        assert length - 1 <= encoder.answer_tokens(option)
+        assert length - 1 <= released.answer_tokens(option)
 
 
 def test_an_option_longer_than_the_context_costs_its_question_alone(tiny: Tiny) -> None:
@@ -222,14 +221,12 @@ def test_an_option_longer_than_the_context_costs_its_question_alone(tiny: Tiny) 
     assert failed.message.startswith("b: ") and f"the model's context of {context}" in failed.message
 
 
-def test_rows_of_training_hold_more_than_one_context(make_tiny: Any) -> None:
+def test_rows_of_training_hold_more_than_one_context(released: ChatEncoder) -> None:
     """Questions that share a video fit the context each, not all together."""
-    encoder = released_llava(make_tiny("llava_next_video", "tied"))
-    ref, _ = medium("video", 1500, 360, 640, fps=25.0)
-    talks = [talk(("user", [ref, "Who? " * 50]), ("assistant", "A dog."), id=str(i)) for i in range(20)]
-    documents = make_dataset(talks, encoder, DataConfig(), minute)
+    talks = [talk(("user", [MINUTE, "Who? " * 50]), ("assistant", "A dog."), id=str(i)) for i in range(20)]
+    documents = make_dataset(talks, released, DataConfig(), minute)
     assert not documents.bad and max(documents.lengths) > 4096
     for number in range(len(documents.lengths)):
         made = documents.build(number)
         assert made.prefix_length + max(made.suffix_lengths) <= 4096
-    assert document(encoder, [talk(("user", "?"), ("assistant", "!"))], NO_MEDIA).num_tokens < 20
+    assert document(released, [talk(("user", "?"), ("assistant", "!"))], NO_MEDIA).num_tokens < 20

@@ -249,7 +249,7 @@ def test_times_outside_the_video_are_the_records_fault() -> None:
     assert item.segment_s is None
     answerer = object.__new__(Answerer)
     answerer.info = lambda _: info
-    failure = answerer.prepare(question(item))
+    failure = answerer.start(question(item), 1)
     assert isinstance(failure, Failure) and failure.reason == "record"
     assert "5 to 90 s is outside the video, which has 300 frames in 30.00 s" in failure.message
 
