@@ -142,21 +142,13 @@ def counted_reads() -> Iterator[list[int]]:
             read.append(tensor.numel())
             return tensor
 
-    class Opened:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self.inner = real(*args, **options)
-            self.keys, self.metadata = self.inner.keys, self.inner.metadata
+    @contextmanager
+    def opened(file: Path) -> Iterator[SimpleNamespace]:
+        with real(file) as inner:
+            methods = {"keys": inner.keys, "metadata": inner.metadata}
+            yield SimpleNamespace(**methods, get_slice=lambda name: Slice(inner.get_slice(name)))
 
-        def get_slice(self, name: str) -> Slice:
-            return Slice(self.inner.get_slice(name))
-
-        def __enter__(self) -> Opened:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            return None
-
-    checkpoints.open_tensors = Opened  # type: ignore[assignment]
+    checkpoints.open_tensors = opened
     try:
         yield read
     finally:

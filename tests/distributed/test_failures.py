@@ -126,22 +126,19 @@ def test_writing_may_take_longer_than_any_time_out(
     assert column(tmp_path / "run", "step") == [1, 2]
 
 
-def test_a_process_that_never_comes(world: World, commands: Commands, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        (0, "error: 1 of 2 processes didn't come within 2 s: rank 1 (host number 1)"),
+        (1, "rank 1 can't reach the rendezvous at 127.0.0.1:"),
+    ],
+)
+def test_a_process_that_never_comes(world: World, commands: Commands, tmp_path: Path, here: int, message: str) -> None:
     config = world.config(tmp_path / "run.toml", ENDLESS)
-    (first,) = start(commands, config, [0], 2, "parallel.timeout_s=2", LOCAL_WORLD_SIZE="1")
-    status, lines = ends_within(first, 30)
+    (one,) = start(commands, config, [here], 2, "parallel.timeout_s=2", LOCAL_WORLD_SIZE="1")
+    status, lines = ends_within(one, 30)
     assert status == 2
-    assert len(lines) == 1 and lines[0].startswith(
-        "error: 1 of 2 processes didn't come within 2 s: rank 1 (host number 1)"
-    )
-
-
-def test_a_first_process_that_never_comes(world: World, commands: Commands, tmp_path: Path) -> None:
-    config = world.config(tmp_path / "run.toml", ENDLESS)
-    (second,) = start(commands, config, [1], 2, "parallel.timeout_s=2")
-    status, lines = ends_within(second, 30)
-    assert status == 2
-    assert len(lines) == 1 and "rank 1 can't reach the rendezvous at 127.0.0.1:" in lines[0]
+    assert len(lines) == 1 and message in lines[0]
 
 
 def test_a_mistake_on_one_process_ends_all(world: World, commands: Commands, tmp_path: Path) -> None:

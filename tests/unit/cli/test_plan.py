@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_two_processes(
     for kind, processes in (("planned", 1), ("real", 2)):
         output = tmp_path / f"{kind}.json"
         for result in run_together(
-            commands, processes, "tests.distributed.sharded_memory", kind, tiny.path, mode, quantize, output
+            commands, processes, "tests.distributed.sharded", "memory", tiny.path, kind, mode, quantize, output
         ):
             result.ok()
         found[kind] = json.loads(output.read_text())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import vft.data.formats  # noqa: F401  checks the sources
 from vft.common.errors import UserError
 from vft.config import run as config
 from vft.config.run import Config, differences, dump, load
+from vft.config.toml import show
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -273,3 +277,81 @@ def test_cache_folder(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VFT_CACHE", "/elsewhere")
     assert load(small).data.cache_path == Path("/elsewhere")
     assert load(small, ["data.cache_dir=~/here"]).data.cache_path == Path("/home/x/here")
+
+
+# ----------------------------------------------------------------------------------------- names of earlier versions
+
+HEAD = 'output_dir = "x"\nmodel.path = "m"\n'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "c.toml"
+
+
+@pytest.mark.parametrize(
+    ("old", "text", "new", "expected"),
+    [
+        ("data.clip_deadline_s", "5.0", "data.decode_timeout_s", 5.0),
+        ("parallel.tower_checkpointing", '"full"', "parallel.vision_checkpointing", "full"),
+    ],
+)
+def test_an_old_key(
+    file: Path, caplog: pytest.LogCaptureFixture, old: str, text: str, new: str, expected: object
+) -> None:
+    file.write_text(f"{HEAD}{old} = {text}\n")
+    assert attrgetter(new)(load(file)) == expected
+    assert caplog.messages == [f"{file}: {old} is called {new} now"]
+    file.write_text(HEAD)
+    assert attrgetter(new)(load(file, [f"{old}={text}"])) == expected, "on the command line"
+    file.write_text(f"{HEAD}{old} = {text}\n{new} = {text}\n")
+    with pytest.raises(UserError) as both:
+        load(file)
+    name = new.rpartition(".")[2]
+    shown = show(expected)
+    assert str(both.value) == f"{file}: {old} = {shown}: unknown key; did you mean {name}?" or old in str(both.value)
+
+
+def test_the_command_line_goes_before_the_file_under_either_name(file: Path) -> None:
+    for in_file, override in (("clip_deadline_s", "decode_timeout_s"), ("decode_timeout_s", "clip_deadline_s")):
+        file.write_text(f"{HEAD}data.{in_file} = 5.0\n")
+        assert load(file, [f"data.{override}=7.0"]).data.decode_timeout_s == 7.0
+
+
+def test_old_names_of_components(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_text(
+        f'{HEAD}[lora]\ntargets = ["language_model.*", "vision_tower.qkv", "merger.*"]\n'
+        'ranks = {"vision_tower.qkv" = 4}\nalphas = {"merger.*" = 8.0}\n'
+        "[train]\ntower_learning_rates = {vision_tower = 1e-5, merger = 2e-5}\n"
+    )
+    config = load(file)
+    assert config.lora is not None
+    assert config.lora.targets == ("language_model.*", "vision_encoder.qkv", "projector.*")
+    assert config.lora.ranks == {"vision_encoder.qkv": 4} and config.lora.alphas == {"projector.*": 8.0}
+    assert config.train.component_learning_rates == {"vision_encoder": 1e-5, "projector": 2e-5}
+    assert caplog.messages == [
+        f"{file}: {line} now"
+        for line in (
+            "train.tower_learning_rates is called train.component_learning_rates",
+            "lora.targets: vision_tower.qkv is called vision_encoder.qkv",
+            "lora.targets: merger.* is called projector.*",
+            "lora.ranks: vision_tower.qkv is called vision_encoder.qkv",
+            "lora.alphas: merger.* is called projector.*",
+            "train.component_learning_rates: vision_tower is called vision_encoder",
+            "train.component_learning_rates: merger is called projector",
+        )
+    ]
+
+
+def test_old_names_of_components_on_the_command_line(file: Path) -> None:
+    file.write_text(HEAD)
+    config = load(file, ['model.train=["vision_tower"]', "train.tower_learning_rates.vision_tower=1e-5"])
+    assert config.model.train == ("vision_encoder",)
+    assert config.train.component_learning_rates == {"vision_encoder": 1e-5}
+
+
+def test_a_source_is_not_left_unchecked() -> None:
+    """Formats are above the settings, and register their checks when they are imported."""
+    code = "from vft.config.data import SourceConfig; SourceConfig(format='no such', path='a')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError: import vft.data.formats")
