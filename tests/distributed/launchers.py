@@ -8,47 +8,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from tests.runs.commands import REPOSITORY
+import pytest
+
+from tests.runs.commands import REPOSITORY, Command, Result
 
 
-class Launcher:
+class Launcher(subprocess.Popen[bytes]):
     """A command with its output in a file; what is left of it is killed at the end."""
 
-    def __init__(self, words: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        words = [sys.executable if word == "python" else word for word in words]
+    def __init__(self, words: Sequence[str], environment: dict[str, str], log: Path, folder: Path = REPOSITORY) -> None:
         self.log = log
+        words = [sys.executable if word == "python" else word for word in words]
         with log.open("w") as file:
-            self.process = subprocess.Popen(
-                words, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
+            super().__init__(words, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True)
 
-    def __enter__(self) -> Launcher:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         left = rank_processes(self.pid)
         for pid in ([self.pid] if self.is_running() else []) + list(left.values()):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait(timeout=30)
-
-    @property
-    def pid(self) -> int:
-        """Of the launcher itself."""
-        return self.process.pid
+        self.wait(timeout=30)
 
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
-        return self.process.poll() is None
-
-    def wait(self, seconds: float) -> int:
-        """Its exit status; subprocess.TimeoutExpired where it takes longer."""
-        return self.process.wait(timeout=seconds)
+        return self.poll() is None
 
     def output(self) -> str:
         """What it and its processes have said."""
@@ -72,6 +59,17 @@ def rank_processes(launcher: int) -> dict[int, int]:
 def ours(text: str) -> list[str]:
     """The lines with which vft says that a run ends."""
     return [line for line in text.splitlines() if line.startswith(("error: ", "stopped: "))]
+
+
+def ended(command: Command, seconds: float) -> Result:
+    """How it ended; the test fails where it goes on for longer."""
+    end = time.monotonic() + seconds
+    while command.is_running and time.monotonic() < end:
+        time.sleep(0.05)
+    if command.is_running:
+        command.kill()
+        pytest.fail(f"still running after {seconds:g} s")
+    return command.wait()
 
 
 def wait_for_step(folder: Path, step: int, is_running: Callable[[], bool], seconds: float = 120) -> None:

@@ -30,7 +30,7 @@ from vft.common.console import setup_logging
 from vft.common.errors import UserError
 from vft.common.files import remove_partials
 from vft.config.run import CheckpointConfig, TrainConfig
-from vft.distributed.process_group import environment, make_mesh, process_group
+from vft.distributed.process_group import environment, full_tensor, make_mesh, process_group
 from vft.training import checkpoint as checkpoints
 from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.optimizer import build_optimizer
@@ -76,10 +76,7 @@ class Trained:
 
     def whole(self) -> dict[str, Tensor]:
         """The state as one process would hold it."""
-        return {
-            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-            for name, tensor in self.tensors().items()
-        }
+        return {name: full_tensor(tensor).clone() for name, tensor in self.tensors().items()}
 
     def saver(self, root: Path, asynchronous: bool, keep_last: int = 3) -> AsyncCheckpointer:
         """With its lines on stdout."""

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,14 @@ from typing import Any
 import pytest
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from tests.distributed.launchers import Launcher, ours, rank_processes, wait_for_step
+from tests.distributed.launchers import Launcher, ended, ours, rank_processes, wait_for_step
 from tests.runs.commands import CAPTION, REPOSITORY, Command, Commands, column, metrics
 from tests.runs.processes import free_port
 from tests.runs.world import World
 from vft.distributed.heartbeat import SUSPICIOUS_SILENCE_S, Heartbeat, Member
 
 HOST = socket.gethostname()
-HANGING = str(Path(__file__).with_name("hanging.py"))
+DISTURBED = str(Path(__file__).with_name("disturbed.py"))
 ENDLESS: dict[str, Any] = {
     "train": {"max_steps": 100_000},
     "parallel": {"silence_s": 3.0, "timeout_s": 20.0},
@@ -48,13 +46,7 @@ def start(
 
 def ends_within(command: Command, seconds: float) -> tuple[int, list[str]]:
     """Its status and our lines; the test fails where it goes on for longer."""
-    since = time.monotonic()
-    while command.is_running and time.monotonic() < since + seconds:
-        time.sleep(0.05)
-    if command.is_running:
-        command.kill()
-        pytest.fail(f"still running after {seconds:g} s")
-    result = command.wait()
+    result = ended(command, seconds)
     assert "Traceback" not in result.stderr, result.stderr
     return result.status, ours(result.stderr)
 
@@ -103,7 +95,7 @@ def test_a_process_that_hangs_is_named(world: World, commands: Commands, tmp_pat
     config = world.config(tmp_path / "run.toml", ENDLESS, {"parallel": {"silence_s": 60.0, "timeout_s": 4.0}})
     port = free_port()
     (first,) = start(commands, config, [0], 2, port=port)
-    (second,) = start(commands, config, [1], 2, program=HANGING, port=port, HANGS="step")
+    (second,) = start(commands, config, [1], 2, program=DISTURBED, port=port, HANGS="step")
     try:
         status, lines = ends_within(first, 60)
     finally:
@@ -120,7 +112,7 @@ def test_writing_may_take_longer_than_any_time_out(
 ) -> None:
     settings = {"train": {"max_steps": 2}, "parallel": {"silence_s": 2.0, "timeout_s": 3.0}}
     config = world.config(tmp_path / "run.toml", ENDLESS, settings, {"checkpoint": {"every_steps": 1, **beside}})
-    for one in start(commands, config, [0, 1], 2, program=HANGING, HANGS="write"):
+    for one in start(commands, config, [0, 1], 2, program=DISTURBED, HANGS="write"):
         status, lines = ends_within(one, 90)
         assert (status, lines) == (0, [])
     assert column(tmp_path / "run", "step") == [1, 2]
@@ -146,9 +138,8 @@ def test_a_mistake_on_one_process_ends_all(world: World, commands: Commands, tmp
     config = world.config(tmp_path / "run.toml", ENDLESS)
     port, wrong = free_port(), f"output_dir={tmp_path}/file/run"
     started = [*start(commands, config, [0], 2, port=port), *start(commands, config, [1], 2, wrong, port=port)]
-    ended = [ends_within(one, 30) for one in started]
-    assert [status for status, _ in ended] == [1, 2]
-    (line,) = ended[0][1]
+    (first, (line,)), (second, _) = (ends_within(one, 30) for one in started)
+    assert (first, second) == (1, 2)
     assert line.startswith(f"stopped: host {HOST} (rank 1): output_dir = ")
 
 
@@ -158,20 +149,13 @@ def test_other_code_on_another_host(world: World, commands: Commands, tmp_path: 
         file.write("# changed\n")
     config = world.config(tmp_path / "run.toml", ENDLESS)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    outputs, started = [], []
+    started = []
     for rank, folder in enumerate((REPOSITORY, tmp_path / "other")):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(folder)}
-        outputs.append((tmp_path / f"{rank}").open("w+"))
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", CAPTION, str(config)],
-                cwd=folder,
-                env=commands.environment | address | place,
-                stderr=outputs[-1],
-            )
-        )
-    assert [one.wait(timeout=120) for one in started] == [2, 1], [Path(one.name).read_text() for one in outputs]
-    (line,) = ours(Path(outputs[0].name).read_text())
+        words = ["python", "-m", CAPTION, str(config)]
+        started.append(Launcher(words, commands.environment | address | place, tmp_path / f"{rank}", folder))
+    assert [one.wait(timeout=120) for one in started] == [2, 1], [one.output() for one in started]
+    (line,) = ours(started[0].output())
     assert line.startswith("error: vft's own files (a digest): ")
     assert f"on host {HOST} (rank 0), " in line and f"on host {HOST} (rank 1)" in line
 
@@ -201,7 +185,7 @@ def test_torchrun_starts_a_run_again(
         wait_for_step(folder, 12, launcher.is_running)
         os.kill(rank_processes(launcher.pid)[victim], how)
         before = len(metrics(folder))
-        assert launcher.wait(seconds=150) == 0, launcher.output()
+        assert launcher.wait(150) == 0, launcher.output()
     text = launcher.output()
     if how is signal.SIGSTOP:
         assert any(f"host {HOST} (rank {victim}): no sign of life" in line for line in ours(text)), text

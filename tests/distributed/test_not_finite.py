@@ -11,7 +11,7 @@ from tests.runs.commands import CAPTION, Commands, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import World
 
-SCRIPT = str(Path(__file__).with_name("not_finite.py"))
+SCRIPT = str(Path(__file__).with_name("disturbed.py"))
 SETTINGS: dict[str, Any] = {
     "train": {"max_steps": 5, "packs_per_step": 2},
     "checkpoint": {"every_steps": 1, "keep_last": 0},

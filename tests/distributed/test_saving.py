@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from tests.distributed.launchers import ended
 from tests.distributed.saving import SHAPES, Trained, check, values
-from tests.runs.commands import Command, Commands
+from tests.runs.commands import Commands
 from tests.runs.processes import free_port, run_together
 
 PROGRAM = "tests.distributed.saving"
@@ -80,18 +80,6 @@ def test_a_save_killed_at_any_moment(commands: Commands, tmp_path: Path, asynchr
     assert told["kills"] * stride > 20 and 0 < told["first"] < told["kills"]
 
 
-def finished(commands: list[Command], limit_s: float) -> list[int]:
-    """Exit statuses; what takes longer is killed, and fails the test."""
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end and any(one.is_running for one in commands):
-        time.sleep(0.02)
-    late = [one for one in commands if one.is_running]
-    for one in late:
-        one.kill()
-    assert not late, f"{len(late)} processes wait for ever"
-    return [one.wait().status for one in commands]
-
-
 @pytest.mark.parametrize(
     ("rank", "number"),
     [(0, 1), (1, 2), *(pytest.param(rank, n, marks=pytest.mark.slow) for rank in (0, 1) for n in (3, 6, 10, 14, 99))],
@@ -103,7 +91,7 @@ def test_one_of_two_processes_killed_while_it_saves(commands: Commands, tmp_path
         commands.start(PROGRAM, "victim", root, rank, number, "async", RANK=str(r), LOCAL_RANK=str(r), **address)
         for r in (0, 1)
     ]
-    statuses = finished(started, 40)
+    statuses = [ended(one, 40).status for one in started]
     if number == 99:  # it has less than that to do
         assert statuses == [0, 0]
     else:
@@ -126,10 +114,10 @@ def test_signals_while_a_save_is_in_flight(commands: Commands, tmp_path: Path) -
         (name, times): commands.start(PROGRAM, "signals", tmp_path / f"{name}{times}" / "checkpoints", name, times)
         for name, times in (("SIGINT", 1), ("SIGINT", 2), ("SIGTERM", 1))
     }
-    ended = {key: one.wait() for key, one in started.items()}
-    once = ended["SIGINT", 1]
+    results = {key: one.wait() for key, one in started.items()}
+    once = results["SIGINT", 1]
     assert "KeyboardInterrupt" in once.stderr and "waiting for the checkpoint of step 1" in once.stderr
     assert check(tmp_path / "SIGINT1" / "checkpoints", Trained()) == 1
-    assert ended["SIGTERM", 1].status == -signal.SIGTERM
+    assert results["SIGTERM", 1].status == -signal.SIGTERM
     for name in ("SIGINT2", "SIGTERM1"):
         assert [path.name for path in (tmp_path / name / "checkpoints").iterdir()] == [".partial-step-000001"]

@@ -252,6 +252,14 @@ def _parse(value_text: str, text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else value_text
 
 
+def validated(model: type[_Model], table: Mapping[str, Any], message: str) -> _Model:
+    """`table` checked against `model`. UserError with `message`, in which `{}` is what `explain` says."""
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise UserError(message.format(explain(model, error)[1])) from error
+
+
 def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]:
     """The dotted key of pydantic's error, and a message of one line: key, value, what is allowed."""
     # Of a misspelt key, report that it is unknown, not that the right one is missing.

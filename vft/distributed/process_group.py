@@ -145,9 +145,7 @@ class DataParallel:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all parts, in place."""
-        if dist.is_initialized():
-            dist.all_reduce(values, group=self.group)
-        return values
+        return sum_over_ranks(values, self.group)
 
 
 def place() -> tuple[int, int]:
@@ -162,10 +160,10 @@ def broadcast(values: Tensor, source: int) -> Tensor:
     return values
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise sum over all processes, in place."""
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Elementwise sum over all processes, or those of `group`, in place."""
     if dist.is_initialized():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 

@@ -40,15 +40,14 @@ class Stopped(KeyboardInterrupt):
 class _Stop:
     """The request to stop, if any."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        """The first signal; 0 if none came."""
-        self.is_deferred = False
-        """Whether a signal waits until all processes agree to stop."""
-        self.is_handled = False
-        """Whether `Stopped` has been raised in the main thread."""
-        self.is_agreed = False
-        """Whether all processes stop after the same step."""
+    number = 0
+    """The first signal; 0 if none came."""
+    is_deferred = False
+    """Whether a signal waits until all processes agree to stop."""
+    is_handled = False
+    """Whether `Stopped` has been raised in the main thread."""
+    is_agreed = False
+    """Whether all processes stop after the same step."""
 
     @property
     def name(self) -> str:

@@ -87,12 +87,9 @@ class Setting:
 
     def changed(self, model: dict[str, Any] | None = None, **parallel: Any) -> Setting:
         """The same with other values in `[model]` and `[parallel]`."""
-        config = self.config
-        tables = {
-            "model": config.model.model_copy(update=model or {}),
-            "parallel": config.parallel.model_copy(update=parallel),
-        }
-        return replace(self, config=config.model_copy(update=tables))
+        changes = {"model": model or {}, "parallel": parallel}
+        tables = {name: getattr(self.config, name).model_copy(update=change) for name, change in changes.items()}
+        return replace(self, config=self.config.model_copy(update=tables))
 
     def overrides_to(self, other: Setting) -> str:
         """The settings of `other` that differ from these, as overrides of a command line."""
@@ -267,16 +264,13 @@ class Planner:
         """The settings as they are, then, one after another, changes that take less memory and more time."""
         parallel = setting.config.parallel
         first = 0 if parallel.activation_checkpointing == "auto" else MODES.index(parallel.activation_checkpointing)
-        setting = setting.changed(activation_checkpointing=MODES[first], memory_budget_gib=None)
-        yield setting
+        changes: list[dict[str, Any]] = [{"activation_checkpointing": MODES[first], "memory_budget_gib": None}]
         if setting.gpus > 1 and parallel.shard not in (0, setting.gpus):
-            setting = setting.changed(shard=0)
-            yield setting
+            changes.append({"shard": 0})
         if setting.gpus > 1 and not parallel.reshard_after_forward:  # one GPU gathers nothing
-            setting = setting.changed(reshard_after_forward=True)
-            yield setting
-        for mode in MODES[first + 1 :]:
-            setting = setting.changed(activation_checkpointing=mode)
+            changes.append({"reshard_after_forward": True})
+        for change in [*changes, *({"activation_checkpointing": mode} for mode in MODES[first + 1 :])]:
+            setting = setting.changed(**change)
             yield setting
 
     def _last_resorts(self, setting: Setting) -> list[Setting]:

@@ -12,12 +12,9 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from vft.adapters.peft_format import ABOUT_FILE
-from vft.common.errors import UserError
 from vft.config.data import ImageConfig, VideoConfig
-from vft.config.toml import explain
+from vft.config.toml import validated
 from vft.data.chat import ChatEncoder
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
@@ -191,8 +188,4 @@ def _sizes(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) 
 
 
 def _limits(section: type[Limits], recorded: Mapping[str, Any]) -> Limits:
-    try:
-        return section.model_validate(recorded)
-    except ValidationError as error:
-        message = explain(section, error)[1]
-        raise UserError(f"vft.json: {message}: not limits that this version knows; correct them") from error
+    return validated(section, recorded, "vft.json: {}: not limits that this version knows; correct them")

@@ -146,9 +146,7 @@ class NonFiniteSteps:
 
     MAX_IN_A_ROW = 3
     MAX_NAMED = 20
-
-    def __init__(self) -> None:
-        self.in_a_row = 0
+    in_a_row = 0
 
     def skips(self, step: int, loss: float, norm: float, sample_ids: Sequence[str]) -> bool:
         """Whether to skip the step. `sample_ids` are those of this process.

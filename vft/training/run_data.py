@@ -27,9 +27,9 @@ class RunData:
     def __init__(
         self, config: Config, documents: Dataset, streams: Streams | None, pool: WorkerPool, part: DataParallel
     ) -> None:
-        if streams is not None:
-            documents.bad += [item for source in streams.archives for item in source.bad]
         self.config, self.documents, self.streams, train = config, documents, streams, config.train
+        self.archives = streams.archives if streams is not None else []
+        documents.bad += [item for source in self.archives for item in source.bad]
         self.plan = documents.pack_plan(config.seed)
         last_epoch = None if train.epochs is None else train.epochs - 1
         prefetched = config.data.prefetch_packs
@@ -38,9 +38,9 @@ class RunData:
     @property
     def digest(self) -> str:
         """The same for the same samples, texts and lengths."""
-        if self.streams is None:
+        if not self.archives:
             return self.documents.digest
-        return digest(f"{self.documents.digest}{[source.digest for source in self.streams.archives]}")
+        return digest(f"{self.documents.digest}{[source.digest for source in self.archives]}")
 
     def count_steps(self, done: int) -> int:
         """Steps of the whole run, if `done` of them have brought the loader to where it is."""
@@ -75,7 +75,7 @@ class RunData:
             return
         exhausted = [source for report in reports for source in report.exhausted]
         if not samples and is_last_step:
-            exhausted += [source.name for source in self.streams.archives]
+            exhausted += [source.name for source in self.archives]
         if exhausted:
             num_good = sum(all_of(loader.num_streamed[exhausted[0]]))
             raise self.streams.nothing_in(exhausted[0], loader.known_bad, num_good)
@@ -101,7 +101,7 @@ class RunData:
     def report_unusable(self) -> None:
         """Write `quarantine.jsonl`, and say how many archives and samples cannot be used."""
         self.write_quarantine()
-        for source in self.streams.archives if self.streams is not None else ():
+        for source in self.archives:
             if source.warning:
                 logger.warning("%s: %s", source.name, source.warning)
         if self.documents.bad:

@@ -121,7 +121,7 @@ class Trainer:
         self.non_finite = NonFiniteSteps()
         self.monitor = Monitor(config, self.max_steps, world.is_main)
         self.profiler = Profiler(config, world.rank)
-        archives = sum(len(source.shards) for source in streams.archives) if streams is not None else 0
+        archives = sum(len(source.shards) for source in self.data.archives)
         self.facts = describe_run(world, documents.num_samples, documents.lengths, archives)
         shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
         logger.info("%s, steps %d", shown, self.max_steps)

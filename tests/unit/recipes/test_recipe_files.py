@@ -38,9 +38,11 @@ def test_every_task_has_one_for_each_size(model: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_recipe(path: Path) -> None:
+def test_recipe(path: Path, tmp_path: Path) -> None:
     recipe = config.load(path)
     recipe.require_training()
+    (tmp_path / "again.toml").write_text(config.dump(recipe))
+    assert config.load(tmp_path / "again.toml") == recipe
     assert recipe.task in TASKS
     if not path.stem.startswith("pretrain") and path.parent.name != "image_then_video":
         assert path.stem.partition("_")[0] == recipe.task
