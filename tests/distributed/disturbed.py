@@ -16,7 +16,7 @@ import torch
 from vft.data.loader import LoadedPack, Loader
 from vft.models.base import VideoLanguageModel
 from vft.recipes.main import main
-from vft.training import checkpoint_writer as saving
+from vft.training import checkpoint as saving
 from vft.training.trainer import Trainer
 
 SECONDS = 5.0

@@ -32,7 +32,6 @@ from vft.common.files import remove_partials
 from vft.config.run import CheckpointConfig, TrainConfig
 from vft.distributed.process_group import environment, full_tensor, make_mesh, process_group
 from vft.training import checkpoint as checkpoints
-from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.optimizer import build_optimizer
 
 SHAPES = {"0.weight": (7, 64), "0.bias": (7,), "1.weight": (1, 7), "1.bias": (1,), "3.weight": (64, 130)}
@@ -78,10 +77,10 @@ class Trained:
         """The state as one process would hold it."""
         return {name: full_tensor(tensor).clone() for name, tensor in self.tensors().items()}
 
-    def saver(self, root: Path, asynchronous: bool, keep_last: int = 3) -> AsyncCheckpointer:
+    def saver(self, root: Path, asynchronous: bool, keep_last: int = 3) -> checkpoints.AsyncCheckpointer:
         """With its lines on stdout."""
         config = CheckpointConfig(asynchronous=asynchronous, keep_last=keep_last)
-        return AsyncCheckpointer(root, self.model, self.optimizer, config, self.world)
+        return checkpoints.AsyncCheckpointer(root, self.model, self.optimizer, config, self.world)
 
 
 def values(step: int) -> dict[str, Tensor]:

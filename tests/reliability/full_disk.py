@@ -11,7 +11,7 @@ from vft.recipes.main import main
 from vft.reporting.monitor import Monitor
 from vft.training import run_data
 from vft.training import trainer as train
-from vft.training.checkpoint_writer import AsyncCheckpointer
+from vft.training.checkpoint import AsyncCheckpointer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (train, "locked_folder"),

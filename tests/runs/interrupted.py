@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 from vft.inference import engine as answer
 from vft.inference import evaluate
 from vft.recipes.main import main
-from vft.training import checkpoint_writer as saving
+from vft.training import checkpoint as saving
 from vft.training import trainer as train
 
 PLACES: dict[str, tuple[Any, str, float]] = {

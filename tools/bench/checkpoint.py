@@ -30,7 +30,7 @@ from vft.distributed.process_group import environment
 from vft.models.base import VideoLanguageModel
 from vft.preparation.synthetic import row_of, text_document
 from vft.training import checkpoint as checkpoints
-from vft.training.checkpoint_writer import AsyncCheckpointer
+from vft.training.checkpoint import AsyncCheckpointer
 from vft.training.optimizer import build_optimizer
 
 STATE = {"cursor": {"epoch": 0, "pack": 0, "step": 1}, "bad": []}

@@ -54,7 +54,6 @@ from vft.reporting.monitor import (
 )
 from vft.reporting.serving import served_files
 from vft.training import checkpoint as checkpoints
-from vft.training.checkpoint_writer import AsyncCheckpointer
 from vft.training.checks import (
     NonFiniteSteps,
     check_first_step,
@@ -147,7 +146,7 @@ class Trainer:
         same_on_all_ranks("the configuration", digest(configs.dump(config)))
         same_on_all_ranks("the index of the data", self.data.digest)
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out is not None else "")
-        self.checkpointer = AsyncCheckpointer(root, self.model, self.optimizer, config.checkpoint, world)
+        self.checkpointer = checkpoints.AsyncCheckpointer(root, self.model, self.optimizer, config.checkpoint, world)
 
     def fit(self) -> None:
         """Train up to `max_steps` with evaluations and checkpoints, then export."""

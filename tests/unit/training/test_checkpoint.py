@@ -27,7 +27,6 @@ from vft.models import weights
 from vft.models.pretrained import Pretrained
 from vft.models.weights import export_model
 from vft.training import checkpoint as checkpoints
-from vft.training import checkpoint_writer as saving
 from vft.training.optimizer import build_optimizer
 
 
@@ -168,7 +167,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.opened, self.calls = threading.Event(), threading.Event(), 0
-        real = saving.write_parts
+        real = checkpoints.write_parts
 
         def write_parts(*arguments: Any) -> Any:
             self.calls += 1
@@ -176,7 +175,7 @@ class Gate:
             assert self.opened.wait(20)
             return real(*arguments)
 
-        monkeypatch.setattr(saving, "write_parts", write_parts)
+        monkeypatch.setattr(checkpoints, "write_parts", write_parts)
 
 
 def test_what_is_saved_is_of_the_step_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,12 +215,12 @@ def test_one_save_at_a_time_in_memory_that_is_kept(tmp_path: Path, monkeypatch: 
 def test_a_host_without_room_for_copies_saves_in_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert 0 < saving._available_memory() < 2**50
+    assert 0 < checkpoints._available_memory() < 2**50
     size = sum(value.nbytes for value in values(1).values())
     trained = Trained()
     trained.fill(1)
     for free, asynchronous in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(saving, "_available_memory", lambda free=free: free)
+        monkeypatch.setattr(checkpoints, "_available_memory", lambda free=free: free)
         saver = trained.saver(tmp_path, True)
         saver.save(1, {})
         assert (saver.in_flight is not None) == asynchronous
