@@ -130,9 +130,9 @@ def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
 def test_a_row_that_does_not_fit_is_named(tiny: Tiny) -> None:
     """What torch raises on a full device becomes one line: how long the row is, and what helps."""
 
-    def full(batch: Any) -> None:
+    def full(model: Any, batch: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
 
-    row = long_row(tiny)
+    row, model = long_row(tiny), built(tiny)
     with pytest.raises(UserError, match=rf"the longest row, {row.num_tokens:,} tokens, .*20.00 GiB. Lower data.pack"):
-        memory_preflight(full, cross_entropy, row, torch.device("cpu"))
+        memory_preflight(model, full, row, torch.device("cpu"))
