@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from vft.common.errors import UserError
 from vft.common.task import Question, narrate, split_reasoning, with_prompt
 from vft.common.types import Conversation, MediaInfo, MediaKind, MediaRef, Sample, Turn
 from vft.common.unique import unique_name
 from vft.config.data import DataConfig
-from vft.config.toml import explain
+from vft.config.toml import validated
 from vft.data.budget import check_spans
 from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
@@ -239,11 +237,6 @@ def data_config(about: Mapping[str, Any], limits: Mapping[str, Any], pack_tokens
         video["min_frames"] = min(video.get("min_frames", DataConfig().video.min_frames), max_frames)
         if "frames" in video and "frames" not in given:
             video["frames"] = min(video["frames"], max_frames)
-    table = {"video": video, "image": about.get("image", {})}
-    try:
-        return DataConfig.model_validate(
-            {**table, "pack_tokens": pack_tokens or about.get("pack_tokens", NO_LIMIT_TOKENS)}
-        )
-    except ValidationError as error:
-        message = explain(DataConfig, error)[1]
-        raise UserError(f"{message}; see --fps, --frames, --max-frames, --max-pixels") from error
+    pack_tokens = pack_tokens or about.get("pack_tokens", NO_LIMIT_TOKENS)
+    table = {"video": video, "image": about.get("image", {}), "pack_tokens": pack_tokens}
+    return validated(DataConfig, table, "{}; see --fps, --frames, --max-frames, --max-pixels")
