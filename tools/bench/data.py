@@ -9,7 +9,7 @@ Ways to the same frames of the same clips, in equally many processes on equally 
   patches    what a worker of vft does with a clip, without the rest of the data path
   cached     the same with `data.cache = "frames"`, once the cache holds the clips
   processor  qwen-vl-utils' fetch_video and one call of transformers' Qwen2.5-VL processor a sample, also thrown away;
-             left out if qwen_vl_utils or a torchvision that fits torch is not installed
+             left out if qwen_vl_utils or torchvision cannot be imported
 
 The clips are in the file cache: they are indexed and decoded once before. Only frames that the model gets are counted,
 not those in between that a decoder has to go through. CPU seconds are those of all processes of a side together; on a

@@ -5,7 +5,10 @@ In a module of its own, because a worker doesn't import the program that it serv
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import types
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -53,8 +56,7 @@ def fetch_and_process(plan: MediaPlan, base: Path) -> int:
     Raises:
         ValueError: it does not take the same frames at the same size.
     """
-    from qwen_vl_utils import fetch_video  # type: ignore[import-not-found]  # not among the packages that vft needs
-
+    fetch_video, processor = _usual(base)
     size = {"resized_height": plan.height, "resized_width": plan.width}
     element = {"video": str(plan.ref.path), "nframes": len(plan.frame_indices), **size}
     frames_TCHW, metadata = fetch_video(element, return_video_metadata=True)
@@ -63,7 +65,6 @@ def fetch_and_process(plan: MediaPlan, base: Path) -> int:
         raise ValueError(f"qwen-vl-utils takes other frames: {found[:4]}... by {metadata['video_backend']}")
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
-    processor = _processor(base)
     made = processor(
         text=[processor.apply_chat_template(turns, tokenize=False)],
         videos=[frames_TCHW],
@@ -78,7 +79,21 @@ def fetch_and_process(plan: MediaPlan, base: Path) -> int:
 
 
 @lru_cache(maxsize=1)
-def _processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
+def _usual(base: Path) -> tuple[Any, Any]:
+    """`fetch_video` and the processor."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        # It was built for another torch, and its compiled operators are missing. Its transforms need none of them, but
+        # the import registers one.
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+        importlib.import_module("torchvision")
+        _kept.append(library)
+    processor = importlib.import_module("transformers").AutoProcessor.from_pretrained(base)
+    return importlib.import_module("qwen_vl_utils").fetch_video, processor
 
-    return AutoProcessor.from_pretrained(folder)
+
+_kept: list[Any] = []
+"""Kept alive, because a library's definitions end with it."""
