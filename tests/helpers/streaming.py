@@ -153,9 +153,9 @@ class Run:
     def step(self) -> Step:
         """The rows of all processes; what one found bad is then known to all."""
         packs: list[LoadedPack] = [pack for loader in self.loaders for pack in loader.step()]
-        self.reports = [loader.report for loader in self.loaders]
+        self.reports = [loader.bad.report for loader in self.loaders]
         for loader in self.loaders:
-            loader.merge_reports(self.reports)
+            loader.bad.merge(self.reports)
         assert len({loader.cursor for loader in self.loaders}) == 1
         return {pack.slot: (pack.batch.sample_ids, pack.digest, _row(pack)) for pack in packs}
 
@@ -173,7 +173,7 @@ class Run:
     @property
     def bad(self) -> list[BadItem]:
         """What has been found bad, the same in every process."""
-        known = [sorted(loader.known_bad, key=lambda item: item.key) for loader in self.loaders]
+        known = [sorted(loader.bad.known.values(), key=lambda item: item.key) for loader in self.loaders]
         assert all(one == known[0] for one in known)
         return known[0]
 

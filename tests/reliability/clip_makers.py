@@ -80,19 +80,17 @@ def every_inverted(every: int, start: int = 0, after: bytes = b"") -> Callable[[
 
 def remuxed(
     make: Maker,
-    source: str = "source.mp4",
     shift: int = 0,
     keep: Callable[[int], bool] = lambda number: True,
-    format: str | None = None,
     rounds: int = 1,
     **options: str,
 ) -> Maker:
     """The packets of another clip, copied: those to `keep` by number, `shift` ticks later, `rounds` times in a row."""
 
     def copy(path: Path) -> None:
-        original = path.with_name(f"{path.name}.{source}")
+        original = path.with_name(f"{path.name}.source.mp4")
         make(original)
-        with av.open(str(original)) as file, av.open(str(path), "w", format=format, options=options) as target:
+        with av.open(str(original)) as file, av.open(str(path), "w", options=options) as target:
             video = file.streams.video[0]
             stream = target.add_stream_from_template(video)
             packets = [packet for packet in file.demux(video) if packet.size]
@@ -117,7 +115,7 @@ def turned(make: Maker, a: int, b: int, c: int, d: int) -> Maker:
     return overwritten(make, b"tkhd", offset=40, value=matrix)
 
 
-def streams(*kinds: str, cover_first: bool = False) -> Maker:
+def streams(*kinds: str) -> Maker:
     """A file of several streams: `video` (64x48), `small` (32x32) videos, `sound`, `cover` art, `empty` video."""
 
     def make(path: Path) -> None:

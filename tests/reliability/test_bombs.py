@@ -7,7 +7,6 @@ are in test_hostile_models.py.
 from __future__ import annotations
 
 import gzip
-import io
 import resource
 import tarfile
 import tracemalloc
@@ -29,9 +28,7 @@ from tests.helpers.formats import (
 )
 from tests.helpers.tars import write_entries, write_tar
 from vft.common.errors import UserError
-from vft.common.types import MediaRef
 from vft.data.formats import pe_video, video_mme
-from vft.data.media.index import build
 from vft.data.streaming import archives
 from vft.data.streaming.archives import DamagedArchive, copy_clips, members
 
@@ -255,18 +252,3 @@ def test_a_table_that_lies_about_its_rows(tmp_path: Path, rows: int) -> None:
     with pytest.raises(UserError) as caught:
         read_video_mme(path, tmp_path)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-
-
-def test_an_index_with_other_columns_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    clip = tmp_path / "a.mp4"
-    clip.write_text("no video")
-    build([MediaRef("video", clip)], tmp_path / "cache", 1, 30.0, show_progress=False)
-    file = tmp_path / "cache" / "media.parquet"
-    table = pq.read_table(file)
-    odd = table.set_column(2, "size_bytes", pa.array(["many"])).replace_schema_metadata(table.schema.metadata)
-    buffer = io.BytesIO()
-    pq.write_table(odd, buffer)
-    file.write_bytes(buffer.getvalue())
-    build([MediaRef("video", clip)], tmp_path / "cache", 1, 30.0, show_progress=False)
-    assert "can't be read" in caplog.text
-    assert pq.read_table(file).column("size_bytes").to_pylist() == [8]

@@ -87,7 +87,9 @@ def in_millions(documents: Dataset, number: int) -> Dataset:
         for again in range(times)
         for one in documents.documents
     ]
-    return replace(documents, documents=planned)
+    made = Dataset(documents.encoder, documents.config, documents.info)
+    made.documents = planned
+    return made
 
 
 def test_in_a_small_set_after_millions_of_epochs(few: Dataset) -> None:

@@ -120,7 +120,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Found]:
-    return judge(CORPUS, folder)
+    judged = judge(CORPUS, folder)
+    assert sum(not one.why_not for one in judged.values()) >= 60
+    return judged
 
 
 @pytest.mark.parametrize("name", CORPUS, ids=ascii)
@@ -128,31 +130,9 @@ def test_clip(found: dict[str, Found], folder: Path, name: str) -> None:
     check(found[name], CORPUS[name][1], folder / name)
 
 
-def test_in_figures(found: dict[str, Found]) -> None:
-    made = {name: one for name, one in found.items() if not one.why_not}
-    assert len(made) >= 60
-    report(made)
-
-
-def report(found: dict[str, Found]) -> None:
-    """Print the figures of a row."""
-    reasons: dict[str, int] = {}
-    for one in found.values():
-        if one.error is not None:
-            reasons[one.error.reason] = reasons.get(one.error.reason, 0) + 1
-    slowest = max(found, key=lambda name: found[name].seconds)
-    largest = max(found, key=lambda name: found[name].peak_mib)
-    print(
-        f"{len(found)} clips, {len(found) - sum(reasons.values())} read, {sum(reasons.values())} refused "
-        f"({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items()))}); slowest {slowest} "
-        f"{found[slowest].seconds:.2f} s, most memory {largest} {found[largest].peak_mib:.0f} MiB"
-    )
-
-
 @pytest.mark.slow
 def test_slow_clips(tmp_path: Path) -> None:
     found = judge(SLOW, tmp_path)
-    report(found)
     for name, (_, declared) in SLOW.items():
         check(found[name], declared, tmp_path / name)
 
@@ -164,7 +144,6 @@ def test_real_clips(videos: Path, tmp_path: Path) -> None:
     }
     assert {path.name for path in (videos / "odd_codecs").iterdir()} == set(REAL)
     found = judge(corpus, tmp_path)
-    report(found)
     for name, declared in REAL.items():
         check(found[name], declared, tmp_path / name)
 

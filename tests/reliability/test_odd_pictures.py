@@ -203,7 +203,6 @@ def test_picture(folder: Path, indexed: Index, pool: WorkerPool, name: str) -> N
     plan = plan_of(ref, info, (0,), 28, 28)
     patches, seconds, peak_mib = pool.submit(measured, load_patches, plan, SPEC).result()
     assert seconds < SECONDS and peak_mib < PEAK_MIB, (seconds, peak_mib)
-    print(f"{name}: {seconds:.2f} s, {peak_mib:.0f} MiB")
     if isinstance(declared, Refused):
         assert isinstance(patches, MediaError) and declared.late
         assert patches.reason == declared.reason and str(ref.path) in str(patches)
@@ -220,8 +219,3 @@ def test_a_picture_too_narrow_for_the_model_is_named(folder: Path, indexed: Inde
         plan_media([(ref, indexed.info(ref), limits_of(ref, DataConfig()))], processor, "records.jsonl:3")
     message = str(caught.value)
     assert message.startswith(f"records.jsonl:3: {ref.path}: ") and "10000 x 1" in message
-
-
-def test_in_figures() -> None:
-    refused = sum(isinstance(declared, Refused) for _, declared in CORPUS.values())
-    print(f"{len(CORPUS)} pictures, {len(CORPUS) - refused} read, {refused} refused")

@@ -247,7 +247,7 @@ def run_vft(case: Case, pool: WorkerPool) -> int:
     for _ in plan.packs(0):
         for pack in loader.step():
             frames += sum(len(medium.frame_indices) for one in pack.batch.documents for medium in one.media)
-    if bad := loader.report.bad:
+    if bad := loader.bad.report.bad:
         raise UserError(f"{len(bad)} clips can't be decoded: {bad[0].message}")
     return frames
 

@@ -102,11 +102,11 @@ def first_batch(loader: Loader) -> Batch:
             if pack.batch.documents or streams is None:
                 return pack.batch
         assert streams is not None
-        report = loader.report
-        loader.merge_reports([report])
+        report = loader.bad.report
+        loader.bad.merge([report])
         if report.exhausted:
-            raise streams.nothing_in(report.exhausted[0], loader.known_bad, 0)
-        loader.check_streams(0, loader.dataset.config.max_bad_fraction)
+            raise streams.nothing_in(report.exhausted[0], loader.bad.known.values(), 0)
+        loader.bad.check_streams(0, streams.passes, loader.dataset.config.max_bad_fraction)
 
 
 def batch_tensors(batch: Batch, model: VideoLanguageModel) -> dict[str, Tensor]:

@@ -164,27 +164,10 @@ class Dataset:
         Each sees what it would see alone, unless `frames_for_sharing` allows fewer frames.
         """
         media: PlannedMedia | None = None
-        for one in conversations:  # of the same media: all of them can be planned, or each gets a message of its own
-            try:
-                media = media or plan_conversation(one, self.encoder.processor, self.config, self.info)
-            except UserError as error:
-                self.bad.append(BadItem(one.id, "", "unfit", str(error)))
-        if media is None:
-            return []
-        groups = self._trade_frames(self._fit_alone(conversations, media), media)
-        self.num_shortened += sum(len(group.conversations) for group in groups if group.media.is_shortened)
-        return groups
-
-    def _fit_alone(self, conversations: Sequence[Conversation], media: PlannedMedia) -> list[Fit]:
-        """Fit the media for each conversation by itself and group those whose plans come out equal."""
-        if len(conversations) > 1:
-            with suppress(UserError):  # the longest text may leave no room at all
-                together = fit(conversations, media, self.encoder, self.config)
-                if not together.media.is_shortened:  # most often
-                    return [together]
         groups: dict[tuple[MediaPlan, ...], Fit] = {}
         for one in conversations:
             try:
+                media = media or plan_conversation(one, self.encoder.processor, self.config, self.info)
                 alone = fit([one], media, self.encoder, self.config)
             except UserError as error:
                 self.bad.append(BadItem(one.id, "", "unfit", str(error)))
@@ -193,19 +176,16 @@ class Dataset:
             groups[alone.media.plans] = replace(
                 same, conversations=(*same.conversations, one), encoded=(*same.encoded, *alone.encoded)
             )
-        return list(groups.values())
-
-    def _trade_frames(self, groups: list[Fit], media: PlannedMedia) -> list[Fit]:
-        """One group instead of several, with somewhat fewer frames, if `frames_for_sharing` allows that."""
-        conversations = [one for group in groups for one in group.conversations]
-        together = min(len(conversations), self.config.max_samples_per_pack or len(conversations))
-        if together > 1 and self.config.frames_for_sharing:
-            with suppress(UserError):
-                fitted = fit(conversations, media, self.encoder, self.config, together)
-                most = max(group.media.num_tokens for group in groups)
+        usable = [one for group in groups.values() for one in group.conversations]
+        together = min(len(usable), self.config.max_samples_per_pack or len(usable))
+        if media is not None and together > 1 and self.config.frames_for_sharing:
+            with suppress(UserError):  # one group instead of several, with somewhat fewer frames
+                fitted = fit(usable, media, self.encoder, self.config, together)
+                most = max(group.media.num_tokens for group in groups.values())
                 if fitted.media.num_tokens >= (1 - self.config.frames_for_sharing) * most:
-                    return [fitted]
-        return groups
+                    groups = {fitted.media.plans: fitted}
+        self.num_shortened += sum(len(group.conversations) for group in groups.values() if group.media.is_shortened)
+        return list(groups.values())
 
     def _cut_into_rows(self, group: Fit, weight: float) -> list[PlannedDocument]:
         """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""

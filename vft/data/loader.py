@@ -11,23 +11,30 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vft.common.errors import UserError
-from vft.common.types import Batch
+from vft.common.types import Batch, Document, Patches
 from vft.data.dataset import Dataset
-from vft.data.decoding import Decoder, PendingDocument
-from vft.data.pack_schedule import PackSchedule, PlannedPack
-from vft.data.packing import Cursor, PackPlan, collate
-from vft.data.quarantine import BadItem, BadItemLog, Encountered, LoadReport, check_bad_of_stream
-from vft.data.streaming.archives import Position
-from vft.data.streaming.stream import INDEX, SearchStopped, SlotStream, StreamedPack, Streams
+from vft.data.media.errors import MediaError
+from vft.data.media.frame_cache import NO_CACHE, FrameCache
+from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take_step
+from vft.data.quarantine import BadItem, BadItemLog, Encountered
+from vft.data.streaming.archives import ArchiveClip, Position
+from vft.data.streaming.stream import INDEX, SearchStopped, SlotStream, StreamedPack, Streams, name_members
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 
 MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""
+MAX_REPLACEMENTS = 100
+"""Documents tried in place of one that cannot be decoded before its place is left empty."""
+
+Positions = dict[str, tuple[int, ...]]
+"""Where the streams of slots continue, by `FEED:SLOT`. With shares also each slot's next row of the index (`-1:SLOT`:
+epoch and pack) and its tally (`share:SLOT`: rows, then samples by feed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +50,52 @@ class LoadedPack:
 
 
 @dataclass(frozen=True)
+class PlannedPack:
+    """A pack of this process and the step that it belongs to. With shares it has neither documents nor feed yet."""
+
+    slot: int
+    pack: PackRef
+    feed: int
+    """Number of the stream that fills it, or INDEX."""
+    is_last_of_step: bool
+    cursor_after: Cursor
+    epoch: int
+    """Epoch in which the step ends."""
+
+
+@dataclass(frozen=True)
+class PendingDocument:
+    """A document whose media are being decoded."""
+
+    document: Document
+    patches: list[Future[Patches]]
+    """None if a medium is known to be bad."""
+    number: int | None = None
+    """In the index; None: out of a stream."""
+    clip: ArchiveClip | None = None
+    source: str = ""
+    """The streaming source that it comes from."""
+
+
+@dataclass(frozen=True)
 class _PendingPack:
     """A pack whose media are being decoded."""
 
     planned: PlannedPack
+    epoch: int
+    """Of its documents in the index."""
     documents: list[PendingDocument]
-    streamed: StreamedPack | None = None
+    positions_after: Positions
+    """Where its slot stands once it is taken, as far as this pack has moved it."""
+    streamed: StreamedPack | None
     """What it was made of, if it comes out of a stream."""
+    source: str
 
     @property
     def pixel_bytes(self) -> int:
-        """What its documents will hold, at most."""
-        return sum(pending.pixel_bytes for pending in self.documents)
-
-    @property
-    def is_fruitless(self) -> bool:
-        """Whether its stream searched for documents in vain."""
-        return self.streamed is not None and not self.documents
+        """Bytes of its patches once they are decoded, at most: two frames a temporal patch."""
+        media = [plan for pending in self.documents for plan in pending.document.media]
+        return sum(plan.grid_thw[0] * plan.height * plan.width * 6 for plan in media)
 
 
 class Loader:
@@ -77,20 +113,28 @@ class Loader:
         streams: Streams | None = None,
     ) -> None:
         """`last_epoch` None: no end."""
-        self.dataset, self.streams, self.prefetch_packs = dataset, streams, prefetch_packs
-        self.schedule = PackSchedule(plan, parallel, packs_per_step, last_epoch, streams)
+        self.dataset, self.plan, self.pool, self.parallel, self.streams = dataset, plan, pool, parallel, streams
+        self.packs_per_step, self.prefetch_packs, self.last_epoch = packs_per_step, prefetch_packs, last_epoch
+        self.costs: Sequence[float] = plan.lengths
+        """What each document costs: the packs of a step are divided so that each rank has equally much to do."""
         self.bad = BadItemLog()
-        self.decoder = Decoder(dataset, plan, pool, self.bad)
         self.cursor = Cursor()
         """Where the index continues once the steps taken so far are trained on."""
         self.epoch = 0
         """Epoch in which the newest step ends."""
-        self.positions: dict[str, tuple[int, ...]] = {}
-        """Where this process's streams continue (`pack_schedule.Positions`)."""
+        self.positions: Positions = {}
+        """Where this process's streams continue."""
         self.num_streamed: Counter[str] = Counter()
         """Good samples out of each streaming source, in this process."""
-        self._positions_before: dict[str, tuple[int, ...]] = {}
+        self._by_share = streams is not None and streams.by_share
+        self._frames = FrameCache.of(dataset.config)
+        self._positions_before: Positions = {}
         self._slot_streams: dict[str, SlotStream] = {}
+        self._next_step = Cursor()
+        """The next step to plan."""
+        self._planned: deque[PlannedPack] = deque()
+        self._positions_ahead: Positions = {}
+        """`positions` after the packs begun so far."""
         self._pending: deque[_PendingPack] = deque()
 
     # ------------------------------------------------------------------------------------------ state of the loader
@@ -106,15 +150,14 @@ class Loader:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; nothing is read to skip. Its `streams` may be those of all processes."""
         assert not self._pending, "a loader is restored before its first step"
-        self.cursor = Cursor(**state["cursor"])
+        self.cursor = self._next_step = Cursor(**state["cursor"])
         self.epoch = self.cursor.epoch
-        rank, ranks = self.schedule.parallel.rank, self.schedule.parallel.size
         self.positions = {
             name: tuple(values)
             for name, values in state["streams"].items()
-            if int(name.partition(":")[2]) % ranks == rank
+            if int(name.partition(":")[2]) % self.parallel.size == self.parallel.rank
         }
-        self.schedule.seek(self.cursor, self.positions)
+        self._positions_ahead = dict(self.positions)
         self.bad.restore((BadItem(**item) for item in state["bad"]), Encountered(**state.get("seen", {})))
 
     def abandon_step(self) -> None:
@@ -125,6 +168,7 @@ class Loader:
 
     def step(self) -> Iterator[LoadedPack]:
         """This process's packs of the next step. Take them all."""
+        processor = self.dataset.encoder.processor
         self.bad.begin_step()
         self._positions_before = dict(self.positions)
         is_last = False
@@ -132,21 +176,44 @@ class Loader:
             try:
                 self._prefetch()
             except SearchStopped:
-                planned = self.schedule.advance()
-                yield LoadedPack(collate([], self.dataset.encoder.processor), planned.pack.slot, 0, is_missing=True)
+                planned = self._planned.popleft()
+                yield LoadedPack(collate([], processor), planned.slot, 0, is_missing=True)
                 is_last = planned.is_last_of_step
                 continue
             pending = self._pending.popleft()
-            planned, streamed = pending.planned, pending.streamed
-            self.positions |= planned.positions_after
-            if streamed is not None:
-                self.positions[planned.stream_key] = streamed.after
-                self._report(planned, streamed)
-            batch = self.decoder.finish(pending.documents, planned.pack.epoch)
-            yield LoadedPack(batch, planned.pack.slot, _digest(planned.pack.slot, batch.sample_ids))
+            planned, slot = pending.planned, pending.planned.slot
+            self.positions |= pending.positions_after
+            if pending.streamed is not None:
+                self._report(slot, pending.source, pending.streamed)
+            decoded = [self._finish(one, pending.epoch) for one in pending.documents]
+            batch = collate([one for one in decoded if one is not None], processor)
+            yield LoadedPack(batch, slot, _digest(slot, batch.sample_ids))
             is_last = planned.is_last_of_step
             if is_last:
                 self.cursor, self.epoch = planned.cursor_after, planned.epoch
+
+    def plan_step(self) -> list[PlannedPack]:
+        """This process's packs of one more step."""
+        slots, streams, cursor = range(self.packs_per_step), self.streams, self._next_step
+        rank, ranks = self.parallel.rank, self.parallel.size
+        own: Sequence[int] = slots[rank::ranks]  # a stream stays with one process
+        feeds = dict.fromkeys(slots, INDEX)
+        packs = dict.fromkeys(slots, PackRef(0))
+        if self._by_share:  # feeds are chosen when the packs are begun, since they depend on what the slots had before
+            after, epoch = replace(cursor, step=cursor.step + 1), 0
+        else:
+            if streams is not None:
+                feeds = {slot: streams.feed_of(cursor.step, slot) for slot in slots}
+            indexed = [slot for slot in slots if feeds[slot] == INDEX]
+            taken, after = take_step(self.plan, cursor, len(indexed), self.last_epoch)
+            # The epoch of the whole step, so that it does not depend on which packs this process takes.
+            epoch = max((pack.epoch for pack in taken if pack.documents), default=cursor.epoch)
+            packs |= zip(indexed, taken, strict=True)
+            if streams is None:  # otherwise nobody knows the lengths of all packs
+                costs = [float(sum(self.costs[n] for n in pack.documents)) for pack in taken]
+                own = share_out(costs, ranks)[rank]
+        self._next_step = after
+        return [PlannedPack(slot, packs[slot], feeds[slot], slot == own[-1], after, epoch) for slot in own]
 
     def _prefetch(self) -> None:
         """Begin packs ahead, within the bounds on packs and bytes.
@@ -155,75 +222,63 @@ class Loader:
         """
         waiting_bytes = sum(pending.pixel_bytes for pending in self._pending)
         while not self._pending or (len(self._pending) < self.prefetch_packs and waiting_bytes < MAX_PENDING_BYTES):
-            if self._pending and self._pending[-1].is_fruitless:
-                return  # the pack before may be the end of the run
+            if self._pending and self._pending[-1].streamed is not None and not self._pending[-1].documents:
+                return  # a stream searched in vain: the pack before may be the end of the run
+            if not self._planned:
+                self._planned += self.plan_step()
             try:
-                pending = self._begin(self.schedule.peek())
+                pending = self._begin(self._planned[0])
             except SearchStopped:
                 if self._pending:
                     return
                 raise
-            self.schedule.advance()
+            self._planned.popleft()
             waiting_bytes += pending.pixel_bytes
             self._pending.append(pending)
 
     def _begin(self, planned: PlannedPack) -> _PendingPack:
         """Start decoding the documents of a pack."""
-        streamed = None
-        if self.schedule.by_share:
-            planned = self.schedule.choose_feed(planned)
-        if planned.feed == INDEX:
-            documents = [self.decoder.begin(number) for number in planned.pack.documents]
+        pack, feed, slot, streamed, source = planned.pack, planned.feed, planned.slot, None, ""
+        after: Positions = {}
+        tally: list[int] = []
+        if self._by_share:
+            assert self.streams is not None
+            tally = [*self._positions_ahead.get(f"share:{slot}", (0,) * (len(self.streams.archives) + 2))]
+            feed = self.streams.feed_of(planned.cursor_after.step - 1, slot, tally)
+            if feed == INDEX:  # a slot takes rows of its own from the index, one in every `packs_per_step`
+                epoch, number = self.plan.place(*self._positions_ahead.get(f"{INDEX}:{slot}", (0, slot)))
+                after[f"{INDEX}:{slot}"] = self.plan.place(epoch, number + self.packs_per_step)
+                pack = PackRef(epoch, self.plan.packs(epoch)[number])
+        if feed == INDEX:
+            documents = [self._start(self.dataset.build(number), number) for number in pack.documents]
         else:
-            streamed = self._next_streamed(planned)
-            source = self._source(planned)
-            documents = [self.decoder.begin_streamed(document, source) for document in streamed.documents]
-        if self.schedule.by_share:
-            planned = self.schedule.count_samples(planned, sum(len(one.document.sample_ids) for one in documents))
-        return _PendingPack(planned, documents, streamed)
+            assert self.streams is not None
+            streamed, source = self._next_streamed(feed, slot), self.streams.archives[feed].name
+            documents = [self._start(one.document, None, one.clip, source) for one in streamed.documents]
+        if tally:
+            tally[0] += 1
+            tally[feed + 2] += sum(len(one.document.sample_ids) for one in documents)
+            after[f"share:{slot}"] = tuple(tally)
+        if streamed is not None:
+            after[f"{feed}:{slot}"] = streamed.after
+        self._positions_ahead |= after
+        return _PendingPack(planned, pack.epoch, documents, after, streamed, source)
 
-    def _source(self, planned: PlannedPack) -> str:
+    def _next_streamed(self, feed: int, slot: int) -> StreamedPack:
         assert self.streams is not None
-        return self.streams.archives[planned.feed].name
-
-    def _next_streamed(self, planned: PlannedPack) -> StreamedPack:
-        assert self.streams is not None
-        key = planned.stream_key
+        key = f"{feed}:{slot}"
         if key not in self._slot_streams:
-            archives, start = self.streams.archives[planned.feed], Position(*self.positions.get(key, ()))
-            self._slot_streams[key] = SlotStream(archives, planned.pack.slot, self.streams, start)
+            start = Position(*self.positions.get(key, ()))
+            self._slot_streams[key] = SlotStream(self.streams.archives[feed], slot, self.streams, start)
         try:
             return self._slot_streams[key].next_pack()
         except UserError as error:
             error.on_one_rank = True
             raise
 
-    # ------------------------------------------------------------------------------------------------ what is bad
-
-    @property
-    def report(self) -> LoadReport:
-        """What this process has met since the last `merge_reports`."""
-        return self.bad.report
-
-    @property
-    def known_bad(self) -> list[BadItem]:
-        """Everything that is known to be bad, in all processes."""
-        return list(self.bad.known.values())
-
-    def merge_reports(self, reports: Sequence[LoadReport]) -> list[BadItem]:
-        """Make the reports of all processes known to this one; the new bad items. Every process calls it."""
-        return self.bad.merge(reports)
-
-    def check_streams(self, trained: int, limit: float) -> None:
-        """UserError if more than `limit` of what streams gave, of which `trained` samples were good, is bad."""
-        assert self.streams is not None
-        if self.bad.known:
-            first = next(iter(self.bad.known.values()))
-            check_bad_of_stream(self.bad.encountered, first, trained, self.streams.passes, limit)
-
-    def _report(self, planned: PlannedPack, pack: StreamedPack) -> None:
+    def _report(self, slot: int, source: str, pack: StreamedPack) -> None:
         """Report what a stream has met on the way to a pack."""
-        source, report = self._source(planned), self.bad.report
+        report = self.bad.report
         report.bad += pack.bad
         report.archives += pack.archives
         self.num_streamed[source] += sum(len(one.document.sample_ids) for one in pack.documents)
@@ -232,9 +287,59 @@ class Loader:
         elif pack.searched and not pack.documents:
             last = f", the last: {pack.bad[-1].message}" if pack.bad else ""
             report.notes.append(
-                f"{source}: no document in many clips or archives one behind another, row {planned.pack.slot + 1} of "
+                f"{source}: no document in many clips or archives one behind another, row {slot + 1} of "
                 f"this step stays empty{last}; the search goes on"
             )
+
+    # ----------------------------------------------------------------------------------------------------- decoding
+
+    def _start(
+        self, document: Document, number: int | None = None, clip: ArchiveClip | None = None, source: str = ""
+    ) -> PendingDocument:
+        """Start decoding the media of a document, unless one is known to be bad."""
+        frames, processor = NO_CACHE if number is None else self._frames, self.dataset.encoder.processor
+        patches = []
+        if self.bad.agreed(document, source) is None:
+            patches = [frames.submit(self.pool, plan, processor) for plan in document.media]
+        return PendingDocument(document, patches, number, clip, source)
+
+    def _finish(self, pending: PendingDocument, epoch: int) -> tuple[Document, list[Patches]] | None:
+        """Wait for a document. One of the index that cannot be decoded is replaced by another that is no longer, chosen
+        by the plan."""
+        patches = self._wait(pending)
+        if pending.clip is not None:
+            pending.clip.release()
+        if patches is None and pending.number is not None:
+            for attempt in range(MAX_REPLACEMENTS):
+                other = self.plan.replacement(pending.number, epoch, attempt)
+                if other is None:
+                    return None
+                replacement = self._start(self.dataset.build(other), other)
+                if (patches := self._wait(replacement)) is not None:
+                    return replacement.document, patches
+        return None if patches is None else (pending.document, patches)
+
+    def _wait(self, pending: PendingDocument) -> list[Patches] | None:
+        """None, and an entry in the log, if a medium cannot be decoded."""
+        document, source = pending.document, pending.source
+        num_samples = len(document.sample_ids)
+        if (known := self.bad.agreed(document, source)) is not None:
+            if source:  # only what streams meet again counts again, as do their good samples
+                self.bad.report.bad.append(replace(known, samples=num_samples))
+            return None
+        failed: list[BadItem] = []
+        patches = []
+        for plan, future in zip(document.media, pending.patches, strict=True):
+            try:
+                patches.append(future.result())
+            except MediaError as error:
+                name = plan.ref.name
+                lost = num_samples if source else max(1, self.dataset.samples_by_medium[name])
+                # If several media fail, the samples are counted with the first one.
+                samples, message = 0 if failed else lost, name_members(str(error), plan.ref)
+                failed.append(BadItem(document.sample_ids[0], name, error.reason, message, samples, source))
+        self.bad.add(failed)
+        return None if failed else patches
 
 
 def _digest(slot: int, sample_ids: tuple[str, ...]) -> int:

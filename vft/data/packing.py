@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import count
+from typing import NamedTuple
 
 import torch
 
@@ -155,14 +156,11 @@ class Cursor:
     """Steps before it."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackRef:
-    """One pack of a step. Empty packs (`documents` = ()) fill up the last step."""
+class PackRef(NamedTuple):
+    """One pack of a step. Empty packs fill up the last step."""
 
     epoch: int
-    slot: int
-    """Place in the step, from 0."""
-    documents: tuple[int, ...]
+    documents: tuple[int, ...] = ()
 
 
 def take_step(
@@ -171,26 +169,27 @@ def take_step(
     """The packs of the next step and the cursor after it. Past `last_epoch` (None: no end) packs are empty."""
     taken: list[PackRef] = []
     epoch, pack = cursor.epoch, cursor.pack
-    for slot in range(packs_per_step):
+    for _ in range(packs_per_step):
         while (last_epoch is None or epoch <= last_epoch) and pack >= len(plan.packs(epoch)):
             epoch, pack = epoch + 1, 0
         is_over = last_epoch is not None and epoch > last_epoch
-        taken.append(PackRef(epoch, slot, () if is_over else plan.packs(epoch)[pack]))
+        taken.append(PackRef(epoch, () if is_over else plan.packs(epoch)[pack]))
         pack += not is_over
     return taken, Cursor(epoch, pack, cursor.step + 1)
 
 
-def share_out(packs: Sequence[PackRef], costs: Sequence[float], ranks: int) -> list[list[PackRef]]:
-    """The packs of each rank, equally many for each: the most expensive ones first, to the rank with the least work."""
-    each = len(packs) // ranks
-    assert each * ranks == len(packs), f"{len(packs)} packs, {ranks} ranks"
+def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """The slots of each rank in a step whose packs have these costs, equally many for each: the most expensive packs
+    first, to the rank with the least work."""
+    each = len(costs) // ranks
+    assert each * ranks == len(costs), f"{len(costs)} packs, {ranks} ranks"
     loads = [0.0] * ranks
-    shares: list[list[PackRef]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for slot in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min((r for r in range(ranks) if len(shares[r]) < each), key=lambda r: (loads[r], r))
-        shares[rank].append(packs[index])
-        loads[rank] += costs[index]
-    return [sorted(share, key=lambda pack: pack.slot) for share in shares]
+        shares[rank].append(slot)
+        loads[rank] += costs[slot]
+    return [sorted(share) for share in shares]
 
 
 def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: VisionProcessor) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vft.common.errors import UserError
@@ -141,11 +141,6 @@ class BadItemLog:
         reported = {item.key for item in self.report.bad} | self.known.keys()
         self.report.bad += (item for item in failed if item.source or item.key not in reported)
 
-    def add_again(self, item: BadItem, samples: int) -> None:
-        """Report that a known item was met again. Only those of streams count again, as do their good samples."""
-        if item.source:
-            self.report.bad.append(replace(item, samples=samples))
-
     def merge(self, reports: Sequence[LoadReport]) -> list[BadItem]:
         """Make known what all processes report, and return the items that are new. Every process calls it alike."""
         new = []
@@ -158,6 +153,16 @@ class BadItemLog:
         self.report = LoadReport()
         return new
 
+    def check_streams(self, trained: int, passes: int, limit: float) -> None:
+        """`check_bad` if nobody knows how many samples there are: of the `trained` ones and the bad ones among them.
+
+        It takes ten bad items before it judges, or an epoch, which is `passes` passes through archives.
+        """
+        seen, counts = self.encountered, self.encountered.lost()
+        if self.known and (seen.items >= MIN_BAD or seen.whole + seen.damaged >= passes):
+            first = next(iter(self.known.values()))
+            _check_fraction(first.message, counts, trained + sum(counts.values()), limit)
+
 
 def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
     """UserError if the fraction of bad samples is above `limit`: both numbers, counts by reason, the first message."""
@@ -166,16 +171,6 @@ def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
         counts[item.reason] += item.samples
     if bad:
         _check_fraction(bad[0].message, counts, total, limit)
-
-
-def check_bad_of_stream(seen: Encountered, first: BadItem, trained: int, passes: int, limit: float) -> None:
-    """`check_bad` if nobody knows how many samples there are: of the `trained` ones and the bad ones among them.
-
-    It takes ten bad items before it judges, or an epoch, which is `passes` passes through archives.
-    """
-    counts = seen.lost()
-    if seen.items >= MIN_BAD or seen.whole + seen.damaged >= passes:
-        _check_fraction(first.message, counts, trained + sum(counts.values()), limit)
 
 
 def _check_fraction(message: str, counts: Mapping[str, int], total: int, limit: float) -> None:

@@ -114,7 +114,8 @@ class ChatTemplate:
         """
         if self.thinking is not None:
             return False
-        return self._in_place(tuple((role, _shape(parts)) for role, parts in turns))
+        shape = ((role, tuple("x" if isinstance(part, str) else part for part in parts)) for role, parts in turns)
+        return self._in_place(tuple(shape))
 
     def _is_in_place(self, turns: Text) -> bool:
         """`in_place` by the shape of a conversation: the template's own text does not depend on the record's texts."""
@@ -247,10 +248,6 @@ class ChatTemplate:
 def _answers(turns: Text) -> list[tuple[int, tuple[str | tuple[MediaKind], ...]]]:
     """Numbers and parts of the assistant's turns."""
     return [(number, parts) for number, (role, parts) in enumerate(turns) if role == "assistant"]
-
-
-def _shape(parts: Sequence[str | tuple[MediaKind]]) -> tuple[str | tuple[MediaKind], ...]:
-    return tuple("x" if isinstance(part, str) else part for part in parts)
 
 
 def _is_joined(around: Sequence[str], answers: Sequence[str], whole: str) -> bool:

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -86,7 +87,9 @@ class WorkerPool:
         """0 until a worker has started: if the first one cannot, none will."""
         if workers == 0:
             return
-        _allow_open_files()
+        # Each waiting tensor has an open file, and the 1,024 that are usual are soon used up.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["vft.data.media.patches"])  # so that a new worker starts in milliseconds
         self._wake_r, self._wake_w = os.pipe()
@@ -273,12 +276,6 @@ def _no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _allow_open_files() -> None:
-    """Raise the soft limit on open files to the hard one: each waiting tensor has one, and 1,024 are soon used up."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _subject(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
     """The path that a task works on, or the function's name."""
     for arg in args:
@@ -302,18 +299,13 @@ def _work(connection: Connection, initializer: Callable[[], None] | None) -> Non
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.multiprocessing.set_sharing_strategy("file_descriptor")
-    _reply(connection, initializer or (lambda: None), ())
+    _reply(connection, initializer or (lambda: None))
     while True:
         try:
             task = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        try:
-            function, args = ForkingPickler.loads(task)
-        except Exception as error:
-            function, args = _raise, (error,)
-        _reply(connection, function, args)
-        del function, args
+        _reply(connection, partial(_run, task))
 
 
 def _die_with_parent() -> None:
@@ -324,10 +316,15 @@ def _die_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _reply(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(task: bytes) -> Any:
+    function, args = ForkingPickler.loads(task)
+    return function(*args)
+
+
+def _reply(connection: Connection, work: Callable[[], Any]) -> None:
     """Send (True, result) or (False, exception)."""
     try:
-        message = ForkingPickler.dumps((True, function(*args)))
+        message = ForkingPickler.dumps((True, work()))
     except BaseException as error:  # the caller of the task handles it, whatever it is
         message = ForkingPickler.dumps((False, _portable(error)))
     with contextlib.suppress(BrokenPipeError):  # the pool has been closed
@@ -344,7 +341,3 @@ def _portable(error: BaseException) -> BaseException:
     except Exception:
         return RuntimeError(text)
     return error
-
-
-def _raise(error: Exception) -> None:
-    raise error

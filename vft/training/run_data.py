@@ -62,8 +62,8 @@ class RunData:
         `data.max_bad_fraction` cannot be used, or if a stream has no usable sample at all.
         """
         loader, limit = self.loader, self.config.data.max_bad_fraction
-        reports = all_of(loader.report)
-        new = loader.merge_reports(reports)
+        reports = all_of(loader.bad.report)
+        new = loader.bad.merge(reports)
         if new:
             self.write_quarantine()
         for message in [item.message for item in new if item.reason == "archive"]:
@@ -78,13 +78,13 @@ class RunData:
             exhausted += [source.name for source in self.archives]
         if exhausted:
             num_good = sum(all_of(loader.num_streamed[exhausted[0]]))
-            raise self.streams.nothing_in(exhausted[0], loader.known_bad, num_good)
-        loader.check_streams(samples, limit)
+            raise self.streams.nothing_in(exhausted[0], loader.bad.known.values(), num_good)
+        loader.bad.check_streams(samples, self.streams.passes, limit)
 
     @property
     def bad(self) -> list[BadItem]:
         """What was left out by reading and scanning, then what could not be decoded."""
-        return [*self.documents.bad, *self.loader.known_bad]
+        return [*self.documents.bad, *self.loader.bad.known.values()]
 
     def write_quarantine(self) -> None:
         """Write `quarantine.jsonl`."""

@@ -133,7 +133,7 @@ class Trainer:
         if parallel.memory_budget_gib is not None:
             parallel = resolve_checkpointing(parallel, self.model, objective, self.longest_row, world)
         self.flops = FlopCounter(self.model, parallel.activation_checkpointing)
-        self.data.loader.schedule.costs = tuple(self.flops.row(*planned.work) for planned in documents.documents)
+        self.data.loader.costs = tuple(self.flops.row(*planned.work) for planned in documents.documents)
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"
         if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
@@ -232,7 +232,7 @@ class Trainer:
         counts = dict(zip(tally.counts, counted, strict=True))
         loss = float(self.data_parallel.sum(loss_sum)) / max(counts["num_targets"], 1)
         # All processes do the same next, also those that share their part of the data with others.
-        own = [missing, len(loader.report), int(self.checkpointer.failed), stop_requested()]
+        own = [missing, len(loader.bad.report), int(self.checkpointer.failed), stop_requested()]
         missing, found, failed_saves, stop = sum_over_ranks(torch.tensor(own, device=device)).tolist()
         if failed_saves:
             self.checkpointer.wait()  # raises in all processes at the same step

@@ -77,8 +77,8 @@ def epochs(config: DataConfig, tiny: Tiny, pool: WorkerPool, epochs: int) -> tup
         for pack in loader.step():
             batch = pack.batch
             found.append((pack.digest, batch.sample_ids, batch.grids, batch.input_ids_T.tolist(), batch.pixels_PD))
-        loader.merge_reports([loader.report])
-    return found, [f"{item.reason} {item.message}" for item in loader.known_bad]
+        loader.bad.merge([loader.bad.report])
+    return found, [f"{item.reason} {item.message}" for item in loader.bad.known.values()]
 
 
 def assert_equal(found: list[Any], expected: list[Any]) -> None:

@@ -32,15 +32,6 @@ def plan(tmp_path: Path) -> MediaPlan:
 # --------------------------------------------------------------------------------------------- damage and two writers
 
 
-def flipped(at: int, bit: int) -> Callable[[bytes], bytes]:
-    def flip(content: bytes) -> bytes:
-        changed = bytearray(content)
-        changed[at] ^= 1 << bit
-        return bytes(changed)
-
-    return flip
-
-
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "header alone": lambda content: content[: frame_cache.HEADER_BYTES],
@@ -49,7 +40,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda content: bytes(len(content)),
     "zeros behind": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
     **{
-        f"bit {bit} of byte {at}": flipped(at, bit)
+        f"bit {bit} of byte {at}": lambda whole, at=at, bit=bit: (
+            whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at:][1:]
+        )
         for at, bit in ((0, 0), (31, 7), (32, 0), (35, 3), (36, 0), (5000, 4), (-1, 7))
     },
 }

@@ -77,15 +77,6 @@ def test_each_file_once_and_again_when_changed(tmp_path: Path, scanned: list[str
         found.info(MediaRef("video", tmp_path / "other.mp4"))
 
 
-def test_in_workers(tmp_path: Path) -> None:
-    refs = [MediaRef("video", make_clip(tmp_path / f"{i}.mp4", range(i + 1))) for i in range(6)]
-    (tmp_path / "bad.mp4").write_text("no video")
-    bad = MediaRef("video", tmp_path / "bad.mp4")
-    found = build([*refs, bad], tmp_path / "cache", workers=2, timeout_s=30.0)
-    assert [found.info(ref).num_frames for ref in refs] == [1, 2, 3, 4, 5, 6]
-    assert reason(found, bad) == "not_a_video"
-
-
 def test_an_interrupted_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: list[str]) -> None:
     refs = [MediaRef("video", make_clip(tmp_path / f"{i}.mp4", [0])) for i in range(5)]
     spy = index.scan_file
@@ -144,7 +135,7 @@ def test_what_may_pass_is_scanned_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.info(ref).num_frames == 2
 
 
-@pytest.mark.parametrize("damage", ["garbage", "other version", "other columns"])
+@pytest.mark.parametrize("damage", ["garbage", "other version", "other columns", "other types"])
 def test_a_cache_that_cannot_be_used(tmp_path: Path, damage: str, scanned: list[str]) -> None:
     ref = MediaRef("video", make_clip(tmp_path / "a.mp4", [0, 1]))
     build_here([ref], tmp_path / "cache")
@@ -153,8 +144,11 @@ def test_a_cache_that_cannot_be_used(tmp_path: Path, damage: str, scanned: list[
         path.write_bytes(path.read_bytes()[:200])
     elif damage == "other version":
         pq.write_table(pq.read_table(path).replace_schema_metadata({"scan_version": "0"}), path)
-    else:
+    elif damage == "other columns":
         pq.write_table(pa.table({"path": ["a"]}), path)
+    else:
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(2, "size_bytes", pa.array(["many"])), path)
     assert build_here([ref], tmp_path / "cache").info(ref).num_frames == 2
     assert len(scanned) == 2
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 import pytest
 import torch
@@ -34,10 +33,10 @@ from tests.helpers.tiny import (
 from vft.common.errors import UserError
 from vft.common.types import Batch, Conversation, MediaOptions, Patches
 from vft.config.data import DataConfig, VideoConfig
-from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, make_dataset
-from vft.data.pack_schedule import PackSchedule
-from vft.data.packing import Cursor, PackPlan, PackRef, collate, owners, share_out, take_step
+from vft.data.loader import Loader
+from vft.data.packing import Cursor, PackPlan, collate, owners, share_out, take_step
+from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.models import base as models
 
@@ -143,59 +142,6 @@ def test_loss_in_chunks(each_untied: Tiny, rows: Sequence[Any], monkeypatch: pyt
 
 
 # ----------------------------------------------------------------------------------------------- supervised spans
-
-ANSWERS = [
-    ["A dog runs."],
-    ["First.", "Second, with more.", "Third"],
-    ["  leading spaces", "trailing spaces  "],
-    ["emoji 👍🏽 and 🙂", "👩‍👩‍👧"],
-    ["你好，世界！就这样。"],
-    ["assistant", "user\nassistant\n", "assistant\nassistant"],
-    ["system\nYou are a helpful assistant.", "user"],
-    ["```python\ndef f():\n\treturn 1\n```\n"],
-    ["\n\nstarts with line breaks"],
-    ["naïve café Å", "\te\u0301 combined"],
-    ["{{ message }} {% if %}", "\\n \\u0041 %s <video> <image>"],
-    ["x", "1", "."],
-    ["im_end|>", "<|im_", "<"],
-]
-
-
-def supervised(encoder: ChatEncoder, conversation: Conversation) -> list[str]:
-    """Text of each run of supervised tokens, decoded by the tokenizer; a label is its own token."""
-    encoded = encoder.encode(conversation)
-    runs: list[list[int]] = []
-    before = False
-    for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        assert label in (-100, token)
-        if label != -100:
-            runs += [] if before else [[]]
-            runs[-1].append(token)
-        before = label != -100
-    return [
-        encoder.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs
-    ]
-
-
-@pytest.mark.parametrize("answers", ANSWERS, ids=lambda answers: ascii(answers[0])[:20])
-@pytest.mark.parametrize("real", [False, True], ids=["small tokenizer", "released tokenizer"])
-def test_supervised_is_the_answer_and_its_end(request: pytest.FixtureRequest, answers: list[str], real: bool) -> None:
-    """Nothing of the headers, of the user, of the newline behind the closing token. A line break that the tokenizer
-    makes one token of with the header's belongs to the answer."""
-    encoder = request.getfixturevalue("released" if real else "tiny").encoder
-    turns: list[Any] = [("system", "assistant\nsays")]
-    for number, answer in enumerate(answers):
-        turns += [("user", f"{answer} assistant\n{number}"), ("assistant", answer)]
-    found = supervised(encoder, talk(*turns))
-    for text, answer in zip(found, answers, strict=True):
-        assert text in (f"{normalize('NFC', answer)}<|im_end|>", f"\n{normalize('NFC', answer)}<|im_end|>")
-        assert text[0] != "\n" or answer[0] == "\n"
-
-
-@pytest.fixture(scope="session")
-def released(reference: Path) -> Tiny:
-    """The checkpoint with the released tokenizer."""
-    return Tiny(reference / "qwen2_5_vl_tiny")
 
 
 def test_media_are_not_supervised(each_tiny: Tiny, rows: Sequence[Any]) -> None:
@@ -363,7 +309,7 @@ def test_steps_go_through_the_epochs() -> None:
     for _ in range(len(everything) // 7 + 2):
         cursors.append(cursor)
         packs, cursor = take_step(made, cursor, 7, last_epoch=2)
-        assert [pack.slot for pack in packs] == list(range(7))
+        assert len(packs) == 7
         taken += packs
     real = taken[: len(everything)]
     assert [pack.documents for pack in real] == everything and [pack.epoch for pack in real] == epochs
@@ -379,12 +325,11 @@ def test_share_out(ranks: int) -> None:
     """Equally many for each, all of them once, and far more even than in their order."""
     chance = random.Random(0)
     costs = [chance.choice([100.0, 120.0, 700.0, 1000.0]) for _ in range(24)]
-    packs = [PackRef(0, slot, (slot,)) for slot in range(24)]
-    shares = share_out(packs, costs, ranks)
+    shares = share_out(costs, ranks)
     assert [len(share) for share in shares] == [24 // ranks] * ranks
-    assert sorted(pack.slot for share in shares for pack in share) == list(range(24))
-    assert all([p.slot for p in share] == sorted(p.slot for p in share) for share in shares)
-    loads = [sum(costs[p.slot] for p in share) for share in shares]
+    assert sorted(slot for share in shares for slot in share) == list(range(24))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[slot] for slot in share) for share in shares]
     assert max(loads) - min(loads) <= 1000.0
     assert max(loads) <= 1.25 * sum(costs) / ranks
 
@@ -468,9 +413,9 @@ def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
         loads = []
         for rank in range(2):
             plan = documents.pack_plan(seed=3)
-            schedule = PackSchedule(plan, DataParallel(rank, 2), len(plan.packs(0)), 0, None)
-            schedule.costs = costs if by_cost else schedule.costs
-            loads.append(sum(costs[n] for planned in schedule.plan_step() for n in planned.pack.documents))
+            loader = Loader(documents, plan, WorkerPool(0, 1.0), DataParallel(rank, 2), len(plan.packs(0)), 1, 0)
+            loader.costs = costs if by_cost else loader.costs
+            loads.append(sum(costs[n] for planned in loader.plan_step() for n in planned.pack.documents))
         shares[by_cost] = loads
     assert sum(shares[True]) == sum(shares[False]) == sum(costs)
     assert max(shares[True]) - min(shares[True]) <= max(costs)

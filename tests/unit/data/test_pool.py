@@ -156,15 +156,6 @@ def test_exceptions_keep_their_type(pool: WorkerPool, tmp_path: Path) -> None:
         pool.submit(lambda: None)
 
 
-def test_paths_are_named(pool: WorkerPool) -> None:
-    with pytest.raises(MediaError, match=r"^/tmp/clip\.mp4: its worker process died \(exit status 9\)"):
-        pool.submit(exit_with, Path("/tmp/clip.mp4"), 9).result(30)
-
-
-def exit_with(path: Path, code: int) -> None:
-    os._exit(code)
-
-
 def test_tensors_leave_no_descriptors(pool: WorkerPool) -> None:
     for i in range(20):
         assert pool.submit(torch.full, (1000,), i).result(30)[-1] == i
@@ -197,13 +188,6 @@ def counted(count: int) -> tuple[torch.Tensor, bool]:
     return tensor, tensor.is_shared()
 
 
-def test_without_workers() -> None:
-    with WorkerPool(0, timeout_s=1.0) as pool:
-        assert pool.submit(os.getpid).result() == os.getpid()
-        with pytest.raises(ZeroDivisionError):
-            pool.submit(divmod, 1, 0).result()
-
-
 def test_close_ends_everything() -> None:
     pool = WorkerPool(1, timeout_s=60)
     pid = pool.submit(os.getpid).result(30)
@@ -232,6 +216,14 @@ def fail_to_start() -> None:
     raise OSError("no codec")
 
 
+def run_script(script: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program in a session of its own."""
+    script.write_text(text)
+    command = [sys.executable, str(script), *arguments]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, start_new_session=True)
+
+
 SCRIPT = """
 import os, signal, sys, time
 from vft.data.workers import WorkerPool
@@ -256,12 +248,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
     """Also while one is busy and the pool was not closed: the parent is killed, or ends by Ctrl-C."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parents[3]
-    command = [sys.executable, str(script), how]
-    env = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, start_new_session=True)
+    done = run_script(tmp_path / "script.py", SCRIPT, how)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     assert done.returncode != 0 and ("KeyboardInterrupt" in done.stderr) == (how == "interrupt"), done.stderr
@@ -286,9 +273,5 @@ if __name__ == "__main__":
 
 def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:
     """Terminals, torchrun and schedulers send them to a whole group; a worker that died would look like a bad clip."""
-    script = tmp_path / "script.py"
-    script.write_text(SIGNALLED)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, start_new_session=True)
+    done = run_script(tmp_path / "script.py", SIGNALLED)
     assert done.stdout == "True\n" and "Traceback" not in done.stderr, done.stderr

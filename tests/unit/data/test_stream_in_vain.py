@@ -27,7 +27,7 @@ from tests.helpers.tars import cut, write_tar
 from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.data.dataset import load_dataset
-from vft.data.quarantine import ArchivePass, BadItem, Encountered, by_kind, check_bad, check_bad_of_stream
+from vft.data.quarantine import ArchivePass, BadItem, BadItemLog, Encountered, LoadReport, by_kind, check_bad
 from vft.data.streaming import stream as streams
 from vft.data.streaming.stream import MAX_MISSES, StreamSource
 
@@ -122,7 +122,7 @@ def test_a_long_bad_stretch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
                 assert text.startswith("pe: no document in many clips") and "no caption" in text
             told = len(notes)
             assert told == sum(not ids for ids, _, _ in undisturbed[-1].values())
-        seen, kept = run.loaders[0].bad.encountered, run.loaders[0].known_bad
+        seen, kept = run.loaders[0].bad.encountered, run.bad
     empty = [number for number, step in enumerate(undisturbed) for ids, _, _ in step.values() if not ids]
     names = {name for step in undisturbed for ids, _, _ in step.values() for name in ids}
     assert len(empty) >= 2 and {"a", "c", "d"} <= names
@@ -186,21 +186,21 @@ def test_the_same_share_streamed_and_indexed(tiny: Tiny, tmp_path: Path) -> None
                 trained += sum(len(ids) for ids, _, _ in run.step().values())
             assert (lost, trained) == (11 * epoch, 29 * epoch)
         with pytest.raises(UserError) as streamed:
-            run.loaders[0].check_streams(trained, 0.27)
-        run.loaders[0].check_streams(trained, 0.28)  # 11 / 40 = 0.275
+            run.loaders[0].bad.check_streams(trained, 3, 0.27)
+        run.loaders[0].bad.check_streams(trained, 3, 0.28)  # 11 / 40 = 0.275
     assert "[33 of 120 samples can't be used (15 decode_error, 15 not_a_video, 3 record)" in str(streamed.value)
 
 
 def test_few_bad_clips_are_judged_after_an_epoch() -> None:
     """Before, ten are needed: the first few say little of the rest."""
     item = BadItem("a", "a", "not_a_video", "a is none")
-    seen = Encountered()
-    seen.add([item] * 3, [ArchivePass(5, False)] * 3)
-    check_bad_of_stream(seen, item, 12, 4, 0.02)
-    seen.add([], [ArchivePass(5, False)])
+    log = BadItemLog()
+    log.merge([LoadReport([item] * 3, [ArchivePass(5, False)] * 3)])
+    log.check_streams(12, 4, 0.02)
+    log.merge([LoadReport([], [ArchivePass(5, False)])])
     with pytest.raises(UserError, match=r"a is none \[3 of 20 samples can't be used \(3 not_a_video\), more than"):
-        check_bad_of_stream(seen, item, 17, 4, 0.02)
-    check_bad_of_stream(seen, item, 17, 4, 0.15)
+        log.check_streams(17, 4, 0.02)
+    log.check_streams(17, 4, 0.15)
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,9 @@ def info_of(ref: Any) -> MediaInfo:
 
 def told(tiny: Tiny, made: Document, branch: int = 0) -> str:
     """The text of a branch with its trunk, media left out."""
-    starts = [made.prefix_length]
-    for length in made.suffix_lengths:
-        starts.append(starts[-1] + length)
     rows = torch.zeros(made.num_tokens, dtype=torch.bool)
     rows[: made.prefix_length] = True
-    rows[starts[branch] : starts[branch + 1]] = True
+    rows[made.suffix_rows[branch]] = True
     return tiny.encoder.tokenizer.decode(made.ids_T[rows & ~made.media_mask_T], skip_special_tokens=False)
 
 

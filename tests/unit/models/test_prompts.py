@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -54,7 +55,7 @@ TEMPLATES = {
     "vicuna": VICUNA_TEMPLATE,
     "mistral": MISTRAL_TEMPLATE,
 }
-IN_PLACE = {"qwen", "trims", "vicuna", "mistral"}
+IN_PLACE = {"released", "qwen", "trims", "vicuna", "mistral"}
 THINKING = {"opens", "hybrid", "drops"}
 
 
@@ -108,10 +109,11 @@ def made_up(rng: random.Random, thinks: bool) -> str:
     return thought + space + word + end + other + last
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_what_is_learnt_stands_behind_the_prompt(template: str) -> None:
+@pytest.mark.parametrize("template", [*TEMPLATES, "released"])
+def test_what_is_learnt_stands_behind_the_prompt(reference: Path, template: str) -> None:
     """Every answer of 40 random conversations is learnt once, right behind the ids of the prompt for it."""
-    encoder, rng = encoder_with(template), random.Random(template)
+    released, rng = Tiny(reference / "qwen2_5_vl_tiny").encoder, random.Random(template)
+    encoder = released if template == "released" else encoder_with(template)
     for _ in range(40):
         turns: list[Any] = [("system", "Be brief.")] if rng.random() < 0.3 and template != "mistral" else []
         for _ in range(rng.randint(1, 3)):
@@ -125,6 +127,7 @@ def test_what_is_learnt_stands_behind_the_prompt(template: str) -> None:
         for number, (one, (start, end)) in zip(answers, runs, strict=True):
             prompt = Conversation("x", whole.turns[:number], "x")
             made = encoder.encode(one)
+            assert made.labels[start:end] == made.ids[start:end]
             assert made.ids[:start] == encoder.encode(prompt, answer_next=True).ids
             assert made.ids[end - 1] == encoder.tokenizer.convert_tokens_to_ids(encoder.turn_end)
             said, given = encoder.tokenizer.decode(made.ids[start : end - 1]), turns[number][1]

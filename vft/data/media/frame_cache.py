@@ -85,8 +85,6 @@ class FrameCache:
         """A medium was not in the cache since the last count; without misses nothing needs counting."""
         self._failure = ""
         """The message about a write that failed: nothing more is added."""
-        self._messages: set[str] = set()
-        """Messages that have been logged."""
 
     @staticmethod
     def of(config: DataConfig) -> FrameCache:
@@ -130,8 +128,7 @@ class FrameCache:
         self._has_missed = True
         self._used_bytes += loaded.added_bytes
         self._failure = loaded.message if loaded.write_failed else self._failure
-        if loaded.message and loaded.message not in self._messages:
-            self._messages.add(loaded.message)
+        if loaded.message:
             _log(logging.WARNING, f"{self.folder}: {loaded.message}")
 
 
@@ -145,8 +142,9 @@ def _open(folder: Path, limit_bytes: int) -> FrameCache:
     return FrameCache(folder, limit_bytes)
 
 
+@cache
 def _log(level: int, message: str) -> None:
-    """Log a message in one process of each host, as they share the host's disk."""
+    """Log a message once, in one process of each host, as they share the host's disk."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         logger.log(level, "%s", message, extra={"all_ranks": True})
 

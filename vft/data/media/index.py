@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vft.common.console import progress_bar
-from vft.common.errors import UserError
 from vft.common.files import locked, whole_file
 from vft.common.types import MediaInfo, MediaKind, MediaRef
 from vft.data.media.errors import MediaError, check_file
@@ -108,13 +107,8 @@ def build(
     containers if these are complete. Waits for other processes that build an index in `cache_dir`.
     """
     keys = list(dict.fromkeys(key for ref in refs for key in _keys_of(ref)))
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir = {str(cache_dir)!r}: can't be made ({error.strerror}); name a folder that can be written"
-        ) from error
-    with locked(cache_dir / "media.lock", "another process that indexes media"):
+    fix = "name a folder that can be written as data.cache_dir"
+    with locked(cache_dir / "media.lock", "another process that indexes media", fix):
         cache = cache_dir / ("media-headers.parquet" if headers else "media.parquet")
         table = _read(cache)
         todo, transient = _find_stale(keys, table, timeout_s)

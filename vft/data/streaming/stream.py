@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -133,7 +133,7 @@ class Streams:
         """Passes through an archive that make up one epoch of all archives."""
         return sum(max(len(one.shards), self.slots) for one in self.archives)
 
-    def nothing_in(self, name: str, bad: Sequence[BadItem], num_good: int) -> UserError:
+    def nothing_in(self, name: str, bad: Iterable[BadItem], num_good: int) -> UserError:
         """The error that the source `name` has no document for a row, with what is wrong with the `bad` items found in
         it. It gave `num_good` good samples."""
         sources = [one for one in self.archives if one.name == name]
