@@ -40,12 +40,8 @@ class VideoModel:
     prepared: PreparedModel
     config: DataConfig
     """How frames are sampled and fitted."""
-    prompt: str
-    """What is asked if no other prompt is given."""
-    prompt_before_media: str = ""
-    """Text before the video, as in training; it goes with `prompt` alone."""
-    system: str | None = None
-    """Text of the system's turn, as in training."""
+    about: Mapping[str, Any]
+    """What its training recorded (vft.json), such as the `prompt`; empty for a model of another program."""
 
     def ask(
         self,
@@ -70,8 +66,9 @@ class VideoModel:
         Raises:
             UserError: the file cannot be read as a video or picture.
         """
-        before = "" if prompt else self.prompt_before_media
-        requests = read_requests([Path(clip)], prompt or self.prompt, None, None, before, self.system)
+        asked = prompt or self.about.get("prompt") or DEFAULT_PROMPT
+        before = "" if prompt else self.about.get("prompt_before_media", "")
+        requests = read_requests([Path(clip)], asked, None, None, before, self.about.get("system"))
         if len(requests) != 1:
             raise UserError(f"{clip}: holds {len(requests)} questions; ask about one video or picture at a time")
         request = with_frame_times(requests[0]) if self.config.video.timestamps else requests[0]
@@ -117,8 +114,7 @@ def load_model(
     limits = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_pixels": max_pixels}
     config = data_config(about, limits)
     load_for_inference(prepared, world.device, None, ParallelConfig())
-    prompt, before = about.get("prompt") or DEFAULT_PROMPT, about.get("prompt_before_media", "")
-    return VideoModel(prepared, config, prompt, before, about.get("system"))
+    return VideoModel(prepared, config, about)
 
 
 def train(config: ConfigSource, overrides: Sequence[str] = (), *, task: str | None = None) -> RecordedRun:

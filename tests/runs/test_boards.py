@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs.commands import CAPTION, Commands, metrics
+from tests.runs.commands import Commands, metrics
 from tests.runs.world import World
 
 SCORED: dict[str, Any] = {
@@ -123,46 +121,3 @@ def test_tensorboard_gets_what_metrics_says(world: World, commands: Commands, tm
         found = [(one.step, one.value) for one in board.Scalars(name)]
         assert [step for step, _ in found] == [step for step, _ in values]
         assert [value for _, value in found] == pytest.approx([value for _, value in values], rel=1e-6)
-
-
-def log_records(content: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, which W&B writes, behind seven bytes of its own: blocks of 32 KiB,
-    in them pieces with checksum, length and kind (1 a whole record; 2, 3, 4 its first, middle and last piece)."""
-    at, record = 7, b""
-    while at < len(content):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = struct.unpack_from("<4xHB", content, at)
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
-def test_wandb_itself_without_its_server(world: World, commands: Commands, tmp_path: Path) -> None:
-    """What the package wrote to upload later, run by run of the command: two runs of it, in one run there."""
-    pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    config = world.config(tmp_path / "run.toml", SCORED, {"log": {"wandb": True}})
-    for more in ([], ["train.max_steps=6"]):
-        commands.run(CAPTION, config, *more, WANDB_MODE="offline").ok()
-    logged: dict[int, dict[str, float]] = {}
-    names, finished = set(), 0
-    for file in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
-        for data in log_records(file.read_bytes()):
-            record = Record.FromString(data)
-            names |= {record.run.run_id} - {""}
-            finished += record.HasField("exit")
-            for item in record.history.item:
-                key = item.key or ".".join(item.nested_key)
-                if not key.startswith("_"):
-                    logged.setdefault(record.history.step.num, {})[key] = json.loads(item.value_json)
-    assert len(names) == 1 and finished == 2
-    wanted: dict[int, dict[str, float]] = {}
-    for step, values in figures(tmp_path / "run"):
-        wanted.setdefault(step, {}).update(values)
-    assert logged == wanted

@@ -34,22 +34,14 @@ def test_the_code_in_it_runs(learned: Path) -> None:
     assert isinstance(names["model"], peft.PeftModel)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "why"),
-    [
-        ("dora = false", "dora = true", "DoRA"),
-    ],
-)
-def test_one_that_vllm_does_not_serve_says_so(
-    world: World, learned: Path, tmp_path: Path, before: str, after: str, why: str
-) -> None:
+def test_one_that_vllm_does_not_serve_says_so(world: World, learned: Path, tmp_path: Path) -> None:
     settings = (learned / "config.toml").read_text()
-    assert before in settings
-    (tmp_path / "config.toml").write_text(settings.replace("[lora.alphas]\n", "").replace(before, after))
+    assert "dora = false" in settings
+    (tmp_path / "config.toml").write_text(settings.replace("dora = false", "dora = true"))
     asked = {"prompt": "Say.", "other_prompts": 2, "system": "Be brief.", "other_systems": 0, "pack_tokens": 256}
     (tmp_path / "vft.json").write_text(json.dumps(asked))
     write_card(tmp_path, tmp_path, 3, Pretrained.open(str(world.base)))
     card = (tmp_path / "README.md").read_text()
-    assert "merge it first" in card and why in card and "--enable-lora" not in card
+    assert "merge it first" in card and "DoRA" in card and "--enable-lora" not in card
     assert "Not evaluated" in card and 'To be asked: "Say." (the most frequent of 3' in card
     assert 'system text of training: "Be brief."' in card and "at most 256 tokens" in card

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -481,36 +480,6 @@ def test_a_run_with_its_frames(trained: Path) -> None:
             bar = pixels[:, number * 4 + 2 : number * 4 + 6].mean((0, 1))
             ground = pixels[:, 50:].mean((0, 1)) if number < 6 else pixels[:, :16].mean((0, 1))
             assert np.abs(bar - 250).max() < 20 and np.abs(ground - COLOURS[colour]).max() < 20, (colour, number)
-
-
-def browse(page: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """What a browser says on its console while it shows a page, and what it asks the network for."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs Chromium")
-    log, shot = folder / "net.json", folder / "shot.png"
-    files = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", f"--screenshot={shot}"]
-    alone = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command = [chromium, *alone, "--enable-logging=stderr", *files, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert shot.stat().st_size > 1_000, done.stderr[-2000:]
-    lines = [line.rstrip(",\n") for line in log.read_text(encoding="utf-8").splitlines()]
-    events = [json.loads(line)["params"] for line in lines if line.startswith('{"params"')]
-    # The browser asks its maker for updates, too: of those no page is the initiator.
-    asked = {one["url"] for one in events if one.get("initiator", "not an origin") != "not an origin"}
-    local = ("file:", "data:", "chrome")
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], [
-        url for url in sorted(asked) if not url.startswith(local)
-    ]
-
-
-def test_a_browser_shows_it_in_silence(trained: Path, tmp_path: Path) -> None:
-    """No errors on its console, nothing asked of any network; of a page that does both, it tells."""
-    assert browse(trained.with_suffix("") / "report.html", tmp_path) == ([], [])
-    bad = tmp_path / "bad.html"
-    bad.write_text('<img src="http://127.0.0.1:9/picture.png"><script>nonsense()</script>' + "x" * 5000)
-    said, asked = browse(bad, tmp_path)
-    assert any("nonsense" in line for line in said) and asked == ["http://127.0.0.1:9/picture.png"]
 
 
 def test_a_clip_that_broke_since_is_named(trained: Path) -> None:

@@ -63,16 +63,9 @@ def main(arguments: PlanArguments) -> None:
     config = configs.load(arguments.config, arguments.overrides)
     config.require_training()
     check_shares(config, arguments.gpus)
-    setting = Setting(
-        config,
-        arguments.gpus,
-        arguments.gpu_memory_gib,
-        arguments.text_tokens,
-        CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None,
-        arguments.efficiency,
-        arguments.gpus_per_host,
-        arguments.network_gb_s,
-    )
+    card = CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None
+    same = {"gpus", "text_tokens", "efficiency", "gpus_per_host", "network_gb_s"}
+    setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **arguments.model_dump(include=same))
     planner = Planner(cross_entropy)
     row = planner.longest_row(setting)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
@@ -88,9 +81,9 @@ def main(arguments: PlanArguments) -> None:
     for line in advice(setting, search, planner, row):
         console.print(line)
     console.print(figures_table(search.fitting[0], planner, row, arguments))
-    if arguments.gpu and setting.card is None:
+    if arguments.gpu and card is None:
         console.print(f'no times: the peak of a {arguments.gpu} that is known is that of train.precision = "bf16"')
-    elif setting.card is None:
+    elif card is None:
         console.print("no times: name the card with --gpu")
 
 

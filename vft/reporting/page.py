@@ -132,13 +132,13 @@ def _round_up(rough: float) -> float:
 def _in_parts(curve: Curve) -> list[tuple[int, int, Interval]]:
     """First step, last step and value of each point that is drawn. Several steps give their mean, least and largest
     value."""
-    size = math.ceil(len(curve) / MAX_POINTS)
-    if size <= 1:
-        return [(step, step, one) for step, one in curve]
-    parts = [curve[i : i + size] for i in range(0, len(curve), size)]
-    values = [[one.value for _, one in part] for part in parts]
-    means = [Interval(fmean(part), min(part), max(part)) for part in values]
-    return [(part[0][0], part[-1][0], mean) for part, mean in zip(parts, means, strict=True)]
+    size = max(1, math.ceil(len(curve) / MAX_POINTS))
+    made = []
+    for part in (curve[i : i + size] for i in range(0, len(curve), size)):
+        values = [one.value for _, one in part]
+        mean = part[0][1] if size == 1 else Interval(fmean(values), min(values), max(values))
+        made.append((part[0][0], part[-1][0], mean))
+    return made
 
 
 def _label(value: float) -> str:

@@ -108,7 +108,7 @@ def write_card(folder: Path, target: Path, step: int, checkpoint: Pretrained) ->
         serve=vllm_serve(model, checkpoint.config.model_type, video, image, checkpoint.weight_bytes, str(target), lora),
         tables=[table for table in score_tables(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
-        sources=[f"{one['path']} ({one['format']}, {how_often(one)})" for one in run.config["data"]["sources"]],
+        sources=[f"{path} ({kind}, {often})" for use, path, kind, often in sources(run.config) if use == "trained on"],
         settings=run.settings.strip(),
     )
     replace_text(target / "README.md", card)
@@ -139,21 +139,16 @@ def facts(run: RecordedRun, held_out: Dataset | None) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def sources(config: Row) -> list[Row]:
-    """The sources of training, then those that are held out."""
+def sources(config: Row) -> list[tuple[str, str, str, str]]:
+    """The sources of training, then those that are held out: use, path, format and how often their records come."""
     sections = {"trained on": config.get("data", {}), "held out": config.get("eval", {})}
     rows = [
-        {
-            "use": use,
-            "path": source.get("path"),
-            "format": source.get("format"),
-            "how_often": how_often(source),
-        }
+        (use, one.get("path", ""), one.get("format", ""), how_often(one))
         for use, section in sections.items()
-        for source in section.get("sources") or ()
+        for one in section.get("sources") or ()
     ]
     if split := config.get("eval", {}).get("split"):
-        rows.append({"use": "held out", "path": f"of these, {split:g} of the media", "format": "", "how_often": "once"})
+        rows.append(("held out", f"of these, {split:g} of the media", "", "once"))
     return rows
 
 

@@ -35,6 +35,14 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def fake_venv(checkout: Path, script: str) -> None:
+    """A .venv whose Python is a shell script."""
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+
+
 def test_help_lists_every_command_and_imports_no_torch() -> None:
     code = "import sys; from vft.cli.app import usage; print(usage()); print('torch' in sys.modules)"
     done = run(sys.executable, "-c", code)
@@ -75,11 +83,18 @@ def test_usage_lines_have_the_name_that_was_called() -> None:
         assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} "), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("words", [["--help"], ["download", "--help"]])
+def test_help_ends_in_silence_when_its_reader_has_gone(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vft.cli.app", *words]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert done.stderr == b""
+
+
 def test_without_packages_the_checkouts_venv_runs_the_command(checkout: Path) -> None:
-    python = checkout / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "in the venv: $@"\n')
-    python.chmod(0o755)
+    fake_venv(checkout, 'echo "in the venv: $@"')
     script = checkout / "tools" / "predict.py"
     done = run(*BARE, script, "--model", "my model", "clip.mp4")
     assert done.stdout == f"in the venv: {script} --model my model clip.mp4\n" and not done.stderr
@@ -95,18 +110,12 @@ def test_a_recipe_without_packages_is_one_line_too(checkout: Path) -> None:
     bare = (sys.executable, "-E", "-S", "-m", "vft.recipes.caption", "run.toml")
     (line,) = run(*bare, cwd=checkout).stderr.splitlines()
     assert "lacks the package 'torch'" in line
-    python = checkout / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "in the venv: $@"\n')
-    python.chmod(0o755)
+    fake_venv(checkout, 'echo "in the venv: $@"')
     assert run(*bare, cwd=checkout).stdout == "in the venv: -E -S -m vft.recipes.caption run.toml\n"
 
 
 def test_a_venv_without_packages_does_not_start_itself_again(checkout: Path) -> None:
-    python = checkout / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
-    python.chmod(0o755)
+    fake_venv(checkout, f'exec {sys.executable} -I -S "$@"')
     done = run(*BARE, checkout / "tools" / "plan.py", "--help")
     assert done.returncode == 2 and "lacks the package" in done.stderr
 

@@ -140,10 +140,6 @@ def test_every_source_on_the_page_is_valid() -> None:
         SourceConfig.model_validate(tomllib.loads(f"source = {entry}")["source"])
 
 
-def test_free_space_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert download.free_bytes(tmp_path / "a" / "b") > 0
-
-
 ROW = {
     "video_id": "001",
     "videoID": "fFjv93ACGo8",
