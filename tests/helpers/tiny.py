@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tests.helpers.families import QWEN2_5_VL, Family
 from tests.helpers.patches import patches_of
-from vft.adapters.targets import component_of
 from vft.common.types import (
     Batch,
     Conversation,
@@ -33,7 +32,7 @@ from vft.data.budget import fit, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.packing import collate
 from vft.models import build
-from vft.models.base import VideoLanguageModel
+from vft.models.base import VideoLanguageModel, component_of
 from vft.models.pretrained import Pretrained
 from vft.models.weights import load_weights
 from vft.preparation.run import PreparedModel, load_for_inference, open_for_inference

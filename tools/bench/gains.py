@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -146,7 +146,7 @@ def parts(model: VideoLanguageModel) -> dict[str, Gain]:
         batch = row.to(DEVICE)
         x_TE, _ = model.embed(batch)
         every = torch.arange(row.num_tokens, device=DEVICE)
-        hidden_TE = model.decoder.norm(model.decoder(x_TE, batch.positions_3T, batch.plan, every))
+        hidden_TE = model.decoder.norm(model.decoder(x_TE, replace(batch, target_index_N=every)))
         logits_NV = model.head(hidden_TE).float().index_select(0, batch.target_index_N)
         loss = F.cross_entropy(logits_NV, batch.target_ids_N, reduction="sum")
         loss.backward()

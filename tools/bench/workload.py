@@ -20,7 +20,7 @@ from vft.config.run import Config, LoraConfig, ModelConfig, TrainConfig
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
-from vft.models.released import RELEASED, build_from_config, qwen2_5_vl
+from vft.models.released import RELEASED, build_from_config, language_model, qwen2_5_vl
 from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, scale_and_clip
@@ -41,14 +41,14 @@ def _encoder(hidden_size: int, depth: int, heads: int, mlp: int, full: list[int]
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": qwen2_5_vl(128, 3, 4, 2, 384, 640, True, _encoder(64, 2, 2, 192, [1])),
+    "tiny": qwen2_5_vl(language_model(128, 3, 4, 2, 384, 640), True, _encoder(64, 2, 2, 192, [1])),
     # A hundredth of the 7B, with its proportions of encoder, decoder and head.
-    "small": qwen2_5_vl(640, 14, 10, 2, 1728, 7680, False, _encoder(224, 8, 4, 608, [1, 3, 5, 7])),
+    "small": qwen2_5_vl(language_model(640, 14, 10, 2, 1728, 7680), False, _encoder(224, 8, 4, 608, [1, 3, 5, 7])),
     **{size.lower(): RELEASED[f"Qwen2.5-VL-{size}-"] for size in ("3B", "7B", "32B", "72B")},
     # The 72B's number of layers, key heads and untied head, at a 43rd of its width.
-    "72b-thin": qwen2_5_vl(192, 80, 6, 1, 692, 3564, False, _encoder(32, 32, 2, 86, [7, 15, 23, 31])),
-    "7b-slice": {**_SEVEN_B, "num_hidden_layers": 4, "max_window_layers": 4},
-    "72b-slice": {**_SEVENTY_TWO_B, "num_hidden_layers": 4, "max_window_layers": 4},
+    "72b-thin": qwen2_5_vl(language_model(192, 80, 6, 1, 692, 3564), False, _encoder(32, 32, 2, 86, [7, 15, 23, 31])),
+    "7b-slice": {**_SEVEN_B, "num_hidden_layers": 4},
+    "72b-slice": {**_SEVENTY_TWO_B, "num_hidden_layers": 4},
 }
 """config.json of Qwen2.5-VL in released sizes, in slices of them with few decoder layers, and in sizes for a CPU."""
 MODELS: dict[str, dict[str, Any]] = {

@@ -37,16 +37,12 @@ class LoRALinear(nn.Linear):
     the change of m, zero at first: rounded to bfloat16 for a step, m itself would move every row by up to 0.2 %.
     """
 
-    def __init__(
-        self, base: nn.Linear, config: LoraConfig, rank: int | None = None, alpha: float | None = None
-    ) -> None:
-        """`rank` and `alpha` are those of `config` if they are not given."""
+    def __init__(self, base: nn.Linear, config: LoraConfig, rank: int, alpha: float) -> None:
+        """`rank` and `alpha` are the layer's own, in place of those of `config`."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.rank = config.rank if rank is None else rank
-        self.alpha = config.alpha if alpha is None else alpha
-        self.scale = lora_scale(self.rank, self.alpha, config.rslora)
+        self.rank, self.alpha, self.scale = rank, alpha, lora_scale(rank, alpha, config.rslora)
         self.dropout, self.init = config.dropout, config.init
         kind: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base.in_features, self.rank, bias=False, **kind)

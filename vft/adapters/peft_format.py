@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, LoRALinear, adapted_layers, fill, is_adapter, lora_scale
-from vft.adapters.targets import add_adapters, component_of
+from vft.adapters.targets import add_adapters
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.common.safetensors_io import open_tensors
 from vft.config.run import LoraConfig, ModelConfig
 from vft.distributed.process_group import full_tensor
-from vft.models.base import Spellings, VideoLanguageModel
+from vft.models.base import Spellings, VideoLanguageModel, component_of
 from vft.models.pretrained import Pretrained
 from vft.models.weights import our_names, stored_names
 
@@ -74,13 +74,7 @@ class Adapter:
         _check_config(folder / CONFIG_FILE, config)
         with open_tensors(folder / WEIGHTS_FILE) as reader:
             stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        bare: dict[str, str] = {}
-        for name in stored:
-            first = bare.setdefault(_without_peft(name), name)
-            if first != name:
-                raise UserError(f"{folder / WEIGHTS_FILE}: {first} and {name} are the same tensor; keep one of them")
-        names = our_names(bare, spellings, folder / WEIGHTS_FILE)
-        file_names = {ours: bare[name] for ours, name in names.items()}
+        file_names = our_names(stored, spellings, folder / WEIGHTS_FILE, _without_peft)
         shapes = {ours: stored[name] for ours, name in file_names.items()}
         return Adapter(folder, config, recorded(folder), shapes, file_names)
 
@@ -239,8 +233,7 @@ def _is_in_weights(adapter: Adapter, model: VideoLanguageModel, pretrained: Pret
 def start_from(model: VideoLanguageModel, base: ModelConfig, pretrained: Pretrained) -> None:
     """Fill the adapters in `model` from `model.adapter`. Raises UserError if it does not fit them or the base."""
     adapter = Adapter.open(Path(base.adapter), model.spellings)
-    if trained_rope_factor(adapter.folder, base.rope_factor) != base.rope_factor:
-        raise _other_rope_factor(base.rope_factor, adapter.folder, adapter.about["rope_factor"])
+    trained_rope_factor(adapter.folder, base.rope_factor, exact=True)
     check_adapter(adapter, model, pretrained)
     adapter.load_into(model)
 
@@ -251,19 +244,15 @@ def merged_into(pretrained: Pretrained) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
 
 
-def trained_rope_factor(adapter: Path | None, given: float | None) -> float | None:
+def trained_rope_factor(adapter: Path | None, given: float | None, exact: bool = False) -> float | None:
     """The `model.rope_factor` that an adapter was trained with, or the one `given` if nothing is recorded.
 
-    Raises UserError if both are there and differ.
+    Raises UserError if both are there and differ; with `exact` also if one is recorded and none given.
     """
     factor: float | None = recorded(adapter).get("rope_factor", given)
-    if given is not None and given != factor:
-        raise _other_rope_factor(given, adapter, factor)
+    if given != factor and (exact or given is not None):
+        raise UserError(f"model.rope_factor = {given}: {adapter} was trained with {factor}; make them equal")
     return factor
-
-
-def _other_rope_factor(given: float | None, adapter: object, factor: float | None) -> UserError:
-    return UserError(f"model.rope_factor = {given}: {adapter} was trained with {factor}; make them equal")
 
 
 def export_adapter(

@@ -12,7 +12,7 @@ from torch import nn
 from vft.adapters.lora import LoRALinear, is_adapter, is_start
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
-from vft.models.base import VideoLanguageModel
+from vft.models.base import VideoLanguageModel, component_of
 
 T = TypeVar("T")
 
@@ -133,14 +133,6 @@ def _values_by_pattern(
             raise UserError(f"{setting} = {pattern!r}: {reason}")
         chosen |= dict.fromkeys(new, values[pattern])
     return chosen
-
-
-def component_of(name: str, components: Mapping[str, tuple[str, ...]]) -> str:
-    """The component of the model that a parameter or module belongs to: the first with a prefix that fits."""
-    for component, prefixes in components.items():
-        if f"{name}.".startswith(prefixes):  # with the dot, so that the module "lm_head" has the prefix "lm_head."
-            return component
-    raise AssertionError(f"{name} belongs to no component of {list(components)}")
 
 
 def adapter_kind(lora: LoraConfig) -> str:

@@ -67,7 +67,7 @@ def generate(
     lengths = [document.num_tokens for document in prompts.documents] or [1]
     limits = [min(sampling.max_new_tokens, (context or sys.maxsize) - length) for length in lengths]
     last_rows_S = torch.tensor(lengths, device=device).cumsum(0) - 1
-    cache = KeyValueCache(lengths, sampling.max_new_tokens, model.config.layers, device)
+    cache = KeyValueCache(lengths, sampling.max_new_tokens, device)
     positions_S = torch.stack([part.max() for part in prompts.positions_3T.split(lengths, dim=1)])
     names = names or [document.sample_ids[0] for document in prompts.documents] or [""]
     generators = [sampling.generator(name) for name in names]

@@ -78,7 +78,7 @@ def score_options(
     process must call it, with an empty batch if it has no question: a sharded model needs all of them in each pass.
     """
     device = prefixes.input_ids_T.device
-    cache = PrefixCache(model.config.layers)
+    cache = PrefixCache()
     model(prefixes, cache)
     past = prefixes.input_ids_T.numel()
     chunks = _chunks(documents)

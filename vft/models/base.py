@@ -29,10 +29,6 @@ class VisionParts:
     """Modules that are called as modules. Each is one unit of sharding if any of their parameters is trained."""
     blocks: Iterable[nn.Module]
     """Layers of the vision encoder, for activation checkpointing. Each has an `mlp`."""
-    encoder: tuple[nn.Parameter, ...]
-    """Weights that are applied to every patch."""
-    projector: tuple[nn.Parameter, ...]
-    """Weights after the encoder, applied to `VisionLayout.projector_rows` rows."""
     patches_per_row: int
     """Patches of a video that become one row of the projector."""
     pair_widths: dict[str, int]
@@ -110,9 +106,7 @@ class VideoLanguageModel(nn.Module):
     def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Normalised hidden states [N, E] of the rows `batch.target_index_N`, in the compute dtype."""
         x_TE, deepstack = self.embed(batch)
-        row = batch.positions_3T, batch.plan, batch.target_index_N
-        x_NE = self.decoder(x_TE, *row, cache, deepstack, batch.media_index_M)
-        hidden_NE: Tensor = self.decoder.norm(x_NE)
+        hidden_NE: Tensor = self.decoder.norm(self.decoder(x_TE, batch, cache, deepstack))
         return hidden_NE
 
     def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
@@ -153,3 +147,11 @@ class VideoLanguageModel(nn.Module):
             for values in (self.processor.mean, self.processor.std)
         )
         return ((pixels_PD.float() / 255 - mean_D) / std_D).to(self.compute_dtype)
+
+
+def component_of(name: str, components: Mapping[str, tuple[str, ...]]) -> str:
+    """The component of the model that a parameter or module belongs to: the first with a prefix that fits."""
+    for component, prefixes in components.items():
+        if f"{name}.".startswith(prefixes):  # with the dot, so that the module "lm_head" has the prefix "lm_head."
+            return component
+    raise AssertionError(f"{name} belongs to no component of {list(components)}")

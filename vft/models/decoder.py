@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vft.common.errors import UserError
-from vft.common.types import AttentionPlan
+from vft.common.types import AttentionPlan, Batch
 from vft.models.attention import attend, prepare
 from vft.models.kv_cache import Cache
-from vft.models.layers import GatedMLP, Linear, RMSNorm, inverse_frequencies, rotate
+from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, inverse_frequencies, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 """Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""
@@ -105,19 +105,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x_TE: Tensor,
-        cos_TK: Tensor,
-        sin_TK: Tensor,
-        plan: AttentionPlan,
-        attend_cached: Attend | None,
-        rows_N: Tensor | None,
+        self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, attend_cached: Attend | None, rows_N: Tensor | None
     ) -> Tensor:
         """[T, E] to [T, E], or to [N, E] of these rows. `attend_cached` also attends the keys of earlier passes."""
         q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         out = (attend_cached or attend)(q, k, v, plan)
         out = out if rows_N is None else out[rows_N]
         return self.o_proj(out.flatten(1))
@@ -134,16 +128,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self,
-        x_TE: Tensor,
-        cos_TK: Tensor,
-        sin_TK: Tensor,
-        plan: AttentionPlan,
-        attend_cached: Attend | None = None,
-        rows_N: Tensor | None = None,
+        self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, attend_cached: Attend | None, rows_N: Tensor | None
     ) -> Tensor:
         """[T, E] to [T, E], or to [N, E] of these rows."""
-        attended = self.self_attn(self.input_layernorm(x_TE), cos_TK, sin_TK, plan, attend_cached, rows_N)
+        attended = self.self_attn(self.input_layernorm(x_TE), rotary, plan, attend_cached, rows_N)
         x_TE = (x_TE if rows_N is None else x_TE[rows_N]) + attended
         return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
 
@@ -159,33 +147,25 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self,
-        x_TE: Tensor,
-        positions_3T: Tensor,
-        plan: AttentionPlan,
-        rows_N: Tensor,
-        cache: Cache | None = None,
-        deepstack: Sequence[Tensor] = (),
-        media_index_M: Tensor | None = None,
+        self, x_TE: Tensor, batch: Batch, cache: Cache | None = None, deepstack: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Embeddings [T, E] to the hidden states [N, E] of the rows `rows_N`, before the final norm.
+        """Embeddings [T, E] to the hidden states [N, E] of the rows `batch.target_index_N`, before the final norm.
 
         Everything after the last layer's attention is computed for these rows only. `deepstack` has [M, E] for each of
         the first layers (but not for the last one), which is added to the rows of media after that layer.
         """
-        cos_TK, sin_TK = self._rotary(positions_3T, x_TE.dtype)
-        prepare(plan, x_TE)  # outside the layers, which may be compiled
+        rotary = self._rotary(batch.positions_3T, x_TE.dtype)
+        prepare(batch.plan, x_TE)  # outside the layers, which may be compiled
         for index, layer in enumerate(self.layers):
             # Without a cache, all layers but the last have the same arguments, so one compiled graph serves them.
             attend_cached = None if cache is None else partial(cache.attend, index)
             is_last = index == len(self.layers) - 1
-            x_TE = layer(x_TE, cos_TK, sin_TK, plan, attend_cached, rows_N if is_last else None)
+            x_TE = layer(x_TE, rotary, batch.plan, attend_cached, batch.target_index_N if is_last else None)
             if index < len(deepstack):
-                assert media_index_M is not None
-                x_TE = x_TE.index_add(0, media_index_M, deepstack[index].to(x_TE.dtype))
+                x_TE = x_TE.index_add(0, batch.media_index_M, deepstack[index].to(x_TE.dtype))
         return x_TE
 
-    def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> Rotary:
         config = self.config
         frequencies = inverse_frequencies(config.head_width, config.rope_theta, positions_3T.device)
         axis_of = torch.tensor(config.rope_axes or (0,) * (config.head_width // 2)).to(positions_3T.device)

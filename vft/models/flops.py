@@ -10,7 +10,7 @@ from torch import nn
 
 from vft.common.types import Batch
 from vft.models.attention import attended_pairs
-from vft.models.base import VideoLanguageModel
+from vft.models.base import VideoLanguageModel, component_of
 from vft.models.quantization import true_shapes
 
 RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
@@ -50,9 +50,13 @@ class FlopCounter:
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
         self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
-        vision = model.vision
-        patch, passes = _passes(vision.encoder)
-        self.merged, _ = _passes(vision.projector, fed=passes > 1)
+        vision, tables = model.vision, {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        parts: dict[str, list[nn.Parameter]] = {"vision_encoder": [], "projector": []}
+        for name, p in model.named_parameters():
+            if p.dim() >= 2 and id(p) not in tables:
+                parts.setdefault(component_of(name, model.components), []).append(p)
+        patch, passes = _passes(parts["vision_encoder"])
+        self.merged, _ = _passes(parts["projector"], fed=passes > 1)
         self.patches_per_row = vision.patches_per_row
         self.patch = patch + self.merged // self.patches_per_row
         self.encoder_pairs = {kind: passes * 4 * width for kind, width in vision.pair_widths.items()}
@@ -76,13 +80,13 @@ class FlopCounter:
 
 
 def _passes(weights: Sequence[nn.Parameter], fed: bool = False) -> tuple[int, int]:
-    """FLOPs of `weights` for one input, and the passes that attention takes, in forward passes.
+    """FLOPs of matrices for one input, and the passes that attention takes, in forward passes.
 
     If nothing is trained, a weight takes 2 FLOPs; else a frozen one takes 4 and a trained one 6, and attention three
     passes. With `fed` the input needs a gradient, so frozen weights have a backward pass too.
     """
     counts = {True: 0, False: 0}
     for weight in weights:
-        counts[weight.requires_grad] += weight.numel() if weight.dim() >= 2 else 0
+        counts[weight.requires_grad] += weight.numel()
     backward = fed or counts[True] > 0
     return (4 if backward else 2) * counts[False] + 6 * counts[True], 3 if backward else 1

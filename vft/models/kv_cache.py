@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,31 +15,24 @@ ROWS_AHEAD = 512
 """Tokens by which the cache grows at a time: few answers are as long as they are allowed to be."""
 
 
-class Cache(Protocol):
-    """What an attention layer needs from a cache."""
-
-    def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attention of a row to the past and to itself. The row's keys and values may become part of the past."""
-        ...
-
-
 class PrefixCache:
     """Stores the keys and values of its first pass, a row of shared prefixes. Later passes are rows of suffixes.
 
     Plans of later passes are built with `past` = the rows of the first one.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.past: list[tuple[Tensor, Tensor] | None] = [None] * layers
+    def __init__(self) -> None:
+        self.past: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values by layer."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
         """The first pass attends by its plan alone. Later ones have the stored keys before their own."""
-        past = self.past[layer]
-        if past is None:
+        if layer not in self.past:
             self.past[layer] = k_THK, v_THK
             return attend(q_THK, k_THK, v_THK, plan)
-        assert plan.past == len(past[0]), (plan.past, len(past[0]))
-        return attend(q_THK, torch.cat([past[0], k_THK]), torch.cat([past[1], v_THK]), plan)
+        keys, values = self.past[layer]
+        assert plan.past == len(keys), (plan.past, len(keys))
+        return attend(q_THK, torch.cat([keys, k_THK]), torch.cat([values, v_THK]), plan)
 
 
 class KeyValueCache:
@@ -50,14 +42,14 @@ class KeyValueCache:
     `advance` after every pass.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, layers: int, device: torch.device) -> None:
+    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
         self.lengths_S = torch.tensor(prompt_lengths, device=device)
         """Tokens of each sequence."""
         self.longest = max(prompt_lengths)
         self.capacity = self.longest + min(max_new_tokens, ROWS_AHEAD)
         """Tokens of each sequence that fit (L)."""
-        self.past: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        """Keys and values of each layer, [S, L, H, K]."""
+        self.past: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values by layer, [S, L, H, K]."""
         self.is_prefilled = False
         self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), self.lengths_S)
         """Sequence of each row of the current pass."""
@@ -70,9 +62,7 @@ class KeyValueCache:
         if not self.is_prefilled:
             shape = (len(self.lengths_S), self.capacity, *k_THK.shape[1:])
             self.past[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
-        past = self.past[layer]
-        assert past is not None
-        keys_SLHK, values_SLHK = past
+        keys_SLHK, values_SLHK = self.past[layer]
         keys_SLHK[self.sequence_T, self.index_T] = k_THK
         values_SLHK[self.sequence_T, self.index_T] = v_THK
         if not self.is_prefilled:
@@ -96,9 +86,12 @@ class KeyValueCache:
         self.is_prefilled = True
         if self.longest == self.capacity:
             self.capacity += ROWS_AHEAD
-            for layer, past in enumerate(self.past):
-                if past is not None:
-                    keys, values = (F.pad(x, (0, 0, 0, 0, 0, ROWS_AHEAD)) for x in past)
-                    self.past[layer] = keys, values
+            for layer, past in self.past.items():
+                keys, values = (F.pad(x, (0, 0, 0, 0, 0, ROWS_AHEAD)) for x in past)
+                self.past[layer] = keys, values
         self.sequence_T = torch.arange(len(self.lengths_S), device=self.lengths_S.device)
         self.index_T = self.lengths_S
+
+
+Cache = PrefixCache | KeyValueCache
+"""Its `attend` is the attention of a row to the past and to itself, in one layer."""

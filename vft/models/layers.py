@@ -20,6 +20,9 @@ from vft.models.attention import attend
 from vft.models.processor import VisionProcessor
 from vft.models.quantization import linear
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine [T, K] of each row's rotary angles."""
+
 
 class Linear(nn.Linear):
     """A linear layer that computes in its input's dtype. A frozen weight may be NF4 (`vft.models.quantization`)."""
@@ -115,10 +118,10 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x_PE: Tensor, rotary: Rotary, plan: AttentionPlan) -> Tensor:
         """[P, E] to [P, E]."""
         q, k, v = self.qkv(x_PE).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        out = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, plan)
+        out = attend(rotate(q, rotary), rotate(k, rotary), v, plan)
         return self.proj(out.flatten(1))
 
 
@@ -132,9 +135,9 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(width, heads)
         self.mlp = mlp
 
-    def forward(self, x_PE: Tensor, cos_PK: Tensor, sin_PK: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x_PE: Tensor, rotary: Rotary, plan: AttentionPlan) -> Tensor:
         """[P, E] to [P, E]."""
-        x_PE = x_PE + self.attn(self.norm1(x_PE), cos_PK, sin_PK, plan)
+        x_PE = x_PE + self.attn(self.norm1(x_PE), rotary, plan)
         return x_PE + self.mlp(self.norm2(x_PE))
 
 
@@ -171,15 +174,16 @@ def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tenso
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
 
 
-def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary embedding of the pairs (i, i + K/2), in the dtype of cos and sin."""
+def rotate(x_THK: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of the pairs (i, i + K/2), in the dtype of cosine and sine."""
+    cos_TK, sin_TK = rotary
     x = x_THK.to(cos_TK.dtype)
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return (x * cos_TK.unsqueeze(-2) + rotated * sin_TK.unsqueeze(-2)).to(x_THK.dtype)
 
 
-def rotary_2d(positions_P2: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def rotary_2d(positions_P2: Tensor, width: int) -> Rotary:
     """Cosine and sine [P, K] for heads of `width`, in float32 as in the reference models: half of the frequencies
     rotate with the row of a patch, half with its column."""
     frequencies = inverse_frequencies(width // 2, 10000.0, positions_P2.device)

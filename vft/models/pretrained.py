@@ -73,15 +73,13 @@ class Pretrained:
         """
         if Path(path).exists() and not Path(path, "config.json").is_file():
             raise UserError(f"model.path = {path!r}: the folder has no config.json; name a model's folder")
+        reason = "no config.json"
         try:
             file = find_file(path, "config.json")
         except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise UserError(
-                f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}"
-            ) from error
+            file, reason = None, first_line(error)
         if file is None:
-            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: no config.json")
+            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}")
         refuse_quantised(path, read_object(file), ())
         for own in (Path(path, name) for name in QUANTISER_FILES):
             refuse_quantised(path, {"quantization_config": read_object(own) if own.is_file() else {}}, ())

@@ -112,20 +112,14 @@ def frame_range(info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:
     At a constant rate these are ceil(start * fps) and floor(end * fps), as in qwen-vl-utils 0.0.14; at a variable rate
     the frames whose times lie in the range.
     """
-    first, last = 0, info.num_frames - 1
-    if info.times_s is not None:
-        if limits.start_s is not None:
-            first = bisect_left(info.times_s, limits.start_s)
-        if limits.end_s is not None:
-            last = min(last, bisect_right(info.times_s, limits.end_s) - 1)
-    else:
-        if limits.start_s is not None:
-            first = max(0, math.ceil(limits.start_s * info.fps))
-        if limits.end_s is not None:
-            last = min(last, math.floor(limits.end_s * info.fps))
+    first, last, times_s, start_s, end_s = 0, info.num_frames - 1, info.times_s, limits.start_s, limits.end_s
+    if start_s is not None:
+        first = max(0, math.ceil(start_s * info.fps)) if times_s is None else bisect_left(times_s, start_s)
+    if end_s is not None:
+        last = min(last, math.floor(end_s * info.fps) if times_s is None else bisect_right(times_s, end_s) - 1)
     if first > last:
         raise UserError(
-            f"video_start = {limits.start_s}, video_end = {limits.end_s}: no frame lies in this range; "
+            f"video_start = {start_s}, video_end = {end_s}: no frame lies in this range; "
             f"the video has {info.num_frames} frames in {info.duration_s:.2f} s"
         )
     return first, last

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -87,16 +87,21 @@ def stored_names(model: VideoLanguageModel, pretrained: Pretrained) -> dict[str,
     return our_names(pretrained.weight_files, model.spellings, pretrained.path)
 
 
-def our_names(stored: Iterable[str], spellings: Spellings, where: object) -> dict[str, str]:
+def our_names(
+    stored: Iterable[str], spellings: Spellings, where: object, plain: Callable[[str], str] = str
+) -> dict[str, str]:
     """Names in this project's model to the names in a file. A name that fits no spelling stays as it is.
 
-    Raises UserError if a part of the model has two spellings, because it is not known which tensors count.
+    `plain` takes from a name what another program has added to it. Raises UserError if a part of the model has two
+    spellings, because it is not known which tensors count.
     """
-    prefixes = sorted(((theirs, ours) for ours, all_ in spellings.items() for theirs in all_), key=_longest_first)
+    prefixes = sorted(
+        ((theirs, ours) for ours, all_ in spellings.items() for theirs in all_), key=lambda pair: -len(pair[0])
+    )
     names: dict[str, str] = {}
     spelled: dict[str, tuple[str, str]] = {}
     for name in stored:
-        bare = WRAPPERS.sub("", name)
+        bare = WRAPPERS.sub("", plain(name))
         own = bare
         for theirs, ours in prefixes:
             if bare.startswith(theirs or DECODER_PARTS):
@@ -112,10 +117,6 @@ def our_names(stored: Iterable[str], spellings: Spellings, where: object) -> dic
             raise UserError(f"{where}: {names[own]} and {name} are the same tensor; keep one of them")
         names[own] = name
     return names
-
-
-def _longest_first(pair: tuple[str, str]) -> int:
-    return -len(pair[0])
 
 
 def _check_names(parameters: dict[str, nn.Parameter], stored: dict[str, str], pretrained: Pretrained) -> None:

@@ -30,7 +30,7 @@ from vft.data.budget import limits_of, plan_media, shrink
 from vft.distributed.process_group import World, make_mesh
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
-from vft.models.released import build_from_config, released_config
+from vft.models.released import RELEASED, build_from_config
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import (
     GIB,
@@ -366,7 +366,7 @@ def step_of(model: VideoLanguageModel, setting: Setting, row: Batch) -> Step:
 
 def build_planned(config: Config) -> VideoLanguageModel:
     """A model on the meta device, with what is trained; from its config.json, or that of the released size."""
-    released = released_config(config.model.path)
+    released = next((known for part, known in RELEASED.items() if part in config.model.path), None)
     if Path(config.model.path).is_dir() or released is None:
         return open_for_training(config).model
     dtype = DTYPES[config.train.precision]

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from vft.adapters.targets import component_of
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.distributed.process_group import all_of, local_part, sum_over_ranks
-from vft.models.base import VideoLanguageModel
+from vft.models.base import VideoLanguageModel, component_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vft.adapters.lora import LORA_B, MAGNITUDE
-from vft.adapters.targets import component_of
 from vft.config.run import LoraConfig, TrainConfig
 from vft.distributed.process_group import full_tensor
+from vft.models.base import component_of
 
 
 def build_optimizer(

@@ -96,7 +96,7 @@ def test_dora_layer_is_pefts(dropout: float, rslora: bool, training: bool) -> No
     theirs = peft_layer(use_dora=True, use_rslora=rslora, lora_dropout=dropout, init_lora_weights=False)
     base = nn.Linear(48, 32)
     base.load_state_dict(theirs.base_layer.state_dict())
-    ours = LoRALinear(base, LoraConfig(rank=4, alpha=6, rslora=rslora, dropout=dropout, dora=True)).requires_grad_(True)
+    ours = LoRALinear(base, LoraConfig(rslora=rslora, dropout=dropout, dora=True), 4, 6).requires_grad_(True)
     change, magnitude = ours.lora_magnitude_change, theirs.lora_magnitude_vector["default"].weight
     assert change is not None
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_pissa_layer_is_pefts(dropout: float, rslora: bool) -> None:
     # Singular vectors are known up to their signs, their products aren't.
     torch.testing.assert_close(own_b @ own_a, (b @ a).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(own_a.norm(dim=1), own_b.norm(dim=0), rtol=1e-5, atol=1e-6)
-    ours = LoRALinear(plain, LoraConfig(rank=4, alpha=6, rslora=rslora, dropout=dropout, init="pissa"))
+    ours = LoRALinear(plain, LoraConfig(rslora=rslora, dropout=dropout, init="pissa"), 4, 6)
     assert ours.lora_A0 is not None and ours.lora_B0 is not None
     with torch.no_grad():
         ours.lora_A0.copy_(a)

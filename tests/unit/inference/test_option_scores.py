@@ -281,7 +281,7 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
 
     def attend_and_look(self: PrefixCache, layer: int, *args: Any) -> Tensor:
         out = attend(self, layer, *args)
-        kept.append(self.past[layer][0].shape[0])  # type: ignore[index]
+        kept.append(self.past[layer][0].shape[0])
         return out
 
     monkeypatch.setattr(PrefixCache, "attend", attend_and_look)

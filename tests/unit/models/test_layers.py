@@ -38,7 +38,7 @@ def make(kind: str) -> tuple[nn.Module, Callable[..., Tensor]]:
         return norm, plain_norm
     if kind == "mlp":
         return GatedMLP(48, 96, bias=True), plain_mlp
-    layer = LoRALinear(nn.Linear(48, 32), LoraConfig(rank=4, alpha=8, dropout=0.25))
+    layer = LoRALinear(nn.Linear(48, 32), LoraConfig(dropout=0.25), 4, 8)
     nn.init.normal_(layer.lora_B.weight)
     layer.weight.requires_grad_(False)
     return layer, plain_lora

@@ -89,8 +89,7 @@ class ToyVL(VideoLanguageModel):
 
     @property
     def vision(self):
-        weights = tuple(self.encoder.parameters()), tuple(self.projector.parameters())
-        return VisionParts((self.encoder, self.projector), (), *weights, patches_per_row=1, pair_widths={})
+        return VisionParts((self.encoder, self.projector), (), patches_per_row=1, pair_widths={})
 
     def encode_media(self, pixels_PD, layout):
         return (self.projector(nn.functional.gelu(self.encoder(pixels_PD))),)

@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlavaNextVideoConfig, Qwen2_5_VLConfig
 
 from vft import models
-from vft.adapters.targets import choose_trainable, component_of
+from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig
+from vft.models.base import component_of
 from vft.models.flops import FlopCounter
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
 

@@ -159,14 +159,11 @@ class LlavaNextVideo(VideoLanguageModel):
     def vision(self) -> VisionParts:
         """Encoder and projector."""
         encoder: Any = self.vision_tower["vision_model"]
-        projector, embedding = self.multi_modal_projector, encoder.embeddings.patch_embedding.weight
         return VisionParts(
-            modules=(encoder, projector),
+            modules=(encoder, self.multi_modal_projector),
             blocks=encoder.layers_read,
-            encoder=(embedding, *(parameter for layer in encoder.layers_read for parameter in layer.parameters())),
-            projector=tuple(projector.parameters()),
             patches_per_row=self.processor.stride**2,
-            pair_widths={"square": len(embedding) * len(encoder.layers_read)},
+            pair_widths={"square": encoder.embeddings.class_embedding.numel() * len(encoder.layers_read)},
         )
 
     def encode_media(self, pixels_PD: Tensor, layout: LlavaLayout) -> tuple[Tensor, ...]:
@@ -191,7 +188,8 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Llav
     require(config, "text_config.attention_bias", False, None)
     require(config, "text_config.mlp_bias", False, None)
     window = getattr(text, "sliding_window", None)
-    require(config, "text_config.sliding_window", None, *([window] if _covers(window, text) else []))
+    covers = window is not None and window >= text.max_position_embeddings
+    require(config, "text_config.sliding_window", None, *([window] if covers else []))
     require(config, "vision_config.model_type", "clip_vision_model")
     require(config, "vision_config.hidden_act", *ACTIVATIONS)
     require(config, "projector_hidden_act", *ACTIVATIONS)
@@ -202,7 +200,3 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Llav
     processor = LlavaProcessor.from_hf(config, preprocessor)
     decoder = DecoderConfig.read(config, rope_types=("default", "linear"))
     return LlavaNextVideo(decoder, config, processor, dtype).to(dtype)
-
-
-def _covers(window: int | None, text: Any) -> bool:
-    return window is not None and window >= text.max_position_embeddings

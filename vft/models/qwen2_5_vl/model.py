@@ -51,10 +51,10 @@ class VisionEncoder(nn.Module):
         """Normalised pixels [P, D] in media order to embeddings [M, E] in media order."""
         with graph_of((*self.patch_embed.parameters(), *self.blocks.parameters())):
             x_PE = self.patch_embed(pixels_PD[layout.order_P])
-            cos_PK, sin_PK = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
+            rotary = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
             for index, block in enumerate(self.blocks):
                 kind = "frame" if index in self.config.fullatt_block_indexes else "window"
-                x_PE = block(x_PE, cos_PK, sin_PK, layout.plans[kind])
+                x_PE = block(x_PE, rotary, layout.plans[kind])
         with graph_of(self.parameters()):
             return self.merger(x_PE)[layout.restore_M]
 
@@ -97,8 +97,6 @@ class Qwen2_5_VL(VideoLanguageModel):
         return VisionParts(
             modules=(encoder,),
             blocks=encoder.blocks,
-            encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
-            projector=tuple(encoder.merger.parameters()),
             patches_per_row=self.processor.merge**2,
             pair_widths={"frame": config.hidden_size * full, "window": config.hidden_size * (config.depth - full)},
         )

@@ -65,9 +65,9 @@ class VisionEncoder(nn.Module):
             x_PE = self.patch_embed(pixels_PD)
             learned_UE = (self.pos_embed(layout.corners_U4) * layout.shares_U4[:, :, None]).sum(1)
             x_PE = x_PE + learned_UE.to(x_PE.dtype)[layout.place_P]
-            cos_PK, sin_PK = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
+            rotary = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
             for index, block in enumerate(self.blocks):
-                x_PE = block(x_PE, cos_PK, sin_PK, layout.plans["frame"])
+                x_PE = block(x_PE, rotary, layout.plans["frame"])
                 if index in self.config.deepstack_visual_indexes:
                     features.append(x_PE)
         with graph_of(self.parameters()):
@@ -105,8 +105,6 @@ class Qwen3VL(VideoLanguageModel):
         return VisionParts(
             modules=(encoder,),
             blocks=encoder.blocks,
-            encoder=(*encoder.patch_embed.parameters(), *encoder.blocks.parameters()),
-            projector=(*encoder.merger.parameters(), *encoder.deepstack_merger_list.parameters()),
             patches_per_row=self.processor.merge**2,
             pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
         )
