@@ -20,9 +20,7 @@ from transformers import (
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
@@ -120,49 +118,57 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_qwen2_5_vl(
-    folder: Path, tied: bool = True, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", seed: int = 0
+DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+}
+ENCODER = {"hidden_size": 32, "intermediate_size": 48}
+
+
+def save_qwen(
+    model_class: Any,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    template: str,
+    folder: Path,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    seed: int = 0,
 ) -> Path:
-    """A random Qwen2.5-VL with its tokenizer in `folder`, made and written by transformers."""
+    """A random Qwen with its tokenizer in `folder`, made and written by transformers. `text` and `vision` are what its
+    decoder and its encoder have of their own."""
     tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = template
     ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + 5,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 4096,
-            "bos_token_id": ids["endoftext"],
-            "eos_token_id": ids["im_end"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
+    ends = {"bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"]}
+    sizes = {"vocab_size": len(tokenizer) + 5, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+    config = model_class.config_class(
+        text_config={**DECODER, **sizes, **ends, **text},
+        vision_config={**ENCODER, "num_heads": 2, "out_hidden_size": 64, **vision},
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"],
-        bos_token_id=ids["endoftext"],
-        eos_token_id=ids["im_end"],
         tie_word_embeddings=tied,
+        **ends,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = model_class(config)
     randomise(model, [ids["image_pad"], ids["video_pad"]], seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_qwen2_5_vl(folder: Path, **options: Any) -> Path:
+    """A random Qwen2.5-VL."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]}
+    vision = {"depth": 3, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    text = {"rope_parameters": rope}
+    return save_qwen(Qwen2_5_VLForConditionalGeneration, text, vision, CHAT_TEMPLATE, folder, **options)
 
 
 def qwen_inputs(batch: Batch, processor: Any) -> dict[str, Tensor]:
@@ -197,54 +203,13 @@ QWEN3_TEMPLATE = CHAT_TEMPLATE.replace(
 assert len(QWEN3_TEMPLATE) < len(CHAT_TEMPLATE)
 
 
-def save_qwen3_vl(
-    folder: Path, tied: bool = True, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", seed: int = 0
-) -> Path:
-    """A random Qwen3-VL with its tokenizer in `folder`, made and written by transformers."""
-    tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = QWEN3_TEMPLATE
-    ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + 5,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 4096,
-            "bos_token_id": ids["endoftext"],
-            "eos_token_id": ids["im_end"],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 2],
-        },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        bos_token_id=ids["endoftext"],
-        eos_token_id=ids["im_end"],
-        tie_word_embeddings=tied,
-    )
-    model = Qwen3VLForConditionalGeneration(config)
-    randomise(model, [ids["image_pad"], ids["video_pad"]], seed + 1)  # 1 would say the same token for ever
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+def save_qwen3_vl(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A random Qwen3-VL."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = {"head_dim": 16, "rope_parameters": rope}
+    vision = {"depth": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+    options["seed"] = seed + 1  # 1 would say the same token for ever
+    save_qwen(Qwen3VLForConditionalGeneration, text, vision, QWEN3_TEMPLATE, folder, **options)
     preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
@@ -333,23 +298,18 @@ def save_llava_next_video(
     image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
     config = LlavaNextVideoConfig(
         text_config={
+            **DECODER,
             "model_type": "llama",
             "vocab_size": len(tokenizer) + 5,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "tie_word_embeddings": tied,
             **(text or {}),
         },
         vision_config={
+            **ENCODER,
             "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
             "num_hidden_layers": 3,
             "num_attention_heads": 2,
             "image_size": SIDE,

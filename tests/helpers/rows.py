@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tests.helpers.tiny import Media, Tiny, batch_of, medium, talk
 from vft.common.types import Batch, Conversation
 from vft.data.packing import collate
@@ -49,3 +52,14 @@ def prompt(tiny: Tiny, name: str) -> Batch:
     made = Media.make(tiny.encoder.processor, media)
     document = tiny.encoder.document([asked], made.plans, answer_next=True)
     return collate([(document, made.patches)], tiny.encoder.processor)
+
+
+def kinds_of(batch: Batch) -> Tensor:
+    """transformers' kinds of tokens: 0 text, 1 picture, 2 video."""
+    numbers = {"image": 1, "video": 2}
+    kinds = torch.zeros_like(batch.input_ids_T)
+    media = batch.documents[0].media
+    parts = [torch.full((plan.num_tokens,), numbers[plan.ref.kind]) for plan in media]
+    if parts:
+        kinds[batch.media_index_M] = torch.cat(parts)
+    return kinds[None]

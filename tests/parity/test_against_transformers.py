@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tests.helpers.families import QWEN2_5_VL, QWEN3_VL
-from tests.helpers.rows import ROWS, prompt, row
+from tests.helpers.rows import ROWS, kinds_of, prompt, row
 from tests.helpers.tiny import (
     CPU,
     Media,
@@ -32,24 +32,6 @@ from vft.common.types import IGNORE_INDEX, Batch, Conversation, MediaRef, Role
 from vft.data.packing import collate
 from vft.inference.generate import Sampling, generate
 from vft.inference.option_scores import prefix_of, score_options
-
-
-@pytest.fixture(scope="module")
-def tiny(each_tiny: Tiny) -> Tiny:
-    """Of each family."""
-    return each_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny_untied(each_untied: Tiny) -> Tiny:
-    """Of each family, with a head of its own."""
-    return each_untied
-
-
-@pytest.fixture(scope="module")
-def tiny_bf16(each_bf16: Tiny) -> Tiny:
-    """Of each family, in bfloat16."""
-    return each_bf16
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -81,11 +63,11 @@ def test_gradients(checkpoint: Tiny, name: str) -> None:
     wanted_loss.backward()
     wanted = {}
     model = checkpoint.ours()
-    prefixes, read = model.peft_prefixes, {name for name, p in model.named_parameters() if p.requires_grad}
+    ours = {model.peft_name(name): name for name, _ in model.named_parameters()}
+    read = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in theirs.named_parameters():
-        ours = next(own + name.removeprefix(prefix) for own, prefix in prefixes.items() if name.startswith(prefix))
         # transformers leaves the encoder of a text without gradients; here they are there, and zero.
-        wanted[ours] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        wanted[ours[name]] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
     assert all(not wanted[name].any() for name in wanted.keys() - read)  # what nothing reads has none there either
     wanted = {name: gradient for name, gradient in wanted.items() if name in read}
     loss, found = loss_and_gradients(model, batch)
@@ -93,23 +75,23 @@ def test_gradients(checkpoint: Tiny, name: str) -> None:
     assert_same_gradients(found, wanted, tolerance=1e-4)
 
 
-def test_weights_in_bfloat16_load_as_they_are(tiny_bf16: Tiny) -> None:
+def test_weights_in_bfloat16_load_as_they_are(each_bf16: Tiny) -> None:
     """bf16 files in a float32 model give the float32 logits of the rounded weights."""
-    batch = row(tiny_bf16, "mixed")
+    batch = row(each_bf16, "mixed")
     with torch.no_grad():
-        wanted = tiny_bf16.theirs(**tiny_bf16.inputs(batch)).logits[0]
-        found = every_logit(tiny_bf16.ours(), batch)
+        wanted = each_bf16.theirs(**each_bf16.inputs(batch)).logits[0]
+        found = every_logit(each_bf16.ours(), batch)
     assert float((found - wanted).abs().max()) <= 1e-4
 
 
-def test_computing_in_bfloat16(tiny_bf16: Tiny) -> None:
+def test_computing_in_bfloat16(each_bf16: Tiny) -> None:
     """bf16 compute is as far from float32 as transformers' own, not further."""
-    batch = row(tiny_bf16, "mixed")
-    inputs = tiny_bf16.inputs(batch)
-    ours = load_model(str(tiny_bf16.path), None, torch.bfloat16, CPU).model
-    theirs = type(tiny_bf16.theirs).from_pretrained(tiny_bf16.path, dtype=torch.bfloat16).eval()
+    batch = row(each_bf16, "mixed")
+    inputs = each_bf16.inputs(batch)
+    ours = load_model(str(each_bf16.path), None, torch.bfloat16, CPU).model
+    theirs = type(each_bf16.theirs).from_pretrained(each_bf16.path, dtype=torch.bfloat16).eval()
     with torch.no_grad():
-        exact = tiny_bf16.theirs(**inputs).logits[0]
+        exact = each_bf16.theirs(**inputs).logits[0]
         found, wanted = every_logit(ours, batch), theirs(**inputs).logits[0].float()
     assert float((found - exact).square().mean().sqrt()) <= 1.5 * float((wanted - exact).square().mean().sqrt())
 
@@ -117,9 +99,9 @@ def test_computing_in_bfloat16(tiny_bf16: Tiny) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def edited(tiny: Tiny, folder: Path, change: Any) -> str:
+def edited(tiny: Tiny, folder: Path, change: Any, **options: Any) -> str:
     """A copy of a checkpoint with `change` applied to the tensors of its only file."""
-    tiny.family.save(folder)
+    tiny.family.save(folder, **options)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -134,8 +116,8 @@ def edited(tiny: Tiny, folder: Path, change: Any) -> str:
         ("shape", "layers.0.mlp.down_proj.weight"),
     ],
 )
-def test_checkpoint_that_does_not_fit(tiny: Tiny, tmp_path: Path, fault: str, expected: str) -> None:
-    embedding = next(name for name, _ in tiny.ours().named_parameters() if name.endswith("embed_tokens.weight"))
+def test_checkpoint_that_does_not_fit(each_tiny: Tiny, tmp_path: Path, fault: str, expected: str) -> None:
+    embedding = next(name for name, _ in each_tiny.ours().named_parameters() if name.endswith("embed_tokens.weight"))
     expected = embedding.removesuffix("embed_tokens.weight") + expected
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -146,7 +128,7 @@ def test_checkpoint_that_does_not_fit(tiny: Tiny, tmp_path: Path, fault: str, ex
         else:
             tensors[expected] = torch.zeros(64, 97)
 
-    path = edited(tiny, tmp_path / "base", change)
+    path = edited(each_tiny, tmp_path / "base", change)
     with pytest.raises(UserError, match=expected.replace(".", r"\.")) as caught:
         load_model(path, None, torch.float32, CPU)
     assert "\n" not in str(caught.value)
@@ -154,18 +136,19 @@ def test_checkpoint_that_does_not_fit(tiny: Tiny, tmp_path: Path, fault: str, ex
         assert "97" in str(caught.value) and "96" in str(caught.value)
 
 
-def test_untied_head_is_required(tiny_untied: Tiny, tmp_path: Path) -> None:
+def test_untied_head_is_required(each_untied: Tiny, tmp_path: Path) -> None:
     """A head that is missing is never replaced by the embedding or by noise."""
-    folder = tiny_untied.family.save(tmp_path / "base", tied=False)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
+
+    path = edited(each_untied, tmp_path / "base", change, tied=False)
     with pytest.raises(UserError, match=r"lm_head\.weight"):
-        load_model(str(folder), None, torch.float32, CPU)
+        load_model(path, None, torch.float32, CPU)
 
 
-def test_missing_weight_file(tiny: Tiny, tmp_path: Path) -> None:
-    folder = tiny.family.save(tmp_path / "base", max_shard_size="100KB")
+def test_missing_weight_file(each_tiny: Tiny, tmp_path: Path) -> None:
+    folder = each_tiny.family.save(tmp_path / "base", max_shard_size="100KB")
     next(folder.glob("model-00002-of-*.safetensors")).unlink()
     with pytest.raises(UserError, match="model-00002-of"):
         load_model(str(folder), None, torch.float32, CPU)
@@ -197,8 +180,8 @@ def greedy_by_recomputing(tiny: Tiny, batch: Batch) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def answers(tiny_untied: Tiny) -> dict[str, list[int]]:
-    found = {name: greedy_by_recomputing(tiny_untied, prompt(tiny_untied, name)) for name in ROWS}
+def answers(each_untied: Tiny) -> dict[str, list[int]]:
+    found = {name: greedy_by_recomputing(each_untied, prompt(each_untied, name)) for name in ROWS}
     assert all(len(set(tokens)) > 4 for tokens in found.values()), "answers that repeat one token prove little"
     assert len({tuple(tokens) for tokens in found.values()}) == len(found)
     return found
@@ -210,8 +193,8 @@ def said(*asked: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_generation_alone(tiny_untied: Tiny, answers: dict[str, list[int]], name: str) -> None:
-    assert said(tiny_untied.ours(), prompt(tiny_untied, name), (), Sampling(STEPS)) == [answers[name]]
+def test_generation_alone(each_untied: Tiny, answers: dict[str, list[int]], name: str) -> None:
+    assert said(each_untied.ours(), prompt(each_untied, name), (), Sampling(STEPS)) == [answers[name]]
 
 
 class Recorder:
@@ -227,75 +210,76 @@ class Recorder:
         return self.recorded[-1]
 
 
-def test_logits_with_a_cache(tiny_untied: Tiny) -> None:
+def test_logits_with_a_cache(each_untied: Tiny) -> None:
     """Each pass over the newest token of a short and a long prompt: the logits of transformers over the whole row."""
-    batches = [prompt(tiny_untied, name) for name in ("text", "video")]
-    patches = [Media.make(tiny_untied.encoder.processor, ROWS[name][1]).patches for name in ("text", "video")]
+    batches = [prompt(each_untied, name) for name in ("text", "video")]
+    patches = [Media.make(each_untied.encoder.processor, ROWS[name][1]).patches for name in ("text", "video")]
     documents = [batch.documents[0] for batch in batches]
-    model = Recorder(tiny_untied.ours())
-    packed = collate(list(zip(documents, patches, strict=True)), tiny_untied.encoder.processor)
+    model = Recorder(each_untied.ours())
+    packed = collate(list(zip(documents, patches, strict=True)), each_untied.encoder.processor)
     answers = said(model, packed, (), Sampling(STEPS))
     for number, (batch, answer) in enumerate(zip(batches, answers, strict=True)):
-        inputs = tiny_untied.inputs(batch)
+        inputs = each_untied.inputs(batch)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer[:-1]])], dim=1)
         inputs["position_ids"] = counted_on(inputs["position_ids"], STEPS - 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
-            wanted = tiny_untied.theirs(**inputs).logits[0, -STEPS:]
+            wanted = each_untied.theirs(**inputs).logits[0, -STEPS:]
         assert float((torch.stack([step[number] for step in model.recorded]) - wanted).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["text", "picture"])
-def test_generation_is_that_of_transformers(tiny_untied: Tiny, name: str) -> None:
-    """Its `generate` numbers text after long videos otherwise; where no video is, both rules agree."""
-    batch = prompt(tiny_untied, name)
-    inputs = tiny_untied.inputs(batch)
-    del inputs["position_ids"]
-    if tiny_untied.family in (QWEN2_5_VL, QWEN3_VL):
-        inputs["mm_token_type_ids"] = batch.documents[0].media_mask_T.long()[None]
-    options = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": 0}
-    with torch.no_grad():
-        whole = tiny_untied.theirs.generate(**inputs, **options)
-    wanted = whole[0, batch.num_tokens :].tolist()
-    assert said(tiny_untied.ours(), batch, (), Sampling(STEPS)) == [wanted]
+def test_generation_is_that_of_transformers(each_untied: Tiny) -> None:
+    """Greedy, each with its own keys and values kept. Its `generate` counts positions itself, and but for Qwen3-VL it
+    numbers text after long videos otherwise; where no video is, both rules agree."""
+    for name in ROWS if each_untied.family is QWEN3_VL else ("text", "picture"):
+        batch = prompt(each_untied, name)
+        inputs = each_untied.inputs(batch)
+        del inputs["position_ids"]
+        if each_untied.family in (QWEN2_5_VL, QWEN3_VL):
+            inputs["mm_token_type_ids"] = kinds_of(batch)
+        options = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": 0}
+        with torch.no_grad():
+            whole = each_untied.theirs.generate(**inputs, **options)
+        wanted = whole[0, batch.num_tokens :].tolist()
+        assert said(each_untied.ours(), batch, (), Sampling(STEPS)) == [wanted], name
 
 
-def test_generation_of_several_prompts(tiny_untied: Tiny, answers: dict[str, list[int]]) -> None:
+def test_generation_of_several_prompts(each_untied: Tiny, answers: dict[str, list[int]]) -> None:
     """Prompts of different length and media in one row: each as alone, one of them ended early by a stop token."""
-    batches = [prompt(tiny_untied, name) for name in ROWS]
+    batches = [prompt(each_untied, name) for name in ROWS]
     members = []
     for name, batch in zip(ROWS, batches, strict=True):
-        members.append((batch.documents[0], Media.make(tiny_untied.encoder.processor, ROWS[name][1]).patches))
+        members.append((batch.documents[0], Media.make(each_untied.encoder.processor, ROWS[name][1]).patches))
     longest = [token for token in answers["video"] if any(token not in tokens for tokens in answers.values())]
     stop = longest[-1]  # not one that ends all of them
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in answers.values()]
     assert min(map(len, expected)) < STEPS == max(map(len, expected))
-    found = said(tiny_untied.ours(), collate(members, tiny_untied.encoder.processor), (stop,), Sampling(STEPS))
+    found = said(each_untied.ours(), collate(members, each_untied.encoder.processor), (stop,), Sampling(STEPS))
     assert found == expected
 
 
-def test_generation_of_nothing(tiny_untied: Tiny) -> None:
+def test_generation_of_nothing(each_untied: Tiny) -> None:
     """A process without a prompt takes part, and has no answers."""
-    assert said(tiny_untied.ours(), collate([], tiny_untied.encoder.processor), (), Sampling(2)) == []
+    assert said(each_untied.ours(), collate([], each_untied.encoder.processor), (), Sampling(2)) == []
 
 
 @torch.no_grad()
-def test_options_are_scored_as_each_in_a_pass_of_its_own(tiny: Tiny) -> None:
+def test_options_are_scored_as_each_in_a_pass_of_its_own(each_tiny: Tiny) -> None:
     """On the shared prefix: the sum over the tokens that training supervises of that answer, the closing one included,
     and the sum without it."""
-    processor = tiny.encoder.processor
+    processor = each_tiny.encoder.processor
     media = Media.make(processor, [medium("image", 1, 90, 130, name="picture")], seed=3)
     asked = talk(("user", [media.plans[0].ref, "Which?"]))
     options = ("1", "10", "No", "No, it does not", "basketball", "basketball dunk")
-    made = tiny.encoder.options(asked, options, media.plans)
+    made = each_tiny.encoder.options(asked, options, media.plans)
     trunk = collate([(prefix_of(made), media.patches)], processor)
-    (found,) = score_options(tiny.ours(), trunk, [made], tiny.encoder.around_answer)
+    (found,) = score_options(each_tiny.ours(), trunk, [made], each_tiny.encoder.around_answer)
     for option, score in zip(options, found, strict=True):
-        batch = batch_of(tiny.encoder, ([talk(*turns_of(asked), ("assistant", option))], media))
-        likelihoods_TV = tiny.theirs(**tiny.inputs(batch)).logits[0].double().log_softmax(-1)
+        batch = batch_of(each_tiny.encoder, ([talk(*turns_of(asked), ("assistant", option))], media))
+        likelihoods_TV = each_tiny.theirs(**each_tiny.inputs(batch)).logits[0].double().log_softmax(-1)
         rows = (batch.labels_T != IGNORE_INDEX).nonzero().flatten()
         likelihoods_N = likelihoods_TV[rows - 1, batch.input_ids_T[rows]]
-        assert tiny.encoder.tokenizer.decode(batch.input_ids_T[rows[-1:]]) == tiny.encoder.turn_end
+        assert each_tiny.encoder.tokenizer.decode(batch.input_ids_T[rows[-1:]]) == each_tiny.encoder.turn_end
         assert score.whole == pytest.approx(float(likelihoods_N.sum()), rel=1e-5)
         assert score.text == pytest.approx(float(likelihoods_N[:-1].sum()), rel=1e-5)
 
@@ -311,10 +295,10 @@ def turns_of(conversation: Conversation) -> list[tuple[Role, Sequence[str | Medi
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_tokens_are_those_of_the_chat_template(tiny: Tiny, name: str) -> None:
+def test_tokens_are_those_of_the_chat_template(each_tiny: Tiny, name: str) -> None:
     """And of the tokenizer, with what it puts before a text; where the template leaves it out, an answer's end."""
     conversation = ROWS[name][0]
-    tokenizer = AutoTokenizer.from_pretrained(tiny.path)
+    tokenizer = AutoTokenizer.from_pretrained(each_tiny.path)
     messages: list[dict[str, Any]] = []
     for turn in conversation.turns:
         parts: Sequence[Any] = turn.parts
@@ -322,10 +306,10 @@ def test_tokens_are_those_of_the_chat_template(tiny: Tiny, name: str) -> None:
         messages.append({"role": turn.role, "content": content})
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     for turn in conversation.turns:
-        if turn.role == "assistant" and not tiny.family.closes_answers:
+        if turn.role == "assistant" and not each_tiny.family.closes_answers:
             assert f"{turn.text} " in text
             text = text.replace(f"{turn.text} ", f"{turn.text}{tokenizer.eos_token}")
-    assert list(tiny.encoder.encode(conversation).ids) == tokenizer(text)["input_ids"]
+    assert list(each_tiny.encoder.encode(conversation).ids) == tokenizer(text)["input_ids"]
     asked = Conversation("x", conversation.turns[:1], "x")
     text = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert list(tiny.encoder.encode(asked, answer_next=True).ids) == tokenizer(text)["input_ids"]
+    assert list(each_tiny.encoder.encode(asked, answer_next=True).ids) == tokenizer(text)["input_ids"]

@@ -254,8 +254,8 @@ def test_gradients_of_adapter(adapted: Any, load_case: Callable[[str], Case]) ->
         parameter.requires_grad_(is_adapter(name))
 
     def peft_name(name: str) -> str:
-        prefix = next(prefix for prefix in Qwen2_5_VL.peft_prefixes if name.startswith(prefix))
-        return f"base_model.model.{Qwen2_5_VL.peft_prefixes[prefix]}{name.removeprefix(prefix)}"
+        prefix = next(prefix for prefix in Qwen2_5_VL.spellings if name.startswith(prefix))
+        return f"base_model.model.{Qwen2_5_VL.spellings[prefix][0]}{name.removeprefix(prefix)}"
 
     case = load_case("lora_video")
     assert_loss_and_gradients(adapted, case, peft_name)

@@ -262,11 +262,6 @@ def export_adapter(
 
     Every process must call it, since it gathers tensors. The process with `write` writes the files.
     """
-
-    def peft_name(name: str) -> str:
-        ours, theirs = next(pair for pair in model.peft_prefixes.items() if f"{name}.".startswith(pair[0]))
-        return (theirs + f"{name}.".removeprefix(ours)).removesuffix(".")
-
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
@@ -275,13 +270,13 @@ def export_adapter(
     for name, layer in adapted_layers(model):
         gathered = _peft_tensors(layer)  # all processes gather them, one keeps them
         if write:
-            module = peft_name(name)
+            module = model.peft_name(name)
             tensors |= {f"{PEFT_ROOT}{module}.{leaf}": t.cpu().contiguous() for leaf, t in gathered.items()}
             ranks[module], alphas[module] = layer.rank * rank_factor, _number(layer.alpha * alpha_factor)
     if not write:
         return
     rank, alpha = lora.rank * rank_factor, _number(lora.alpha * alpha_factor)
-    linears = [peft_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [model.peft_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

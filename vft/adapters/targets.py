@@ -46,7 +46,8 @@ def choose_trainable(model: VideoLanguageModel, lora: LoraConfig | None, train: 
             for component in train
         }
     else:
-        names_of = {f"{adapter_kind(lora)} {pattern}": names for pattern, names in adapted.items()}
+        kind = "DoRA" if lora.dora else "LoRA" if lora.init == "kaiming" else "PiSSA"
+        names_of = {f"{kind} {pattern}": names for pattern, names in adapted.items()}
     rows = []
     for what, names in names_of.items():
         prefixes = tuple(f"{name}." for name in names)
@@ -133,8 +134,3 @@ def _values_by_pattern(
             raise UserError(f"{setting} = {pattern!r}: {reason}")
         chosen |= dict.fromkeys(new, values[pattern])
     return chosen
-
-
-def adapter_kind(lora: LoraConfig) -> str:
-    """Name of the method: LoRA, DoRA or PiSSA."""
-    return "DoRA" if lora.dora else "LoRA" if lora.init == "kaiming" else "PiSSA"

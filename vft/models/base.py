@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vft.common.types import Batch, MediaInfo, MediaRef, VisionLayout, VisionLimits, move
-from vft.models.decoder import Decoder, DecoderConfig
+from vft.models.decoder import Decoder
 from vft.models.kv_cache import Cache
 from vft.models.processor import VisionProcessor
 
@@ -36,8 +36,9 @@ class VisionParts:
 
 
 Spellings = Mapping[str, tuple[str, ...]]
-"""Prefix of a part's parameter names in this project's model to all its prefixes in files, including its own. An empty
-prefix stands for names that begin with the decoder's own parts."""
+"""Prefix of a part's parameter names in this project's model to all its prefixes in files, including its own: first
+that of transformers' model in memory (4.52 and later). An empty one stands for names that begin with the decoder's own
+parts."""
 MAX_LOGITS = 1 << 27
 """Logits held at once (512 MiB in float32); more supervised tokens than fit are taken in chunks."""
 Head = Callable[[Tensor], Tensor]
@@ -54,13 +55,12 @@ class VideoLanguageModel(nn.Module):
     than `language_model`, `projector` and `vision_encoder` are never trained."""
     spellings: Spellings
     """Prefixes of the parts' names in files."""
-    peft_prefixes: Mapping[str, str]
-    """Prefixes of parameter names to those in transformers, which adapter files use; the first that fits counts."""
     decoder_path: str
     """Names of the decoder and the output head among the modules."""
     head_path: str
 
-    def __init__(self, config: DecoderConfig, processor: VisionProcessor, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, processor: VisionProcessor, compute_dtype: torch.dtype) -> None:
+        """`config` is transformers' `text_config`."""
         super().__init__()
         self.config, self.processor, self.compute_dtype = config, processor, compute_dtype
 
@@ -86,6 +86,11 @@ class VideoLanguageModel(nn.Module):
         Frozen parts build no graph. Trained parts are in the graph whatever media there are.
         """
         raise NotImplementedError
+
+    def peft_name(self, name: str) -> str:
+        """The name of a parameter or module in transformers' model in memory, which adapter files use."""
+        ours, theirs = next(pair for pair in self.spellings.items() if f"{name}.".startswith(pair[0]))
+        return (theirs[0] + f"{name}.".removeprefix(ours)).removesuffix(".")
 
     def smallest_medium(self) -> tuple[int, VisionLayout]:
         """Number of patches and layout of the smallest possible video."""
@@ -121,7 +126,7 @@ class VideoLanguageModel(nn.Module):
 
     def chunks(self, hidden_NE: Tensor, targets_N: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Hidden states and targets in chunks of which no more than `MAX_LOGITS` logits are made."""
-        rows = max(1, MAX_LOGITS // self.config.vocabulary)
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
         return list(zip(hidden_NE.split(rows), targets_N.split(rows), strict=True))
 
     def embed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:

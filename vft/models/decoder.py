@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -15,72 +14,10 @@ from vft.common.types import AttentionPlan, Batch
 from vft.models.attention import attend, prepare
 from vft.models.kv_cache import Cache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, inverse_frequencies, rotate
+from vft.models.processor import linear_factor
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 """Queries, keys and values [T, H, K] of a row, and its plan, to [T, H, K]."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """Shape of a decoder."""
-
-    vocabulary: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    key_heads: int
-    head_width: int
-    norm_eps: float
-    rope_theta: float
-    rope_axes: tuple[int, ...]
-    """Row of positions_3T for each of the head_width / 2 rotary frequencies. Empty: row 0 for all."""
-    rope_factor: float
-    """Positions are divided by it (linear scaling)."""
-    tied_head: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    """Queries and keys of each head are normalised before rotation."""
-
-    @staticmethod
-    def read(
-        config: Any, rope_axes: Iterable[int] = (), rope_types: Sequence[str] = ("default",), **own: bool
-    ) -> DecoderConfig:
-        """From transformers' configuration object of a complete model. Flat and nested files both arrive nested.
-
-        Raises UserError if positions are scaled in another way than `rope_types`.
-        """
-        text, rope = config.text_config, config.text_config.rope_parameters
-        if rope["rope_type"] not in rope_types:
-            raise UserError(
-                f"rope_type = {rope['rope_type']!r}, factor {rope.get('factor')} (of config.json, or by "
-                f"model.rope_factor): {config.model_type} has {' and '.join(rope_types)} alone; take the scaling out"
-            )
-        return DecoderConfig(
-            vocabulary=text.vocab_size,
-            width=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            key_heads=text.num_key_value_heads,
-            head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            norm_eps=text.rms_norm_eps,
-            rope_theta=rope["rope_theta"],
-            rope_axes=tuple(rope_axes),
-            rope_factor=linear_factor(rope),
-            tied_head=config.tie_word_embeddings,
-            **own,
-        )
-
-
-def linear_factor(rope: Mapping[str, Any]) -> float:
-    """Factor of linear scaling by which `rope_parameters` extend the positions that a model was trained for, else 1."""
-    return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
-
-
-def context_of(text: Any) -> int:
-    """Positions that a model supports: those of its language model's configuration times the linear scaling."""
-    return int(text.max_position_embeddings * linear_factor(text.rope_parameters))
 
 
 def require(config: Any, name: str, *allowed: Any) -> None:
@@ -91,18 +28,34 @@ def require(config: Any, name: str, *allowed: Any) -> None:
         raise UserError(f"config.json: {name} = {value!r}: {known} for a {config.model_type} checkpoint")
 
 
+def require_rope(config: Any, *types: str) -> None:
+    """Raises UserError if positions are scaled in another way than these `rope_type`s."""
+    rope = config.text_config.rope_parameters
+    if rope["rope_type"] not in types:
+        raise UserError(
+            f"rope_type = {rope['rope_type']!r}, factor {rope.get('factor')} (of config.json, or by "
+            f"model.rope_factor): {config.model_type} has {' and '.join(types)} alone; take the scaling out"
+        )
+
+
+def head_width(config: Any) -> int:
+    """Width of an attention head, by transformers' `text_config`."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class Attention(nn.Module):
     """Grouped-query attention."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: Any, bias: bool, normalise: bool) -> None:
         super().__init__()
-        self.head_width = config.head_width
-        self.q_proj = Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
-        self.k_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
-        self.v_proj = Linear(config.width, config.key_heads * config.head_width, bias=config.qkv_bias)
-        self.o_proj = Linear(config.heads * config.head_width, config.width, bias=False)
-        self.q_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else None
+        width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_width = head = head_width(config)
+        self.q_proj = Linear(width, heads * head, bias=bias)
+        self.k_proj = Linear(width, key_heads * head, bias=bias)
+        self.v_proj = Linear(width, key_heads * head, bias=bias)
+        self.o_proj = Linear(heads * head, width, bias=False)
+        self.q_norm = RMSNorm(head, config.rms_norm_eps) if normalise else None
+        self.k_norm = RMSNorm(head, config.rms_norm_eps) if normalise else None
 
     def forward(
         self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, attend_cached: Attend | None, rows_N: Tensor | None
@@ -120,12 +73,12 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer of the decoder."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: Any, qkv_bias: bool, qk_norm: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = GatedMLP(config.width, config.mlp_width, bias=False)
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config, qkv_bias, qk_norm)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, attend_cached: Attend | None, rows_N: Tensor | None
@@ -137,14 +90,20 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm, by transformers' `text_config` and what that does not say.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    `rope_axes` has the row of positions_3T for each of the rotary frequencies; without it, row 0 is for all. With
+    `qk_norm` queries and keys of each head are normalised before rotation.
+    """
+
+    def __init__(
+        self, config: Any, rope_axes: Sequence[int] = (), qkv_bias: bool = False, qk_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.config, self.rope_axes = config, rope_axes
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, qkv_bias, qk_norm) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x_TE: Tensor, batch: Batch, cache: Cache | None = None, deepstack: Sequence[Tensor] = ()
@@ -166,8 +125,8 @@ class Decoder(nn.Module):
         return x_TE
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> Rotary:
-        config = self.config
-        frequencies = inverse_frequencies(config.head_width, config.rope_theta, positions_3T.device)
-        axis_of = torch.tensor(config.rope_axes or (0,) * (config.head_width // 2)).to(positions_3T.device)
-        angles_TK = (positions_3T.float()[axis_of].T * (frequencies / config.rope_factor)).repeat(1, 2)
+        rope, width = self.config.rope_parameters, head_width(self.config)
+        frequencies = inverse_frequencies(width, rope["rope_theta"], positions_3T.device)
+        axis_of = torch.tensor(self.rope_axes or (0,) * (width // 2)).to(positions_3T.device)
+        angles_TK = (positions_3T.float()[axis_of].T * (frequencies / linear_factor(rope))).repeat(1, 2)
         return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)

@@ -11,6 +11,7 @@ from torch import nn
 from vft.common.types import Batch
 from vft.models.attention import attended_pairs
 from vft.models.base import VideoLanguageModel, component_of
+from vft.models.decoder import head_width
 from vft.models.quantization import true_shapes
 
 RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
@@ -40,16 +41,17 @@ class FlopCounter:
         size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
         cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
         self.token = sum(cost.values())
-        self.pair = 12 * config.heads * config.head_width * config.layers
+        layers = config.num_hidden_layers
+        self.pair = 12 * config.num_attention_heads * head_width(config) * layers
         share = RECOMPUTED[checkpointing]
         again = {n: 2 * (float(".mlp." in n) if checkpointing == "mlp" else share) * size[n] for n in products}
         self.token_again = sum(again.values())
         # What follows the last layer's attention is computed for supervised tokens only.
-        last = [n for n in products if n.startswith(f"{config.layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
+        last = [n for n in products if n.startswith(f"{layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
         self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight
-        self.target = (6 if head.requires_grad else 4) * config.vocabulary * config.width
+        self.target = (6 if head.requires_grad else 4) * config.vocab_size * config.hidden_size
         vision, tables = model.vision, {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         parts: dict[str, list[nn.Parameter]] = {"vision_encoder": [], "projector": []}
         for name, p in model.named_parameters():

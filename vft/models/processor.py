@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -56,6 +56,7 @@ class VisionProcessor:
             patch=config.vision_config.patch_size,
             mean=tuple(preprocessor.get("image_mean", cls.mean)),
             std=tuple(preprocessor.get("image_std", cls.std)),
+            context_tokens=context_of(config.text_config),
             **own,
         )
 
@@ -104,6 +105,16 @@ class VisionProcessor:
     def layout(self, media: Sequence[MediaPlan]) -> VisionLayout:
         """Layout of the patches of consecutive media in the encoder."""
         raise NotImplementedError
+
+
+def linear_factor(rope: Mapping[str, Any]) -> float:
+    """Factor of linear scaling by which `rope_parameters` extend the positions that a model was trained for, else 1."""
+    return float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
+
+
+def context_of(text: Any) -> int:
+    """Positions that a model supports: those of its language model's configuration times the linear scaling."""
+    return int(text.max_position_embeddings * linear_factor(text.rope_parameters))
 
 
 def frame_range(info: MediaInfo, limits: VisionLimits) -> tuple[int, int]:

@@ -174,7 +174,7 @@ def check_first_step(model: VideoLanguageModel, loss: float, had_media: bool) ->
     Every process calls it, between the first backward pass and the first update. Raises UserError for a sure sign, and
     warns of a doubtful one.
     """
-    guessing = math.log(model.config.vocabulary)
+    guessing = math.log(model.config.vocab_size)
     if loss > 1.05 * guessing:  # the loss of random weights is a little above it, too
         logger.warning(
             "the first loss, %.2f, is above that of guessing, ln(vocabulary) = %.2f: check that model.path is the "

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
+from tests.helpers.adapters import adapted, difference, disturb, exported, logits_of, video_batch
 from tests.helpers.allocations import allocated_peak
-from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
-from vft.adapters.lora import LoRALinear, fill, is_adapter, is_start, lora_scale, principal_part
-from vft.adapters.peft_format import Adapter, attach, check_adapter, export_adapter
+from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_prepared, loss_and_gradients
+from tests.unit.adapters.test_lora import VARIANTS
+from vft.adapters.lora import LoRALinear, initialise, lora_scale, principal_part
+from vft.adapters.peft_format import Adapter, attach, check_adapter
 from vft.adapters.targets import choose_trainable
-from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, TrainConfig
 from vft.models import build
-from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import MODES, resident_bytes, run_step
@@ -37,24 +37,6 @@ from vft.training.optimizer import build_optimizer, set_learning_rate
 @pytest.fixture(scope="module")
 def batch(tiny: Tiny) -> Batch:
     return video_batch(tiny)
-
-
-def disturb(model: nn.Module, seed: int = 0) -> None:
-    """Random steps of what is trained in place of training."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if is_adapter(name) and not is_start(name):
-            fill(parameter, parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def exported(tiny: Tiny, folder: Path, lora: LoraConfig) -> VideoLanguageModel:
-    """An adapter that was trained somewhat, in `folder`, and the model that it came from."""
-    model, checkpoint = adapted(tiny, lora)
-    disturb(model)
-    about = {"base_fingerprint": checkpoint.fingerprint}
-    export_adapter(model, folder, lora, str(tiny.path), about, write=True)
-    model.eval()
-    return model
 
 
 # ------------------------------------------------------------------------------------------------ layers beside PEFT
@@ -89,6 +71,13 @@ def outcome(layer: nn.Module, dropout_seed: int = 7) -> tuple[Tensor, Tensor]:
     return out.detach(), x.grad
 
 
+def assert_close_to_all(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Each tensor within rounding of the other, relative to its largest value."""
+    for one, other in pairs:
+        assert one is not None and other is not None
+        assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("training", [True, False])
@@ -114,9 +103,7 @@ def test_dora_layer_is_pefts(dropout: float, rslora: bool, training: bool) -> No
         (ours.lora_B.weight.grad, theirs.lora_B["default"].weight.grad),
         (change.grad, magnitude.grad),
     ]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+    assert_close_to_all(pairs)
     assert difference(wanted, base(torch.zeros(48))) > 0.1
 
 
@@ -149,9 +136,7 @@ def test_pissa_layer_is_pefts(dropout: float, rslora: bool) -> None:
         (ours.lora_A.weight.grad, a.grad),
         (ours.lora_B.weight.grad, b.grad),
     ]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
+    assert_close_to_all(pairs)
 
 
 def test_fast_decomposition() -> None:
@@ -171,71 +156,14 @@ def test_fast_decomposition() -> None:
 
 # ------------------------------------------------------------------------------------------------ whole models
 
-RANKS = {"language_model.q_proj": 6, "language_model.model.layers.1.*": 3}
-VARIANTS = {
-    "dora": LoraConfig(rank=4, alpha=8, dora=True),
-    "dora rslora components": LoraConfig(
-        rank=4, alpha=8, dora=True, rslora=True, targets=("vision_encoder.*", "projector.*", "language_model.q_proj")
-    ),
-    "pissa": LoraConfig(rank=4, alpha=8, init="pissa"),
-    "pissa rslora": LoraConfig(
-        rank=3, alpha=8, init="pissa", rslora=True, targets=("vision_encoder.qkv", "projector.*")
-    ),
-    "pissa fast": LoraConfig(rank=4, alpha=8, init="pissa_niter_4", targets=("language_model.up_proj",)),
-    "ranks": LoraConfig(rank=2, alpha=5, ranks=RANKS, alphas={"language_model.*_proj": 7.5}),
-    "ranks of some": LoraConfig(
-        rank=2, alpha=5, ranks=RANKS, alphas={"language_model.model.layers.2.mlp.*": 9, "language_model.q_proj": 1}
-    ),
-    "dora ranks rslora": LoraConfig(rank=2, alpha=5, ranks=RANKS, dora=True, rslora=True),
-    "pissa ranks rslora": LoraConfig(
-        rank=2, alpha=5, ranks=RANKS, alphas={"language_model.o_proj": 4}, init="pissa", rslora=True
-    ),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_peft_and_merging_agree_with_the_trained_model(
-    tiny: Tiny,
-    batch: Batch,
-    tmp_path: Path,
-    name: str,
-) -> None:
-    """What is exported gives, on the base as it was, the logits of the model that was trained: in PEFT, in PEFT's
-    merged model, loaded here, and merged here."""
-    ours = exported(tiny, tmp_path / "adapter", VARIANTS[name])
-    wanted = logits_of(ours, batch)
-    assert difference(wanted, logits_of(tiny.ours(), batch)) > 0.05
-    model = PeftModel.from_pretrained(tiny.load(tiny.path), str(tmp_path / "adapter"))
-    result = model.load_adapter(str(tmp_path / "adapter"), "again")
-    assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if "lora_" in key and "again" in key]
-    assert difference(their_logits(model, batch, tiny), wanted) <= 2e-4
-    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU).model
-    assert difference(logits_of(loaded, batch), wanted) <= 2e-4
-    merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
-    merged = tiny.load(tmp_path / "merged")
-    assert difference(their_logits(merged, batch, tiny), wanted) <= 2e-4
-    model.delete_adapter("again")
-    for (key, one), (_, other) in zip(
-        merged.named_parameters(), model.merge_and_unload().named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6, msg=key)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "ranks of" not in name])
-def test_every_variant_starts_as_the_base(
-    tiny: Tiny,
-    batch: Batch,
-    name: str,
-    dtype: torch.dtype,
-) -> None:
+def test_every_variant_starts_as_the_base(tiny: Tiny, batch: Batch, name: str, dtype: torch.dtype) -> None:
     """To the last bit; PEFT's PiSSA is off by what the residual loses in rounding."""
     lora = VARIANTS[name]
     plain = load_prepared(tiny.path, lambda it: None, dtype)[0]
     model = load_prepared(tiny.path, lambda it: choose_trainable(it, lora, ()), dtype)[0]
-    from vft.adapters.lora import initialise
-
     initialise(model, 0)
     assert torch.equal(logits_of(model, batch), logits_of(plain, batch))
 
@@ -248,8 +176,7 @@ def test_pissa_of_peft_starts_where_ours_does(tiny: Tiny) -> None:
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     assert len(found) == 6
     for name, layer in found.items():
-        prefix = next(p for p in model.peft_prefixes if name.startswith(p))
-        other = theirs.base_model.model.get_submodule(model.peft_prefixes[prefix] + name.removeprefix(prefix))
+        other = theirs.base_model.model.get_submodule(model.peft_name(name))
         wanted = other.lora_B["default"].weight @ other.lora_A["default"].weight
         torch.testing.assert_close(layer.lora_B.weight @ layer.lora_A.weight, wanted, rtol=1e-4, atol=1e-5)
 
@@ -301,93 +228,6 @@ def test_lengths_are_kept_only_while_a_model_answers(tiny: Tiny, batch: Batch) -
     model.train()
     assert difference(before, found) > 0.01
     assert torch.equal(found, logits_of(model, batch))  # dropout is 0: training computes everything anew
-
-
-# ------------------------------------------------------------------------------------------------ written by PEFT
-
-PEFT_VARIANTS: dict[str, dict[str, Any]] = {
-    "dora": {"r": 4, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
-    "dora rslora": {"r": 9, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "target_modules": ["o_proj"]},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj", "k_proj", "up_proj"],
-        # A name that ends in another, the first of two that fit, an anchor, a part of a path.
-        "rank_pattern": {"proj": 5, r"^model\.language_model.*1\.self_attn\.q_proj": 3, "q_proj": 2, "layers.1.*": 7},
-        "alpha_pattern": {r".*\.(0|2)\..*up_proj": 3, "self_attn.k_proj": 8},
-    },
-}
-
-
-def peft_adapter(tiny: Tiny, folder: Path, config: dict[str, Any], **kept: Any) -> PeftModel:
-    torch.manual_seed(0)
-    settings = {"init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
-    model = get_peft_model(tiny.load(tiny.path), PeftConfig(**settings)).eval()
-    if "path_initial_model_for_weight_conversion" in kept:
-        model.save_pretrained(kept["path_initial_model_for_weight_conversion"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder, **kept)
-    return model
-
-
-@pytest.mark.parametrize("name", PEFT_VARIANTS)
-def test_adapters_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
-    """Loaded here, and merged by tools/merge_lora.py, they give PEFT's logits."""
-    theirs = peft_adapter(tiny, tmp_path / "adapter", PEFT_VARIANTS[name])
-    wanted = their_logits(theirs, batch, tiny)
-    assert difference(wanted, their_logits(tiny.theirs, batch, tiny)) > 0.05
-    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.model, batch), wanted) <= 2e-4
-    merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
-    assert difference(their_logits(tiny.load(tmp_path / "merged"), batch, tiny), wanted) <= 2e-4
-    ranks = {t.shape[0] for n, t in theirs.named_parameters() if n.endswith("lora_A.default.weight")}
-    assert {rank for rank, _ in Adapter.open(tmp_path / "adapter", loaded.model.spellings).layers.values()} == (ranks)
-    assert len(ranks) == (4 if name == "patterns" else 1)
-
-
-def test_pissa_of_peft(tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
-    """Converted by PEFT it is read; as it is, it would be added to a base that it doesn't fit, and is refused."""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
-    converted = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
-    theirs = peft_adapter(tiny, tmp_path / "adapter", config, **converted)
-    wanted = their_logits(theirs, batch, tiny)
-    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.model, batch), wanted) <= 2e-4
-    peft_adapter(tiny, tmp_path / "as it is", config)
-    with pytest.raises(UserError, match=r"init_lora_weights = 'pissa': .*path_initial_model_for_weight_conversion"):
-        load_model(str(tiny.path), tmp_path / "as it is", torch.float32, CPU)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"rank_pattern": {"q_proj": 3}}, r"q_proj\.lora_A\.weight: shape \[4, 64\] in the adapter, \[3, 64\]"),
-        ({"rank_pattern": {"q_(": 3}}, r"rank_pattern\.'q_\(': not a regular expression"),
-        ({"rank_pattern": {"q_proj": "3"}}, r"rank_pattern\.'q_proj' = '3': must be a number above 0"),
-        ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\.'q_proj' = -1: must be a number above 0"),
-        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern = \['q_proj'\]: must be an object"),
-        ({"use_dora": False}, r"lora_magnitude_change: found in the file alone"),
-        ({"use_dora": "yes"}, r"'use_dora': 'yes'.*not the settings"),
-        ({"use_qalora": True}, r"use_qalora = True: not supported"),
-    ],
-)
-def test_files_that_do_not_agree(tiny: Tiny, tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    exported(tiny, tmp_path / "adapter", VARIANTS["dora"])
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=named):
-        load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-
-
-def test_lengths_that_are_missing(tiny: Tiny, tmp_path: Path) -> None:
-    exported(tiny, tmp_path / "adapter", VARIANTS["dora"])
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name: t for name, t in load_file(file).items() if "magnitude" not in name}, file)
-    with pytest.raises(UserError, match="lora_magnitude_change: found in the model alone"):
-        load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
 
 
 def test_training_goes_on_from_an_adapter_of_its_kind(tiny: Tiny, batch: Batch, tmp_path: Path) -> None:

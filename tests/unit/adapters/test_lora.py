@@ -15,10 +15,9 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.adapters import adapted, difference, logits_of, their_logits, video_batch
+from tests.helpers.adapters import adapted, difference, disturb, exported, logits_of, their_logits, video_batch
 from tests.helpers.tiny import CPU, Media, Tiny, batch_of, load_model, load_prepared, loss_and_gradients, talk
-from vft.adapters.lora import LoRALinear, fill, initialise, is_adapter
-from vft.adapters.peft_format import Adapter, attach, export_adapter
+from vft.adapters.lora import LoRALinear, initialise, is_adapter
 from vft.adapters.targets import choose_trainable, match_targets
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
@@ -32,24 +31,6 @@ def batch(each_tiny: Tiny) -> Batch:
     return video_batch(each_tiny)
 
 
-def train_a_little(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random values in place of training, for B starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def export(tiny: Tiny, folder: Path, lora: LoraConfig) -> VideoLanguageModel:
-    """An adapter in `folder`, as training leaves it, and the model that it came from."""
-    model, checkpoint = adapted(tiny, lora)
-    train_a_little(model)
-    about = {"base_fingerprint": checkpoint.fingerprint, "task": "caption"}
-    export_adapter(model, folder, lora, str(tiny.path), about, write=True)
-    model.eval()
-    return model
-
-
 # ------------------------------------------------------------------------------------------------- written here
 
 EXPORTS = {
@@ -61,36 +42,75 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
-def test_peft_loads_what_is_exported(each_tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
-    """Equal logits, every tensor taken, none missing, and not a word about them."""
-    ours = export(each_tiny, tmp_path / "adapter", EXPORTS[name])
-    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+RANKS = {"language_model.q_proj": 6, "language_model.model.layers.1.*": 3}
+VARIANTS = {
+    "dora": LoraConfig(rank=4, alpha=8, dora=True),
+    "dora rslora components": LoraConfig(
+        rank=4, alpha=8, dora=True, rslora=True, targets=("vision_encoder.*", "projector.*", "language_model.q_proj")
+    ),
+    "pissa": LoraConfig(rank=4, alpha=8, init="pissa"),
+    "pissa rslora": LoraConfig(
+        rank=3, alpha=8, init="pissa", rslora=True, targets=("vision_encoder.qkv", "projector.*")
+    ),
+    "pissa fast": LoraConfig(rank=4, alpha=8, init="pissa_niter_4", targets=("language_model.up_proj",)),
+    "ranks": LoraConfig(rank=2, alpha=5, ranks=RANKS, alphas={"language_model.*_proj": 7.5}),
+    "ranks of some": LoraConfig(
+        rank=2, alpha=5, ranks=RANKS, alphas={"language_model.model.layers.2.mlp.*": 9, "language_model.q_proj": 1}
+    ),
+    "dora ranks rslora": LoraConfig(rank=2, alpha=5, ranks=RANKS, dora=True, rslora=True),
+    "pissa ranks rslora": LoraConfig(
+        rank=2, alpha=5, ranks=RANKS, alphas={"language_model.o_proj": 4}, init="pissa", rslora=True
+    ),
+}
+
+
+def assert_all_agree(tiny: Tiny, batch: Batch, folder: Path, lora: LoraConfig) -> VideoLanguageModel:
+    """What is exported gives, on the base as it was, the logits of the model that was trained: in PEFT, in PEFT's
+    merged model, loaded here, and merged here. PEFT takes every tensor, misses none, and says nothing about them."""
+    adapter = folder / "adapter"
+    ours = exported(tiny, adapter, lora)
+    wanted = logits_of(ours, batch)
+    assert difference(wanted, logits_of(tiny.ours(), batch)) > 0.05
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(each_tiny.load(each_tiny.path), str(tmp_path / "adapter"))
+        model = PeftModel.from_pretrained(tiny.load(tiny.path), str(adapter))
     assert not [str(w.message) for w in said if "adapter" in str(w.message) or "keys" in str(w.message)]
-    result = model.load_adapter(str(tmp_path / "adapter"), "again")
+    result = model.load_adapter(str(adapter), "again")
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key and "again" in key]
-    taken = [n for n, _ in model.named_parameters() if "lora_" in n and ".default." in n]
-    assert sorted(n.replace(".default.", ".") for n in taken) == sorted(stored)
-    found = their_logits(model, batch, each_tiny)
-    assert difference(found, logits_of(ours, batch)) <= 1e-4
-    assert difference(found, their_logits(each_tiny.theirs, batch, each_tiny)) > 0.05
+    taken = {n.replace(".default", "") for n, _ in model.named_parameters() if "lora_" in n and ".default" in n}
+    assert {n.removesuffix(".weight") for n in taken} == {
+        n.removesuffix(".weight") for n in load_file(adapter / "adapter_model.safetensors")
+    }
+    assert difference(their_logits(model, batch, tiny), wanted) <= 2e-4
+    loaded = load_model(str(tiny.path), adapter, torch.float32, CPU).model
+    assert difference(logits_of(loaded, batch), wanted) <= (2e-4 if lora.dora or lora.init != "kaiming" else 0)
+    merge(str(tiny.path), adapter, folder / "merged")
+    merged = tiny.load(folder / "merged")
+    assert difference(their_logits(merged, batch, tiny), wanted) <= 2e-4
+    model.delete_adapter("again")
+    for (key, one), (_, other) in zip(
+        merged.named_parameters(), model.merge_and_unload().named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6, msg=key)
+    return ours
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_all_agree_for_every_family(each_tiny: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
+    assert_all_agree(each_tiny, batch, tmp_path, EXPORTS[name])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_agree_for_every_kind(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    assert_all_agree(tiny, video_batch(tiny), tmp_path, VARIANTS[name])
 
 
 def test_head_of_its_own(each_untied: Tiny, batch: Batch, tmp_path: Path) -> None:
     """lm_head is adapted where it is named."""
     lora = LoraConfig(rank=2, alpha=4, targets=("language_model.lm_head", "language_model.q_proj"))
-    ours = export(each_untied, tmp_path / "adapter", lora)
-    model = PeftModel.from_pretrained(each_untied.load(each_untied.path), str(tmp_path / "adapter"))
-    found = their_logits(model, batch, each_untied)
-    assert difference(found, logits_of(ours, batch)) <= 1e-4
-    _, gradients = loss_and_gradients(ours, batch)
+    _, gradients = loss_and_gradients(assert_all_agree(each_untied, batch, tmp_path, lora), batch)
     assert len(gradients) == 2 * 4 and all(bool(g.abs().max() > 0) for g in gradients.values())
-    merge(str(each_untied.path), tmp_path / "adapter", tmp_path / "merged")
-    assert difference(their_logits(each_untied.load(tmp_path / "merged"), batch, each_untied), found) <= 1e-4
 
 
 def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
@@ -112,7 +132,7 @@ def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
 
 def test_dropout_is_off_when_the_model_answers(each_tiny: Tiny, batch: Batch) -> None:
     model, _ = adapted(each_tiny, LoraConfig(rank=4, dropout=0.5))
-    train_a_little(model)
+    disturb(model)
     model.train()
     torch.manual_seed(0)
     dropped = logits_of(model, batch)
@@ -131,17 +151,32 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "components": {"r": 4, "lora_alpha": 4, "target_modules": PARTS_OF_TOWERS},
     "all linears": {"r": 2, "lora_alpha": 1, "target_modules": "all-linear"},
     "one layer": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "dora": {"r": 4, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    "dora rslora": {"r": 9, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "target_modules": ["o_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        # A name that ends in another, the first of two that fit, an anchor, a part of a path.
+        "rank_pattern": {"proj": 5, r"^model\.language_model.*1\.self_attn\.q_proj": 3, "q_proj": 2, "layers.1.*": 7},
+        "alpha_pattern": {r".*\.(0|2)\..*up_proj": 3, "self_attn.k_proj": 8},
+    },
 }
 
 
-def peft_adapter(tiny: Tiny, folder: Path, config: dict[str, Any]) -> PeftModel:
+def peft_adapter(tiny: Tiny, folder: Path, config: dict[str, Any], **kept: Any) -> PeftModel:
+    """Trained a little. PEFT takes a convolution such as the patch embedding for another kind of layer."""
     torch.manual_seed(0)
-    model = tiny.load(tiny.path)
-    exclude = r".*patch_embed.*"  # a convolution, which PEFT adapts otherwise
-    settings = PeftConfig(**config, init_lora_weights=False, exclude_modules=exclude, task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, settings).eval()
-    peft_model.save_pretrained(folder)
-    return peft_model
+    settings = {"init_lora_weights": False, "exclude_modules": ".*patch_embed.*", "task_type": "CAUSAL_LM", **config}
+    model = get_peft_model(tiny.load(tiny.path), PeftConfig(**settings)).eval()
+    if "path_initial_model_for_weight_conversion" in kept:
+        model.save_pretrained(kept["path_initial_model_for_weight_conversion"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **kept)
+    return model
 
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
@@ -150,26 +185,47 @@ def test_adapters_of_peft(each_tiny: Tiny, batch: Batch, tmp_path: Path, name: s
     theirs = peft_adapter(each_tiny, tmp_path / "adapter", PEFT_CONFIGS[name])
     wanted = their_logits(theirs, batch, each_tiny)
     assert difference(wanted, their_logits(each_tiny.theirs, batch, each_tiny)) > 0.05
-    loaded = load_model(str(each_tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.model, batch), wanted) <= 1e-4
-    adapters = [m for m in loaded.model.modules() if isinstance(m, LoRALinear)]
-    pairs = [n for n, _ in theirs.named_parameters() if n.endswith("lora_A.default.weight")]
-    assert len(adapters) == len(pairs) > 0
-    assert merge(str(each_tiny.path), tmp_path / "adapter", tmp_path / "merged") == len(pairs)
-    assert difference(their_logits(each_tiny.load(tmp_path / "merged"), batch, each_tiny), wanted) <= 1e-4
+    loaded = load_model(str(each_tiny.path), tmp_path / "adapter", torch.float32, CPU).model
+    assert difference(logits_of(loaded, batch), wanted) <= 2e-4
+    adapters = [m for m in loaded.modules() if isinstance(m, LoRALinear)]
+    ranks = [p.shape[0] for n, p in theirs.named_parameters() if n.endswith("lora_A.default.weight")]
+    assert sorted(m.rank for m in adapters) == sorted(ranks) and len(set(ranks)) == (4 if name == "patterns" else 1)
+    assert merge(str(each_tiny.path), tmp_path / "adapter", tmp_path / "merged") == len(ranks)
+    assert difference(their_logits(each_tiny.load(tmp_path / "merged"), batch, each_tiny), wanted) <= 2e-4
+
+
+def test_pissa_of_peft(tiny: Tiny, tmp_path: Path) -> None:
+    """Converted by PEFT it is read; as it is, it would be added to a base that it doesn't fit, and is refused."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
+    converted = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
+    row = video_batch(tiny)
+    wanted = their_logits(peft_adapter(tiny, tmp_path / "adapter", config, **converted), row, tiny)
+    loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
+    assert difference(logits_of(loaded.model, row), wanted) <= 2e-4
+    peft_adapter(tiny, tmp_path / "as it is", config)
+    with pytest.raises(UserError, match=r"init_lora_weights = 'pissa': .*path_initial_model_for_weight_conversion"):
+        load_model(str(tiny.path), tmp_path / "as it is", torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    ("kind", "change", "named"),
     [
-        ({"use_dora": True}, "lora_magnitude_change"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ("attention", {"use_dora": True}, "lora_magnitude_change: found in the model alone"),
+        ("attention", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("attention", {"peft_type": "IA3"}, "IA3"),
+        ("dora", {"rank_pattern": {"q_proj": 3}}, r"q_proj\.lora_A\.weight: shape \[4, 64\] in the adapter, \[3, 64\]"),
+        ("dora", {"rank_pattern": {"q_(": 3}}, r"rank_pattern\.'q_\(': not a regular expression"),
+        ("dora", {"rank_pattern": {"q_proj": "3"}}, r"rank_pattern\.'q_proj' = '3': must be a number above 0"),
+        ("dora", {"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\.'q_proj' = -1: must be a number above 0"),
+        ("dora", {"alpha_pattern": ["q_proj"]}, r"alpha_pattern = \['q_proj'\]: must be an object"),
+        ("dora", {"use_dora": False}, r"lora_magnitude_change: found in the file alone"),
+        ("dora", {"use_dora": "yes"}, r"'use_dora': 'yes'.*not the settings"),
+        ("dora", {"use_qalora": True}, r"use_qalora = True: not supported"),
     ],
 )
-def test_adapters_of_other_kinds_are_refused(tiny: Tiny, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_files_that_do_not_agree(tiny: Tiny, tmp_path: Path, kind: str, change: dict[str, Any], named: str) -> None:
     """What would be left out in silence otherwise."""
-    export(tiny, tmp_path / "adapter", EXPORTS["attention"])
+    exported(tiny, tmp_path / "adapter", (EXPORTS | VARIANTS)[kind])
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=named):
@@ -182,7 +238,7 @@ def test_adapters_of_other_kinds_are_refused(tiny: Tiny, tmp_path: Path, change:
 @pytest.mark.parametrize("name", ["all linears", "components", "rslora"])
 def test_merged_folder(each_bf16: Tiny, batch: Batch, tmp_path: Path, name: str) -> None:
     """A base in bfloat16 and several files: PEFT's merge in float32, rounded once; the rest of the folder as it was."""
-    export(each_bf16, tmp_path / "adapter", EXPORTS[name])
+    exported(each_bf16, tmp_path / "adapter", EXPORTS[name])
     changed = merge(str(each_bf16.path), tmp_path / "adapter", tmp_path / "merged")
     peft_model = PeftModel.from_pretrained(each_bf16.load(each_bf16.path), str(tmp_path / "adapter"))
     wanted = peft_model.merge_and_unload().to(torch.bfloat16)
@@ -209,7 +265,7 @@ def test_merged_folder(each_bf16: Tiny, batch: Batch, tmp_path: Path, name: str)
 
 
 def test_merging_never_overwrites(tiny: Tiny, tmp_path: Path) -> None:
-    export(tiny, tmp_path / "adapter", EXPORTS["attention"])
+    exported(tiny, tmp_path / "adapter", EXPORTS["attention"])
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="isn't empty"):
@@ -222,7 +278,7 @@ def test_merging_never_overwrites(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     """A base of the same shape: only its weights differ."""
-    export(tiny, tmp_path / "adapter", EXPORTS["attention"])
+    exported(tiny, tmp_path / "adapter", EXPORTS["attention"])
     other = tiny.family.save(tmp_path / "other", seed=9)
     for use in (
         lambda: load_model(str(other), tmp_path / "adapter", torch.float32, CPU),
@@ -237,7 +293,7 @@ def test_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["shape", "rank", "layer", "half"])
 def test_adapter_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path, fault: str) -> None:
     """Without a fingerprint, as another program's adapter comes: its shapes and names tell."""
-    export(tiny, tmp_path / "adapter", EXPORTS["attention"])
+    exported(tiny, tmp_path / "adapter", EXPORTS["attention"])
     (tmp_path / "adapter" / "vft.json").unlink()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -343,13 +399,3 @@ def test_full_fine_tuning(each_tiny: Tiny, batch: Batch, train: Sequence[str], m
         text = name.startswith(each_tiny.family.components["language_model"])
         used = text or (media and name != "image_newline")  # which stands in pictures alone
         assert bool(gradient.abs().max() > 0) == used, name
-
-
-def test_adapter_of_a_training_run_can_be_gone_on_from(each_tiny: Tiny, batch: Batch, tmp_path: Path) -> None:
-    """`attach` and `load_into` give back what `export_adapter` wrote, to the last bit."""
-    ours = export(each_tiny, tmp_path / "adapter", EXPORTS["all linears"])
-    files = Adapter.open(tmp_path / "adapter", ours.spellings)
-    again, _ = load_prepared(each_tiny.path, lambda it: attach(it, files))
-    files.load_into(again)
-    again.eval()
-    assert torch.equal(logits_of(again, batch), logits_of(ours, batch))

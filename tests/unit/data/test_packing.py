@@ -131,7 +131,7 @@ def test_loss_in_chunks(each_untied: Tiny, rows: Sequence[Any], monkeypatch: pyt
     model = each_untied.ours()
     batch = batch_of(each_untied.encoder, *rows)
     wanted_loss, wanted = loss_and_gradients(model, batch)
-    monkeypatch.setattr(models, "MAX_LOGITS", tokens * model.config.vocabulary)
+    monkeypatch.setattr(models, "MAX_LOGITS", tokens * model.config.vocab_size)
     loss, found = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
     assert_same_gradients(found, wanted)

@@ -21,11 +21,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next_video.processing_llava_next_video import LlavaNextVideoProcessor
 
+from tests.helpers.adapters import disturb
 from tests.helpers.families import PINPOINTS, SIDE
 from tests.helpers.patches import patches_of
 from tests.helpers.tiny import CPU, Media, Tiny, every_logit, load_model, medium, talk
 from tests.parity.test_against_transformers import row
-from vft.adapters.lora import is_adapter
+from vft.adapters.lora import initialise
 from vft.adapters.peft_format import export_adapter
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
@@ -86,18 +87,8 @@ def pil(frame_CHW: Tensor) -> Image.Image:
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
-SIZES = [
-    (336, 336),
-    (100, 700),
-    (700, 100),
-    (480, 640),
-    (1080, 1920),
-    (333, 335),
-    (1, 50),
-    (671, 673),
-    (90, 60),
-    (337, 9),
-]
+SIZES = [(336, 336), (100, 700), (700, 100), (480, 640), (1080, 1920), (333, 335), (1, 50), (671, 673)]
+SIZES += [(90, 60), (337, 9)]
 
 
 def test_resolutions_and_sizes() -> None:
@@ -284,43 +275,32 @@ def test_context_of_the_released_model() -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+
+
 @pytest.mark.parametrize(
-    "file, change, expected",
+    ("file", "table", "change", "expected"),
     [
-        ("preprocessor_config.json", {"crop_size": {"height": 224, "width": 224}}, "crop_size = 224.*56"),
-        ("config.json", {"spatial_pool_mode": "max"}, "spatial_pool_mode = 'max'"),
-        ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
-        ("config.json", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
-        ("config.json", {"image_grid_pinpoints": [[60, 120]]}, "image_grid_pinpoints.*56"),
+        ("preprocessor_config", "", {"crop_size": {"height": 224, "width": 224}}, "crop_size = 224.*56"),
+        ("config", "", {"spatial_pool_mode": "max"}, "spatial_pool_mode = 'max'"),
+        ("config", "", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ("config", "", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ("config", "", {"image_grid_pinpoints": [[60, 120]]}, "image_grid_pinpoints.*56"),
+        ("config", "text_config", DYNAMIC, "rope_type = 'dynamic'"),
+        ("config", "text_config", {"attention_bias": True}, "attention_bias"),
+        ("config", "text_config", {"model_type": "mistral", "sliding_window": 64}, "sliding_window = 64"),
+        ("config", "text_config", {"model_type": "qwen2"}, "model_type = 'qwen2'"),
     ],
 )
 def test_what_is_not_known_is_refused(
-    tiny: Tiny, tmp_path: Path, file: str, change: dict[str, Any], expected: str
+    tiny: Tiny, tmp_path: Path, file: str, table: str, change: dict[str, Any], expected: str
 ) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny.path, folder)
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    path = shutil.copytree(tiny.path, tmp_path / "base") / f"{file}.json"
+    content = json.loads(path.read_text())
+    (content[table] if table else content).update(change)
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=expected):
-        load_model(str(folder), None, torch.float32, CPU)
-
-
-@pytest.mark.parametrize(
-    "change, expected",
-    [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window = 64"),
-        ({"model_type": "qwen2"}, "model_type = 'qwen2'"),
-    ],
-)
-def test_language_models_that_are_not_known(tiny: Tiny, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny.path, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=expected):
-        load_model(str(folder), None, torch.float32, CPU)
+        load_model(str(path.parent), None, torch.float32, CPU)
 
 
 # ------------------------------------------------------------------------------------------- positions beyond 4,096
@@ -333,9 +313,8 @@ def test_stretched_positions_are_those_of_transformers(tiny: Tiny, tmp_path: Pat
     checkpoint = Pretrained.open(str(tiny.path), rope_factor=3.0)
     model = load_model(str(tiny.path), None, torch.float32, CPU, rope_factor=3.0).model
     choose_trainable(model, lora, ())
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    initialise(model, 0)
+    disturb(model)
     about = {"base_fingerprint": checkpoint.fingerprint, "rope_factor": 3.0}
     export_adapter(model, tmp_path / "adapter", lora, str(tiny.path), about, write=True)
     merge(str(tiny.path), tmp_path / "adapter", tmp_path / "merged")
@@ -363,18 +342,17 @@ def test_evaluation_has_the_context_of_training(tiny: Tiny, tmp_path: Path, monk
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "vft.json").write_text(json.dumps({"rope_factor": 3.0}))
     world = environment()
+
+    def config(given: float | None) -> Config:
+        model = {"path": str(tiny.path), "rope_factor": given}
+        return Config.model_validate({"task": "qa", "output_dir": "run", "model": model})
+
     for given, adapter, wanted in ((2.0, None, 2), (None, tmp_path / "adapter", 3), (3.0, tmp_path / "adapter", 3)):
-        config = Config.model_validate(
-            {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": given}}
-        )
         with pytest.raises(Seen, match=str(wanted * 4096)):
-            config = evaluation_config(config, adapter)
-            evaluation.score_all(task_of(config), config, {tmp_path / "base.jsonl": None}, world)
-    config = Config.model_validate(
-        {"task": "qa", "output_dir": "run", "model": {"path": str(tiny.path), "rope_factor": 2.0}}
-    )
+            used = evaluation_config(config(given), adapter)
+            evaluation.score_all(task_of(used), used, {tmp_path / "base.jsonl": None}, world)
     with pytest.raises(UserError, match=r"model\.rope_factor = 2\.0.*trained with 3\.0"):
-        evaluation_config(config, tmp_path / "adapter")
+        evaluation_config(config(2.0), tmp_path / "adapter")
 
 
 def test_a_family_that_was_not_made_for_it_refuses(make_tiny: Any) -> None:

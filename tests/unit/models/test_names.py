@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.adapters import adapted
+from tests.helpers.adapters import exported
 from tests.helpers.tiny import CPU, Tiny, load_model
-from tests.unit.adapters.test_lora import train_a_little
-from vft.adapters.peft_format import export_adapter, start_from
+from vft.adapters.peft_format import start_from
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
@@ -88,9 +87,7 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 def adapter_of(tiny: Tiny, folder: Path) -> Path:
     """An adapter on attention, as another program leaves it: without a record of its base."""
-    model, _ = adapted(tiny, ATTENTION)
-    train_a_little(model)
-    export_adapter(model, folder, ATTENTION, str(tiny.path), {}, write=True)
+    exported(tiny, folder, ATTENTION)
     (folder / "vft.json").unlink()
     return folder
 

@@ -57,7 +57,7 @@ from toy_vl.processor import ToyProcessor
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from vft.models.base import VideoLanguageModel, VisionParts
-from vft.models.decoder import Decoder, DecoderConfig
+from vft.models.decoder import Decoder
 from vft.models.layers import Linear
 
 MODEL_TYPE = "toy_vl"
@@ -77,15 +77,15 @@ class ToyVL(VideoLanguageModel):
         "vision_encoder": ("encoder.",),
     }
     spellings = {prefix: (prefix,) for prefix in ("model.", "lm_head.", "projector.", "encoder.")}
-    peft_prefixes = {prefix: prefix for prefix in ("model.", "lm_head.", "projector.", "encoder.")}
     decoder_path, head_path = "model", "lm_head"
 
     def __init__(self, config, processor, dtype):
-        super().__init__(config, processor, dtype)
+        text = config.text_config
+        super().__init__(text, processor, dtype)
         self.encoder = Linear(processor.patch_features, 32)
-        self.projector = Linear(32, config.width)
-        self.model = Decoder(config)
-        self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
+        self.projector = Linear(32, text.hidden_size)
+        self.model = Decoder(text, qkv_bias=True)
+        self.lm_head = None if config.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, bias=False)
 
     @property
     def vision(self):
@@ -97,7 +97,7 @@ class ToyVL(VideoLanguageModel):
 
 def build(config, preprocessor, dtype):
     processor = ToyProcessor.read(config, preprocessor)
-    return ToyVL(DecoderConfig.read(config, qkv_bias=True), processor, dtype).to(dtype)
+    return ToyVL(config, processor, dtype).to(dtype)
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.special import ndtri
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.adapters import VIDEO, VIDEO_INFO, video_batch
 from tests.helpers.allocations import allocated_peak
 from tests.helpers.kernels import use_varlen
 from tests.helpers.tiny import (
@@ -47,7 +48,6 @@ from vft.preparation.memory import MODES, resident_bytes, run_step
 from vft.training.losses import cross_entropy
 
 LORA = LoraConfig(rank=4, targets=("language_model.*", "projector.*"))
-VIDEO, VIDEO_INFO = medium("video", 4, 140, 150, fps=2.0)
 
 
 def papers_codes() -> Tensor:
@@ -152,8 +152,7 @@ def test_the_layer_and_its_gradient(columns: int, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def batch(tiny: Tiny) -> Batch:
-    conversation = talk(("user", [VIDEO, "What happens?"]), ("assistant", "A dog runs."))
-    return batch_of(tiny.encoder, ([conversation], Media.make(tiny.encoder.processor, [(VIDEO, VIDEO_INFO)])))
+    return video_batch(tiny)
 
 
 @pytest.mark.parametrize("which", ["tiny", "tiny_untied"])
@@ -307,13 +306,3 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         model, checkpoint = one_layer(tmp_path, random(*shape), 8, 128)
         with pytest.raises(UserError, match=r"wide\.weight: shape \[\d, \d+\] in the file, \[8, 128\] by config"):
             load_weights(model, checkpoint, frozenset())
-
-
-@pytest.mark.parametrize("change", [lambda names: names.pop(), lambda names: names.append("strange.weight")])
-def test_missing_and_unexpected_tensors_are_refused(tmp_path: Path, change: Callable[[list[str]], Any]) -> None:
-    model, checkpoint = one_layer(tmp_path, random(8, 64), 8, 64)
-    names = list(checkpoint.weight_files)
-    change(names)
-    files = dict.fromkeys(names, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="tensors of the model are missing"):
-        load_weights(model, Pretrained(checkpoint.path, checkpoint.config, files), frozenset())

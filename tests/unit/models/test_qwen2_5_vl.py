@@ -39,21 +39,35 @@ def test_narrow_pictures_are_refused() -> None:
         rules.smart_resize(28, 28 * 201, 28, 3136, 1 << 30)
 
 
+def random_frames(frames: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
 def normalised(tiny: Tiny, pixels_PD: Tensor) -> Tensor:
     return tiny.ours().normalise(pixels_PD).detach()
 
 
-def test_patches_of_a_picture(tiny: Tiny) -> None:
+HALF = [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "options"),
+    [
+        ("qwen2_5_vl", 84, 140, {"min_pixels": 784}),
+        ("qwen3_vl", 96, 160, {"min_pixels": 1024, "patch_size": 16, "image_mean": HALF, "image_std": HALF}),
+    ],
+)
+def test_patches_of_a_picture(make_tiny: Any, name: str, height: int, width: int, options: dict[str, Any]) -> None:
     """At a size that needs no resizing (PIL's bicubic differs by a level here and there): order and normalising."""
+    tiny = make_tiny(name, "tied")
     processor = tiny.encoder.processor
-    ref, info = medium("image", 1, 84, 140)
-    made = Media.make(processor, [(ref, info)])
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (1, 3, 84, 140), dtype=torch.uint8, generator=generator)
-    theirs = pictures.Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=1 << 20)
+    (plan,) = Media.make(processor, [medium("image", 1, height, width)]).plans
+    frames = random_frames(1, height, width)
+    theirs = pictures.Qwen2VLImageProcessorPil(max_pixels=1 << 20, **options)
     wanted = theirs(images=[Image.fromarray(frames[0].permute(1, 2, 0).numpy())], return_tensors="pt")
-    assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, patches_of(frames, made.plans[0], processor).pixels_PD)
+    assert tuple(wanted["image_grid_thw"][0].tolist()) == plan.grid_thw
+    found = normalised(tiny, patches_of(frames, plan, processor).pixels_PD)
     assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 
@@ -71,8 +85,7 @@ def test_patches_of_a_video(tiny: Tiny, video_processor: Any, frames: int, heigh
     """Random frames: resizing, the last frame of an odd count, order and normalising."""
     processor = tiny.encoder.processor
     made = Media.make(processor, [medium("video", frames, height, width)])
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
+    pixels = random_frames(frames, height, width)
     theirs = video_processor(size={"shortest_edge": 784, "longest_edge": 1 << 30}, do_sample_frames=False)
     wanted = theirs(videos=[pixels], return_tensors="pt")
     assert tuple(wanted["video_grid_thw"][0].tolist()) == made.plans[0].grid_thw
@@ -85,7 +98,7 @@ def test_odd_count_repeats_the_last_frame(tiny: Tiny) -> None:
     processor = tiny.encoder.processor
     odd = Media.make(processor, [medium("video", 5, 100, 90)])
     even = Media.make(processor, [medium("video", 6, 100, 90)])
-    pixels = torch.randint(0, 256, (5, 3, 100, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = random_frames(5, 100, 90)
     twice = torch.cat([pixels, pixels[-1:]])
     found = patches_of(pixels, odd.plans[0], processor).pixels_PD
     assert torch.equal(found, patches_of(twice, even.plans[0], processor).pixels_PD)
@@ -94,8 +107,7 @@ def test_odd_count_repeats_the_last_frame(tiny: Tiny) -> None:
 def test_one_frame_fills_its_patch(tiny: Tiny) -> None:
     processor = tiny.encoder.processor
     made = Media.make(processor, [medium("video", 1, 56, 56)])
-    pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    patches = patches_of(pixels, made.plans[0], processor)
+    patches = patches_of(random_frames(1, 56, 56), made.plans[0], processor)
     features = patches.pixels_PD.unflatten(1, (3, 2, 14, 14))
     assert patches.grid_thw == (1, 4, 4)
     assert torch.equal(features[:, :, 0], features[:, :, 1])

@@ -13,24 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pictures
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
 from tests.helpers.families import QWEN3_TEMPLATE
 from tests.helpers.patches import patches_of
-from tests.helpers.rows import PICTURE, PICTURE_INFO, ROWS, SHORT, SHORT_INFO, prompt, row
+from tests.helpers.rows import PICTURE, PICTURE_INFO, ROWS, SHORT, SHORT_INFO, kinds_of, row
 from tests.helpers.tiny import LIMITS, Media, Tiny, document, every_logit, loss_and_gradients, medium, talk
 from tests.unit.parallel import test_compiled as compiled
 from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
-from vft.common.types import Batch, MediaPlan
+from vft.common.types import MediaPlan
 from vft.config.run import LoraConfig
 from vft.data.chat import ChatEncoder
-from vft.inference.generate import Sampling, generate
 from vft.models import processor as rules
 from vft.models.flops import FlopCounter
 from vft.models.qwen3_vl import model as qwen3_vl
@@ -43,23 +39,6 @@ from vft.parallel.parallelize import checkpoint_activations
 def tiny(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """A small random Qwen3-VL with a tied head."""
     return make_tiny("qwen3_vl", "tied")
-
-
-@pytest.fixture(scope="module")
-def tiny_untied(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
-    """The same with a head of its own."""
-    return make_tiny("qwen3_vl", "untied")
-
-
-def kinds_of(batch: Batch) -> Tensor:
-    """transformers' kinds of tokens: 0 text, 1 picture, 2 video."""
-    numbers = {"image": 1, "video": 2}
-    kinds = torch.zeros_like(batch.input_ids_T)
-    media = batch.documents[0].media
-    parts = [torch.full((plan.num_tokens,), numbers[plan.ref.kind]) for plan in media]
-    if parts:
-        kinds[batch.media_index_M] = torch.cat(parts)
-    return kinds[None]
 
 
 # ---------------------------------------------------------------------------------------------------------- network
@@ -111,23 +90,6 @@ def test_too_few_layers_for_deepstack(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"\[0, 1, 2\].*num_hidden_layers = 3"):
         qwen3_vl.build(config, {}, torch.float32)
-
-
-# -------------------------------------------------------------------------------------------------------- generation
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_generation_is_that_of_transformers(tiny_untied: Tiny, name: str) -> None:
-    """Greedy, each with its own keys and values kept, positions counted by transformers itself."""
-    batch = prompt(tiny_untied, name)
-    inputs = tiny_untied.inputs(batch)
-    del inputs["position_ids"]
-    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
-    with torch.no_grad():
-        whole = tiny_untied.theirs.generate(**inputs, mm_token_type_ids=kinds_of(batch), **options)
-    wanted = whole[0, batch.num_tokens :].tolist()
-    assert len(set(wanted)) > 4
-    assert [one.ids for one in generate(tiny_untied.ours(), batch, (), Sampling(12))] == [wanted]
 
 
 # ------------------------------------------------------------------------------------------- tokens and positions
@@ -266,37 +228,16 @@ def test_size_of_a_frame() -> None:
                     assert rules.smart_resize(height, width, 32, low, high) == wanted, (height, width, low, high)
 
 
-def normalised(tiny: Tiny, pixels_PD: Tensor) -> Tensor:
-    return tiny.ours().normalise(pixels_PD).detach()
-
-
-def random_frames(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("frames", [1, 4, 5])
 def test_patches_of_a_video(tiny: Tiny, frames: int) -> None:
     """Order, the last frame of an odd count, normalising; at a size that needs no resizing."""
     made = Media.make(tiny.encoder.processor, [medium("video", frames, 96, 160)])
-    pixels = random_frames(frames, 3, 96, 160)
+    pixels = torch.randint(0, 256, (frames, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     patches, *grid = Qwen3VLVideoProcessor.patchify(None, (pixels[None].float() / 255 - 0.5) / 0.5, 16, 2, 2)
     assert tuple(grid) == made.plans[0].grid_thw
     plan = made.plans[0]
-    found = normalised(tiny, patches_of(pixels, plan, tiny.encoder.processor).pixels_PD)
+    found = tiny.ours().normalise(patches_of(pixels, plan, tiny.encoder.processor).pixels_PD)
     assert float((found - patches[0]).abs().max()) <= 1e-6
-
-
-def test_patches_of_a_picture(tiny: Tiny) -> None:
-    made = Media.make(tiny.encoder.processor, [medium("image", 1, 96, 160)])
-    pixels = random_frames(1, 3, 96, 160)
-    half = [0.5, 0.5, 0.5]
-    theirs = pictures.Qwen2VLImageProcessorPil(
-        patch_size=16, image_mean=half, image_std=half, min_pixels=1024, max_pixels=1 << 20
-    )
-    wanted = theirs(images=[Image.fromarray(pixels[0].permute(1, 2, 0).numpy())], return_tensors="pt")
-    assert tuple(wanted["image_grid_thw"][0].tolist()) == made.plans[0].grid_thw
-    found = normalised(tiny, patches_of(pixels, made.plans[0], tiny.encoder.processor).pixels_PD)
-    assert float((found - wanted["pixel_values"]).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("grid", [(1, 48, 48), (2, 6, 4), (1, 2, 90), (3, 64, 34)])

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlavaNextVideoConfig, Qwen2_5_VLConfig
 
-from vft import models
 from vft.adapters.targets import choose_trainable
 from vft.config.run import LoraConfig
 from vft.models.base import component_of
 from vft.models.flops import FlopCounter
-from vft.models.qwen2_5_vl import model as qwen2_5_vl
-
-TEXT = {
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
-    "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64},
-}
-KEY_HEADS = {"7B": 4, "72B": 8}
-VISION_MLP = {"7B": 3420, "72B": 3456}
+from vft.models.released import RELEASED, build_from_config
 
 
-def released(size: str) -> qwen2_5_vl.Qwen2_5_VL:
-    """The model of this size, without weights."""
-    text = {
-        **TEXT[size],
-        "num_key_value_heads": KEY_HEADS[size],
-        "vocab_size": 152064,
-        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24], "rope_type": "default"},
-    }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": VISION_MLP[size],
-        "num_heads": 16,
-        "out_hidden_size": text["hidden_size"],
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-    }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    with torch.device("meta"):
-        return qwen2_5_vl.build(config, {}, torch.bfloat16)
+def released(size: str) -> Any:
+    """The Qwen2.5-VL of this size, without weights."""
+    return build_from_config(RELEASED[f"Qwen2.5-VL-{size}-"], torch.bfloat16)
 
 
 # In millions. Qwen2.5-VL's technical report and cards give 8.3 G and 73.4 G in all; the parts add up to them.
@@ -65,8 +41,7 @@ def test_parameters(size: str, whole: float, linears: float, head: float, encode
 
 def test_parameters_of_llava_next_video() -> None:
     """7.06 G by its card: Vicuna-7B with 32,064 words, CLIP-L at 336 pixels, a projector of two linears."""
-    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
-    model = models.build_model(LlavaNextVideoConfig(text_config=text), {"crop_size": 336}, torch.bfloat16)
+    model = build_from_config(RELEASED["LLaVA-NeXT-Video-7B"], torch.bfloat16)
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = component_of(name, model.components)

@@ -132,22 +132,11 @@ def assert_same_training(model: Any, batches: Sequence[Batch], alone: Sequence[B
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_branches_are_the_separate_samples(tiny: Tiny, model: Any, name: str) -> None:
-    """One row with a trunk for all of them, beside a row for each with the media to itself."""
-    talks, media = SHARED[name], media_of(tiny, SHARED[name])
-    shared = batch_of(tiny.encoder, (talks, media))
-    alone = [batch_of(tiny.encoder, ([one], media)) for one in talks]
-    assert len(shared.documents) == 1 and len(shared.grids) == len(media.plans)
-    vision_tokens = sum(plan.num_tokens for plan in media.plans)
-    assert shared.num_tokens < sum(one.num_tokens for one in alone) - (len(talks) - 1) * vision_tokens
-    assert_same_training(model, [shared], alone)
-
-
-@pytest.mark.parametrize("name", SHARED)
 def test_ids_labels_and_positions_of_branches(tiny: Tiny, name: str) -> None:
     """The trunk and branch b, one behind the other, are sample b as it is alone, token by token."""
     talks, media = SHARED[name], media_of(tiny, SHARED[name])
     shared = batch_of(tiny.encoder, (talks, media))
+    assert len(shared.documents) == 1 and len(shared.grids) == len(media.plans)
     assert shared.sample_ids == tuple(one.id for one in talks)
     branch_T = owners(shared.documents)[1]
     for number, one in enumerate(talks):

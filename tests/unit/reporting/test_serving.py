@@ -104,7 +104,7 @@ def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> 
         assert module.startswith("language_model.model.layers.") and module.rsplit(".", 1)[1] in LINEARS, module
         halves.setdefault(module, {})[half] = shape
     layers = {int(module.split(".")[3]) for module in halves}
-    assert layers == set(range(model.config.layers)) and len(halves) == len(LINEARS) * len(layers)
+    assert layers == set(range(model.config.num_hidden_layers)) and len(halves) == len(LINEARS) * len(layers)
     for module, pair in halves.items():
         assert pair["lora_A"][0] == pair["lora_B"][1] == config["r"], module
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vft.common.types import AttentionPlan
 from vft.models.attention import attend
 from vft.models.base import VideoLanguageModel, VisionParts
-from vft.models.decoder import Decoder, DecoderConfig, require
+from vft.models.decoder import Decoder, require, require_rope
 from vft.models.layers import LayerNorm, Linear, graph_of, two_linears
 from vft.models.llava_next_video.processor import LlavaLayout, LlavaProcessor
 from vft.models.quantization import linear
@@ -111,34 +111,26 @@ class ClipEncoder(nn.Module):
 class LlavaNextVideo(VideoLanguageModel):
     """The model."""
 
-    # As released; transformers 4.52 and later, whose encoder lost a level in 5; LLaVA's own code.
+    # transformers 4.52 and later, whose encoder lost a level in 5; as released; LLaVA's own code.
     spellings: Mapping[str, tuple[str, ...]] = {
-        "language_model.model.": ("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
-        "language_model.lm_head.": ("language_model.lm_head.", "lm_head.", "model.lm_head."),
+        "language_model.model.": ("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+        "language_model.lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
         "vision_tower.vision_model.": (
-            *("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower."),
+            *("model.vision_tower.", "model.vision_tower.vision_model.", "vision_tower.vision_model."),
             *("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
         ),
-        "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+        "multi_modal_projector.": ("model.multi_modal_projector.", "multi_modal_projector."),
         "multi_modal_projector.linear_1.": ("model.mm_projector.0.",),
         "multi_modal_projector.linear_2.": ("model.mm_projector.2.",),
-        "image_newline": ("image_newline", "model.image_newline"),
-    }
-    peft_prefixes: Mapping[str, str] = {
-        "language_model.lm_head.": "lm_head.",
-        "language_model.model.": "model.language_model.",
-        "vision_tower.vision_model.": "model.vision_tower.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-        "image_newline": "model.image_newline",
+        "image_newline": ("model.image_newline", "image_newline"),
     }
     processor: LlavaProcessor
     decoder_path, head_path = "language_model.model", "language_model.lm_head"
 
-    def __init__(
-        self, config: DecoderConfig, whole: Any, processor: LlavaProcessor, compute_dtype: torch.dtype
-    ) -> None:
-        super().__init__(config, processor, compute_dtype)
-        vision, layer, encoder = whole.vision_config, whole.vision_feature_layer, "vision_tower.vision_model"
+    def __init__(self, config: Any, processor: LlavaProcessor, compute_dtype: torch.dtype) -> None:
+        text, vision, width = config.text_config, config.vision_config, config.text_config.hidden_size
+        super().__init__(text, processor, compute_dtype)
+        layer, encoder = config.vision_feature_layer, "vision_tower.vision_model"
         depth = vision.num_hidden_layers
         read = layer if layer >= 0 else depth + 1 + layer
         self.components = {
@@ -148,12 +140,12 @@ class LlavaNextVideo(VideoLanguageModel):
             "vision_encoder": ("vision_tower.",),
         }
         self.vision_tower = nn.ModuleDict({"vision_model": ClipEncoder(vision, read)})
-        widths, activation = (vision.hidden_size, config.width, config.width), ACTIVATIONS[whole.projector_hidden_act]()
-        bias = whole.multimodal_projector_bias
+        widths, activation = (vision.hidden_size, width, width), ACTIVATIONS[config.projector_hidden_act]()
+        bias = config.multimodal_projector_bias
         self.multi_modal_projector = two_linears(("linear_1", "linear_2"), widths, activation, bias)
-        self.image_newline = nn.Parameter(torch.empty(config.width))
-        head: Any = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
-        self.language_model = nn.ModuleDict({"model": Decoder(config), "lm_head": head})
+        self.image_newline = nn.Parameter(torch.empty(width))
+        head: Any = None if config.tie_word_embeddings else Linear(width, text.vocab_size, bias=False)
+        self.language_model = nn.ModuleDict({"model": Decoder(text), "lm_head": head})
 
     @property
     def vision(self) -> VisionParts:
@@ -197,6 +189,5 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Llav
     require(config, "spatial_pool_mode", "average")
     known = isinstance(layer, int) and (0 < layer <= depth or -depth <= layer < 0)
     require(config, "vision_feature_layer", *([layer] if known else []))
-    processor = LlavaProcessor.from_hf(config, preprocessor)
-    decoder = DecoderConfig.read(config, rope_types=("default", "linear"))
-    return LlavaNextVideo(decoder, config, processor, dtype).to(dtype)
+    require_rope(config, "default", "linear")
+    return LlavaNextVideo(config, LlavaProcessor.from_hf(config, preprocessor), dtype).to(dtype)

@@ -17,7 +17,6 @@ from torch import Tensor
 from vft.common.errors import UserError
 from vft.common.types import MediaInfo, MediaPlan, MediaRef, View, VisionLayout, VisionLimits
 from vft.models.attention import blocks_plan
-from vft.models.decoder import context_of
 from vft.models.processor import VisionProcessor, frame_range, sample_frames, sampled_rate
 
 
@@ -50,7 +49,7 @@ class LlavaProcessor(VisionProcessor):
     @staticmethod
     def from_hf(config: Any, preprocessor: dict[str, Any]) -> LlavaProcessor:
         """From transformers' configuration object and the checkpoint's `preprocessor_config.json`."""
-        text, side = config.text_config, config.vision_config.image_size
+        side = config.vision_config.image_size
         crop = preprocessor.get("crop_size", side)
         crop = crop if isinstance(crop, int) else crop["height"]
         if crop != side:  # such as the processor class's own default of 224
@@ -64,7 +63,6 @@ class LlavaProcessor(VisionProcessor):
             side=side,
             stride=config.spatial_pool_stride,
             resolutions=resolutions,
-            context_tokens=context_of(text),
         )
 
     @property
@@ -88,7 +86,11 @@ class LlavaProcessor(VisionProcessor):
             return self._plan_picture(ref, info, limits)
         first, last = frame_range(info, limits)
         available = last - first + 1
-        count = min(limits.frames or self._frames_at_rate(available, info, limits), available)
+        count = limits.frames or limits.max_frames
+        if not limits.frames and limits.fps is not None:
+            wanted = available / info.fps * limits.fps if info.fps > 0 else available
+            count = max(1, int(min(max(wanted, limits.min_frames), limits.max_frames)))
+        count = min(count, available)
         if info.times_s is None or ref.is_list:
             # Truncated, where Qwen2.5-VL rounds.
             indices = tuple(torch.linspace(first, last, count, dtype=torch.float64).long().tolist())
@@ -101,13 +103,6 @@ class LlavaProcessor(VisionProcessor):
         seconds = 1 / sampled_rate(info, first, last, count)
         grid = (count, self.grid, self.grid)
         return MediaPlan(ref, info, indices, self.side, self.side, grid, tokens, seconds, (view,))
-
-    @staticmethod
-    def _frames_at_rate(available: int, info: MediaInfo, limits: VisionLimits) -> int:
-        if limits.fps is None:
-            return min(available, limits.max_frames)
-        wanted = available / info.fps * limits.fps if info.fps > 0 else available
-        return max(1, int(min(max(wanted, limits.min_frames), limits.max_frames)))
 
     def _plan_picture(self, ref: MediaRef, info: MediaInfo, limits: VisionLimits) -> MediaPlan:
         side = self.side

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vft.models.base import VideoLanguageModel, VisionParts
-from vft.models.decoder import Decoder, DecoderConfig, context_of, require
+from vft.models.decoder import Decoder, require, require_rope
 from vft.models.layers import GatedMLP, Linear, PatchEmbed, RMSNorm, VisionBlock, graph_of, rotary_2d, two_linears
 from vft.models.qwen2_5_vl.processor import Qwen2_5Processor, QwenLayout
 
@@ -67,27 +67,22 @@ class Qwen2_5_VL(VideoLanguageModel):
         "projector": ("visual.merger.",),
         "vision_encoder": ("visual.",),
     }
-    # As released; transformers 4.52 and later; vLLM's modules; the parts saved without the whole (`AutoModel`).
+    # transformers 4.52 and later; as released; vLLM's modules; the parts saved without the whole (`AutoModel`).
     spellings: Mapping[str, tuple[str, ...]] = {
-        "model.": ("model.", "model.language_model.", "language_model.model.", "language_model.", ""),
-        "visual.": ("visual.", "model.visual."),
+        "model.": ("model.language_model.", "model.", "language_model.model.", "language_model.", ""),
+        "visual.": ("model.visual.", "visual."),
         "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
-    }
-    # transformers 4.52 and later.
-    peft_prefixes: Mapping[str, str] = {
-        "model.": "model.language_model.",
-        "visual.": "model.visual.",
-        "lm_head.": "lm_head.",
     }
     decoder_path, head_path = "model", "lm_head"
 
-    def __init__(
-        self, config: DecoderConfig, vision: Any, processor: Qwen2_5Processor, compute_dtype: torch.dtype
-    ) -> None:
-        super().__init__(config, processor, compute_dtype)
-        self.visual = VisionEncoder(vision, processor)
-        self.model = Decoder(config)
-        self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
+    def __init__(self, config: Any, processor: Qwen2_5Processor, compute_dtype: torch.dtype) -> None:
+        text = config.text_config
+        super().__init__(text, processor, compute_dtype)
+        self.visual = VisionEncoder(config.vision_config, processor)
+        # M-RoPE: the frequencies are shared out to time, height and width in runs.
+        runs = enumerate(text.rope_parameters["mrope_section"])
+        self.model = Decoder(text, [axis for axis, run in runs for _ in range(run)], qkv_bias=True)
+        self.lm_head = None if config.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, bias=False)
 
     @property
     def vision(self) -> VisionParts:
@@ -108,17 +103,15 @@ class Qwen2_5_VL(VideoLanguageModel):
 
 def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen2_5_VL:
     """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
-    vision, sections = config.vision_config, config.text_config.rope_parameters["mrope_section"]
+    vision = config.vision_config
     require(config, "text_config.use_sliding_window", False, None)
-    # M-RoPE: the frequencies are shared out to time, height and width in runs.
-    axes = (axis for axis, run in enumerate(sections) for _ in range(run))
+    require_rope(config, "default")
     processor = Qwen2_5Processor.read(
         config,
         preprocessor,
         merge=vision.spatial_merge_size,
         temporal=vision.temporal_patch_size,
-        context_tokens=context_of(config.text_config),
         tokens_per_second=vision.tokens_per_second,
         window=vision.window_size,
     )
-    return Qwen2_5_VL(DecoderConfig.read(config, axes, qkv_bias=True), vision, processor, dtype).to(dtype)
+    return Qwen2_5_VL(config, processor, dtype).to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vft.common.errors import UserError
 from vft.models.base import VideoLanguageModel, VisionParts
-from vft.models.decoder import Decoder, DecoderConfig, context_of
+from vft.models.decoder import Decoder, require_rope
 from vft.models.layers import LayerNorm, Linear, PatchEmbed, VisionBlock, graph_of, rotary_2d, two_linears
 from vft.models.qwen3_vl.processor import Qwen3Processor, TableLayout
 
@@ -88,15 +88,15 @@ class Qwen3VL(VideoLanguageModel):
         "model.visual.": ("model.visual.", "visual."),
         "lm_head.": ("lm_head.", "language_model.lm_head.", "model.lm_head."),
     }
-    peft_prefixes: Mapping[str, str] = {"model.": "model.", "lm_head.": "lm_head."}
     decoder_path, head_path = "model.language_model", "lm_head"
 
-    def __init__(
-        self, config: DecoderConfig, vision: Any, processor: Qwen3Processor, compute_dtype: torch.dtype
-    ) -> None:
-        super().__init__(config, processor, compute_dtype)
-        self.model = nn.ModuleDict({"visual": VisionEncoder(vision, processor), "language_model": Decoder(config)})
-        self.lm_head = None if config.tied_head else Linear(config.width, config.vocabulary, bias=False)
+    def __init__(self, config: Any, processor: Qwen3Processor, compute_dtype: torch.dtype) -> None:
+        text = config.text_config
+        super().__init__(text, processor, compute_dtype)
+        decoder = Decoder(text, _interleaved(text.rope_parameters["mrope_section"]), qk_norm=True)
+        encoder = VisionEncoder(config.vision_config, processor)
+        self.model = nn.ModuleDict({"visual": encoder, "language_model": decoder})
+        self.lm_head = None if config.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, bias=False)
 
     @property
     def vision(self) -> VisionParts:
@@ -129,13 +129,12 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
             f"config.json: deepstack_visual_indexes = {deepstack}: must be fewer than "
             f"num_hidden_layers = {text.num_hidden_layers}"
         )
+    require_rope(config, "default")
     processor = Qwen3Processor.read(
         config,
         preprocessor,
         merge=vision.spatial_merge_size,
         temporal=vision.temporal_patch_size,
-        context_tokens=context_of(config.text_config),
         table_side=round(vision.num_position_embeddings**0.5),
     )
-    axes = _interleaved(text.rope_parameters["mrope_section"])
-    return Qwen3VL(DecoderConfig.read(config, axes, qk_norm=True), vision, processor, dtype).to(dtype)
+    return Qwen3VL(config, processor, dtype).to(dtype)
