@@ -192,11 +192,6 @@ def said(*asked: Any) -> list[list[int]]:
     return [one.ids for one in generate(*asked)]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_generation_alone(each_untied: Tiny, answers: dict[str, list[int]], name: str) -> None:
-    assert said(each_untied.ours(), prompt(each_untied, name), (), Sampling(STEPS)) == [answers[name]]
-
-
 class Recorder:
     """A model that keeps the logits of each pass."""
 

@@ -163,7 +163,7 @@ def test_pixels_and_vision_tower(name: str, load_case: Callable[[str], Case], tr
     assert pixels_PD.shape == case.pixels.shape
     assert float((pixels_PD - case.pixels).abs().max()) <= 1e-5
     with torch.no_grad():
-        embeds_ME = model.visual(pixels_PD, case.batch.layout)
+        (embeds_ME,) = model.visual(pixels_PD, case.batch.layout)
     assert float((embeds_ME - case.tensors["vision_embeds"]).abs().max()) <= 1e-4
 
 

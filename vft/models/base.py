@@ -81,11 +81,11 @@ class VideoLanguageModel(nn.Module):
 
     def encode_media(self, pixels_PD: Tensor, layout: Any) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E], both in media order. Further tensors [M, E] are added after
-        the first decoder layers (DeepStack).
+        the first decoder layers (DeepStack). By default the first of the vision's modules does it all.
 
         Frozen parts build no graph. Trained parts are in the graph whatever media there are.
         """
-        raise NotImplementedError
+        return self.vision.modules[0](pixels_PD, layout)
 
     def peft_name(self, name: str) -> str:
         """The name of a parameter or module in transformers' model in memory, which adapter files use."""

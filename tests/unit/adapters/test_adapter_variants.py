@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,9 @@ class Small(nn.Module):
         return self.proj(x)
 
 
+AB = ("lora_A", "lora_B")
+
+
 def peft_layer(**settings: Any) -> Any:
     torch.manual_seed(3)
     model = get_peft_model(Small(), PeftConfig(r=4, lora_alpha=6, target_modules=["proj"], **settings))
@@ -71,10 +73,13 @@ def outcome(layer: nn.Module, dropout_seed: int = 7) -> tuple[Tensor, Tensor]:
     return out.detach(), x.grad
 
 
-def assert_close_to_all(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
-    """Each tensor within rounding of the other, relative to its largest value."""
+def assert_same_layer(ours: LoRALinear, theirs: Any, *parameters: tuple[Tensor, Tensor]) -> None:
+    """Output, and gradients of the input and of these pairs of parameters beside A and B, up to rounding."""
+    pairs = list(zip(outcome(ours), outcome(theirs), strict=True))
+    for own, other in (*parameters, *((getattr(ours, m).weight, getattr(theirs, m)["default"].weight) for m in AB)):
+        assert own.grad is not None
+        pairs.append((own.grad, other.grad))
     for one, other in pairs:
-        assert one is not None and other is not None
         assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
@@ -95,16 +100,8 @@ def test_dora_layer_is_pefts(dropout: float, rslora: bool, training: bool) -> No
         change.copy_(magnitude - base.weight.norm(dim=1))
     ours.train(training)
     theirs.train(training)
-    (out, grad_x), (wanted, wanted_x) = outcome(ours), outcome(theirs)
-    pairs = [
-        (out, wanted),
-        (grad_x, wanted_x),
-        (ours.lora_A.weight.grad, theirs.lora_A["default"].weight.grad),
-        (ours.lora_B.weight.grad, theirs.lora_B["default"].weight.grad),
-        (change.grad, magnitude.grad),
-    ]
-    assert_close_to_all(pairs)
-    assert difference(wanted, base(torch.zeros(48))) > 0.1
+    assert_same_layer(ours, theirs, (change, magnitude))
+    assert difference(outcome(theirs)[0], base(torch.zeros(48))) > 0.1
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -129,14 +126,7 @@ def test_pissa_layer_is_pefts(dropout: float, rslora: bool) -> None:
             weight.add_(0.1 * torch.randn_like(weight))
         ours.lora_A.weight.copy_(a)
         ours.lora_B.weight.copy_(b)
-    (out, grad_x), (wanted, wanted_x) = outcome(ours), outcome(theirs)
-    pairs = [
-        (out, wanted),
-        (grad_x, wanted_x),
-        (ours.lora_A.weight.grad, a.grad),
-        (ours.lora_B.weight.grad, b.grad),
-    ]
-    assert_close_to_all(pairs)
+    assert_same_layer(ours, theirs)
 
 
 def test_fast_decomposition() -> None:

@@ -181,53 +181,17 @@ def test_a_size_of_their_own_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def text_and_labels(tiny: Tiny, *turns: Any) -> tuple[str, str]:
-    encoded = tiny.encoder.encode(talk(*turns))
-    tokenizer = tiny.encoder.tokenizer
-    tokens = tokenizer.convert_ids_to_tokens(encoded.ids)
-    labels = tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != -100])
-    return "".join(tokens), "".join(labels)
-
-
 def test_text_of_a_conversation(tiny: Tiny) -> None:
     """One <s> in front; the form of the Vicuna template that the model was trained with, closed answers and no space
     behind them; the closing token is supervised."""
-    video = medium("video", 4, 56, 56)[0]
-    found, labels = text_and_labels(
-        tiny, ("user", [video, "Who?"]), ("assistant", "No."), ("user", "No?"), ("assistant", "Nobody")
-    )
+    video, tokenizer = medium("video", 4, 56, 56)[0], tiny.encoder.tokenizer
+    turns: list[Any] = [("user", [video, "Who?"]), ("assistant", "No."), ("user", "No?"), ("assistant", "Nobody")]
+    encoded = tiny.encoder.encode(talk(*turns))
+    learnt = [label for label in encoded.labels if label != -100]
+    found, labels = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (encoded.ids, learnt))
     text = found.replace("\u2581", " ").replace("<0x0A>", "\n")
     assert text.replace("> ", ">") == "<s>USER: <video>\nWho? ASSISTANT: No.</s>USER: No? ASSISTANT: Nobody</s>"
     assert labels.replace("\u2581", " ") == " No.</s> Nobody</s>"
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [["A dog runs."], ["  leading", "trailing  "], ["emoji 🙂"], ["你好"], ["USER: me", "ASSISTANT: you"], ["a\nb\n"]],
-    ids=ascii,
-)
-@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
-def test_supervised_is_the_answer_and_its_end(make_tiny: Any, language_model: str, answers: list[str]) -> None:
-    encoder = make_tiny(language_model, "tied").encoder
-    turns: list[Any] = []
-    for answer in answers:
-        turns += [("user", f"{answer}?"), ("assistant", answer)]
-    encoded = encoder.encode(talk(*turns))
-    kept = [label for label in encoded.labels if label != -100]
-    found = encoder.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts = found.split("</s>")
-    assert [text.strip() for text in texts[:-1]] == [answer.strip() for answer in answers] and not texts[-1]
-
-
-@pytest.mark.parametrize("language_model", ["llava_next_video", "llava_next_video_mistral"])
-@pytest.mark.parametrize("answer", ["A dog.", "7", "é"])
-def test_what_is_not_supervised_is_the_prompt(make_tiny: Any, language_model: str, answer: str) -> None:
-    """The space before an answer, a token of its own before some characters, is the model's to say."""
-    encoder = make_tiny(language_model, "tied").encoder
-    whole = encoder.encode(talk(("user", "Who?"), ("assistant", answer)))
-    asked = encoder.encode(talk(("user", "Who?")), answer_next=True)
-    first = next(i for i, label in enumerate(whole.labels) if label != -100)
-    assert whole.ids[:first] == asked.ids
 
 
 def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
@@ -238,11 +202,8 @@ def test_media_are_matched_in_the_order_of_the_template(tiny: Tiny) -> None:
     made = tiny.encoder.document([conversation], media.plans)
     assert [plan.ref.kind for plan in made.media] == ["image", "video"]
     processor: Any = tiny.encoder.processor
-    marks = made.ids_T[made.media_mask_T].tolist()
-    assert (
-        marks
-        == [processor.image_token] * media.plans[1].num_tokens + [processor.video_token] * media.plans[0].num_tokens
-    )
+    order = (processor.image_token, media.plans[1]), (processor.video_token, media.plans[0])
+    assert made.ids_T[made.media_mask_T].tolist() == [token for token, plan in order for _ in range(plan.num_tokens)]
 
 
 def test_longer_than_the_context_is_left_out(tiny: Tiny) -> None:

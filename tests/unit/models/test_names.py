@@ -192,32 +192,29 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_checkpoints_by_their_configuration(tiny: Tiny, tmp_path: Path, method: str) -> None:
-    base = shutil.copytree(tiny.path, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED[method]}))
-    with pytest.raises(UserError, match=f"quantised checkpoint \\({method};.*name the model.*nf4"):
-        Pretrained.open(str(base))
+QUANTISED_TENSORS = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight.absmax": "bitsandbytes, 4 bits",
+    ".weight.quant_state.bitsandbytes__nf4": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits",
+    ".weight_scale_inv": "FP8",
+    ".weight_packed": "compressed-tensors",
+}
 
 
-@pytest.mark.parametrize(
-    ("end", "method"),
-    [
-        (".qweight", "GPTQ or AWQ"),
-        (".weight.absmax", "bitsandbytes, 4 bits"),
-        (".weight.quant_state.bitsandbytes__nf4", "bitsandbytes, 4 bits"),
-        (".SCB", "bitsandbytes, 8 bits"),
-        (".weight_scale_inv", "FP8"),
-        (".weight_packed", "compressed-tensors"),
-    ],
-)
-def test_quantised_checkpoints_by_their_tensors(tiny: Tiny, tmp_path: Path, end: str, method: str) -> None:
+@pytest.mark.parametrize("told_by", [*QUANTISED, *QUANTISED_TENSORS])
+def test_quantised_checkpoints(tiny: Tiny, tmp_path: Path, told_by: str) -> None:
+    """By config.json, or by the name of a tensor."""
     base = shutil.copytree(tiny.path, tmp_path / "base")
-    (file,) = base.glob("*.safetensors")
-    name = f"model.layers.0.self_attn.q_proj{end}"
-    save_file(load_file(file) | {name: torch.ones(1)}, file)
-    with pytest.raises(UserError, match=f"quantised checkpoint \\({method}; tensor {name}\\)"):
+    if told_by in QUANTISED:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED[told_by]}))
+        wanted = f"{told_by}.*name the model.*nf4"
+    else:
+        name = f"model.layers.0.self_attn.q_proj{told_by}"
+        save_file(load_file(base / SINGLE_FILE) | {name: torch.ones(1)}, base / SINGLE_FILE)
+        wanted = f"{QUANTISED_TENSORS[told_by]}; tensor {name}\\)"
+    with pytest.raises(UserError, match=f"quantised checkpoint \\({wanted}"):
         Pretrained.open(str(base))
 
 
@@ -249,13 +246,15 @@ def test_the_chat_template_is_the_processors(tiny: Tiny, tmp_path: Path) -> None
         (base / name).unlink(missing_ok=True)
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "of the tokenizer"}))
-    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the tokenizer"
-    (base / "chat_template.jinja").write_text("of its own file")
-    assert Pretrained.open(str(base)).tokenizer.chat_template == "of its own file"
-    (base / "chat_template.json").write_text(json.dumps({"chat_template": "of the legacy file"}))
-    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the legacy file"
-    (base / "processor_config.json").write_text(json.dumps({"chat_template": "of the processor"}))
-    assert Pretrained.open(str(base)).tokenizer.chat_template == "of the processor"
+    for file, text, content in (
+        ("tokenizer_config.json", "of the tokenizer", None),
+        ("chat_template.jinja", "of its own file", "of its own file"),
+        ("chat_template.json", "of the legacy file", json.dumps({"chat_template": "of the legacy file"})),
+        ("processor_config.json", "of the processor", json.dumps({"chat_template": "of the processor"})),
+    ):
+        if content is not None:
+            (base / file).write_text(content)
+        assert Pretrained.open(str(base)).tokenizer.chat_template == text
 
 
 # --------------------------------------------------------------------------------------------------- merged twice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -28,10 +27,10 @@ from tests.helpers.tiny import (
     load_model,
     load_prepared,
     loss_and_gradients,
-    medium,
     talk,
 )
 from tests.unit.parallel.test_compiled import compile_with_aot_eager
+from tests.unit.parallel.test_compiled import row as row_of
 from vft.adapters.lora import fill, initialise, is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
@@ -202,18 +201,9 @@ def adapted(tiny: Tiny, quantize: str) -> Any:
     return model
 
 
-def long_row(tiny: Tiny, questions: Sequence[int] = (1, 2), frames: int = 6) -> Batch:
-    rows = []
-    for number, count in enumerate(questions):
-        ref, info = medium("video", frames, 84, 84, name=str(number))
-        asked = [talk(("user", [ref, f"What {i}?"]), ("assistant", "It moves. " * 4), id=str(i)) for i in range(count)]
-        rows.append((asked, Media.make(tiny.encoder.processor, [(ref, info)], seed=number)))
-    return batch_of(tiny.encoder, *rows)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_learn_as_on_the_weights_that_it_stands_for(tiny: Tiny, mode: str) -> None:
-    row, model = long_row(tiny), adapted(tiny, "nf4")
+    row, model = row_of(tiny, ((6, 1), (6, 2))), adapted(tiny, "nf4")
     loss, wanted = loss_and_gradients(adapted(tiny, "none"), row)
     checkpoint_activations(model, mode)
     again, found = loss_and_gradients(model, row)
@@ -230,7 +220,7 @@ def test_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: N
     model, plain = (adapted(tiny, "nf4") for _ in range(2))
     parallelize(model, None, ParallelConfig(activation_checkpointing=mode, compile=True), torch.float32, CPU)
     for number, frames in enumerate((4, 6, 8)):
-        row = long_row(tiny, (1, 1), frames)
+        row = row_of(tiny, ((frames, 1), (frames, 1)))
         wanted_loss, wanted = loss_and_gradients(plain, row)
         loss, found = loss_and_gradients(model, row)
         assert abs(float(loss / wanted_loss) - 1) <= 1e-5
@@ -241,7 +231,7 @@ def test_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_is_that_of_a_real_step(tiny: Tiny, mode: str) -> None:
-    row, planned = long_row(tiny, (1, 3), 16), build(Pretrained.open(str(tiny.path)), torch.float32, "nf4")
+    row, planned = row_of(tiny, ((16, 1), (16, 3))), build(Pretrained.open(str(tiny.path)), torch.float32, "nf4")
     choose_trainable(planned, LORA, ())
     resident = resident_bytes(planned, 1)
     checkpoint_activations(planned, mode)
@@ -257,7 +247,7 @@ def test_memory_is_that_of_a_real_step(tiny: Tiny, mode: str) -> None:
 
 
 def test_flops_are_those_of_the_weights_that_it_stands_for(tiny: Tiny) -> None:
-    row, models = long_row(tiny), [adapted(tiny, kind) for kind in ("nf4", "none")]
+    row, models = row_of(tiny, ((6, 1), (6, 2))), [adapted(tiny, kind) for kind in ("nf4", "none")]
     counted = []
     for model in models:
         with FlopCounterMode(display=False) as counter:

@@ -47,7 +47,7 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, RMSNorm, mlp) for mlp in mlps)
         self.merger = Projector(config)
 
-    def forward(self, pixels_PD: Tensor, layout: QwenLayout) -> Tensor:
+    def forward(self, pixels_PD: Tensor, layout: QwenLayout) -> tuple[Tensor]:
         """Normalised pixels [P, D] in media order to embeddings [M, E] in media order."""
         with graph_of((*self.patch_embed.parameters(), *self.blocks.parameters())):
             x_PE = self.patch_embed(pixels_PD[layout.order_P])
@@ -56,7 +56,7 @@ class VisionEncoder(nn.Module):
                 kind = "frame" if index in self.config.fullatt_block_indexes else "window"
                 x_PE = block(x_PE, rotary, layout.plans[kind])
         with graph_of(self.parameters()):
-            return self.merger(x_PE)[layout.restore_M]
+            return (self.merger(x_PE)[layout.restore_M],)
 
 
 class Qwen2_5_VL(VideoLanguageModel):
@@ -95,10 +95,6 @@ class Qwen2_5_VL(VideoLanguageModel):
             patches_per_row=self.processor.merge**2,
             pair_widths={"frame": config.hidden_size * full, "window": config.hidden_size * (config.depth - full)},
         )
-
-    def encode_media(self, pixels_PD: Tensor, layout: QwenLayout) -> tuple[Tensor, ...]:
-        """Normalised pixels [P, D] to embeddings [M, E]."""
-        return (self.visual(pixels_PD, layout),)
 
 
 def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen2_5_VL:

@@ -109,10 +109,6 @@ class Qwen3VL(VideoLanguageModel):
             pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
         )
 
-    def encode_media(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
-        """Normalised pixels [P, D] to embeddings [M, E], and DeepStack's tensors [M, E]."""
-        return self.model["visual"](pixels_PD, layout)
-
 
 def _interleaved(section: Sequence[int]) -> tuple[int, ...]:
     """The axis that turns each rotary frequency: time, height and width in turns, as far as height and width go."""
