@@ -275,7 +275,7 @@ def test_700_labels_in_bounded_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     one = Asked(talk(("user", [VIDEO, "Which action?"])), labels, media)
     model = tiny.ours()
     passes, encoder, logits, kept = spy(model), [], [], []
-    model.visual.register_forward_hook(lambda module, args, out: encoder.append(out.shape[0]))
+    model.visual.register_forward_hook(lambda module, args, out: encoder.append(out[0].shape[0]))
     model.register_forward_hook(lambda module, args, out: logits.append(out.shape[0]))
     attend = PrefixCache.attend
 
