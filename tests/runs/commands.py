@@ -34,6 +34,8 @@ import importlib, json, os, runpy, signal, sys, traceback
 
 for name in ("vft.training.trainer", "vft.recipes.caption", "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl"):
     importlib.import_module(name)
+for name in ("card.md", "report.html"):
+    sys.modules["vft.reporting.page"].TEMPLATES.get_template(name)
 for name in [name for name in sys.modules if name.startswith("vft.recipes.")]:
     del sys.modules[name]  # as in a fresh process: runpy is to run it as __main__
 

@@ -22,6 +22,12 @@ PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|CONFIG|\.\.\.")
 SECTIONS = "|".join(name for name, one in Config.model_fields.items() if name not in ("task", "output_dir", "seed"))
 
 
+@pytest.fixture(scope="module")
+def helps() -> dict[tuple[str, ...], str]:
+    """What `--help` of each command has said: asked once for all pages."""
+    return {}
+
+
 def blocks(page: Path) -> list[str]:
     """The text of every fenced block."""
     return re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -40,8 +46,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_there(page: Path, commands: Commands) -> None:
-    helps: dict[tuple[str, ...], str] = {}
+def test_commands_are_there(page: Path, commands: Commands, helps: dict[tuple[str, ...], str]) -> None:
     for words in commands_of(page):
         tool = next((word for word in words if word.startswith("tools/")), None)
         if tool is None and words[0] != "vft":

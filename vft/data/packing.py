@@ -44,7 +44,10 @@ class PackPlan:
 
     @property
     def first_packs(self) -> tuple[tuple[int, ...], ...]:
-        """The packs of the first epoch that has any: with few documents of small weights some epochs are empty."""
+        """The packs of the first epoch that has any: with few documents of small weights some epochs are empty. None
+        without documents."""
+        if not any(self.weights):
+            return ()
         return next(packs for epoch in count() if (packs := self.packs(epoch)))
 
     def place(self, epoch: int, pack: int) -> tuple[int, int]:

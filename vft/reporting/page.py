@@ -24,6 +24,13 @@ Curve = Sequence[tuple[int, Interval]]
 WIDTH, HEIGHT = 420, 210
 """Size of the drawing in its own units; the page scales it."""
 TOP, RIGHT, BOTTOM = 10, 14, 24
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 MAX_POINTS = 300
 """A longer curve is drawn as the means of this many parts."""
 MAX_DOTS = 40
@@ -34,14 +41,7 @@ LOG_FROM = 30
 
 def render(template: str, **values: Any) -> str:
     """Fill in the template of this name. In `.html` all values are escaped, unless the template marks one safe."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
+    return TEMPLATES.get_template(template).render(**values)
 
 
 @dataclass(frozen=True, slots=True)
