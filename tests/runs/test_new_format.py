@@ -58,11 +58,15 @@ def test_a_format_of_ones_own(world: World, commands: Commands, folder: Path) ->
 def test_a_task_of_ones_own(world: World, commands: Commands, tmp_path: Path) -> None:
     """A task of the current folder, with a field of its own, is trained, scored by its own metric and exported."""
     name = "my_task:MyTask"
-    commands.run("vft.cli.new", "task", "my_task", cwd=tmp_path).ok()
-    with (tmp_path / "my_task.py").open("a") as file:
-        file.write('        return {"length": Interval.point(float(len(answers)))}\n')
-    text = (tmp_path / "my_task.py").read_text().replace('main_metric = "rouge_l"', 'main_metric = "length"')
-    (tmp_path / "my_task.py").write_text(re.sub(r"\n +predictions, references = .*\n +return .*", "", text))
+    commands.run("vft.cli.app", "new", "task", "my_task", cwd=tmp_path).ok()
+    text = (tmp_path / "my_task.py").read_text()
+    for before, after in (
+        ('main_metric = "cider_d"', 'main_metric = "length"'),
+        ("return scores", 'return {"length": Interval.point(float(len(answers)))}'),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    (tmp_path / "my_task.py").write_text(text)
     settings = {"train": {"max_steps": 2}, "eval": {"every_steps": 2, "max_new_tokens": 2, "best_metric": "length"}}
     config = world.config(tmp_path / "run.toml", settings)
     commands.run("vft.recipes", name, config, cwd=tmp_path).ok()

@@ -24,4 +24,5 @@ from vft.metrics.text import (
     segment_coverage_scores,
     token_f1_scores,
 )
-from vft.metrics.words import Japanese, rouge_l_tokenizer, word_tokenizer
+from vft.metrics.text import cider_d_scores as cider_d_text_scores  # its earlier name
+from vft.metrics.words import Japanese, rouge_l_tokenizer, tokenize, word_tokenizer

@@ -111,10 +111,10 @@ def test_windows_one_by_one_are_a_call_each(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attend_once(*a, **k))
     attention, plan = VisionAttention(8, 2), blocks_plan([4, 4, 4])
     x_PE, angles_PK = torch.randn(12, 8), torch.zeros(12, 4)
-    together = attention(x_PE, angles_PK.cos(), angles_PK.sin(), plan)
+    together = attention(x_PE, (angles_PK.cos(), angles_PK.sin()), plan)
     before = len(calls)
     with each_segment_alone():
-        apart = attention(x_PE, angles_PK.cos(), angles_PK.sin(), plan)
+        apart = attention(x_PE, (angles_PK.cos(), angles_PK.sin()), plan)
     torch.testing.assert_close(apart, together)
     assert (before, len(calls) - before) == (1, 3)
 
