@@ -27,9 +27,16 @@ def use_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def register() -> None:
-    """Give the operator a CPU kernel."""
-    varlen._varlen_attn.register_kernel("cpu")(_forward)
+def register(kind: str = "exact") -> None:
+    """Give the operator a CPU kernel: `exact`, `missing` (it raises, as where a build lacks it), or `nan`."""
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if kind == "missing":
+            raise NotImplementedError("no varlen attention in this build")
+        out, *rest = _forward(*args, **kwargs)
+        return out.fill_(torch.nan) if kind == "nan" else out, *rest
+
+    varlen._varlen_attn.register_kernel("cpu")(forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(_backward)
 
 

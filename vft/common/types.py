@@ -437,8 +437,9 @@ def move(value: Movable, device: torch.device) -> Movable:
 
 def _move(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
-        pin = device.type == "cuda" and value.device.type == "cpu"  # a copy from pageable memory would block
-        return (value.pin_memory() if pin else value).to(device, non_blocking=True)
+        if device.type == "cuda" and value.device.type == "cpu":  # a copy from pageable memory would block
+            value = value.contiguous().pin_memory()  # which keeps strides, and cannot with several rows in one place
+        return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: _move(item, device) for key, item in value.items()}
     if isinstance(value, Batch | VisionLayout | AttentionPlan):

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from vft.common.types import AttentionPlan, Segment, move
 
+VISION_WIDTHS = (64, 72, 80)
+"""Widths of a head in the families' vision encoders."""
+
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -129,37 +132,50 @@ def planning_for(device: torch.device) -> Iterator[None]:
         _planned_device = None
 
 
-def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the varlen kernel forward and backward, on a vision encoder's row and on a decoder's.
+def check_kernel(device: torch.device, dtype: torch.dtype, compiled: bool = False) -> None:
+    """Try the varlen kernel forward and backward, on rows of vision encoders and of decoders; `compiled`: also from a
+    compiled function.
 
     If it cannot run (builds for ROCm may lack parts of it, and not every GPU has it), or its results are far from those
-    of SDPA in float32, SDPA is used from then on, and a warning says so.
+    of SDPA in float32 or no numbers at all, SDPA is used from then on, and a warning says so.
     """
     global varlen_attn
-    if not has_kernel(device, dtype):
-        return
-    windows = [Segment(0, 64), Segment(64, 64)]
-    shared = [*document_segments(0, 60, [9, 30]), *document_segments(99, 0, [29])]
-    for segments, causal, key_heads, width in ((windows, False, 4, 80), (shared, True, 1, 128)):
+    if has_kernel(device, dtype) and (trouble := _kernel_trouble(device, dtype, compiled)) is not None:
+        varlen_attn = None
+        warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
+
+
+def _kernel_trouble(device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
+    """What is wrong with the varlen kernel; None if nothing is."""
+    # Longer than a block of any kernel, and lengths that fill none.
+    windows = [Segment(0, 64), Segment(64, 64), Segment(128, 200), Segment(328, 1)]
+    shared = [*document_segments(0, 300, [9, 130]), *document_segments(439, 0, [90])]
+    trials = [(windows, False, 4, 4, width) for width in VISION_WIDTHS]
+    trials += [(shared, True, 4, key_heads, 128) for key_heads in (4, 1)]
+    for segments, causal, heads, key_heads, width in trials:
         plan = move(build_plan(segments, causal), device)
+        rows = segments[-1].q_start + segments[-1].q_length
         generator = torch.Generator().manual_seed(0)
-        shapes = [(128, heads, width) for heads in (4, key_heads, key_heads)]
-        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        # Every second row of heads in memory, as queries, keys and values of one product lie beside each other.
+        shapes = [(rows, 2, count, width) for count in (heads, key_heads, key_heads)]
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype)[:, 1] for shape in shapes]
         _prepare_groups(plan, inputs[0])
         expected = _results(_attend_groups, [x.float() for x in inputs], plan)
-        reason = "gives other results than scaled_dot_product_attention"
-        try:
-            results = _results(_attend_varlen, inputs, plan)
-        except RuntimeError as error:
-            results, reason = [], f"can't run ({str(error).strip().splitlines()[0]:.200})"
-        # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference.
-        if not results or any(
-            float((a.float() - b).abs().max()) > 0.05 * float(b.abs().max())
-            for a, b in zip(results, expected, strict=True)
-        ):
-            varlen_attn = None
-            warnings.warn(f"torch.nn.attention.varlen {reason}: attention takes the slower path", stacklevel=2)
-            return
+        runs: list[Callable[..., Tensor]] = [_attend_varlen]
+        if compiled and causal:
+            runs.append(torch.compile(_attend_varlen, dynamic=True))
+        for run in runs:
+            name = f"(width {width}, {heads} and {key_heads} heads{', compiled' if run is not _attend_varlen else ''})"
+            try:
+                results = _results(run, inputs, plan)
+            except Exception as error:  # NotImplementedError, a compiler's error, a driver's
+                return f"{name} can't run ({str(error).strip().splitlines()[0]:.200})"
+            for found, right in zip(results, expected, strict=True):
+                # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference. NaN is above
+                # and below nothing: the comparison has to be the one that it fails.
+                if not float((found.float() - right).abs().max()) <= 0.05 * float(right.abs().max()):
+                    return f"{name} gives other results than scaled_dot_product_attention"
+    return None
 
 
 def _results(run: Callable[..., Tensor], inputs: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
