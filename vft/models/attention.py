@@ -132,20 +132,19 @@ def planning_for(device: torch.device) -> Iterator[None]:
         _planned_device = None
 
 
-def check_kernel(device: torch.device, dtype: torch.dtype, compiled: bool = False) -> None:
-    """Try the varlen kernel forward and backward, on rows of vision encoders and of decoders; `compiled`: also from a
-    compiled function.
+def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the varlen kernel forward and backward, on rows of vision encoders and of decoders.
 
     If it cannot run (builds for ROCm may lack parts of it, and not every GPU has it), or its results are far from those
     of SDPA in float32 or no numbers at all, SDPA is used from then on, and a warning says so.
     """
     global varlen_attn
-    if has_kernel(device, dtype) and (trouble := _kernel_trouble(device, dtype, compiled)) is not None:
+    if has_kernel(device, dtype) and (trouble := _kernel_trouble(device, dtype)) is not None:
         varlen_attn = None
         warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
 
 
-def _kernel_trouble(device: torch.device, dtype: torch.dtype, compiled: bool) -> str | None:
+def _kernel_trouble(device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the varlen kernel; None if nothing is."""
     # Longer than a block of any kernel, and lengths that fill none.
     windows = [Segment(0, 64), Segment(64, 64), Segment(128, 200), Segment(328, 1)]
@@ -161,20 +160,16 @@ def _kernel_trouble(device: torch.device, dtype: torch.dtype, compiled: bool) ->
         inputs = [torch.randn(shape, generator=generator).to(device, dtype)[:, 1] for shape in shapes]
         _prepare_groups(plan, inputs[0])
         expected = _results(_attend_groups, [x.float() for x in inputs], plan)
-        runs: list[Callable[..., Tensor]] = [_attend_varlen]
-        if compiled and causal:
-            runs.append(torch.compile(_attend_varlen, dynamic=True))
-        for run in runs:
-            name = f"(width {width}, {heads} and {key_heads} heads{', compiled' if run is not _attend_varlen else ''})"
-            try:
-                results = _results(run, inputs, plan)
-            except Exception as error:  # NotImplementedError, a compiler's error, a driver's
-                return f"{name} can't run ({str(error).strip().splitlines()[0]:.200})"
-            for found, right in zip(results, expected, strict=True):
-                # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference. NaN is above
-                # and below nothing: the comparison has to be the one that it fails.
-                if not float((found.float() - right).abs().max()) <= 0.05 * float(right.abs().max()):
-                    return f"{name} gives other results than scaled_dot_product_attention"
+        name = f"(width {width}, {heads} and {key_heads} heads)"
+        try:
+            results = _results(_attend_varlen, inputs, plan)
+        except Exception as error:  # NotImplementedError, or whatever a driver raises
+            return f"{name} can't run ({str(error).strip().splitlines()[0]:.200})"
+        for found, right in zip(results, expected, strict=True):
+            # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference. NaN is above and
+            # below nothing: the comparison has to be the one that it fails.
+            if not float((found.float() - right).abs().max()) <= 0.05 * float(right.abs().max()):
+                return f"{name} gives other results than scaled_dot_product_attention"
     return None
 
 
