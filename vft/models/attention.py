@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vft.common.errors import first_line
 from vft.common.types import AttentionPlan, Segment, move
 
 VISION_WIDTHS = (64, 72, 80)
@@ -164,7 +165,7 @@ def _kernel_trouble(device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             results = _results(_attend_varlen, inputs, plan)
         except Exception as error:  # NotImplementedError, or whatever a driver raises
-            return f"{name} can't run ({str(error).strip().splitlines()[0]:.200})"
+            return f"{name} can't run ({first_line(error):.200})"
         for found, right in zip(results, expected, strict=True):
             # Tolerates rounding to 8 bits. One key too many or too few gives a far larger difference. NaN is above and
             # below nothing: the comparison has to be the one that it fails.

@@ -142,6 +142,18 @@ def lacking(*inputs: Any, **options: Any) -> Tensor:
     raise RuntimeError("Flash attention is not in this build.\nC++ frames follow.")
 
 
+def silent(*inputs: Any, **options: Any) -> Tensor:
+    raise NotImplementedError
+
+
+def nan(*inputs: Any, **options: Any) -> Tensor:
+    return varlen_attn(*inputs, **options) * torch.nan
+
+
+def wrong_at_72(*inputs: Any, **options: Any) -> Tensor:
+    return varlen_attn(*inputs, **options) * (2 if inputs[0].shape[-1] == 72 else 1)
+
+
 def uncausal(*inputs: Any, **options: Any) -> Tensor:
     return varlen_attn(*inputs, **{**options, "window_size": (-1, -1)})
 
@@ -152,6 +164,9 @@ def uncausal(*inputs: Any, **options: Any) -> Tensor:
         (varlen_attn, None),
         (lacking, r"can't run \(Flash attention is not in this build\.\): attention takes the slower path"),
         (uncausal, "gives other results than scaled_dot_product_attention"),
+        (silent, r"can't run \(NotImplementedError\)"),
+        (nan, "gives other results than scaled_dot_product_attention"),
+        (wrong_at_72, r"\(width 72, 4 and 4 heads\) gives other results than scaled_dot_product_attention"),
     ],
 )
 def test_a_kernel_is_tried_before_it_is_used(kernel: Any, trouble: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
