@@ -7,6 +7,7 @@ without vft's packages gets a message.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import signal
 import sys
@@ -77,11 +78,13 @@ def run(command: str, argv: Sequence[str], prog: str) -> None:
     one line and exit status 2.
     """
     prefer_venv()
+    gc.disable()  # imports make a million objects and no garbage: looking for it takes a second
     try:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
         run_in_venv()
         report_missing(error)
+    gc.enable()
     try:
         module.main(argv=argv, prog=prog)
     except ModuleNotFoundError as error:  # a package that is imported only where it is used

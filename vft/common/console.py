@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -85,6 +86,7 @@ def user_errors() -> Iterator[None]:
     Of each host's processes one prints the line. Ctrl-C gives status 130, and another signal its own.
     """
     setup_logging()
+    gc.freeze()  # what is imported stays: no collection need look at it, least of all the one at the end
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         yield
