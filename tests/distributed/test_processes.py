@@ -44,7 +44,10 @@ class Runs:
         return self.done[key]
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next_video", "qwen3_vl"])
+WORLDS = ("qwen2_5_vl", "llava_next_video", "qwen3_vl")
+
+
+@pytest.fixture(scope="module", params=WORLDS)
 def each_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     """The world with a model of each family."""
     if request.param == "qwen2_5_vl":
@@ -71,6 +74,12 @@ def assert_equal(one: Path, several: Path) -> None:
     assert largest_difference(column(one, "grad_norm"), column(several, "grad_norm")) <= 1e-4
 
 
+def and_slowly(family: str, *case: str) -> Any:
+    """A case with a model of this family, slow unless it is the first."""
+    return pytest.param(family, *case, marks=() if family == WORLDS[0] else pytest.mark.slow)
+
+
+first_family = pytest.mark.parametrize("each_world", [*map(and_slowly, WORLDS)], indirect=True)
 RATES: dict[str, Any] = {"train": {"component_learning_rates": {"vision_encoder": 5e-4}}}
 DORA: dict[str, Any] = {"dora": True, "rslora": True, "loraplus_ratio": 4.0, "ranks": {"language_model.q_proj": 3}}
 ADAPTERS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -80,7 +89,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    ("each_world", "kind"),
+    [*((family, "lora") for family in WORLDS), *(and_slowly(f, kind) for f in WORLDS for kind in ("dora", "pissa"))],
+    indirect=["each_world"],
+)
 def test_two_processes_adapters_on_all_parts_mixed_media_dropout(runs: Runs, kind: str) -> None:
     # Most steps give one of the two processes packs without a picture while the other has some.
     settings = (MIXED, VISION_LORA, DROPOUT, *ADAPTERS[kind])
@@ -135,6 +148,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 """Number of processes, and settings of [parallel]."""
 
 
+@first_family
 @pytest.mark.parametrize("mode", [pytest.param("mlp", marks=pytest.mark.slow), "selective", "full"])
 def test_recomputing_changes_nothing(runs: Runs, mode: str) -> None:
     settings = (MIXED, VISION_LORA, DROPOUT)
@@ -142,6 +156,7 @@ def test_recomputing_changes_nothing(runs: Runs, mode: str) -> None:
     assert column(changed, "loss") == column(runs(1, *settings), "loss")
 
 
+@first_family
 def test_offloading_changes_nothing(runs: Runs) -> None:
     """In a process group of one: the same gathering and copying, with nobody to share with."""
     settings = (MIXED, VISION_LORA, DROPOUT)
@@ -189,6 +204,7 @@ def test_evaluation_in_two_processes(runs: Runs) -> None:
 NF4: dict[str, Any] = {"model": {"quantize": "nf4"}}
 
 
+@first_family
 def test_two_processes_on_a_base_of_4_bits(runs: Runs) -> None:
     """The packed rows are shared out, gathered and read back as whole ones are; so are the encoder's adapters."""
     settings = (MIXED, VISION_LORA, DROPOUT, NF4)
@@ -196,6 +212,7 @@ def test_two_processes_on_a_base_of_4_bits(runs: Runs) -> None:
     assert column(runs(1, *settings), "loss") != column(runs(1, *settings[:3]), "loss")
 
 
+@first_family
 def test_two_processes_on_a_base_of_4_bits_in_bf16(runs: Runs) -> None:
     """The all-gather casts trained weights to bf16, and must leave bytes alone; answers included."""
     evaluated = {"eval": {"every_steps": 20, "at_start": False, "max_new_tokens": 12, "batch_size": 1}}

@@ -28,7 +28,7 @@ NEEDS = re.compile(r"#.*\b(GPUs?|hosts|the set's files)\b")
 PROGRAM = re.compile(r"(python |torchrun |vft )")
 SMALLER = (
     *("train.max_steps=4", "train.warmup_steps=2", "train.packs_per_step=2", "data.video.max_pixels=12544"),
-    "train.precision=fp32",
+    *("train.precision=fp32", "data.workers=0"),
 )
 """Behind a training command, which would otherwise take 500 steps of 16 videos."""
 PROMPT, ANSWERS = "Describe the video.", ("A red square.", "A green square.", "A blue square.")

@@ -15,11 +15,7 @@ from tests.runs.commands import CAPTION, Commands, metrics
 if TYPE_CHECKING:
     from tests.helpers.tiny import Tiny
 
-OTHER_FAMILIES = (
-    pytest.param("llava_next_video", marks=pytest.mark.slow),
-    pytest.param("llava_next_video_mistral", marks=pytest.mark.slow),
-    "qwen3_vl",
-)
+OTHER_FAMILIES = ("llava_next_video", "llava_next_video_mistral", "qwen3_vl")
 HEAD_TOO = {"rank": 16, "alpha": 32, "targets": ["language_model.*", "language_model.lm_head"]}
 """For random weights: the head has to learn, too, for its logits are too small to be sure of anything."""
 
@@ -101,6 +97,7 @@ def test_three_real_clips_are_learnt_by_heart(
     assert_learnt_by_heart(model, clips, data, commands, tmp_path, lora=lora, max_steps=25, learning_rate=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_by_models_of_other_families(
     family: str, make_tiny: Callable[[str, str], Tiny], videos: Path, commands: Commands, tmp_path: Path

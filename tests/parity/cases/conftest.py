@@ -94,7 +94,8 @@ class Case:
         output = self.folder / "out" / Path(records).stem
         source = f'data.sources=[{{format="{format}", path="{records}"}}]'
         path = f"model.path={model or self.tiny}"
-        result = self.run("tools/inspect_batch.py", "config.toml", path, source, *overrides, "--output", output)
+        given = (path, source, "data.workers=0", *overrides)  # to start workers takes longer than all the rest
+        result = self.run("tools/inspect_batch.py", "config.toml", *given, "--output", output)
         tokenizer = AutoTokenizer.from_pretrained(model or self.tiny)
         batch = load_file(output / "batch.safetensors") if result.status == 0 else {}
         return Look(result, tokenizer, batch)

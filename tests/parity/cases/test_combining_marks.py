@@ -10,7 +10,7 @@ from tests.parity.cases.conftest import Case
 
 def test_combining_marks(case: Callable[[str], Case]) -> None:
     one = case("15_combining_marks")
-    one.run("vft.recipes.qa", "config.toml", f"model.path={one.tiny}").ok()
+    one.run("vft.recipes.qa", "config.toml", "data.workers=0", f"model.path={one.tiny}").ok()
     (line,) = [
         line
         for line in map(json.loads, (one.folder / "out/run/metrics.jsonl").read_text().splitlines())

@@ -12,7 +12,7 @@ from tests.runs.commands import metrics
 def test_prefix_labels(case: Callable[[str], Case]) -> None:
     """What is said exactly is ranked first, at every evaluation of the run."""
     one = case("01_prefix_labels")
-    one.run("vft.recipes.classify", "config.toml", f"model.path={one.tiny}").ok()
+    one.run("vft.recipes.classify", "config.toml", "data.workers=0", f"model.path={one.tiny}").ok()
     run = one.folder / "out" / "run"
     said = 0
     for file in sorted((run / "predictions").glob("*.jsonl")):

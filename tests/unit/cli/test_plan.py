@@ -99,6 +99,7 @@ def test_what_does_not_fit_is_fixed_and_checked(plan: Plan) -> None:
     assert len(totals) == 2 and totals[0] > 16 * 0.95 >= totals[1]
 
 
+@pytest.mark.slow
 def test_layers_that_stay_gathered_are_counted(plan: Plan) -> None:
     """28 layers of 466 MB instead of two: given up again, the run fits."""
     done = plan(*SMALL, *WIDE, "parallel.reshard_after_forward=false", "--gpu-memory-gib", "20")

@@ -212,7 +212,7 @@ def test_adapters_learn_as_on_the_weights_that_it_stands_for(tiny: Tiny, mode: s
     assert_same_gradients(found, wanted)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("none", "selective")), "full"])
 def test_compiled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, mode: Any) -> None:
     """Without a break, one graph for all layers but the last, one for that; the same losses and gradients."""
     use_varlen(monkeypatch)

@@ -52,6 +52,7 @@ def test_data(figures: dict[str, Any]) -> None:
     assert rows[1]["of bare"] == 1 and 0 < rows[0]["of bare"] < 5
 
 
+@pytest.mark.slow
 @bench("load.py --shape tiny --repeats 1 --device cpu")
 def test_load(figures: dict[str, Any]) -> None:
     rows = {row["way"]: row for row in figures["rows"]}
