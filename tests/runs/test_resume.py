@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.runs.commands import CAPTION, REPOSITORY, Commands, column, largest_difference, metrics
-from tests.runs.processes import descendants
+from tests.runs.processes import descendants, run_together
 from tests.runs.same import assert_same
 from tests.runs.world import FULL_TUNING, World
 from vft.common.rules import VERSION
@@ -231,8 +231,8 @@ def test_another_number_of_processes(commands: Commands, undisturbed: Path, copy
     for checkpoint in sorted((folder / "checkpoints").iterdir())[1:]:
         shutil.rmtree(checkpoint)
     # A step of 3 packs can be shared by 3 processes.
-    result = commands.torchrun(3, copy).ok()
-    assert f"going on from {folder / 'checkpoints' / f'step-{STEPS - 6:06d}'}" in result.stderr
+    first, *_ = [result.ok() for result in run_together(commands, 3, CAPTION, copy)]
+    assert f"going on from {folder / 'checkpoints' / f'step-{STEPS - 6:06d}'}" in first.stderr
     for key in ("step", "epoch", "sample_digest", "num_targets", "tokens", "samples", "lr"):
         assert column(folder, key) == column(undisturbed, key)
     assert largest_difference(column(undisturbed, "loss"), column(folder, "loss")) <= 1e-5

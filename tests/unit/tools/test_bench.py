@@ -93,6 +93,7 @@ def test_step(figures: dict[str, Any]) -> None:
         assert row["tokens/s"] == pytest.approx(row["tokens"] / row["step s"])
 
 
+@pytest.mark.slow
 @bench("gains.py --shape tiny --repeats 1 --of questions packing parts")
 def test_gains(figures: dict[str, Any]) -> None:
     """The two ways of each line have the same loss, or the command fails."""
