@@ -177,7 +177,7 @@ class Event:
 # ---------------------------------------------------------------------------------------------------------- the device
 
 
-@dataclass
+@dataclass(eq=False)
 class Transfer:
     """A copy that is under way."""
 

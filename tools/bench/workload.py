@@ -16,14 +16,14 @@ from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
 from vft.common.types import Batch
-from vft.config.run import Config, LoraConfig, ModelConfig, TrainConfig
+from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
 from vft.models.released import RELEASED, build_from_config, language_model, qwen2_5_vl
 from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.training.losses import cross_entropy
-from vft.training.optimizer import build_optimizer, scale_and_clip
+from vft.training.optimizer import build_optimizer, clip, scale_gradients
 
 DEMO_BASE = Path(__file__).parents[1] / "demo_world" / "base"
 """Its tokenizer, template and processor files serve every size."""
@@ -70,7 +70,9 @@ def settings(shape: str, device: torch.device = DEVICE, **tables: Any) -> Config
     """The configuration of a run of one step with a model of `MODELS`, in bf16 on a GPU and fp32 on a CPU."""
     model = ModelConfig(path=shape)
     train = TrainConfig(max_steps=1, precision="bf16" if device.type == "cuda" else "fp32")
-    return Config(**{"output_dir": Path(), "model": model, "lora": LoraConfig(), "train": train, **tables})
+    parallel = ParallelConfig(activation_checkpointing="none", compile=False)
+    given = {"model": model, "lora": LoraConfig(), "train": train, "parallel": parallel, **tables}
+    return Config(**{"output_dir": Path(), **given})
 
 
 def open_random(config: Config) -> PreparedModel:
@@ -97,7 +99,8 @@ def make_step(
 
     def step() -> None:
         cross_entropy(model, row.to(device)).backward()
-        scale_and_clip(trainable, 1 / row.num_targets, 1.0)
+        gradients, norm = scale_gradients(trainable, 1 / row.num_targets)
+        clip(gradients, float(norm), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

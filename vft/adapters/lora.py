@@ -65,11 +65,12 @@ class LoRALinear(nn.Linear):
         down = self.lora_A.weight.to(x.dtype)
         dropped = self.training and self.dropout > 0
         low = _DropoutLinear.apply(x, down, self.dropout) if dropped else F.linear(x, down)
-        update = F.linear(low, up)
+        low = low * self.scale  # [..., rank]: the product with B is as wide as the layer's output
         if self.lora_A0 is not None and self.lora_B0 is not None:
             # Subtract from the update, not from the base: before the first step the difference is exactly zero.
-            update = update - F.linear(F.linear(x, self.lora_A0.to(x.dtype)), self.lora_B0.to(x.dtype))
-        return base + update * self.scale
+            low0 = F.linear(x, self.lora_A0.to(x.dtype)) * self.scale
+            return base + (F.linear(low, up) - F.linear(low0, self.lora_B0.to(x.dtype)))
+        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.T).view_as(base)
 
     def base(self, x: Tensor) -> Tensor:
         """Output of the layer without its adapter."""
@@ -95,7 +96,7 @@ class LoRALinear(nn.Linear):
             product = self.base(x)
         if self.bias is not None:
             product = product - self.bias.to(x.dtype)
-        update = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), up) * self.scale
+        update = F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scale, up)
         # Round the small difference from 1 instead of the gain.
         return base + update + (self.gain(x.dtype) - 1).to(x.dtype) * (product + update)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -26,6 +26,7 @@ SILENCE_S, TIMEOUT_S = 60.0, 600.0
 """Defaults of `parallel.silence_s` and `parallel.timeout_s` (`vft/config/run.py`)."""
 BACKGROUND = timedelta(hours=1)
 """Timeout of the collectives of background threads, which wait for others to write large files."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 LATER_S = 30.0
 """A collective's own timeout comes this much later than `timeout_s`: it ends a process, but can't say why."""
 
@@ -52,6 +53,11 @@ def environment() -> World:
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
 
 
+def local_world_size() -> int:
+    """How many processes of the run are on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """Connect all processes and start their heartbeats (`rendezvous.connected`).
@@ -67,8 +73,24 @@ def together(silence_s: float = SILENCE_S, timeout_s: float = TIMEOUT_S) -> Iter
                 on_one_rank=True,
             )
         torch.cuda.set_device(world.device)
+        set_allocator()
     with connected(world.rank, world.size, world.local_rank, silence_s, timeout_s):
         yield world
+
+
+def set_allocator() -> None:
+    """Settings of torch's allocators, unless the environment has its own.
+
+    Rows differ in length: segments that grow leave fewer holes than segments of fixed sizes. Pinned blocks above 1 MiB
+    are not rounded up to a power of two, which could double the host memory of checkpoints and offloaded weights.
+    """
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return
+    expandable = "expandable_segments:True"
+    for settings in (f"{expandable},pinned_max_round_threshold_mb:1", expandable):  # older versions lack the second
+        with suppress(RuntimeError, ValueError, AttributeError):
+            torch._C._accelerator_setAllocatorSettings(settings)
+            return
 
 
 @contextmanager
@@ -167,11 +189,11 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return values
 
 
-def largest_over_ranks(value: int, device: torch.device) -> int:
+def largest_over_ranks(value: int) -> int:
     """The largest value of all processes."""
     if not dist.is_initialized():
         return value
-    values = torch.tensor(value, device=device)
+    values = torch.tensor(value)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
 

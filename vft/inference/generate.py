@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vft.common.types import Batch
+from vft.common.types import Batch, move
 from vft.distributed.process_group import sum_over_ranks
 from vft.distributed.signals import stop_if, stop_requested
 from vft.models.attention import build_plan, document_segments
@@ -66,7 +66,7 @@ def generate(
     device = prompts.input_ids_T.device
     lengths = [document.num_tokens for document in prompts.documents] or [1]
     limits = [min(sampling.max_new_tokens, (context or sys.maxsize) - length) for length in lengths]
-    last_rows_S = torch.tensor(lengths, device=device).cumsum(0) - 1
+    last_rows_S = move(torch.tensor(lengths).cumsum(0) - 1, device)
     cache = KeyValueCache(lengths, sampling.max_new_tokens, device)
     positions_S = torch.stack([part.max() for part in prompts.positions_3T.split(lengths, dim=1)])
     names = names or [document.sample_ids[0] for document in prompts.documents] or [""]
@@ -77,7 +77,7 @@ def generate(
     ended = [False] * len(lengths)
     for _ in range(sampling.max_new_tokens):
         drawn_S = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-        tokens_S = choose(model.logits(batch, cache), sampling, drawn_S.to(device))
+        tokens_S = choose(model.logits(batch, cache), sampling, move(drawn_S, device))
         cache.advance()
         new_tokens: list[int | None] = []
         for index, token in enumerate(tokens_S.tolist()):
@@ -89,7 +89,7 @@ def generate(
                 running[index] = len(ids[index]) < limits[index]
         if on_tokens is not None:
             on_tokens(new_tokens)
-        left, stop = sum_over_ranks(torch.tensor([sum(running), stop_requested()], device=device)).tolist()
+        left, stop = sum_over_ranks(torch.tensor([sum(running), stop_requested()])).tolist()
         stop_if(stop)
         if not left:
             break

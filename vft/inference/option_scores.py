@@ -85,7 +85,7 @@ def score_options(
     scores: list[list[OptionScore]] = [[] for _ in documents]
     before, behind = around
     idle = [_Suffix(-1, Document.blank(), (0, 1))]
-    for number in range(largest_over_ranks(len(chunks), device)):
+    for number in range(largest_over_ranks(len(chunks))):
         chunk = chunks[number] if number < len(chunks) else idle
         batch = _batch(chunk, prefixes, past).to(device)
         logits_NV = model.logits(batch, cache)

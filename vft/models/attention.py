@@ -185,7 +185,8 @@ def _results(run: Callable[..., Tensor], inputs: list[Tensor], plan: AttentionPl
 def _attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     assert varlen_attn is not None
     if plan.k_index is not None:
-        k_THK, v_THK = k_THK[plan.k_index], v_THK[plan.k_index]
+        # Not by indexing, whose gradient sorts the index.
+        k_THK, v_THK = k_THK.index_select(0, plan.k_index), v_THK.index_select(0, plan.k_index)
     options: dict[str, Any] = {}
     # Between torch 2.10 and 2.12 the causal flag became a window, and grouped queries an option.
     if "window_size" in _VARLEN_PARAMETERS:
@@ -213,30 +214,48 @@ def _attend_groups(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionP
             x.unflatten(0, (count, length)).transpose(1, 2)
             for x, length in ((q_THK[q_rows], q_length), (k_THK[k_rows], k_length), (v_THK[k_rows], k_length))
         )
-        is_causal = plan.causal and mask_QK is None
-        gqa = q_THK.shape[1] != k_THK.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QK, is_causal=is_causal, enable_gqa=gqa)
+        out = sdpa(q, k, v, mask_QK, is_causal=plan.causal and mask_QK is None)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return joined if plan.restore_T is None else joined[plan.restore_T]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask_QL: Tensor | None, is_causal: bool = False) -> Tensor:
+    """SDPA of queries [n, H, Q, K] with keys and values [n, G, L, K], where H is a multiple of G (grouped queries).
+
+    With `enable_gqa` some backends refuse: flash attention if there is a mask, memory-efficient attention always. What
+    is left of them computes in float32 through memory. So the heads of a group become rows of one head; where a mask
+    would have to be made for that, keys and values are repeated on a GPU.
+    """
+    groups, heads = k.shape[1], q.shape[1]
+    if heads == groups:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QL, is_causal=is_causal)
+    if is_causal:
+        if q.device.type == "cuda":
+            k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != heads)
+    if mask_QL is not None:
+        mask_QL = mask_QL.repeat(*(1 for _ in mask_QL.shape[:-2]), heads // groups, 1)
+    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask_QL).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 def _prepare_groups(plan: AttentionPlan, x: Tensor) -> None:
     by_length: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan.segments:
         by_length.setdefault((segment.q_length, segment.k_length), []).append(segment)
-    plan.groups = []
+    plan.groups, order = [], []
     for (q_length, k_length), members in by_length.items():
-        q_rows = torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members])
+        order.append(q_rows := torch.cat([torch.arange(s.q_start, s.q_start + q_length) for s in members]))
         k_rows = torch.cat([key_rows(s, plan.past) for s in members])
         mask_QK = None
         if plan.causal and q_length != k_length:  # aligned lower right, which SDPA's own flag is not
-            mask_QK = torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length).to(x.device)
+            mask_QK = move(torch.ones(q_length, k_length, dtype=torch.bool).tril(k_length - q_length), x.device)
         rows = _rows(q_rows, x.device), _rows(k_rows, x.device)
         plan.groups.append((*rows, len(members), q_length, k_length, mask_QK))
-    every = torch.arange(x.shape[0], device=x.device)
-    rows_T = torch.cat([every[q_rows] for q_rows, *_ in plan.groups])
-    plan.restore_T = None if torch.equal(rows_T, every) else torch.argsort(rows_T)
+    rows_T = torch.cat(order)
+    is_in_order = torch.equal(rows_T, torch.arange(len(rows_T)))
+    plan.restore_T = None if is_in_order else move(torch.argsort(rows_T), x.device)
 
 
 def _rows(index: Tensor, device: torch.device) -> slice | Tensor:
@@ -244,4 +263,4 @@ def _rows(index: Tensor, device: torch.device) -> slice | Tensor:
     start = int(index[0])
     if torch.equal(index, torch.arange(start, start + index.numel())):
         return slice(start, start + index.numel())
-    return index.to(device)
+    return move(index, device)

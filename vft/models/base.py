@@ -148,7 +148,7 @@ class VideoLanguageModel(nn.Module):
         """uint8 patches to (x / 255 - mean) / std by channel, in float32, then in the compute dtype."""
         per_channel = pixels_PD.shape[1] // 3
         mean_D, std_D = (
-            torch.tensor(values, device=pixels_PD.device).repeat_interleave(per_channel)
+            move(torch.tensor(values), pixels_PD.device).repeat_interleave(per_channel)
             for values in (self.processor.mean, self.processor.std)
         )
         return ((pixels_PD.float() / 255 - mean_D) / std_D).to(self.compute_dtype)

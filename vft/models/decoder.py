@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vft.common.errors import UserError
-from vft.common.types import AttentionPlan, Batch
+from vft.common.types import AttentionPlan, Batch, move
 from vft.models.attention import attend, prepare
 from vft.models.kv_cache import Cache
 from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, inverse_frequencies, rotate
@@ -127,6 +127,6 @@ class Decoder(nn.Module):
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> Rotary:
         rope, width = self.config.rope_parameters, head_width(self.config)
         frequencies = inverse_frequencies(width, rope["rope_theta"], positions_3T.device)
-        axis_of = torch.tensor(self.rope_axes or (0,) * (width // 2)).to(positions_3T.device)
+        axis_of = move(torch.tensor(self.rope_axes or (0,) * (width // 2)), positions_3T.device)
         angles_TK = (positions_3T.float()[axis_of].T * (frequencies / linear_factor(rope))).repeat(1, 2)
         return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.common.types import AttentionPlan
-from vft.models.attention import attend
+from vft.common.types import AttentionPlan, move
+from vft.models.attention import attend, sdpa
 
 ROWS_AHEAD = 512
 """Tokens by which the cache grows at a time: few answers are as long as they are allowed to be."""
@@ -43,7 +43,10 @@ class KeyValueCache:
     """
 
     def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
-        self.lengths_S = torch.tensor(prompt_lengths, device=device)
+        lengths_S = torch.tensor(prompt_lengths)
+        sequence_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
+        starts_S = torch.cumsum(lengths_S, 0) - lengths_S
+        self.lengths_S = move(lengths_S, device)
         """Tokens of each sequence."""
         self.longest = max(prompt_lengths)
         self.capacity = self.longest + min(max_new_tokens, ROWS_AHEAD)
@@ -51,10 +54,9 @@ class KeyValueCache:
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values by layer, [S, L, H, K]."""
         self.is_prefilled = False
-        self.sequence_T = torch.repeat_interleave(torch.arange(len(prompt_lengths), device=device), self.lengths_S)
+        self.sequence_T = move(sequence_T, device)
         """Sequence of each row of the current pass."""
-        starts_S = torch.cumsum(self.lengths_S, 0) - self.lengths_S
-        self.index_T = torch.arange(len(self.sequence_T), device=device) - starts_S[self.sequence_T]
+        self.index_T = move(torch.arange(len(sequence_T)) - starts_S[sequence_T], device)
         """Index of each row within its sequence."""
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
@@ -69,14 +71,8 @@ class KeyValueCache:
             return attend(q_THK, k_THK, v_THK, plan)
         # Row s is the newest token of sequence s. It attends all tokens of the sequence, itself included.
         visible_SL = torch.arange(self.capacity, device=q_THK.device) <= self.index_T[:, None]
-        out = F.scaled_dot_product_attention(
-            q_THK.unsqueeze(2),
-            keys_SLHK.transpose(1, 2),
-            values_SLHK.transpose(1, 2),
-            attn_mask=visible_SL[:, None, None, :],
-            enable_gqa=q_THK.shape[1] != k_THK.shape[1],
-        )
-        return out.squeeze(2)
+        keys, values = keys_SLHK.transpose(1, 2), values_SLHK.transpose(1, 2)
+        return sdpa(q_THK.unsqueeze(2), keys, values, visible_SL[:, None, None, :]).squeeze(2)
 
     def advance(self) -> None:
         """End a pass, after all layers. The next one has one token for each sequence."""

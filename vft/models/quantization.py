@@ -28,6 +28,8 @@ MIDPOINTS = torch.tensor([(low + high) / 2 for low, high in pairwise(CODES)])
 """Bounds between the codes."""
 PAIRS = torch.tensor([(CODES[byte >> 4], CODES[byte & 15]) for byte in range(256)])
 """The two weights of a byte, the first in its upper four bits."""
+_pairs_on: dict[torch.device, Tensor] = {}
+"""Its copies on devices."""
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -44,12 +46,17 @@ def pack(weight: Tensor) -> Tensor:
     return torch.cat([codes[:, 0::2] << 4 | codes[:, 1::2], absmax.view(torch.uint8)], dim=1)
 
 
+def prepare_unpacking(device: torch.device) -> None:
+    """Copy the table of `unpack` to a device, so that it need not be copied, with a wait, for every matrix."""
+    _pairs_on[device] = PAIRS.to(device)
+
+
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Bytes of `pack` to the weight [out, columns]: codes times absmax in float32, rounded once to `dtype`."""
     blocks = packed.shape[1] // BLOCK_BYTES
     codes, absmax = packed.split([blocks * BLOCK // 2, blocks * 4], dim=1)
-    # A copy of 2 KB that does not wait for the GPU's other work.
-    pairs = F.embedding(codes.int(), PAIRS.to(packed.device, non_blocking=True))
+    table = _pairs_on.get(packed.device)
+    pairs = F.embedding(codes.int(), PAIRS.to(packed.device) if table is None else table)
     weight = pairs.view(-1, blocks, BLOCK).mul_(absmax.contiguous().view(torch.float32).unsqueeze(-1))
     return weight.to(dtype).flatten(1)[:, :columns]
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from vft.config.run import ParallelConfig
 from vft.models.attention import check_kernel, has_kernel, varlen_attn
 from vft.models.base import VideoLanguageModel
+from vft.models.quantization import prepare_unpacking
 
 _SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -36,14 +37,19 @@ def parallelize(
 ) -> None:
     """Parallelize `model`, which is still on the meta device and will run on `device`, in place.
 
-    Without a mesh, which means one process, nothing is sharded.
+    Without a mesh, which means one process, nothing is sharded. `config` has no "auto" (`vft.preparation.memory`).
     """
+    assert "auto" not in (config.activation_checkpointing, config.compile), config
     check_kernel(device, dtype)
+    prepare_unpacking(device)
     checkpoint_activations(model, config.activation_checkpointing, config.vision_checkpointing)
     if config.compile:
+        # Variants of one layer: with and without shared prefixes, gradients, dropout, in the last layer and before. The
+        # ninth would run uncompiled in silence.
+        torch._dynamo.config.recompile_limit = 32
         # One graph for all layers and lengths, and another for rows with shared prefixes. Without the kernel, attention
         # is a loop over the segments of a row, which would be compiled anew for every row.
-        for layer in model.decoder.layers:
+        for layer in (*model.decoder.layers, *model.vision.blocks):
             (layer if has_kernel(device, dtype) else layer.get_submodule("mlp")).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype, config)

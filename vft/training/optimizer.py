@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vft.adapters.lora import LORA_B, MAGNITUDE
 from vft.config.run import LoraConfig, TrainConfig
@@ -73,11 +73,14 @@ def learning_rate(config: TrainConfig, step: int, max_steps: int) -> float:
     return config.learning_rate * left
 
 
-def scale_and_clip(parameters: Iterable[nn.Parameter], scale: float, max_norm: float) -> float:
-    """Multiply gradients by `scale`, and clip them to `max_norm` (0: no clipping). Returns the norm before clipping."""
+def scale_gradients(parameters: Iterable[nn.Parameter], scale: float) -> tuple[list[Tensor], Tensor]:
+    """Multiply gradients by `scale`. Returns them and their norm, a scalar on their device: nothing waits for it."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))  # a DTensor if the gradients are sharded
+    return gradients, full_tensor(torch.nn.utils.get_total_norm(gradients))  # a DTensor if the gradients are sharded
+
+
+def clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Shorten gradients of this norm to `max_norm` (0: no clipping)."""
     if max_norm and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
-    return norm

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -204,3 +205,21 @@ def test_varlen_kernel_on_cuda(name: str, key_heads: int) -> None:
         strict=True,
     ):
         assert float((one.double().cpu() - other).abs().max()) < 0.05 * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_grouped_queries_with_a_mask_are_no_grouped_queries(
+    key_heads: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention refuses a mask, and memory-efficient attention grouped queries: together, neither would run."""
+    q, k, v = (torch.randn(3, heads, rows, 8) for heads, rows in ((4, 5), (key_heads, 7), (key_heads, 7)))
+    mask = torch.rand(3, 1, 5, 7) > 0.4 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    calls: list[dict[str, Any]] = []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **o: calls.append(o) or plain(*a, **o))
+    torch.testing.assert_close(attention.sdpa(q, k, v, mask), expected)
+    assert len(calls) == 1 and not calls[0].get("enable_gqa")
