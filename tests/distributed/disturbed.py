@@ -32,11 +32,11 @@ loader_step, write, forward, train_step = (
 current = 0
 
 
-def step_that_hangs(loader: Loader) -> Iterator[LoadedPack]:
+def step_that_hangs(loader: Loader, is_last: bool = False) -> Iterator[LoadedPack]:
     """The loader's own, but for the third time."""
     while current == 3:
         time.sleep(1)
-    yield from loader_step(loader)
+    yield from loader_step(loader, is_last)
 
 
 def write_slowly(*arguments: Any) -> Any:

@@ -57,6 +57,7 @@ TARGETS = {
     "adapters": ("language_model.*",),
     "components": ("language_model.*", "vision_encoder.*", "projector.*"),
 }
+PLAIN = ParallelConfig(shard=0, activation_checkpointing="none", compile=False)
 WHOLE = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1, "c10d::allreduce_": 0}
 """Collectives, and which of their arguments is the whole tensor, not a shard."""
 
@@ -66,8 +67,8 @@ def share_out(
 ) -> frozenset[str]:
     """Give a model on the meta device adapters, and shard it. Returns the names of the adapters' parameters."""
     choose_trainable(model, lora, ())
-    parallel = parallel or ParallelConfig()
-    parallelize(model, make_mesh(world, parallel.shard), parallel, model.compute_dtype, world.device)
+    parallel = parallel or PLAIN
+    parallelize(model, make_mesh(world, parallel.shards(world.size)), parallel, model.compute_dtype, world.device)
     return frozenset(name for name, _ in model.named_parameters() if is_adapter(name))
 
 
@@ -214,7 +215,7 @@ def memory(base: str, kind: str, mode: str, quantize: str, output: str) -> None:
         return
     world = environment()
     with process_group(world):
-        config = ParallelConfig(activation_checkpointing=mode)  # type: ignore[arg-type]
+        config = PLAIN.model_copy(update={"activation_checkpointing": mode})
         share_out(model, LoraConfig(rank=4), world, config)
         model.to_empty(device=world.device)
         for parameter in model.parameters():
@@ -250,7 +251,7 @@ def traffic(base: str, settings: str, output: str) -> None:
     """Write what processes send each other in one row forward and backward, for each of the settings of [parallel]."""
     world = environment()
     with process_group(world):
-        found = [sent(base, ParallelConfig.model_validate(each), world) for each in json.loads(settings)]
+        found = [sent(base, PLAIN.model_copy(update=each), world) for each in json.loads(settings)]
         if world.is_main:
             Path(output).write_text(json.dumps(found))
 
@@ -265,7 +266,7 @@ def sent(base: str, parallel: ParallelConfig, world: World) -> dict[str, Any]:
         sizes["trained"] += numbers if parameter.requires_grad else 0
         if not name.startswith("visual."):
             sizes["layers" if ".layers." in name else "ends"] += numbers
-    parallelize(model, make_mesh(world, parallel.shard), parallel, torch.bfloat16, world.device)
+    parallelize(model, make_mesh(world, parallel.shards(world.size)), parallel, torch.bfloat16, world.device)
     materialise(model, world.device, parallel)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)

@@ -54,7 +54,7 @@ def first_step(loader: Loader, cursor: Cursor, streams: dict[str, Sequence[int]]
     since, busy = time.monotonic(), time.process_time()
     state = {"cursor": {"epoch": cursor.epoch, "pack": cursor.pack, "step": cursor.step}, "bad": [], "streams": streams}
     loader.restore(json.loads(json.dumps(state)))
-    packs = loader.step()
+    packs = loader.step(is_last=True)
     ids = list(next(packs).batch.sample_ids)
     took = time.monotonic() - since, time.process_time() - busy
     for pack in packs:

@@ -21,8 +21,8 @@ from vft.training import checkpoint as saving
 from vft.training import trainer as train
 
 PLACES: dict[str, tuple[Any, str, float]] = {
-    "start": (train, "longest_row", 60.0),
-    "deaf": (train, "longest_row", 60.0),
+    "start": (train, "largest_rows", 60.0),
+    "deaf": (train, "largest_rows", 60.0),
     "answers": (answer, "generate", 1.0),
     "losses": (evaluate, "held_out_loss", 1.0),
     "write": (saving, "write_parts", 60.0),

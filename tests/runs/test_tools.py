@@ -85,7 +85,7 @@ def test_memory_decides_on_checkpointing(world: World, commands: Commands, tmp_p
     auto = ("parallel.activation_checkpointing=auto", f"output_dir={tmp_path / 'auto'}")
     config = world.config(tmp_path / "auto.toml", {"train": {"max_steps": 2}})
     told = commands.run(CAPTION, config, *auto, "parallel.memory_budget_gib=10.0").ok().stderr
-    assert "activation_checkpointing = none: none 0.0 GiB of 10" in told
+    assert "activation_checkpointing = none, shard = 0, compile = false: 0.0 GiB of 10.0" in told
     assert column(plain, "loss") == column(tmp_path / "auto", "loss")
     refused = commands.run(
         CAPTION, config, *auto[:1], f"output_dir={tmp_path / 'no'}", "parallel.memory_budget_gib=1e-5"

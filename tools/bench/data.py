@@ -243,9 +243,9 @@ def run_vft(case: Case, pool: WorkerPool) -> int:
     """An epoch of the data path."""
     plan = case.documents.pack_plan(seed=0)
     loader = Loader(case.documents, plan, pool, DataParallel(), 1, case.documents.config.prefetch_packs, last_epoch=0)
-    frames = 0
-    for _ in plan.packs(0):
-        for pack in loader.step():
+    frames, steps = 0, len(plan.packs(0))
+    for step in range(steps):
+        for pack in loader.step(is_last=step == steps - 1):
             frames += sum(len(medium.frame_indices) for one in pack.batch.documents for medium in one.media)
     if bad := loader.bad.report.bad:
         raise UserError(f"{len(bad)} clips can't be decoded: {bad[0].message}")

@@ -2,7 +2,8 @@
 """Time and memory of one training step at a real size: python tools/bench/step.py [--shape 7b] [--tokens 8192] ...
 
 Random weights, no files: forward, backward, clipping and the optimizer of the trainer's own parts, for each mode of
-activation checkpointing. MFU and HFU are of the device's dense bf16 peak; of a CPU none is known.
+activation checkpointing. MFU and HFU are of the device's dense peak; of a CPU none is known. `of products` is the share
+of the rate that plain products of a layer's sizes reach in the same process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from measure import DEVICE, benchmark, in_turns, report
+from torch import nn
 from torch._dynamo.utils import counters
 from workload import MODELS, add_shape, make_step, open_random, random_model, settings
 
@@ -21,6 +24,7 @@ from vft.common.device_specs import peak_flops
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
+from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import GIB, MODES, resident_bytes, run_step
@@ -84,7 +88,8 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     line: dict[str, Any] = {"checkpointing": mode, "tokens": row.num_tokens, "step s": seconds}
     line |= {"tokens/s": row.num_tokens / seconds, "samples/s": len(row.sample_ids) / seconds}
     line["TFLOP/s"] = count.model / seconds / 1e12
-    if (peak := peak_flops(DEVICE)) is not None:
+    line["of products"] = count.hardware / seconds / product_rate(planned, row.num_tokens)
+    if (peak := peak_flops(DEVICE, planned.compute_dtype)) is not None:
         line |= {"MFU": count.model / seconds / peak, "HFU": count.hardware / seconds / peak}
         line["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
     line["planned GiB"] = planned_bytes / GIB
@@ -93,6 +98,21 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     if waits is not None:
         line["waits"] = waits
     return line
+
+
+def product_rate(model: VideoLanguageModel, tokens: int) -> float:
+    """FLOP/s of plain products of a decoder layer's matrices with a row of `tokens`, at best."""
+    layer, dtype = model.decoder.layers[0], model.compute_dtype
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear) and min(module.weight.shape) > 64]
+    matrices = [torch.randn(one.out_features, one.in_features, device=DEVICE, dtype=dtype) for one in linears]
+    inputs = {one.in_features: torch.randn(tokens, one.in_features, device=DEVICE, dtype=dtype) for one in linears}
+
+    def products() -> None:
+        for matrix in matrices:
+            F.linear(inputs[matrix.shape[1]], matrix)
+
+    seconds = min(in_turns({"products": products}, 7, warm_up=2)["products"])
+    return 2 * tokens * sum(matrix.numel() for matrix in matrices) / seconds
 
 
 def make_row(processor: Any, tokens: int, video: float, questions: int) -> Batch:

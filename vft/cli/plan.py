@@ -29,6 +29,7 @@ from vft.data.dataset import converse, take
 from vft.models.quantization import true_shapes
 from vft.preparation.memory import GIB, shares
 from vft.preparation.planning import LINK_SHARE, Memory, Planner, Search, Setting
+from vft.preparation.synthetic import filled_row
 from vft.recipes import task_of
 from vft.training.checks import check_shares
 from vft.training.losses import cross_entropy
@@ -63,11 +64,12 @@ def main(arguments: PlanArguments) -> None:
     config = configs.load(arguments.config, arguments.overrides)
     config.require_training()
     check_shares(config, arguments.gpus)
-    card = CARDS[arguments.gpu] if arguments.gpu and config.train.precision == "bf16" else None
+    card = CARDS[arguments.gpu] if arguments.gpu else None
     same = {"gpus", "text_tokens", "efficiency", "gpus_per_host", "network_gb_s"}
     setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **arguments.model_dump(include=same))
     planner = Planner(cross_entropy)
-    row = planner.longest_row(setting)
+    processor = planner.model_of(config).processor
+    row = filled_row(processor, config.data, arguments.text_tokens)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print(
         f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
@@ -81,17 +83,20 @@ def main(arguments: PlanArguments) -> None:
     for line in advice(setting, search, planner, row):
         console.print(line)
     console.print(figures_table(search.fitting[0], planner, row, arguments))
-    if arguments.gpu and card is None:
-        console.print(f'no times: the peak of a {arguments.gpu} that is known is that of train.precision = "bf16"')
-    elif card is None:
+    if card is None:
         console.print("no times: name the card with --gpu")
 
 
 def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> list[str]:
     """What to change so that the run fits, what would fit too, and what is faster."""
     chosen, *others = search.fitting
-    change = setting.overrides_to(chosen.setting)
+    found, asked = chosen.setting.config.parallel, setting.config.parallel
+    automatic = {n: getattr(found, n) for n in ("activation_checkpointing", "shard") if getattr(asked, n) == "auto"}
+    change = setting.changed(**automatic).overrides_to(chosen.setting)
     lines = [f"fits with {change} (checked)" if change else "fits"]
+    taken = [f"{name} = {value}" for name, value in automatic.items() if name != "shard" or setting.gpus > 1]
+    if taken:
+        lines.append(f"auto takes {', '.join(taken)}")
     lines += [f"fits too: {setting.overrides_to(other.setting)} (checked)" for other in others]
     if search.faster:
         gain = ""

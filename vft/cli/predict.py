@@ -42,6 +42,7 @@ from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times
 from vft.preparation.documents import check_answer_length
+from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,9 @@ def predict(options: PredictArguments) -> int:
             logger.info("%s: %d of %d answered before", options.output, len(requests) - len(left), len(requests))
         if not left:
             return 0
-        mesh = make_mesh(world, 0)
-        load_for_inference(prepared, world.device, mesh, ParallelConfig())
+        parallel = ParallelConfig()
+        mesh = make_mesh(world, inference_shard(parallel, prepared.model, world))
+        load_for_inference(prepared, world.device, mesh, parallel)
         answerer = Answerer(prepared.model, prepared.encoder(config), config, info, pool, world, DataParallel.of(mesh))
         return answer_requests(answerer, left, options, file)
 

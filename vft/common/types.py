@@ -15,7 +15,7 @@ Suffixes of tensor names, here and in all of vft:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -432,19 +432,33 @@ Movable = TypeVar("Movable")
 
 def move(value: Movable, device: torch.device) -> Movable:
     """`value` with all tensors in it on `device`. What an attention plan has prepared for another device is dropped."""
-    return cast(Movable, _move(value, device))
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu":  # a copy from pageable memory would block
+            tensor = tensor.contiguous().pin_memory()  # which keeps strides, and cannot with several rows in one place
+        return tensor.to(device, non_blocking=True)
+
+    return cast(Movable, _mapped(value, moved))
 
 
-def _move(value: object, device: torch.device) -> object:
+def each_tensor(value: Movable, visit: Callable[[Tensor], object]) -> None:
+    """Call `visit` for all tensors that `move` would move."""
+
+    def visited(tensor: Tensor) -> Tensor:
+        visit(tensor)
+        return tensor
+
+    _mapped(value, visited)
+
+
+def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
-        if device.type == "cuda" and value.device.type == "cpu":  # a copy from pageable memory would block
-            value = value.contiguous().pin_memory()  # which keeps strides, and cannot with several rows in one place
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, Batch | VisionLayout | AttentionPlan):
-        changes: dict[str, Any] = {f.name: _move(getattr(value, f.name), device) for f in fields(value)}
-        if isinstance(value, AttentionPlan) and device != value.cu_seqlens_q_S.device:
+        changes: dict[str, Any] = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value)}
+        if isinstance(value, AttentionPlan) and changes["cu_seqlens_q_S"].device != value.cu_seqlens_q_S.device:
             changes["groups"] = None
         return replace(value, **changes)
     return value

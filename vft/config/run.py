@@ -182,18 +182,23 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """`[parallel]`: how work is spread over processes, and how memory is traded for time. Results stay the same."""
+    """`[parallel]`: how work is spread over processes, and how memory is traded for time. Results stay the same.
 
-    shard: Count = 0
+    On a GPU `auto` takes the fastest settings that fit its memory; on a CPU it shards over all processes, recomputes
+    nothing and does not compile. `vft plan` says what it takes before any GPU is rented.
+    """
+
+    shard: Count | Literal["auto"] = "auto"
     """Number of processes over which the decoder's weights are sharded; 0: all, 1: none (plain data parallelism)."""
-    activation_checkpointing: Literal["none", "mlp", "selective", "full", "auto"] = "none"
+    activation_checkpointing: Literal["none", "mlp", "selective", "full", "auto"] = "auto"
     """What the backward pass recomputes instead of storing. `auto`: the least that fits in `memory_budget_gib`."""
     vision_checkpointing: Literal["same", "none", "mlp", "selective", "full"] = "same"
     """The same for a vision encoder that is trained. A frozen one stores nothing."""
     memory_budget_gib: PositiveFloat | None = None
-    """GiB of memory of one device that `activation_checkpointing = "auto"` may use."""
-    compile: bool = False
-    """Apply `torch.compile` to each decoder layer: a slower start, faster steps."""
+    """GiB of one device that `activation_checkpointing = "auto"` may use. None: a GPU's free memory less a reserve."""
+    compile: bool | Literal["auto"] = "auto"
+    """Apply `torch.compile` to each layer of the decoder and block of the vision encoder: a slower start, faster steps.
+    `auto`: on a GPU with a kernel for attention in packed rows."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward pass and gather them again for its backward pass. false: half
     the traffic, but every process holds the whole decoder between the two passes."""
@@ -209,10 +214,10 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if (self.activation_checkpointing == "auto") != (self.memory_budget_gib is not None):
+        if self.activation_checkpointing != "auto" and self.memory_budget_gib is not None:
             raise ValueError(
                 f"activation_checkpointing = {show(self.activation_checkpointing)} and memory_budget_gib = "
-                f"{show(self.memory_budget_gib)}: auto needs a budget, and a budget needs auto"
+                f"{show(self.memory_budget_gib)}: only auto looks at a budget; keep one"
             )
         if self.offload == "frozen" and not self.reshard_after_forward:
             raise ValueError(
@@ -220,6 +225,11 @@ class ParallelConfig(Section):
                 "be on the GPU after all; keep one"
             )
         return self
+
+    def shards(self, processes: int) -> int:
+        """Over how many of `processes` the decoder's weights are sharded. `auto` must have been resolved."""
+        assert self.shard != "auto", "`vft.preparation.memory.resolve` says what it stands for"
+        return self.shard or processes
 
 
 class CheckpointConfig(Section):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
@@ -42,14 +42,25 @@ logger = logging.getLogger(__name__)
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
 
 
+class Work(NamedTuple):
+    """What a document costs."""
+
+    tokens: int
+    pairs: int
+    """Query-key pairs of a layer's attention."""
+    patches: int
+    """Vision patches."""
+    keys: int
+    """Rows of keys that its segments attend: those of a shared prefix count once for each suffix."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedDocument:
     """A document before it is built: its conversations, and what planning found out about it."""
 
     conversations: tuple[Conversation, ...]
     """They share all their media."""
-    work: tuple[int, int, int]
-    """What it costs: tokens, query-key pairs of a layer's attention, vision patches."""
+    work: Work
     weight: float
     """How often the document comes in an epoch."""
     media_limits: tuple[VisionLimits, ...] | None = None
@@ -76,7 +87,7 @@ class Dataset:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each document."""
-        return tuple(document.work[0] for document in self.documents)
+        return tuple(document.work.tokens for document in self.documents)
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -114,7 +125,7 @@ class Dataset:
         content, root = hashlib.sha256(), os.path.realpath(self.config.root)
         for document in self.documents:
             shown = [(one.id, one.content(root), one.options) for one in document.conversations]
-            content.update(f"{shown}:{document.work[0]};".encode(errors="replace"))
+            content.update(f"{shown}:{document.work.tokens};".encode(errors="replace"))
         return content.hexdigest()[:16]
 
     # ------------------------------------------------------------------------------------------------------ planning
@@ -201,19 +212,14 @@ class Dataset:
                 rows.append(([], []))
             rows[-1][0].append(one)
             rows[-1][1].append(suffix)
-        return [
-            PlannedDocument(
-                conversations=tuple(conversations),
-                work=(
-                    prefix + sum(suffixes),
-                    attended_pairs(document_segments(0, prefix, suffixes), causal=True),
-                    patches,
-                ),
-                weight=weight,
-                media_limits=group.media.limits if group.media.is_shortened else None,
-            )
-            for conversations, suffixes in rows
-        ]
+        made = []
+        for conversations, suffixes in rows:
+            segments = document_segments(0, prefix, suffixes)
+            pairs, keys = attended_pairs(segments, causal=True), sum(segment.k_length for segment in segments)
+            work = Work(prefix + sum(suffixes), pairs, patches, keys)
+            shortened = group.media.limits if group.media.is_shortened else None
+            made.append(PlannedDocument(tuple(conversations), work, weight, shortened))
+        return made
 
 
 def make_dataset(

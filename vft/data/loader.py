@@ -1,5 +1,8 @@
 """The packs of a run, step by step: decoded ahead in worker processes, with the state from which a run resumes.
 
+While a pack is trained on, a thread makes the next one: it builds documents, waits for their frames, joins them to one
+row and copies that to the device. What the rest of the program sees changes when a pack is taken, not before.
+
 Packs come from the index, from streams, or from both: which feed fills a slot of a step is drawn by weight, as a pure
 function of (seed, step, slot). With shares of the samples the draw also depends on what the slot's rows held so far,
 because nobody knows the samples of a streamed row before it is made: each slot then takes its own rows of the index and
@@ -9,14 +12,18 @@ keeps its own count.
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from vft.common.errors import UserError
-from vft.common.types import Batch, Document, Patches
+from vft.common.types import Batch, Document, Patches, each_tensor
 from vft.data.dataset import Dataset
 from vft.data.media.errors import MediaError
 from vft.data.media.frame_cache import NO_CACHE, FrameCache
@@ -24,9 +31,11 @@ from vft.data.packing import Cursor, PackPlan, PackRef, collate, share_out, take
 from vft.data.quarantine import BadItem, BadItemLog, Encountered
 from vft.data.streaming.archives import ArchiveClip, Position
 from vft.data.streaming.stream import INDEX, SearchStopped, SlotStream, StreamedPack, Streams, name_members
-from vft.data.workers import WorkerPool
-from vft.distributed.process_group import DataParallel
+from vft.data.workers import MORE_SHARED_MEMORY, SHARED_MEMORY, WorkerPool, shared_memory_bytes
+from vft.distributed.process_group import DataParallel, local_world_size
+from vft.distributed.signals import SIGNALS
 
+T = TypeVar("T")
 MAX_PENDING_BYTES = 2 << 30
 """Decoded pixels that may wait for their turn, in each process."""
 MAX_REPLACEMENTS = 100
@@ -98,8 +107,23 @@ class _PendingPack:
         return sum(plan.grid_thw[0] * plan.height * plan.width * 6 for plan in media)
 
 
+@dataclass(frozen=True)
+class _ReadyPack:
+    """A pack that can be taken."""
+
+    batch: Batch
+    """On the device, or on its way there."""
+    arrives: torch.cuda.Event | None
+    """When it is there; None on a CPU."""
+    failed: list[list[BadItem]]
+    """What could not be decoded, by document."""
+    agreed: frozenset[tuple[str, str]]
+    """What was known to be bad when it was made."""
+
+
 class Loader:
-    """This process's packs in order. `state` says where to continue once the packs taken so far are trained on."""
+    """This process's packs in order, on the device. `state` says where to continue once those taken so far are trained
+    on."""
 
     def __init__(
         self,
@@ -111,8 +135,9 @@ class Loader:
         prefetch_packs: int,
         last_epoch: int | None,
         streams: Streams | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`last_epoch` None: no end."""
+        """`last_epoch` None: no end. `device` None: the CPU."""
         self.dataset, self.plan, self.pool, self.parallel, self.streams = dataset, plan, pool, parallel, streams
         self.packs_per_step, self.prefetch_packs, self.last_epoch = packs_per_step, prefetch_packs, last_epoch
         self.costs: Sequence[float] = plan.lengths
@@ -128,7 +153,13 @@ class Loader:
         """Good samples out of each streaming source, in this process."""
         self._by_share = streams is not None and streams.by_share
         self._frames = FrameCache.of(dataset.config)
-        self._positions_before: Positions = {}
+        self._max_pending_bytes = self._pending_limit()
+        self._before: tuple[Positions, Cursor, int] = {}, self.cursor, self.epoch
+        """`positions`, `cursor` and `epoch` when the step began."""
+        self._copies = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._device = device or torch.device("cpu")
+        self._next: Future[_ReadyPack] | None = None
+        """The pack that the thread makes. While it does, nothing below may be touched."""
         self._slot_streams: dict[str, SlotStream] = {}
         self._next_step = Cursor()
         """The next step to plan."""
@@ -136,6 +167,25 @@ class Loader:
         self._positions_ahead: Positions = {}
         """`positions` after the packs begun so far."""
         self._pending: deque[_PendingPack] = deque()
+
+    def _pending_limit(self) -> int:
+        """Bytes of decoded pixels that may wait besides the row that is made: what shared memory holds.
+
+        Raises UserError if it does not even hold the largest row of each process of this host.
+        """
+        free = shared_memory_bytes() if self.pool.workers else None
+        if free is None:
+            return MAX_PENDING_BYTES
+        patches = [planned.work.patches for planned in self.dataset.documents]
+        largest = max((sum(patches[n] for n in pack) for pack in self.plan.first_packs), default=0)
+        row_bytes, processes = largest * self.dataset.encoder.processor.patch_features, local_world_size()
+        if row_bytes * processes > free:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free:,} bytes free; the frames of the largest row take {row_bytes:,} for each "
+                f"of {processes} processes: {MORE_SHARED_MEMORY}",
+                on_one_rank=True,
+            )
+        return min(MAX_PENDING_BYTES, free // processes - row_bytes)
 
     # ------------------------------------------------------------------------------------------ state of the loader
 
@@ -162,35 +212,78 @@ class Loader:
 
     def abandon_step(self) -> None:
         """Make `state` again that before the step that was begun. The loader is of no use afterwards."""
-        self.positions = self._positions_before
+        self.positions, self.cursor, self.epoch = self._before
 
     # ---------------------------------------------------------------------------------------------------- the packs
 
-    def step(self) -> Iterator[LoadedPack]:
-        """This process's packs of the next step. Take them all."""
-        processor = self.dataset.encoder.processor
+    def step(self, is_last: bool = False) -> Iterator[LoadedPack]:
+        """This process's packs of the next step. Take them all. After the last step of a run nothing more is made."""
         self.bad.begin_step()
-        self._positions_before = dict(self.positions)
-        is_last = False
-        while not is_last:
-            try:
-                self._prefetch()
-            except SearchStopped:
-                planned = self._planned.popleft()
-                yield LoadedPack(collate([], processor), planned.slot, 0, is_missing=True)
-                is_last = planned.is_last_of_step
-                continue
-            pending = self._pending.popleft()
-            planned, slot = pending.planned, pending.planned.slot
-            self.positions |= pending.positions_after
-            if pending.streamed is not None:
-                self._report(slot, pending.source, pending.streamed)
-            decoded = [self._finish(one, pending.epoch) for one in pending.documents]
-            batch = collate([one for one in decoded if one is not None], processor)
-            yield LoadedPack(batch, slot, _digest(slot, batch.sample_ids))
-            is_last = planned.is_last_of_step
-            if is_last:
-                self.cursor, self.epoch = planned.cursor_after, planned.epoch
+        self._before = dict(self.positions), self.cursor, self.epoch
+        planned = None
+        while planned is None or not planned.is_last_of_step:
+            ready = self._ready()
+            pending = None if ready is None else self._pending.popleft()
+            planned = self._planned.popleft() if pending is None else pending.planned
+            if ready is None or pending is None:
+                pack = LoadedPack(self._empty().to(self._device), planned.slot, 0, is_missing=True)
+            else:
+                self._note(pending, ready)
+                pack = LoadedPack(ready.batch, planned.slot, _digest(planned.slot, ready.batch.sample_ids))
+                if planned.is_last_of_step:
+                    self.cursor, self.epoch = planned.cursor_after, planned.epoch
+            if not (is_last and planned.is_last_of_step):
+                self._next = _in_thread(self._make)
+            yield pack
+
+    def _ready(self) -> _ReadyPack | None:
+        """The next pack, which is the first of `_pending`; None if the run is to stop and there is none."""
+        making = self._next or _in_thread(self._make)
+        try:
+            ready = making.result()
+        except SearchStopped:
+            return None
+        finally:
+            self._next = None
+        if ready.agreed != self.bad.agreed_keys:  # a step has ended since, and told what is bad
+            ready = self._finish(self._pending[0])
+        if self._copies is not None and ready.arrives is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(ready.arrives)
+            each_tensor(ready.batch, lambda tensor: tensor.record_stream(stream))  # its memory is the other stream's
+        return ready
+
+    def _note(self, pending: _PendingPack, ready: _ReadyPack) -> None:
+        """The pack is taken: what came to light on the way to it counts from here on."""
+        self.positions |= pending.positions_after
+        if pending.streamed is not None:
+            self._report(pending.planned.slot, pending.source, pending.streamed)
+        for items in ready.failed:
+            self.bad.add(items)
+        for one in pending.documents:
+            if one.clip is not None:
+                one.clip.release()
+
+    # -------------------------------------------------------------------------------------------------- in the thread
+
+    def _make(self) -> _ReadyPack:
+        """Begin packs ahead, and finish the first of them. SearchStopped as `_prefetch` raises it."""
+        self._prefetch()
+        return self._finish(self._pending[0])
+
+    def _finish(self, pending: _PendingPack) -> _ReadyPack:
+        """Wait for the media of a pack, and copy it to the device."""
+        agreed = self.bad.agreed_keys
+        failed: list[list[BadItem]] = []
+        decoded = [self._decoded(one, pending.epoch, failed) for one in pending.documents]
+        batch = collate([one for one in decoded if one is not None], self.dataset.encoder.processor)
+        if self._copies is None:
+            return _ReadyPack(batch.to(self._device), None, failed, agreed)
+        with torch.cuda.stream(self._copies):
+            return _ReadyPack(batch.to(self._device), self._copies.record_event(), failed, agreed)
+
+    def _empty(self) -> Batch:
+        return collate([], self.dataset.encoder.processor)
 
     def plan_step(self) -> list[PlannedPack]:
         """This process's packs of one more step."""
@@ -221,7 +314,9 @@ class Loader:
         SearchStopped if the run is to stop and no pack is pending.
         """
         waiting_bytes = sum(pending.pixel_bytes for pending in self._pending)
-        while not self._pending or (len(self._pending) < self.prefetch_packs and waiting_bytes < MAX_PENDING_BYTES):
+        while not self._pending or (
+            len(self._pending) < self.prefetch_packs and waiting_bytes < self._max_pending_bytes
+        ):
             if self._pending and self._pending[-1].streamed is not None and not self._pending[-1].documents:
                 return  # a stream searched in vain: the pack before may be the end of the run
             if not self._planned:
@@ -303,29 +398,29 @@ class Loader:
             patches = [frames.submit(self.pool, plan, processor) for plan in document.media]
         return PendingDocument(document, patches, number, clip, source)
 
-    def _finish(self, pending: PendingDocument, epoch: int) -> tuple[Document, list[Patches]] | None:
+    def _decoded(
+        self, pending: PendingDocument, epoch: int, failed: list[list[BadItem]]
+    ) -> tuple[Document, list[Patches]] | None:
         """Wait for a document. One of the index that cannot be decoded is replaced by another that is no longer, chosen
-        by the plan."""
-        patches = self._wait(pending)
-        if pending.clip is not None:
-            pending.clip.release()
+        by the plan. What could not be decoded is added to `failed`."""
+        patches = self._wait(pending, failed)
         if patches is None and pending.number is not None:
             for attempt in range(MAX_REPLACEMENTS):
                 other = self.plan.replacement(pending.number, epoch, attempt)
                 if other is None:
                     return None
                 replacement = self._start(self.dataset.build(other), other)
-                if (patches := self._wait(replacement)) is not None:
+                if (patches := self._wait(replacement, failed)) is not None:
                     return replacement.document, patches
         return None if patches is None else (pending.document, patches)
 
-    def _wait(self, pending: PendingDocument) -> list[Patches] | None:
-        """None, and an entry in the log, if a medium cannot be decoded."""
+    def _wait(self, pending: PendingDocument, all_failed: list[list[BadItem]]) -> list[Patches] | None:
+        """None, and an entry in `all_failed`, if a medium cannot be decoded."""
         document, source = pending.document, pending.source
         num_samples = len(document.sample_ids)
         if (known := self.bad.agreed(document, source)) is not None:
             if source:  # only what streams meet again counts again, as do their good samples
-                self.bad.report.bad.append(replace(known, samples=num_samples))
+                all_failed.append([replace(known, samples=num_samples)])
             return None
         failed: list[BadItem] = []
         patches = []
@@ -338,8 +433,26 @@ class Loader:
                 # If several media fail, the samples are counted with the first one.
                 samples, message = 0 if failed else lost, name_members(str(error), plan.ref)
                 failed.append(BadItem(document.sample_ids[0], name, error.reason, message, samples, source))
-        self.bad.add(failed)
+        all_failed.append(failed)
         return None if failed else patches
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work` in a thread of its own, in which no signal arrives: Python handles them in the main thread.
+
+    Nobody has to wait for it: when the worker pool and the streams are closed, what it waits for fails.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="vft-next-pack").start()
+    return future
 
 
 def _digest(slot: int, sample_ids: tuple[str, ...]) -> int:

@@ -131,6 +131,11 @@ class BadItemLog:
         """From now on `agreed` uses what all processes know. What one finds during a step counts from the next on."""
         self._agreed = frozenset(self.known)
 
+    @property
+    def agreed_keys(self) -> frozenset[tuple[str, str]]:
+        """Keys of what all processes knew of when the step began."""
+        return self._agreed
+
     def agreed(self, document: Document, source: str) -> BadItem | None:
         """A bad medium of the document that all processes knew of when the step began."""
         keys = ((source, plan.ref.name) for plan in document.media)

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -38,6 +39,7 @@ from typing import Any, TypeVar
 import torch
 import torch.multiprocessing
 
+from vft.common.errors import UserError
 from vft.common.types import MediaPlan, MediaRef
 from vft.data.media.errors import MediaError
 
@@ -47,6 +49,11 @@ START_TIMEOUT_S = 300.0
 """For a worker to import what it needs: from a cold network disk that takes minutes."""
 MAX_FAILED_STARTS = 3
 """Workers that may die in sequence while they start, after one has started: then something keeps killing them."""
+SHARED_MEMORY = Path("/dev/shm")
+MORE_SHARED_MEMORY = (
+    "docker run --shm-size=16g (or --ipc=host); Kubernetes: an emptyDir with medium: Memory at /dev/shm; "
+    "or lower data.prefetch_packs or data.pack_tokens"
+)
 JOIN_S = 2.0
 """A killed process that waits for a dead disk cannot end: after this time it is left behind."""
 
@@ -235,11 +242,17 @@ class WorkerPool:
             self._failed_starts_left -= 1
             if self._failed_starts_left < 0:
                 self._shut_down(f"a worker process died while it started ({how})")
-        fix = {
-            -signal.SIGBUS: "shared memory (/dev/shm) is full: give the container more (--shm-size)",
-            -signal.SIGKILL: "someone killed it, perhaps for want of memory: lower data.workers or the pixel limits",
-        }.get(code or 0, "take the record out or encode the file anew")
-        self._end(worker, MediaError("crashed", f"{worker.subject}: its worker process died ({how}); {fix}"))
+        fix = "take the record out or encode the file anew"
+        if code == -signal.SIGKILL:
+            fix = "someone killed it, perhaps for want of memory: lower data.workers or the pixel limits"
+        error: Exception = MediaError("crashed", f"{worker.subject}: its worker process died ({how}); {fix}")
+        if code == -signal.SIGBUS:  # not the clip's fault, and the next one would meet the same
+            error = UserError(
+                f"a worker process died of SIGBUS while it decoded {worker.subject}: shared memory, {SHARED_MEMORY}, "
+                f"is full ({shared_memory_bytes() or 0:,} bytes are free); {MORE_SHARED_MEMORY}",
+                on_one_rank=True,
+            )
+        self._end(worker, error)
         return False
 
     def _end(self, worker: _Worker, error: Exception) -> None:
@@ -252,6 +265,11 @@ class WorkerPool:
         if worker.future is not None:
             worker.future.set_exception(error)
             worker.future = None
+
+
+def shared_memory_bytes() -> int | None:
+    """Bytes of shared memory that are free; None on a system without a folder for it."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
 def empty_bytes(*shape: int) -> torch.Tensor:

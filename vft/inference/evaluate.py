@@ -34,6 +34,7 @@ from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
+from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def score_all(
         WorkerPool(config.data.workers, config.data.decode_timeout_s) as pool,
     ):
         for file in runs:
-            mesh = make_mesh(world, config.parallel.shard)
+            mesh = make_mesh(world, inference_shard(config.parallel, models[file].model, world))
             load_for_inference(models[file], world.device, mesh, config.parallel)
             model, parallel = models.pop(file).model, DataParallel.of(mesh)
             answerer = Answerer(model, held_out.encoder, config.data, held_out.info, pool, world, parallel)
@@ -153,19 +154,22 @@ def held_out_loss(answerer: Answerer, held_out: Dataset, limit: int = 0) -> Inte
     chosen = frozenset(spread(len(whole.lengths), limit))
     weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
     plan = _PackPlanWithGaps(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
-    loader = Loader(held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0)
+    loader = Loader(
+        held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0, device=device
+    )
     found: list[tuple[int, str, tuple[str, ...], tuple[float, float]]] = []
     was_training = model.training
     model.eval()
     try:
-        for step in range(math.ceil(len(plan.packs(0)) / parallel.size)):
-            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested(), device=device))))
-            for pack in loader.step():
-                batch = pack.batch.to(device)
+        steps = math.ceil(len(plan.packs(0)) / parallel.size)
+        for step in range(steps):
+            stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
+            for pack in loader.step(is_last=step == steps - 1):
+                batch = pack.batch
                 chunks = model.chunks(model(batch), batch.target_ids_N)
                 losses_N = torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks])
-                counts = [int((one.labels_T != IGNORE_INDEX).sum()) for one in pack.batch.documents]
-                for document, losses in zip(pack.batch.documents, losses_N.cpu().split(counts), strict=True):
+                counts = [int((one.labels_T != IGNORE_INDEX).sum()) for one in batch.documents]
+                for document, losses in zip(batch.documents, losses_N.cpu().split(counts), strict=True):
                     files = files_of(plan.ref for plan in document.media)
                     loss = math.fsum(losses.tolist()), float(len(losses))
                     found.append((step * parallel.size + pack.slot, f"{document.sample_ids} {files}", files, loss))

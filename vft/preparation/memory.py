@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -26,10 +26,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vft.common.errors import UserError, first_line
 from vft.common.types import AttentionPlan, Batch
 from vft.config.run import ParallelConfig
-from vft.data.dataset import Dataset
+from vft.data.dataset import Dataset, Work
 from vft.data.packing import PackPlan
-from vft.distributed.process_group import World, local_part
-from vft.models.attention import planning_for, prepare
+from vft.distributed.process_group import World, all_of, local_part, local_world_size
+from vft.models.attention import has_kernel, planning_for, prepare
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import RECOMPUTED
 from vft.models.quantization import is_packed
@@ -41,39 +41,86 @@ logger = logging.getLogger(__name__)
 MODES = tuple(RECOMPUTED)
 """Modes of activation checkpointing, from the one that saves most activations to the one that saves fewest."""
 GIB = 1 << 30
+RESERVE, RESERVE_GIB = 0.05, 2.5
+"""Share of a device's memory, and at least how much of it, that is left free."""
 
 
-def resolve_checkpointing(
-    config: ParallelConfig,
-    model: VideoLanguageModel,
-    objective: Objective,
-    row: Batch | None,
-    world: World,
+def usable_bytes(total: float) -> float:
+    """What of a device's memory a step may take: the rest is for the driver, the allocator's holes, kernels' workspaces
+    and the communication library."""
+    return total - max(RESERVE_GIB * GIB, RESERVE * total)
+
+
+def candidates(config: ParallelConfig, processes: int, per_host: int) -> list[ParallelConfig]:
+    """The settings that `auto` may stand for, the fastest first: to compute again costs more than to gather weights
+    within a host."""
+    modes = MODES if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
+    shards = [config.shard]
+    if config.shard == "auto":
+        within = [per_host] if 1 < per_host < processes and processes % per_host == 0 else []
+        shards = [*([1] if processes > 1 else []), *within, 0]
+    changes = [{"activation_checkpointing": mode, "shard": shard} for mode in modes for shard in shards]
+    return [config.model_copy(update={**change, "memory_budget_gib": None}) for change in changes]
+
+
+def resolve(
+    config: ParallelConfig, model: VideoLanguageModel, objective: Objective, rows: Sequence[Batch], world: World
 ) -> ParallelConfig:
-    """Replace `activation_checkpointing = "auto"` by the mode that recomputes least and fits the budget.
+    """Replace every `auto` by what it stands for with this model on this device.
 
-    `model` is on the meta device, and what is trained has been chosen. `row` is the longest one. Raises UserError if no
-    mode fits.
+    `model` is on the meta device, and what is trained has been chosen. `rows` are the largest ones. Every process calls
+    it. Raises UserError if nothing fits `memory_budget_gib`.
     """
+    if config.compile == "auto":
+        config = config.model_copy(update={"compile": has_kernel(world.device, model.compute_dtype)})
+    options = candidates(config, world.size, local_world_size())
     budget_gib = config.memory_budget_gib
-    assert budget_gib is not None
-    if row is None:
-        raise UserError('parallel.activation_checkpointing = "auto": a stream has no longest row; name a mode')
-    needed_gib: dict[str, float] = {}
-    for mode in MODES:
+    if budget_gib is None:
+        if world.device.type != "cuda" or len(options) == 1 or not rows:
+            return options[0].model_copy(update={"shard": 0} if config.shard == "auto" else {})
+        budget_gib = min(all_of(usable_bytes(torch.cuda.mem_get_info(world.device)[0]))) / GIB
+    if not rows:
+        raise UserError("parallel.memory_budget_gib: a stream has no longest row to compare with it; take it out")
+    peaks: dict[str, int] = {}
+    for option in options:
+        mode = option.activation_checkpointing
         candidate = deepcopy(model)
-        checkpoint_activations(candidate, mode, config.vision_checkpointing)
-        resident = resident_bytes(candidate, config.shard or world.size, config)
-        needed_gib[mode] = (resident + run_step(candidate, objective, row, world.device).peak) / GIB
-        if needed_gib[mode] <= budget_gib:
-            sizes = ", ".join(f"{name} {gib:.1f}" for name, gib in needed_gib.items())
-            logger.info("activation_checkpointing = %s: %s GiB of %g", mode, sizes, budget_gib)
-            return config.model_copy(update={"activation_checkpointing": mode})
+        resident = resident_bytes(candidate, option.shards(world.size), option)
+        if mode not in peaks:
+            peaks[mode] = max(_peak(model, option, objective, row, world.device) for row in rows)
+        needed_gib = (resident + peaks[mode]) / GIB
+        if needed_gib <= budget_gib:
+            message = "activation_checkpointing = %s, shard = %s, compile = %s: %.1f GiB of %.1f"
+            logger.info(message, mode, option.shard, str(option.compile).lower(), needed_gib, budget_gib)
+            return option
+    tokens, what = rows[0].num_tokens, "lower data.pack_tokens, shard over more devices"
+    if config.memory_budget_gib is None:  # the preflight tells how much it really takes
+        message = "the longest row, %d tokens, is expected to take %.1f GiB of %.1f with all that auto may do: %s"
+        logger.warning(message, tokens, needed_gib, budget_gib, what)
+        return option
     raise UserError(
-        f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {row.num_tokens} tokens, takes "
-        f"{needed_gib['full']:.1f} GiB even with full activation checkpointing; lower data.pack_tokens, shard over "
-        "more devices, or raise it"
+        f"parallel.memory_budget_gib = {budget_gib:g}: the longest row, {tokens} tokens, takes {needed_gib:.1f} GiB "
+        f"even with {mode} activation checkpointing; {what}, or raise it"
     )
+
+
+def inference_shard(config: ParallelConfig, model: VideoLanguageModel, world: World) -> int:
+    """`config.shard` for a model that only answers. `auto`: a copy on each GPU, if it takes no more than half of it."""
+    if config.shard != "auto":
+        return config.shard
+    if world.device.type != "cuda":
+        return 0
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return 1 if 2 * size <= torch.cuda.get_device_properties(world.device).total_memory else 0
+
+
+def _peak(
+    model: VideoLanguageModel, config: ParallelConfig, objective: Objective, row: Batch, device: torch.device
+) -> int:
+    """Bytes of activations and gradients of a row."""
+    candidate = deepcopy(model)
+    checkpoint_activations(candidate, config.activation_checkpointing, config.vision_checkpointing)
+    return run_step(candidate, objective, row, device).peak
 
 
 def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch, device: torch.device) -> str:
@@ -92,6 +139,8 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
             on_one_rank=True,
         ) from error
     model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
     message = f"longest row: {size}: forward and backward in {seconds:.1f} s"
     if device.type != "cuda":
@@ -99,18 +148,31 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
     return f"{message}, {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most"
 
 
-def longest_row(documents: Dataset, plan: PackPlan) -> Batch | None:
-    """The row of the first epoch with the most tokens (and of several the most patches), with blank pixels.
+def largest_rows(documents: Dataset, plan: PackPlan) -> list[Batch]:
+    """The rows of the first epoch that can take the most memory, with blank pixels: that with the most tokens, that
+    whose questions attend the most keys of shared videos, and that with the most patches. Mostly two are the same.
 
-    None if everything is streamed, because the rows of streams are not known in advance.
+    None of them if everything is streamed, because the rows of streams are not known in advance.
     """
     if not documents.documents:
-        return None
-    work, processor = [planned.work for planned in documents.documents], documents.encoder.processor
-    pack = max(plan.first_packs, key=lambda pack: [sum(work[n][place] for n in pack) for place in (0, 2)])
-    row = row_of(processor, [documents.build(number) for number in pack])
-    blank_1D = torch.zeros_like(row.pixels_PD[:1])  # the row stays in memory: one patch stands for all
-    return replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD))
+        return []
+    processor = documents.encoder.processor
+    work = {
+        pack: Work(*map(sum, zip(*(documents.documents[n].work for n in pack), strict=True)))
+        for pack in plan.first_packs
+    }
+    # The keys of all segments are gathered for each layer if any prefix is shared; they come after equal tokens.
+    orders: tuple[Callable[[Work], tuple[int, ...]], ...] = (
+        lambda row: (row.tokens, row.keys, row.patches),
+        lambda row: (row.keys, row.tokens, row.patches),
+        lambda row: (row.patches, row.tokens, row.keys),
+    )
+    rows = []
+    for pack in dict.fromkeys(max(work, key=lambda pack: order(work[pack])) for order in orders):
+        row = row_of(processor, [documents.build(number) for number in pack])
+        blank_1D = torch.zeros_like(row.pixels_PD[:1])  # the row stays in memory: one patch stands for all
+        rows.append(replace(row, pixels_PD=blank_1D.expand_as(row.pixels_PD)))
+    return rows
 
 
 def resident_bytes(model: VideoLanguageModel, shards: int, config: ParallelConfig | None = None) -> int:
@@ -137,7 +199,7 @@ def resident_sizes(model: VideoLanguageModel, shards: int, config: ParallelConfi
     on_host = {id(p) for p in offloaded_parameters(model, config)}
     for parameter, share in shares(model, shards):
         if id(parameter) in on_host:
-            sizes["host"] += 1 << (share - 1).bit_length()  # torch pins memory in powers of two
+            sizes["host"] += share
         else:
             kind = "trained" if parameter.requires_grad else "packed" if is_packed(parameter) else "weights"
             sizes[kind] += share

@@ -23,10 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vft.adapters.targets import choose_trainable
 from vft.common.device_specs import Card
-from vft.common.types import Batch, MediaInfo, MediaRef
+from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
-from vft.data.budget import limits_of, plan_media, shrink
 from vft.distributed.process_group import World, make_mesh
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
@@ -35,19 +34,16 @@ from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation.memory import (
     GIB,
     MODES,
+    candidates,
     copied_bytes,
     offloaded_parameters,
     replicated_parameters,
     resident_sizes,
     run_step,
+    usable_bytes,
 )
 from vft.preparation.run import DTYPES, open_for_training
-from vft.preparation.synthetic import row_of, video_document
 
-VIDEO_SIZE = (1080, 1920)
-"""Height and width of the videos before they are fitted into the limits."""
-RESERVE = 0.05
-"""Share of the memory that is left to the allocator, to kernels' workspaces and to the communication library."""
 MAX_GPUS = 512
 """Largest number of GPUs that is tried."""
 WORTH_IT = 0.97
@@ -78,12 +74,17 @@ class Setting:
     @property
     def shards(self) -> int:
         """Number of processes over which the weights are sharded."""
-        return self.config.parallel.shard or self.gpus
+        return self.config.parallel.shards(self.gpus)
 
     @property
     def usable_bytes(self) -> float:
         """Memory of one GPU without the reserve."""
-        return self.memory_gib * (1 - RESERVE) * GIB
+        return usable_bytes(self.memory_gib * GIB)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return DTYPES[self.config.train.precision]
 
     def changed(self, model: dict[str, Any] | None = None, **parallel: Any) -> Setting:
         """The same with other values in `[model]` and `[parallel]`."""
@@ -153,7 +154,7 @@ class Step:
             crossing += self.replicas / max(1, per_host // setting.shards)
         links = within + (self.replicas if setting.shards < per_host else 0.0)
         return {
-            "the products": self.rows * self.flops / (card.flops * setting.efficiency),
+            "the products": self.rows * self.flops / (card.peak(setting.dtype) * setting.efficiency),
             "links between GPUs": links / (card.link_gb_s * 1e9 * LINK_SHARE),
             "the network between hosts": crossing / (setting.network_gb_s * 1e9 * LINK_SHARE),
             "copies from the host's memory": self.host / (card.pcie_gb_s * 1e9 * LINK_SHARE),
@@ -205,21 +206,6 @@ class Planner:
             self.models[key] = build_planned(config)
         return self.models[key]
 
-    def longest_row(self, setting: Setting) -> Batch:
-        """A row filled with the largest videos that the limits allow, each with a question."""
-        data, processor = setting.config.data, self.model_of(setting.config).processor
-        ref = MediaRef("video", Path("video.mp4"))
-        limits = limits_of(ref, data)
-        limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
-        length = 10 * (limits.frames or 1)
-        info = MediaInfo("video", *VIDEO_SIZE, length, 10.0, duration_s=length / 10)
-        token_budget = data.pack_tokens - setting.text_tokens - 20
-        name = str(setting.config.model.path)
-        (media,) = shrink(plan_media([(ref, info, limits)], processor, name), processor, token_budget, name).plans
-        document = video_document(processor, media, 1, setting.text_tokens, setting.text_tokens // 2)
-        count = max(1, data.pack_tokens // document.num_tokens)
-        return row_of(processor, [document] * min(count, data.max_samples_per_pack or count))
-
     def resident_bytes(self, setting: Setting) -> int:
         """Bytes that stay on one GPU: no step takes less."""
         sizes = resident_sizes(self.model_of(setting.config), setting.shards, setting.config.parallel)
@@ -261,15 +247,19 @@ class Planner:
         return replace(search, enough_gpus=self._find_enough_gpus(sharded, row))
 
     def _attempts(self, setting: Setting) -> Iterator[Setting]:
-        """The settings as they are, then, one after another, changes that take less memory and more time."""
+        """The settings as they are, with what `auto` may stand for, then, one after another, changes that take less
+        memory and more time."""
+        for option in candidates(setting.config.parallel, setting.gpus, setting.gpus_per_host):
+            setting = replace(setting, config=setting.config.model_copy(update={"parallel": option}))
+            yield setting
         parallel = setting.config.parallel
-        first = 0 if parallel.activation_checkpointing == "auto" else MODES.index(parallel.activation_checkpointing)
-        changes: list[dict[str, Any]] = [{"activation_checkpointing": MODES[first], "memory_budget_gib": None}]
+        later = MODES[MODES.index(parallel.activation_checkpointing) + 1 :]
+        changes: list[dict[str, Any]] = []
         if setting.gpus > 1 and parallel.shard not in (0, setting.gpus):
             changes.append({"shard": 0})
         if setting.gpus > 1 and not parallel.reshard_after_forward:  # one GPU gathers nothing
             changes.append({"reshard_after_forward": True})
-        for change in [*changes, *({"activation_checkpointing": mode} for mode in MODES[first + 1 :])]:
+        for change in [*changes, *({"activation_checkpointing": mode} for mode in later)]:
             setting = setting.changed(**change)
             yield setting
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,13 @@ from typing import Any
 import torch
 
 from vft.common.types import IGNORE_INDEX, Batch, Document, MediaInfo, MediaPlan, MediaRef, Patches, VisionLimits
+from vft.config.data import DataConfig
+from vft.data.budget import limits_of, plan_media, shrink
 from vft.data.packing import collate
+from vft.models.processor import VisionProcessor
 
+VIDEO_SIZE = (1080, 1920)
+"""Height and width of the videos of `filled_row` before they are fitted into the limits."""
 SYSTEM_TOKENS = 15
 """Tokens before the video, as many as the chat template writes."""
 TIME_TOKENS = 9
@@ -77,6 +82,21 @@ def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
     labels = torch.where(torch.arange(tokens) >= tokens - answer, ids, IGNORE_INDEX)
     positions_3T = torch.arange(tokens).expand(3, -1).contiguous()
     return Document((f"text-{seed}",), ids, labels, positions_3T, 0, (tokens,), (), torch.zeros(tokens).bool())
+
+
+def filled_row(processor: VisionProcessor, data: DataConfig, text_tokens: int = 300) -> Batch:
+    """A row filled with the largest videos that the limits of `data` allow, each with a question and its answer of
+    `text_tokens` in all."""
+    ref = MediaRef("video", Path("video.mp4"))
+    limits = limits_of(ref, data)
+    limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
+    length = 10 * (limits.frames or 1)
+    info = MediaInfo("video", *VIDEO_SIZE, length, 10.0, duration_s=length / 10)
+    token_budget = data.pack_tokens - text_tokens - 20
+    (media,) = shrink(plan_media([(ref, info, limits)], processor, "video"), processor, token_budget, "video").plans
+    document = video_document(processor, media, 1, text_tokens, text_tokens // 2)
+    count = max(1, data.pack_tokens // document.num_tokens)
+    return row_of(processor, [document] * min(count, data.max_samples_per_pack or count))
 
 
 def row_of(processor: Any, documents: list[Document], seed: int = 0) -> Batch:

@@ -9,9 +9,11 @@ import math
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,12 +76,37 @@ def trainable_table(rows: Sequence[TrainableRow], model: nn.Module) -> Table:
 class Tally:
     """Counts of this process's packs of one step, and its time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.counts: dict[str, int] = {}
         self.sample_ids: list[str] = []
         self.begin_s = time.perf_counter()
-        self.waited_s = 0.0
-        """Seconds that went by waiting for data."""
+        self._device = device
+        self._waits: list[tuple[float, list[torch.cuda.Event]]] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In it the host waits for data."""
+        events, begin_s = [self._event()], time.perf_counter()
+        yield
+        events.append(self._event())
+        self._waits.append((time.perf_counter() - begin_s, [event for event in events if event is not None]))
+
+    def _event(self) -> torch.cuda.Event | None:
+        """The device has done the work that it was given so far."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which the host waited for data and the device had nothing to do. Read it at the end of the step,
+        when the device has done its work."""
+        return sum(
+            min(host_s, *(a.elapsed_time(b) / 1000 for a, b in pairwise(events))) if events else host_s
+            for host_s, events in self._waits
+        )
 
     def add(self, batch: Batch, flops: Flops, digest: int) -> None:
         """Count one pack."""
@@ -98,14 +125,20 @@ class Tally:
 
 
 def describe_step(
-    loss: float, grad_norm: float, rate: float, counts: Mapping[str, int], tally: Tally, world: World
+    loss: float,
+    grad_norm: float,
+    rate: float,
+    counts: Mapping[str, int],
+    tally: Tally,
+    world: World,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The line of a step in metrics.jsonl, without its number and epoch.
 
     `loss` is the mean over the supervised tokens, `grad_norm` that before clipping, `rate` the learning rate; `counts`
-    are of all processes.
+    are of all processes, and the model computes in `dtype`.
     """
-    seconds, peak, processes = time.perf_counter() - tally.begin_s, peak_flops(world.device), world.size
+    seconds, peak, processes = time.perf_counter() - tally.begin_s, peak_flops(world.device, dtype), world.size
     return {
         "loss": finite(loss) if counts["num_targets"] else None,
         "num_targets": counts["num_targets"],

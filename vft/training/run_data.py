@@ -6,6 +6,8 @@ import logging
 import math
 from typing import Any
 
+import torch
+
 from vft.common.files import digest
 from vft.config.run import Config
 from vft.data.dataset import Dataset, Prompts, prompts_of
@@ -25,7 +27,13 @@ class RunData:
     """
 
     def __init__(
-        self, config: Config, documents: Dataset, streams: Streams | None, pool: WorkerPool, part: DataParallel
+        self,
+        config: Config,
+        documents: Dataset,
+        streams: Streams | None,
+        pool: WorkerPool,
+        part: DataParallel,
+        device: torch.device,
     ) -> None:
         self.config, self.documents, self.streams, train = config, documents, streams, config.train
         self.archives = streams.archives if streams is not None else []
@@ -33,7 +41,9 @@ class RunData:
         self.plan = documents.pack_plan(config.seed)
         last_epoch = None if train.epochs is None else train.epochs - 1
         prefetched = config.data.prefetch_packs
-        self.loader = Loader(documents, self.plan, pool, part, train.packs_per_step, prefetched, last_epoch, streams)
+        self.loader = Loader(
+            documents, self.plan, pool, part, train.packs_per_step, prefetched, last_epoch, streams, device
+        )
 
     @property
     def digest(self) -> str:
@@ -94,7 +104,8 @@ class RunData:
     def prompts(self) -> Prompts:
         """What the records ask, those of streams since the start of this process. Every process calls it."""
         prompts = prompts_of(self.documents.conversations)
-        for part in all_of(self.streams.prompts) if self.streams is not None else ():
+        # A copy, because the loader's thread goes on counting.
+        for part in all_of(dict(self.streams.prompts)) if self.streams is not None else ():
             prompts.update(part)
         return prompts
 

@@ -40,8 +40,9 @@ from vft.models.flops import FlopCounter
 from vft.models.weights import export_model
 from vft.parallel.parallelize import sync_gradients
 from vft.preparation.documents import load_held_out, load_training, training_streams, warn_of_overlap
-from vft.preparation.memory import longest_row, memory_preflight, resolve_checkpointing
+from vft.preparation.memory import largest_rows, memory_preflight, resolve
 from vft.preparation.run import load, open_for_training, start_adapters
+from vft.preparation.synthetic import filled_row
 from vft.reporting import write_card, write_report
 from vft.reporting.monitor import (
     Monitor,
@@ -64,7 +65,7 @@ from vft.training.checks import (
     warn_of_weights,
 )
 from vft.training.losses import cross_entropy
-from vft.training.optimizer import build_optimizer, learning_rate, scale_and_clip, set_learning_rate
+from vft.training.optimizer import build_optimizer, clip, learning_rate, scale_gradients, set_learning_rate
 from vft.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,13 @@ class Trainer:
         pool = stack.enter_context(WorkerPool(config.data.workers, config.data.decode_timeout_s))
         streams = stack.enter_context(training_streams(task, config, encoder, pool))
 
-        mesh = make_mesh(world, config.parallel.shard)
+        self.largest_rows = largest_rows(documents, documents.pack_plan(config.seed))
+        if streams is not None and world.device.type == "cuda":  # the rows of streams are not known in advance
+            self.largest_rows.append(filled_row(self.model.processor, config.data))
+        parallel = resolve(config.parallel, self.model, objective, self.largest_rows, world)
+        mesh = make_mesh(world, parallel.shards(world.size))
         self.data_parallel = DataParallel.of(mesh)
-        self.data = RunData(config, documents, streams, pool, self.data_parallel)
+        self.data = RunData(config, documents, streams, pool, self.data_parallel, world.device)
         self.max_steps = self.data.count_steps(0)
         """Steps of the whole run."""
         if not self.max_steps:
@@ -129,11 +134,10 @@ class Trainer:
         if world.is_main:
             stderr_console().print(trainable_table(self.prepared.trainable, self.model))
 
-        self.longest_row, parallel = longest_row(documents, self.data.plan), config.parallel
-        if parallel.memory_budget_gib is not None:
-            parallel = resolve_checkpointing(parallel, self.model, objective, self.longest_row, world)
         self.flops = FlopCounter(self.model, parallel.activation_checkpointing)
-        self.data.loader.costs = tuple(self.flops.row(*planned.work) for planned in documents.documents)
+        self.data.loader.costs = tuple(
+            self.flops.row(one.work.tokens, one.work.pairs, one.work.patches) for one in documents.documents
+        )
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"
         if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
@@ -194,10 +198,10 @@ class Trainer:
         self.monitor.resume_at(self.step, self.max_steps)
 
     def memory_preflight(self) -> None:
-        """Run the longest row forward and backward: too little memory shows now, not after hours."""
-        if self.longest_row is not None:
+        """Run the largest rows forward and backward: too little memory shows now, not after hours."""
+        for row in self.largest_rows:
             sync_gradients(self.model, last=True, adapters_only=self.config.lora is not None)
-            logger.info("%s", memory_preflight(self.model, self.objective, self.longest_row, self.world.device))
+            logger.info("%s", memory_preflight(self.model, self.objective, row, self.world.device))
 
     # -------------------------------------------------------------------------------------------------------- loop
 
@@ -222,18 +226,18 @@ class Trainer:
         Raises Stopped, as if the step had not begun, if a signal comes while it waits for data that may be long in
         coming.
         """
-        config, device, loader, step = self.config, self.world.device, self.data.loader, self.step
+        config, loader, step = self.config, self.data.loader, self.step
         self.profiler.before(step)
-        tally = Tally()
+        tally = Tally(self.world.device)
         rate = learning_rate(config.train, step, self.max_steps)
         set_learning_rate(self.optimizer, rate)
         loss_sum, missing = self.backward(tally)
-        counted = self.data_parallel.sum(torch.tensor(list(tally.counts.values()), device=device)).tolist()
+        # What the host knows is summed in its memory, while the device still computes.
+        counted = self.data_parallel.sum(torch.tensor(list(tally.counts.values()))).tolist()
         counts = dict(zip(tally.counts, counted, strict=True))
-        loss = float(self.data_parallel.sum(loss_sum)) / max(counts["num_targets"], 1)
         # All processes do the same next, also those that share their part of the data with others.
         own = [missing, len(loader.bad.report), int(self.checkpointer.failed), stop_requested()]
-        missing, found, failed_saves, stop = sum_over_ranks(torch.tensor(own, device=device)).tolist()
+        missing, found, failed_saves, stop = sum_over_ranks(torch.tensor(own)).tolist()
         if failed_saves:
             self.checkpointer.wait()  # raises in all processes at the same step
         if missing:
@@ -246,8 +250,12 @@ class Trainer:
             self.data.exchange_found(self.samples, step == self.max_steps)
             self.show_quarantined()
         # FSDP2 averages gradients over the parts of the data: times their number it is a sum.
-        scale = self.data_parallel.size / max(counts["num_targets"], 1)
-        norm = scale_and_clip(self.model.parameters(), scale, config.train.max_grad_norm)
+        num_targets = max(counts["num_targets"], 1)
+        gradients, norm_on_device = scale_gradients(self.model.parameters(), self.data_parallel.size / num_targets)
+        # The only wait for the device in a step.
+        loss_sum = self.data_parallel.sum(loss_sum)
+        loss, norm = torch.stack([loss_sum / num_targets, norm_on_device.to(loss_sum)]).tolist()
+        clip(gradients, norm, config.train.max_grad_norm)
         skipped = self.non_finite.skips(step, loss, norm, tally.sample_ids)
         if not skipped and counts["num_targets"]:  # without any, momentum alone would move the weights
             if not self.has_updated:
@@ -255,7 +263,7 @@ class Trainer:
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
-        line = describe_step(loss, norm, rate, counts, tally, self.world)
+        line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype)
         self.monitor.step({"step": step, "epoch": loader.epoch, **line})
         self.profiler.after(step)
         return stop
@@ -263,25 +271,24 @@ class Trainer:
     def backward(self, tally: Tally) -> tuple[Tensor, int]:
         """Add up the gradients of this process's packs of the step. Returns the sum of their losses, and the number of
         packs for which a stream found nothing before a signal came."""
-        config, device = self.config, self.world.device
-        loss_sum, missing = torch.zeros((), dtype=torch.float64, device=device), 0
-        packs, packs_left = self.data.loader.step(), config.train.packs_per_step // self.data_parallel.size
+        config = self.config
+        loss_sum, missing = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
+        packs = self.data.loader.step(is_last=self.step == self.max_steps)
+        packs_left = config.train.packs_per_step // self.data_parallel.size
         while packs_left:
-            since = time.perf_counter()
             report_progress(f"at step {self.step}, waiting for data")
-            pack = next(packs)
+            with tally.waiting():
+                pack = next(packs)
             report_progress(f"at step {self.step}, computing")
-            tally.waited_s += time.perf_counter() - since
             packs_left -= 1
             missing += pack.is_missing
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=config.lora is not None)
             # Dropout depends on the pack, not on the process that runs it.
             torch.manual_seed(int(digest(f"dropout:{config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
-            loss = self.objective(self.model, pack.batch.to(device))
+            loss = self.objective(self.model, pack.batch)
             loss.backward()
             loss_sum += loss.detach()
-        next(packs, None)  # lets the loader note the end of the step
         return loss_sum, missing
 
     # --------------------------------------------------------------------------------------------- what a run leaves

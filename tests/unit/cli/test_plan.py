@@ -85,24 +85,27 @@ def test_the_72b_in_4_bits_on_one_gpu(plan: Plan) -> None:
     assert re.search(r"│ loading\s+│ 7\d s\s+│ 147 GB", done.stdout)
 
 
-SMALL = ("recipes/qwen2_5_vl_7b/caption.toml", "--gpus", "2", "parallel.activation_checkpointing=none")
+SMALL = (
+    *("recipes/qwen2_5_vl_7b/caption.toml", "--gpus", "2"),
+    *("parallel.activation_checkpointing=none", "parallel.shard=0"),
+)
 ONE = ("recipes/qwen2_5_vl_7b/caption.toml", "--gpus", "1", "parallel.activation_checkpointing=none")
 WIDE = ("data.max_samples_per_pack=0", "data.pack_tokens=2048")
 
 
 def test_what_does_not_fit_is_fixed_and_checked(plan: Plan) -> None:
     """The advice is what was tried and fits."""
-    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "16")
+    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "17.7")
     assert done.status == 0
     assert "fits with parallel.activation_checkpointing=mlp (checked)" in done.stdout
     totals = figures(done.stdout)["total"]
-    assert len(totals) == 2 and totals[0] > 16 * 0.95 >= totals[1]
+    assert len(totals) == 2 and totals[0] > 17.7 - 2.5 >= totals[1]
 
 
 @pytest.mark.slow
 def test_layers_that_stay_gathered_are_counted(plan: Plan) -> None:
     """28 layers of 466 MB instead of two: given up again, the run fits."""
-    done = plan(*SMALL, *WIDE, "parallel.reshard_after_forward=false", "--gpu-memory-gib", "20")
+    done = plan(*SMALL, *WIDE, "parallel.reshard_after_forward=false", "--gpu-memory-gib", "21.5")
     assert done.status == 0 and "fits with parallel.reshard_after_forward=true (checked)" in done.stdout
     rows = figures(done.stdout)
     assert rows["gathered weights"][0] - rows["gathered weights"][1] == pytest.approx(26 * 0.466e9 / 2**30, rel=0.1)
@@ -111,11 +114,11 @@ def test_layers_that_stay_gathered_are_counted(plan: Plan) -> None:
 @pytest.mark.slow
 def test_the_host_takes_what_no_gpu_holds(plan: Plan) -> None:
     """With every mode tried, the frozen matrices of the layers go to the host: 13.05 GB over two GPUs."""
-    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "12")
+    done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "13.9")
     change = "parallel.activation_checkpointing=full parallel.offload=frozen (checked)"
     assert done.status == 0 and change in " ".join(done.stdout.split())
     rows = figures(done.stdout)
-    assert rows["total"][3] > 12 * 0.95 >= rows["total"][4]
+    assert rows["total"][3] > 13.9 - 2.5 >= rows["total"][4]
     matrices = 2 * 28 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 18944 * 3584) / 2  # bytes on each
     assert rows["frozen weights"][3] - rows["frozen weights"][4] == pytest.approx(matrices / 2**30, abs=0.02)
     assert matrices / 2**30 <= rows["host memory for it"][4] <= 2 * matrices / 2**30
@@ -147,7 +150,7 @@ def test_one_gpu_is_advised_nothing_about_gathering(plan: Plan) -> None:
 @pytest.mark.slow
 def test_4_bits_are_proposed_where_recomputing_is_not_enough(plan: Plan) -> None:
     """13 GB of frozen matrices go to the host or shrink to 3.7 GB; either is said."""
-    done = plan(*ONE, "parallel.activation_checkpointing=full", "--gpu-memory-gib", "14")
+    done = plan(*ONE, "parallel.activation_checkpointing=full", "--gpu-memory-gib", "15.8")
     assert done.status == 0, done.stdout + done.stderr
     assert "fits with parallel.offload=frozen (checked)" in done.stdout
     assert "fits too: model.quantize=nf4 (checked)" in done.stdout
@@ -176,8 +179,6 @@ def test_a_released_model_has_the_context_of_its_rope_factor(factor: float | Non
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:
     done = plan(*ONE, "--gpu-memory-gib", "80")
     assert "no times: name the card with --gpu" in done.stdout and not re.search(r"│ (step|run|tokens) ", done.stdout)
-    done = plan(*ONE, "--gpu-memory-gib", "80", "--gpu", "H100", "train.precision=fp32")
-    assert "no times" in done.stdout and not re.search(r"│ (step|run|tokens) ", done.stdout)
 
 
 def test_a_run_in_epochs_has_its_hours(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
         made = documents_of(tiny, talks, 4096, share_videos=share)
         assert len(made.documents) == (2 if share else 6)
         for number, planned in enumerate(made.documents):
-            (tokens, pairs, patches), built = planned.work, made.build(number)
+            (tokens, pairs, patches, keys), built = planned.work, made.build(number)
             blank = [
                 Patches(
                     torch.zeros(math.prod(one.grid_thw), tiny.encoder.processor.patch_features).byte(),
@@ -387,6 +387,7 @@ def test_the_work_of_a_document_is_that_of_its_row(tiny: Tiny) -> None:
             ]
             row = collate([(built, blank)], processor)
             assert tokens == row.num_tokens and patches == row.pixels_PD.shape[0]
+            assert keys == sum(segment.k_length for segment in row.plan.segments)
             # Who sees whom: trunk and own branch, up to oneself.
             branch, position = owners(row.documents)[1], torch.arange(row.num_tokens)
             seen = (position[None] <= position[:, None]) & ((branch[None] == -1) | (branch[None] == branch[:, None]))
@@ -405,9 +406,7 @@ def test_rows_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
     documents = documents_of(tiny, talks, 400, share_videos=False, max_samples_per_pack=1)
     assert len(documents.documents) == 8
     encoder = 20.0
-    costs = tuple(
-        tokens + encoder * patches for tokens, _, patches in (planned.work for planned in documents.documents)
-    )
+    costs = tuple(planned.work.tokens + encoder * planned.work.patches for planned in documents.documents)
     shares: dict[bool, list[float]] = {}
     for by_cost in (False, True):
         loads = []

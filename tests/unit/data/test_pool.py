@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vft.common.errors import UserError
 from vft.data.media.errors import MediaError
 from vft.data.media.video import scan_file
 from vft.data.workers import MAX_FAILED_STARTS, WorkerPool, empty_bytes
@@ -275,3 +276,16 @@ def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:
     """Terminals, torchrun and schedulers send them to a whole group; a worker that died would look like a bad clip."""
     done = run_script(tmp_path / "script.py", SIGNALLED)
     assert done.stdout == "True\n" and "Traceback" not in done.stderr, done.stderr
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_full_shared_memory_is_no_fault_of_a_clip() -> None:
+    """It ends the run; a clip that is quarantined for it would stay so in every checkpoint."""
+    with WorkerPool(1, timeout_s=10.0) as pool:
+        with pytest.raises(UserError, match="SIGBUS while it decoded die: shared memory, /dev/shm, is full"):
+            pool.submit(die, signal.SIGBUS).result(30)
+        with pytest.raises(MediaError, match="died"):
+            pool.submit(die, signal.SIGSEGV).result(30)

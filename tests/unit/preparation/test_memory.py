@@ -23,7 +23,7 @@ from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
-from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve_checkpointing, run_step
+from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve, run_step
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -91,14 +91,14 @@ def test_auto_takes_what_fits(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> N
     for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
         caplog.clear()
         config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
-        settled = resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE)
+        settled = resolve(config, built(tiny), cross_entropy, [row], ALONE)
         assert settled.activation_checkpointing == wanted
-        assert caplog.messages[0].startswith(f"activation_checkpointing = {wanted}:")
+        assert caplog.messages[0].startswith(f"activation_checkpointing = {wanted}, shard = 0, compile = false: ")
     config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=(sizes["full"] - 1) / GIB)
     with pytest.raises(
         UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
     ):
-        resolve_checkpointing(config, built(tiny), cross_entropy, row, ALONE)
+        resolve(config, built(tiny), cross_entropy, [row], ALONE)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])

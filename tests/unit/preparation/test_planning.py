@@ -57,7 +57,8 @@ def settings(tiny: Tiny, gpus: int, card: Card | None = None, lora: bool = True,
     model = ModelConfig(path=str(tiny.path), train=() if lora else ("language_model",))
     lora_table = LoraConfig(rank=4, targets=("language_model.q_proj",)) if lora else None
     train = TrainConfig(packs_per_step=16)
-    config = Config(output_dir="x", model=model, lora=lora_table, train=train, parallel=ParallelConfig(**parallel))
+    parallel_table = ParallelConfig(**{"shard": 0, "activation_checkpointing": "none", **parallel})
+    config = Config(output_dir="x", model=model, lora=lora_table, train=train, parallel=parallel_table)
     return Setting(config, gpus, 80.0, 300, card, 0.5, network_gb_s=1e9)
 
 
@@ -92,7 +93,7 @@ def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
 
 def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
     row, model = row_and_model(tiny, settings(tiny, 16).config)
-    card = Card(flops=FlopCounter(model).count(row).hardware, link_gb_s=1e9, pcie_gb_s=1e9)
+    card = Card(flops=FlopCounter(model).count(row).hardware, fp32_flops=1.0, link_gb_s=1e9, pcie_gb_s=1e9)
     setting = settings(tiny, 16, card)
     step = step_of(model, setting, row)
     assert step.parts["the products"] == step.seconds == pytest.approx(2.0)
@@ -107,7 +108,7 @@ def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
 
 
 def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
-    setting = settings(tiny, 1, Card(flops=1e15, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen")
+    setting = settings(tiny, 1, Card(flops=1e15, fp32_flops=1.0, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen")
     row, model = row_and_model(tiny, setting.config)
     step = step_of(model, setting, row)
     named = dict(model.named_parameters())

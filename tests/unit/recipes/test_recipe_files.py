@@ -32,9 +32,7 @@ def test_every_task_has_one_for_each_size(model: str, task: str) -> None:
     recipe = config.load(ROOT / "recipes" / model / f"{task}.toml")
     assert recipe.model.path == HUB_NAMES[model]
     assert recipe.train.precision == "bf16" and recipe.train.packs_per_step % 8 == 0
-    assert recipe.parallel.shard == 0
-    if model.endswith("_72b"):
-        assert recipe.parallel.activation_checkpointing == "full"
+    assert recipe.parallel == config.ParallelConfig()  # what fits the GPUs at hand is found at the start
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -68,7 +66,7 @@ def test_captions(path: Path) -> None:
     assert (recipe.data.max_samples_per_pack, train.packs_per_step) == (1, 16)
     assert (train.warmup_steps, train.max_steps, train.epochs) == (50, 500, None)
     assert (recipe.checkpoint.every_steps, recipe.log.every_steps) == (50, 10)
-    assert (train.precision, recipe.parallel.activation_checkpointing) == ("bf16", "full")
+    assert train.precision == "bf16"
     assert (video.frames, video.fps) == (8, None) and train.schedule == "linear"
 
 

@@ -309,7 +309,7 @@ class SlotStream:
         """Wait until all are done. SearchStopped if a signal came and the search may take long."""
         report_s = REPORT_S
         while True:
-            if searching and stop_requested():
+            if self.streams.is_closing.is_set() or (searching and stop_requested()):
                 raise SearchStopped
             if not wait(futures, POLL_S).not_done:
                 return
