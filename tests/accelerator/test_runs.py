@@ -21,9 +21,10 @@ IN_A_STEP = {"training.trainer:Trainer.train_step": 1}
 """Waits of a step from the second on: for its loss and the norm of its gradients, together."""
 
 
-@pytest.fixture(scope="module")
-def each_world(family: str, world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next_video", "qwen3_vl"])
+def each_world(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """The world with a model of each family."""
+    family = request.param
     return world if world.family == family else make_world(tmp_path_factory.mktemp(family), family)
 
 
@@ -96,7 +97,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OFTEN = ("full", "pissa", "nf4", "recomputed")
+"""Variants that always run."""
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in VARIANTS]
+)
 def test_variants(world: World, commands: Commands, pretend: Pretend, tmp_path: Path, variant: str) -> None:
     here, there = (world.config(tmp_path / name / "run.toml", STEPS, *VARIANTS[variant]) for name in ("cpu", "device"))
     commands.run(CAPTION, here).ok()

@@ -93,6 +93,7 @@ ONE = ("recipes/qwen2_5_vl_7b/caption.toml", "--gpus", "1", "parallel.activation
 WIDE = ("data.max_samples_per_pack=0", "data.pack_tokens=2048")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_fixed_and_checked(plan: Plan) -> None:
     """The advice is what was tried and fits."""
     done = plan(*SMALL, *WIDE, "--gpu-memory-gib", "17.7")

@@ -60,9 +60,7 @@ def test_the_kernel_path_gives_the_loss_and_gradients_of_the_other(
     assert_same_gradients(found, gradients)
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(m, marks=[pytest.mark.slow] if m in ("mlp", "selective") else []) for m in MODES]
-)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[] if m == "none" else [pytest.mark.slow]) for m in MODES])
 def test_compiled_once_for_all_layers_and_rows(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, mode: Any
 ) -> None:
