@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vft.common.errors import UserError
+from vft.common.files import digest
 from vft.common.task import CLOSE, OPEN
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn
 from vft.data.template import LITERAL, ChatTemplate, Kind, Text
@@ -85,6 +86,17 @@ class ChatEncoder:
             )
         own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.end_ids = frozenset([*closing, *own_end, *end_ids])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For worker processes: made anew there, with caches of its own."""
+        return ChatEncoder, (self.tokenizer, self.processor, self.end_ids, self.learn_reasoning)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Differs for an encoder that may give other ids, labels or plans."""
+        own = self.tokenizer
+        tokens = own.backend_tokenizer.to_str(), own.chat_template, own.special_tokens_map
+        return digest(repr((type(own), tokens, self.processor, sorted(self.end_ids), self.learn_reasoning)))
 
     # ----------------------------------------------------------------------------------------------- ids and labels
 

@@ -12,11 +12,12 @@ import logging
 import math
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -28,12 +29,13 @@ from vft.data import formats as sources
 from vft.data.budget import Fit, PlannedMedia, check_spans, fit, limits_of, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
-from vft.data.media.index import build
+from vft.data.media.index import Index, build
 from vft.data.media.timed_text import with_frame_times
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
-from vft.data.records.unread_keys import report_unread_keys
+from vft.data.records.unread_keys import describe_unread_keys, log_once
 from vft.data.split import Split
+from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 from vft.models.attention import attended_pairs, document_segments
 
@@ -73,26 +75,57 @@ class Dataset:
     def __init__(self, encoder: ChatEncoder, config: DataConfig, info: Callable[[MediaRef], MediaInfo]) -> None:
         """`info` is what a scan of a medium found; it raises MediaError if the medium cannot be used."""
         self.encoder, self.config, self.info = encoder, config, info
-        self.documents: list[PlannedDocument] = []
+        self.documents: Sequence[PlannedDocument] = []
         self.bad: list[BadItem] = []
         """Samples that cannot be used."""
         self.num_shortened = 0
         """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
 
+        self.index: Index | None = None
+        """The scans behind `info`, if there is an index."""
+        self.notes: list[str] = []
+        """What to tell the user about the records, a line each."""
+
     @cached_property
     def num_samples(self) -> int:
         """Samples of all documents."""
-        return sum(len(document.conversations) for document in self.documents)
+        return sum(self.samples)
+
+    @cached_property
+    def samples(self) -> tuple[int, ...]:
+        """Samples of each document."""
+        return tuple(len(document.conversations) for document in self.documents)
+
+    @property
+    def work(self) -> list[Work]:
+        """What each document costs."""
+        return [document.work for document in self.documents]
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """How often each document comes in an epoch."""
+        return tuple(document.weight for document in self.documents)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each document."""
-        return tuple(document.work.tokens for document in self.documents)
+        return tuple(work.tokens for work in self.work)
 
     @property
     def conversations(self) -> list[Conversation]:
         """Conversations of all documents, in order."""
         return [one for document in self.documents for one in document.conversations]
+
+    @property
+    def distinct(self) -> Iterator[Conversation]:
+        """All conversations except those about the same media as another of their document."""
+        for document in self.documents:
+            yield from document.conversations[: 1 if document.conversations[0].media else None]
+
+    @property
+    def prompts(self) -> Prompts:
+        """What the conversations ask."""
+        return prompts_of(one for document in self.documents for one in document.conversations)
 
     @cached_property
     def samples_by_medium(self) -> Counter[str]:
@@ -111,14 +144,14 @@ class Dataset:
         """How these documents are laid out in packs."""
         return PackPlan(
             lengths=self.lengths,
-            samples=tuple(len(document.conversations) for document in self.documents),
-            weights=tuple(document.weight for document in self.documents),
+            samples=self.samples,
+            weights=self.weights,
             pack_tokens=self.config.pack_tokens,
             max_samples=self.config.max_samples_per_pack,
             seed=seed,
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A digest of ids, texts, media (by their names below `data.root` and what is taken of them) and lengths of all
         documents, wherever `data.root` lies."""
@@ -131,21 +164,55 @@ class Dataset:
     # ------------------------------------------------------------------------------------------------------ planning
 
     def add(
-        self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool = False
+        self, conversations: Sequence[tuple[Conversation, float]], show_progress: bool = False, workers: int = 0
     ) -> list[PlannedDocument]:
-        """Plan the documents of conversations with their weights; those about the same media come together."""
+        """Plan the documents of conversations with their weights; those about the same media come together. With
+        `workers`, in as many processes."""
         groups: dict[tuple[object, float], list[Conversation]] = {}
         parts = [(part, weight) for one, weight in conversations for part in self.encoder.split_for_learning(one)]
         for number, (one, weight) in enumerate(parts):
             key = one.media_key if one.media and self.config.share_videos else number
             groups.setdefault((key, weight), []).append(one)
         added = []
-        with progress_bar(len(groups), "counting tokens", "document", show_progress) as bar:
-            for (_, weight), group in groups.items():
-                added += self._plan_group(group, weight)
+        weighted = [(group, weight) for (_, weight), group in groups.items()]
+        with progress_bar(len(weighted), "counting tokens", "document", show_progress) as bar:
+            planned = self._plan_in(workers, weighted) if workers else (self._plan_group(*one) for one in weighted)
+            for documents in planned:
+                added += documents
                 bar.update()
-        self.documents += added
+        self.documents = [*self.documents, *added]
         return added
+
+    def _plan_in(self, workers: int, groups: Sequence[WeightedGroup]) -> Iterator[list[PlannedDocument]]:
+        """The documents of each group, planned in worker processes."""
+        waiting: deque[tuple[Sequence[WeightedGroup], Future[list[PlannedGroup]]]] = deque()
+
+        def finish() -> Iterator[list[PlannedDocument]]:
+            chunk, future = waiting.popleft()
+            for (group, weight), planned in zip(chunk, future.result(), strict=True):
+                self.bad += planned.bad
+                self.num_shortened += planned.num_shortened
+                yield [
+                    PlannedDocument(tuple(group[i] for i in members), work, weight, limits)
+                    for members, work, limits in planned.documents
+                ]
+
+        with WorkerPool(workers, math.inf, partial(_start_planning, self.encoder, self.config)) as pool:
+            for start in range(0, len(groups), CHUNK):
+                chunk = groups[start : start + CHUNK]
+                refs = {ref for group, _ in chunk for one in group for ref in one.media}
+                waiting.append((chunk, pool.submit(_plan_groups, chunk, {ref: self._found(ref) for ref in refs})))
+                if len(waiting) > 4 * workers:
+                    yield from finish()
+            while waiting:
+                yield from finish()
+
+    def _found(self, ref: MediaRef) -> MediaInfo | MediaError:
+        """What `info` returns or raises."""
+        try:
+            return self.info(ref)
+        except MediaError as error:
+            return error
 
     def _plan_group(self, conversations: Sequence[Conversation], weight: float) -> list[PlannedDocument]:
         """Documents of conversations that have the same media; those with equal shareable prefixes may share one."""
@@ -222,6 +289,54 @@ class Dataset:
         return made
 
 
+# --------------------------------------------------------------------------------------------- in a worker process
+
+WeightedGroup = tuple[list[Conversation], float]
+CHUNK = 64
+"""Groups that a worker plans at once."""
+
+
+class PlannedGroup(NamedTuple):
+    """What a worker finds out about a group. Its conversations stay where they are."""
+
+    documents: list[tuple[list[int], Work, tuple[VisionLimits, ...] | None]]
+    """Each with the places of its conversations in the group."""
+    bad: list[BadItem]
+    num_shortened: int
+
+
+_planning: tuple[ChatEncoder, DataConfig] | None = None
+
+
+def _start_planning(encoder: ChatEncoder, config: DataConfig) -> None:
+    global _planning
+    _planning = encoder, config
+
+
+def _plan_groups(
+    groups: Sequence[WeightedGroup], found: Mapping[MediaRef, MediaInfo | MediaError]
+) -> list[PlannedGroup]:
+    assert _planning is not None
+
+    def info(ref: MediaRef) -> MediaInfo:
+        if isinstance(one := found[ref], MediaError):
+            raise one.with_traceback(None)
+        return one
+
+    planned = []
+    for group, weight in groups:
+        dataset, places = Dataset(*_planning, info), {id(one): place for place, one in enumerate(group)}
+        documents = [
+            ([places[id(one)] for one in document.conversations], document.work, document.media_limits)
+            for document in dataset._plan_group(group, weight)
+        ]
+        planned.append(PlannedGroup(documents, dataset.bad, dataset.num_shortened))
+    return planned
+
+
+# ----------------------------------------------------------------------------------------------- reading the sources
+
+
 def make_dataset(
     conversations: Sequence[Conversation],
     encoder: ChatEncoder,
@@ -241,13 +356,16 @@ def load_dataset(
     encoder: ChatEncoder,
     seed: int,
     split: Split | None = None,
+    planners: int = 0,
 ) -> Dataset:
     """Read the sources, scan their media once and plan documents, those about the same media together.
 
-    With a `split`, only the samples of its side. Raises UserError if more than `max_bad_fraction` of the samples cannot
-    be used, with the counts by reason and the first message, or if there are none.
+    With a `split`, only the samples of its side. With `planners`, as many processes plan. Raises UserError if more than
+    `max_bad_fraction` of the samples cannot be used, with the counts by reason and the first message, or if there are
+    none.
     """
-    records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split)
+    notes: list[str] = []
+    records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split, notes)
     conversations: list[list[tuple[Conversation, float]]] = []
     for source, samples in zip(wanted, records, strict=True):
         made = [converse(sample, make_conversations, config) for sample in samples]
@@ -257,11 +375,11 @@ def load_dataset(
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
 
     dataset = Dataset(encoder, config, index.info)
-    dataset.bad = bad
+    dataset.bad, dataset.notes, dataset.index = bad, notes, index
     # Sources that have a share each keep their documents to themselves.
     has_shares = any(source.share is not None for source in wanted)
     apart = conversations if has_shares else [list(chain.from_iterable(conversations))]
-    planned = [dataset.add(together, environment().is_main) for together in apart]
+    planned = [dataset.add(together, environment().is_main, planners) for together in apart]
     num_left_out = num_untaken + num_split_off
     check_bad(dataset.bad, dataset.num_samples + len(dataset.bad) + num_left_out, config.max_bad_fraction)
     if wanted and not dataset.documents:
@@ -280,31 +398,35 @@ def load_dataset(
     if dataset.num_shortened:
         count = f"{dataset.num_shortened:,} of {dataset.num_samples:,} samples"
         text = f"fewer frames or pixels than asked for, to fit data.pack_tokens = {config.pack_tokens}"
-        logger.info("%s: %s have %s; tools/inspect_batch.py shows them", _paths(wanted), count, text)
+        notes.append(f"{_paths(wanted)}: {count} have {text}; tools/inspect_batch.py shows them")
+        logger.info("%s", notes[-1])
     return dataset
 
 
 def _read_records(
-    config: DataConfig, wanted: Sequence[SourceConfig], seed: int, split: Split | None
+    config: DataConfig, wanted: Sequence[SourceConfig], seed: int, split: Split | None, notes: list[str]
 ) -> tuple[list[list[Sample]], list[BadItem], int, int]:
     """The samples to use of each source, records that cannot be read, and how many samples `take` and the split leave
-    out."""
+    out. What to tell the user is logged and added to `notes`."""
     records: list[list[Sample]] = []
     bad: list[BadItem] = []
     num_untaken = 0
     for source in wanted:
         samples, errors = sources.read(source, config)
         bad += [BadItem(error.origin, "", "record", str(error)) for error in errors]
-        if environment().is_main:
-            report_unread_keys(source.path, [sample.unread for sample in samples])
+        if line := describe_unread_keys(source.path, [sample.unread for sample in samples]):
+            notes.append(line)
+            if environment().is_main:
+                log_once(line)
         records.append(take(samples, source.take, seed))
         num_untaken += len(samples) - len(records[-1])
     if split is None:
         return records, bad, num_untaken, 0
     sides, num_on_neither = split.select(list(chain.from_iterable(records)), config.root)
     if num_on_neither:
-        text = "eval.split: %d records to train on show media of held-out ones too, and are left out"
-        logger.info(text, num_on_neither)
+        text = "records to train on show media of held-out ones too, and are left out"
+        notes.append(f"eval.split: {num_on_neither} {text}")
+        logger.info("%s", notes[-1])
     each = iter(sides)
     return [[one for one in samples if next(each)] for samples in records], bad, num_untaken, sides.count(False)
 

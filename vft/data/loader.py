@@ -176,7 +176,7 @@ class Loader:
         free = shared_memory_bytes() if self.pool.workers else None
         if free is None:
             return MAX_PENDING_BYTES
-        patches = [planned.work.patches for planned in self.dataset.documents]
+        patches = [work.patches for work in self.dataset.work]
         largest = max((sum(patches[n] for n in pack) for pack in self.plan.first_packs), default=0)
         row_bytes, processes = largest * self.dataset.encoder.processor.patch_features, local_world_size()
         if row_bytes * processes > free:

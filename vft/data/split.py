@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,10 +79,15 @@ def media_of(sample: Sample, top: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- overlap
 
 
-def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
+def also_trained_on(held_out: Sequence[Conversation], training: Iterable[Conversation]) -> list[Conversation]:
     """The held-out conversations with a medium that is in training too, as the same file or a copy of it, whatever part
     of it is shown. One without media is in training if its text is, word for word."""
-    trained = {ref.files for one in training for ref in one.media}
+    trained: set[tuple[Path, ...]] = set()
+    texts = set()
+    for one in training:
+        trained.update(ref.files for ref in one.media)
+        if not one.media:
+            texts.add(_text(one))
     evaluated = {ref.files for one in held_out for ref in one.media}
     files = list({path for paths in trained | evaluated for path in paths})
     with ThreadPoolExecutor(THREADS) as threads:
@@ -96,7 +101,6 @@ def also_trained_on(held_out: Sequence[Conversation], training: Sequence[Convers
     # Only files whose size a held-out file has too can be copies of one.
     wanted = set(map(sizes, evaluated))
     copies = {tuple(map(digest, paths)) for paths in trained if sizes(paths) in wanted}
-    texts = {_text(one) for one in training if not one.media}
 
     def is_trained(paths: tuple[Path, ...]) -> bool:
         own = tuple(status[path] for path in paths)
@@ -133,7 +137,7 @@ def _digest(path: Path, size: int) -> bytes | None:
     return None
 
 
-def overlap_warning(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> str:
+def overlap_warning(held_out: Sequence[Conversation], training: Iterable[Conversation]) -> str:
     """A line that names the held-out samples that are also trained on; empty if there are none."""
     samples = also_trained_on(held_out, training)
     if not samples:

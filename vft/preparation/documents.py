@@ -14,8 +14,9 @@ from vft.common.types import Conversation, Sample
 from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset, converse, load_dataset, take
+from vft.data.dataset import Dataset, converse, take
 from vft.data.split import Split, overlap_warning
+from vft.data.stored import load_stored
 from vft.data.streaming.stream import Streams
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is trained on, except streams."""
     make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
-    return load_dataset(config.data, config.data.indexed, make, encoder, config.seed, split)
+    return load_stored(config.data, config.data.indexed, make, task, "to train on", encoder, config.seed, split)
 
 
 def training_streams(
@@ -52,7 +53,8 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # held-out sources of their own are read alike whatever the run's seed
-    held_out = load_dataset(config.data, sources, evaluated_conversations(task), encoder, seed, split)
+    make = evaluated_conversations(task)
+    held_out = load_stored(config.data, sources, make, task, "to evaluate", encoder, seed, split)
     examples = questions(held_out.conversations)
     examples = [examples[i] for i in spread(len(examples), 64)]
     equal_scores = [(0.0,) * len(question.prompt.options) for question in examples]
@@ -139,7 +141,7 @@ def warn_of_overlap(task: Task, config: Config, held_out: Dataset, training: Dat
     if not environment().is_main or (not config.eval.sources and config.eval.split is None):
         return
     try:
-        trained = list(_training_records(task, config)) if training is None else training.conversations
+        trained = list(_training_records(task, config)) if training is None else training.distinct
     except UserError as error:
         logger.warning("held-out samples can't be looked for among those of training: %s", error)
         return

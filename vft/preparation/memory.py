@@ -156,11 +156,8 @@ def largest_rows(documents: Dataset, plan: PackPlan) -> list[Batch]:
     """
     if not documents.documents:
         return []
-    processor = documents.encoder.processor
-    work = {
-        pack: Work(*map(sum, zip(*(documents.documents[n].work for n in pack), strict=True)))
-        for pack in plan.first_packs
-    }
+    each, processor = documents.work, documents.encoder.processor
+    work = {pack: Work(*map(sum, zip(*(each[n] for n in pack), strict=True))) for pack in plan.first_packs}
     # The keys of all segments are gathered for each layer if any prefix is shared; they come after equal tokens.
     orders: tuple[Callable[[Work], tuple[int, ...]], ...] = (
         lambda row: (row.tokens, row.keys, row.patches),

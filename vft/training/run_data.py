@@ -10,7 +10,7 @@ import torch
 
 from vft.common.files import digest
 from vft.config.run import Config
-from vft.data.dataset import Dataset, Prompts, prompts_of
+from vft.data.dataset import Dataset, Prompts
 from vft.data.loader import Loader
 from vft.data.quarantine import BadItem, check_bad, write_quarantine
 from vft.data.streaming.stream import Streams
@@ -103,7 +103,7 @@ class RunData:
 
     def prompts(self) -> Prompts:
         """What the records ask, those of streams since the start of this process. Every process calls it."""
-        prompts = prompts_of(self.documents.conversations)
+        prompts = self.documents.prompts
         # A copy, because the loader's thread goes on counting.
         for part in all_of(dict(self.streams.prompts)) if self.streams is not None else ():
             prompts.update(part)

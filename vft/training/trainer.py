@@ -136,7 +136,7 @@ class Trainer:
 
         self.flops = FlopCounter(self.model, parallel.activation_checkpointing)
         self.data.loader.costs = tuple(
-            self.flops.row(one.work.tokens, one.work.pairs, one.work.patches) for one in documents.documents
+            self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work
         )
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"

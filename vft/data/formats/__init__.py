@@ -51,6 +51,9 @@ class Format:
     """Which of `OPTIONAL_SETTINGS` a source of this format may have."""
     columns: ClassVar[frozenset[str]] = frozenset()
     """With the setting `columns`: the keys that it may rename."""
+    notes_inputs: ClassVar[bool] = False
+    """Whether `read` depends on nothing but the records' `files`, the media, and what `vft.data.records` notes. Then
+    its plan can be stored (`vft/data/stored.py`)."""
 
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """The samples of a source, and the records that cannot be used.

@@ -24,6 +24,7 @@ class LlavaInstruct(Format):
     in COCO's folders in `media` and in `data.root`."""
 
     settings = frozenset({"media"})
+    notes_inputs = True
 
     def files(self, path: Path) -> list[tuple[Path, str]]:
         """As `Format.files`."""

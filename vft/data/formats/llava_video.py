@@ -56,6 +56,11 @@ class LlavaVideo(Format):
     """The samples of one JSON file, or of every JSON file in a folder."""
 
     settings = frozenset({"stream"})
+    notes_inputs = True
+
+    def files(self, path: Path) -> list[tuple[Path, str]]:
+        """As `Format.files`."""
+        return json_files(path)
 
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """As `Format.read`."""
@@ -65,7 +70,7 @@ class LlavaVideo(Format):
                 raise RecordError("video", f"is missing; the record has {list_keys(record)}")
             return messages.parse(locate_video(record, file, data.root), data.root)
 
-        return read_samples(json_files(find_path(data.root, source.path)), parse)
+        return read_samples(self.files(find_path(data.root, source.path)), parse)
 
     def open_archives(self, location: str) -> Archives:
         """The tar parts in the folder of the records at `location`: a JSON file, or all those in a folder, local or

@@ -58,6 +58,7 @@ class Messages(Format):
     """
 
     settings = frozenset({"columns"})
+    notes_inputs = True
     columns = frozenset(
         {"messages", "conversations", "video", "videos", "image", "images", "question", "answer", "label", "system"}
         | {"id", "input", "history", "options", "labels", "start", "end", "video_start", "video_end", "fps", "nframes"}

@@ -36,6 +36,7 @@ class Story(Format):
     """
 
     settings = frozenset({"columns"})
+    notes_inputs = True
     columns = frozenset({*KEYS, "question", "system", "id"})
 
     def read(self, source: SourceConfig, data: DataConfig) -> Records:

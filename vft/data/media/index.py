@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,8 @@ SAVE_EVERY = 2000
 """Files after which progress is saved: what an interrupted scan may lose."""
 STAT_THREADS = 16
 """Network disks answer many requests at once."""
+STAT_BATCH = 2000
+"""Files of a stored index that a thread looks at before it takes others."""
 TRANSIENT = ("missing", "unreadable", "crashed")
 """Reasons that may not hold next time."""
 
@@ -66,9 +69,10 @@ INFO_FIELDS = ("height", "width", "num_frames", "fps", "stream_index", "duration
 class Index:
     """What is known about each file."""
 
-    def __init__(self, table: pa.Table, transient: dict[Key, MediaError]) -> None:
+    def __init__(self, keys: Sequence[Key], table: pa.Table, transient: dict[Key, MediaError]) -> None:
+        """`table` may have other rows than those of `keys`."""
+        self._keys, self._table, self._transient = keys, table, transient
         self._rows = {key: i for i, key in enumerate(_keys(table))}
-        self._transient = transient
         self._reasons, self._messages = (table.column(name).to_pylist() for name in ("reason", "message"))
         self._fields = {name: table.column(name).to_pylist() for name in INFO_FIELDS}
         self._times_s = table.column("times_s")  # in Arrow: a tenth of the memory of Python's floats
@@ -82,6 +86,17 @@ class Index:
         """
         return join_scans(ref, [self._info(key) for key in _keys_of(ref)])
 
+    @property
+    def table(self) -> pa.Table:
+        """What is known about each file, in the order in which `StoredIndex` takes it. Files without a row in the cache
+        have a reason and no size."""
+        bad = [
+            {"kind": key[0], "path": key[1], "reason": error.reason, "message": error.message}
+            for key, error in self._transient.items()
+        ]
+        known = self._table.take([self._rows[key] for key in self._keys if key not in self._transient])
+        return pa.concat_tables([known, pa.Table.from_pylist(bad, SCHEMA)]).sort_by([("path", "ascending")])
+
     def _info(self, key: Key) -> MediaInfo:
         if key in self._transient:
             raise self._transient[key].with_traceback(None)
@@ -91,6 +106,54 @@ class Index:
         times_s = self._times_s[row].as_py()
         fields = {name: column[row] for name, column in self._fields.items()}
         return MediaInfo(key[0], **fields, times_s=None if times_s is None else tuple(times_s))
+
+
+class StoredIndex:
+    """As `Index`, from a table that is mapped from a file: nothing of it is held in memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        """`table` is `Index.table`."""
+        self._table = table
+
+    def info(self, ref: MediaRef) -> MediaInfo:
+        """As `Index.info`."""
+        return join_scans(ref, [self._info(key) for key in _keys_of(ref)])
+
+    def _info(self, key: Key) -> MediaInfo:
+        paths = self._table.column("path")
+        number = bisect_left(range(len(paths)), key[1], key=lambda i: paths[i].as_py())
+        while paths[number].as_py() == key[1]:
+            (row,) = self._table.slice(number, 1).to_pylist()
+            if row["kind"] == key[0]:
+                if row["reason"] is not None:
+                    raise MediaError(row["reason"], row["message"])
+                times_s = row["times_s"]
+                fields = {name: row[name] for name in INFO_FIELDS}
+                return MediaInfo(key[0], **fields, times_s=None if times_s is None else tuple(times_s))
+            number += 1
+        raise KeyError(key)
+
+    def is_current(self) -> bool:
+        """Whether all files are as they were: the good ones unchanged, the others bad for the same reason."""
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            same = all(threads.map(_are_unchanged, self._table.to_batches(max_chunksize=STAT_BATCH)))
+        return same and all(os.path.realpath(folder) == folder for folder in self._folders())
+
+    def _folders(self) -> set[str]:
+        batches = self._table.to_batches(max_chunksize=STAT_BATCH)
+        return {os.path.dirname(path) for batch in batches for path in batch.column("path").to_pylist()}
+
+
+def _are_unchanged(batch: pa.RecordBatch) -> bool:
+    columns = (batch.column(name).to_pylist() for name in ("kind", "path", "size_bytes", "mtime_ns", "reason"))
+    for kind, path, size_bytes, mtime_ns, reason in zip(*columns, strict=True):
+        status = _status((kind, path))
+        if isinstance(status, MediaError):
+            if size_bytes is not None or reason != status.reason:
+                return False
+        elif (size_bytes, mtime_ns) != (status.st_size, status.st_mtime_ns):
+            return False
+    return True
 
 
 def build(
@@ -124,7 +187,7 @@ def build(
         finally:  # also if the user interrupts
             if rows:
                 table = _write(cache, table, rows)
-    return Index(table, transient)
+    return Index(keys, table, transient)
 
 
 def _keys_of(ref: MediaRef) -> list[Key]:

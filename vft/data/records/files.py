@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vft.common.errors import UserError
 from vft.common.types import MediaRef, Sample, Turn
+from vft.data.records.inputs import note
 from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
 from vft.data.records.record import (
     TURN_KEYS,
@@ -419,6 +420,7 @@ def read_classes(*folders: Path) -> tuple[Path, list[str]] | None:
     """The first `classes.txt` (a name a line) in `folders`, and its names. None if there is none."""
     for folder in folders:
         path = folder / "classes.txt"
+        note(path)
         if path.is_file():
             names = [line for _, line in read_lines(path)]
             if not names:

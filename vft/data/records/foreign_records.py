@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 from vft.common.errors import UserError
 from vft.data.media.errors import MediaError
+from vft.data.records.inputs import note
 from vft.data.records.media_options import LIST_OPTIONS, REAL_OPTIONS, key_meaning
 from vft.data.records.paths import PICTURE_SUFFIXES, path_exists, resolve_media
 from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, short_repr
@@ -418,6 +419,7 @@ def _frame_rate(base: Record, root: Path) -> float:
     if not key:
         raise RecordError("data", f"has no video under {', '.join(MEDIA)}, whose frames are counted; rename its key")
     path = resolve_media(root, local_path(root, base[key]), key)
+    note(path)
     from vft.data.media.video import scan_file  # imports torchcodec, which few readers of records need
 
     try:

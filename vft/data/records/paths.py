@@ -11,10 +11,10 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from vft.data.records.inputs import note
 from vft.data.records.record import RecordError, check_text, short_repr
 
 VIDEO_SUFFIXES = frozenset(
@@ -59,7 +59,7 @@ def resolve_path(root: Path, value: object, field: str) -> tuple[Path, int]:
     on_drive = without_drive(text)
     if _URL.match(text) and on_drive is None:
         raise RecordError(field, f"{short_repr(text)}: URLs in records are off; download it, and name the file")
-    real, mode, top = _look_up(root, text)
+    real, mode, top = look_up(root, text)
     if on_drive is not None and not mode:
         what = f"{short_repr(text)} is a path of Windows; there is no such drive here"
         raise RecordError(field, f"{what}: {_suggest_relative(root, on_drive)}")
@@ -73,19 +73,26 @@ def _suggest_relative(root: Path, path: str) -> str:
     """How to write a path from elsewhere: the longest end of it that exists in `root`, if any does."""
     parts = path.strip("/").split("/")
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
-    found = next((tail for tail in tails if tail and ".." not in parts and _look_up(root, tail)[1]), "")
+    found = next((tail for tail in tails if tail and ".." not in parts and look_up(root, tail)[1]), "")
     return f"write {short_repr(found)}" if found else "write it relative to data.root, with '/'"
 
 
 @lru_cache(maxsize=65536)  # several records of a video often follow each other, and the disk is slow
-def _look_up(root: Path, text: str) -> tuple[str, int, str]:
+def look_up(root: Path, text: str) -> tuple[str, int, str]:
     """The real path of `text` under `root`, its mode (0 if it does not exist or cannot be seen), and the real path of
     `root`."""
     top = os.path.realpath(root)
     for spelling in spellings(text):
-        real = os.path.realpath(os.path.join(top, spelling))
-        with suppress(OSError):
-            return real, os.stat(real).st_mode, top
+        asked = os.path.join(top, spelling)
+        real = os.path.realpath(asked)
+        try:
+            mode = os.stat(real).st_mode
+        except OSError:
+            note(asked)
+            continue
+        if real != asked or not stat.S_ISREG(mode):  # a file's own size and time are kept with its scan
+            note(asked)
+        return real, mode, top
     return os.path.realpath(os.path.join(top, text)), 0, top
 
 
@@ -96,7 +103,15 @@ def find_path(root: Path, path: str) -> Path:
 
 def path_exists(root: Path, path: str) -> bool:
     """Whether `root` has a file or folder `path`, in any of its spellings. False if the name is too long for a file."""
-    return any(os.path.exists(root / form) for form in spellings(path))
+    return any(_is_there(root / form) for form in spellings(path))
+
+
+def _is_there(path: Path | str) -> bool:
+    """Whether there is a file or folder. If so, a record shows it, and it is among the media."""
+    if os.path.exists(path):
+        return True
+    note(path)
+    return False
 
 
 def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
@@ -106,6 +121,7 @@ def resolve_frames(root: Path, value: object, field: str) -> tuple[Path, ...]:
         RecordError: as `resolve_media`; also if there are no pictures.
     """
     folder, _ = resolve_path(root, value, field)
+    note(folder)
     try:
         names = os.listdir(folder)
     except OSError as error:
@@ -150,7 +166,7 @@ def first_present(root: Path, names: Iterable[str], field: str) -> Path:
     """
     names = list(names)
     # Faster than to resolve each: a list may name a hundred thousand files of which many do not exist.
-    exact = (name for name in names if os.path.exists(os.path.join(root, name)))
+    exact = (name for name in names if _is_there(os.path.join(root, name)))
     present = next(exact, None) or next((name for name in names if path_exists(root, name)), names[0])
     return resolve_media(root, present, field)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.common.types import ANSWER_KEYS, MediaRef
+from vft.data.records.inputs import note
 from vft.data.records.media_options import OPTIONS, key_meaning
 from vft.data.records.paths import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from vft.data.records.record import RecordError, short_repr
@@ -96,6 +97,7 @@ def check_shows_nothing(record: Mapping[str, Any], keys: Iterable[str], root: Pa
             raise RecordError(key, f"{what}; give the file's path as {kind!r}, or take it out")
         if not isinstance(value, str) or "\0" in value or not value or not _SAYS_WHERE.search(key.lower()):
             continue
+        note(root / value)
         with suppress(OSError):  # mostly there is no such folder
             suffixes = {Path(name).suffix.lower() for name in os.listdir(root / value)}
             if suffixes & (VIDEO_SUFFIXES | PICTURE_SUFFIXES):
@@ -144,13 +146,20 @@ def _kind_of(text: str) -> str:
 
 
 def report_unread_keys(source: str, records: Sequence[tuple[str, ...]]) -> None:
-    """Log once, on one line, the keys of a source's records that are not read, with how many records have each.
-    `records` holds those keys for each record that could be used."""
+    """Log once what `describe_unread_keys` says, if anything."""
+    if line := describe_unread_keys(source, records):
+        log_once(line)
+
+
+def describe_unread_keys(source: str, records: Sequence[tuple[str, ...]]) -> str:
+    """A line with the keys of a source's records that are not read, and how many records have each; empty if there are
+    none. `records` holds those keys for each record that could be used."""
     counts = Counter(key for keys in records for key in keys)
-    if counts:
-        named = [f"{_describe(key)} ({count:,})" for key, count in counts.most_common(MAX_REPORTED_KEYS)]
-        more = f" and {len(counts) - MAX_REPORTED_KEYS} more" if len(counts) > MAX_REPORTED_KEYS else ""
-        _log_once(f"{source}: keys that are not read, of {len(records):,} records: {', '.join(named)}{more}")
+    if not counts:
+        return ""
+    named = [f"{_describe(key)} ({count:,})" for key, count in counts.most_common(MAX_REPORTED_KEYS)]
+    more = f" and {len(counts) - MAX_REPORTED_KEYS} more" if len(counts) > MAX_REPORTED_KEYS else ""
+    return f"{source}: keys that are not read, of {len(records):,} records: {', '.join(named)}{more}"
 
 
 def report_new_unread_keys(source: str, origin: str, keys: Iterable[str], reported: set[str]) -> None:
@@ -159,12 +168,12 @@ def report_new_unread_keys(source: str, origin: str, keys: Iterable[str], report
     new = [key for key in keys if key not in reported][: max(0, MAX_REPORTED_KEYS - len(reported))]
     if new:
         reported.update(new)
-        _log_once(f"{source}: keys that are not read, from {origin} on: {', '.join(map(_describe, new))}")
+        log_once(f"{source}: keys that are not read, from {origin} on: {', '.join(map(_describe, new))}")
 
 
 @cache
-def _log_once(line: str) -> None:
-    """Evaluation may read a source again."""
+def log_once(line: str) -> None:
+    """Log a line if it has not been: evaluation may read a source again."""
     logger.info("%s", line)
 
 
