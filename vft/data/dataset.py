@@ -366,11 +366,14 @@ def load_dataset(
     """
     notes: list[str] = []
     records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split, notes)
-    conversations: list[list[tuple[Conversation, float]]] = []
-    for source, samples in zip(wanted, records, strict=True):
-        made = [converse(sample, make_conversations, config) for sample in samples]
-        conversations.append([(one, source.times) for own, _ in made for one in own])
-        bad += [item for _, wrong in made for item in wrong]
+    has_records = any(records)
+    conversations: list[list[tuple[Conversation, float]]] = [[] for _ in wanted]
+    for source, samples, made in zip(wanted, records, conversations, strict=True):
+        samples.reverse()
+        while samples:  # millions of both would not fit
+            own, wrong = converse(samples.pop(), make_conversations, config)
+            made += [(one, source.times) for one in own]
+            bad += wrong
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
 
@@ -384,7 +387,7 @@ def load_dataset(
     check_bad(dataset.bad, dataset.num_samples + len(dataset.bad) + num_left_out, config.max_bad_fraction)
     if wanted and not dataset.documents:
         paths = _paths(wanted)
-        if bad and (split is None or any(records)):
+        if bad and (split is None or has_records):
             raise UserError(f"{paths}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
         if split is None or not num_split_off:
             raise UserError(f"{paths}: no samples; data.sources must name files with records")

@@ -126,16 +126,17 @@ def _key(
         for path, _ in one.files(find_path(config.root, source.path))
     ]
     try:
-        records = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+        status = [path.stat() for path in paths]
     except OSError:  # reading says what is wrong
         return None
-    if sum(size for _, size, _ in records) < MIN_BYTES:
+    if sum(one.st_size for one in status) < MIN_BYTES:
         return None
+    places = [os.path.abspath(config.root), *map(os.path.realpath, [config.root, *paths])]
+    records = places, [(str(path), one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True)]
     settings = config.model_dump_json(exclude=INDIFFERENT), [source.model_dump_json() for source in wanted]
-    places = os.path.abspath(config.root), os.path.realpath(config.root)
     code = _code(), [version(library) for library in LIBRARIES]
     asked = type(task).__qualname__, repr(task), about, seed, split
-    return digest(repr((records, settings, places, code, asked, encoder.fingerprint)))
+    return digest(repr((records, settings, code, asked, encoder.fingerprint)))
 
 
 @cache

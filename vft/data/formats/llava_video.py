@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def locate_video(record: Mapping[str, Any], file: Path, root: Path) -> Record:
     names below `root`."""
     video = check_text(record["video"], "video")
     path, mode = resolve_path(root, video, "video")
-    for folder in filter(None, (_folder_of(file, root), record.get("data_source"))):
+    for folder in filter(None, (_folder_of(file.parent, root), record.get("data_source"))):
         if mode:
             break
         candidate, candidate_mode = resolve_path(root, f"{check_text(folder, 'data_source')}/{video}", "video")
@@ -118,9 +118,10 @@ def locate_video(record: Mapping[str, Any], file: Path, root: Path) -> Record:
     return {**record, "video": str(path), "data_source": None}
 
 
-def _folder_of(file: Path, root: Path) -> str:
-    """The folder of a file, relative to `root`; empty if it is outside, or `root` itself."""
-    relative = os.path.relpath(os.path.realpath(file.parent), os.path.realpath(root))
+@lru_cache(maxsize=64)  # the records of a file follow each other
+def _folder_of(folder: Path, root: Path) -> str:
+    """A folder relative to `root`; empty if it is outside, or `root` itself."""
+    relative = os.path.relpath(os.path.realpath(folder), os.path.realpath(root))
     return "" if relative == "." or relative.startswith("..") else relative
 
 
