@@ -10,7 +10,7 @@ is some processes of one host that start together, as torchrun starts them:
   warm     the plan is in the cache
   resume   as warm, in the middle of the second epoch
 
-A start ends when the packs of the first step are planned and the first of their documents are built. Memory is what a
+A start ends when the packs of the first step are planned and their documents are built. Memory is what a
 process has for itself; pages of mapped files, which processes share and the system can take back, do not count.
 """
 
@@ -24,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +86,15 @@ def compare(options: argparse.Namespace, world: Path) -> None:
             for _ in range(options.repeats):
                 if way == "first":
                     shutil.rmtree(world / "cache" / "plans", ignore_errors=True)
+                child = partial(in_new_process, __file__, "--way", way, world, options.workers)
                 with ThreadPoolExecutor(processes) as threads:
-                    child = lambda _, way=way: in_new_process(__file__, "--way", way, world, options.workers)  # noqa: E731
-                    found = list(threads.map(child, range(processes)))
-                assert len({one["digest"] for one in found}) == 1, found
+                    found = [one.result() for one in [threads.submit(child) for _ in range(processes)]]
+                assert len({(one["digest"], one["ids"]) for one in found}) == 1, found
                 rows.append(
                     {"start": way, "processes": processes, "seconds": max(one["seconds"] for one in found)}
                     | {"CPU s a process": max(one["cpu_s"] for one in found)}
                     | {"MiB a process": max(one["own_mib"] for one in found), "peak": max(one["peak"] for one in found)}
-                    | {"documents": found[0]["documents"], "digest": found[0]["digest"]}
+                    | {name: found[0][name] for name in ("documents", "digest", "ids")}
                 )
     plans = sum(file.stat().st_size for file in (world / "cache").rglob("*") if file.is_file())
     report(f"Start with {options.records:,} records", rows, options, cache_bytes=plans)
@@ -102,7 +104,8 @@ def compare(options: argparse.Namespace, world: Path) -> None:
 
 
 def measure(way: str, world: Path, workers: int) -> None:
-    """Start once and print one line of JSON: seconds, own memory now and at most (MiB), a digest of what is trained."""
+    """Start once and print one line of JSON: seconds, own memory now and at most (MiB), digests of what is trained
+    and of the ids of the first step."""
     sources = (SourceConfig(format="llava_video", path="records"),)
     data = DataConfig(
         root=world / "data", sources=sources, cache_dir=str(world / "cache"), workers=workers, pack_tokens=8192
@@ -110,7 +113,7 @@ def measure(way: str, world: Path, workers: int) -> None:
     config = settings("7b", data=data)
     prepared = open_random(config)
     encoder = prepared.encoder(data)
-    found: dict[str, Any] = {"documents": 0, "digest": ""}
+    found: dict[str, Any] = {"documents": 0, "digest": "", "ids": ""}
     began, cpu_began = time.perf_counter(), time.process_time()
     if way != "bare":
         documents = load_training(QuestionAnswering(), config, encoder)
@@ -120,17 +123,12 @@ def measure(way: str, world: Path, workers: int) -> None:
         loader.costs = costs
         if way == "resume":
             middle = len(plan.packs(1)) // 2
-            loader.restore({"cursor": vars_of(Cursor(1, middle, 0)), "streams": {}, "bad": []})
+            loader.restore({"cursor": asdict(Cursor(1, middle, 0)), "streams": {}, "bad": []})
         taken = [documents.build(number) for one in loader.plan_step() for number in one.pack.documents]
         ids = [(one.sample_ids, one.ids_T.tolist()) for one in taken]
-        found = {"documents": len(plan.lengths), "digest": documents.digest, "first": digest(repr(ids))}
+        found = {"documents": len(plan.lengths), "digest": documents.digest, "ids": digest(repr(ids))}
     found |= {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
     print(json.dumps({**found, "own_mib": status_mib("RssAnon", "RssShmem"), "peak": status_mib("VmHWM")}))
-
-
-def vars_of(cursor: Cursor) -> dict[str, int]:
-    """A cursor as the state of a loader has it."""
-    return {"epoch": cursor.epoch, "pack": cursor.pack, "step": cursor.step}
 
 
 def status_mib(*names: str) -> float:

@@ -53,6 +53,16 @@ def test_data(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@bench("startup.py --records 9000 --videos 1200 --processes 2")
+def test_startup(figures: dict[str, Any]) -> None:
+    bare, first, warm, resumed = figures["rows"]
+    assert [row["start"] for row in figures["rows"]] == ["bare", "first", "warm", "resume"]
+    assert first["documents"] == warm["documents"] == 1200 and first["digest"] == warm["digest"] == resumed["digest"]
+    assert first["ids"] == warm["ids"] != resumed["ids"]
+    assert warm["CPU s a process"] < first["CPU s a process"] and warm["MiB a process"] < bare["MiB a process"] + 100
+
+
+@pytest.mark.slow
 @bench("load.py --shape tiny --repeats 1 --device cpu")
 def test_load(figures: dict[str, Any]) -> None:
     rows = {row["way"]: row for row in figures["rows"]}
