@@ -133,7 +133,7 @@ def _key(
         return None
     places = [os.path.abspath(config.root), *map(os.path.realpath, [config.root, *paths])]
     records = places, [(str(path), one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True)]
-    settings = config.model_dump_json(exclude=INDIFFERENT), [source.model_dump_json() for source in wanted]
+    settings = config.model_dump(exclude=INDIFFERENT), [source.model_dump() for source in wanted]
     code = _code(), [version(library) for library in LIBRARIES]
     asked = type(task).__qualname__, repr(task), about, seed, split
     return digest(repr((records, settings, code, asked, encoder.fingerprint)))
@@ -164,7 +164,7 @@ ABOUT = "about.json"
 
 
 def _write(folder: Path, dataset: Dataset, noted: Mapping[str, str]) -> None:
-    """Store a plan, and remove those that were not used for long.
+    """Store a plan, and remove those that were not used for long. Nothing of it is there before all of it is.
 
     Raises UserError if the disk is full, TypeError or ValueError for something that cannot be stored.
     """
@@ -201,9 +201,9 @@ def _write(folder: Path, dataset: Dataset, noted: Mapping[str, str]) -> None:
         }
         text = json.dumps(about)
         (partial / ABOUT).write_text(f"{zlib.crc32(text.encode()):08x}\n{text}", encoding="utf-8")
-    plans = sorted(folder.parent.glob("*/"), key=lambda path: path.stat().st_mtime)
-    for old in plans[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # another process may remove them too
+        for old in sorted(folder.parent.glob("*/"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(old)
 
 
 def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
