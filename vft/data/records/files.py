@@ -8,6 +8,7 @@ import glob
 import io
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -95,7 +96,10 @@ def json_files(path: Path) -> list[tuple[Path, str]]:
 
 def _files_below(folder: Path, suffixes: Collection[str]) -> list[tuple[Path, str]]:
     """The files with these suffixes at any depth, each with its name below the folder, sorted by path."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    # Four times as fast as `rglob`: the folder may hold the videos too.
+    inside = (os.path.join(inner, name) for inner, folders, names in os.walk(folder) for name in (*folders, *names))
+    likely = [Path(path) for path in inside if path.lower().endswith(tuple(suffixes))]
+    files = sorted(file for file in likely if file.suffix.lower() in suffixes)
     named = [(file, file.relative_to(folder).as_posix()) for file in files]
     return [(file, name) for file, name in named if not is_stray(name)]
 
