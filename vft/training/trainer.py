@@ -135,9 +135,7 @@ class Trainer:
             stderr_console().print(trainable_table(self.prepared.trainable, self.model))
 
         self.flops = FlopCounter(self.model, parallel.activation_checkpointing)
-        self.data.loader.costs = tuple(
-            self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work
-        )
+        self.data.loader.costs = tuple(self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work)
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"
         if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
