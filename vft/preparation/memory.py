@@ -29,7 +29,7 @@ from vft.config.run import ParallelConfig
 from vft.data.dataset import Dataset, Work
 from vft.data.packing import PackPlan
 from vft.distributed.process_group import World, all_of, local_part, local_world_size
-from vft.models.attention import has_kernel, planning_for, prepare
+from vft.models.attention import check_kernel, has_kernel, planning_for, prepare
 from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import RECOMPUTED
 from vft.models.quantization import is_packed
@@ -56,7 +56,9 @@ def candidates(config: ParallelConfig, processes: int, per_host: int) -> list[Pa
     within a host."""
     modes = MODES if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
     shards = [config.shard]
-    if config.shard == "auto":
+    if config.shard == "auto" and config.offload != "none":
+        shards = [0]  # copies would fill the host's memory
+    elif config.shard == "auto":
         within = [per_host] if 1 < per_host < processes and processes % per_host == 0 else []
         shards = [*([1] if processes > 1 else []), *within, 0]
     changes = [{"activation_checkpointing": mode, "shard": shard} for mode in modes for shard in shards]
@@ -71,6 +73,7 @@ def resolve(
     `model` is on the meta device, and what is trained has been chosen. `rows` are the largest ones. Every process calls
     it. Raises UserError if nothing fits `memory_budget_gib`.
     """
+    check_kernel(world.device, model.compute_dtype)  # memory and compiling depend on it
     if config.compile == "auto":
         config = config.model_copy(update={"compile": has_kernel(world.device, model.compute_dtype)})
     options = candidates(config, world.size, local_world_size())
@@ -84,11 +87,9 @@ def resolve(
     peaks: dict[str, int] = {}
     for option in options:
         mode = option.activation_checkpointing
-        candidate = deepcopy(model)
-        resident = resident_bytes(candidate, option.shards(world.size), option)
         if mode not in peaks:
             peaks[mode] = max(_peak(model, option, objective, row, world.device) for row in rows)
-        needed_gib = (resident + peaks[mode]) / GIB
+        needed_gib = (resident_bytes(model, option.shards(world.size), option) + peaks[mode]) / GIB
         if needed_gib <= budget_gib:
             message = "activation_checkpointing = %s, shard = %s, compile = %s: %.1f GiB of %.1f"
             logger.info(message, mode, option.shard, str(option.compile).lower(), needed_gib, budget_gib)

@@ -16,14 +16,25 @@ from vft.adapters.lora import initialise
 from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.common.types import Batch
+from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import LoraConfig, ParallelConfig
+from vft.data.dataset import make_dataset
 from vft.distributed.process_group import World
 from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
-from vft.preparation.memory import GIB, MODES, memory_preflight, resident_bytes, resolve, run_step
+from vft.preparation.memory import (
+    GIB,
+    MODES,
+    candidates,
+    largest_rows,
+    memory_preflight,
+    resident_bytes,
+    resolve,
+    run_step,
+)
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -99,6 +110,43 @@ def test_auto_takes_what_fits(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> N
         UserError, match=rf"^parallel\.memory_budget_gib = .*: the longest row, {row.num_tokens} tokens"
     ):
         resolve(config, built(tiny), cross_entropy, [row], ALONE)
+
+
+def test_rows_that_can_take_the_most_memory(tiny: Tiny) -> None:
+    """The longest is a text, another attends the most keys of its shared video, a third has the most patches."""
+    clips = [medium("video", 8, side, side, fps=2.0, name=str(side)) for side in (56, 140)]
+    (small, _), (large, _) = clips
+    talks = [talk(("user", "What?"), ("assistant", "It moves. " * 33), id="text")]
+    talks += [talk(("user", [small, f"What {n}?"]), ("assistant", "It moves. " * 6), id=f"shared{n}") for n in range(8)]
+    talks += [talk(("user", [large, "What?"]), ("assistant", "It moves."), id="large")]
+    config = DataConfig(pack_tokens=400, video=VideoConfig(frames=8, max_pixels=140 * 140))
+    dataset = make_dataset(talks, tiny.encoder, config, dict(clips).__getitem__)
+    rows = largest_rows(dataset, dataset.pack_plan(0))
+    tokens, keys, patches = rows
+    assert tokens.sample_ids == ("text",) and "shared0" in keys.sample_ids and "large" in patches.sample_ids
+    assert tokens.num_tokens == max(row.num_tokens for row in rows)
+    assert keys.plan.cu_seqlens_k_S[-1] == max(int(row.plan.cu_seqlens_k_S[-1]) for row in rows)
+    assert patches.pixels_PD.shape[0] == max(row.pixels_PD.shape[0] for row in rows)
+
+
+def test_what_auto_may_stand_for_the_fastest_first() -> None:
+    """Copies before shards within a host before shards over all, and all of them before anything is computed again."""
+
+    def tried(processes: int, per_host: int, **settings: Any) -> list[tuple[str, Any]]:
+        options = candidates(ParallelConfig(**settings), processes, per_host)
+        return [(one.activation_checkpointing, one.shard) for one in options]
+
+    assert tried(1, 1) == [(mode, 0) for mode in MODES]
+    assert tried(16, 8)[:4] == [("none", 1), ("none", 8), ("none", 0), ("mlp", 1)]
+    assert tried(8, 8, activation_checkpointing="full") == [("full", 1), ("full", 0)]
+    assert tried(8, 8, shard=4)[:2] == [("none", 4), ("mlp", 4)]
+    assert tried(8, 8, activation_checkpointing="none", offload="frozen") == [("none", 0)]  # one copy a host, not 8
+
+
+def test_on_a_cpu_auto_changes_nothing(tiny: Tiny) -> None:
+    """Sharded over all processes, nothing computed again, not compiled; and nothing is planned for that."""
+    found = resolve(ParallelConfig(), built(tiny), cross_entropy, [], World(0, 4, 0, CPU))
+    assert (found.shard, found.activation_checkpointing, found.compile) == (0, "none", False)
 
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])
