@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import vft.data.formats  # noqa: F401  it knows the formats that a configuration may name
 from tests.runs.commands import REPOSITORY, Commands
 from vft.config import run as configs
 from vft.config.run import Config
