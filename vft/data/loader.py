@@ -226,7 +226,8 @@ class Loader:
             pending = None if ready is None else self._pending.popleft()
             planned = self._planned.popleft() if pending is None else pending.planned
             if ready is None or pending is None:
-                pack = LoadedPack(self._empty().to(self._device), planned.slot, 0, is_missing=True)
+                empty = collate([], self.dataset.encoder.processor).to(self._device)
+                pack = LoadedPack(empty, planned.slot, 0, is_missing=True)
             else:
                 self._note(pending, ready)
                 pack = LoadedPack(ready.batch, planned.slot, _digest(planned.slot, ready.batch.sample_ids))
@@ -245,7 +246,7 @@ class Loader:
             return None
         finally:
             self._next = None
-        if ready.agreed != self.bad.agreed_keys:  # a step has ended since, and told what is bad
+        if ready.agreed != self.bad.agreed_keys:  # since then a step has ended that found bad clips
             ready = self._finish(self._pending[0])
         if self._copies is not None and ready.arrives is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -281,9 +282,6 @@ class Loader:
             return _ReadyPack(batch.to(self._device), None, failed, agreed)
         with torch.cuda.stream(self._copies):
             return _ReadyPack(batch.to(self._device), self._copies.record_event(), failed, agreed)
-
-    def _empty(self) -> Batch:
-        return collate([], self.dataset.encoder.processor)
 
     def plan_step(self) -> list[PlannedPack]:
         """This process's packs of one more step."""
