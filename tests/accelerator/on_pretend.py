@@ -1,6 +1,7 @@
 """Runs a program of vft on the pretend device: python -m tests.accelerator.on_pretend [options] PROGRAM ARGUMENT...
 
-PROGRAM is a module that runs as `__main__`. Each run takes a process of its own (`tests.helpers.pretend`).
+PROGRAM is a module, or a script (`.py`), that runs as `__main__`. Each run takes a process of its own
+(`tests.helpers.pretend`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ def main() -> None:
             planted.FAULTS[options.plant](stack)
         observe(device, options.notes, None if options.allow is None else tuple(options.allow.split(",")))
         try:
-            runpy.run_module(options.program, run_name="__main__", alter_sys=True)
+            if options.program.endswith(".py"):
+                sys.path.insert(0, str(Path(options.program).parent))
+                runpy.run_path(options.program, run_name="__main__")
+            else:
+                runpy.run_module(options.program, run_name="__main__", alter_sys=True)
         finally:
             device.wait("the end")
             if options.notes:

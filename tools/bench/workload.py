@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from measure import DEVICE
+from torch import Tensor
 from torchcodec.encoders import VideoEncoder
 from transformers import AutoConfig
 
@@ -108,29 +109,39 @@ def make_step(
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module) -> None:
-    """Random weights that keep activations of ordinary size: as an initialiser would make them."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+def fill(model: torch.nn.Module, device: torch.device | None = None) -> None:
+    """Random weights that keep activations of ordinary size: as an initialiser would make them. They are drawn on
+    `device`, by default where the weights are."""
+    device = device or next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     shapes = nf4.true_shapes(model)
+
+    def draw(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+
     for name, parameter in model.named_parameters():
         if nf4.is_packed(parameter):
-            values = torch.empty(shapes[name], device=parameter.device).normal_(0, 0.02, generator=generator)
-            parameter.copy_(nf4.pack(values))
+            parameter.copy_(nf4.pack(draw(shapes[name], torch.float32)))
         elif parameter.dim() > 1:
-            parameter.normal_(0, 0.02, generator=generator)
+            parameter.copy_(draw(parameter.shape, parameter.dtype))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def write_checkpoint(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, file_bytes: int = 1 << 40
+    folder: Path,
+    config: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = 1 << 40,
+    device: torch.device | None = None,
 ) -> Path:
-    """A checkpoint with random weights in the released layout, in files of at most `file_bytes`."""
+    """A checkpoint with random weights in the released layout, in files of at most `file_bytes`. The weights are drawn
+    on `device`."""
     shutil.copytree(DEMO_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "vft.json"), dirs_exist_ok=True)
     base = json.loads((DEMO_BASE / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**base, **config}, indent=1), encoding="utf-8")
     model = build_from_config(config, dtype).to_empty(device="cpu")
-    fill(model)
+    fill(model, device)
     save_torch_state_dict(dict(model.named_parameters()), folder, max_shard_size=file_bytes)
     return folder
 

@@ -88,7 +88,7 @@ def resolve(
     for option in options:
         mode = option.activation_checkpointing
         if mode not in peaks:
-            peaks[mode] = max(_peak(model, option, objective, row, world.device) for row in rows)
+            peaks[mode] = max(step_bytes(model, option, objective, row, world.device) for row in rows)
         needed_gib = (resident_bytes(model, option.shards(world.size), option) + peaks[mode]) / GIB
         if needed_gib <= budget_gib:
             message = "activation_checkpointing = %s, shard = %s, compile = %s: %.1f GiB of %.1f"
@@ -115,7 +115,7 @@ def inference_shard(config: ParallelConfig, model: VideoLanguageModel, world: Wo
     return 1 if 2 * size <= torch.cuda.get_device_properties(world.device).total_memory else 0
 
 
-def _peak(
+def step_bytes(
     model: VideoLanguageModel, config: ParallelConfig, objective: Objective, row: Batch, device: torch.device
 ) -> int:
     """Bytes of activations and gradients of a row."""
