@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from vft.models import attention
-from vft.parallel import parallelize as parallel
 
 
 def use_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of CUDA's kernel for the rest of the test."""
     register()
-    for module in (attention, parallel):
-        monkeypatch.setattr(module, "has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "has_kernel", lambda device, dtype: True)
 
 
 @cache

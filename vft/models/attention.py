@@ -140,19 +140,33 @@ def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
     of SDPA in float32 or no numbers at all, SDPA is used from then on, and a warning says so.
     """
     global varlen_attn
-    if has_kernel(device, dtype) and (trouble := _kernel_trouble(device, dtype)) is not None:
+    if has_kernel(device, dtype) and (trouble := _kernel_trouble(device, dtype, _attend_varlen)) is not None:
         varlen_attn = None
         warnings.warn(f"torch.nn.attention.varlen {trouble}: attention takes the slower path", stacklevel=2)
 
 
-def _kernel_trouble(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the varlen kernel; None if nothing is."""
+def compiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend` can be part of a compiled graph: with the kernel, if that works there as it does outside. A
+    warning says if it does not."""
+    if not has_kernel(device, dtype):
+        return False
+    trouble = _kernel_trouble(device, dtype, torch.compile(_attend_varlen, dynamic=True), few=True)
+    if trouble is not None:
+        warnings.warn(f"torch.nn.attention.varlen, compiled, {trouble}: attention is not compiled", stacklevel=2)
+    return trouble is None
+
+
+def _kernel_trouble(
+    device: torch.device, dtype: torch.dtype, run: Callable[..., Tensor], few: bool = False
+) -> str | None:
+    """What is wrong with attention by the varlen kernel; None if nothing is. `few`: one encoder and one decoder, as
+    each kind of row is compiled."""
     # Longer than a block of any kernel, and lengths that fill none.
     windows = [Segment(0, 64), Segment(64, 64), Segment(128, 200), Segment(328, 1)]
     shared = [*document_segments(0, 300, [9, 130]), *document_segments(439, 0, [90])]
     trials = [(windows, False, 4, 4, width) for width in VISION_WIDTHS]
     trials += [(shared, True, 4, key_heads, 128) for key_heads in (4, 1)]
-    for segments, causal, heads, key_heads, width in trials:
+    for segments, causal, heads, key_heads, width in trials[2::2] if few else trials:
         plan = move(build_plan(segments, causal), device)
         rows = segments[-1].q_start + segments[-1].q_length
         generator = torch.Generator().manual_seed(0)
@@ -163,7 +177,7 @@ def _kernel_trouble(device: torch.device, dtype: torch.dtype) -> str | None:
         expected = _results(_attend_groups, [x.float() for x in inputs], plan)
         name = f"(width {width}, {heads} and {key_heads} heads)"
         try:
-            results = _results(_attend_varlen, inputs, plan)
+            results = _results(run, inputs, plan)
         except Exception as error:  # NotImplementedError, or whatever a driver raises
             return f"{name} can't run ({first_line(error):.200})"
         for found, right in zip(results, expected, strict=True):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vft.config.run import ParallelConfig
-from vft.models.attention import check_kernel, has_kernel, varlen_attn
+from vft.models.attention import check_kernel, compiles, varlen_attn
 from vft.models.base import VideoLanguageModel
 from vft.models.quantization import prepare_unpacking
 
@@ -49,8 +49,9 @@ def parallelize(
         torch._dynamo.config.recompile_limit = 32
         # One graph for all layers and lengths, and another for rows with shared prefixes. Without the kernel, attention
         # is a loop over the segments of a row, which would be compiled anew for every row.
+        whole = compiles(device, dtype)
         for layer in (*model.decoder.layers, *model.vision.blocks):
-            (layer if has_kernel(device, dtype) else layer.get_submodule("mlp")).compile(dynamic=True)
+            (layer if whole else layer.get_submodule("mlp")).compile(dynamic=True)
     if mesh is not None:
         shard(model, mesh, dtype, config)
 

@@ -72,6 +72,7 @@ def test_compiled_once_for_all_layers_and_rows(
     wanted = [loss_and_gradients(model, batch) for batch in batches]
     compile_with_aot_eager(monkeypatch)
     parallelize(model, None, ParallelConfig(activation_checkpointing=mode, compile=True), torch.float32, CPU)
+    counters.clear()  # of the kernel's trial
     for number, (batch, (loss, gradients)) in enumerate(zip(batches, wanted, strict=True)):
         again, found = loss_and_gradients(model, batch)
         assert abs(float(again / loss) - 1) <= 1e-5
@@ -94,6 +95,20 @@ def test_without_the_kernel_the_mlps_are_compiled(tiny: Tiny, fresh_compiler: No
         assert_same_gradients(found, gradients)
         assert counters["stats"]["unique_graphs"] == 2  # of the decoder's MLPs and of the encoder's
     assert not counters["graph_break"]
+
+
+def test_where_the_compiled_kernel_is_wrong_the_mlps_are_compiled(
+    tiny: Tiny, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried by itself, because it is other code than the kernel that is called directly."""
+    use_varlen(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given) * torch.nan)
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    model = tiny.ours()
+    with pytest.warns(UserWarning, match=r"varlen, compiled, \(width 80, 4 and 4 heads\) gives other results"):
+        parallelize(model, None, ParallelConfig(activation_checkpointing="none", compile=True), torch.float32, CPU)
+    assert compiled == [layer.mlp for layer in (*model.decoder.layers, *model.vision.blocks)]
 
 
 def compile_with_aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
