@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vft.common.console import progress_bar
 from vft.config.run import LoraConfig
 from vft.distributed.process_group import broadcast, full_tensor, local_part, local_rows, place, sharded_like
-from vft.models.quantization import is_packed, linear, unpack
+from vft.models.quantization import dense, is_packed, linear, unpack
 
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
 """Endings of the names of an adapter's trained parameters."""
@@ -59,6 +59,28 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
+        (out,) = LoRALinear.together([self], x)
+        return out
+
+    @staticmethod
+    def together(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
+        """Outputs of several layers with the same input [..., in], which is multiplied once with the As of all."""
+        if not all(layer.is_plain for layer in layers):
+            return [layer._alone(x) for layer in layers]
+        # The scale goes to the smallest of the tensors.
+        downs = [layer.lora_A.weight * layer.scale for layer in layers]
+        down = (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)
+        ups = [layer.lora_B.weight.to(x.dtype) for layer in layers]
+        frozen = [part for layer in layers for part in (layer.weight, layer.bias)]
+        return list(_Adapted.apply(x, down, len(layers), *ups, *frozen))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the adapter is nothing but its two products: no dropout, DoRA or PiSSA."""
+        changes = self.lora_magnitude_change is not None or self.lora_A0 is not None
+        return not changes and not (self.training and self.dropout > 0)
+
+    def _alone(self, x: Tensor) -> Tensor:
         base, up = self.base(x), self.lora_B.weight.to(x.dtype)
         if self.lora_magnitude_change is not None:
             return self._with_magnitude(x, base, up)
@@ -130,6 +152,45 @@ class LoRALinear(nn.Linear):
 
 def _row_lengths(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
+
+class _Adapted(torch.autograd.Function):
+    """Linear layers with adapters and one input: x W^T + b + (x A^T) B^T of each, with the rows of all A in one matrix.
+
+    Autograd would multiply the input with each A, and add up the gradients of the input in as many passes over it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, count: int, *matrices: Any) -> tuple[Tensor, ...]:
+        """[..., in] to [..., out] of each. `matrices`: B of each, then W and b of each, which are frozen."""
+        ups, weights, biases = matrices[:count], matrices[count::2], matrices[count + 1 :: 2]
+        low = F.linear(x, down)
+        ctx.save_for_backward(x, down, low, *ups, *weights)
+        lows = low.split([up.shape[1] for up in ups], dim=-1)
+        outs = []
+        for part, up, weight, bias in zip(lows, ups, weights, biases, strict=True):
+            base = linear(x, weight, bias)
+            outs.append(torch.addmm(base.flatten(0, -2), part.flatten(0, -2), up.T).view_as(base))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, of A and of each B."""
+        x, down, low, *matrices = ctx.saved_tensors
+        count = len(grads)
+        ups, weights = matrices[:count], matrices[count:]
+        flat = [grad.flatten(0, -2) for grad in grads]
+        lows = [grad @ up for grad, up in zip(flat, ups, strict=True)]
+        grad_low = torch.cat(lows, dim=-1) if count > 1 else lows[0]
+        parts = low.flatten(0, -2).split([up.shape[1] for up in ups], dim=-1)
+        grad_ups = [grad.T @ part for grad, part in zip(flat, parts, strict=True)]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_low @ down
+            for grad, weight in zip(flat, weights, strict=True):
+                grad_x = grad_x.addmm_(grad, dense(weight, x.shape[-1], grad.dtype))
+            grad_x = grad_x.view_as(x)
+        grad_down = grad_low.T @ x.flatten(0, -2)
+        return grad_x, grad_down, None, *grad_ups, *[None] * (2 * count)
 
 
 class _DropoutLinear(torch.autograd.Function):

@@ -13,7 +13,7 @@ from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, move
 from vft.models.attention import attend, prepare
 from vft.models.kv_cache import Cache
-from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, inverse_frequencies, rotate
+from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, apply_all, inverse_frequencies, rotate
 from vft.models.processor import linear_factor
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
@@ -61,7 +61,8 @@ class Attention(nn.Module):
         self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, attend_cached: Attend | None, rows_N: Tensor | None
     ) -> Tensor:
         """[T, E] to [T, E], or to [N, E] of these rows. `attend_cached` also attends the keys of earlier passes."""
-        q, k, v = (proj(x_TE).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = apply_all([self.q_proj, self.k_proj, self.v_proj], x_TE)
+        q, k, v = (projected.unflatten(-1, (-1, self.head_width)) for projected in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)

@@ -7,7 +7,7 @@ If FSDP2 has cast them already, the cast does nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         return linear(x, self.weight, self.bias)
+
+
+def apply_all(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Outputs of several linear layers with the same input. A kind that has `together` computes all at once."""
+    kinds = {type(layer) for layer in layers}
+    together = getattr(kinds.pop(), "together", None) if len(kinds) == 1 else None
+    return [layer(x) for layer in layers] if together is None else together(layers, x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -88,7 +95,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape."""
-        return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(_Gate.apply(*apply_all([self.gate_proj, self.up_proj], x)))
 
 
 class _Gate(torch.autograd.Function):

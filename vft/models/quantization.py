@@ -61,6 +61,11 @@ def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).flatten(1)[:, :columns]
 
 
+def dense(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """A weight [out, columns] in `dtype`, unpacked if it is packed."""
+    return unpack(weight, columns, dtype) if is_packed(weight) else weight.to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in x's dtype, [..., in] to [..., out]. The weight has any floating type, or is packed and frozen."""
     bias = None if bias is None else bias.to(x.dtype)

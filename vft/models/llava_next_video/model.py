@@ -15,7 +15,7 @@ from vft.common.types import AttentionPlan
 from vft.models.attention import attend
 from vft.models.base import VideoLanguageModel, VisionParts
 from vft.models.decoder import Decoder, require, require_rope
-from vft.models.layers import LayerNorm, Linear, graph_of, two_linears
+from vft.models.layers import LayerNorm, Linear, apply_all, graph_of, two_linears
 from vft.models.llava_next_video.processor import LlavaLayout, LlavaProcessor
 from vft.models.quantization import linear
 
@@ -46,7 +46,8 @@ class ClipAttention(nn.Module):
 
     def forward(self, x_PE: Tensor, plan: AttentionPlan) -> Tensor:
         """[P, E] to [P, E]."""
-        q, k, v = (proj(x_PE).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = apply_all([self.q_proj, self.k_proj, self.v_proj], x_PE)
+        q, k, v = (projected.unflatten(-1, (self.heads, -1)) for projected in projections)
         return self.out_proj(attend(q, k, v, plan).flatten(1))
 
 
