@@ -55,7 +55,7 @@ def test_every_part_holds(tmp_path: Path) -> None:
     ("fault", "part", "trouble"),
     [
         ("save_without_synchronize", "saves", "tensors that are not those of their step"),
-        ("index_on_the_host", "demo", "expects all tensors on cuda:0"),
+        ("pinned_buffer_reused", "same", "pinned memory was changed before its copy"),
         ("stride_0_pin", "step-none", "single memory location"),
     ],
 )

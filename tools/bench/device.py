@@ -62,7 +62,7 @@ def run_all(options: argparse.Namespace) -> bool:
     """Run the parts, show and write what they found. Returns whether everything holds."""
     bench = bench_of(options)
     bench.folder.mkdir(parents=True, exist_ok=True)
-    settings = {"size": asdict(bench.size), "eager": bench.eager}
+    settings = json.loads(json.dumps({"size": asdict(bench.size), "eager": bench.eager}))  # as it is read back
     results: dict[str, Any] = {}
     for name in options.only or (QUICK if options.quick else list(PARTS)):
         file = bench.folder / f"{name}.json"

@@ -3,8 +3,9 @@
 
 The other side is transformers' Trainer with PEFT's LoRA on Qwen2_5_VLForConditionalGeneration: SDPA attention,
 DataLoader workers, batches padded to the longest row, each question with its whole video. Both train the same adapter
-on the same checkpoint, in float32 on the CPU, with the same samples in every step, optimizer and schedule. The tokens,
-labels and pixels of the other side are vft's: the tests compare those with transformers' processors.
+on the same checkpoint, on the CPU, with the same samples in every step, optimizer and schedule; in float32, or with
+frozen weights in bf16 and trained ones in float32. The tokens, labels and pixels of the other side are vft's: the tests
+compare those with transformers' processors.
 
 Their losses are printed beside each other. Two things are set so that they can be equal at all. A step's loss is
 divided by the step's supervised tokens on both sides; Trainer left alone averages the means of its batches for this
@@ -54,6 +55,7 @@ from vft.recipes import task_of
 from vft.recipes.main import train_config
 from vft.reporting.monitor import Monitor
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2
 """Steps before the timed ones."""
 AHEAD = 1
@@ -98,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack", type=int, default=20, help="questions in a row of vft's (20)")
     # The fastest of 1, 2, 4 and 8 on two cores: larger ones wait for more memory and pad more.
     parser.add_argument("--peer-batch", type=int, default=2, help="questions in a padded batch of the other side (2)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides (fp32)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch (all CPUs)")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes of each side (2)")
 
@@ -176,7 +179,7 @@ def compared(ours: Run, theirs: Run) -> list[dict[str, Any]]:
 
 def prepare(options: argparse.Namespace, folder: Path) -> Config:
     """Clips, records, checkpoint and adapter in `folder`, and the configuration of vft's side."""
-    model = options.model or write_checkpoint(folder / "base", SHAPES[options.shape])
+    model = options.model or write_checkpoint(folder / "base", SHAPES[options.shape], PRECISIONS[options.precision])
     clips = write_clips(folder / "clips", options.clips, longest=240 if options.mixed else 0)
     if options.mixed:
         video = VideoConfig(fps=2.0, min_frames=4, max_frames=16, max_pixels=MAX_PIXELS)
@@ -205,7 +208,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Config:
             schedule="cosine",
             weight_decay=0.01,
             max_grad_norm=1.0,
-            precision="fp32",
+            precision=options.precision,
         ),
         checkpoint=CheckpointConfig(every_steps=0),
     )
@@ -267,7 +270,7 @@ def run_peer(config: Config, batch: int) -> Run:
             note(run)
 
     base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        config.model.path, dtype=torch.float32, attn_implementation="sdpa"
+        config.model.path, dtype=PRECISIONS[config.train.precision], attn_implementation="sdpa"
     )
     base.config.use_cache = False
     base.accepts_loss_kwargs = True  # a step's supervised tokens; otherwise short answers weigh more than long ones
@@ -289,6 +292,7 @@ def run_peer(config: Config, batch: int) -> Run:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        bf16=config.train.precision == "bf16",
         train_sampling_strategy="sequential",
         dataloader_num_workers=workers,
         dataloader_prefetch_factor=2 if workers else None,

@@ -117,7 +117,8 @@ def measure(way: str, world: Path, workers: int) -> None:
     began, cpu_began = time.perf_counter(), time.process_time()
     if way != "bare":
         documents = load_training(QuestionAnswering(), config, encoder)
-        costs = list(map(FlopCounter(prepared.model, "none").row, *zip(*documents.work, strict=True)))
+        counter = FlopCounter(prepared.model, "none")
+        costs = [counter.row(work.tokens, work.pairs, work.patches) for work in documents.work]
         plan = documents.pack_plan(seed=0)
         loader = Loader(documents, plan, WorkerPool(0, 1.0), DataParallel(), PACKS_PER_STEP, 8, None)
         loader.costs = costs

@@ -3,7 +3,8 @@
 
 Random weights, no files: forward, backward, clipping and the optimizer of the trainer's own parts, for each mode of
 activation checkpointing. MFU and HFU are of the device's dense peak; of a CPU none is known. `of products` is the share
-of the rate that plain products of a layer's sizes reach in the same process.
+of the rate that plain products of a layer's sizes reach in the same process; `products`, `attention` and `rest` are
+shares of the step's time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vft.training.losses import cross_entropy
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
 """Calls of the runtime in which the CPU waits for the device."""
+PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "linear"))
 
 
 def main() -> None:
@@ -97,7 +99,20 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         line |= {"graphs": graphs, "recompiled": counters["stats"]["unique_graphs"] - graphs}
     if waits is not None:
         line["waits"] = waits
-    return line
+    return line | shares_of(step)
+
+
+def shares_of(step: Callable[[], None]) -> dict[str, float]:
+    """What a step's time goes to, by the operators of a profile: products, attention, all else."""
+    with torch.profiler.profile() as profile:
+        step()
+    times = dict.fromkeys(("products", "attention", "rest"), 0.0)
+    for event in profile.key_averages():
+        name = event.key.lower()
+        kind = "attention" if "attention" in name or "attn" in name else "rest"
+        kind = "products" if name.startswith(PRODUCTS) else kind
+        times[kind] += event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+    return {name: time / sum(times.values()) for name, time in times.items()}
 
 
 def product_rate(model: VideoLanguageModel, tokens: int) -> float:
