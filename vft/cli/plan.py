@@ -1,8 +1,8 @@
 """Memory and time of a run, before any GPU is rented: vft plan CONFIG.toml --gpus 8 --gpu-memory-gib 80
 
 The trainer's own sharding, forward and backward run on tensors without values, in a fake process group, and what they
-would hold is counted. Times need --gpu: they follow from FLOPs and traffic, the card's data sheet and an assumed share
-of it; nothing is measured.
+would hold is counted. Times need --gpu: they follow from FLOPs, kernels and traffic, the card's data sheet and assumed
+shares of it; nothing is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from vft.data import formats as sources
 from vft.data.dataset import converse, take
 from vft.models.quantization import true_shapes
 from vft.preparation.memory import GIB, shares
-from vft.preparation.planning import LINK_SHARE, Memory, Planner, Search, Setting
+from vft.preparation.planning import (
+    AMD_PRODUCT_SHARE,
+    LINK_SHARE,
+    MEMORY_SHARE,
+    PRODUCT_SHARE,
+    Memory,
+    Planner,
+    Search,
+    Setting,
+    Step,
+)
 from vft.preparation.synthetic import filled_row
 from vft.recipes import task_of
 from vft.training.checks import check_shares
@@ -44,8 +54,8 @@ class PlanArguments(ConfigArguments):
     """memory of one GPU, GiB"""
     gpu: Annotated[str | None, Choices(sorted(CARDS))] = None
     """the card, to estimate times; without it there are none"""
-    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.35
-    """assumed share of the card's peak FLOP/s (default 0.35)"""
+    efficiency: Annotated[float | None, Field(gt=0, le=1)] = None
+    """share of the card's peak FLOP/s that products are assumed to reach (default 0.65; on MI cards 0.42)"""
     gpus_per_host: Positive = 8
     """GPUs of one host (default 8)"""
     network_gb_s: PositiveFloat = 50.0
@@ -65,8 +75,10 @@ def main(arguments: PlanArguments) -> None:
     config.require_training()
     check_shares(config, arguments.gpus)
     card = CARDS[arguments.gpu] if arguments.gpu else None
-    same = {"gpus", "text_tokens", "efficiency", "gpus_per_host", "network_gb_s"}
-    setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **arguments.model_dump(include=same))
+    same = arguments.model_dump(include={"gpus", "text_tokens", "gpus_per_host", "network_gb_s"})
+    share = AMD_PRODUCT_SHARE if (arguments.gpu or "").startswith("MI") else PRODUCT_SHARE
+    same["efficiency"] = arguments.efficiency or share
+    setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **same)
     planner = Planner(cross_entropy)
     processor = planner.model_of(config).processor
     row = filled_row(processor, config.data, arguments.text_tokens)
@@ -76,7 +88,7 @@ def main(arguments: PlanArguments) -> None:
         f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
     )
     search = planner.search(setting, row)
-    console.print(memory_table([*search.tried, *([search.faster] if search.faster else [])]))
+    console.print(memory_table([*search.tried, *([search.faster] if search.faster else [])], planner, row))
     if not search.fitting:
         console.print(what_is_missing(search))
         raise SystemExit(1)
@@ -133,8 +145,8 @@ def what_is_missing(search: Search) -> str:
     return " ".join(sentences)
 
 
-def memory_table(memories: Sequence[Memory]) -> Table:
-    """A column for each of the settings that were tried."""
+def memory_table(memories: Sequence[Memory], planner: Planner, row: Batch) -> Table:
+    """A column for each of the settings that were tried: memory, and if a card is named, time."""
     first, rows = memories[0].setting, []
     for label, name in (
         ("NF4 weights", "packed"),
@@ -151,6 +163,9 @@ def memory_table(memories: Sequence[Memory]) -> Table:
             rows.append([label, *(f"{gib:,.2f}" for gib in sizes)])
         if name == "total":
             rows.append([f"of {first.memory_gib:g}", *(f"{gib / first.memory_gib:.0%}" for gib in sizes)])
+    if first.card is not None:
+        seconds = [planner.step(memory.setting, row).seconds for memory in memories]
+        rows.append(["seconds a step", *(f"{one:,.2f}" for one in seconds)])
     names = [column_name(memory.setting.config, first.config) for memory in memories]
     title = "GiB on each GPU at the worst moment of a step"
     return make_table(title, ["activation checkpointing", *names], rows, justify="right")
@@ -173,16 +188,19 @@ def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: PlanA
     model, gpus = planner.model_of(config), setting.gpus
     title = "what a step moves, and what the run needs beside"
     if setting.card:
-        title = f"{arguments.gpu} at {setting.efficiency:.0%} of its peak, {LINK_SHARE:.0%} of its links (assumed)"
+        shares_of = f"{setting.efficiency:.0%} of its peak, {MEMORY_SHARE:.0%} of its memory's, {LINK_SHARE:.0%} of its"
+        title = f"{arguments.gpu}: products at {shares_of} links' (assumed)"
     table = make_table(title, ("what", "figure", "from"), ())
     step = planner.step(setting, row)
     products = f"{step.rows} row(s) of {step.flops / 1e12:,.0f} TFLOP a GPU"
     host_gb = step.host / 1e9
     if setting.card:
         seconds, rows = step.seconds, step.rows * gpus
-        compute_s, links_s, network_s, host_s = step.parts.values()
-        table.add_row("step", f"{seconds:.2f} s", f"bound by {max(step.parts, key=step.parts.__getitem__)}")
-        table.add_row("products", f"{compute_s:.2f} s", products)
+        products_s, beside_s, launches_s, links_s, network_s, host_s = step.parts.values()
+        table.add_row("step", f"{seconds:.2f} s", f"{step.mfu:.0%} of the peak; bound by {step.bound}")
+        table.add_row("products", f"{products_s:.2f} s", products)
+        table.add_row("beside them", f"{beside_s:.2f} s", describe_kernels(step))
+        table.add_row("launches", f"{launches_s:.2f} s", "at the same time; the slower of both counts")
         if gpus > 1:
             table.add_row("links", f"{links_s:.2f} s", f"within a host, {setting.card.link_gb_s:g} GB/s")
         if gpus > setting.gpus_per_host:
@@ -213,6 +231,16 @@ def figures_table(memory: Memory, planner: Planner, row: Batch, arguments: PlanA
     count = config.checkpoint.keep_last or 1
     table.add_row("disk", f"{count * checkpoint_gb:,.1f} GB", f"{count} checkpoint(s) kept, and the export beside")
     return table
+
+
+def describe_kernels(step: Step) -> str:
+    """How many kernels a row has, and how much memory they read and write."""
+    kernels = step.kernels
+    assert kernels is not None
+    used, other, name = kernels.fused, kernels.eager, "eager"
+    if step.setting.config.parallel.compile is False:
+        used, other, name = other, used, "compiled"
+    return f"{used[0]:,} kernels a row, {used[1] / 1e9:,.0f} GB; {name} {other[0]:,} and {other[1] / 1e9:,.0f} GB"
 
 
 def run_hours(config: Config, step_s: float, samples_per_row: int, samples: int | None) -> tuple[str, str]:

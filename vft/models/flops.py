@@ -14,8 +14,9 @@ from vft.models.base import VideoLanguageModel, component_of
 from vft.models.decoder import head_width
 from vft.models.quantization import true_shapes
 
-RECOMPUTED = {"none": 0.0, "mlp": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of a layer's forward products that the backward pass repeats. With `mlp` they are those of the MLP."""
+RECOMPUTED = {"none": 0.0, "selective": 0.5, "mlp": 0.0, "full": 1.0}
+"""By mode, from the fastest to the slowest: share of a layer's forward products that the backward pass repeats. With
+`mlp` they are those of the MLP, most of a layer's."""
 
 
 class Flops(NamedTuple):

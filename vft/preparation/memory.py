@@ -11,6 +11,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -235,9 +236,10 @@ def run_step(
     device: torch.device,
     mesh: DeviceMesh | None = None,
     config: ParallelConfig | None = None,
+    watcher: TorchDispatchMode | None = None,
 ) -> LiveBytes:
     """Run forward and backward of one row on fake tensors, as on `device`. Returns what it allocated: activations and
-    gradients, not weights.
+    gradients, not weights. `watcher` sees the operators, too.
 
     With a mesh the model is sharded as in training; its process group may be a fake one. `model` is on the meta device,
     and cannot be used afterwards.
@@ -254,7 +256,7 @@ def run_step(
             materialise(model, torch.device("cpu"), config)
             with FakeCopyMode(mode):
                 batch = deepcopy(row)
-            with LiveBytes(map(local_part, model.parameters())) as live:
+            with LiveBytes(map(local_part, model.parameters())) as live, watcher or nullcontext():
                 objective(model, batch).backward()
     return live
 

@@ -3,10 +3,13 @@
 `Planner` runs the trainer's own sharding, forward and backward on tensors without values, in a fake process group, and
 counts what they hold. What to change is tried, not guessed.
 
-Times are estimates. That of the matrix products follows from FLOPs and an assumed share of the card's peak. The traffic
-is that of the trainer's sharding: a decoder layer is gathered for each pass, gradients are reduced once a step
-(adapters) or once a row (full fine-tuning), offloaded weights are copied from the host before they are gathered. All of
-these overlap, so the slowest of them is the time of the step.
+Times are estimates. Products take what their FLOPs or their bytes take at assumed shares of the card's peaks. After
+them come the other kernels (`vft.preparation.kernels`), at the rate of the memory. All of it takes no less than the
+host takes to launch it.
+
+The traffic between GPUs is that of the trainer's sharding: a decoder layer is gathered for each pass, gradients are
+reduced once a step (adapters) or once a row (full fine-tuning), offloaded weights are copied from the host before they
+are gathered. All of these overlap, so the slowest of them is the time of the step.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from vft.models.base import Objective, VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.released import RELEASED, build_from_config
 from vft.parallel.parallelize import checkpoint_activations
+from vft.preparation.kernels import KernelCounter, Kernels
 from vft.preparation.memory import (
     GIB,
     MODES,
@@ -48,6 +52,14 @@ MAX_GPUS = 512
 """Largest number of GPUs that is tried."""
 WORTH_IT = 0.97
 """A faster setting is proposed if a step takes at most this share of the time."""
+PRODUCT_SHARE, MEMORY_SHARE = 0.65, 0.78
+"""Assumed shares of a card's data-sheet FLOP/s and memory traffic that large kernels reach."""
+AMD_PRODUCT_SHARE = 0.42
+"""The same of products on an MI card, whose power limits their clock further."""
+ATTENTION_SHARE = 0.7
+"""Assumed rate of attention, relative to that of products."""
+LAUNCH_S = 4.5e-6
+"""Assumed time in which the host launches a kernel."""
 LINK_SHARE = 0.7
 """Assumed share of a link's data-sheet rate that collectives and copies reach."""
 
@@ -66,7 +78,7 @@ class Setting:
     card: Card | None
     """None: no times are computed."""
     efficiency: float
-    """Assumed share of the card's peak, above 0 and at most 1."""
+    """Assumed share of the card's peak that products reach, above 0 and at most 1."""
     gpus_per_host: int = 8
     network_gb_s: float = 50.0
     """10^9 bytes a second between hosts, for each GPU and direction (400 Gb/s: 50)."""
@@ -134,6 +146,10 @@ class Step:
     """Bytes of gradients, between such groups."""
     host: float
     """Bytes from host memory: offloaded weights and pixels."""
+    model_flops: float = 0.0
+    """Of a row, without recomputation."""
+    kernels: Kernels | None = None
+    """Of a row. None: time is counted for the products alone."""
 
     @property
     def moved(self) -> float:
@@ -153,19 +169,47 @@ class Step:
         if setting.gpus > per_host:
             crossing += self.replicas / max(1, per_host // setting.shards)
         links = within + (self.replicas if setting.shards < per_host else 0.0)
+        products_s, beside_s, launches_s = self._computing(card)
         return {
-            "the products": self.rows * self.flops / (card.peak(setting.dtype) * setting.efficiency),
+            "products": products_s,
+            "memory traffic beside products": beside_s,
+            "launching kernels": launches_s,
             "links between GPUs": links / (card.link_gb_s * 1e9 * LINK_SHARE),
             "the network between hosts": crossing / (setting.network_gb_s * 1e9 * LINK_SHARE),
             "copies from the host's memory": self.host / (card.pcie_gb_s * 1e9 * LINK_SHARE),
         }
 
+    def _computing(self, card: Card) -> tuple[float, float, float]:
+        """Seconds of products and attention, of the other kernels, and of launching all of them."""
+        rate = card.peak(self.setting.dtype) * self.setting.efficiency
+        if self.kernels is None:
+            return self.rows * self.flops / rate, 0.0, 0.0
+        memory, kernels = card.memory_gb_s * 1e9 * MEMORY_SHARE, self.kernels
+        products_s = sum(count * max(flops / rate, size / memory) for (flops, size), count in kernels.products.items())
+        attention_s = max(0.0, self.flops - kernels.product_flops) / (rate * ATTENTION_SHARE)
+        compiled = self.setting.config.parallel.compile is not False
+        size = kernels.fused_bytes if compiled else kernels.bytes
+        launches = kernels.fused_launches if compiled else kernels.launches
+        return self.rows * (products_s + attention_s), self.rows * size / memory, self.rows * launches * LAUNCH_S
+
     @property
     def seconds(self) -> float:
         """Time of the step, which is that of its slowest part."""
-        compute, *_, host = self.parts.values()
+        products_s, beside_s, launches_s, *moving, host_s = self.parts.values()
+        computing_s = max(products_s + beside_s, launches_s)
         # One process alone copies offloaded weights when they are used, not ahead.
-        return compute + host if self.setting.gpus == 1 else max(self.parts.values())
+        return computing_s + host_s if self.setting.gpus == 1 else max(computing_s, *moving, host_s)
+
+    @property
+    def bound(self) -> str:
+        """What takes the most time."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs, as a share of what the card could compute in the step's time."""
+        assert self.setting.card is not None
+        return self.rows * self.model_flops / self.seconds / self.setting.card.peak(self.setting.dtype)
 
 
 @dataclass(frozen=True)
@@ -198,6 +242,8 @@ class Planner:
     """The loss that is minimised."""
     models: dict[str, VideoLanguageModel] = field(default_factory=dict)
     """Models that have been built, by their settings; `model_of` gives them out to be looked at only."""
+    kernels: dict[tuple[str, str], Kernels] = field(default_factory=dict)
+    """Those of a row that were counted, by quantization and recomputation."""
 
     def model_of(self, config: Config) -> VideoLanguageModel:
         """The model on the meta device, for reading only: it is built once."""
@@ -320,10 +366,22 @@ class Planner:
 
     def step(self, setting: Setting, row: Batch) -> Step:
         """What a step of rows like `row` computes and moves."""
-        return step_of(self.model_of(setting.config), setting, row)
+        kernels = self.kernels_of(setting.config, row) if setting.card is not None else None
+        return step_of(self.model_of(setting.config), setting, row, kernels)
+
+    def kernels_of(self, config: Config, row: Batch) -> Kernels:
+        """The kernels of a row, counted in a step on tensors without values. Sharding changes none of them."""
+        parallel = config.parallel
+        key = config.model.quantize, parallel.activation_checkpointing
+        if key not in self.kernels:
+            model, counter = build_planned(config), KernelCounter()
+            checkpoint_activations(model, parallel.activation_checkpointing, parallel.vision_checkpointing)
+            run_step(model, self.objective, row, torch.device("cuda"), watcher=counter)
+            self.kernels[key] = counter.kernels
+        return self.kernels[key]
 
 
-def step_of(model: VideoLanguageModel, setting: Setting, row: Batch) -> Step:
+def step_of(model: VideoLanguageModel, setting: Setting, row: Batch, kernels: Kernels | None = None) -> Step:
     """What a step of rows like `row` computes and moves. What `model` trains has been chosen; it may be on the meta
     device."""
     config, shards = setting.config, setting.shards
@@ -343,14 +401,17 @@ def step_of(model: VideoLanguageModel, setting: Setting, row: Batch) -> Step:
     passes = 2 if config.parallel.reshard_after_forward else 1
     reductions = 1 if config.lora is not None else rows
     offloaded = sum(p.nbytes for p in offloaded_parameters(model, config.parallel)) / shards
+    flops = FlopCounter(model, config.parallel.activation_checkpointing).count(row)
     return Step(
         setting,
         rows,
-        FlopCounter(model, config.parallel.activation_checkpointing).count(row).hardware,
+        flops.hardware,
         gathered=rows * (passes * layers + rest) * others,
         reduced=reductions * 4 * trained * others,
         replicas=reductions * 2 * 4 * trained / shards * (groups - 1) / groups,
         host=rows * (passes * offloaded + row.pixels_PD.nbytes),
+        model_flops=flops.model,
+        kernels=kernels,
     )
 
 

@@ -99,7 +99,7 @@ def test_auto_takes_what_fits(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> N
         checkpoint_activations(model, mode)
         sizes[mode] = resident_bytes(model, 1) + run_step(model, cross_entropy, row, CPU).peak
     assert sizes["none"] > sizes["mlp"] > sizes["full"] and sizes["none"] > sizes["selective"] > sizes["full"]
-    for wanted, budget in (("none", sizes["none"]), ("mlp", sizes["none"] - 1), ("full", sizes["full"])):
+    for wanted, budget in (("none", sizes["none"]), ("selective", sizes["none"] - 1), ("full", sizes["full"])):
         caplog.clear()
         config = ParallelConfig(activation_checkpointing="auto", memory_budget_gib=budget / GIB * (1 + 1e-12))
         settled = resolve(config, built(tiny), cross_entropy, [row], ALONE)
@@ -138,9 +138,9 @@ def test_what_auto_may_stand_for_the_fastest_first() -> None:
         return [(one.activation_checkpointing, one.shard) for one in options]
 
     assert tried(1, 1) == [(mode, 0) for mode in MODES]
-    assert tried(16, 8)[:4] == [("none", 1), ("none", 8), ("none", 0), ("mlp", 1)]
+    assert tried(16, 8)[:4] == [("none", 1), ("none", 8), ("none", 0), ("selective", 1)]
     assert tried(8, 8, activation_checkpointing="full") == [("full", 1), ("full", 0)]
-    assert tried(8, 8, shard=4)[:2] == [("none", 4), ("mlp", 4)]
+    assert tried(8, 8, shard=4)[:2] == [("none", 4), ("selective", 4)]
     assert tried(8, 8, activation_checkpointing="none", offload="frozen") == [("none", 0)]  # one copy a host, not 8
 
 
@@ -158,7 +158,9 @@ def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
     are counted, and not done.
     """
     row, model = long_row(each_tiny, (1, 1)), real_model(each_tiny, mode)
-    with FlopCounterMode(display=False) as counter:
+    # In place torch does not count it.
+    in_place = {torch.ops.aten.addmm_: lambda _, x, y, **__: 2 * x[0] * x[1] * y[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         cross_entropy(model, row).backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for op, count in counts.items() if "attention" not in str(op))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, Trai
 from vft.models import build
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
-from vft.preparation.planning import LINK_SHARE, Setting, step_of
+from vft.preparation.kernels import Kernels
+from vft.preparation.planning import LAUNCH_S, LINK_SHARE, Planner, Setting, step_of
+from vft.training.losses import cross_entropy
 
 
 @pytest.mark.parametrize(
@@ -93,10 +96,12 @@ def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
 
 def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
     row, model = row_and_model(tiny, settings(tiny, 16).config)
-    card = Card(flops=FlopCounter(model).count(row).hardware, fp32_flops=1.0, link_gb_s=1e9, pcie_gb_s=1e9)
+    card = Card(
+        flops=FlopCounter(model).count(row).hardware, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1e9, pcie_gb_s=1e9
+    )
     setting = settings(tiny, 16, card)
     step = step_of(model, setting, row)
-    assert step.parts["the products"] == step.seconds == pytest.approx(2.0)
+    assert step.parts["products"] == step.seconds == pytest.approx(2.0)
     moved = step.gathered + step.reduced
     slow = step_of(model, settings(tiny, 16, replace(card, link_gb_s=1e-9)), row)
     assert slow.parts["links between GPUs"] == slow.seconds == pytest.approx(moved / LINK_SHARE)
@@ -108,7 +113,9 @@ def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
 
 
 def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
-    setting = settings(tiny, 1, Card(flops=1e15, fp32_flops=1.0, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen")
+    setting = settings(
+        tiny, 1, Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen"
+    )
     row, model = row_and_model(tiny, setting.config)
     step = step_of(model, setting, row)
     named = dict(model.named_parameters())
@@ -116,4 +123,35 @@ def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
     matrices = sum(2 * p.numel() for n, p in named.items() if n not in kept)  # and their biases
     host_s = step.parts["copies from the host's memory"]
     assert host_s == pytest.approx(16 * (2 * matrices + row.pixels_PD.nbytes) / 1e9 / LINK_SHARE)
-    assert step.seconds == pytest.approx(step.parts["the products"] + host_s)
+    assert step.seconds == pytest.approx(step.parts["products"] + host_s)
+
+
+def test_kernels_beside_the_products_take_their_time(tiny: Tiny) -> None:
+    """One after another with the products; or the host launches them more slowly than they run."""
+    row, model = row_and_model(tiny, settings(tiny, 1).config)
+    card = Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1e9, pcie_gb_s=1e9)
+    kernels = Kernels(Counter({(10**15, 8): 2, (2, 780_000_000): 3}), 1000, 3_900_000_000, 10, 780_000_000)
+    model_flops = FlopCounter(model).count(row).model
+    for compile, beside_s in ((False, 5.0), (True, 1.0)):
+        step = step_of(model, settings(tiny, 1, card, compile=compile), row, kernels)
+        assert step.parts["products"] == pytest.approx(16 * (2 * 2.0 + 3 * 1.0))  # two by FLOPs, three by bytes
+        assert step.parts["memory traffic beside products"] == pytest.approx(16 * beside_s)
+        assert step.seconds == pytest.approx(16 * (7.0 + beside_s)) and step.bound == "products"
+        assert step.mfu == pytest.approx(16 * model_flops / step.seconds / 1e15)
+    many = Kernels(kernels.products, 10**8, kernels.bytes, 10, kernels.fused_bytes)
+    step = step_of(model, settings(tiny, 1, card, compile=False), row, many)
+    assert step.bound == "launching kernels" and step.seconds == pytest.approx(16 * 10**8 * LAUNCH_S)
+
+
+def test_modes_are_counted_as_they_run(tiny: Tiny) -> None:
+    """What is computed again is launched again, and NF4 has to be unpacked."""
+    card = Card(flops=1e15, fp32_flops=1e15, memory_gb_s=1e3, link_gb_s=1e9, pcie_gb_s=1e9)
+    planner, setting = Planner(cross_entropy), settings(tiny, 1, card, compile=False)
+    row, _ = row_and_model(tiny, setting.config)
+    none, full = (planner.step(setting.changed(activation_checkpointing=mode), row) for mode in ("none", "full"))
+    packed = planner.step(setting.changed({"quantize": "nf4"}), row)
+    assert none.kernels and full.kernels and packed.kernels
+    assert full.kernels.product_flops > 1.2 * none.kernels.product_flops
+    assert packed.kernels.product_flops == none.kernels.product_flops
+    assert packed.kernels.bytes > none.kernels.bytes and packed.kernels.launches > none.kernels.launches
+    assert full.mfu < none.mfu
