@@ -21,8 +21,21 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
 FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach, aten._unsafe_view, aten.alias}
 """Operators without a kernel, besides views."""
-ALONE = ("attn", "attention", "index", "embedding", "scatter", "gather", "sort", "foreach", "fused", "c10d")
+ALONE = (
+    "attn",
+    "attention",
+    "index_put",
+    "index_add",
+    "embedding_dense",
+    "scatter",
+    "sort",
+    "foreach",
+    "fused",
+    "c10d",
+)
 """In the names of operators that no other is fused with. What is left are elementwise operators, sums and copies."""
+LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
+"""Operators that read only what they give of their inputs."""
 
 
 @dataclass
@@ -78,7 +91,9 @@ class KernelCounter(TorchDispatchMode):
         return result
 
     def _count(self, func: Any, inputs: list[Tensor], outs: list[Tensor]) -> None:
-        kernels, moved = self.kernels, sum(x.nbytes for x in (*inputs, *outs))
+        made = sum(x.nbytes for x in outs)
+        most = made if func.overloadpacket in LOOKUPS else None
+        kernels, moved = self.kernels, made + sum(_bytes(x, most) for x in inputs)
         kernels.launches += 1
         name = func.overloadpacket.__name__
         is_product = func.overloadpacket in PRODUCTS
@@ -96,17 +111,17 @@ class KernelCounter(TorchDispatchMode):
             self._region += 1
             self._read.clear()
         else:
-            self._fuse(inputs, outs)
+            self._fuse(inputs, outs, most)
 
-    def _fuse(self, inputs: list[Tensor], outs: list[Tensor]) -> None:
-        """An operator that becomes part of this region's kernel."""
+    def _fuse(self, inputs: list[Tensor], outs: list[Tensor], most: int | None) -> None:
+        """An operator that becomes part of this region's kernel, and reads at most so many bytes of an input."""
         self.kernels.fused_launches += not self._read
         for one in inputs:
             storage = one.untyped_storage()
             region, _ = self._made.get(storage, (-1, True))
             if region != self._region and id(storage) not in self._read:
                 self._write(one)
-                self.kernels.fused_bytes += one.nbytes
+                self.kernels.fused_bytes += _bytes(one, most)
                 self._read[id(storage)] = storage
         for one in outs:
             self._made[one.untyped_storage()] = self._region, False
@@ -118,3 +133,7 @@ class KernelCounter(TorchDispatchMode):
         if not is_written:
             self._made[storage] = region, True
             self.kernels.fused_bytes += tensor.nbytes
+
+
+def _bytes(tensor: Tensor, most: int | None) -> int:
+    return tensor.nbytes if most is None else min(tensor.nbytes, most)

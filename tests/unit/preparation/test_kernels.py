@@ -45,10 +45,16 @@ def test_by_hand() -> None:
 def test_what_is_read_twice_by_one_kernel_counts_once() -> None:
     x = torch.randn(100)
     with KernelCounter() as counter:
-        made = x * 2 + x
-        torch.dot(made, made)  # of a name that is fused: nothing of `made` is written
-        made.index_select(0, torch.arange(3))
-    assert counter.kernels.fused_bytes == 400 + 400 + (400 + 24 + 12) + 24  # x; made; the selection, and its index
+        (x * 2 + x).sort()  # stands alone: reads 400 bytes, writes 400 and their order, 800
+    assert counter.kernels.fused == (2, 400 + 400 + (400 + 400 + 800))
+
+
+def test_of_a_table_only_what_is_looked_up_is_read() -> None:
+    table, index = torch.randn(1000, 8), torch.arange(3)
+    with KernelCounter() as counter:
+        F.embedding(index, table) * 2
+    assert counter.kernels.eager == (2, (24 + 96 + 96) + (96 + 96))
+    assert counter.kernels.fused == (1, 24 + 96)
 
 
 def test_fused_as_the_compiler_fuses(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
