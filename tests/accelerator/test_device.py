@@ -33,6 +33,7 @@ def test_a_step_holds(tmp_path: Path) -> None:
     assert row["waits"] == row["recompiled"] == 0 and row["wrong"] == ""
 
 
+@pytest.mark.slow
 def test_a_kernel_of_nan_is_found(tmp_path: Path) -> None:
     done, found = run(tmp_path, "--only", "kernel", launch="--kernel nan")
     assert done.returncode == 1

@@ -93,11 +93,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "nf4": ({"model": {"quantize": "nf4"}},),
     "mlp": ({"parallel": {"activation_checkpointing": "mlp"}},),
     "selective": ({"parallel": {"activation_checkpointing": "selective"}},),
+    "offload": ({"parallel": {"offload": "frozen"}},),
     "recomputed": ({"parallel": {"activation_checkpointing": "full"}},),
 }
 
 
-OFTEN = ("full", "pissa", "nf4", "recomputed")
+OFTEN = ("full", "pissa", "nf4", "offload", "recomputed")
 """Variants that always run."""
 
 
@@ -111,6 +112,14 @@ def test_variants(world: World, commands: Commands, pretend: Pretend, tmp_path: 
     run.result.ok()
     same(here.with_suffix(""), there.with_suffix(""))
     assert waits_of_steps(run) == IN_A_STEP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["nf4", "offload"])
+def test_variants_of_every_family(
+    each_world: World, commands: Commands, pretend: Pretend, tmp_path: Path, variant: str
+) -> None:
+    test_variants(each_world, commands, pretend, tmp_path, variant)
 
 
 def test_a_token_of_an_answer_waits_once(world: World, pretend: Pretend, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.kernels import register
+from tests.helpers.kernels import register, use_varlen
 from vft.common.types import AttentionPlan, Segment, move
 from vft.models import attention
 from vft.models.attention import attend, attended_pairs, build_plan, document_segments
@@ -205,6 +206,24 @@ def test_varlen_kernel_on_cuda(name: str, key_heads: int) -> None:
         strict=True,
     ):
         assert float((one.double().cpu() - other).abs().max()) < 0.05 * max(1.0, float(other.abs().max()))
+
+
+def test_the_gradient_of_shared_keys_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of a shared prefix are gathered for each suffix. The gradient of indexing sorts the index; on a GPU that is
+    slow (pytorch #137425)."""
+    use_varlen(monkeypatch)
+    names: set[str] = set()
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    shapes = ROWS["everything"]
+    inputs = [x.requires_grad_() for x in random_qkv(sum(shape.tokens for shape in shapes), 4, 2)]
+    with Noted():
+        attend(*inputs, plan_of(shapes)).sum().backward()
+    assert "index_add" in names and not any("index_put" in name for name in names)
 
 
 @pytest.mark.parametrize("masked", [False, True])
