@@ -148,6 +148,10 @@ def silent(*inputs: Any, **options: Any) -> Tensor:
     raise NotImplementedError
 
 
+def other(*inputs: Any, **options: Any) -> Tensor:
+    raise TypeError("varlen_attn() takes 7 arguments")  # a driver's or a newer torch's, which is no RuntimeError
+
+
 def nan(*inputs: Any, **options: Any) -> Tensor:
     return varlen_attn(*inputs, **options) * torch.nan
 
@@ -167,6 +171,7 @@ def uncausal(*inputs: Any, **options: Any) -> Tensor:
         (lacking, r"can't run \(Flash attention is not in this build\.\): attention takes the slower path"),
         (uncausal, "gives other results than scaled_dot_product_attention"),
         (silent, r"can't run \(NotImplementedError\)"),
+        (other, r"can't run \(varlen_attn\(\) takes 7 arguments\)"),
         (nan, "gives other results than scaled_dot_product_attention"),
         (wrong_at_72, r"\(width 72, 4 and 4 heads\) gives other results than scaled_dot_product_attention"),
     ],
