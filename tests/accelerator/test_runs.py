@@ -76,6 +76,7 @@ def test_every_family_trains_answers_saves_and_resumes(
         assert found["prediction"] == right["prediction"]
         assert found["option_scores"] == pytest.approx(right["option_scores"], rel=1e-5)
     assert waits_of_steps(run) == IN_A_STEP
+    assert "preparation.memory:memory_preflight: synchronize" in run.waits()  # its seconds are the device's
 
     written = (device / "adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree(device / "checkpoints/step-000004")

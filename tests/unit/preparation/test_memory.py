@@ -25,6 +25,7 @@ from vft.models.base import VideoLanguageModel
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations
+from vft.preparation import memory
 from vft.preparation.memory import (
     GIB,
     MODES,
@@ -142,6 +143,19 @@ def test_what_auto_may_stand_for_the_fastest_first() -> None:
     assert tried(8, 8, activation_checkpointing="full") == [("full", 1), ("full", 0)]
     assert tried(8, 8, shard=4)[:2] == [("none", 4), ("selective", 4)]
     assert tried(8, 8, activation_checkpointing="none", offload="frozen") == [("none", 0)]  # one copy a host, not 8
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_auto_compiles_where_the_kernel_is(
+    tiny: Tiny, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU in half precision; the kernel is tried before."""
+    tried: list[Any] = []
+    monkeypatch.setattr(memory, "check_kernel", lambda *what: tried.append(what))
+    model, gpu = load_prepared(tiny.path, lambda it: None, dtype)[0], torch.device("cuda", 0)
+    given = ParallelConfig(activation_checkpointing="none", shard=0)
+    assert resolve(given, model, cross_entropy, [], World(0, 1, 0, gpu)).compile is compiled
+    assert tried == [(gpu, dtype)]
 
 
 def test_on_a_cpu_auto_changes_nothing(tiny: Tiny) -> None:
