@@ -145,6 +145,12 @@ def test_what_auto_may_stand_for_the_fastest_first() -> None:
     assert tried(8, 8, activation_checkpointing="none", offload="frozen") == [("none", 0)]  # one copy a host, not 8
 
 
+@pytest.mark.parametrize(("total_gib", "left_gib"), [(24, 2.5), (48, 2.5), (80, 4.0), (192, 9.6)])
+def test_what_is_left_free_does_not_shrink_with_the_card(total_gib: float, left_gib: float) -> None:
+    """Drivers, the allocator's holes and workspaces take as much of a small one."""
+    assert total_gib - memory.usable_bytes(total_gib * GIB) / GIB == pytest.approx(left_gib)
+
+
 @pytest.mark.parametrize(("dtype", "compiled"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_auto_compiles_where_the_kernel_is(
     tiny: Tiny, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch

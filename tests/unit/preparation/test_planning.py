@@ -74,6 +74,12 @@ def sizes(model: torch.nn.Module) -> tuple[int, int, int]:
     return layers, rest, sum(p.numel() for p in named.values() if p.requires_grad)
 
 
+def test_float32_is_held_against_its_own_peak() -> None:
+    """Products in float32 are not those of tensor cores in bf16."""
+    card = CARDS["H100"]
+    assert card.peak(torch.float32) == 67e12 < card.peak(torch.bfloat16) == 989e12
+
+
 def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
     """16 rows on 4 GPUs: 4 each. Layers come twice a row, the rest once, 3/4 of them from others."""
     setting = settings(tiny, 4)
