@@ -72,12 +72,12 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer of the decoder."""
+    """One layer of the decoder. By default its MLP is a gated one."""
 
-    def __init__(self, config: Any, qkv_bias: bool, qk_norm: bool) -> None:
+    def __init__(self, config: Any, qkv_bias: bool, qk_norm: bool, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.self_attn = Attention(config, qkv_bias, qk_norm)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.mlp = mlp or GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -94,16 +94,23 @@ class Decoder(nn.Module):
     """Embedding, layers and final norm, by transformers' `text_config` and what that does not say.
 
     `rope_axes` has the row of positions_3T for each of the rotary frequencies; without it, row 0 is for all. With
-    `qk_norm` queries and keys of each head are normalised before rotation.
+    `qk_norm` queries and keys of each head are normalised before rotation. A family with layers of its own has
+    `make_layer`, which makes the one with a number.
     """
 
     def __init__(
-        self, config: Any, rope_axes: Sequence[int] = (), qkv_bias: bool = False, qk_norm: bool = False
+        self,
+        config: Any,
+        rope_axes: Sequence[int] = (),
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        make_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.rope_axes = config, rope_axes
+        make_layer = make_layer or (lambda _: DecoderLayer(config, qkv_bias, qk_norm))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, qkv_bias, qk_norm) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(map(make_layer, range(config.num_hidden_layers)))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
