@@ -21,6 +21,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 
@@ -41,6 +42,8 @@ class Family:
     """Prefixes of what each part of it trains, said apart from the code."""
     closes_answers: bool = True
     """Whether the released template writes the token that ends an answer."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit from transformers', in float32."""
 
     def transformers_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         """transformers' own model of a checkpoint, ready to compare with; it has taken every tensor."""
@@ -54,11 +57,13 @@ class Family:
 def randomise(model: nn.Module, placeholders: Sequence[int], seed: int) -> None:
     """Weights far wider than an initialiser's, so that every part moves the logits far more than rounding does."""
     generator = torch.Generator().manual_seed(seed)
+    adds_one = isinstance(model, Qwen3_5ForConditionalGeneration)  # most of its decoder's norms
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name or "ln_q" in name:
-                parameter.copy_(1 + 0.3 * noise)
+                is_plain = not adds_one or "visual" in name or "linear_attn" in name
+                parameter.copy_(is_plain + 0.3 * noise)
             elif "embed_tokens" in name or "pos_embed" in name or parameter.ndim == 1:
                 parameter.copy_(0.5 * noise)
             else:
@@ -213,6 +218,33 @@ def save_qwen3_vl(folder: Path, seed: int = 0, **options: Any) -> Path:
     preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
+
+
+# --------------------------------------------------------------------------------------------------------- Qwen3.5
+
+
+def save_qwen3_5(folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A random Qwen3.5: two recurrent layers, in which a key head serves two value heads, and one of attention."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+    linear = {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+    }
+    text = {"head_dim": 32, "rope_parameters": {**rope, "mrope_interleaved": True}, **linear}
+    vision = {"depth": 3, "num_position_embeddings": 36}
+    save_qwen(
+        Qwen3_5ForConditionalGeneration, text, vision, QWEN3_TEMPLATE, folder, seed=seed + QWEN3_5_SEED, **options
+    )
+    preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+QWEN3_5_SEED = 1
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA-NeXT-Video
@@ -410,4 +442,15 @@ FAMILIES = {
     "llava_next_video": Family(save_llava_next_video, **LLAVA, closes_answers=False),
     "llava_next_video_mistral": Family(save_llava_mistral, **LLAVA),
     "qwen3_vl": QWEN3_VL,
+    "qwen3_5": Family(
+        save_qwen3_5,
+        Qwen3_5ForConditionalGeneration,
+        qwen_inputs,
+        {
+            "language_model": ("model.language_model.",),
+            "projector": ("model.visual.merger.",),
+            "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
+        },
+        tolerance=1e-3,  # a state carries rounding along the whole row
+    ),
 }

@@ -50,7 +50,7 @@ def test_logits(checkpoint: Tiny, name: str) -> None:
         wanted = checkpoint.theirs(**checkpoint.inputs(batch)).logits[0]
         found = every_logit(checkpoint.ours(), batch)
     assert float(wanted.std()) > 0.5  # else the next line would say little
-    assert float((found - wanted).abs().max()) <= 1e-4
+    assert float((found - wanted).abs().max()) <= checkpoint.family.tolerance
 
 
 @pytest.mark.parametrize("name", ["text", "mixed"])
@@ -81,7 +81,7 @@ def test_weights_in_bfloat16_load_as_they_are(each_bf16: Tiny) -> None:
     with torch.no_grad():
         wanted = each_bf16.theirs(**each_bf16.inputs(batch)).logits[0]
         found = every_logit(each_bf16.ours(), batch)
-    assert float((found - wanted).abs().max()) <= 1e-4
+    assert float((found - wanted).abs().max()) <= each_bf16.family.tolerance
 
 
 def test_computing_in_bfloat16(each_bf16: Tiny) -> None:

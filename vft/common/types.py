@@ -325,6 +325,8 @@ class AttentionPlan:
     mask [Q, K]."""
     restore_T: Tensor | None = None
     """Set with `groups`: index of each row in the groups' joined outputs; None if they are in order."""
+    recurrence: Any = None
+    """Set on first use by models with recurrent layers: `vft.models.delta_rule.Recurrence`."""
 
 
 @dataclass(eq=False)
@@ -459,6 +461,6 @@ def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Batch | VisionLayout | AttentionPlan):
         changes: dict[str, Any] = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value)}
         if isinstance(value, AttentionPlan) and changes["cu_seqlens_q_S"].device != value.cu_seqlens_q_S.device:
-            changes["groups"] = None
+            changes["groups"] = changes["recurrence"] = None
         return replace(value, **changes)
     return value

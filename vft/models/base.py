@@ -55,6 +55,8 @@ class VideoLanguageModel(nn.Module):
     than `language_model`, `projector` and `vision_encoder` are never trained."""
     spellings: Spellings
     """Prefixes of the parts' names in files."""
+    unused: tuple[str, ...] = ()
+    """Beginnings of the names of released tensors that are not part of this model. An export copies them."""
     decoder_path: str
     """Names of the decoder and the output head among the modules."""
     head_path: str

@@ -41,14 +41,18 @@ class FlopCounter:
         products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() == 2}
         size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
         cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
-        self.token = sum(cost.values())
-        layers = config.num_hidden_layers
-        self.pair = 12 * config.num_attention_heads * head_width(config) * layers
+        decoder, layers = model.decoder, config.num_hidden_layers
+        recurrence, its_backward = decoder.recurrence_flops
+        self.recurrence = 3 * recurrence
+        self.token = sum(cost.values()) + self.recurrence
+        self.pair = 12 * config.num_attention_heads * head_width(config) * decoder.attention_layers
         share = RECOMPUTED[checkpointing]
         again = {n: 2 * (float(".mlp." in n) if checkpointing == "mlp" else share) * size[n] for n in products}
-        self.token_again = sum(again.values())
+        self.recurrence_again = its_backward - 2 * recurrence + (recurrence if checkpointing == "full" else 0)
+        self.token_again = sum(again.values()) + self.recurrence_again
         # What follows the last layer's attention is computed for supervised tokens only.
-        last = [n for n in products if n.startswith(f"{layers - 1}.") and (".mlp." in n or ".o_proj." in n)]
+        behind = (".mlp.", ".o_proj.", ".out_proj.")
+        last = [n for n in products if n.startswith(f"{layers - 1}.") and any(part in n for part in behind)]
         self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.common.types import AttentionPlan, move
+from vft.common.types import AttentionPlan, Segment, move
 from vft.models.attention import attend, sdpa
 
 ROWS_AHEAD = 512
@@ -24,6 +25,18 @@ class PrefixCache:
     def __init__(self) -> None:
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values by layer."""
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        """What recurrent layers keep of each prefix, by layer: the last inputs of a convolution, and a state."""
+        self.prefixes: dict[int, int] = {}
+        """Number of each prefix by its first row."""
+
+    def recurrent(self, plan: AttentionPlan) -> tuple[Sequence[Segment], Sequence[int] | None]:
+        """Segments of a pass, and which of the first pass each continues (`Recurrence.sources_S`)."""
+        if not plan.past:
+            self.prefixes = {segment.q_start: number for number, segment in enumerate(plan.segments)}
+            return plan.segments, None
+        none = len(self.prefixes)
+        return plan.segments, [self.prefixes[s.prefix_start] if s.prefix_length else none for s in plan.segments]
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
         """The first pass attends by its plan alone. Later ones have the stored keys before their own."""
@@ -53,6 +66,8 @@ class KeyValueCache:
         """Tokens of each sequence that fit (L)."""
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values by layer, [S, L, H, K]."""
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        """What recurrent layers keep of each sequence, by layer: the last inputs of a convolution, and a state."""
         self.is_prefilled = False
         self.sequence_T = move(sequence_T, device)
         """Sequence of each row of the current pass."""
@@ -74,6 +89,12 @@ class KeyValueCache:
         keys, values = keys_SLHK.transpose(1, 2), values_SLHK.transpose(1, 2)
         return sdpa(q_THK.unsqueeze(2), keys, values, visible_SL[:, None, None, :]).squeeze(2)
 
+    def recurrent(self, plan: AttentionPlan) -> tuple[Sequence[Segment], Sequence[int] | None]:
+        """Segments of a pass, and which of the pass before each continues (`Recurrence.sources_S`)."""
+        if not self.is_prefilled:
+            return plan.segments, None
+        return [Segment(row, 1) for row in range(len(self.lengths_S))], range(len(self.lengths_S))
+
     def advance(self) -> None:
         """End a pass, after all layers. The next one has one token for each sequence."""
         if self.is_prefilled:
@@ -91,3 +112,30 @@ class KeyValueCache:
 
 Cache = PrefixCache | KeyValueCache
 """Its `attend` is the attention of a row to the past and to itself, in one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """What one layer sees of a cache."""
+
+    cache: Cache
+    layer: int
+
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
+        """As `vft.models.attention.attend`, with the keys of earlier passes."""
+        return self.cache.attend(self.layer, q_THK, k_THK, v_THK, plan)
+
+    def states(self, sources_S: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The last inputs and the state that each segment continues; None in the first pass."""
+        if sources_S is None:
+            return None, None
+        last, state = (
+            torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, sources_S)
+            for x in self.cache.states[self.layer]
+        )
+        return last, state
+
+    def keep(self, last: Tensor, state: Tensor) -> None:
+        """Store what a pass leaves, unless later ones begin where the first one ended."""
+        if isinstance(self.cache, KeyValueCache) or self.layer not in self.cache.states:
+            self.cache.states[self.layer] = last, state

@@ -60,6 +60,14 @@ class RMSNorm(nn.Module):
         return _Normalise.apply(x, self.weight.to(x.dtype), self.eps)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """RMS norm that multiplies by 1 + weight, in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same shape."""
+        return _Normalise.apply(x, 1.0 + self.weight.float(), self.eps)
+
+
 class _Normalise(torch.autograd.Function):
     """Saves its input for the backward pass, where autograd would save a float32 copy of it."""
 
@@ -69,7 +77,7 @@ class _Normalise(torch.autograd.Function):
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (x32 * scale).to(x.dtype)
+        return (weight * (x32 * scale).to(weight.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +88,7 @@ class _Normalise(torch.autograd.Function):
         grad_x = inner * scale - x32 * scale.pow(3) * (inner * x32).mean(-1, keepdim=True)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * (x32 * scale).to(x.dtype)).sum(dim=tuple(range(x.dim() - 1)))
+            grad_weight = (grad * (x32 * scale).to(weight.dtype)).sum(dim=tuple(range(x.dim() - 1)))
         return grad_x.to(x.dtype), grad_weight, None
 
 
@@ -182,8 +190,12 @@ def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tenso
 
 
 def rotate(x_THK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding of the pairs (i, i + K/2), in the dtype of cosine and sine."""
+    """Rotary embedding of the pairs (i, i + K/2), in the dtype of cosine and sine. If these are narrower than a head,
+    only its first elements are rotated."""
     cos_TK, sin_TK = rotary
+    width = cos_TK.shape[-1]
+    if width < x_THK.shape[-1]:
+        return torch.cat([rotate(x_THK[..., :width], rotary), x_THK[..., width:]], dim=-1)
     x = x_THK.to(cos_TK.dtype)
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)

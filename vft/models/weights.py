@@ -8,6 +8,7 @@ what lies beside.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ from vft.distributed.process_group import full_tensor, local_part, local_rows
 from vft.models.base import Spellings, VideoLanguageModel
 from vft.models.pretrained import Pretrained, find_file, require_whole
 from vft.models.quantization import is_packed, pack, true_shapes
+
+logger = logging.getLogger(__name__)
 
 PACKED_AT_ONCE = 1 << 22
 """Weights that are read and packed at a time, which takes 64 MB of working memory."""
@@ -66,7 +69,7 @@ def load_weights(
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
     shapes = true_shapes(model)
     stored = stored_names(model, pretrained)
-    _check_names(parameters, stored, pretrained)
+    _check_names(parameters, stored, pretrained, model.unused)
     _check_tied_head(parameters, stored, pretrained)
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
@@ -119,9 +122,14 @@ def our_names(
     return names
 
 
-def _check_names(parameters: dict[str, nn.Parameter], stored: dict[str, str], pretrained: Pretrained) -> None:
+def _check_names(
+    parameters: dict[str, nn.Parameter], stored: dict[str, str], pretrained: Pretrained, unused: tuple[str, ...]
+) -> None:
     missing = sorted(set(parameters) - set(stored))
     unexpected = {name for name in set(stored) - set(parameters) if not name.endswith(BUFFERS)}
+    if left_out := {name for name in unexpected if name.startswith(unused)}:
+        logger.info("%s: %d tensors (%s) are not used in training", pretrained.path, len(left_out), ", ".join(unused))
+        unexpected -= left_out
     if not any(name.endswith("lm_head.weight") for name in parameters):
         # A tied head may be in the files too: see `_check_tied_head`.
         unexpected = {name for name in unexpected if not name.endswith("lm_head.weight")}
@@ -188,6 +196,7 @@ def export_model(
             # If the release has a tied head as a tensor, it is the embedding here too.
             tensors = {name: parameters.get(own[name], parameters[embedding]).detach() for name in names}
             with open_tensors(file) as reader:
+                tensors |= {name: reader.get_tensor(name) for name in names if own[name].startswith(model.unused)}
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], tensors[name].shape) for name in names}
             fetch = partial(_gathered, tensors, layout)
             if write:

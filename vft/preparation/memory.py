@@ -248,6 +248,7 @@ def run_step(
     with planning_for(device):
         for plan, length in _plans(row):
             prepare(plan, x.new_empty(length))
+        model.decoder.prepare(row.plan, x)
         # Inputs that are not fake: the mesh's tensors, and constant tables such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             config = config or ParallelConfig()

@@ -82,12 +82,14 @@ def assert_all_agree(tiny: Tiny, batch: Batch, folder: Path, lora: LoraConfig) -
     assert {n.removesuffix(".weight") for n in taken} == {
         n.removesuffix(".weight") for n in load_file(adapter / "adapter_model.safetensors")
     }
-    assert difference(their_logits(model, batch, tiny), wanted) <= 2e-4
+    assert difference(their_logits(model, batch, tiny), wanted) <= 2 * tiny.family.tolerance
     loaded = load_model(str(tiny.path), adapter, torch.float32, CPU).model
-    assert difference(logits_of(loaded, batch), wanted) <= (2e-4 if lora.dora or lora.init != "kaiming" else 0)
+    assert difference(logits_of(loaded, batch), wanted) <= (
+        2 * tiny.family.tolerance if lora.dora or lora.init != "kaiming" else 0
+    )
     merge(str(tiny.path), adapter, folder / "merged")
     merged = tiny.load(folder / "merged")
-    assert difference(their_logits(merged, batch, tiny), wanted) <= 2e-4
+    assert difference(their_logits(merged, batch, tiny), wanted) <= 2 * tiny.family.tolerance
     model.delete_adapter("again")
     for (key, one), (_, other) in zip(
         merged.named_parameters(), model.merge_and_unload().named_parameters(), strict=True
@@ -109,8 +111,11 @@ def test_all_agree_for_every_kind(tiny: Tiny, tmp_path: Path, name: str) -> None
 def test_head_of_its_own(each_untied: Tiny, batch: Batch, tmp_path: Path) -> None:
     """lm_head is adapted where it is named."""
     lora = LoraConfig(rank=2, alpha=4, targets=("language_model.lm_head", "language_model.q_proj"))
-    _, gradients = loss_and_gradients(assert_all_agree(each_untied, batch, tmp_path, lora), batch)
-    assert len(gradients) == 2 * 4 and all(bool(g.abs().max() > 0) for g in gradients.values())
+    model = assert_all_agree(each_untied, batch, tmp_path, lora)
+    _, gradients = loss_and_gradients(model, batch)
+    assert len(gradients) == 2 * (1 + model.decoder.attention_layers) and all(
+        bool(g.abs().max() > 0) for g in gradients.values()
+    )
 
 
 def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
@@ -121,7 +126,8 @@ def test_initial_adapter_is_the_base(each_tiny: Tiny, batch: Batch) -> None:
     second, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets[::-1]))
     other, _ = adapted(each_tiny, LoraConfig(rank=4, targets=targets), seed=1)
     matrices = {name: p for name, p in first.named_parameters() if name.endswith("lora_A.weight")}
-    assert len(matrices) == 3 * 7 + len(list(first.vision.blocks))
+    linears = [module for module in first.decoder.layers.modules() if isinstance(module, LoRALinear)]
+    assert len(linears) >= 3 * 7 and len(matrices) == len(linears) + len(list(first.vision.blocks))
     for name, a in matrices.items():
         bound = a.shape[1] ** -0.5
         assert 0.8 * bound < float(a.detach().abs().max()) <= bound
@@ -187,13 +193,13 @@ def assert_peft_is_read(tiny: Tiny, batch: Batch, folder: Path, config: dict[str
     wanted = their_logits(theirs, batch, tiny)
     assert difference(wanted, their_logits(tiny.theirs, batch, tiny)) > 0.05
     loaded = load_model(str(tiny.path), folder / "adapter", torch.float32, CPU).model
-    assert difference(logits_of(loaded, batch), wanted) <= 2e-4
+    assert difference(logits_of(loaded, batch), wanted) <= 2 * tiny.family.tolerance
     adapters = [m for m in loaded.modules() if isinstance(m, LoRALinear)]
     ranks = [p.shape[0] for n, p in theirs.named_parameters() if n.endswith("lora_A.default.weight")]
     assert sorted(m.rank for m in adapters) == sorted(ranks)
     assert len(set(ranks)) == (4 if "rank_pattern" in config else 1)
     assert merge(str(tiny.path), folder / "adapter", folder / "merged") == len(ranks)
-    assert difference(their_logits(tiny.load(folder / "merged"), batch, tiny), wanted) <= 2e-4
+    assert difference(their_logits(tiny.load(folder / "merged"), batch, tiny), wanted) <= 2 * tiny.family.tolerance
 
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
@@ -213,7 +219,7 @@ def test_pissa_of_peft(tiny: Tiny, tmp_path: Path) -> None:
     row = video_batch(tiny)
     wanted = their_logits(peft_adapter(tiny, tmp_path / "adapter", config, **converted), row, tiny)
     loaded = load_model(str(tiny.path), tmp_path / "adapter", torch.float32, CPU)
-    assert difference(logits_of(loaded.model, row), wanted) <= 2e-4
+    assert difference(logits_of(loaded.model, row), wanted) <= 2 * tiny.family.tolerance
     peft_adapter(tiny, tmp_path / "as it is", config)
     with pytest.raises(UserError, match=r"init_lora_weights = 'pissa': .*path_initial_model_for_weight_conversion"):
         load_model(str(tiny.path), tmp_path / "as it is", torch.float32, CPU)

@@ -74,8 +74,10 @@ def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence
     row, planned = long_row(each_tiny), built(each_tiny, train)
     checkpoint_activations(planned, mode)
     model = real_model(each_tiny, mode, train)
+    # Solving a triangular system takes a copy in the plan that it does not take on a CPU.
+    within = 0.07 if any(planned.decoder.recurrence_flops) else 0.02
     assert run_step(planned, cross_entropy, row, CPU).peak == pytest.approx(
-        allocated_peak(lambda: cross_entropy(model, row).backward()), rel=0.02
+        allocated_peak(lambda: cross_entropy(model, row).backward()), rel=within
     )
 
 
@@ -172,30 +174,34 @@ def test_on_a_cpu_auto_changes_nothing(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("mode", ["none", "mlp", "full"])
 def test_flops_are_those_of_a_real_step(each_tiny: Tiny, mode: str) -> None:
-    """What torch counts in the products of a step, recomputation among it.
+    """What torch counts in the linear layers of a step, recomputation among it.
 
-    Attention aside, whose CPU kernel counts whole squares. The first layer's input needs no gradient: those products
-    are counted, and not done.
+    Attention aside, whose CPU kernel counts whole squares, and recurrences. The first layer's input needs no gradient:
+    those products are counted, and not done.
     """
     row, model = long_row(each_tiny, (1, 1)), real_model(each_tiny, mode)
+    aten = torch.ops.aten
     # In place torch does not count it.
-    in_place = {torch.ops.aten.addmm_: lambda _, x, y, **__: 2 * x[0] * x[1] * y[1]}
+    in_place = {aten.addmm_: lambda _, x, y, **__: 2 * x[0] * x[1] * y[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         cross_entropy(model, row).backward()
     counts = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counts.items() if "attention" not in str(op))
+    products = sum(count for op, count in counts.items() if op in (aten.mm, aten.addmm, aten.addmm_))
     flops, again = FlopCounter(model, mode), FlopCounter(model, "none")
     pairs = sum(s.q_length * (s.q_length + 1) // 2 for s in row.plan.segments)
     assert row.layout is not None
     encoder = flops.count(row).model - flops.row(row.num_tokens, pairs, row.pixels_PD.shape[0])
     encoder += flops.last * (row.num_tokens - row.num_targets) - flops.target * row.num_targets
     linear = flops.count(row).hardware - flops.pair * pairs - flops.pair_again * pairs - encoder
-    first = model.decoder.layers[0].self_attn
-    fed = [p for x in (first.q_proj, first.k_proj, first.v_proj) for p in (x.weight, x.lora_A.weight)]
+    linear -= (flops.recurrence + flops.recurrence_again) * row.num_tokens
+    fed_by_input = ("q_proj", "k_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    layers = [(name, one) for name, one in model.decoder.layers[0].named_modules() if name.endswith(fed_by_input)]
+    fed = [p for _, x in layers for p in (x.weight, x.lora_A.weight)]
     linear -= 2 * row.num_tokens * sum(p.numel() for p in fed)
     assert linear == pytest.approx(products, rel=0.02)
     assert (flops.count(row).hardware > again.count(row).hardware) == (mode != "none")
-    assert flops.count(row).model == again.count(row).model == again.count(row).hardware
+    assert flops.count(row).model == again.count(row).model
+    assert again.count(row).hardware - again.count(row).model == again.recurrence_again * row.num_tokens
 
 
 def test_a_row_that_does_not_fit_is_named(tiny: Tiny) -> None:

@@ -47,16 +47,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: Any, processor: Qwen3Processor) -> None:
         super().__init__()
         self.config = config
-        width = config.hidden_size
+        width, self.deepstack = config.hidden_size, getattr(config, "deepstack_visual_indexes", None) or ()
         names, widths = ("linear_fc1", "linear_fc2"), (width, config.intermediate_size, width)
         mlps = (two_linears(names, widths, nn.GELU(approximate="tanh")) for _ in range(config.depth))
         self.patch_embed = PatchEmbed(width, processor, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, width)
         self.blocks = nn.ModuleList(VisionBlock(width, config.num_heads, LayerNorm, mlp) for mlp in mlps)
         self.merger = Projector(config, joined=False)
-        self.deepstack_merger_list = nn.ModuleList(
-            Projector(config, joined=True) for _ in config.deepstack_visual_indexes
-        )
+        self.deepstack_merger_list = nn.ModuleList(Projector(config, joined=True) for _ in self.deepstack)
 
     def forward(self, pixels_PD: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
         """Normalised pixels [P, D] to embeddings [M, E], and as many for each of the first decoder layers."""
@@ -68,7 +66,7 @@ class VisionEncoder(nn.Module):
             rotary = rotary_2d(layout.positions_P2, self.config.hidden_size // self.config.num_heads)
             for index, block in enumerate(self.blocks):
                 x_PE = block(x_PE, rotary, layout.plans["frame"])
-                if index in self.config.deepstack_visual_indexes:
+                if index in self.deepstack:
                     features.append(x_PE)
         with graph_of(self.parameters()):
             deepstack = (merge(x) for merge, x in zip(self.deepstack_merger_list, features, strict=True))
@@ -93,10 +91,13 @@ class Qwen3VL(VideoLanguageModel):
     def __init__(self, config: Any, processor: Qwen3Processor, compute_dtype: torch.dtype) -> None:
         text = config.text_config
         super().__init__(text, processor, compute_dtype)
-        decoder = Decoder(text, _interleaved(text.rope_parameters["mrope_section"]), qk_norm=True)
         encoder = VisionEncoder(config.vision_config, processor)
-        self.model = nn.ModuleDict({"visual": encoder, "language_model": decoder})
+        self.model = nn.ModuleDict({"visual": encoder, "language_model": self.make_decoder(text)})
         self.lm_head = None if config.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, bias=False)
+
+    def make_decoder(self, text: Any) -> Decoder:
+        """The decoder of transformers' `text_config`."""
+        return Decoder(text, interleaved(text.rope_parameters["mrope_section"]), qk_norm=True)
 
     @property
     def vision(self) -> VisionParts:
@@ -110,7 +111,7 @@ class Qwen3VL(VideoLanguageModel):
         )
 
 
-def _interleaved(section: Sequence[int]) -> tuple[int, ...]:
+def interleaved(section: Sequence[int]) -> tuple[int, ...]:
     """The axis that turns each rotary frequency: time, height and width in turns, as far as height and width go."""
     turns = zip(range(sum(section)), cycle((0, 1, 2)))
     return tuple(axis if place < 3 * section[axis] else 0 for place, axis in turns)
@@ -126,11 +127,4 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
             f"num_hidden_layers = {text.num_hidden_layers}"
         )
     require_rope(config, "default")
-    processor = Qwen3Processor.read(
-        config,
-        preprocessor,
-        merge=vision.spatial_merge_size,
-        temporal=vision.temporal_patch_size,
-        table_side=round(vision.num_position_embeddings**0.5),
-    )
-    return Qwen3VL(config, processor, dtype).to(dtype)
+    return Qwen3VL(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class Qwen3Processor(QwenProcessor):
     patch: int = 16
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def of(cls, config: Any, preprocessor: dict[str, Any]) -> Qwen3Processor:
+        """The processor of transformers' configuration object and a `preprocessor_config.json`."""
+        vision = config.vision_config
+        return cls.read(
+            config,
+            preprocessor,
+            merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size,
+            table_side=round(vision.num_position_embeddings**0.5),
+        )
 
     def lead(self, plan: MediaPlan) -> str:
         """The time of a video's first frames."""
