@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
@@ -49,6 +49,7 @@ class Kind(Enum):
     """What a piece of text is to the model."""
 
     CONTEXT = "read"
+    NO_THOUGHT = "the empty thought before an answer without reasoning"
     REASONING = "thought before the answer"
     ANSWER = "the answer and the token that closes it"
 
@@ -100,6 +101,8 @@ class ChatTemplate:
 
         Every answer is a piece if all can be learnt in place; otherwise only the last one is.
         """
+        if self.no_thought:
+            return self._answers_after_thoughts(turns, answer_next)
         if self.in_place(turns):
             return self._all_answers(turns, answer_next)
         last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
@@ -111,7 +114,10 @@ class ChatTemplate:
         """Whether the template writes the same text before each answer as when the model is to give that answer.
 
         Templates of models that think do not: they remove the reasoning from earlier answers, or write an opening tag.
+        If the prompt ends with an empty thought, each answer is learnt after one (`no_thought`).
         """
+        if self.no_thought:
+            return True
         if self.thinking is not None:
             return False
         shape = ((role, tuple("x" if isinstance(part, str) else part for part in parts)) for role, parts in turns)
@@ -149,6 +155,49 @@ class ChatTemplate:
         behind = [one.removesuffix(lead) for one, lead in zip(behind, [*leads, ""], strict=True)]
         texts = [lead + answer + self.turn_end for lead, answer in zip(leads, answers, strict=True)]
         return [Piece(Kind.CONTEXT, behind[0]), *map(partial(Piece, Kind.ANSWER), texts, behind[1:])]
+
+    def _answers_after_thoughts(self, turns: Text, answer_next: bool) -> list[Piece]:
+        """Every answer behind its reasoning, or behind an empty thought, as the model writes it when it is asked.
+
+        The template removes thoughts from earlier answers. In training they stay, as in ms-swift, LLaMA-Factory and
+        TRL, so that one row teaches all answers; where the model is to answer, the text is the template's.
+        """
+        answers = _answers(turns)
+        if answer_next or not answers:
+            return [Piece(Kind.CONTEXT, self.apply(turns, answer_next))]
+        mark = re.compile(_HIDDEN.format("[0-9]+"))
+        prompts = [self.apply(turns[:number], answer_next=True, hide_answers=True) for number, _ in answers]
+        before = [mark.split(prompt)[-1].removesuffix(self.no_thought) for prompt in prompts]
+        behind = [*before[1:], mark.split(self.apply(turns, False, hide_answers=True))[-1]]
+        lead, pieces = before[0], list[Piece]()
+        for (_, parts), after in zip(answers, behind, strict=True):
+            reasoning, answer = split_reasoning(self._escaped("assistant", _joined(parts)), False)
+            if reasoning is None and answer.lstrip().startswith(OPEN):
+                raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
+            answer = answer.strip() if self._trims else answer
+            thought = Piece(Kind.NO_THOUGHT, self.no_thought)
+            if reasoning is not None:
+                lead, thought = f"{lead}{OPEN}\n", Piece(Kind.REASONING, f"{reasoning.strip()}\n{CLOSE}\n\n")
+            if pieces:
+                pieces[-1] = replace(pieces[-1], behind=lead)
+            else:
+                pieces.append(Piece(Kind.CONTEXT, lead))
+            pieces += [thought, Piece(Kind.ANSWER, answer + self.turn_end)]
+            lead = self._closed(after).removeprefix(self.turn_end)
+        return [*pieces[:-1], replace(pieces[-1], behind=lead)]
+
+    @cached_property
+    def _trims(self) -> bool:
+        """Whether the template removes white space around an answer."""
+        probe = self.apply((("user", ("?",)), ("assistant", (" \n!\n ",))), False)
+        return " \n!\n " not in probe
+
+    @cached_property
+    def no_thought(self) -> str:
+        """The empty thought with which a prompt ends, so that the model answers at once; empty if there is none."""
+        prompt = self.apply((("user", ("?",)),), answer_next=True)
+        found = re.search(rf"{re.escape(OPEN)}\s*{re.escape(CLOSE)}\s*$", prompt)
+        return found[0] if found else ""
 
     def _last_answer(self, turns: Text, last: int) -> list[Piece]:
         """The pieces that the model writes after the prompt for the answer of turn `last`."""

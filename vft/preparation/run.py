@@ -49,7 +49,8 @@ class PreparedModel:
     def encoder(self, data: DataConfig) -> ChatEncoder:
         """The tokenizer with its chat template and the family's rules. UserError if the base lacks one of them."""
         pretrained = self.pretrained
-        return ChatEncoder(pretrained.tokenizer, self.model.processor, pretrained.end_ids, data.learn_reasoning)
+        settings = data.learn_reasoning, data.learn_no_thought
+        return ChatEncoder(pretrained.tokenizer, self.model.processor, pretrained.end_ids, *settings)
 
 
 def open_for_training(config: Config, pretrained: Pretrained | None = None) -> PreparedModel:
