@@ -14,15 +14,18 @@ from vft.models.pretrained import Pretrained
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
 from vft.models.qwen3_5 import model as qwen3_5
 from vft.models.qwen3_vl import model as qwen3_vl
+from vft.models.qwen3_vl_moe import model as qwen3_vl_moe
 
-FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl, qwen3_5)}
+FAMILIES: dict[str, Any] = {
+    family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl, qwen3_vl_moe, qwen3_5)
+}
 """Module of each family, by `model_type` of config.json. A module has MODEL_TYPE and `build`."""
 
 
 def build(pretrained: Pretrained, dtype: torch.dtype, quantize: str = "none") -> VideoLanguageModel:
     """The model of `pretrained` on the meta device, with parameters and computation in `dtype`.
 
-    With `quantize` = "nf4" the linear layers of its decoder layers are packed and frozen.
+    With `quantize` = "nf4" the linear layers and experts of its decoder layers are packed and frozen.
     """
     if pretrained.config.model_type not in FAMILIES:
         raise UserError(

@@ -60,6 +60,8 @@ class VideoLanguageModel(nn.Module):
     decoder_path: str
     """Names of the decoder and the output head among the modules."""
     head_path: str
+    turned: tuple[str, ...] = ()
+    """Endings of the names of parameters [..., in, out] that some programs have saved as [..., out, in]."""
 
     def __init__(self, config: Any, processor: VisionProcessor, compute_dtype: torch.dtype) -> None:
         """`config` is transformers' `text_config`."""

@@ -12,6 +12,7 @@ from vft.common.types import Batch
 from vft.models.attention import attended_pairs
 from vft.models.base import VideoLanguageModel, component_of
 from vft.models.decoder import head_width
+from vft.models.experts import ExpertWeights
 from vft.models.quantization import true_shapes
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "mlp": 0.0, "full": 1.0}
@@ -32,14 +33,19 @@ class FlopCounter:
     """Counts the FLOPs of batches. There is no padding to leave out.
 
     A multiply-add is 2 FLOPs. For each token, a frozen weight takes 4 FLOPs (forward, gradient of the input) and a
-    trained one 6. Attention takes 12 x width x layers for each query-key pair. The head is computed for supervised
-    tokens only, and a frozen encoder only forward (2 FLOPs for each weight).
+    trained one 6; of a layer's experts only those count that work for it. Attention takes 12 x width x layers for each
+    query-key pair. The head is computed for supervised tokens only, and a frozen encoder only forward (2 FLOPs for each
+    weight).
     """
 
     def __init__(self, model: VideoLanguageModel, checkpointing: str = "none") -> None:
         config = model.config
-        products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() == 2}
+        products = {name: p for name, p in model.decoder.layers.named_parameters() if p.dim() >= 2}
         size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
+        for name, module in model.decoder.layers.named_modules():
+            if isinstance(module, ExpertWeights):
+                active = (f"{name}.{leaf}" for leaf in module.matrices)
+                size |= {one: round(size[one] * module.active_share) for one in active}
         cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
         decoder, layers = model.decoder, config.num_hidden_layers
         recurrence, its_backward = decoder.recurrence_flops

@@ -38,12 +38,13 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] of any floating type to bytes [out, 36 x blocks]. The last block of a row may be short."""
-    blocks = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    """A weight [..., out, in] of any floating type to bytes [..., out, 36 x blocks]. The last block of a row may be
+    short."""
+    blocks = F.pad(weight.float(), (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     absmax = blocks.abs().amax(-1)
     scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    codes = torch.bucketize(scaled.flatten(1), MIDPOINTS.to(weight.device), out_int32=True).to(torch.uint8)
-    return torch.cat([codes[:, 0::2] << 4 | codes[:, 1::2], absmax.view(torch.uint8)], dim=1)
+    codes = torch.bucketize(scaled.flatten(-2), MIDPOINTS.to(weight.device), out_int32=True).to(torch.uint8)
+    return torch.cat([codes[..., 0::2] << 4 | codes[..., 1::2], absmax.view(torch.uint8)], dim=-1)
 
 
 def prepare_unpacking(device: torch.device) -> None:
@@ -52,13 +53,14 @@ def prepare_unpacking(device: torch.device) -> None:
 
 
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Bytes of `pack` to the weight [out, columns]: codes times absmax in float32, rounded once to `dtype`."""
-    blocks = packed.shape[1] // BLOCK_BYTES
-    codes, absmax = packed.split([blocks * BLOCK // 2, blocks * 4], dim=1)
+    """Bytes of `pack` to the weight [..., out, columns]: codes times absmax in float32, rounded once to `dtype`."""
+    blocks = packed.shape[-1] // BLOCK_BYTES
+    codes, absmax = packed.split([blocks * BLOCK // 2, blocks * 4], dim=-1)
     table = _pairs_on.get(packed.device)
     pairs = F.embedding(codes.int(), PAIRS.to(packed.device) if table is None else table)
-    weight = pairs.view(-1, blocks, BLOCK).mul_(absmax.contiguous().view(torch.float32).unsqueeze(-1))
-    return weight.to(dtype).flatten(1)[:, :columns]
+    weight = pairs.view(*packed.shape[:-1], blocks, BLOCK)
+    weight.mul_(absmax.contiguous().view(torch.float32).unsqueeze(-1))
+    return weight.to(dtype).flatten(-2)[..., :columns]
 
 
 def dense(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -92,22 +94,31 @@ class _PackedLinear(torch.autograd.Function):
         return grad @ unpack(packed, ctx.columns, grad.dtype), None, None
 
 
+def matrices(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes [..., out, in] of a module's own parameters that can be packed. A module that is no linear layer
+    has them in an attribute of this name."""
+    if isinstance(module, nn.Linear):
+        return {"weight": (module.out_features, module.in_features)}
+    named: dict[str, tuple[int, ...]] = getattr(module, "matrices", {})
+    return named
+
+
 def quantize(layers: nn.Module) -> None:
-    """Replace the weight of every linear layer in `layers`, on the meta device, by a packed one without values.
+    """Replace every matrix in `layers`, on the meta device, by a packed one without values.
 
     `vft.models.weights.load_weights` packs the weights that it reads.
     """
     for module in layers.modules():
-        if isinstance(module, nn.Linear):
-            shape = (module.out_features, -(-module.in_features // BLOCK) * BLOCK_BYTES)
-            empty = torch.empty(shape, dtype=torch.uint8, device=module.weight.device)
-            module.weight = nn.Parameter(empty, requires_grad=False)
+        for name, (*rows, columns) in matrices(module).items():
+            shape = (*rows, -(-columns // BLOCK) * BLOCK_BYTES)
+            empty = torch.empty(shape, dtype=torch.uint8, device=module.get_parameter(name).device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 def true_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by name. For a packed parameter it is the shape of the unpacked weight."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_packed(module.weight):
-            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+        packed = {leaf: shape for leaf, shape in matrices(module).items() if is_packed(module.get_parameter(leaf))}
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in packed.items()}
     return shapes

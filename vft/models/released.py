@@ -71,6 +71,13 @@ def qwen3_vl(text: dict[str, Any], tied: bool, **vision: Any) -> dict[str, Any]:
     }
 
 
+def with_experts(dense: dict[str, Any], hidden: int, experts: int, chosen: int) -> dict[str, Any]:
+    """config.json of a Qwen3-VL with experts of this width in the place of each MLP."""
+    sizes = {"moe_intermediate_size": hidden, "num_experts": experts, "num_experts_per_tok": chosen}
+    text = {**dense["text_config"], **sizes, "norm_topk_prob": True, "head_dim": 128}
+    return {**dense, "model_type": "qwen3_vl_moe", "text_config": text}
+
+
 SMALL_ENCODER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 RELEASED = {
     "Qwen2.5-VL-3B-": qwen2_5_vl(language_model(2048, 36, 16, 2, 11008, 151936), True, {}),
@@ -82,6 +89,9 @@ RELEASED = {
     "Qwen3-VL-2B-": qwen3_vl(language_model(2048, 28, 16, 8, 6144, 151936), True, **SMALL_ENCODER),
     "Qwen3-VL-4B-": qwen3_vl(language_model(2560, 36, 32, 8, 9728, 151936), True, **SMALL_ENCODER),
     "Qwen3-VL-8B-": qwen3_vl(language_model(4096, 36, 32, 8, 12288, 151936), False),
+    "Qwen3-VL-30B-A3B-": with_experts(
+        qwen3_vl(language_model(2048, 48, 32, 4, 6144, 151936), False), hidden=768, experts=128, chosen=8
+    ),
     "Qwen3-VL-32B-": qwen3_vl(language_model(5120, 64, 64, 8, 25600, 151936), False),
 }
 """config.json by a part of the model's name on the hub."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -67,10 +68,11 @@ def load_weights(
     missing, an unexpected or a misshapen tensor: no parameter keeps its initial value.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
-    shapes = true_shapes(model)
+    shapes = {name: shape for name, shape in true_shapes(model).items() if name in parameters}
     stored = stored_names(model, pretrained)
     _check_names(parameters, stored, pretrained, model.unused)
     _check_tied_head(parameters, stored, pretrained)
+    turned = turned_names(shapes, model.turned, stored, pretrained)
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
         by_file.setdefault(pretrained.weight_files[stored[name]], []).append(name)
@@ -78,7 +80,8 @@ def load_weights(
         for file, names in by_file.items():
             with open_tensors(file) as reader:
                 for name in names:
-                    _copy(parameters[name], shapes[name], reader.get_slice(stored[name]), f"{file}: {stored[name]}")
+                    source, where = reader.get_slice(stored[name]), f"{file}: {stored[name]}"
+                    _copy(parameters[name], shapes[name], source, where, name in turned)
                     progress.update()
 
 
@@ -88,6 +91,34 @@ def stored_names(model: VideoLanguageModel, pretrained: Pretrained) -> dict[str,
     Raises UserError if one part of the model is there under two spellings.
     """
     return our_names(pretrained.weight_files, model.spellings, pretrained.path)
+
+
+def turned_names(
+    shapes: Mapping[str, tuple[int, ...]], endings: tuple[str, ...], stored: Mapping[str, str], pretrained: Pretrained
+) -> frozenset[str]:
+    """Names of the parameters of `shapes` with these endings whose last two axes are exchanged in the files.
+
+    The shape tells. A square one is as the others of its module, or as released if they don't tell either. Raises
+    UserError for a tensor of neither shape.
+    """
+    turned, square = set(), set()
+    for name in (name for name in shapes if name.endswith(endings)):
+        released = shapes[name]
+        other = (*released[:-2], released[-1], released[-2])
+        file = pretrained.weight_files[stored[name]]
+        with open_tensors(file) as reader:
+            found = tuple(reader.get_slice(stored[name]).get_shape())
+        if found not in (released, other):
+            raise UserError(
+                f"{file}: {stored[name]}: shape {list(found)} in the file, {list(released)} by config.json, or "
+                f"{list(other)} as transformers 5 saves it"
+            )
+        if released == other:
+            square.add(name)
+        elif found == other:
+            turned.add(name)
+    modules = {name.rpartition(".")[0] for name in turned}
+    return frozenset(turned | {name for name in square if name.rpartition(".")[0] in modules})
 
 
 def our_names(
@@ -164,19 +195,23 @@ def _check_tied_head(parameters: Mapping[str, nn.Parameter], stored: Mapping[str
         )
 
 
-def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str) -> None:
+def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str, is_turned: bool) -> None:
     shape = tuple(source.get_shape())
     require_whole(source.get_dtype(), *where.split(": ", 1))
-    if shape != expected:
+    if not is_turned and shape != expected:
         raise UserError(f"{where}: shape {list(shape)} in the file, {list(expected)} by config.json")
+
+    def read(rows: slice) -> Tensor:
+        return source[rows].mT if is_turned else source[rows]
+
     rows, local = local_rows(parameter), local_part(parameter)
     if not is_packed(parameter):
-        local.copy_(source[rows])
+        local.copy_(read(rows))
         return
-    first, at_once = rows.start or 0, max(1, PACKED_AT_ONCE // shape[1])
+    first, at_once = rows.start or 0, max(1, PACKED_AT_ONCE // math.prod(shape[1:]))
     for start in range(0, len(local), at_once):
         part = local[start : start + at_once]
-        part.copy_(pack(source[first + start : first + start + len(part)].to(part.device)))
+        part.copy_(pack(read(slice(first + start, first + start + len(part))).to(part.device)))
 
 
 def export_model(
@@ -189,12 +224,16 @@ def export_model(
     """
     parameters = dict(model.named_parameters())
     embedding = next(name for name in parameters if name.endswith(TIED_TO))
-    own = {stored: name for name, stored in stored_names(model, pretrained).items() if not name.endswith(BUFFERS)}
+    stored = stored_names(model, pretrained)
+    own = {theirs: name for name, theirs in stored.items() if not name.endswith(BUFFERS)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    turned = {stored[name] for name in turned_names(shapes, model.turned, stored, pretrained)}
     with whole_folder(folder) if write else nullcontext(folder) as partial_folder:
         for file in sorted(set(pretrained.weight_files.values())):
             names = [name for name, home in pretrained.weight_files.items() if home == file and name in own]
             # If the release has a tied head as a tensor, it is the embedding here too.
             tensors = {name: parameters.get(own[name], parameters[embedding]).detach() for name in names}
+            tensors |= {name: tensors[name].mT for name in names if name in turned}
             with open_tensors(file) as reader:
                 tensors |= {name: reader.get_tensor(name) for name in names if own[name].startswith(model.unused)}
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], tensors[name].shape) for name in names}

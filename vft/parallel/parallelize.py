@@ -19,14 +19,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from vft.config.run import ParallelConfig
 from vft.models.attention import check_kernel, compiles, varlen_attn
 from vft.models.base import VideoLanguageModel
+from vft.models.experts import PRODUCTS as GROUPED
 from vft.models.quantization import prepare_unpacking
 
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *(grouped.default for grouped in GROUPED)}
 _SAVED_OPS = {
+    *_PRODUCTS,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
 }
 if varlen_attn is not None:  # its import has registered the operator
     _SAVED_OPS.add(torch.ops.torch_attn._varlen_attn.default)
@@ -92,7 +93,7 @@ def _selective_contexts() -> Any:
     products = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if op in _PRODUCTS:
             products[context.is_recompute] += 1
             if products[context.is_recompute] % 2 == 0:
                 return CheckpointPolicy.PREFER_RECOMPUTE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vft.common.errors import UserError
 from vft.models.base import VideoLanguageModel, VisionParts
-from vft.models.decoder import Decoder, require_rope
+from vft.models.decoder import Decoder, DecoderLayer, require_rope
 from vft.models.layers import LayerNorm, Linear, PatchEmbed, VisionBlock, graph_of, rotary_2d, two_linears
 from vft.models.qwen3_vl.processor import Qwen3Processor, TableLayout
 
@@ -97,7 +97,11 @@ class Qwen3VL(VideoLanguageModel):
 
     def make_decoder(self, text: Any) -> Decoder:
         """The decoder of transformers' `text_config`."""
-        return Decoder(text, interleaved(text.rope_parameters["mrope_section"]), qk_norm=True)
+        return Decoder(text, interleaved(text.rope_parameters["mrope_section"]), make_layer=self.make_layer)
+
+    def make_layer(self, index: int) -> nn.Module:
+        """The decoder layer with this number."""
+        return DecoderLayer(self.config, qkv_bias=False, qk_norm=True)
 
     @property
     def vision(self) -> VisionParts:
@@ -117,8 +121,9 @@ def interleaved(section: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis if place < 3 * section[axis] else 0 for place, axis in turns)
 
 
-def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen3VL:
-    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype, kind: type[Qwen3VL] = Qwen3VL) -> Qwen3VL:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`. `kind` is a
+    family that differs in its decoder's layers alone."""
     text, vision = config.text_config, config.vision_config
     deepstack = list(vision.deepstack_visual_indexes)
     if len(deepstack) >= text.num_hidden_layers:
@@ -127,4 +132,4 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
             f"num_hidden_layers = {text.num_hidden_layers}"
         )
     require_rope(config, "default")
-    return Qwen3VL(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
+    return kind(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
