@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from vft.common.types import Batch
@@ -42,6 +44,8 @@ class Family:
     """Prefixes of what each part of it trains, said apart from the code."""
     closes_answers: bool = True
     """Whether the released template writes the token that ends an answer."""
+    released: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    """A parameter of transformers' model, given with its name, as the released files hold it."""
     tolerance: float = 1e-4
     """Largest difference of a logit from transformers', in float32."""
 
@@ -67,7 +71,8 @@ def randomise(model: nn.Module, placeholders: Sequence[int], seed: int) -> None:
             elif "embed_tokens" in name or "pos_embed" in name or parameter.ndim == 1:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * 1.3 * parameter[0].numel() ** -0.5)
+                inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+                parameter.copy_(noise * 1.3 * inputs**-0.5)
             if "embed_tokens" in name or "lm_head" in name:
                 # A generated placeholder would make transformers ask for more media.
                 parameter[list(placeholders)] = 0
@@ -208,16 +213,33 @@ QWEN3_TEMPLATE = CHAT_TEMPLATE.replace(
 assert len(QWEN3_TEMPLATE) < len(CHAT_TEMPLATE)
 
 
-def save_qwen3_vl(folder: Path, seed: int = 0, **options: Any) -> Path:
-    """A random Qwen3-VL."""
+def save_qwen3_vl(
+    folder: Path, seed: int = 0, model_class: Any = Qwen3VLForConditionalGeneration, **options: Any
+) -> Path:
+    """A random Qwen3-VL. `text` among the options: what its decoder has besides."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    text = {"head_dim": 16, "rope_parameters": rope}
+    text = {"head_dim": 16, "rope_parameters": rope, **options.pop("text", {})}
     vision = {"depth": 4, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
     options["seed"] = seed + 1  # 1 would say the same token for ever
-    save_qwen(Qwen3VLForConditionalGeneration, text, vision, QWEN3_TEMPLATE, folder, **options)
+    save_qwen(model_class, text, vision, QWEN3_TEMPLATE, folder, **options)
     preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
+
+
+def save_qwen3_vl_moe(folder: Path, **options: Any) -> Path:
+    """A random Qwen3-VL-MoE whose second layer has no experts."""
+    text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    save_qwen3_vl(folder, model_class=Qwen3VLMoeForConditionalGeneration, text=text, **options)
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: turned_experts(name, tensor).contiguous() for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def turned_experts(name: str, tensor: Tensor) -> Tensor:
+    """transformers 5 has the matrices of experts as [out, in], released files as [in, out]."""
+    return tensor.mT if ".mlp.experts." in name else tensor
 
 
 # --------------------------------------------------------------------------------------------------------- Qwen3.5
@@ -437,11 +459,15 @@ QWEN3_VL = Family(
         "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
     },
 )
+QWEN3_VL_MOE = replace(
+    QWEN3_VL, save=save_qwen3_vl_moe, model_class=Qwen3VLMoeForConditionalGeneration, released=turned_experts
+)
 FAMILIES = {
     "qwen2_5_vl": QWEN2_5_VL,
     "llava_next_video": Family(save_llava_next_video, **LLAVA, closes_answers=False),
     "llava_next_video_mistral": Family(save_llava_mistral, **LLAVA),
     "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "qwen3_5": Family(
         save_qwen3_5,
         Qwen3_5ForConditionalGeneration,
