@@ -44,6 +44,8 @@ class Family:
     """Prefixes of what each part of it trains, said apart from the code."""
     closes_answers: bool = True
     """Whether the released template writes the token that ends an answer."""
+    linears: int = 3 * 7
+    """Linear layers of the decoder."""
     released: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
     """A parameter of transformers' model, given with its name, as the released files hold it."""
     tolerance: float = 1e-4
@@ -460,7 +462,11 @@ QWEN3_VL = Family(
     },
 )
 QWEN3_VL_MOE = replace(
-    QWEN3_VL, save=save_qwen3_vl_moe, model_class=Qwen3VLMoeForConditionalGeneration, released=turned_experts
+    QWEN3_VL,
+    save=save_qwen3_vl_moe,
+    model_class=Qwen3VLMoeForConditionalGeneration,
+    linears=3 * 4 + 3,  # attention, and the MLP of the layer without experts
+    released=turned_experts,
 )
 FAMILIES = {
     "qwen2_5_vl": QWEN2_5_VL,

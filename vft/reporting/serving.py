@@ -30,6 +30,7 @@ KEPT_OF_GENERATION = ("bos_token_id", "pad_token_id", "transformers_version")
 VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
 }
 FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
@@ -174,7 +175,7 @@ def _sizes(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) 
         most = int(min(most, max(share, int(films.min_pixels * 1.05))))
     least = films.min_pixels
     own: dict[str, Any] = {}
-    if model_type == "qwen3_vl":
+    if model_type in ("qwen3_vl", "qwen3_vl_moe"):
         # Its sizes are for all frames together. With a rate, each frame also has its own limit, in tokens.
         if films.frames is None:
             own = {"cap_pixels_per_frame": True, "max_video_tokens": max(1, most // 32**2)}

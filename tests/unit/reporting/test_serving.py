@@ -61,6 +61,7 @@ LLAVA = {
 SERVED = {
     "qwen2_5_vl": Served("Qwen2_5_VLForConditionalGeneration", QWEN_2_5),  # models/qwen2_5_vl.py
     "qwen3_vl": Served("Qwen3VLForConditionalGeneration", QWEN_3),  # models/qwen3_vl.py
+    "qwen3_vl_moe": Served("Qwen3VLMoeForConditionalGeneration", QWEN_3),  # models/qwen3_vl_moe.py
     "llava_next_video": Served("LlavaNextVideoForConditionalGeneration", LLAVA),  # models/llava_next_video.py
     "llava_next_video_mistral": Served("LlavaNextVideoForConditionalGeneration", LLAVA),
 }
@@ -104,7 +105,7 @@ def test_an_adapter(each_tiny: Tiny, family: str, tmp_path: Path, kind: str) -> 
         assert module.startswith("language_model.model.layers.") and module.rsplit(".", 1)[1] in LINEARS, module
         halves.setdefault(module, {})[half] = shape
     layers = {int(module.split(".")[3]) for module in halves}
-    assert layers == set(range(model.config.num_hidden_layers)) and len(halves) == len(LINEARS) * len(layers)
+    assert layers == set(range(model.config.num_hidden_layers)) and len(halves) == each_tiny.family.linears
     for module, pair in halves.items():
         assert pair["lora_A"][0] == pair["lora_B"][1] == config["r"], module
 
