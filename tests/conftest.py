@@ -38,6 +38,16 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference_today() -> Path:
+    """The folder of later reference cases: VFT_REFERENCE_TODAY, else the one beside VFT_REFERENCE."""
+    named, beside = (os.environ.get(name, "") for name in ("VFT_REFERENCE_TODAY", "VFT_REFERENCE"))
+    path = Path(named) if named else Path(beside).parent / "reference_today"
+    if not (named or beside) or not path.is_dir():
+        pytest.skip("neither VFT_REFERENCE_TODAY nor VFT_REFERENCE leads to a folder of later reference cases")
+    return path
+
+
+@pytest.fixture(scope="session")
 def videos() -> Path:
     """The folder of real clips: VFT_VIDEOS, else the one beside VFT_REFERENCE."""
     named = os.environ.get("VFT_VIDEOS", "")

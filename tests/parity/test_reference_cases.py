@@ -101,22 +101,21 @@ def load_case(
 ) -> Callable[[str], Case]:
     """Cases by name, each read through the `messages` source, the index, the decoder and the collator."""
     folder = tmp_path_factory.mktemp("records")
+    return cache(lambda name: read_case(reference / "cases" / name, videos, encoder, folder))
 
-    @cache
-    def load(name: str) -> Case:
-        facts = json.loads((reference / "cases" / f"{name}.json").read_text(encoding="utf-8"))
-        file = folder / f"{name}.jsonl"
-        file.write_text(json.dumps(record(facts), ensure_ascii=False) + "\n", encoding="utf-8")
-        config = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0)
-        source = SourceConfig(format="messages", path=str(file))
-        documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
-        document = documents.build(0)
-        assert documents.lengths == (document.num_tokens,)
-        patches = [load_patches(plan, encoder.processor) for plan in document.media]
-        tensors = load_file(reference / "cases" / f"{name}.safetensors")
-        return Case(facts, tensors, collate([(document, patches)], encoder.processor))
 
-    return load
+def read_case(path: Path, videos: Path, encoder: ChatEncoder, folder: Path) -> Case:
+    """The case whose files are `path` with their suffixes; `folder` is for records and the cache."""
+    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    file = folder / f"{path.name}.jsonl"
+    file.write_text(json.dumps(record(facts), ensure_ascii=False) + "\n", encoding="utf-8")
+    config = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0)
+    source = SourceConfig(format="messages", path=str(file))
+    documents = load_dataset(config, [source], Caption().conversations, encoder, seed=0)
+    document = documents.build(0)
+    assert documents.lengths == (document.num_tokens,)
+    patches = [load_patches(plan, encoder.processor) for plan in document.media]
+    return Case(facts, load_file(path.with_suffix(".safetensors")), collate([(document, patches)], encoder.processor))
 
 
 # ------------------------------------------------------------------------------------------------------ frames, text

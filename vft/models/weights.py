@@ -211,7 +211,7 @@ def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str,
     first, at_once = rows.start or 0, max(1, PACKED_AT_ONCE // math.prod(shape[1:]))
     for start in range(0, len(local), at_once):
         part = local[start : start + at_once]
-        part.copy_(pack(read(slice(first + start, first + start + len(part))).to(part.device)))
+        part.copy_(pack(read(slice(first + start, first + start + len(part))).to(part.device).contiguous()))
 
 
 def export_model(
