@@ -25,6 +25,7 @@ from vft.models.pretrained import SINGLE_FILE, Pretrained
 IN_MEMORY_4_52 = {
     "qwen2_5_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
     "qwen3_vl": {},
+    "qwen3_vl_moe": {},
     "llava_next_video": {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
@@ -34,13 +35,15 @@ IN_MEMORY_4_52 = {
     },
 }
 """Released prefixes to those of the models of transformers 4.52 and later, which `state_dict()` has."""
+QWEN3_IN_VLLM = {
+    "model.language_model.": "language_model.model.",
+    "model.visual.": "visual.",
+    "lm_head.": "language_model.lm_head.",
+}
 IN_VLLM = {
     "qwen2_5_vl": {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-    "qwen3_vl": {
-        "model.language_model.": "language_model.model.",
-        "model.visual.": "visual.",
-        "lm_head.": "language_model.lm_head.",
-    },
+    "qwen3_vl": QWEN3_IN_VLLM,
+    "qwen3_vl_moe": QWEN3_IN_VLLM,
     "llava_next_video": {"vision_tower.vision_model.": "vision_tower."},
 }
 """To those of vLLM's modules (`hf_to_vllm_mapper` of each model's file), and of LLaVA's encoder in transformers 5."""
