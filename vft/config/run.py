@@ -93,8 +93,9 @@ class ModelConfig(Section):
     adapter: str = ""
     """Folder of a LoRA adapter in PEFT's format to start from. Empty: a new adapter."""
     quantize: Literal["none", "nf4"] = "none"
-    """`nf4`: store the frozen linear layers of the language model in 4 bits (QLoRA, Dettmers et al. 2023), 9/16 of a
-    byte for each weight. Embedding, head, norms and vision encoder stay as they are. Needs a `[lora]` table."""
+    """`nf4`: store the frozen linear layers and experts of the language model in 4 bits (QLoRA, Dettmers et al. 2023),
+    9/16 of a byte for each weight. Embedding, head, norms, routers and vision encoder stay as they are. Needs a
+    `[lora]` table."""
     train: Tuple[Component] = ()
     """Components that full fine-tuning trains. Only without a `[lora]` table."""
     rope_factor: Annotated[float, Field(ge=1)] | None = None

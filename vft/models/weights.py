@@ -68,7 +68,7 @@ def load_weights(
     missing, an unexpected or a misshapen tensor: no parameter keeps its initial value.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
-    shapes = {name: shape for name, shape in true_shapes(model).items() if name in parameters}
+    shapes = true_shapes(model)
     stored = stored_names(model, pretrained)
     _check_names(parameters, stored, pretrained, model.unused)
     _check_tied_head(parameters, stored, pretrained)

@@ -61,6 +61,25 @@ def test_parameters_of_llava_next_video() -> None:
     assert counter.token == 4 * 32 * (4 * width**2 + 3 * width * 11008) + 6 * row.parameters
 
 
+def test_parameters_of_the_experts() -> None:
+    """31.1 G on the hub. The decoder is Qwen3-30B-A3B's, whose card gives 30.5 G in all, 29.9 G without embeddings and
+    3.3 G that work for a token."""
+    model = build_from_config(RELEASED["Qwen3-VL-30B-A3B-"], torch.bfloat16)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert sum(sizes.values()) == pytest.approx(31.1e9, rel=2e-3)
+    text = {name: size for name, size in sizes.items() if component_of(name, model.components) == "language_model"}
+    ends = sum(size for name, size in text.items() if "embed_tokens" in name or "lm_head" in name)
+    experts = sum(size for name, size in text.items() if ".experts." in name)
+    assert sum(text.values()) == pytest.approx(30.5e9, rel=2e-3)
+    assert sum(text.values()) - ends == pytest.approx(29.9e9, rel=2e-3)
+    assert sum(text.values()) - experts * (1 - 8 / 128) == pytest.approx(3.3e9, rel=0.02)
+    (row,) = choose_trainable(model, LoraConfig(rank=16), [])
+    assert row.parameters == 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    vectors = sum(parameter.numel() for parameter in model.decoder.layers.parameters() if parameter.dim() == 1)
+    active = sum(text.values()) - ends - experts * (1 - 8 / 128) - vectors - 2048  # without the last norm
+    assert FlopCounter(model).token == 4 * active + 6 * row.parameters
+
+
 @pytest.mark.parametrize(("size", "token", "patch"), [("7B", 26.1e9, 1.263e9), ("72B", 280.9e9, 1.27e9)])
 def test_flops(size: str, token: float, patch: float) -> None:
     """4 FLOPs a frozen and 6 an adapter's weight for each token; a frozen encoder's forward pass for each patch."""

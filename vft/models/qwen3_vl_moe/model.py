@@ -28,7 +28,7 @@ class Qwen3VLMoe(qwen3_vl.Qwen3VL):
         text = self.config
         mlp = None
         if index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0:
-            normalise = getattr(text, "norm_topk_prob", True)  # transformers 5 always does so, and has no such field
+            normalise = getattr(text, "norm_topk_prob", None) is not False  # no field of transformers 5: it always does
             sizes = text.hidden_size, text.moe_intermediate_size, text.num_experts, text.num_experts_per_tok
             mlp = Experts(*sizes, normalise)
         return DecoderLayer(text, qkv_bias=False, qk_norm=True, mlp=mlp)
