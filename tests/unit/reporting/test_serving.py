@@ -28,7 +28,7 @@ from vft.config.run import LoraConfig
 from vft.data.budget import limits_of
 from vft.data.media.video import scan
 from vft.inference.generate import Sampling, choose
-from vft.reporting.serving import MAX_RANKS, vllm_serve
+from vft.reporting.serving import MAX_RANKS, processor_files, vllm_serve
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Last parts of the decoder's layers that take adapters (`packed_modules_mapping` and what is beside it)."""
@@ -123,6 +123,7 @@ def test_a_whole_model(each_tiny: Tiny, family: str) -> None:
         assert bare.startswith(TOPS) or bare == "image_newline", (name, bare)
 
 
+QWEN3_VLS = ("qwen3_vl", "qwen3_vl_moe")
 FIXED = {"video_backend": "qwen3_vl", "num_frames": 8, "min_frames": 8, "max_frames": 8}
 RATE = {"video_backend": "qwen2_vl", "fps": 2.0, "min_frames": 6, "max_frames": 64}
 
@@ -144,6 +145,12 @@ def test_the_frames_of_training(model_type: str, video: dict[str, Any], frames: 
     assert words[:3] == ["vllm", "serve", "runs/base"] and option(words, "--served-model-name") == "base"
     told = json.loads(option(words, "--media-io-kwargs")) if "--media-io-kwargs" in words else None
     assert told == (None if frames is None else {"video": frames})
+
+
+@pytest.mark.parametrize("video", [{"frames": 8}, {"fps": 2.0, "max_frames": 64}])
+def test_experts_change_nothing_in_frames_and_pixels(video: dict[str, Any]) -> None:
+    dense, sparse = ((vllm_serve("base", kind, video, {}), processor_files(kind, {}, video, {})) for kind in QWEN3_VLS)
+    assert dense == sparse
 
 
 def option(words: list[str], name: str) -> str:
