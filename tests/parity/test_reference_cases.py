@@ -25,7 +25,7 @@ from tests.helpers.tiny import CPU, every_logit, load_model, load_prepared
 from vft.adapters.lora import is_adapter
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
-from vft.common.types import Batch
+from vft.common.types import Batch, Conversation
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import load_dataset
@@ -47,6 +47,7 @@ class Case:
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
     batch: Batch
+    conversation: Conversation
 
     @property
     def pixels(self) -> Tensor:
@@ -115,7 +116,8 @@ def read_case(path: Path, videos: Path, encoder: ChatEncoder, folder: Path) -> C
     document = documents.build(0)
     assert documents.lengths == (document.num_tokens,)
     patches = [load_patches(plan, encoder.processor) for plan in document.media]
-    return Case(facts, load_file(path.with_suffix(".safetensors")), collate([(document, patches)], encoder.processor))
+    batch, (conversation,) = collate([(document, patches)], encoder.processor), documents.documents[0].conversations
+    return Case(facts, load_file(path.with_suffix(".safetensors")), batch, conversation)
 
 
 # ------------------------------------------------------------------------------------------------------ frames, text
@@ -169,17 +171,17 @@ def test_pixels_and_vision_tower(name: str, load_case: Callable[[str], Case], tr
 # ------------------------------------------------------------------------------------------------ logits, gradients
 
 
-def assert_logits(model: Any, case: Case, prefix: str = "") -> None:
+def assert_logits(model: Any, case: Case, prefix: str = "", within: float = 1e-4) -> None:
     """The stored columns of the logits that predict supervised tokens, and their normaliser over all columns."""
     with torch.no_grad():
         logits_NV = model.logits(case.batch)
     columns = case.tensors["logits_vocab_ids"]
-    assert float((logits_NV[:, columns] - case.tensors[f"{prefix}logits"]).abs().max()) <= 1e-4
-    assert float((logits_NV.logsumexp(-1) - case.tensors[f"{prefix}logsumexp"]).abs().max()) <= 1e-4
+    assert float((logits_NV[:, columns] - case.tensors[f"{prefix}logits"]).abs().max()) <= within
+    assert float((logits_NV.logsumexp(-1) - case.tensors[f"{prefix}logsumexp"]).abs().max()) <= within
     if not prefix:
-        assert float((logits_NV[:1] - case.tensors["logits_first_full"]).abs().max()) <= 1e-4
+        assert float((logits_NV[:1] - case.tensors["logits_first_full"]).abs().max()) <= within
         nll = F.cross_entropy(logits_NV, case.batch.target_ids_N, reduction="none")
-        assert float((nll - case.tensors["token_nll"]).abs().max()) <= 1e-4
+        assert float((nll - case.tensors["token_nll"]).abs().max()) <= within
 
 
 def assert_loss_and_gradients(model: Any, case: Case, stored_name: Callable[[str], str]) -> None:

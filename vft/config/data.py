@@ -190,9 +190,9 @@ class DataConfig(Section):
     """The question for records that have none (labels, captions, stories). Empty: the task's own."""
     learn_reasoning: bool = True
     """Also train on the text between `<think>` and `</think>` before an answer; false: only on the answer after it."""
-    learn_no_thought: bool = False
-    """Also train on the empty thought before an answer, for models whose template writes one. It is part of the prompt
-    when they are asked, so nothing is gained; ms-swift and LLaMA-Factory train on it."""
+    learn_thought_tags: bool = False
+    """Also train on the tags of thoughts that the prompt has when the model is asked: an empty thought before an answer
+    without reasoning, the opening tag before reasoning. ms-swift and LLaMA-Factory do so."""
     segment_questions: bool = True
     """If records describe segments of their video, also train on a question about each one (`summarize`, `story`)."""
     index: Literal["scan", "header"] = "scan"

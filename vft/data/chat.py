@@ -74,11 +74,11 @@ class ChatEncoder:
         processor: VisionProcessor,
         end_ids: Collection[int] = (),
         learn_reasoning: bool = True,
-        learn_no_thought: bool = False,
+        learn_thought_tags: bool = False,
     ) -> None:
         """`end_ids` are the tokens that the checkpoint names as ends of an answer, beside its tokenizer's own."""
         self.tokenizer, self.processor = tokenizer, processor
-        self.learn_reasoning, self.learn_no_thought = learn_reasoning, learn_no_thought
+        self.learn_reasoning, self.learn_thought_tags = learn_reasoning, learn_thought_tags
         marks = tokenizer.convert_ids_to_tokens([processor.video_token, processor.image_token])
         self.template = ChatTemplate(tokenizer, processor.turn_end, [*control_tokens(tokenizer), *marks])
         self.turn_end = self.template.turn_end
@@ -95,7 +95,7 @@ class ChatEncoder:
 
     def __reduce__(self) -> tuple[object, ...]:
         """For worker processes: made anew there, with caches of its own."""
-        settings = self.learn_reasoning, self.learn_no_thought
+        settings = self.learn_reasoning, self.learn_thought_tags
         return ChatEncoder, (self.tokenizer, self.processor, self.end_ids, *settings)
 
     @cached_property
@@ -103,7 +103,7 @@ class ChatEncoder:
         """Differs for an encoder that may give other ids, labels or plans."""
         own = self.tokenizer
         tokens = own.backend_tokenizer.to_str(), own.chat_template, own.special_tokens_map
-        settings = self.learn_reasoning, self.learn_no_thought
+        settings = self.learn_reasoning, self.learn_thought_tags
         return digest(repr((type(own), tokens, self.processor, sorted(self.end_ids), settings)))
 
     # ----------------------------------------------------------------------------------------------- ids and labels
@@ -140,7 +140,7 @@ class ChatEncoder:
                 both = own + self._later_ids(piece.behind)
             ids += both
             is_supervised = piece.kind is Kind.ANSWER or (reasoning and piece.kind is Kind.REASONING)
-            is_supervised = is_supervised or (self.learn_no_thought and piece.kind is Kind.NO_THOUGHT)
+            is_supervised = is_supervised or (self.learn_thought_tags and piece.kind is Kind.TAGS)
             labels += own if is_supervised else (IGNORE_INDEX,) * len(own)
             labels += (IGNORE_INDEX,) * (len(both) - len(own))
         if not answer_next and all(label == IGNORE_INDEX for label in labels):

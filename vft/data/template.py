@@ -49,7 +49,7 @@ class Kind(Enum):
     """What a piece of text is to the model."""
 
     CONTEXT = "read"
-    NO_THOUGHT = "the empty thought before an answer without reasoning"
+    TAGS = "what a prompt already has of a thought: its opening tag, or all of an empty one"
     REASONING = "thought before the answer"
     ANSWER = "the answer and the token that closes it"
 
@@ -175,14 +175,15 @@ class ChatTemplate:
             if reasoning is None and answer.lstrip().startswith(OPEN):
                 raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
             answer = answer.strip() if self._trims else answer
-            thought = Piece(Kind.NO_THOUGHT, self.no_thought)
+            thought = [Piece(Kind.TAGS, self.no_thought)]
             if reasoning is not None:
-                lead, thought = f"{lead}{OPEN}\n", Piece(Kind.REASONING, f"{reasoning.strip()}\n{CLOSE}\n\n")
+                reasons = Piece(Kind.REASONING, f"{reasoning.strip()}\n{CLOSE}\n\n")
+                thought = [Piece(Kind.TAGS, f"{OPEN}\n"), reasons]
             if pieces:
                 pieces[-1] = replace(pieces[-1], behind=lead)
             else:
                 pieces.append(Piece(Kind.CONTEXT, lead))
-            pieces += [thought, Piece(Kind.ANSWER, answer + self.turn_end)]
+            pieces += [*thought, Piece(Kind.ANSWER, answer + self.turn_end)]
             lead = self._closed(after).removeprefix(self.turn_end)
         return [*pieces[:-1], replace(pieces[-1], behind=lead)]
 

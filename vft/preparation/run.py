@@ -49,7 +49,7 @@ class PreparedModel:
     def encoder(self, data: DataConfig) -> ChatEncoder:
         """The tokenizer with its chat template and the family's rules. UserError if the base lacks one of them."""
         pretrained = self.pretrained
-        settings = data.learn_reasoning, data.learn_no_thought
+        settings = data.learn_reasoning, data.learn_thought_tags
         return ChatEncoder(pretrained.tokenizer, self.model.processor, pretrained.end_ids, *settings)
 
 
