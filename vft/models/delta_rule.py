@@ -42,7 +42,12 @@ class Recurrence:
     Chunks are in the order in which states need them: those of segments without a prefix in this row first; in each of
     these two groups the first chunks of all segments, then all second ones, and so on; the longest segment first. So
     the segments that have a further chunk are always the first ones.
+
+    Tensors of fewer than two rows have further ones that nothing uses: compiled layers would be compiled anew for them.
     """
+
+    count: int
+    """Segments."""
 
     rows_NC: Tensor
     """Row of each token of each chunk; T, one behind the last, where a chunk is not full."""
@@ -83,7 +88,7 @@ def recurrence_of(
     """The recurrence of a row that consists of `segments`, for a convolution over `width` tokens. With `sources`
     (`Recurrence.sources_S`) no prefix is in this row."""
     lengths = [segment.q_length for segment in segments]
-    total, chunk = sum(lengths), min(CHUNK, 1 << (max(lengths) - 1).bit_length())
+    total, chunk = sum(lengths), CHUNK if max(lengths) > 1 else 1
     starts = {(segment.q_start, segment.q_length): number for number, segment in enumerate(segments)}
     parents = [
         None if sources or not segment.prefix_length else starts[segment.prefix_start, segment.prefix_length]
@@ -105,21 +110,25 @@ def recurrence_of(
     rows_NC = torch.where(inside_C < length_N[:, None], first_N[:, None] + inside_C, total)
     place_T = torch.empty(total + 1, dtype=torch.long)
     place_T[rows_NC.flatten()] = torch.arange(rows_NC.numel())
-    place_S = torch.empty(len(order), dtype=torch.long)
-    place_S[order] = torch.arange(len(order))
+    place = {number: at for at, number in enumerate(order)}
     edge_rows, edge_sources, tails = _edges(segments, parents, width)
-    parents_S = [int(place_S[parent]) for number in order if (parent := parents[number]) is not None]
+    parents_S = [place[parent] for number in order if (parent := parents[number]) is not None]
+
+    def moved(index: Tensor) -> Tensor:
+        return move(torch.cat([index, index.new_zeros(max(0, 2 - len(index)), *index.shape[1:])]), device)
+
     return Recurrence(
-        rows_NC=move(rows_NC, device),
+        count=len(segments),
+        rows_NC=moved(rows_NC),
         place_T=move(place_T[:total], device),
-        order_S=move(torch.tensor(order), device),
-        place_S=move(place_S, device),
-        parents_S=move(torch.tensor(parents_S, dtype=torch.long), device),
+        order_S=moved(torch.tensor(order)),
+        place_S=moved(torch.tensor([place[number] for number in range(len(order))])),
+        parents_S=moved(torch.tensor(parents_S, dtype=torch.long)),
         steps=tuple(steps),
-        steps_on_host=torch.tensor(steps),
+        steps_on_host=torch.tensor([*steps, (0, False)] if len(steps) < 2 else steps),
         edge_rows_B=move(edge_rows, device),
         edge_sources_BW=move(edge_sources, device),
-        tails_SW=move(tails, device),
+        tails_SW=moved(tails),
         sources_S=None if sources is None else move(torch.tensor(sources), device),
     )
 
@@ -144,11 +153,12 @@ def _edges(segments: Sequence[Segment], parents: Sequence[int | None], width: in
 
 
 def convolve(x_TC: Tensor, weight_CW: Tensor, recurrence: Recurrence, left_SWC: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal convolution of each channel within each segment, and the last inputs of each segment [S, W - 1, C].
+    """Causal convolution of each channel within each segment, and the last inputs of each segment [S, W - 1, C], with
+    further rows where there are fewer than two.
 
     `left_SWC` is what earlier passes left of each segment; None: nothing.
     """
-    width, segments = weight_CW.shape[1], len(recurrence.place_S)
+    width, segments = weight_CW.shape[1], len(recurrence.tails_SW)
     weight_CW = weight_CW.to(x_TC.dtype)
     left = x_TC.new_zeros(segments, width - 1, x_TC.shape[1]) if left_SWC is None else left_SWC.to(x_TC.dtype)
     inputs = torch.cat([x_TC, left.flatten(0, 1)])
@@ -169,7 +179,8 @@ def delta_rule(
     recurrence: Recurrence,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [T, H, V] in the dtype of the values, and the state that each segment leaves [S, H, K, V] in float32.
+    """Outputs [T, H, V] in the dtype of the values, and the state that each segment leaves [S, H, K, V] in float32,
+    with further rows where there are fewer than two.
 
     `initial` has the states that segments without a prefix in this row start from; None: zero.
     """
@@ -200,7 +211,7 @@ class _Chunks:
     matrices in comments."""
 
     def __init__(self, inputs: Sequence[Tensor], rows_NC: Tensor) -> None:
-        """`inputs` are the first five of `delta_rule`."""
+        """`inputs` are the first five of `delta_rule`, and `rows_NC` those of chunks that there are."""
 
         def chunked(x_TH: Tensor) -> Tensor:
             """Zeros where a chunk is not full: these change no state."""
@@ -238,11 +249,16 @@ def _unit_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return scale * grad - x * scale.pow(3) * (grad * x).sum(-1, keepdim=True)
 
 
+def _count(steps: Steps) -> int:
+    """Number of chunks."""
+    return sum(count for count, _ in steps)
+
+
 def _groups(steps: Steps) -> list[list[tuple[slice, int, int]]]:
     """For each group of segments its steps: their chunks, how many these are, and how many go on after them."""
     groups, at = [], 0
     for is_second in (False, True):
-        counts = [count for count, second in steps if second == is_second]
+        counts = [count for count, second in steps if second == is_second and count]
         group = []
         for count, following in pairwise([*counts, 0]):
             group.append((slice(at, at + count), count, following))
@@ -253,7 +269,7 @@ def _groups(steps: Steps) -> list[list[tuple[slice, int, int]]]:
 
 def _forward(steps: Steps, *given: Tensor) -> tuple[Tensor, Tensor]:
     v_THV, (place_T, _, place_S, _) = given[2], given[7:]
-    chunks = _Chunks(given[:5], given[6])
+    chunks = _Chunks(given[:5], given[6][: _count(steps)])
     states, changes, left = _scan(steps, chunks, *given[5:])
     out = torch.cat([chunks.q_begun[at] @ state + chunks.within[at] @ changes[at] for at, state in states])
     out = out.transpose(1, 2).flatten(0, 1).index_select(0, place_T)
@@ -276,7 +292,8 @@ def _scan(
     changes: list[Tensor] = []
     groups: list[Tensor] = []
     for group in _groups(steps):
-        state = groups[0].index_select(0, parents_S) if groups else initial.index_select(0, order_S[: group[0][1]])
+        first = group[0][1]
+        state = groups[0].index_select(0, parents_S[:first]) if groups else initial.index_select(0, order_S[:first])
         finished: list[Tensor] = []
         for at, count, following in group:
             state = state[:count]
@@ -291,13 +308,14 @@ def _scan(
 def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
     """Gradients of the first six inputs. Everything is computed again."""
     initial, rows_NC, place_T, order_S, place_S, parents_S = given[5:]
+    rows_NC = rows_NC[: _count(steps)]
     c = _Chunks(given[:5], rows_NC)
     states, changes, left = _scan(steps, c, *given[5:])
     grad = torch.cat([grad_THV, grad_THV.new_zeros(1, *grad_THV.shape[1:])]).to(c.v.dtype)
     grad = grad.index_select(0, rows_NC.flatten()).unflatten(0, rows_NC.shape).transpose(1, 2)
 
     # Back through the states, from the last step to the first.
-    grad_left = torch.empty_like(left).index_copy(0, place_S, grad_states.to(left.dtype))
+    grad_left = torch.zeros_like(left).index_add(0, place_S, grad_states.to(left.dtype))
     grad_change, grad_kept = torch.empty_like(changes), torch.empty_like(c.kept)
     grad_reads, grad_q_begun, grad_k_left = (torch.empty_like(x) for x in (c.reads, c.q_begun, c.k_left))
     before = iter(reversed(states))
@@ -318,7 +336,7 @@ def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tenso
             grad_reads[at] = -change @ state.mT
             grad_state = c.kept[at] * grad_state + c.q_begun[at].mT @ grad[at] - c.reads[at].mT @ change
         if number:  # a suffix began with what its prefix left
-            grad_left = grad_left.index_add(0, parents_S, grad_state)
+            grad_left = grad_left.index_add(0, parents_S[: len(grad_state)], grad_state)
     grad_initial = torch.zeros_like(initial).index_copy(0, order_S[: len(grad_state)], grad_state.to(initial.dtype))
 
     # Back through what chunks know without a state.

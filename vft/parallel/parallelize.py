@@ -48,6 +48,8 @@ def parallelize(
         # Variants of one layer: with and without shared prefixes, gradients, dropout, in the last layer and before. The
         # ninth would run uncompiled in silence.
         torch._dynamo.config.recompile_limit = 32
+        # Two lengths of a row that happen to be equal are not the same length.
+        torch.fx.experimental._config.use_duck_shape = False
         # One graph for all layers and lengths, and another for rows with shared prefixes. Without the kernel, attention
         # is a loop over the segments of a row, which would be compiled anew for every row.
         whole = compiles(device, dtype)

@@ -31,6 +31,7 @@ VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
+    "qwen3_5": "Qwen3VLVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
 }
 FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
@@ -175,7 +176,7 @@ def _sizes(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) 
         most = int(min(most, max(share, int(films.min_pixels * 1.05))))
     least = films.min_pixels
     own: dict[str, Any] = {}
-    if model_type in ("qwen3_vl", "qwen3_vl_moe"):
+    if VIDEO_PROCESSORS[model_type] == "Qwen3VLVideoProcessor":
         # Its sizes are for all frames together. With a rate, each frame also has its own limit, in tokens.
         if films.frames is None:
             own = {"cap_pixels_per_frame": True, "max_video_tokens": max(1, most // 32**2)}

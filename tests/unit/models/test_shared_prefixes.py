@@ -79,7 +79,7 @@ SHARED: dict[str, list[Conversation]] = {
 """Samples that one trunk serves, by what is in them."""
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def tiny(request: pytest.FixtureRequest, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     """Of the families whose templates leave media where they stand."""
     return make_tiny(request.param, "tied")
@@ -121,7 +121,8 @@ def assert_same_training(model: Any, batches: Sequence[Batch], alone: Sequence[B
     loss, found = loss_and_gradients(model, *batches)
     assert sum(one.num_targets for one in batches) == sum(one.num_targets for one in alone)
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
-    assert_same_gradients(found, wanted)
+    # A state carries rounding along the whole row, and its norm enlarges it.
+    assert_same_gradients(found, wanted, 5e-4 if any(model.decoder.recurrence_flops) else 1e-5)
     if any(one.grids for one in batches):
         # A softmax cancels the keys' bias; LLaVA's line break stands in pictures alone.
         idle = ("k_proj.bias", "image_newline")

@@ -84,7 +84,7 @@ class DeltaNet(nn.Module):
         decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         out, states = delta_rule(q, k, v, decay, b.sigmoid(), recurrence, initial)
         if past is not None:
-            past.keep(last, states)
+            past.keep(last[: recurrence.count], states[: recurrence.count])
         if rows_N is not None:
             out, z = out[rows_N], z[rows_N]
         return self.out_proj(self.norm(out, z).flatten(1))
