@@ -70,6 +70,8 @@ def randomise(model: nn.Module, placeholders: Sequence[int], seed: int) -> None:
             if "norm" in name or "ln_q" in name:
                 is_plain = not adds_one or "visual" in name or "linear_attn" in name
                 parameter.copy_(is_plain + 0.3 * noise)
+            elif name.endswith("A_log"):  # states that last; the norm of small ones would enlarge rounding
+                parameter.copy_(0.5 * noise - 2.5)
             elif "embed_tokens" in name or "pos_embed" in name or parameter.ndim == 1:
                 parameter.copy_(0.5 * noise)
             else:
@@ -254,8 +256,8 @@ def save_qwen3_5(folder: Path, seed: int = 0, **options: Any) -> Path:
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
         "linear_conv_kernel_dim": 4,
     }
     text = {"head_dim": 32, "rope_parameters": {**rope, "mrope_interleaved": True}, **linear}
@@ -478,7 +480,7 @@ FAMILIES = {
             "projector": ("model.visual.merger.",),
             "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
         },
-        tolerance=1e-3,  # a state carries rounding along the whole row
+        tolerance=2e-4,  # a state carries rounding along the whole row
         linears=2 * 8 + 7,
     ),
 }
