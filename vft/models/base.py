@@ -57,6 +57,8 @@ class VideoLanguageModel(nn.Module):
     """Prefixes of the parts' names in files."""
     unused: tuple[str, ...] = ()
     """Beginnings of the names of released tensors that are not part of this model. An export copies them."""
+    in_float32: tuple[str, ...] = ()
+    """Endings of the names of parameters that stay in float32 beside bf16, as in the released files."""
     decoder_path: str
     """Names of the decoder and the output head among the modules."""
     head_path: str
@@ -106,6 +108,13 @@ class VideoLanguageModel(nn.Module):
         """All parameters outside the language model."""
         own = self.components["language_model"]
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(own)]
+
+    def exact_parameters(self) -> set[nn.Parameter]:
+        """Frozen parameters that must not be rounded to the compute dtype."""
+        named = self.named_parameters()
+        return {
+            parameter for name, parameter in named if name.endswith(self.in_float32) and not parameter.requires_grad
+        }
 
     @property
     def trains_vision(self) -> bool:

@@ -117,10 +117,11 @@ def shard(model: VideoLanguageModel, mesh: DeviceMesh, dtype: torch.dtype, confi
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     on_host = offloaded(model, config)
     layers: list[Any] = list(model.decoder.layers)
+    exact = model.exact_parameters()  # a few numbers, which every process has whole: the policy would round them
     for layer in layers:
-        fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward)
-    ignored = set() if model.trains_vision else set(model.vision_parameters())
-    for module in () if ignored else model.vision.modules:
+        fully_shard(layer, **options, reshard_after_forward=config.reshard_after_forward, ignored_params=exact)
+    ignored = exact if model.trains_vision else exact | set(model.vision_parameters())
+    for module in model.vision.modules if model.trains_vision else ():
         fully_shard(module, **options)
     fully_shard(model, **options, ignored_params=ignored)
     # Gather the first layer while the vision encoder runs, and each other layer before the kernels of the layer before

@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Qwen3_5Config
 
 from tests.helpers.kernels import use_varlen
 from tests.helpers.rows import row
 from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, every_logit, loss_and_gradients
 from tests.unit.parallel import test_compiled as compiled
+from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
-from vft.config.run import ParallelConfig
+from vft.config.run import LoraConfig, ParallelConfig
+from vft.distributed.process_group import World, make_mesh
 from vft.models.qwen3_5 import model as qwen3_5
-from vft.parallel.parallelize import parallelize
+from vft.parallel.parallelize import parallelize, shard
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,26 @@ def test_small_errors_that_add_up_are_kept_small(make_tiny: Callable[[str, str],
     found = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     layers = [f"model.language_model.layers.{number}.linear_attn" for number in (0, 2)]
     assert found == {f"{layer}.{name}" for layer in layers for name in ("A_log", "norm.weight")}
+
+
+def test_sharding_does_not_round_them(make_tiny: Callable[[str, str], Tiny]) -> None:
+    """FSDP2's policy gathers what it shards in bf16. A few frozen numbers are not sharded; trained ones are."""
+    lora, made = LoraConfig(rank=2), []
+    for train, config in (((), lora), (("language_model",), None)):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            loaded = Qwen3_5Config.from_pretrained(make_tiny("qwen3_5", "bf16").path)
+            with torch.device("meta"):
+                model = qwen3_5.build(loaded, {}, torch.bfloat16)
+            choose_trainable(model, config, train)
+            shard(model, make_mesh(World(0, 2, 0, CPU), 2), torch.bfloat16, ParallelConfig(shard=0))
+            layer: Any = model.decoder.layers[0].linear_attn
+            made.append((isinstance(layer.A_log, DTensor), isinstance(layer.norm.weight, DTensor)))
+            assert layer.A_log.dtype == layer.norm.weight.dtype == torch.float32
+            assert isinstance(layer.in_proj_qkv.weight, DTensor)
+        finally:
+            dist.destroy_process_group()
+    assert made == [(False, False), (True, True)]
 
 
 @pytest.mark.parametrize("mode", ["none", *(pytest.param(m, marks=pytest.mark.slow) for m in ("selective", "full"))])

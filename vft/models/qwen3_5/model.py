@@ -143,6 +143,7 @@ class Qwen35(Qwen3VL):
     """The model."""
 
     unused = ("mtp.",)
+    in_float32 = IN_FLOAT32
 
     def make_decoder(self, text: Any) -> Decoder:
         """Layers by `layer_types`."""
