@@ -78,7 +78,23 @@ def with_experts(dense: dict[str, Any], hidden: int, experts: int, chosen: int) 
     return {**dense, "model_type": "qwen3_vl_moe", "text_config": text}
 
 
+def qwen3_5(text: dict[str, Any], tied: bool, linear_heads: tuple[int, int], **vision: Any) -> dict[str, Any]:
+    """config.json of a Qwen3.5 with so many heads of keys and of values in its recurrent layers."""
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    rope |= {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    keys, values = linear_heads
+    heads = {"head_dim": 256, "linear_num_key_heads": keys, "linear_num_value_heads": values}
+    positions = {"max_position_embeddings": 262144, "rope_parameters": rope}
+    return {
+        "model_type": "qwen3_5",
+        "text_config": {**text, **heads, **positions},
+        "vision_config": {**vision, "out_hidden_size": text["hidden_size"]},
+        "tie_word_embeddings": tied,
+    }
+
+
 SMALL_ENCODER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+SMALL_QWEN3_5_ENCODER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
 RELEASED = {
     "Qwen2.5-VL-3B-": qwen2_5_vl(language_model(2048, 36, 16, 2, 11008, 151936), True, {}),
     "Qwen2.5-VL-7B-": qwen2_5_vl(language_model(3584, 28, 28, 4, 18944, 152064), False, {}),
@@ -93,6 +109,10 @@ RELEASED = {
         qwen3_vl(language_model(2048, 48, 32, 4, 6144, 151936), False), hidden=768, experts=128, chosen=8
     ),
     "Qwen3-VL-32B-": qwen3_vl(language_model(5120, 64, 64, 8, 25600, 151936), False),
+    "Qwen3.5-2B": qwen3_5(language_model(2048, 24, 8, 2, 6144, 248320), True, (16, 16), **SMALL_QWEN3_5_ENCODER),
+    "Qwen3.5-4B": qwen3_5(language_model(2560, 32, 16, 4, 9216, 248320), True, (16, 32), **SMALL_QWEN3_5_ENCODER),
+    "Qwen3.5-9B": qwen3_5(language_model(4096, 32, 16, 4, 12288, 248320), False, (16, 32)),
+    "Qwen3.5-27B": qwen3_5(language_model(5120, 64, 24, 4, 17408, 248320), False, (16, 48)),
 }
 """config.json by a part of the model's name on the hub."""
 

@@ -89,3 +89,15 @@ def test_flops(size: str, token: float, patch: float) -> None:
     assert counter.token == pytest.approx(token + 6 * row.parameters, rel=3e-3)
     merger = 2 * sum(p.numel() for p in model.visual.merger.parameters() if p.dim() == 2) / 4
     assert counter.patch - merger == pytest.approx(patch, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "billions", "attention"), [("2B", 2.2, 6), ("4B", 4.5, 8), ("9B", 9.4, 8), ("27B", 27.4, 16)]
+)
+def test_parameters_of_qwen3_5(size: str, billions: float, attention: int) -> None:
+    """By their names; every fourth layer is attention. Without the layers that predict several tokens at once."""
+    model = build_from_config(RELEASED[f"Qwen3.5-{size}"], torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert model.decoder.attention_layers == attention
+    counter = FlopCounter(model)
+    assert 0 < counter.recurrence < 0.2 * counter.token

@@ -19,6 +19,8 @@ HUB_NAMES = {
     "qwen2_5_vl_72b": "Qwen/Qwen2.5-VL-72B-Instruct",
     "llava_next_video_7b": "llava-hf/LLaVA-NeXT-Video-7B-hf",
     "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "qwen3_vl_30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "qwen3_5_9b": "Qwen/Qwen3.5-9B",
 }
 
 
@@ -61,7 +63,9 @@ def test_captions(path: Path) -> None:
     lora, train, video = recipe.lora, recipe.train, recipe.data.video
     assert lora is not None
     assert (lora.rank, lora.alpha, lora.dropout) == (16, 32.0, 0.05)
-    assert lora.targets == tuple(f"language_model.{name}_proj" for name in "qkvo")
+    attention = tuple(f"language_model.{name}_proj" for name in "qkvo")
+    # Most layers of Qwen3.5 have no attention.
+    assert lora.targets == (("language_model.*",) if path.parent.name == "qwen3_5_9b" else attention)
     assert train.learning_rate == 2e-4
     assert (recipe.data.max_samples_per_pack, train.packs_per_step) == (1, 16)
     assert (train.warmup_steps, train.max_steps, train.epochs) == (50, 500, None)
