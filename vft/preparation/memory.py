@@ -249,6 +249,9 @@ def run_step(
         for plan, length in _plans(row):
             prepare(plan, x.new_empty(length))
         model.decoder.prepare(row.plan, x)
+        planned = replace(
+            row, plan=replace(row.plan, recurrence=row.plan.recurrence and row.plan.recurrence.flattened())
+        )
         # Inputs that are not fake: the mesh's tensors, and constant tables such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             config = config or ParallelConfig()
@@ -256,7 +259,7 @@ def run_step(
                 shard(model, mesh, model.compute_dtype, config)
             materialise(model, torch.device("cpu"), config)
             with FakeCopyMode(mode):
-                batch = deepcopy(row)
+                batch = deepcopy(planned)
             with LiveBytes(map(local_part, model.parameters())) as live, watcher or nullcontext():
                 objective(model, batch).backward()
     return live
