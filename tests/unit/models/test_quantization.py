@@ -262,7 +262,7 @@ def test_flops_are_those_of_the_weights_that_it_stands_for(tiny: Tiny) -> None:
 
 class OneLayer(nn.Module):
     spellings = MappingProxyType({"": ("",)})
-    turned = ()
+    turned = unused = ()
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
