@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from device_sizes import Size
-from measure import DEVICE, in_turns
+from measure import DEVICE, WAITS, in_turns
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,8 +44,6 @@ from vft.preparation.memory import GIB
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"
-WAITS = [f"{runtime}{what}Synchronize" for runtime in ("cuda", "hip") for what in ("Stream", "Device", "Event")]
-"""Calls of the runtime in which the CPU waits for the device."""
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of a trace: what the device does."""
 ATTENTION = 0.02

@@ -25,6 +25,8 @@ from vft.common.errors import UserError
 
 Row = Mapping[str, Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WAITS = [f"{runtime}{what}Synchronize" for runtime in ("cuda", "hip") for what in ("Stream", "Device", "Event")]
+"""Calls of the runtime in which the CPU waits for the device."""
 LOAD = os.getloadavg()[0]
 """Load of the machine before the benchmark."""
 

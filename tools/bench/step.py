@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, benchmark, in_turns, report
+from measure import DEVICE, WAITS, benchmark, in_turns, report
 from torch import nn
 from torch._dynamo.utils import counters
 from workload import MODELS, add_shape, make_step, open_random, random_model, settings
@@ -32,8 +32,6 @@ from vft.preparation.memory import GIB, MODES, resident_bytes, run_step
 from vft.preparation.synthetic import Video, plan_of, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
-"""Calls of the runtime in which the CPU waits for the device."""
 PRODUCTS = tuple(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "linear"))
 
 

@@ -313,16 +313,17 @@ def _scan(
     return states, torch.cat(changes), torch.cat(groups)
 
 
-def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
-    """Gradients of the first six inputs. Everything is computed again."""
-    initial, rows_NC, place_T, order_S, place_S, parents_S = given[5:]
-    rows_NC = rows_NC[: _count(steps)]
-    c = _Chunks(given[:5], rows_NC)
-    states, changes, left = _scan(steps, c, *given[5:])
-    grad = torch.cat([grad_THV, grad_THV.new_zeros(1, *grad_THV.shape[1:])]).to(c.v.dtype)
-    grad = grad.index_select(0, rows_NC.flatten()).unflatten(0, rows_NC.shape).transpose(1, 2)
-
-    # Back through the states, from the last step to the first.
+def _back_through_states(
+    steps: Steps,
+    c: _Chunks,
+    scanned: tuple[list[tuple[slice, Tensor]], Tensor, Tensor],
+    grad: Tensor,
+    grad_states: Tensor,
+    index: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """From the last step to the first: gradients of `changes`, and of `reads`, `q_begun`, `k_left` and `kept` of all
+    chunks; and of the initial states. `scanned` is the result of `_scan`, `grad` that of the outputs by chunks."""
+    (states, changes, left), (initial, _, _, order_S, place_S, parents_S) = scanned, index
     grad_left = torch.zeros_like(left).index_add(0, place_S, grad_states.to(left.dtype))
     grad_change, grad_kept = torch.empty_like(changes), torch.empty_like(c.kept)
     grad_reads, grad_q_begun, grad_k_left = (torch.empty_like(x) for x in (c.reads, c.q_begun, c.k_left))
@@ -346,7 +347,20 @@ def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tenso
         if number:  # a suffix began with what its prefix left
             grad_left = grad_left.index_add(0, parents_S[: len(grad_state)], grad_state)
     grad_initial = torch.zeros_like(initial).index_copy(0, order_S[: len(grad_state)], grad_state.to(initial.dtype))
+    return (grad_change, grad_reads, grad_q_begun, grad_k_left, grad_kept), grad_initial
 
+
+def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
+    """Gradients of the first six inputs. Everything is computed again."""
+    rows_NC, place_T = given[6][: _count(steps)], given[7]
+    c = _Chunks(given[:5], rows_NC)
+    states, changes, left = _scan(steps, c, *given[5:])
+    grad = torch.cat([grad_THV, grad_THV.new_zeros(1, *grad_THV.shape[1:])]).to(c.v.dtype)
+    grad = grad.index_select(0, rows_NC.flatten()).unflatten(0, rows_NC.shape).transpose(1, 2)
+
+    (grad_change, grad_reads, grad_q_begun, grad_k_left, grad_kept), grad_initial = _back_through_states(
+        steps, c, (states, changes, left), grad, grad_states, given[5:]
+    )
     # Back through what chunks know without a state.
     b = c.strength.unsqueeze(-1)
     grad_both = torch.linalg.solve_triangular(
