@@ -223,3 +223,38 @@ def test_two_processes_on_a_base_of_4_bits_in_bf16(runs: Runs) -> None:
     assert largest_difference(*losses) <= 0.02 and losses[0][-1] < 0.9 * losses[0][0]
     files = [folder / "predictions" / "step-000020.jsonl" for folder in (one, two)]
     assert len(files[0].read_text().splitlines()) == len(files[1].read_text().splitlines()) == 4
+
+
+EXPERTS: dict[str, Any] = {"lora": {"targets": ["language_model.*", "language_model.experts.*"]}}
+of_experts = pytest.mark.parametrize("each_world", ["qwen3_vl_moe"], indirect=True)
+
+
+@of_experts
+@pytest.mark.parametrize("base", [(), (NF4,)], ids=["whole", "nf4"])
+def test_two_processes_adapters_of_experts(runs: Runs, base: tuple[dict[str, Any], ...]) -> None:
+    settings = (MIXED, EXPERTS, DAMPED, *base)
+    folders = [runs(processes, *settings) for processes in (1, 2)]
+    assert_equal(*folders)
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    assert sum(".experts." in name for name in one) == 2 * 4  # A and B of two matrices in two of the layers
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+
+
+@of_experts
+def test_adapters_of_experts_recomputed_and_gone_on_with(
+    runs: Runs, commands: Commands, each_world: World, tmp_path: Path
+) -> None:
+    """By another number of processes."""
+    settings = (MIXED, EXPERTS, DAMPED)
+    recomputed: dict[str, Any] = {"parallel": {"activation_checkpointing": "full"}}
+    config = each_world.config(tmp_path / "run.toml", TWENTY, *settings, recomputed)
+    for one in run_together(commands, 2, CAPTION, config, "train.max_steps=3"):
+        one.ok()
+    commands.train(config)
+    # The schedule of the first steps was a shorter one.
+    assert column(tmp_path / "run", "loss")[:2] == pytest.approx(column(runs(1, *settings), "loss")[:2], rel=1e-5)
+    undisturbed = each_world.config(tmp_path / "other.toml", TWENTY, *settings)
+    commands.train(undisturbed, "train.max_steps=3")
+    commands.train(undisturbed)
+    assert_equal(tmp_path / "other", tmp_path / "run")

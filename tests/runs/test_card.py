@@ -34,10 +34,15 @@ def test_the_code_in_it_runs(learned: Path) -> None:
     assert isinstance(names["model"], peft.PeftModel)
 
 
-def test_one_that_vllm_does_not_serve_says_so(world: World, learned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plain", "other"), [("dora = false", "dora = true"), ('"language_model.*"', '"language_model.experts.*"')]
+)
+def test_one_that_vllm_does_not_serve_says_so(
+    world: World, learned: Path, tmp_path: Path, plain: str, other: str
+) -> None:
     settings = (learned / "config.toml").read_text()
-    assert "dora = false" in settings
-    (tmp_path / "config.toml").write_text(settings.replace("dora = false", "dora = true"))
+    assert settings.count(plain) == 1
+    (tmp_path / "config.toml").write_text(settings.replace(plain, other))
     asked = {"prompt": "Say.", "other_prompts": 2, "system": "Be brief.", "other_systems": 0, "pack_tokens": 256}
     (tmp_path / "vft.json").write_text(json.dumps(asked))
     write_card(tmp_path, tmp_path, 3, Pretrained.open(str(world.base)))

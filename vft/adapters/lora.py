@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from vft.common.console import progress_bar
 from vft.config.run import LoraConfig
 from vft.distributed.process_group import broadcast, full_tensor, local_part, local_rows, place, sharded_like
+from vft.models.experts import ExpertWeights, grouped_linear
 from vft.models.quantization import dense, is_packed, linear, unpack
 
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_change"
 """Endings of the names of an adapter's trained parameters."""
 START = (".lora_A0", ".lora_B0")
 """Endings of the names of PiSSA's initial A and B, which are stored beside the trained ones and stay fixed."""
+OF_EXPERTS = ".adapters."
+"""Stands in an adapter's name before the matrix of experts that it changes."""
 
 
 class LoRALinear(nn.Linear):
@@ -154,6 +157,43 @@ def _row_lengths(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
+class LoRAExperts(nn.Module):
+    """scale * x A^T B^T with a pair of matrices for each expert, which is added to one of the experts' products.
+
+    They lie in two matrices as in PEFT's `peft.tuners.lora.layer.ParamWrapper`: A [experts * rank, in] has the rows of
+    an expert together, B [out, rank * experts] the columns of a rank.
+    """
+
+    lora_A0 = lora_B0 = lora_magnitude_change = None
+    init = "kaiming"
+
+    def __init__(self, experts: ExpertWeights, matrix: str, config: LoraConfig, rank: int, alpha: float) -> None:
+        """`rank` and `alpha` are the adapter's own, in place of those of `config`."""
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts.matrices[matrix]
+        self.rank, self.alpha, self.scale = rank, alpha, lora_scale(rank, alpha, config.rslora)
+        kind: dict[str, Any] = {"device": experts.get_parameter(matrix).device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(self.in_features, self.experts * rank, bias=False, **kind)
+        self.lora_B = nn.Linear(rank * self.experts, self.out_features, bias=False, **kind)
+
+    def forward(self, x_RI: Tensor, ends_G: Tensor) -> Tensor:
+        """Rows [R, in], sorted by expert, to [R, out]. Group g ends before row `ends_G[g]`."""
+        a, b = self.pairs()
+        if extra := -self.rank % 8:  # torch's grouped product wants rows of a multiple of 16 bytes
+            a, b = F.pad(a, (0, 0, 0, extra)), F.pad(b, (0, extra))
+        low = grouped_linear(x_RI, (a * self.scale).to(x_RI.dtype).mT, ends_G, self.rank + extra)
+        return grouped_linear(low, b.to(x_RI.dtype).mT.contiguous(), ends_G, self.out_features)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """A [experts, rank, in] and B [experts, out, rank]."""
+        return expert_pairs(self.lora_A.weight, self.lora_B.weight, self.rank)
+
+
+def expert_pairs(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [experts * rank, in] and B [out, rank * experts] to [experts, rank, in] and [experts, out, rank]."""
+    return a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+
+
 class _Adapted(torch.autograd.Function):
     """Linear layers with adapters and one input: x W^T + b + (x A^T) B^T of each, with the rows of all A in one matrix.
 
@@ -220,9 +260,14 @@ def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    """Layers with an adapter, with their names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALinear | LoRAExperts]]:
+    """Linear layers with an adapter, and adapters of experts, with their names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAExperts)]
+
+
+def target_of(name: str) -> str:
+    """The linear layer, or the parameter of experts, that the adapter of this name (of `adapted_layers`) changes."""
+    return name.replace(OF_EXPERTS, ".")
 
 
 def is_adapter(name: str) -> bool:
@@ -249,6 +294,13 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
     return changed.to(weight.dtype)
 
 
+def merged_experts(weight: Tensor, a: Tensor, b: Tensor, scale: float, is_turned: bool) -> Tensor:
+    """`merged` for the matrices [experts, in, out] of experts, or if they `is_turned`, [experts, out, in]."""
+    pairs = zip(*expert_pairs(a, b, len(a) // len(weight)), strict=True)
+    changed = [merged(one, *pair, scale) for one, pair in zip(weight if is_turned else weight.mT, pairs, strict=True)]
+    return torch.stack([one if is_turned else one.T for one in changed])
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Initialise all adapters of `model` so that it computes what its base does.
 
@@ -267,7 +319,8 @@ def initialise(model: nn.Module, seed: int) -> None:
             fill(layer.lora_B.weight, torch.zeros(layer.lora_B.weight.shape))
             if layer.lora_magnitude_change is not None:
                 fill(layer.lora_magnitude_change, torch.zeros(layer.out_features))
-    _initialise_pissa([(name, layer) for name, layer in layers if layer.init != "kaiming"], seed)
+    linears = [(name, layer) for name, layer in layers if isinstance(layer, LoRALinear)]
+    _initialise_pissa([(name, layer) for name, layer in linears if layer.init != "kaiming"], seed)
 
 
 def _initialise_pissa(layers: Sequence[tuple[str, LoRALinear]], seed: int) -> None:

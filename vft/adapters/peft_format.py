@@ -12,9 +12,9 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, LoRALinear, adapted_layers, fill, is_adapter, lora_scale
-from vft.adapters.targets import add_adapters
+from vft.adapters.lora import (
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    OF_EXPERTS,
+    LoRAExperts,
+    LoRALinear,
+    adapted_layers,
+    expert_pairs,
+    fill,
+    is_adapter,
+    lora_scale,
+    target_of,
+)
+from vft.adapters.targets import adaptable, add_adapters
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.common.safetensors_io import open_tensors
 from vft.config.run import LoraConfig, ModelConfig
 from vft.distributed.process_group import full_tensor
 from vft.models.base import Spellings, VideoLanguageModel, component_of
+from vft.models.experts import MATRICES
 from vft.models.pretrained import Pretrained
 from vft.models.weights import our_names, stored_names
 
@@ -39,9 +53,11 @@ ABOUT_FILE = "vft.json"
 """Facts about the training of an adapter or a model. PEFT and vLLM ignore this file."""
 PEFT_ROOT = "base_model.model."
 PEFT_MAGNITUDE = ".lora_magnitude_vector"
+PEFT_NESTED = ".base_layer"
+"""Stands in a name for the module that a wrapper is around."""
 PATTERNS = ("rank_pattern", "alpha_pattern")
 REFUSED = (
-    *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "fan_in_fan_out"),
+    *("modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
 )
 """PEFT's fields that change what is computed from the same tensors, or that need other tensors."""
@@ -74,7 +90,8 @@ class Adapter:
         _check_config(folder / CONFIG_FILE, config)
         with open_tensors(folder / WEIGHTS_FILE) as reader:
             stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-        file_names = our_names(stored, spellings, folder / WEIGHTS_FILE, _without_peft)
+        plain = partial(_without_peft, config.get("target_parameters") or ())
+        file_names = our_names(stored, spellings, folder / WEIGHTS_FILE, plain)
         shapes = {ours: stored[name] for ours, name in file_names.items()}
         return Adapter(folder, config, recorded(folder), shapes, file_names)
 
@@ -104,6 +121,8 @@ class Adapter:
         layers = {}
         for module in [name.removesuffix(LORA_A) for name in self.shapes if name.endswith(LORA_A)]:
             name = self.file_names[module + LORA_A].removeprefix(PEFT_ROOT).partition(".lora_A.")[0]
+            if OF_EXPERTS in module:
+                name = f"{name.replace(PEFT_NESTED, '')}.{module.rpartition('.')[2]}"
             layers[module] = value_for(name, ranks, self.lora.rank), value_for(name, alphas, self.lora.alpha)
         return layers
 
@@ -138,11 +157,11 @@ class Adapter:
 
 def attach(model: VideoLanguageModel, adapter: Adapter) -> None:
     """Put adapters without values and without dropout where `adapter` has them: for use, not for training."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = set(adaptable(model))
     for module in adapter.layers:
-        if module not in linears:
+        if module not in known:
             raise UserError(
-                f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such linear layer; "
+                f"{adapter.folder / WEIGHTS_FILE}: {module}: the model has no such layer; "
                 f"the adapter was made for another base ({adapter.config.get('base_model_name_or_path')!r})"
             )
         component_of(module, model.components)
@@ -211,22 +230,29 @@ def _is_in_weights(adapter: Adapter, model: VideoLanguageModel, pretrained: Pret
 
     In the r x r directions of the update, a weight that contains it is close to the update itself, one that does not
     is close to zero. This looks at a few layers, and recognises only updates that are large beside the weight's own
-    part in these directions.
+    part in these directions. Of experts it looks at the one whose B is largest.
     """
     stored = stored_names(model, pretrained)
-    layers = sorted(name for name in adapter.scales if f"{name}.weight" in stored)
+    weight_of = {one: target_of(one) if OF_EXPERTS in one else f"{one}.weight" for one in adapter.scales}
+    layers = sorted(one for one, name in weight_of.items() if name in stored)
     differences: list[float] = []
     with open_tensors(adapter.folder / WEIGHTS_FILE) as reader:
         for module in layers[:: -(-len(layers) // LAYERS_COMPARED) or 1]:
             a, b = (reader.get_tensor(adapter.file_names[module + leaf]).float() for leaf in (LORA_A, LORA_B))
+            index: Any = slice(None)
+            if OF_EXPERTS in module:
+                a_GRI, b_GOR = expert_pairs(a, b, adapter.layers[module][0])
+                index = int(b_GOR.flatten(1).norm(dim=1).argmax())
+                a, b = a_GRI[index], b_GOR[index]
             (columns, a_core), (rows, b_core) = torch.linalg.qr(a.T), torch.linalg.qr(b)
             update = adapter.scales[module] * b_core @ a_core.T
-            name = stored[f"{module}.weight"]
+            name = stored[weight_of[module]]
             with open_tensors(pretrained.weight_files[name]) as weights:
-                weight: Tensor = weights.get_tensor(name)
-            if weight.shape == (len(rows), len(columns)) and update.norm() > 0:
-                projected = rows.T @ weight.float() @ columns
-                differences.append(float((projected - update).norm() / update.norm()))
+                weight: Tensor = weights.get_slice(name)[index].float()
+            ways = [weight, weight.mT] if OF_EXPERTS in module else [weight]  # released experts are [in, out]
+            projected = [rows.T @ one @ columns for one in ways if one.shape == (len(rows), len(columns))]
+            if projected and update.norm() > 0:
+                differences.append(min(float((one - update).norm() / update.norm()) for one in projected))
     return bool(differences) and statistics.median(differences) < 0.5
 
 
@@ -267,16 +293,19 @@ def export_adapter(
     alphas: dict[str, float] = {}
     # A PiSSA adapter is exported with twice the rank. A larger alpha keeps its scale.
     rank_factor, alpha_factor = (1, 1.0) if lora.init == "kaiming" else (2, math.sqrt(2) if lora.rslora else 2.0)
-    for name, layer in adapted_layers(model):
+    layers = dict(adapted_layers(model))
+    for name, layer in layers.items():
         gathered = _peft_tensors(layer)  # all processes gather them, one keeps them
         if write:
-            module = model.peft_name(name)
+            module = model.peft_name(_in_peft(name, layers))
             tensors |= {f"{PEFT_ROOT}{module}.{leaf}": t.cpu().contiguous() for leaf, t in gathered.items()}
-            ranks[module], alphas[module] = layer.rank * rank_factor, _number(layer.alpha * alpha_factor)
+            target = model.peft_name(target_of(name))
+            ranks[target], alphas[target] = layer.rank * rank_factor, _number(layer.alpha * alpha_factor)
     if not write:
         return
     rank, alpha = lora.rank * rank_factor, _number(lora.alpha * alpha_factor)
     linears = [model.peft_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    of_experts = [model.peft_name(target_of(name)) for name in layers if OF_EXPERTS in name]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -293,7 +322,8 @@ def export_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _target_pattern(list(ranks), linears),
+        "target_modules": _target_pattern([name for name in ranks if name not in of_experts], linears) or [],
+        "target_parameters": of_experts or None,
     }
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -301,14 +331,14 @@ def export_adapter(
             (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _peft_tensors(layer: LoRALinear) -> dict[str, Tensor]:
+def _peft_tensors(layer: LoRALinear | LoRAExperts) -> dict[str, Tensor]:
     """A layer's adapter as PEFT stores it, gathered. PiSSA becomes plain LoRA of twice the rank:
     W - s B0 A0 + s B A = W + s [B, -B0] [A; A0] (arXiv 2404.02948, appendix C)."""
     a, b = full_tensor(layer.lora_A.weight.detach()), full_tensor(layer.lora_B.weight.detach())
-    if layer.lora_A0 is not None and layer.lora_B0 is not None:
+    if isinstance(layer, LoRALinear) and layer.lora_A0 is not None and layer.lora_B0 is not None:
         a, b = torch.cat([a, full_tensor(layer.lora_A0)]), torch.cat([b, -full_tensor(layer.lora_B0)], dim=1)
     tensors = {"lora_A.weight": a, "lora_B.weight": b}
-    if layer.lora_magnitude_change is not None:
+    if isinstance(layer, LoRALinear) and layer.lora_magnitude_change is not None:
         lengths = full_tensor(layer.row_lengths())
         tensors[PEFT_MAGNITUDE.removeprefix(".")] = lengths + full_tensor(layer.lora_magnitude_change.detach())
     return tensors
@@ -321,6 +351,11 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     for field in REFUSED:
         if config.get(field):
             raise UserError(f"{file}: {field} = {config[field]!r}: not supported, must be empty")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or any(str(one).rpartition(".")[2] not in MATRICES for one in parameters):
+        raise UserError(f"{file}: target_parameters = {parameters!r}: must be a list of experts' {', '.join(MATRICES)}")
+    if parameters and config.get("use_dora"):
+        raise UserError(f"{file}: use_dora = true with target_parameters = {parameters!r}: PEFT has no DoRA of experts")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise UserError(
@@ -340,11 +375,24 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
                 raise UserError(f"{file}: {field}.{key!r} = {value!r}: must be a number above 0")
 
 
-def _without_peft(name: str) -> str:
+def _without_peft(target_parameters: Collection[str], name: str) -> str:
     """The tensor's name without what PEFT adds to the model's own, including an adapter's name that a plain
-    `state_dict` has."""
+    `state_dict` has. `_in_peft` says how the adapters of experts are named."""
     bare = re.sub(r"\.(lora_(?:A|B|magnitude_vector))\.default\b", r".\1", name.removeprefix(PEFT_ROOT))
+    if found := re.fullmatch(rf"(.*\.experts)((?:{re.escape(PEFT_NESTED)})*)(\.lora_[AB]\.weight)", bare):
+        owner, nested, leaf = found.groups()
+        adapted = [m for m in MATRICES if any(f".{owner}.{m}".endswith(f".{one}") for one in target_parameters)]
+        if (depth := nested.count(PEFT_NESTED)) < len(adapted):
+            return owner + OF_EXPERTS + adapted[-1 - depth] + leaf
     return re.sub(rf"{re.escape(PEFT_MAGNITUDE)}(\.weight)?$", MAGNITUDE, bare)
+
+
+def _in_peft(name: str, adapted: Collection[str]) -> str:
+    """PEFT's module for an adapter. Experts have a wrapper for each adapted matrix, that of the last one outermost; how
+    often a wrapper is nested tells its matrix (`peft.tuners.tuners_utils.BaseTuner._inject_parameters`)."""
+    owner, of_experts, matrix = name.partition(OF_EXPERTS)
+    around = MATRICES[MATRICES.index(matrix) + 1 :] if of_experts else ()
+    return owner + PEFT_NESTED * sum(owner + of_experts + one in adapted for one in around)
 
 
 def _target_pattern(modules: Sequence[str], linears: Sequence[str]) -> str:

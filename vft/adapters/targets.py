@@ -1,4 +1,4 @@
-"""What is trained: components of the model, or adapters on the linear layers that `lora.targets` names."""
+"""What is trained: components of the model, or adapters on the layers that `lora.targets` names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from vft.adapters.lora import LoRALinear, is_adapter, is_start
+from vft.adapters.lora import OF_EXPERTS, LoRAExperts, LoRALinear, is_adapter, is_start, target_of
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig
 from vft.models.base import VideoLanguageModel, component_of
+from vft.models.experts import ExpertWeights
 
 T = TypeVar("T")
 
@@ -66,9 +67,13 @@ def _add_adapters_by_pattern(model: VideoLanguageModel, lora: LoraConfig) -> dic
 
 
 def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], config: LoraConfig) -> None:
-    """Replace each named linear layer by a LoRALinear of its own rank and alpha, otherwise as in `config`."""
+    """Give each named layer (of `adaptable`) an adapter of its own rank and alpha, otherwise as in `config`."""
     for name, (rank, alpha) in layers.items():
-        base = model.get_submodule(name)
+        owner, of_experts, matrix = name.partition(OF_EXPERTS)
+        base = model.get_submodule(owner)
+        if isinstance(base, ExpertWeights) and of_experts:
+            base.adapters[matrix] = LoRAExperts(base, matrix, config, rank, alpha)
+            continue
         assert isinstance(base, nn.Linear), f"{name} is {type(base).__name__}"
         if config.init != "kaiming" and rank > min(base.in_features, base.out_features):
             raise UserError(
@@ -78,18 +83,27 @@ def add_adapters(model: nn.Module, layers: Mapping[str, tuple[int, float]], conf
         model.set_submodule(name, LoRALinear(base, config, rank, alpha))
 
 
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of the linear layers, and those that adapters of experts' matrices have or would have."""
+    names = []
+    for name, module in model.named_modules():
+        names += [name] if isinstance(module, nn.Linear) else []
+        names += [name + OF_EXPERTS + one for one in module.matrices] if isinstance(module, ExpertWeights) else []
+    return names
+
+
 def match_targets(
     model: VideoLanguageModel, patterns: Sequence[str], setting: str = "lora.targets"
 ) -> dict[str, list[str]]:
-    """Linear layers that each pattern COMPONENT.GLOB matches within its component.
+    """Layers of `adaptable` that each pattern COMPONENT.GLOB matches within its component.
 
-    The glob is compared with the layer's last name and with its path in the model. It takes the output head only if it
-    is exactly `lm_head`. Raises UserError, with the name of the `setting`, for a pattern that matches nothing.
+    The glob is compared with the layer's last name, which for experts begins with `experts.`, and with its path in the
+    model. It takes the output head only if it is exactly `lm_head`, and experts only if it has `experts` in it. Raises
+    UserError, with the name of the `setting`, for a pattern that matches nothing.
     """
     linears: dict[str, list[str]] = {component: [] for component in model.components}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            linears[component_of(name, model.components)].append(name)
+    for name in adaptable(model):
+        linears[component_of(name, model.components)].append(name)
     matched: dict[str, list[str]] = {}
     for pattern in patterns:
         component, _, glob = pattern.partition(".")
@@ -98,20 +112,22 @@ def match_targets(
                 f"{setting} = {pattern!r}: must be COMPONENT.PATTERN with a component of {', '.join(linears)}, "
                 'such as "language_model.*" or "language_model.q_proj"'
             )
-        matched[pattern] = [
-            name
-            for name in linears[component]
-            if (fnmatchcase(_leaf(name), glob) or fnmatchcase(name, glob))
-            and (_leaf(name) != "lm_head" or glob == "lm_head")
-        ]
+        matched[pattern] = [name for name in linears[component] if _matches(name, glob)]
         if not matched[pattern]:
             leaves = ", ".join(sorted({_leaf(name) for name in linears[component]}))
             raise UserError(f"{setting} = {pattern!r}: matches no linear layer; {component} has {leaves}")
     return matched
 
 
+def _matches(name: str, glob: str) -> bool:
+    leaf = _leaf(name)
+    may = glob == "lm_head" if leaf == "lm_head" else "experts" in glob or OF_EXPERTS not in name
+    return may and (fnmatchcase(leaf, glob) or fnmatchcase(target_of(name), glob))
+
+
 def _leaf(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
+    leaf = name.rpartition(".")[2]
+    return f"experts.{leaf}" if OF_EXPERTS in name else leaf
 
 
 def _values_by_pattern(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merged
+from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, OF_EXPERTS, merged, merged_experts, target_of
 from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, check_adapter, merged_into, recorded
 from vft.cli.arguments import Arguments, Choices, command
 from vft.common.console import progress_bar
@@ -26,7 +26,8 @@ from vft.common.files import whole_folder
 from vft.common.safetensors_io import open_tensors
 from vft.models import build
 from vft.models.pretrained import Pretrained, require_whole
-from vft.models.weights import copy_companions, stored_names
+from vft.models.quantization import true_shapes
+from vft.models.weights import copy_companions, stored_names, turned_names
 from vft.reporting.serving import served_files, vllm_serve
 
 
@@ -67,19 +68,23 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     model = build(checkpoint, torch.float32)
     adapter = Adapter.open(adapter_folder, model.spellings)
     stored = stored_names(model, checkpoint)
+    turned = turned_names(true_shapes(model), model.turned, stored, checkpoint)
     attach(model, adapter)
     check_adapter(adapter, model, checkpoint)
     with whole_folder(output) as folder:
-        changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, folder)
+        changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, turned, folder)
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
         copy_companions(checkpoint, folder, served_files(checkpoint, model, about, generation))
     return changed
 
 
-def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], folder: Path) -> int:
-    """Copy the files and overwrite the adapted weights. `ours` maps the names in the files to the model's."""
-    waiting = set(adapter.scales)
+def _merge_files(
+    checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], turned: Collection[str], folder: Path
+) -> int:
+    """Copy the files and overwrite the adapted weights. `ours` maps the names in the files to the model's; `turned` are
+    as for `vft.models.weights.turned_names`."""
+    waiting = {target_of(name): name for name in adapter.scales}
     # Read first: nothing has looked into the files of a base that has several.
     layouts = {file: _layout(file) for file in sorted(set(checkpoint.weight_files.values()))}
     with (
@@ -90,16 +95,18 @@ def _merge_files(checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, st
             copy = Path(shutil.copyfile(file, folder / file.name))
             with copy.open("r+b") as stream:
                 for name, (dtype, _, start) in layout.items():
-                    module = ours[name].removesuffix(".weight")
-                    if module in waiting:
+                    if module := waiting.pop(ours[name].removesuffix(".weight"), None):
                         require_whole(dtype, checkpoint.path, name)
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)
                         magnitude = None if lengths is None else low_rank.get_tensor(lengths)
-                        weight = merged(_read(file, name), a, b, adapter.scales[module], magnitude)
+                        parts = _read(file, name), a, b, adapter.scales[module]
+                        if OF_EXPERTS in module:
+                            weight = merged_experts(*parts, ours[name] in turned)
+                        else:
+                            weight = merged(*parts, magnitude)
                         stream.seek(start)
                         stream.write(weight.view(torch.uint8).numpy().data)
-                        waiting.remove(module)
             if _layout(copy) != layout:
                 raise UserError(f"{copy}: does not hold the tensors of {file} any more; merge again")
             bar.update()

@@ -114,7 +114,8 @@ class LoraConfig(Section):
     """Fraction of the adapter's inputs that are set to zero in training, 0 <= dropout < 1."""
     targets: Annotated[Tuple[Target], Field(min_length=1)] = ("language_model.*",)
     """Linear layers that get an adapter: `COMPONENT.NAME`, or `COMPONENT.*` for all of a component. The component must
-    be named because several components have layers of the same name, such as `q_proj`."""
+    be named because several components have layers of the same name, such as `q_proj`. The experts of a mixture are not
+    among them; `language_model.experts.*` (or `.gate_up_proj`, `.down_proj`) gives each a pair A, B of its own."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023)."""
     ranks: dict[Target, Positive] = Field(default_factory=dict)
@@ -135,6 +136,10 @@ class LoraConfig(Section):
     def _agree(self) -> Self:
         if self.dora and self.init != "kaiming":
             raise contradiction("dora", "true", "init", show(self.init), "lora")
+        experts = next((target for target in self.targets if "experts" in target), None)
+        for name, plain in (("dropout", 0.0), ("dora", False), ("init", "kaiming")) if experts else ():
+            if (value := getattr(self, name)) != plain:
+                raise ValueError(f"{name} = {show(value)}: {show(experts)} in targets needs {show(plain)}, as in PEFT")
         return self
 
 

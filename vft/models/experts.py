@@ -20,6 +20,8 @@ from vft.models.quantization import is_packed, unpack
 
 ALIGNED_BYTES = 16
 """Rows of matrices must begin at multiples of it in torch's grouped product."""
+MATRICES = ("gate_up_proj", "down_proj")
+"""Names of the parameters that hold the matrices of experts."""
 UNPACKED_AT_ONCE = 1 << 25
 """Weights that are unpacked at a time, which takes 300 MB of working memory."""
 
@@ -49,15 +51,20 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.active_share = active_share
         """Share of the experts that work for a row."""
-        self.matrices = {"gate_up_proj": (experts, width, 2 * hidden), "down_proj": (experts, hidden, width)}
+        self.matrices = dict(zip(MATRICES, ((experts, width, 2 * hidden), (experts, hidden, width)), strict=True))
         """Names and shapes of its parameters; they can be packed (`vft.models.quantization`)."""
         self.gate_up_proj, self.down_proj = (nn.Parameter(torch.empty(shape)) for shape in self.matrices.values())
+        self.adapters = nn.ModuleDict()
+        """By the name of a matrix, what is added to its product (`vft.adapters.lora.LoRAExperts`)."""
 
     def forward(self, x_RE: Tensor, shares_R: Tensor, ends_G: Tensor) -> Tensor:
         """Rows [R, E], sorted by expert, to their expert's output times their share."""
-        columns = self.matrices["gate_up_proj"][-1], self.matrices["down_proj"][-1]
-        hidden = _SharedGate.apply(grouped_linear(x_RE, self.gate_up_proj, ends_G, columns[0]), shares_R)
-        return grouped_linear(hidden, self.down_proj, ends_G, columns[1])
+        hidden = _SharedGate.apply(self._product("gate_up_proj", x_RE, ends_G), shares_R)
+        return self._product("down_proj", hidden, ends_G)
+
+    def _product(self, name: str, x_RI: Tensor, ends_G: Tensor) -> Tensor:
+        product = grouped_linear(x_RI, self.get_parameter(name), ends_G, self.matrices[name][-1])
+        return product + self.adapters[name](x_RI, ends_G) if name in self.adapters else product
 
 
 class Experts(nn.Module):

@@ -44,7 +44,7 @@ class FlopCounter:
         size = {name: math.prod(shape) for name, shape in true_shapes(model.decoder.layers).items() if name in products}
         for name, module in model.decoder.layers.named_modules():
             if isinstance(module, ExpertWeights):
-                active = (f"{name}.{leaf}" for leaf in module.matrices)
+                active = (f"{name}.{leaf}" for leaf, _ in module.named_parameters())
                 size |= {one: round(size[one] * module.active_share) for one in active}
         cost = {name: (6 if p.requires_grad else 4) * size[name] for name, p in products.items()}
         decoder, layers = model.decoder, config.num_hidden_layers
