@@ -135,3 +135,14 @@ def test_a_token_of_an_answer_waits_once(world: World, pretend: Pretend, tmp_pat
     grown = {name: waits[1].get(name, 0) - waits[0].get(name, 0) for name in waits[0] | waits[1]}
     assert {name.partition(":")[0] for name, more in grown.items() if more} == {"inference.generate"}
     assert sum(grown.values()) == 12 - 4
+
+
+@pytest.mark.parametrize("each_world", ["qwen3_vl_moe"], indirect=True)
+def test_adapters_of_experts(each_world: World, commands: Commands, pretend: Pretend, tmp_path: Path) -> None:
+    settings = {"lora": {"targets": ["language_model.*", "language_model.experts.*"]}}
+    here, there = (each_world.config(tmp_path / name / "run.toml", STEPS, settings) for name in ("cpu", "device"))
+    commands.run(CAPTION, here).ok()
+    run = pretend(CAPTION, there)
+    run.result.ok()
+    same(here.with_suffix(""), there.with_suffix(""))
+    assert waits_of_steps(run) == IN_A_STEP
