@@ -65,6 +65,7 @@ SERVED = {
     "qwen3_vl": Served("Qwen3VLForConditionalGeneration", QWEN_3),  # models/qwen3_vl.py
     "qwen3_vl_moe": Served("Qwen3VLMoeForConditionalGeneration", QWEN_3),  # models/qwen3_vl_moe.py
     "qwen3_5": Served("Qwen3_5ForConditionalGeneration", QWEN_3),  # models/qwen3_5.py
+    "qwen3_5_moe": Served("Qwen3_5MoeForConditionalGeneration", QWEN_3),  # models/qwen3_5.py
     "llava_next_video": Served("LlavaNextVideoForConditionalGeneration", LLAVA),  # models/llava_next_video.py
     "llava_next_video_mistral": Served("LlavaNextVideoForConditionalGeneration", LLAVA),
 }
@@ -126,7 +127,7 @@ def test_a_whole_model(each_tiny: Tiny, family: str) -> None:
         assert bare.startswith(TOPS) or bare == "image_newline", (name, bare)
 
 
-QWEN3_VLS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+QWEN3_VLS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 FIXED = {"video_backend": "qwen3_vl", "num_frames": 8, "min_frames": 8, "max_frames": 8}
 RATE = {"video_backend": "qwen2_vl", "fps": 2.0, "min_frames": 6, "max_frames": 64}
 
