@@ -22,7 +22,7 @@ from vft.models.quantization import is_packed, unpack
 ALIGNED_BYTES = 16
 """Rows of matrices must begin at multiples of it in torch's grouped product."""
 MATRICES = ("gate_up_proj", "down_proj")
-"""Names of the parameters that hold the matrices of experts, here as [in, out]; some programs save them as [out, in]."""
+"""Names of the parameters with the matrices of experts, here as [in, out]; some programs save them as [out, in]."""
 EXPERT_MATRICES = tuple(f".mlp.experts.{name}" for name in MATRICES)
 """Endings of their names in a model."""
 UNPACKED_AT_ONCE = 1 << 25

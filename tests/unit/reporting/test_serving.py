@@ -31,7 +31,7 @@ from vft.inference.generate import Sampling, choose
 from vft.reporting.serving import MAX_RANKS, processor_files, vllm_serve
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}) | {
-    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")  # models/qwen3_5.py
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "shared_expert_gate")  # models/qwen3_5.py
 }
 """Last parts of the decoder's layers that take adapters (`packed_modules_mapping` and what is beside it)."""
 
