@@ -44,7 +44,7 @@ class Runs:
         return self.done[key]
 
 
-WORLDS = ("qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+WORLDS = ("qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -258,3 +258,15 @@ def test_adapters_of_experts_recomputed_and_gone_on_with(
     commands.train(undisturbed, "train.max_steps=3")
     commands.train(undisturbed)
     assert_equal(tmp_path / "other", tmp_path / "run")
+
+
+@of_experts
+@pytest.mark.parametrize("parts", [(FULL_TUNING,), (EXPERTS,)], ids=["full", "lora"])
+def test_two_processes_routing_loss(runs: Runs, parts: tuple[dict[str, Any], ...]) -> None:
+    """Each pack has its own, whichever process has it; experts are counted over all."""
+    settings = (MIXED, *parts, DAMPED, {"train": {"routing_loss": 0.5}})
+    one, two = runs(1, *settings), runs(2, *settings)
+    assert_equal(one, two)
+    assert column(one, "loss") != column(runs(1, *settings[:-1]), "loss")
+    for name in ("routing_loss", "expert_load_max", "expert_load_min", "experts_unused"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name

@@ -21,7 +21,7 @@ from vft.config.data import DataConfig
 from vft.data.chat import ChatEncoder
 from vft.data.media.patches import load_patches
 from vft.models.base import VideoLanguageModel
-from vft.models.experts import Router
+from vft.models.experts import Router, routing_loss
 
 MEDIA_CASES = ["one_video", "image_video_turns"]
 CASES = ["text_only", *MEDIA_CASES]
@@ -92,7 +92,7 @@ def test_every_row_goes_to_its_experts(
     name: str, load_case: Callable[[str], Case], trained: VideoLanguageModel
 ) -> None:
     case = load_case(name)
-    routed: list[tuple[Tensor, Tensor]] = []
+    routed: list[tuple[Tensor, Tensor, Tensor]] = []
     routers = [module for module in trained.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_hook(lambda *call: routed.append(call[2])) for router in routers]
     with torch.no_grad():
@@ -100,9 +100,25 @@ def test_every_row_goes_to_its_experts(
     for hook in hooks:
         hook.remove()
     assert len(routed) == 4
-    for layer, (numbers, shares) in enumerate(routed):
+    for layer, (numbers, shares, _) in enumerate(routed):
         assert torch.equal(numbers, case.tensors[f"router.{layer}.experts"].long()), layer
         assert float((shares - case.tensors[f"router.{layer}.weights"]).abs().max()) <= 1e-5, layer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_routing_loss(
+    name: str, load_case: Callable[[str], Case], trained: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case(name)
+    monkeypatch.setattr(trained.decoder, "routing_weight", 1.0)
+    with torch.no_grad():
+        trained(case.batch)
+    assert len(trained.decoder.routed) == 4
+    found = float(routing_loss(torch.stack(trained.decoder.routed)))
+    assert found == pytest.approx(case.facts["router_aux_loss"], rel=1e-5)
+    for layer, (rows_G, _) in enumerate(trained.decoder.routed):
+        wanted = case.tensors[f"router.{layer}.experts"].long().flatten().bincount(minlength=8)
+        assert rows_G.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -168,6 +168,10 @@ class TrainConfig(Section):
     """Decay rates of AdamW's two running means, each 0 <= beta < 1."""
     eps: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
+    routing_loss: bool | PositiveFloat | None = None
+    """Weight of a loss by which the routers of a mixture of experts spread tokens evenly. `true`: config.json's
+    `router_aux_loss_coef`. None: that if config.json has `output_router_logits` = true, which no release has; else no
+    such loss."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of computation and of frozen weights. Trained weights are always stored in fp32."""
 

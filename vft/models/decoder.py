@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, move
 from vft.models.attention import attend, prepare
+from vft.models.experts import add_mlp
 from vft.models.kv_cache import Cache, CachedLayer
 from vft.models.layers import GatedMLP, Linear, RMSNorm, Rotary, apply_all, inverse_frequencies, rotate
 from vft.models.processor import linear_factor
@@ -88,11 +89,11 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, past: CachedLayer | None, rows_N: Tensor | None
-    ) -> Tensor:
-        """[T, E] to [T, E], or to [N, E] of these rows."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[T, E] to [T, E], or to [N, E] of these rows; with experts also how rows were routed."""
         attended = self.self_attn(self.input_layernorm(x_TE), rotary, plan, past, rows_N)
         x_TE = (x_TE if rows_N is None else x_TE[rows_N]) + attended
-        return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
+        return add_mlp(x_TE, self.mlp(self.post_attention_layernorm(x_TE)))
 
 
 class Decoder(nn.Module):
@@ -118,6 +119,11 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(map(make_layer, range(config.num_hidden_layers)))
         self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.routing_weight = 0.0
+        """Weight of the routing loss in training. Above 0, the last layer is computed for all rows."""
+        self.routed: list[Tensor] = []
+        """How the last forward pass in training routed rows (`vft.models.experts.Experts`), by layer: those that all
+        rows passed."""
 
     @property
     def attention_layers(self) -> int:
@@ -139,19 +145,24 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings [T, E] to the hidden states [N, E] of the rows `batch.target_index_N`, before the final norm.
 
-        Everything after the last layer's attention is computed for these rows only. `deepstack` has [M, E] for each of
+        Everything after the last layer's attention is computed for these rows only, unless its router has to see all.
+        `deepstack` has [M, E] for each of
         the first layers (but not for the last one), which is added to the rows of media after that layer.
         """
         rotary = self._rotary(batch.positions_3T, x_TE.dtype)
         self.prepare(batch.plan, x_TE, cache)
+        rows_N = None if self.training and self.routing_weight else batch.target_index_N
+        self.routed = []
         for index, layer in enumerate(self.layers):
             # Without a cache, all layers but the last have the same arguments, so one compiled graph serves them.
             past = None if cache is None else CachedLayer(cache, index)
             is_last = index == len(self.layers) - 1
-            x_TE = layer(x_TE, rotary, batch.plan, past, batch.target_index_N if is_last else None)
+            out = layer(x_TE, rotary, batch.plan, past, rows_N if is_last else None)
+            x_TE, *routed = out if isinstance(out, tuple) else (out,)
+            self.routed += routed if self.training and not (is_last and rows_N is not None) else []
             if index < len(deepstack):
                 x_TE = x_TE.index_add(0, batch.media_index_M, deepstack[index].to(x_TE.dtype))
-        return x_TE
+        return x_TE if rows_N is not None else x_TE[batch.target_index_N]
 
     def _rotary(self, positions_3T: Tensor, dtype: torch.dtype) -> Rotary:
         rope = self.config.rope_parameters

@@ -15,16 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.common.errors import UserError, first_line
-from vft.models.layers import GatedMLP, Linear
+from vft.common.errors import first_line
 from vft.models.quantization import is_packed, unpack
 
 ALIGNED_BYTES = 16
 """Rows of matrices must begin at multiples of it in torch's grouped product."""
 MATRICES = ("gate_up_proj", "down_proj")
-"""Names of the parameters with the matrices of experts, here as [in, out]; some programs save them as [out, in]."""
-EXPERT_MATRICES = tuple(f".mlp.experts.{name}" for name in MATRICES)
-"""Endings of their names in a model."""
+"""Names of the parameters that hold the matrices of experts."""
 UNPACKED_AT_ONCE = 1 << 25
 """Weights that are unpacked at a time, which takes 300 MB of working memory."""
 
@@ -37,14 +34,15 @@ class Router(nn.Module):
         self.chosen, self.normalise = chosen, normalise
         self.weight = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, E] to the numbers of each row's experts and their shares, both [T, chosen]. Shares are probabilities
-        among all experts, or with `normalise` among the chosen ones: computed in float32, given in x's dtype."""
+    def forward(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, E] to the numbers of each row's experts and their shares, both [T, chosen], and the sums of the experts'
+        probabilities over the rows [G]. Shares are probabilities among all experts, or with `normalise` among the
+        chosen ones: computed in float32, given in x's dtype."""
         probabilities_TG = F.linear(x_TE, self.weight.to(x_TE.dtype)).softmax(-1, dtype=torch.float32)
         shares, numbers = probabilities_TG.topk(self.chosen)
         if self.normalise:
             shares = shares / shares.sum(-1, keepdim=True)
-        return numbers, shares.to(x_TE.dtype)
+        return numbers, shares.to(x_TE.dtype), probabilities_TG.sum(0)
 
 
 class ExpertWeights(nn.Module):
@@ -74,39 +72,48 @@ class Experts(nn.Module):
     """The MLP: for each row the sum of a few experts' outputs, times their shares."""
 
     def __init__(self, width: int, hidden: int, experts: int, chosen: int, normalise: bool) -> None:
-        """`hidden` is the width inside one of the `experts`, of which `chosen` work for each row. Raises UserError if
-        there are not so many."""
+        """`hidden` is the width inside one of the `experts`, of which `chosen` work for each row."""
         super().__init__()
-        if not 1 <= chosen <= experts:
-            what = f"config.json: text_config.num_experts_per_tok = {chosen}"
-            raise UserError(f"{what}: must be between 1 and num_experts = {experts}")
         self.gate = Router(width, experts, chosen, normalise)
         self.experts = ExpertWeights(width, hidden, experts, chosen / experts)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
-        """[T, E] to [T, E]."""
-        numbers, shares = self.gate(x_TE)
+    def forward(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, E] to [T, E], and how rows were routed [2, G]: for each expert the number of its rows, and the sum of its
+        probabilities over all rows. It is given back, not kept, so that rows that are computed again count once."""
+        numbers, shares, probabilities_G = self.gate(x_TE)
         sorted_R, order_R = numbers.flatten().sort(stable=True)
         ends_G = torch.searchsorted(
             sorted_R, torch.arange(len(self.gate.weight), device=x_TE.device), right=True, out_int32=True
         )
         place_R = order_R.argsort()
         x_RE = _Spread.apply(x_TE, order_R, place_R, self.gate.chosen)
-        return _Collect.apply(self.experts(x_RE, shares.flatten()[order_R], ends_G), order_R, place_R, self.gate.chosen)
+        out_RE = self.experts(x_RE, shares.flatten()[order_R], ends_G)
+        rows_G = ends_G.diff(prepend=ends_G.new_zeros(1)).to(probabilities_G.dtype)
+        return _Collect.apply(out_RE, order_R, place_R, self.gate.chosen), torch.stack([rows_G, probabilities_G])
 
 
-class ExpertsAndShared(Experts):
-    """Beside them one MLP that works for every row, times the sigmoid of a gate."""
+def add_mlp(x_TE: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """The residual sum of a layer and its MLP's output, with what `Experts` give back besides."""
+    return x_TE + out if isinstance(out, Tensor) else (x_TE + out[0], out[1])
 
-    def __init__(self, width: int, shared: int, hidden: int, experts: int, chosen: int) -> None:
-        """`shared` is the width inside that MLP; the others as of `Experts`."""
-        super().__init__(width, hidden, experts, chosen, normalise=True)
-        self.shared_expert = GatedMLP(width, shared, bias=False)
-        self.shared_expert_gate = Linear(width, 1, bias=False)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
-        """[T, E] to [T, E]."""
-        return super().forward(x_TE) + self.shared_expert_gate(x_TE).sigmoid() * self.shared_expert(x_TE)
+def routing_loss(routed_L2G: Tensor) -> Tensor:
+    """The loss by which routers learn to spread rows evenly (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
+    from what `Experts` of L layers give back.
+
+    As in transformers' `load_balancing_loss_func` rows of all layers are counted together: experts x sum over the
+    experts of their rows times their probabilities, each over the number of all rows. Even is `chosen`, the least.
+    """
+    rows_G, probabilities_G = routed_L2G.sum(0)
+    total = probabilities_G.detach().sum().clamp(min=1)  # the probabilities of a row have the sum 1
+    return len(rows_G) * (rows_G @ probabilities_G) / total**2
+
+
+def expert_loads(rows_LG: Tensor) -> Tensor:
+    """Of the numbers of rows of experts in each layer: the largest and the smallest, in times of an even share, and how
+    many are zero [3]."""
+    loads_LG = rows_LG / rows_LG.mean(-1, keepdim=True).clamp(min=torch.finfo(rows_LG.dtype).tiny)
+    return torch.stack([loads_LG.max(), loads_LG.min(), (rows_LG == 0).sum()])
 
 
 class _Spread(torch.autograd.Function):

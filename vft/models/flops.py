@@ -59,6 +59,7 @@ class FlopCounter:
         # What follows the last layer's attention is computed for supervised tokens only.
         behind = (".mlp.", ".o_proj.", ".out_proj.")
         last = [n for n in products if n.startswith(f"{layers - 1}.") and any(part in n for part in behind)]
+        last = [] if decoder.routing_weight else last
         self.last, self.last_again = sum(cost[n] for n in last), sum(again[n] for n in last)
         self.pair_again = self.pair / 3 if checkpointing == "full" else 0.0
         head = model.decoder.embed_tokens.weight if model.output_head is None else model.output_head.weight

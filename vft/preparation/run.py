@@ -21,12 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from vft.adapters.lora import initialise, is_adapter
 from vft.adapters.peft_format import Adapter, attach, check_adapter, start_from, trained_rope_factor
 from vft.adapters.targets import TrainableRow, choose_trainable
+from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
+from vft.config.toml import show
 from vft.data.chat import ChatEncoder
 from vft.distributed.process_group import place
 from vft.models import build
 from vft.models.base import VideoLanguageModel
+from vft.models.experts import Experts
 from vft.models.pretrained import Pretrained
 from vft.models.weights import load_weights
 from vft.parallel.parallelize import materialise, parallelize
@@ -61,7 +64,17 @@ def open_for_training(config: Config, pretrained: Pretrained | None = None) -> P
     pretrained = pretrained or Pretrained.open(config.model.path, config.model.rope_factor)
     model = build(pretrained, DTYPES[config.train.precision], config.model.quantize)
     trainable = choose_trainable(model, config.lora, config.model.train)
+    model.decoder.routing_weight = _routing_weight(config.train.routing_loss, model, pretrained)
     return PreparedModel(model.train(), pretrained, trainable=trainable)
+
+
+def _routing_weight(asked: bool | float | None, model: VideoLanguageModel, pretrained: Pretrained) -> float:
+    """`train.routing_loss` as a number. UserError if there is no router."""
+    if asked is None:
+        asked = bool(getattr(model.config, "output_router_logits", False))
+    if asked and not any(isinstance(module, Experts) for module in model.decoder.modules()):
+        raise UserError(f"train.routing_loss = {show(asked)}: {pretrained.path} has no experts to spread; take it out")
+    return float(model.config.router_aux_loss_coef if asked is True else asked)
 
 
 def open_for_inference(base: ModelConfig, adapter: Path | None, dtype: torch.dtype) -> PreparedModel:

@@ -36,6 +36,7 @@ from vft.distributed.signals import Stopped, deferred, stop_if, stop_requested, 
 from vft.inference.engine import Answerer
 from vft.inference.evaluate import BestScore, evaluate, questions_digest, write_score_parts
 from vft.models.base import Objective
+from vft.models.experts import expert_loads, routing_loss
 from vft.models.flops import FlopCounter
 from vft.models.weights import export_model
 from vft.parallel.parallelize import sync_gradients
@@ -69,6 +70,9 @@ from vft.training.optimizer import build_optimizer, clip, learning_rate, scale_g
 from vft.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
+
+ROUTING = ("routing_loss", "expert_load_max", "expert_load_min", "experts_unused")
+"""Figures of a step of a model with experts, in metrics.jsonl."""
 
 
 def run(task: Task, config: Config, world: World, dry: bool = False, objective: Objective = cross_entropy) -> None:
@@ -229,7 +233,7 @@ class Trainer:
         tally = Tally(self.world.device)
         rate = learning_rate(config.train, step, self.max_steps)
         set_learning_rate(self.optimizer, rate)
-        loss_sum, missing = self.backward(tally)
+        sums, missing = self.backward(tally)
         # What the host knows is summed in its memory, while the device still computes.
         counted = self.data_parallel.sum(torch.tensor(list(tally.counts.values()))).tolist()
         counts = dict(zip(tally.counts, counted, strict=True))
@@ -251,8 +255,11 @@ class Trainer:
         num_targets = max(counts["num_targets"], 1)
         gradients, norm_on_device = scale_gradients(self.model.parameters(), self.data_parallel.size / num_targets)
         # The only wait for the device in a step.
-        loss_sum = self.data_parallel.sum(loss_sum)
-        loss, norm = torch.stack([loss_sum / num_targets, norm_on_device.to(loss_sum)]).tolist()
+        sums = self.data_parallel.sum(sums)
+        figures = [norm_on_device.to(sums).view(1), sums[:2] / num_targets]
+        if len(sums) > 1:
+            figures.append(expert_loads(sums[2:].unflatten(0, (-1, self.model.config.num_experts))))
+        norm, loss, *routing = torch.cat(figures).tolist()
         clip(gradients, norm, config.train.max_grad_norm)
         skipped = self.non_finite.skips(step, loss, norm, tally.sample_ids)
         if not skipped and counts["num_targets"]:  # without any, momentum alone would move the weights
@@ -262,15 +269,16 @@ class Trainer:
             self.has_updated = True
         self.optimizer.zero_grad()
         line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype)
-        self.monitor.step({"step": step, "epoch": loader.epoch, **line})
+        self.monitor.step({"step": step, "epoch": loader.epoch, **line, **dict(zip(ROUTING, routing, strict=False))})
         self.profiler.after(step)
         return stop
 
     def backward(self, tally: Tally) -> tuple[Tensor, int]:
-        """Add up the gradients of this process's packs of the step. Returns the sum of their losses, and the number of
+        """Add up the gradients of this process's packs of the step. Returns sums over them (of the loss; with experts
+        also of the routing loss times supervised tokens, and of each expert's rows, layer by layer), and the number of
         packs for which a stream found nothing before a signal came."""
-        config = self.config
-        loss_sum, missing = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
+        config, decoder = self.config, self.model.decoder
+        sums, missing = torch.zeros(1, dtype=torch.float64, device=self.world.device), 0
         packs = self.data.loader.step(is_last=self.step == self.max_steps)
         packs_left = config.train.packs_per_step // self.data_parallel.size
         while packs_left:
@@ -285,9 +293,15 @@ class Trainer:
             # Dropout depends on the pack, not on the process that runs it.
             torch.manual_seed(int(digest(f"dropout:{config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
             loss = self.objective(self.model, pack.batch)
+            parts, routed = [loss.view(1)], decoder.routed
+            if routed:
+                # Weighted like the mean of the pack's tokens in the loss of the step: what transformers adds to it.
+                parts.append(routing_loss(torch.stack(routed)).view(1) * pack.batch.num_targets)
+                parts.extend(rows_G for rows_G, _ in routed)
+                loss = loss + decoder.routing_weight * parts[1].sum() if decoder.routing_weight else loss
             loss.backward()
-            loss_sum += loss.detach()
-        return loss_sum, missing
+            sums = sums + torch.cat(parts).detach()
+        return sums, missing
 
     # --------------------------------------------------------------------------------------------- what a run leaves
 

@@ -16,17 +16,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.adapters import adapted, difference, disturb, exported, logits_of, their_logits, video_batch
+from tests.helpers.allocations import allocated_peak
 from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
 from tests.unit.adapters.test_lora import assert_all_agree
+from tests.unit.preparation.test_memory import long_row
 from vft.adapters.lora import LoRAExperts, adapted_layers, initialise, target_of
 from vft.adapters.targets import choose_trainable, match_targets
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.config.run import LoraConfig, load
+from vft.models import build
 from vft.models.experts import MATRICES, ExpertWeights
 from vft.models.flops import FlopCounter
-from vft.models.pretrained import SINGLE_FILE
+from vft.models.pretrained import SINGLE_FILE, Pretrained
 from vft.parallel.parallelize import checkpoint_activations
+from vft.preparation.memory import MODES, run_step
+from vft.training.losses import cross_entropy
 
 EXPERTS = "language_model.experts.*"
 UP, DOWN = (f"language_model.experts.{name}" for name in MATRICES)
@@ -318,3 +323,16 @@ def test_merged_once(moe: Tiny, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / SINGLE_FILE).is_file()
     with pytest.raises(UserError, match="is merged into"):
         load_model(str(tmp_path / "merged"), tmp_path / "adapter", torch.float32, CPU)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_planned_memory_is_that_of_a_real_step(moe: Tiny, mode: str) -> None:
+    row, lora = long_row(moe), LoraConfig(rank=8, targets=("language_model.*", EXPERTS))
+    planned = build(Pretrained.open(str(moe.path)), torch.float32)
+    model, _ = load_prepared(moe.path, lambda it: choose_trainable(it, lora, ()))
+    choose_trainable(planned, lora, ())
+    initialise(model, 0)
+    for one in (planned, model):
+        checkpoint_activations(one, mode)
+    real = allocated_peak(lambda: cross_entropy(model, row).backward())
+    assert run_step(planned, cross_entropy, row, CPU).peak == pytest.approx(real, rel=0.02)

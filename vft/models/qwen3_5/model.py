@@ -1,4 +1,4 @@
-"""Qwen3.5 over packed rows: a decoder in which most layers are a linear recurrence (Gated DeltaNet) and the
+"""Qwen3.5, dense, over packed rows: a decoder in which most layers are a linear recurrence (Gated DeltaNet) and the
 others gated attention, behind the vision encoder of Qwen3-VL without DeepStack.
 
 Module names are the tensor names of released checkpoints. Rules are those of the released model, by its configuration
@@ -17,6 +17,7 @@ from vft.common.errors import UserError
 from vft.common.types import AttentionPlan
 from vft.models.decoder import Attention, Decoder, require, require_rope
 from vft.models.delta_rule import convolve, delta_rule, flops_of, recurrence_of
+from vft.models.experts import add_mlp
 from vft.models.kv_cache import Cache, CachedLayer
 from vft.models.layers import GatedMLP, Linear, OffsetRMSNorm, Rotary, apply_all
 from vft.models.qwen3_vl.model import Qwen3VL, interleaved
@@ -93,20 +94,20 @@ class DeltaNet(nn.Module):
 class HybridLayer(nn.Module):
     """One layer of the decoder: a mixer of tokens, then an MLP."""
 
-    def __init__(self, config: Any, kind: str, mlp: nn.Module) -> None:
+    def __init__(self, config: Any, kind: str) -> None:
         super().__init__()
         if kind == LINEAR:
             self.linear_attn = DeltaNet(config)
         else:
             self.self_attn = Attention(config, bias=False, norm=OffsetRMSNorm, is_gated=True)
-        self.mlp = mlp
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
         self.input_layernorm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_linear = kind == LINEAR
 
     def forward(
         self, x_TE: Tensor, rotary: Rotary, plan: AttentionPlan, past: CachedLayer | None, rows_N: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[T, E] to [T, E], or to [N, E] of these rows."""
         normalised = self.input_layernorm(x_TE)
         if self.is_linear:
@@ -114,7 +115,7 @@ class HybridLayer(nn.Module):
         else:
             mixed = self.self_attn(normalised, rotary, plan, past, rows_N)
         x_TE = (x_TE if rows_N is None else x_TE[rows_N]) + mixed
-        return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
+        return add_mlp(x_TE, self.mlp(self.post_attention_layernorm(x_TE)))
 
 
 class HybridDecoder(Decoder):
@@ -148,20 +149,13 @@ class Qwen35(Qwen3VL):
     def make_decoder(self, text: Any) -> Decoder:
         """Layers by `layer_types`."""
         axes = interleaved(text.rope_parameters["mrope_section"])
-        return HybridDecoder(text, axes, make_layer=self.make_layer, norm=OffsetRMSNorm)
-
-    def make_layer(self, index: int) -> nn.Module:
-        """The decoder layer with this number."""
-        return HybridLayer(self.config, self.config.layer_types[index], self.make_mlp())
-
-    def make_mlp(self) -> nn.Module:
-        """The MLP of a layer."""
-        return GatedMLP(self.config.hidden_size, self.config.intermediate_size, bias=False)
+        return HybridDecoder(
+            text, axes, make_layer=lambda index: HybridLayer(text, text.layer_types[index]), norm=OffsetRMSNorm
+        )
 
 
-def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype, kind: type[Qwen35] = Qwen35) -> Qwen35:
-    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`. `kind` is a
-    family that differs in its decoder's MLPs alone."""
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen35:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
     text, vision = config.text_config, config.vision_config
     require_rope(config, "default")
     require(config, "text_config.attn_output_gate", True, None)
@@ -171,7 +165,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype, kind: t
         raise UserError(f"config.json: layer_types has {unknown}: must be {LINEAR!r} or {FULL!r}")
     if getattr(vision, "deepstack_visual_indexes", None):
         raise UserError(f"config.json: deepstack_visual_indexes = {vision.deepstack_visual_indexes}: must be empty")
-    model = kind(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
+    model = Qwen35(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith(IN_FLOAT32):
             parameter.data = parameter.data.float()
