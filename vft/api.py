@@ -92,6 +92,7 @@ def load_model(
     frames: int | None = None,
     max_frames: int | None = None,
     max_pixels: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> VideoModel:
     """Load a base or merged model, or a LoRA adapter on its base.
 
@@ -102,6 +103,7 @@ def load_model(
         quantize: "nf4" holds the decoder's layers in 4 bits.
         fps, frames, max_frames, max_pixels: frames a second, or a fixed number of frames, the largest number of
             frames, and the largest height x width of a frame; by default as in the model's training.
+        template_options: keywords of the chat template, such as {"enable_thinking": True}; by default as in training.
 
     Raises:
         UserError: the model or the adapter is not there, or they do not fit each other.
@@ -112,7 +114,7 @@ def load_model(
     prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
     about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
     limits = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_pixels": max_pixels}
-    config = data_config(about, limits)
+    config = data_config(about, limits, template_options=template_options)
     load_for_inference(prepared, world.device, None, ParallelConfig())
     return VideoModel(prepared, config, about)
 

@@ -28,7 +28,7 @@ from vft.models import build
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.quantization import true_shapes
 from vft.models.weights import copy_companions, stored_names, turned_names
-from vft.reporting.serving import served_files, vllm_serve
+from vft.reporting.serving import served_files, served_template, vllm_serve
 
 
 class MergeArguments(Arguments):
@@ -56,7 +56,9 @@ def serve_command(folder: Path) -> str:
     """How vLLM serves the merged model in `folder`."""
     checkpoint, about = Pretrained.open(str(folder)), recorded(folder)
     media = about.get("video", {}), about.get("image", {})
-    return vllm_serve(str(folder), checkpoint.config.model_type, *media, checkpoint.weight_bytes)
+    template, options = served_template(checkpoint, media[0]), about.get("template_options")
+    size, model_type = checkpoint.weight_bytes, checkpoint.config.model_type
+    return vllm_serve(str(folder), model_type, *media, size, template=template, template_options=options)
 
 
 def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:

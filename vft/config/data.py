@@ -141,6 +141,9 @@ class VideoConfig(Section):
     unless the record asks for fewer or they do not fit in `data.pack_tokens`. Folders of frames are always sampled."""
     timestamps: bool = False
     """Begin each video with a text: its length, and the seconds at which its frames were taken."""
+    keep_outer_pair: bool = False
+    """Keep the chat template's `<|vision_start|>` and `<|vision_end|>` around a whole video, as transformers from 5.10
+    and vLLM beside it do. false: without, as the release was trained. Only for Qwen3-VL and Qwen3.5."""
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +196,9 @@ class DataConfig(Section):
     learn_thought_tags: bool = False
     """Also train on the tags of thoughts that the prompt has when the model is asked: an empty thought before an answer
     without reasoning, the opening tag before reasoning. ms-swift and LLaMA-Factory do so."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Keywords for the model's chat template, in training and wherever the model is asked: `{enable_thinking = true}`.
+    One that the template does not read is refused. Empty: as the template does by itself."""
     segment_questions: bool = True
     """If records describe segments of their video, also train on a question about each one (`summarize`, `story`)."""
     index: Literal["scan", "header"] = "scan"

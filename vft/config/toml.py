@@ -234,13 +234,13 @@ def _override(table: dict[str, Any], text: str) -> str:
         if depth < len(names) - 1:
             node = node.setdefault(slot, {}) if isinstance(node, dict) else node[slot]
         elif value_text:
-            node[slot] = _parse(value_text, text)
+            node[slot] = parse_value(value_text, text)
         else:
             del node[slot]
     return ".".join(names)
 
 
-def _parse(value_text: str, text: str) -> Any:
+def parse_value(value_text: str, text: str) -> Any:
     """The value of an override. A text that is no TOML is a string, unless it starts like a string, list or table."""
     try:
         parsed = tomllib.loads(f"value = {value_text}")

@@ -7,7 +7,7 @@ their placeholders; conversations about the same media become a shared prefix wi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.task import CLOSE, OPEN
 from vft.common.types import IGNORE_INDEX, Conversation, Document, MediaKind, MediaPlan, MediaRef, Turn
-from vft.data.template import LITERAL, ChatTemplate, Kind, Text
+from vft.data.template import LITERAL, SHOWN, ChatTemplate, Kind, Text
 from vft.models.processor import VisionProcessor
 
 MAX_CACHED = 1 << 14
@@ -75,12 +75,24 @@ class ChatEncoder:
         end_ids: Collection[int] = (),
         learn_reasoning: bool = True,
         learn_thought_tags: bool = False,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`end_ids` are the tokens that the checkpoint names as ends of an answer, beside its tokenizer's own."""
+        """`end_ids` are the tokens that the checkpoint names as ends of an answer, beside its tokenizer's own.
+
+        Raises:
+            UserError: `template_options` or the processor's settings do not fit the chat template.
+        """
         self.tokenizer, self.processor = tokenizer, processor
         self.learn_reasoning, self.learn_thought_tags = learn_reasoning, learn_thought_tags
         marks = tokenizer.convert_ids_to_tokens([processor.video_token, processor.image_token])
-        self.template = ChatTemplate(tokenizer, processor.turn_end, [*control_tokens(tokenizer), *marks])
+        control = [*control_tokens(tokenizer), *marks]
+        video = "" if processor.keep_outer_pair else processor.video_text
+        self.template = ChatTemplate(tokenizer, processor.turn_end, control, template_options, (marks[0], video))
+        if processor.keep_outer_pair and processor.video_text not in self.template.apply(SHOWN, False):
+            raise UserError(
+                f"data.video.keep_outer_pair = true: the chat template of {tokenizer.name_or_path} writes no "
+                f"{processor.video_text}; take the template of the release, or the setting out"
+            )
         self.turn_end = self.template.turn_end
         self.ids_of = lru_cache(MAX_CACHED)(self._ids_of)
         """Token ids of a text, without any that the tokenizer puts before texts."""
@@ -95,7 +107,7 @@ class ChatEncoder:
 
     def __reduce__(self) -> tuple[object, ...]:
         """For worker processes: made anew there, with caches of its own."""
-        settings = self.learn_reasoning, self.learn_thought_tags
+        settings = self.learn_reasoning, self.learn_thought_tags, self.template.options
         return ChatEncoder, (self.tokenizer, self.processor, self.end_ids, *settings)
 
     @cached_property
@@ -103,7 +115,7 @@ class ChatEncoder:
         """Differs for an encoder that may give other ids, labels or plans."""
         own = self.tokenizer
         tokens = own.backend_tokenizer.to_str(), own.chat_template, own.special_tokens_map
-        settings = self.learn_reasoning, self.learn_thought_tags
+        settings = self.learn_reasoning, self.learn_thought_tags, sorted(self.template.options.items())
         return digest(repr((type(own), tokens, self.processor, sorted(self.end_ids), settings)))
 
     # ----------------------------------------------------------------------------------------------- ids and labels
@@ -251,7 +263,8 @@ class ChatEncoder:
         if len(wholes) > 1:
             prefixes = {one.shareable_prefix for one in encoded}
             assert len(prefixes) == 1 and None not in prefixes, "these conversations share no prefix"
-            length = int(wholes[0][2].nonzero()[-1]) + 2
+            after = len(encoded[0].ids) - max(encoded[0].media_rows) - 2
+            length = len(wholes[0][0]) - after
         suffixes = [tuple(x[..., length:] for x in whole) for whole in wholes]
         in_order = [plan for _, plan in encoded[0].in_row_order(media)]
         return _join(tuple(x[..., :length] for x in wholes[0]), suffixes, in_order, [one.id for one in conversations])

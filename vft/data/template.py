@@ -11,13 +11,17 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any
+
+from jinja2 import Environment
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.meta import find_undeclared_variables
 
 from vft.common.errors import UserError, first_line
 from vft.common.task import CLOSE, OPEN, split_reasoning
@@ -37,6 +41,13 @@ TRIAL: Text = (
     ("user", ("Sure?",)),
     ("assistant", ("Yes.",)),
 )
+
+SHOWN: Text = (("user", (("video",), "?")),)
+"""The shortest question about a video."""
+NOT_OPTIONS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *DEFAULT_NAMESPACE}
+)
+"""What chat templates read that is no option: transformers' own arguments and functions, and Jinja's."""
 
 # Unicode's noncharacters are for a program's own use, so no text has them. Two enclose the number that stands for an
 # answer while we look at the template's own text around it. LITERAL stands in a control token that is meant as text.
@@ -80,13 +91,22 @@ class Thinking:
 class ChatTemplate:
     """Renders conversations with the tokenizer's template."""
 
-    def __init__(self, tokenizer: Any, turn_end: str, control: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        turn_end: str,
+        control: Sequence[str],
+        options: Mapping[str, Any] | None = None,
+        video: tuple[str, str] = ("", ""),
+    ) -> None:
         """`turn_end` closes an answer; empty: the tokenizer's end of sequence, which the template may leave out.
-        `control` are the tokens that a record's text must not produce.
+        `control` are the tokens that a record's text must not produce. `options` are keywords of the template. `video`
+        is a video's placeholder, and the text that stands for it whether the template writes all of it or not.
 
         Raises:
-            UserError: the template uses too much time or memory.
+            UserError: the template uses too much time or memory, does not read an option, or refuses its value.
         """
+        self.options, self.video = dict(options or {}), video
         self.tokenizer = tokenizer
         self.turn_end = turn_end or str(tokenizer.eos_token)
         self._must_close = bool(turn_end)
@@ -94,6 +114,13 @@ class ChatTemplate:
         if too_much := exceeds(lambda: self.apply(TRIAL, False), TEMPLATE_CPU_S, TEMPLATE_BYTES):
             name = tokenizer.name_or_path
             raise UserError(f"{name}: the chat template takes {too_much} for five turns; take the released one")
+        if self.options:
+            self.apply((("user", ("?",)),), answer_next=True)
+            if unread := self.options.keys() - (read := options_of(tokenizer)):
+                raise UserError(
+                    f"data.template_options = {self.options}: the chat template of {tokenizer.name_or_path} does not "
+                    f"read {min(unread)}; it reads {', '.join(sorted(read)) or 'no options'}"
+                )
         self._in_place = lru_cache(1 << 10)(self._is_in_place)
 
     def pieces(self, turns: Text, answer_next: bool) -> list[Piece]:
@@ -290,9 +317,21 @@ class ChatTemplate:
                         content += [{"type": part[0]} for part in same]
             messages.append({"role": role, "content": content})
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, **self.options
+            )
         except Exception as error:  # a template is a program, and may raise anything
-            raise UserError(f"the chat template fails ({type(error).__name__}: {first_line(error)})") from error
+            having = f" with data.template_options = {self.options}" if self.options else ""
+            raise UserError(f"the chat template fails{having} ({type(error).__name__}: {first_line(error)})") from error
+        mark, whole = self.video
+        return text.replace(whole, mark).replace(mark, whole) if whole else text
+
+
+def options_of(tokenizer: Any) -> set[str]:
+    """Names of the keywords that a tokenizer's chat template reads."""
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", tokenizer.get_chat_template())  # transformers' own tag
+    read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
+    return read - NOT_OPTIONS - {*tokenizer.special_tokens_map}
 
 
 def _answers(turns: Text) -> list[tuple[int, tuple[str | tuple[MediaKind], ...]]]:

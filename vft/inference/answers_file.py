@@ -132,6 +132,7 @@ def answer_settings(
         "pack_tokens": data.pack_tokens,
         "video": data.video.model_dump(mode="json", exclude_none=True),
         "image": data.image.model_dump(mode="json", exclude_none=True),
+        **({"template_options": data.template_options} if data.template_options else {}),
     }
 
 

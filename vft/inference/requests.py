@@ -220,8 +220,14 @@ def _about(question: Question, ref: MediaRef, other: MediaRef) -> Question:
     return replace(question, prompt=replace(question.prompt, turns=turns))
 
 
-def data_config(about: Mapping[str, Any], limits: Mapping[str, Any], pack_tokens: int | None = None) -> DataConfig:
-    """Frames, pixels and length of a row as `about` (vft.json) records them, unless `limits` has other ones.
+def data_config(
+    about: Mapping[str, Any],
+    limits: Mapping[str, Any],
+    pack_tokens: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> DataConfig:
+    """Frames, pixels, length of a row and options of the chat template as `about` (vft.json) records them, unless
+    other ones are given.
 
     `limits` holds `fps`, `frames`, `max_frames` and `max_pixels` of `[data.video]`, None for those not given.
     """
@@ -238,5 +244,6 @@ def data_config(about: Mapping[str, Any], limits: Mapping[str, Any], pack_tokens
         if "frames" in video and "frames" not in given:
             video["frames"] = min(video["frames"], max_frames)
     pack_tokens = pack_tokens or about.get("pack_tokens", NO_LIMIT_TOKENS)
-    table = {"video": video, "image": about.get("image", {}), "pack_tokens": pack_tokens}
+    options = about.get("template_options", {}) if template_options is None else template_options
+    table = {"video": video, "image": about.get("image", {}), "pack_tokens": pack_tokens, "template_options": options}
     return validated(DataConfig, table, "{}; see --fps, --frames, --max-frames, --max-pixels")

@@ -43,6 +43,10 @@ class VisionProcessor:
     turn_end: str = ""
     """Text that ends a message, supervised with the answer before it. Empty: the tokenizer's end of sequence, which the
     template may leave out."""
+    video_text: str = ""
+    """The template's text for a video, if it is more than the placeholder and some templates leave the rest out."""
+    keep_outer_pair: bool = False
+    """Whether that text stays around the whole video (`data.video.keep_outer_pair`)."""
     context_tokens: int | None = None
     """Largest number of tokens of a conversation, by the positions that the model was trained for. None: unknown."""
 

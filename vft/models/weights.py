@@ -215,9 +215,9 @@ def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str,
 
 
 def export_model(
-    model: VideoLanguageModel, pretrained: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]], write: bool
+    model: VideoLanguageModel, pretrained: Pretrained, folder: Path, files: Mapping[str, str], write: bool
 ) -> None:
-    """Write the full model in the layout of its base, with `files` (JSON, by name) and the base's other files.
+    """Write the full model in the layout of its base, with `files` (texts, by name) and the base's other files.
 
     Every process must call it. Tensors are gathered one by one in their final dtype. The process with `write` writes
     each of them before the next is gathered.
@@ -251,9 +251,9 @@ def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
     return full_tensor(tensors[name].to(layout[name][0]))
 
 
-def copy_companions(pretrained: Pretrained, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def copy_companions(pretrained: Pretrained, folder: Path, files: Mapping[str, str]) -> None:
     """Copy what lies beside the weights: configuration, tokenizer, template and index, but no code and no pickles.
-    `files` (JSON, by name) replace those of the base."""
+    `files` (texts, by name) replace those of the base."""
     for name in HUB_COMPANIONS:
         find_file(pretrained.path, name)  # downloads it, if the base is a hub name
     for path in sorted(pretrained.folder.iterdir()):
@@ -265,5 +265,5 @@ def copy_companions(pretrained: Pretrained, folder: Path, files: Mapping[str, Ma
         text["rope_parameters"] = dict(pretrained.config.get_text_config().rope_parameters)
         text["rope_scaling"] = {"rope_type": "linear", "factor": pretrained.rope_factor}  # what transformers 4 reads
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name, own in files.items():
-        (folder / name).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")

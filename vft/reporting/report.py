@@ -34,7 +34,7 @@ from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
 from vft.reporting.page import Curve, line_chart, render
 from vft.reporting.run_folder import RecordedRun, Row, Scores, is_number, read_run
-from vft.reporting.serving import vllm_serve
+from vft.reporting.serving import TEMPLATE_FILE, served_template, vllm_serve
 
 T = TypeVar("T")
 Text = tuple[str, str]
@@ -95,6 +95,11 @@ def write_card(folder: Path, target: Path, step: int, checkpoint: Pretrained) ->
     lora = run.config.get("lora")
     base, video, image = run.config["model"]["path"], run.config["data"]["video"], run.config["data"].get("image", {})
     model = base if lora else str(target)
+    options, template = run.config["data"].get("template_options"), served_template(checkpoint, video)
+    if template and lora:  # that of a whole model is corrected already
+        replace_text(target / TEMPLATE_FILE, template)
+    own = template and (str(target / TEMPLATE_FILE) if lora else "")
+    sizes = checkpoint.weight_bytes, str(target), lora
     card = render(
         "card.md",
         base=base,
@@ -105,7 +110,9 @@ def write_card(folder: Path, target: Path, step: int, checkpoint: Pretrained) ->
         version=version("vft"),
         frames=sampling(video),
         lora=lora,
-        serve=vllm_serve(model, checkpoint.config.model_type, video, image, checkpoint.weight_bytes, str(target), lora),
+        serve=vllm_serve(model, checkpoint.config.model_type, video, image, *sizes, own, options),
+        chat_template=own or "",
+        options=options,
         tables=[table for table in score_tables(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
         sources=[f"{path} ({kind}, {often})" for use, path, kind, often in sources(run.config) if use == "trained on"],

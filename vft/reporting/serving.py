@@ -6,6 +6,7 @@ checked.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shlex
@@ -13,11 +14,14 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from vft.adapters.peft_format import ABOUT_FILE
+from vft.common.files import read_object
 from vft.config.data import ImageConfig, VideoConfig
 from vft.config.toml import validated
 from vft.data.chat import ChatEncoder
+from vft.data.template import SHOWN, ChatTemplate
 from vft.models.base import VideoLanguageModel
-from vft.models.pretrained import Pretrained
+from vft.models.pretrained import TEMPLATE_FILES, Pretrained, find_file
+from vft.models.qwen3_vl.processor import Qwen3Processor
 
 Limits = TypeVar("Limits", VideoConfig, ImageConfig)
 
@@ -39,15 +43,23 @@ FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
 IMAGE_KEYS = frozenset({"image_processor_type", "min_pixels", "max_pixels", "size", "image_grid_pinpoints"})
 """Keys of preprocessor_config.json that do not concern videos."""
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+VIDEO_PAD = "<|video_pad|>"
+TEMPLATE_FILE = "chat_template.jinja"
+"""Of the corrected template beside an adapter."""
+PAIR_IS_LEFT = (
+    "# Beside transformers from 5.10 this serves 2 more tokens a video than training had: the chat template writes "
+    "vision_start and vision_end around the video. Take them out of it by hand."
+)
 
 
 def served_files(
     pretrained: Pretrained, model: VideoLanguageModel, about: Mapping[str, Any], generation: str = "greedy"
-) -> dict[str, Mapping[str, Any]]:
-    """JSON files by name, which replace those of the release beside an exported model.
+) -> dict[str, str]:
+    """Texts of files by name, which replace those of the release beside an exported model.
 
-    They have the facts of the training, `about`, and make other programs sample frames and pixels as in training, and
-    generate text greedily as in evaluation. With `generation` = "base" text is generated as the release says.
+    They have the facts of the training, `about`, and make other programs sample frames and pixels and write videos as
+    in training, and generate text greedily as in evaluation. With `generation` = "base" text is generated as the
+    release says.
     """
     files: dict[str, Mapping[str, Any]] = {ABOUT_FILE: about}
     if generation == "greedy":
@@ -56,7 +68,31 @@ def served_files(
     if about.get("video"):  # unknown for an adapter of another program
         release = {name: pretrained.json_file(name) for name in PROCESSOR_FILES}
         files |= processor_files(pretrained.config.model_type, release, about["video"], about.get("image", {}))
-    return files
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    if served_template(pretrained, about.get("video", {})):
+        for name in (*TEMPLATE_FILES, "tokenizer_config.json"):
+            if file := find_file(pretrained.path, name):
+                is_json = name.endswith(".json") and name not in texts
+                text = json.dumps(read_object(file), indent=2) + "\n" if is_json else file.read_text(encoding="utf-8")
+                texts[name] = texts.get(name, text).replace(Qwen3Processor.video_text, VIDEO_PAD)
+    return texts
+
+
+def served_template(pretrained: Pretrained, video: Mapping[str, Any]) -> str | None:
+    """The chat template with which other programs write videos as a training with `[data.video]` did. Empty if that is
+    the model's own; None if it could not be made.
+
+    transformers from 5.10, and vLLM beside it, leave the template's vision_start and vision_end around a video of
+    Qwen3-VL (transformers/models/qwen3_vl/processing_qwen3_vl.py, vllm/model_executor/models/qwen3_vl.py).
+    """
+    keeps = not video or video.get("keep_outer_pair")
+    if keeps or VIDEO_PROCESSORS[pretrained.config.model_type] != "Qwen3VLVideoProcessor":
+        return ""
+    tokenizer = copy.copy(pretrained.tokenizer)
+    tokenizer.chat_template = tokenizer.get_chat_template().replace(Qwen3Processor.video_text, VIDEO_PAD)
+    if Qwen3Processor.video_text in ChatTemplate(tokenizer, "", ()).apply(SHOWN, False):
+        return None
+    return str(tokenizer.chat_template) if tokenizer.chat_template != pretrained.tokenizer.get_chat_template() else ""
 
 
 def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, Any]:
@@ -113,11 +149,14 @@ def vllm_serve(
     weight_bytes: int = 0,
     adapter: str = "",
     lora: Mapping[str, Any] | None = None,
+    template: str | None = "",
+    template_options: Mapping[str, Any] | None = None,
 ) -> str:
     """The command `vllm serve` for a model, or for an adapter on it, a folder with its `[lora]` table.
 
     It decodes greedily, with the frames and pixels of training. `video` and `image` are as for `processor_files`; if
-    they are empty, the command does not set them.
+    they are empty, the command does not set them. `template` is the file of a chat template in place of the model's,
+    None if there should be one (`served_template`); `template_options` are keywords for it.
     """
     gpus = 1 << max(0, math.ceil(math.log2(weight_bytes / GPU_WEIGHT_BYTES))) if weight_bytes > GPU_WEIGHT_BYTES else 1
     name = model.rstrip("/").rpartition("/")[2] or model
@@ -140,7 +179,9 @@ def vllm_serve(
             sizes["videos_kwargs"]["do_sample_frames"] = False
         pixels = {scope: values for scope, values in sizes.items() if values}
         words += ["--mm-processor-kwargs", json.dumps(pixels)]
-    return shlex.join(words)
+    words += ["--chat-template", template] if template else []
+    words += ["--default-chat-template-kwargs", json.dumps(dict(template_options))] if template_options else []
+    return shlex.join(words) + ("" if template is not None else f"\n{PAIR_IS_LEFT}")
 
 
 def _frames(model_type: str, video: VideoConfig) -> dict[str, Any]:

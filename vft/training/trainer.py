@@ -360,6 +360,7 @@ class Trainer:
             **describe_prompts(self.data.prompts()),
             "step": self.step,
             "rope_factor": pretrained.rope_factor,
+            "template_options": config.data.template_options,
             "pack_tokens": config.data.pack_tokens,
             "video": config.data.video.model_dump(mode="json", exclude_none=True),
             "image": config.data.image.model_dump(mode="json", exclude_none=True),

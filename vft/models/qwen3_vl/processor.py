@@ -1,8 +1,8 @@
 """Qwen3-VL's `VisionProcessor`: frames, sizes, patches, times as text, positions, by the released model's rules.
 
 Sources: the Qwen3-VL technical report (arXiv 2511.21631), qwen-vl-utils 0.0.14, and the processor of transformers 4.57,
-with which the models were released. transformers 5.x leaves a second pair of vision_start and vision_end around a whole
-video, which 4.57 takes away.
+with which the models were released. transformers from 5.10 leaves a second pair of vision_start and vision_end around a
+whole video, which 4.57 takes away: `keep_outer_pair`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Qwen3Processor(QwenProcessor):
     patch: int = 16
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    video_text: str = "<|vision_start|><|video_pad|><|vision_end|>"
 
     @classmethod
     def of(cls, config: Any, preprocessor: dict[str, Any]) -> Qwen3Processor:
@@ -57,8 +58,8 @@ class Qwen3Processor(QwenProcessor):
         )
 
     def lead(self, plan: MediaPlan) -> str:
-        """The time of a video's first frames."""
-        return self._times(plan)[0] if plan.ref.kind == "video" else ""
+        """The time of a video's first frames, if the template's vision_start is theirs."""
+        return self._times(plan)[0] if plan.ref.kind == "video" and not self.keep_outer_pair else ""
 
     def expand(self, plan: MediaPlan) -> list[str | int]:
         """As many pad tokens as the medium has merged tokens; each temporal patch of a video stands between its own
@@ -69,7 +70,7 @@ class Qwen3Processor(QwenProcessor):
         pieces: list[str | int] = [plan.num_tokens // len(times)]
         for time in times[1:]:
             pieces += [f"<|vision_end|>{time}<|vision_start|>", pieces[0]]
-        return pieces
+        return [f"{times[0]}<|vision_start|>", *pieces, "<|vision_end|>"] if self.keep_outer_pair else pieces
 
     def _times(self, plan: MediaPlan) -> list[str]:
         """When each temporal patch was seen: halfway between its first frame and its last, to a tenth of a second."""
