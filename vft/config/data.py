@@ -195,7 +195,7 @@ class DataConfig(Section):
     """Also train on the text between `<think>` and `</think>` before an answer; false: only on the answer after it."""
     learn_thought_tags: bool = False
     """Also train on the tags of thoughts that the prompt has when the model is asked: an empty thought before an answer
-    without reasoning, the opening tag before reasoning. ms-swift and LLaMA-Factory do so."""
+    without reasoning, the opening tag before reasoning. LLaMA-Factory does so."""
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Keywords for the model's chat template, in training and wherever the model is asked: `{enable_thinking = true}`.
     One that the template does not read is refused. Empty: as the template does by itself."""

@@ -198,10 +198,7 @@ class ChatTemplate:
         behind = [*before[1:], mark.split(self.apply(turns, False, hide_answers=True))[-1]]
         lead, pieces = before[0], list[Piece]()
         for (_, parts), after in zip(answers, behind, strict=True):
-            reasoning, answer = split_reasoning(self._escaped("assistant", _joined(parts)), False)
-            if reasoning is None and answer.lstrip().startswith(OPEN):
-                raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
-            answer = answer.strip() if self._trims else answer
+            reasoning, answer = self._split(parts, opened=False)
             thought = [Piece(Kind.TAGS, self.no_thought)]
             if reasoning is not None:
                 reasons = Piece(Kind.REASONING, f"{reasoning.strip()}\n{CLOSE}\n\n")
@@ -213,6 +210,13 @@ class ChatTemplate:
             pieces += [*thought, Piece(Kind.ANSWER, answer + self.turn_end)]
             lead = self._closed(after).removeprefix(self.turn_end)
         return [*pieces[:-1], replace(pieces[-1], behind=lead)]
+
+    def _split(self, parts: Sequence[str | tuple[MediaKind]], opened: bool) -> tuple[str | None, str]:
+        """Reasoning and answer of an assistant's turn, without white space around them if the template removes it."""
+        reasoning, answer = split_reasoning(self._escaped("assistant", _joined(parts)), opened)
+        if reasoning is None and answer.lstrip().startswith(OPEN):
+            raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
+        return (reasoning and reasoning.strip(), answer.strip()) if self._trims else (reasoning, answer)
 
     @cached_property
     def _trims(self) -> bool:
@@ -229,14 +233,12 @@ class ChatTemplate:
 
     def _last_answer(self, turns: Text, last: int) -> list[Piece]:
         """The pieces that the model writes after the prompt for the answer of turn `last`."""
-        answer, hidden = self._escaped("assistant", _joined(turns[last][1])), _HIDDEN.format(last)
+        parts, hidden = turns[last][1], _HIDDEN.format(last)
         thinking = self.thinking
         if thinking is None:
-            content, pieces = hidden, [Piece(Kind.ANSWER, self.gap + answer)]
+            content, pieces = hidden, [Piece(Kind.ANSWER, self.gap + self._escaped("assistant", _joined(parts)))]
         else:
-            reasoning, answer = split_reasoning(answer, thinking.opened)
-            if reasoning is None and answer.lstrip().startswith(OPEN):
-                raise UserError(f"an answer begins with {OPEN} and does not end it; add {CLOSE} before the answer")
+            reasoning, answer = self._split(parts, thinking.opened)
             content = f"{OPEN}\n{reasoning or ''}\n{CLOSE}\n\n{hidden}"
             thought = thinking.lead + (reasoning or "") + thinking.close
             pieces = [Piece(Kind.REASONING, thought), Piece(Kind.ANSWER, answer)]

@@ -35,7 +35,7 @@ from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
 from vft.preparation.memory import inference_shard
-from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
+from vft.preparation.run import DTYPES, load_for_inference, open_for_inference, warn_of_other_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def evaluation_config(config: Config, adapter: Path | None) -> Config:
     questions, so it gets the same `rope_factor`, and with it the same length of context.
     """
     about = recorded(adapter or Path(config.model.path))
+    warn_of_other_text(about, config.data)
     rope_factor = trained_rope_factor(adapter, config.model.rope_factor)
     model = config.model.model_copy(update={"rope_factor": rope_factor})
     task = config.task or about.get("task")

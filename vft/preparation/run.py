@@ -71,7 +71,6 @@ class PreparedModel:
                     "pair of its own around the parts of a video; take the setting out"
                 )
             processor = replace(processor, keep_outer_pair=True)
-        warn_of_other_text(pretrained.json_file(ABOUT_FILE) if self.adapter is None else self.adapter.about, data)
         settings = data.learn_reasoning, data.learn_thought_tags, data.template_options
         return ChatEncoder(pretrained.tokenizer, processor, pretrained.end_ids, *settings)
 
@@ -91,6 +90,8 @@ def open_for_training(config: Config, pretrained: Pretrained | None = None) -> P
     `pretrained` replaces the files of `model.path`. Without weight files `load` leaves the weights without values.
     """
     pretrained = pretrained or Pretrained.open(config.model.path, config.model.rope_factor)
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    warn_of_other_text(pretrained.json_file(ABOUT_FILE) if adapter is None else recorded(adapter), config.data)
     model = build(pretrained, DTYPES[config.train.precision], config.model.quantize)
     trainable = choose_trainable(model, config.lora, config.model.train)
     model.decoder.routing_weight = _routing_weight(config.train.routing_loss, model, pretrained)
@@ -141,7 +142,6 @@ def start_adapters(prepared: PreparedModel, config: Config) -> None:
     """Give a training run's adapters the values that they start from: fresh ones, or those of `model.adapter`."""
     initialise(prepared.model, config.seed)
     if config.model.adapter:
-        warn_of_other_text(recorded(Path(config.model.adapter)), config.data)
         start_from(prepared.model, config.model, prepared.pretrained)
 
 
