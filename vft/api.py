@@ -114,7 +114,8 @@ def load_model(
     prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
     about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
     limits = {"fps": fps, "frames": frames, "max_frames": max_frames, "max_pixels": max_pixels}
-    config = data_config(about, limits, template_options=template_options)
+    about |= {} if template_options is None else {"template_options": template_options}
+    config = data_config(about, limits)
     load_for_inference(prepared, world.device, None, ParallelConfig())
     return VideoModel(prepared, config, about)
 

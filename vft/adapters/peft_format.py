@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import statistics
@@ -40,7 +41,9 @@ from vft.adapters.targets import adaptable, add_adapters
 from vft.common.errors import UserError
 from vft.common.files import read_object, whole_folder
 from vft.common.safetensors_io import open_tensors
-from vft.config.run import LoraConfig, ModelConfig
+from vft.config.data import DataConfig
+from vft.config.run import Config, LoraConfig
+from vft.config.toml import show
 from vft.distributed.process_group import full_tensor
 from vft.models.base import Spellings, VideoLanguageModel, component_of
 from vft.models.experts import MATRICES
@@ -49,6 +52,8 @@ from vft.models.weights import our_names, stored_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
 ABOUT_FILE = "vft.json"
 """Facts about the training of an adapter or a model. PEFT and vLLM ignore this file."""
 PEFT_ROOT = "base_model.model."
@@ -256,12 +261,23 @@ def _is_in_weights(adapter: Adapter, model: VideoLanguageModel, pretrained: Pret
     return bool(differences) and statistics.median(differences) < 0.5
 
 
-def start_from(model: VideoLanguageModel, base: ModelConfig, pretrained: Pretrained) -> None:
+def start_from(model: VideoLanguageModel, config: Config, pretrained: Pretrained) -> None:
     """Fill the adapters in `model` from `model.adapter`. Raises UserError if it does not fit them or the base."""
-    adapter = Adapter.open(Path(base.adapter), model.spellings)
-    trained_rope_factor(adapter.folder, base.rope_factor, exact=True)
+    adapter = Adapter.open(Path(config.model.adapter), model.spellings)
+    trained_rope_factor(adapter.folder, config.model.rope_factor, exact=True)
+    warn_of_other_text(adapter.about, config.data)
     check_adapter(adapter, model, pretrained)
     adapter.load_into(model)
+
+
+def warn_of_other_text(about: Mapping[str, Any], data: DataConfig) -> None:
+    """Log it if the training that `about` (vft.json) records had other text around media and answers than `data`."""
+    if about.get("video"):
+        was = about.get("template_options", {}), about["video"].get("keep_outer_pair", False)
+        now = data.template_options, data.video.keep_outer_pair
+        if was != now:
+            text = "data.template_options = %s, data.video.keep_outer_pair = %s: the model was trained with %s and %s"
+            logger.warning(text, *map(show, (*now, *was)))
 
 
 def merged_into(pretrained: Pretrained) -> list[dict[str, Any]]:

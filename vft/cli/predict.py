@@ -72,21 +72,10 @@ def _check_prompt(prompt: str) -> str:
     return prompt
 
 
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _template_options(text: str) -> dict[str, Any]:
-    options = _pairs(text)
-    if not all(options.values()):
-        raise ValueError("must be NAME=VALUE,... such as enable_thinking=true")
-    return {name: parse_value(value, text) for name, value in options.items()}
-
-
 def _columns(text: str) -> dict[str, str]:
-    columns = _pairs(text)
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
     try:
+        columns = {name.strip(): key.strip() for name, _, key in pairs}
         return SourceConfig(format="messages", path="records", columns=columns).columns
     except ValidationError as error:
         raise ValueError(explain(SourceConfig, error)[1]) from None
@@ -129,8 +118,8 @@ class PredictArguments(Arguments):
     """most pixels of a frame, height x width"""
     pack_tokens: Positive | None = None
     """most tokens of a question with its media, which lose frames and size to fit (default: that of training)"""
-    template_options: Annotated[dict[str, Any] | None, BeforeValidator(_template_options)] = None
-    """NAME=VALUE,...: keywords of the chat template, such as enable_thinking=true (default: those of training)"""
+    template_options: Annotated[dict[str, Any] | None, BeforeValidator(lambda text: parse_value(text, text))] = None
+    """keywords of the chat template, as in TOML: '{enable_thinking = true}' (default: those of training)"""
     precision: Literal["bf16", "fp32"] | None = None
     """bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)"""
     quantize: Literal["none", "nf4"] = "none"
@@ -183,8 +172,8 @@ def predict(options: PredictArguments) -> int:
     prepared = open_for_inference(base, options.adapter, DTYPES[precision])
     check_answer_length(options.max_new_tokens, prepared.model.processor.context_tokens, "--max-new-tokens")
     about = prepared.pretrained.json_file("vft.json") if options.adapter is None else recorded(options.adapter)
-    limits = {key: getattr(options, key) for key in LIMITS}
-    config = data_config(about, limits, options.pack_tokens, options.template_options)
+    about |= {} if options.template_options is None else {"template_options": options.template_options}
+    config = data_config(about, {key: getattr(options, key) for key in LIMITS}, options.pack_tokens)
     requests = requests_of(options, about)
     if config.video.timestamps:
         requests = [with_frame_times(request) for request in requests]

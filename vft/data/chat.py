@@ -85,13 +85,13 @@ class ChatEncoder:
         self.tokenizer, self.processor = tokenizer, processor
         self.learn_reasoning, self.learn_thought_tags = learn_reasoning, learn_thought_tags
         marks = tokenizer.convert_ids_to_tokens([processor.video_token, processor.image_token])
-        control = [*control_tokens(tokenizer), *marks]
-        video = "" if processor.keep_outer_pair else processor.video_text
-        self.template = ChatTemplate(tokenizer, processor.turn_end, control, template_options, (marks[0], video))
-        if processor.keep_outer_pair and processor.video_text not in self.template.apply(SHOWN, False):
+        control, keeps, whole = [*control_tokens(tokenizer), *marks], processor.keep_outer_pair, processor.video_text
+        video = marks[0], "" if keeps else whole
+        self.template = ChatTemplate(tokenizer, processor.turn_end, control, template_options, video)
+        if keeps and not (whole and whole in self.template.apply(SHOWN, False)):
             raise UserError(
-                f"data.video.keep_outer_pair = true: the chat template of {tokenizer.name_or_path} writes no "
-                f"{processor.video_text}; take the template of the release, or the setting out"
+                f"data.video.keep_outer_pair = true: {tokenizer.name_or_path} has no outer pair of vision tokens around a "
+                f"video, by its {'chat template' if whole else 'family'}; take the setting out"
             )
         self.turn_end = self.template.turn_end
         self.ids_of = lru_cache(MAX_CACHED)(self._ids_of)
@@ -263,8 +263,7 @@ class ChatEncoder:
         if len(wholes) > 1:
             prefixes = {one.shareable_prefix for one in encoded}
             assert len(prefixes) == 1 and None not in prefixes, "these conversations share no prefix"
-            after = len(encoded[0].ids) - max(encoded[0].media_rows) - 2
-            length = len(wholes[0][0]) - after
+            length = len(wholes[0][0]) - len(encoded[0].ids) + max(encoded[0].media_rows) + 2
         suffixes = [tuple(x[..., length:] for x in whole) for whole in wholes]
         in_order = [plan for _, plan in encoded[0].in_row_order(media)]
         return _join(tuple(x[..., :length] for x in wholes[0]), suffixes, in_order, [one.id for one in conversations])

@@ -20,7 +20,6 @@ from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment
-from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.meta import find_undeclared_variables
 
 from vft.common.errors import UserError, first_line
@@ -44,10 +43,8 @@ TRIAL: Text = (
 
 SHOWN: Text = (("user", (("video",), "?")),)
 """The shortest question about a video."""
-NOT_OPTIONS = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *DEFAULT_NAMESPACE}
-)
-"""What chat templates read that is no option: transformers' own arguments and functions, and Jinja's."""
+NOT_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+"""What transformers itself gives a chat template, beside special tokens."""
 
 # Unicode's noncharacters are for a program's own use, so no text has them. Two enclose the number that stands for an
 # answer while we look at the template's own text around it. LITERAL stands in a control token that is meant as text.
@@ -332,8 +329,9 @@ class ChatTemplate:
 def options_of(tokenizer: Any) -> set[str]:
     """Names of the keywords that a tokenizer's chat template reads."""
     source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", tokenizer.get_chat_template())  # transformers' own tag
-    read = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
-    return read - NOT_OPTIONS - {*tokenizer.special_tokens_map}
+    jinja = Environment(extensions=["jinja2.ext.loopcontrols"])
+    given = {*NOT_OPTIONS, *jinja.globals, *tokenizer.special_tokens_map}
+    return find_undeclared_variables(jinja.parse(source)) - given
 
 
 def _answers(turns: Text) -> list[tuple[int, tuple[str | tuple[MediaKind], ...]]]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from vft.adapters.peft_format import recorded, trained_rope_factor
+from vft.adapters.peft_format import recorded, trained_rope_factor, warn_of_other_text
 from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
 from vft.common.scores import Interval, Samples, clusters_of
@@ -35,7 +35,7 @@ from vft.inference.generate import Sampling
 from vft.metrics import parts_to_json, ratio_interval
 from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
 from vft.preparation.memory import inference_shard
-from vft.preparation.run import DTYPES, load_for_inference, open_for_inference, warn_of_other_text
+from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
 

@@ -220,14 +220,9 @@ def _about(question: Question, ref: MediaRef, other: MediaRef) -> Question:
     return replace(question, prompt=replace(question.prompt, turns=turns))
 
 
-def data_config(
-    about: Mapping[str, Any],
-    limits: Mapping[str, Any],
-    pack_tokens: int | None = None,
-    template_options: Mapping[str, Any] | None = None,
-) -> DataConfig:
+def data_config(about: Mapping[str, Any], limits: Mapping[str, Any], pack_tokens: int | None = None) -> DataConfig:
     """Frames, pixels, length of a row and options of the chat template as `about` (vft.json) records them, unless
-    other ones are given.
+    `limits` has other ones.
 
     `limits` holds `fps`, `frames`, `max_frames` and `max_pixels` of `[data.video]`, None for those not given.
     """
@@ -244,6 +239,6 @@ def data_config(
         if "frames" in video and "frames" not in given:
             video["frames"] = min(video["frames"], max_frames)
     pack_tokens = pack_tokens or about.get("pack_tokens", NO_LIMIT_TOKENS)
-    options = about.get("template_options", {}) if template_options is None else template_options
+    options = about.get("template_options", {})
     table = {"video": video, "image": about.get("image", {}), "pack_tokens": pack_tokens, "template_options": options}
     return validated(DataConfig, table, "{}; see --fps, --frames, --max-frames, --max-pixels")

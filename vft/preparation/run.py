@@ -11,40 +11,26 @@ A setting that one of them forgets cannot exist then. In this order:
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from vft.adapters.lora import initialise, is_adapter
-from vft.adapters.peft_format import (
-    ABOUT_FILE,
-    Adapter,
-    attach,
-    check_adapter,
-    recorded,
-    start_from,
-    trained_rope_factor,
-)
+from vft.adapters.peft_format import Adapter, attach, check_adapter, start_from, trained_rope_factor
 from vft.adapters.targets import TrainableRow, choose_trainable
-from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
-from vft.config.toml import show
 from vft.data.chat import ChatEncoder
-from vft.distributed.process_group import environment, place
+from vft.distributed.process_group import place
 from vft.models import build
 from vft.models.base import VideoLanguageModel
 from vft.models.experts import Experts
 from vft.models.pretrained import Pretrained
 from vft.models.weights import load_weights
 from vft.parallel.parallelize import materialise, parallelize
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of `train.precision`."""
@@ -63,25 +49,10 @@ class PreparedModel:
 
     def encoder(self, data: DataConfig) -> ChatEncoder:
         """The tokenizer with its chat template and the family's rules. UserError if the base lacks one of them."""
-        pretrained, processor = self.pretrained, self.model.processor
-        if data.video.keep_outer_pair:
-            if not processor.video_text:
-                raise UserError(
-                    f"data.video.keep_outer_pair = true: {pretrained.path} ({pretrained.config.model_type}) writes no "
-                    "pair of its own around the parts of a video; take the setting out"
-                )
-            processor = replace(processor, keep_outer_pair=True)
+        pretrained = self.pretrained
+        processor = replace(self.model.processor, keep_outer_pair=data.video.keep_outer_pair)
         settings = data.learn_reasoning, data.learn_thought_tags, data.template_options
         return ChatEncoder(pretrained.tokenizer, processor, pretrained.end_ids, *settings)
-
-
-def warn_of_other_text(about: Mapping[str, Any], data: DataConfig) -> None:
-    """Log it if a training, recorded in `about` (vft.json), had another text around media and answers than `data`."""
-    then = about.get("template_options", {}), about.get("video", {}).get("keep_outer_pair", False)
-    now = data.template_options, data.video.keep_outer_pair
-    for name, was, value in zip(("data.template_options", "data.video.keep_outer_pair"), then, now, strict=True):
-        if about.get("video") and was != value and environment().is_main:
-            logger.warning("%s = %s: the model was trained with %s", name, show(value), show(was))
 
 
 def open_for_training(config: Config, pretrained: Pretrained | None = None) -> PreparedModel:
@@ -90,8 +61,6 @@ def open_for_training(config: Config, pretrained: Pretrained | None = None) -> P
     `pretrained` replaces the files of `model.path`. Without weight files `load` leaves the weights without values.
     """
     pretrained = pretrained or Pretrained.open(config.model.path, config.model.rope_factor)
-    adapter = Path(config.model.adapter) if config.model.adapter else None
-    warn_of_other_text(pretrained.json_file(ABOUT_FILE) if adapter is None else recorded(adapter), config.data)
     model = build(pretrained, DTYPES[config.train.precision], config.model.quantize)
     trainable = choose_trainable(model, config.lora, config.model.train)
     model.decoder.routing_weight = _routing_weight(config.train.routing_loss, model, pretrained)
@@ -142,7 +111,7 @@ def start_adapters(prepared: PreparedModel, config: Config) -> None:
     """Give a training run's adapters the values that they start from: fresh ones, or those of `model.adapter`."""
     initialise(prepared.model, config.seed)
     if config.model.adapter:
-        start_from(prepared.model, config.model, prepared.pretrained)
+        start_from(prepared.model, config, prepared.pretrained)
 
 
 def load_for_inference(

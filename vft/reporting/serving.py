@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from vft.adapters.peft_format import ABOUT_FILE
-from vft.common.files import read_object
 from vft.config.data import ImageConfig, VideoConfig
 from vft.config.toml import validated
 from vft.data.chat import ChatEncoder
@@ -43,13 +42,10 @@ FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")
 IMAGE_KEYS = frozenset({"image_processor_type", "min_pixels", "max_pixels", "size", "image_grid_pinpoints"})
 """Keys of preprocessor_config.json that do not concern videos."""
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-VIDEO_PAD = "<|video_pad|>"
+PAIR, PAD = Qwen3Processor.video_text, "<|video_pad|>"
 TEMPLATE_FILE = "chat_template.jinja"
-"""Of the corrected template beside an adapter."""
-PAIR_IS_LEFT = (
-    "# Beside transformers from 5.10 this serves 2 more tokens a video than training had: the chat template writes "
-    "vision_start and vision_end around the video. Take them out of it by hand."
-)
+TEMPLATES_IN_JSON = (*(name for name in TEMPLATE_FILES if name != TEMPLATE_FILE), "tokenizer_config.json")
+PAIR_IS_LEFT = f"# transformers from 5.10 adds 2 tokens a video to those of training: take {PAD} out of its pair"
 
 
 def served_files(
@@ -68,14 +64,13 @@ def served_files(
     if about.get("video"):  # unknown for an adapter of another program
         release = {name: pretrained.json_file(name) for name in PROCESSOR_FILES}
         files |= processor_files(pretrained.config.model_type, release, about["video"], about.get("image", {}))
-    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
-    if served_template(pretrained, about.get("video", {})):
-        for name in (*TEMPLATE_FILES, "tokenizer_config.json"):
-            if file := find_file(pretrained.path, name):
-                is_json = name.endswith(".json") and name not in texts
-                text = json.dumps(read_object(file), indent=2) + "\n" if is_json else file.read_text(encoding="utf-8")
-                texts[name] = texts.get(name, text).replace(Qwen3Processor.video_text, VIDEO_PAD)
-    return texts
+    corrects = served_template(pretrained, about.get("video", {}))
+    if corrects:
+        files |= {name: files.get(name) or pretrained.json_file(name) for name in TEMPLATES_IN_JSON}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items() if content}
+    if corrects and (file := find_file(pretrained.path, TEMPLATE_FILE)):
+        texts[TEMPLATE_FILE] = file.read_text(encoding="utf-8")
+    return {name: text.replace(PAIR, PAD) if corrects else text for name, text in texts.items()}
 
 
 def served_template(pretrained: Pretrained, video: Mapping[str, Any]) -> str | None:
@@ -88,11 +83,11 @@ def served_template(pretrained: Pretrained, video: Mapping[str, Any]) -> str | N
     keeps = not video or video.get("keep_outer_pair")
     if keeps or VIDEO_PROCESSORS[pretrained.config.model_type] != "Qwen3VLVideoProcessor":
         return ""
-    tokenizer = copy.copy(pretrained.tokenizer)
-    tokenizer.chat_template = tokenizer.get_chat_template().replace(Qwen3Processor.video_text, VIDEO_PAD)
-    if Qwen3Processor.video_text in ChatTemplate(tokenizer, "", ()).apply(SHOWN, False):
+    own, tokenizer = pretrained.tokenizer.get_chat_template(), copy.copy(pretrained.tokenizer)
+    tokenizer.chat_template = template = own.replace(PAIR, PAD)
+    if PAIR in ChatTemplate(tokenizer, "", ()).apply(SHOWN, False):
         return None
-    return str(tokenizer.chat_template) if tokenizer.chat_template != pretrained.tokenizer.get_chat_template() else ""
+    return "" if template == own else template
 
 
 def greedy(release: Mapping[str, Any], end_ids: Collection[int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vft.adapters.peft_format import start_from
 from vft.adapters.targets import choose_trainable
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
-from vft.config.run import LoraConfig, ModelConfig
+from vft.config.run import Config, LoraConfig
 from vft.models import build
 from vft.models.pretrained import SINGLE_FILE, Pretrained
 
@@ -282,9 +282,10 @@ def test_an_adapter_is_not_merged_twice(each_bf16: Tiny, tmp_path: Path, told_by
     there = Pretrained.open(str(tmp_path / "merged"))
     model = build(there, torch.bfloat16)
     choose_trainable(model, ATTENTION, ())
-    settings = ModelConfig(path=there.path, adapter=str(adapter))
+    table = {"output_dir": "runs", "model": {"path": there.path, "adapter": str(adapter)}, "lora": {}}
+    config = Config.model_validate(table)
     with pytest.raises(UserError, match=r"is merged into .*merged' already"):  # training that goes on from it
-        start_from(model, settings, there)
+        start_from(model, config, there)
     other = shutil.copytree(adapter, tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
     save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "adapter_model.safetensors")

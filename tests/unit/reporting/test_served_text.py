@@ -166,6 +166,6 @@ def test_a_pair_that_is_not_found_is_told(make_tiny: Callable[[str, str], Tiny],
     ids, plan = trained_ids(folder, about)
     assert len(served_ids(folder, None, plan, {})) == len(ids) + 2
     lines = serve_command(folder).splitlines()
-    assert len(lines) == 2 and lines[1].startswith("# ") and "2 more tokens a video" in lines[1]
+    assert len(lines) == 2 and lines[1].startswith("# ") and "2 tokens a video" in lines[1]
     assert card_of(base, tmp_path / "adapter", {"frames": 4})[1][1] == lines[1]
     assert not (tmp_path / "adapter" / "chat_template.jinja").exists()
