@@ -90,8 +90,8 @@ class ChatEncoder:
         self.template = ChatTemplate(tokenizer, processor.turn_end, control, template_options, video)
         if keeps and not (whole and whole in self.template.apply(SHOWN, False)):
             raise UserError(
-                f"data.video.keep_outer_pair = true: {tokenizer.name_or_path} has no outer pair of vision tokens around a "
-                f"video, by its {'chat template' if whole else 'family'}; take the setting out"
+                f"data.video.keep_outer_pair = true: {tokenizer.name_or_path} has no outer pair of tokens around "
+                f"a video, by its {'chat template' if whole else 'family'}; take the setting out"
             )
         self.turn_end = self.template.turn_end
         self.ids_of = lru_cache(MAX_CACHED)(self._ids_of)
