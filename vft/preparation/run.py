@@ -21,8 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from vft.adapters.lora import initialise, is_adapter
 from vft.adapters.peft_format import Adapter, attach, check_adapter, start_from, trained_rope_factor
 from vft.adapters.targets import TrainableRow, choose_trainable
+from vft.common.errors import UserError
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
+from vft.config.toml import show
 from vft.data.chat import ChatEncoder
 from vft.distributed.process_group import place
 from vft.models import build
