@@ -58,7 +58,15 @@ def videos() -> Path:
     return path
 
 
-FAMILIES = ("qwen2_5_vl", "llava_next_video", "llava_next_video_mistral", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+FAMILIES = (
+    "qwen2_5_vl",
+    "llava_next_video",
+    "llava_next_video_mistral",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 """Keys of tests.helpers.families.FAMILIES, which takes seconds to import."""
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {},

@@ -21,7 +21,9 @@ IN_A_STEP = {"training.trainer:Trainer.train_step": 1}
 """Waits of a step from the second on: for its loss and the norm of its gradients, together."""
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
+@pytest.fixture(
+    scope="module", params=["qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
+)
 def each_world(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """The world with a model of each family."""
     family = request.param

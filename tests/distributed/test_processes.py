@@ -44,7 +44,7 @@ class Runs:
         return self.done[key]
 
 
-WORLDS = ("qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+WORLDS = ("qwen2_5_vl", "llava_next_video", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 @pytest.fixture(scope="module", params=WORLDS)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -47,7 +48,7 @@ class Family:
     linears: int = 3 * 7
     """Linear layers of the decoder."""
     released: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
-    """A parameter of transformers' model, given with its name, as the released files hold it."""
+    """A parameter of transformers' model, given with its name, as the project's model has it."""
     tolerance: float = 1e-4
     """Largest difference of a logit from transformers', in float32."""
 
@@ -249,8 +250,11 @@ def turned_experts(name: str, tensor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- Qwen3.5
 
 
-def save_qwen3_5(folder: Path, seed: int = 0, **options: Any) -> Path:
-    """A random Qwen3.5: two recurrent layers, in which a key head serves two value heads, and one of attention."""
+def save_qwen3_5(
+    folder: Path, seed: int = 0, model_class: Any = Qwen3_5ForConditionalGeneration, **options: Any
+) -> Path:
+    """A random Qwen3.5: two recurrent layers, in which a key head serves two value heads, and one of attention. `text`
+    among the options: what its decoder has besides."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
     linear = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -260,11 +264,30 @@ def save_qwen3_5(folder: Path, seed: int = 0, **options: Any) -> Path:
         "linear_value_head_dim": 16,
         "linear_conv_kernel_dim": 4,
     }
-    text = {"head_dim": 32, "rope_parameters": {**rope, "mrope_interleaved": True}, **linear}
+    text = {"head_dim": 32, "rope_parameters": {**rope, "mrope_interleaved": True}, **linear, **options.pop("text", {})}
     vision = {"depth": 3, "num_position_embeddings": 36}
-    save_qwen(Qwen3_5ForConditionalGeneration, text, vision, QWEN3_TEMPLATE, folder, seed=seed + 1, **options)
+    save_qwen(model_class, text, vision, QWEN3_TEMPLATE, folder, seed=seed + 1, **options)
     preprocessor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+def save_qwen3_5_moe(folder: Path, **options: Any) -> Path:
+    """A random Qwen3.5-MoE. transformers saves it expert by expert, but the release is not so."""
+    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    text = {"num_experts": 4, "num_experts_per_tok": 2, **sizes}
+    save_qwen3_5(folder, model_class=Qwen3_5MoeForConditionalGeneration, text=text, **options)
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for layer in range(DECODER["num_hidden_layers"]):
+        path = f"model.language_model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{path}.{expert}.{part}_proj.weight") for expert in range(4)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{path}.gate_up_proj": torch.cat([gate, up], dim=1), f"{path}.down_proj": down}
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        file.unlink()
+    save_torch_state_dict(tensors, folder, max_shard_size=options.get("max_shard_size", "1GB"))
     return folder
 
 
@@ -465,22 +488,33 @@ QWEN3_VL_MOE = replace(
     linears=3 * 4 + 3,  # attention, and the MLP of the layer without experts
     released=turned_experts,
 )
+QWEN3_5 = Family(
+    save_qwen3_5,
+    Qwen3_5ForConditionalGeneration,
+    qwen_inputs,
+    {
+        "language_model": ("model.language_model.",),
+        "projector": ("model.visual.merger.",),
+        "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
+    },
+    tolerance=2e-4,  # a state carries rounding along the whole row
+    linears=2 * 8 + 7,
+)
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    save=save_qwen3_5_moe,
+    model_class=Qwen3_5MoeForConditionalGeneration,
+    linears=2 * 8 + 7,  # the gates of the shared experts are taken by their name alone
+    tolerance=1e-3,  # of logits up to 30; Qwen3.5's differ by 3e-4 from float64, in transformers, too
+    released=turned_experts,
+)
+QWEN3S = (QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE)
 FAMILIES = {
     "qwen2_5_vl": QWEN2_5_VL,
     "llava_next_video": Family(save_llava_next_video, **LLAVA, closes_answers=False),
     "llava_next_video_mistral": Family(save_llava_mistral, **LLAVA),
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_moe": QWEN3_VL_MOE,
-    "qwen3_5": Family(
-        save_qwen3_5,
-        Qwen3_5ForConditionalGeneration,
-        qwen_inputs,
-        {
-            "language_model": ("model.language_model.",),
-            "projector": ("model.visual.merger.",),
-            "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
-        },
-        tolerance=2e-4,  # a state carries rounding along the whole row
-        linears=2 * 8 + 7,
-    ),
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE,
 }

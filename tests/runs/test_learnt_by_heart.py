@@ -15,7 +15,7 @@ from tests.runs.commands import CAPTION, Commands, metrics
 if TYPE_CHECKING:
     from tests.helpers.tiny import Tiny
 
-OTHER_FAMILIES = ("llava_next_video", "llava_next_video_mistral", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+OTHER_FAMILIES = ("llava_next_video", "llava_next_video_mistral", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 HEAD_TOO = {"rank": 16, "alpha": 32, "targets": ["language_model.*", "language_model.lm_head"]}
 """For random weights: the head has to learn, too, for its logits are too small to be sure of anything."""
 

@@ -16,6 +16,8 @@ from vft.models.base import VideoLanguageModel, component_of
 from vft.models.experts import ExpertWeights
 
 T = TypeVar("T")
+BY_NAME = ("lm_head", "shared_expert_gate")
+"""The output head, and a gate with one output, which is too small for a rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,8 @@ def match_targets(
     """Layers of `adaptable` that each pattern COMPONENT.GLOB matches within its component.
 
     The glob is compared with the layer's last name, which for experts begins with `experts.`, and with its path in the
-    model. It takes the output head only if it is exactly `lm_head`, and experts only if it has `experts` in it. Raises
-    UserError, with the name of the `setting`, for a pattern that matches nothing.
+    model. It takes those of BY_NAME only if it is exactly their name, and experts only if it has `experts` in it.
+    Raises UserError, with the name of the `setting`, for a pattern that matches nothing.
     """
     linears: dict[str, list[str]] = {component: [] for component in model.components}
     for name in adaptable(model):
@@ -121,7 +123,7 @@ def match_targets(
 
 def _matches(name: str, glob: str) -> bool:
     leaf = _leaf(name)
-    may = glob == "lm_head" if leaf == "lm_head" else "experts" in glob or OF_EXPERTS not in name
+    may = glob == leaf if leaf in BY_NAME else "experts" in glob or OF_EXPERTS not in name
     return may and (fnmatchcase(leaf, glob) or fnmatchcase(target_of(name), glob))
 
 

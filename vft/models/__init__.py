@@ -13,11 +13,12 @@ from vft.models.llava_next_video import model as llava_next_video
 from vft.models.pretrained import Pretrained
 from vft.models.qwen2_5_vl import model as qwen2_5_vl
 from vft.models.qwen3_5 import model as qwen3_5
+from vft.models.qwen3_5_moe import model as qwen3_5_moe
 from vft.models.qwen3_vl import model as qwen3_vl
 from vft.models.qwen3_vl_moe import model as qwen3_vl_moe
 
 FAMILIES: dict[str, Any] = {
-    family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl, qwen3_vl_moe, qwen3_5)
+    family.MODEL_TYPE: family for family in (qwen2_5_vl, llava_next_video, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe)
 }
 """Module of each family, by `model_type` of config.json. A module has MODEL_TYPE and `build`."""
 

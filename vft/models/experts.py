@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vft.common.errors import first_line
+from vft.common.errors import UserError, first_line
+from vft.models.layers import GatedMLP, Linear
 from vft.models.quantization import is_packed, unpack
 
 ALIGNED_BYTES = 16
 """Rows of matrices must begin at multiples of it in torch's grouped product."""
 MATRICES = ("gate_up_proj", "down_proj")
-"""Names of the parameters that hold the matrices of experts."""
+"""Names of the parameters with the matrices of experts, here as [in, out]; some programs save them as [out, in]."""
+EXPERT_MATRICES = tuple(f".mlp.experts.{name}" for name in MATRICES)
+"""Endings of their names in a model."""
 UNPACKED_AT_ONCE = 1 << 25
 """Weights that are unpacked at a time, which takes 300 MB of working memory."""
 
@@ -72,8 +75,12 @@ class Experts(nn.Module):
     """The MLP: for each row the sum of a few experts' outputs, times their shares."""
 
     def __init__(self, width: int, hidden: int, experts: int, chosen: int, normalise: bool) -> None:
-        """`hidden` is the width inside one of the `experts`, of which `chosen` work for each row."""
+        """`hidden` is the width inside one of the `experts`, of which `chosen` work for each row. Raises UserError if
+        there are not so many."""
         super().__init__()
+        if not 1 <= chosen <= experts:
+            what = f"config.json: text_config.num_experts_per_tok = {chosen}"
+            raise UserError(f"{what}: must be between 1 and num_experts = {experts}")
         self.gate = Router(width, experts, chosen, normalise)
         self.experts = ExpertWeights(width, hidden, experts, chosen / experts)
 
@@ -114,6 +121,21 @@ def expert_loads(rows_LG: Tensor) -> Tensor:
     many are zero [3]."""
     loads_LG = rows_LG / rows_LG.mean(-1, keepdim=True).clamp(min=torch.finfo(rows_LG.dtype).tiny)
     return torch.stack([loads_LG.max(), loads_LG.min(), (rows_LG == 0).sum()])
+
+
+class ExpertsAndShared(Experts):
+    """Beside them one MLP that works for every row, times the sigmoid of a gate."""
+
+    def __init__(self, width: int, shared: int, hidden: int, experts: int, chosen: int) -> None:
+        """`shared` is the width inside that MLP; the others as of `Experts`."""
+        super().__init__(width, hidden, experts, chosen, normalise=True)
+        self.shared_expert = GatedMLP(width, shared, bias=False)
+        self.shared_expert_gate = Linear(width, 1, bias=False)
+
+    def forward(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Experts`, which alone are routed to."""
+        out_TE, routed = super().forward(x_TE)
+        return out_TE + self.shared_expert_gate(x_TE).sigmoid() * self.shared_expert(x_TE), routed
 
 
 class _Spread(torch.autograd.Function):

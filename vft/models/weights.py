@@ -12,9 +12,9 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,23 @@ def load_weights(
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in extra}
     shapes = true_shapes(model)
     stored = stored_names(model, pretrained)
-    _check_names(parameters, stored, pretrained, model.unused)
+    apart = experts_apart(shapes, model.turned, stored)
+    _check_names(parameters, stored, apart, pretrained, model.unused)
     _check_tied_head(parameters, stored, pretrained)
-    turned = turned_names(shapes, model.turned, stored, pretrained)
+    turned = turned_names(shapes, model.turned, stored, pretrained) | set(apart)
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
-        by_file.setdefault(pretrained.weight_files[stored[name]], []).append(name)
+        of_file = apart[name][0][0] if name in apart else stored[name]
+        by_file.setdefault(pretrained.weight_files[of_file], []).append(name)
     with progress_bar(len(parameters), "loading weights", "tensor", show_progress) as progress, torch.no_grad():
         for file, names in by_file.items():
             with open_tensors(file) as reader:
                 for name in names:
-                    source, where = reader.get_slice(stored[name]), f"{file}: {stored[name]}"
+                    if name in apart:
+                        source: Any = _ExpertsApart(apart[name], pretrained)
+                        where = f"{file}: {apart[name][0][0]} and those of the other experts"
+                    else:
+                        source, where = reader.get_slice(stored[name]), f"{file}: {stored[name]}"
                     _copy(parameters[name], shapes[name], source, where, name in turned)
                     progress.update()
 
@@ -93,6 +99,62 @@ def stored_names(model: VideoLanguageModel, pretrained: Pretrained) -> dict[str,
     return our_names(pretrained.weight_files, model.spellings, pretrained.path)
 
 
+def experts_apart(
+    shapes: Mapping[str, tuple[int, ...]], endings: tuple[str, ...], stored: Mapping[str, str]
+) -> dict[str, list[list[str]]]:
+    """Parameters of `shapes` with these endings that the files have expert by expert, as transformers 5 saves some
+    families: for each expert the names of its parts in the files, one below the other. Raises UserError if some are
+    missing."""
+    apart = {}
+    for name in (name for name in shapes if name.endswith(endings) and name not in stored):
+        module, _, leaf = name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        parts = [[f"{module}.{number}.{leaf}.weight" for leaf in leaves] for number in range(shapes[name][0])]
+        missing = [part for expert in parts for part in expert if part not in stored]
+        if any(part in stored for part in parts[0]):
+            if missing:
+                raise UserError(
+                    f"{missing[0]} is missing in the checkpoint, which has {shapes[name][0]} experts a layer"
+                )
+            apart[name] = [[stored[part] for part in expert] for expert in parts]
+    return apart
+
+
+class _ExpertsApart:
+    """The matrices of experts [G, out, in] that the files have one by one, read like a slice of a file."""
+
+    def __init__(self, names: Sequence[Sequence[str]], pretrained: Pretrained) -> None:
+        self.names, self.files = names, pretrained.weight_files
+        self.open = lru_cache(maxsize=2)(open_tensors)  # a layer is in one file or two
+        first = [self._slice(name) for name in names[0]]
+        self.dtype, shapes = first[0].get_dtype(), [one.get_shape() for one in first]
+        self.shape = len(names), sum(rows for rows, _ in shapes), shapes[0][1]
+
+    def _slice(self, name: str) -> Any:
+        return self.open(self.files[name]).get_slice(name)
+
+    def get_dtype(self) -> str:
+        """That of the first."""
+        return str(self.dtype)
+
+    def get_shape(self) -> tuple[int, ...]:
+        """By the first expert."""
+        return self.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        experts = []
+        for parts in self.names[rows]:
+            slices = [self._slice(name) for name in parts]
+            expert = torch.cat([one[:] for one in slices])
+            if tuple(expert.shape) != self.shape[1:] or any(one.get_dtype() != self.dtype for one in slices):
+                raise UserError(
+                    f"{self.files[parts[0]]}: {' and '.join(parts)}: shape {list(expert.shape)}, type "
+                    f"{slices[0].get_dtype()}; those of the first expert are {list(self.shape[1:])}, {self.dtype}"
+                )
+            experts.append(expert)
+        return torch.stack(experts)
+
+
 def turned_names(
     shapes: Mapping[str, tuple[int, ...]], endings: tuple[str, ...], stored: Mapping[str, str], pretrained: Pretrained
 ) -> frozenset[str]:
@@ -102,7 +164,7 @@ def turned_names(
     UserError for a tensor of neither shape.
     """
     turned, square = set(), set()
-    for name in (name for name in shapes if name.endswith(endings)):
+    for name in (name for name in shapes if name.endswith(endings) and name in stored):
         released = shapes[name]
         other = (*released[:-2], released[-1], released[-2])
         file = pretrained.weight_files[stored[name]]
@@ -111,7 +173,7 @@ def turned_names(
         if found not in (released, other):
             raise UserError(
                 f"{file}: {stored[name]}: shape {list(found)} in the file, {list(released)} by config.json, or "
-                f"{list(other)} as transformers 5 saves it"
+                f"{list(other)} as other programs save it"
             )
         if released == other:
             square.add(name)
@@ -154,10 +216,17 @@ def our_names(
 
 
 def _check_names(
-    parameters: dict[str, nn.Parameter], stored: dict[str, str], pretrained: Pretrained, unused: tuple[str, ...]
+    parameters: dict[str, nn.Parameter],
+    stored: dict[str, str],
+    apart: Mapping[str, list[list[str]]],
+    pretrained: Pretrained,
+    unused: tuple[str, ...],
 ) -> None:
-    missing = sorted(set(parameters) - set(stored))
-    unexpected = {name for name in set(stored) - set(parameters) if not name.endswith(BUFFERS)}
+    missing = sorted(set(parameters) - set(stored) - set(apart))
+    known = {name for experts in apart.values() for parts in experts for name in parts}
+    unexpected = {
+        name for name in set(stored) - set(parameters) if not name.endswith(BUFFERS) and stored[name] not in known
+    }
     if left_out := {name for name in unexpected if name.startswith(unused)}:
         logger.info("%s: %d tensors (%s) are not used in training", pretrained.path, len(left_out), ", ".join(unused))
         unexpected -= left_out
@@ -198,8 +267,9 @@ def _check_tied_head(parameters: Mapping[str, nn.Parameter], stored: Mapping[str
 def _copy(parameter: Tensor, expected: tuple[int, ...], source: Any, where: str, is_turned: bool) -> None:
     shape = tuple(source.get_shape())
     require_whole(source.get_dtype(), *where.split(": ", 1))
-    if not is_turned and shape != expected:
-        raise UserError(f"{where}: shape {list(shape)} in the file, {list(expected)} by config.json")
+    wanted = (*expected[:-2], expected[-1], expected[-2]) if is_turned else expected
+    if shape != wanted:
+        raise UserError(f"{where}: shape {list(shape)} in the file, {list(wanted)} by config.json")
 
     def read(rows: slice) -> Tensor:
         return source[rows].mT if is_turned else source[rows]
@@ -228,16 +298,27 @@ def export_model(
     own = {theirs: name for name, theirs in stored.items() if not name.endswith(BUFFERS)}
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     turned = {stored[name] for name in turned_names(shapes, model.turned, stored, pretrained)}
+    cuts = {
+        part: (name, number, slice(place * shapes[name][2] // len(parts), (place + 1) * shapes[name][2] // len(parts)))
+        for name, experts in experts_apart(shapes, model.turned, stored).items()
+        for number, parts in enumerate(experts)
+        for place, part in enumerate(parts)
+    }
+    experts = lru_cache(maxsize=2)(lambda name, dtype: full_tensor(parameters[name].detach().to(dtype)))
     with whole_folder(folder) if write else nullcontext(folder) as partial_folder:
         for file in sorted(set(pretrained.weight_files.values())):
             names = [name for name, home in pretrained.weight_files.items() if home == file and name in own]
             # If the release has a tied head as a tensor, it is the embedding here too.
             tensors = {name: parameters.get(own[name], parameters[embedding]).detach() for name in names}
             tensors |= {name: tensors[name].mT for name in names if name in turned}
+            tensors |= {
+                name: torch.empty(rows.stop - rows.start, shapes[parameter][1], device="meta")
+                for name, (parameter, _, rows) in cuts.items()
+            }
             with open_tensors(file) as reader:
                 tensors |= {name: reader.get_tensor(name) for name in names if own[name].startswith(model.unused)}
                 layout = {name: (DTYPES[reader.get_slice(name).get_dtype()], tensors[name].shape) for name in names}
-            fetch = partial(_gathered, tensors, layout)
+            fetch = partial(_gathered, tensors, layout, cuts, experts)
             if write:
                 write_tensors(partial_folder / file.name, layout, fetch, {"format": "pt"})
             else:
@@ -247,8 +328,19 @@ def export_model(
             copy_companions(pretrained, partial_folder, files)
 
 
-def _gathered(tensors: dict[str, Tensor], layout: Layout, name: str) -> Tensor:
-    return full_tensor(tensors[name].to(layout[name][0]))
+def _gathered(
+    tensors: dict[str, Tensor],
+    layout: Layout,
+    cuts: Mapping[str, tuple[str, int, slice]],
+    experts: Callable[[str, torch.dtype], Tensor],
+    name: str,
+) -> Tensor:
+    """A tensor of the file; of one that is cut from those of all experts, these were gathered once."""
+    dtype = layout[name][0]
+    if name in cuts:
+        parameter, expert, rows = cuts[name]
+        return experts(parameter, dtype)[expert].mT[rows].contiguous()
+    return full_tensor(tensors[name].to(dtype))
 
 
 def copy_companions(pretrained: Pretrained, folder: Path, files: Mapping[str, str]) -> None:

@@ -35,6 +35,7 @@ VIDEO_PROCESSORS = {
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "qwen3_5": "Qwen3VLVideoProcessor",
+    "qwen3_5_moe": "Qwen3VLVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
 }
 FRAME_KEYS = ("fps", "num_frames", "min_frames", "max_frames")

@@ -151,7 +151,7 @@ def test_dropout_is_off_when_the_model_answers(each_tiny: Tiny, batch: Batch) ->
 PARTS_OF_TOWERS = r".*(visual|vision_tower|projector).*(qkv|proj|fc1|mlp\.0|mlp\.2|down_proj|linear_1)"
 PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "names": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj"]},
-    "expression": {"r": 2, "lora_alpha": 3, "target_modules": r".*language_model\.layers\.\d+\.mlp\.(up|gate)_proj"},
+    "expression": {"r": 2, "lora_alpha": 3, "target_modules": r".*language_model\..*mlp\.(.*\.)?(up|gate)_proj"},
     "rslora": {"r": 9, "lora_alpha": 6, "use_rslora": True, "target_modules": ["v_proj", "o_proj"]},
     "components": {"r": 4, "lora_alpha": 4, "target_modules": PARTS_OF_TOWERS},
     "all linears": {"r": 2, "lora_alpha": 1, "target_modules": "all-linear"},

@@ -292,6 +292,67 @@ def test_neither_orientation(tiny_moe: Tiny, tmp_path: Path) -> None:
     assert "[4, 24, 64]" in str(caught.value) and "[4, 64, 24]" in str(caught.value)
 
 
+@pytest.fixture
+def apart(make_tiny: Callable[[str, str], Tiny], tmp_path: Path) -> tuple[Tiny, Path]:
+    """A Qwen3.5-MoE, and the same expert by expert, as transformers saves it."""
+    tiny = make_tiny("qwen3_5_moe", "tied")
+    tensors = load_file(tiny.path / SINGLE_FILE)
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        module, _, leaf = name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for number, expert in enumerate(tensors.pop(name)):
+            parts = expert.chunk(len(leaves))
+            tensors |= {f"{module}.{number}.{leaf}.weight": x.clone() for leaf, x in zip(leaves, parts, strict=True)}
+    folder = Path(shutil.copytree(tiny.path, tmp_path / "apart"))
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    return tiny, folder
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_experts_apart(apart: tuple[Tiny, Path], quantize: str) -> None:
+    wanted, found = (
+        load_model(str(one), None, torch.float32, CPU, quantize=quantize) for one in (apart[0].path, apart[1])
+    )
+    for (name, one), (_, other) in zip(wanted.model.named_parameters(), found.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_an_export_has_experts_apart_as_its_base(apart: tuple[Tiny, Path], tmp_path: Path) -> None:
+    pretrained = Pretrained.open(str(apart[1]))
+    export_model(
+        load_model(str(apart[1]), None, torch.float32, CPU).model, pretrained, tmp_path / "out", {}, write=True
+    )
+    before, after = load_file(apart[1] / SINGLE_FILE), load_file(tmp_path / "out" / SINGLE_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def expert(number: int, part: str) -> str:
+    return f"model.language_model.layers.1.mlp.experts.{number}.{part}_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({expert(2, "up"): None}, r"layers\.1\.mlp\.experts\.2\.up_proj\.weight is missing .* 4 experts"),
+        ({expert(0, "up"): None}, r"layers\.1\.mlp\.experts\.0\.up_proj\.weight is missing"),
+        ({expert(4, "up"): (24, 64)}, r"experts\.4\.up_proj"),
+        ({expert(3, "down"): (63, 24)}, r"experts\.3\.down_proj\.weight: shape \[63, 24\].*\[64, 24\]"),
+        ({expert(n, "up"): (23, 64) for n in range(4)}, r"experts\.0\.gate_proj.*\[4, 47, 64\].*\[4, 48, 64\]"),
+    ],
+)
+def test_experts_apart_that_do_not_fit(
+    apart: tuple[Tiny, Path], change: dict[str, tuple[int, ...] | None], named: str
+) -> None:
+    tensors = load_file(apart[1] / SINGLE_FILE)
+    for name, shape in change.items():
+        tensors.pop(name, None)
+        tensors |= {} if shape is None else {name: torch.zeros(shape)}
+    save_file(tensors, apart[1] / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=named):
+        load_model(str(apart[1]), None, torch.float32, CPU)
+
+
 @pytest.mark.parametrize(
     ("stored", "turned"),
     [

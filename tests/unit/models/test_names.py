@@ -27,6 +27,7 @@ IN_MEMORY_4_52 = {
     "qwen3_vl": {},
     "qwen3_vl_moe": {},
     "qwen3_5": {},
+    "qwen3_5_moe": {},
     "llava_next_video": {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
@@ -46,6 +47,7 @@ IN_VLLM = {
     "qwen3_vl": QWEN3_IN_VLLM,
     "qwen3_vl_moe": QWEN3_IN_VLLM,
     "qwen3_5": QWEN3_IN_VLLM,
+    "qwen3_5_moe": QWEN3_IN_VLLM,
     "llava_next_video": {"vision_tower.vision_model.": "vision_tower."},
 }
 """To those of vLLM's modules (`hf_to_vllm_mapper` of each model's file), and of LLaVA's encoder in transformers 5."""

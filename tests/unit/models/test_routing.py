@@ -20,7 +20,7 @@ from vft.adapters.targets import choose_trainable
 from vft.common.errors import UserError
 from vft.config.run import Config, LoraConfig, ParallelConfig, load
 from vft.models.base import VideoLanguageModel
-from vft.models.experts import expert_loads, routing_loss
+from vft.models.experts import Experts, expert_loads, routing_loss
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
 from vft.parallel.parallelize import checkpoint_activations, parallelize
@@ -28,7 +28,7 @@ from vft.preparation.run import open_for_training
 from vft.training.losses import cross_entropy
 
 WEIGHT = 0.3
-FAMILIES = ("qwen3_vl_moe",)
+FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -99,8 +99,8 @@ def test_loss_and_gradients_are_those_of_transformers(moe: Tiny, mode: str) -> N
     routers = [name for name in ours if name.endswith("mlp.gate.weight")]
     plain = trained(moe, 0.0)
     cross_entropy(plain, batch).backward()
-    for name in routers:  # the loss is felt
-        assert float((gradients(plain)[name] - names[name]).norm()) > 0.01 * float(names[name].norm())
+    for name in routers:  # the loss is felt, far beyond that tolerance
+        assert float((gradients(plain)[name] - names[name]).norm()) > 1e-3 * float(names[name].norm())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def test_without_it_nothing_changes(moe: Tiny) -> None:
             cross_entropy(model, batch)
         assert model.decoder.routed == []
     assert sparse[0][0] == pytest.approx(sparse[1][0], rel=1e-6)
-    assert sparse[1][1] == sparse[0][1] + 1 == 2
+    assert sparse[1][1] == sparse[0][1] + 1 == sum(isinstance(module, Experts) for module in model.modules())
 
 
 def test_flops_of_the_last_layer(moe: Tiny) -> None:

@@ -31,7 +31,7 @@ from vft.inference.generate import Sampling, choose
 from vft.reporting.serving import MAX_RANKS, processor_files, vllm_serve
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}) | {
-    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")  # models/qwen3_5.py
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "shared_expert_gate")  # models/qwen3_5.py
 }
 """Last parts of the decoder's layers that take adapters (`packed_modules_mapping` and what is beside it)."""
 
@@ -65,6 +65,7 @@ SERVED = {
     "qwen3_vl": Served("Qwen3VLForConditionalGeneration", QWEN_3),  # models/qwen3_vl.py
     "qwen3_vl_moe": Served("Qwen3VLMoeForConditionalGeneration", QWEN_3),  # models/qwen3_vl_moe.py
     "qwen3_5": Served("Qwen3_5ForConditionalGeneration", QWEN_3),  # models/qwen3_5.py
+    "qwen3_5_moe": Served("Qwen3_5MoeForConditionalGeneration", QWEN_3),  # models/qwen3_5.py
     "llava_next_video": Served("LlavaNextVideoForConditionalGeneration", LLAVA),  # models/llava_next_video.py
     "llava_next_video_mistral": Served("LlavaNextVideoForConditionalGeneration", LLAVA),
 }
@@ -126,7 +127,7 @@ def test_a_whole_model(each_tiny: Tiny, family: str) -> None:
         assert bare.startswith(TOPS) or bare == "image_newline", (name, bare)
 
 
-QWEN3_VLS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+QWEN3_VLS = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 FIXED = {"video_backend": "qwen3_vl", "num_frames": 8, "min_frames": 8, "max_frames": 8}
 RATE = {"video_backend": "qwen2_vl", "fps": 2.0, "min_frames": 6, "max_frames": 64}
 

@@ -1,4 +1,4 @@
-"""Qwen3.5, dense, over packed rows: a decoder in which most layers are a linear recurrence (Gated DeltaNet) and the
+"""Qwen3.5 over packed rows: a decoder in which most layers are a linear recurrence (Gated DeltaNet) and the
 others gated attention, behind the vision encoder of Qwen3-VL without DeepStack.
 
 Module names are the tensor names of released checkpoints. Rules are those of the released model, by its configuration
@@ -94,13 +94,13 @@ class DeltaNet(nn.Module):
 class HybridLayer(nn.Module):
     """One layer of the decoder: a mixer of tokens, then an MLP."""
 
-    def __init__(self, config: Any, kind: str) -> None:
+    def __init__(self, config: Any, kind: str, mlp: nn.Module) -> None:
         super().__init__()
         if kind == LINEAR:
             self.linear_attn = DeltaNet(config)
         else:
             self.self_attn = Attention(config, bias=False, norm=OffsetRMSNorm, is_gated=True)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.mlp = mlp
         self.input_layernorm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_linear = kind == LINEAR
@@ -149,13 +149,20 @@ class Qwen35(Qwen3VL):
     def make_decoder(self, text: Any) -> Decoder:
         """Layers by `layer_types`."""
         axes = interleaved(text.rope_parameters["mrope_section"])
-        return HybridDecoder(
-            text, axes, make_layer=lambda index: HybridLayer(text, text.layer_types[index]), norm=OffsetRMSNorm
-        )
+        return HybridDecoder(text, axes, make_layer=self.make_layer, norm=OffsetRMSNorm)
+
+    def make_layer(self, index: int) -> nn.Module:
+        """The decoder layer with this number."""
+        return HybridLayer(self.config, self.config.layer_types[index], self.make_mlp())
+
+    def make_mlp(self) -> nn.Module:
+        """The MLP of a layer."""
+        return GatedMLP(self.config.hidden_size, self.config.intermediate_size, bias=False)
 
 
-def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen35:
-    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`."""
+def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype, kind: type[Qwen35] = Qwen35) -> Qwen35:
+    """The model of transformers' configuration object; parameters (not set) and computation in `dtype`. `kind` is a
+    family that differs in its decoder's MLPs alone."""
     text, vision = config.text_config, config.vision_config
     require_rope(config, "default")
     require(config, "text_config.attn_output_gate", True, None)
@@ -165,7 +172,7 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> Qwen
         raise UserError(f"config.json: layer_types has {unknown}: must be {LINEAR!r} or {FULL!r}")
     if getattr(vision, "deepstack_visual_indexes", None):
         raise UserError(f"config.json: deepstack_visual_indexes = {vision.deepstack_visual_indexes}: must be empty")
-    model = Qwen35(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
+    model = kind(config, Qwen3Processor.of(config, preprocessor), dtype).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith(IN_FLOAT32):
             parameter.data = parameter.data.float()

@@ -12,7 +12,7 @@ from torch import nn
 
 from vft.common.errors import UserError
 from vft.models.decoder import DecoderLayer, require
-from vft.models.experts import Experts
+from vft.models.experts import EXPERT_MATRICES, Experts
 from vft.models.qwen3_vl import model as qwen3_vl
 
 MODEL_TYPE = "qwen3_vl_moe"
@@ -21,7 +21,7 @@ MODEL_TYPE = "qwen3_vl_moe"
 class Qwen3VLMoe(qwen3_vl.Qwen3VL):
     """The model."""
 
-    turned = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+    turned = EXPERT_MATRICES
 
     def make_layer(self, index: int) -> nn.Module:
         """A layer with experts, or one of the dense ones that config.json names."""
@@ -41,11 +41,6 @@ def build(config: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> qwen
     require(config, "text_config.norm_topk_prob", True, False, None)
     require(config, "vision_config.hidden_act", "gelu_pytorch_tanh")
     text = config.text_config
-    if not 1 <= text.num_experts_per_tok <= text.num_experts:
-        raise UserError(
-            f"config.json: text_config.num_experts_per_tok = {text.num_experts_per_tok}: must be between 1 and "
-            f"num_experts = {text.num_experts}"
-        )
     if text.decoder_sparse_step < 1:
         raise UserError(f"config.json: text_config.decoder_sparse_step = {text.decoder_sparse_step}: must be 1 or more")
     return qwen3_vl.build(config, preprocessor, dtype, Qwen3VLMoe)
