@@ -91,6 +91,17 @@ def test_evaluation_tells_a_mismatch(thinking: World, commands: Commands, traine
     assert told.count(said + '{"enable_thinking": true} and true') == 1
 
 
+def test_training_that_goes_on_tells_a_mismatch(
+    thinking: World, commands: Commands, trained: Path, tmp_path: Path
+) -> None:
+    lora = {"model": {"adapter": str(trained / "adapter")}, "lora": {"rank": 8, "alpha": 16}, "train": {"max_steps": 1}}
+    said = "data.video.keep_outer_pair = false: the model was trained with "
+    other = commands.run("vft.recipes.caption", thinking.config(tmp_path / "other.toml", lora)).ok()
+    assert said in other.stderr
+    same = commands.run("vft.recipes.caption", thinking.config(tmp_path / "same.toml", lora, OPTIONS)).ok()
+    assert "was trained with" not in same.stderr
+
+
 def test_an_option_that_is_not_read_ends_the_run(thinking: World, commands: Commands, tmp_path: Path) -> None:
     config = thinking.config(tmp_path / "run.toml", {"data": {"template_options": {"enable_thinkin": True}}})
     error = commands.run("vft.recipes.caption", config).error

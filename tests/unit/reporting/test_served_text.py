@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def merged(base: Tiny, folder: Path, about: dict[str, Any]) -> Path:
 
 
 def served_ids(folder: Path, template: str | None, video: MediaPlan, options: dict[str, Any]) -> list[int]:
-    """What transformers' processor, and vLLM's with it, makes of a question about a video. It can't be constructed
-    without torchvision, so its methods are called on an empty one."""
+    """What transformers' processor makes of a question about a video; vLLM's makes the same ids. The processor can't be
+    constructed without torchvision, so its methods are called on an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = template or Qwen3VLProcessor.get_processor_dict(folder)[0].get("chat_template") or None
     content = [{"type": "video"}, {"type": "text", "text": ASKED}]
@@ -75,7 +76,18 @@ def served_ids(folder: Path, template: str | None, video: MediaPlan, options: di
     processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
     processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
     (expanded,), _ = processor.get_text_with_replacements([text], videos_replacements=[published_video(video)])
-    return list(tokenizer(expanded)["input_ids"])
+    ids = list(tokenizer(expanded)["input_ids"])
+    assert ids == vllm_ids(tokenizer, text, published_video(video))
+    return ids
+
+
+def vllm_ids(tokenizer: Any, text: str, video: str) -> list[int]:
+    """The rule of vLLM 0.33 with transformers from 5.10 (`_replace_video_token_placeholders` and `get_video_repl` of
+    vllm/model_executor/models/qwen3_vl.py): the pad alone is replaced, and each time is tokenised by itself."""
+    parts = re.findall(r"<[0-9.]+ seconds>|<\|[a-z_]+\|>", video)
+    expanded = [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False)]
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    return [i for token in tokenizer(text)["input_ids"] for i in (expanded if token == pad else [token])]
 
 
 def trained_ids(folder: Path, about: dict[str, Any], adapter: Path | None = None) -> tuple[list[int], MediaPlan]:
