@@ -115,7 +115,7 @@ def test_a_merged_model(make_tiny: Callable[[str, str], Tiny], tmp_path: Path, f
     assert kept.items() <= json.loads((base.path / "tokenizer_config.json").read_text()).items()
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe", "qwen3_5_moe"])
 def test_the_other_families_and_their_options(
     make_tiny: Callable[[str, str], Tiny], tmp_path: Path, family: str
 ) -> None:
