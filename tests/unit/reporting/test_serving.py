@@ -154,7 +154,7 @@ def test_the_frames_of_training(model_type: str, video: dict[str, Any], frames: 
 @pytest.mark.parametrize("video", [{"frames": 8}, {"fps": 2.0, "max_frames": 64}])
 def test_families_of_one_processor_have_its_frames_and_pixels(video: dict[str, Any]) -> None:
     first, *others = ((vllm_serve("base", kind, video, {}), processor_files(kind, {}, video, {})) for kind in QWEN3_VLS)
-    assert others == [first] * 2
+    assert others == [first] * (len(QWEN3_VLS) - 1)
 
 
 def option(words: list[str], name: str) -> str:
