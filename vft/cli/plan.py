@@ -164,8 +164,8 @@ def memory_table(memories: Sequence[Memory], planner: Planner, row: Batch) -> Ta
         if name == "total":
             rows.append([f"of {first.memory_gib:g}", *(f"{gib / first.memory_gib:.0%}" for gib in sizes)])
     if first.card is not None:
-        seconds = [planner.step(memory.setting, row).seconds for memory in memories]
-        rows.append(["seconds a step", *(f"{one:,.2f}" for one in seconds)])
+        seconds = [f"{planner.step(memory.setting, row).seconds:,.2f}" if memory.fits else "" for memory in memories]
+        rows.append(["seconds a step", *seconds])
     names = [column_name(memory.setting.config, first.config) for memory in memories]
     title = "GiB on each GPU at the worst moment of a step"
     return make_table(title, ["activation checkpointing", *names], rows, justify="right")

@@ -33,6 +33,8 @@ class VisionParts:
     """Patches of a video that become one row of the projector."""
     pair_widths: dict[str, int]
     """For each attention plan of a layout, the sum of the widths of the blocks that use it."""
+    added: int = 0
+    """After how many of the decoder's layers further tensors are added."""
 
 
 Spellings = Mapping[str, tuple[str, ...]]

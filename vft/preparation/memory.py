@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -236,10 +239,14 @@ def run_step(
     device: torch.device,
     mesh: DeviceMesh | None = None,
     config: ParallelConfig | None = None,
-    watcher: TorchDispatchMode | None = None,
+    watcher: Any = None,
+    whole: bool = False,
 ) -> LiveBytes:
     """Run forward and backward of one row on fake tensors, as on `device`. Returns what it allocated: activations and
-    gradients, not weights. `watcher` sees the operators, too.
+    gradients, not weights. `watcher` is a mode that sees the operators, too.
+
+    Of layers that are alike, only a few are run, unless the `whole` model is to be: what the others would do is what
+    one of these does. `watcher.times` says for how many layers the one at work stands.
 
     With a mesh the model is sharded as in training; its process group may be a fake one. `model` is on the meta device,
     and cannot be used afterwards.
@@ -252,42 +259,84 @@ def run_step(
         planned = replace(
             row, plan=replace(row.plan, recurrence=row.plan.recurrence and row.plan.recurrence.flattened())
         )
+        live = LiveBytes()
+        if not whole:
+            _shorten(model, [live, *([watcher] if watcher else [])])
+        config = config or ParallelConfig()
+        if mesh is not None:
+            shard(model, mesh, model.compute_dtype, config)
         # Inputs that are not fake: the mesh's tensors, and constant tables such as NF4's.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            config = config or ParallelConfig()
-            if mesh is not None:
-                shard(model, mesh, model.compute_dtype, config)
             materialise(model, torch.device("cpu"), config)
             with FakeCopyMode(mode):
                 batch = deepcopy(planned)
-            with LiveBytes(map(local_part, model.parameters())) as live, watcher or nullcontext():
+            live.ignore(map(local_part, model.parameters()))
+            with live, watcher or nullcontext():
                 objective(model, batch).backward()
     return live
 
 
+def _shorten(model: VideoLanguageModel, watchers: Sequence[Any]) -> None:
+    """Take repeated layers out of the decoder. `times` of the watchers becomes the number of layers that one stands for
+    while it runs.
+
+    Left are those that differ: the first ones, to which further tensors are added, the first of each kind, which free
+    what all of the kind have saved, and the last one; beside each of them one of the others, because FSDP2 gathers the
+    neighbour's weights.
+    """
+    layers: Any = model.decoder.layers
+    kinds = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()] for layer in layers]
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    first = max(model.vision.added + 1, period)
+    after = first + period
+    taken = max(0, len(layers) - after - 2) // period
+    del layers[after : after + taken * period]
+
+    def repeat(times: int, *_: Any) -> None:
+        for watcher in watchers:
+            watcher.times = times
+
+    def mark(layer: nn.Module, forwards: int, backwards: int) -> None:
+        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            repeat(forwards)
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(partial(repeat, backwards))
+
+        layer.register_forward_pre_hook(begin)
+
+    if taken:
+        mark(layers[first], taken + 1, 1)
+        mark(layers[after], 1, taken + 1)
+
+
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators have made and that are alive, except those of `known` tensors.
+    """Counts the bytes of all storages that operators have made and that are alive.
 
     FSDP2 frees and refills the storages of gathered weights: their current size counts.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self._noted = 0
-        self._at_peak: list[tuple[list[int], int]] = []
+        self.peak = self.gathered_at_peak = 0
+        """Most bytes at once, and what of them were weights that FSDP2 had gathered."""
+        self.times = 1
+        """How often what happens now is repeated: it is counted again after each unbroken stretch."""
         self._sizes = WeakIdKeyDictionary()  # of each storage, in a list with one element that may change
+        self._changes: list[tuple[int, list[int], int]] = []  # `times`, a size, and what is added to it
+        self._refilled: set[int] = set()
+        self._resize = torch.UntypedStorage.resize_
+
+    def ignore(self, known: Iterable[Tensor]) -> None:
+        """Do not count these tensors' storages as they are."""
         for tensor in known:
             self._sizes[tensor.untyped_storage()] = [0]
-        self._refilled: list[list[int]] = []
-        self._alive: dict[int, list[int]] = {}
-        self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> LiveBytes:
         """Start counting."""
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             if (known := self._sizes.get(storage)) is not None:
-                self._refilled.append(known)
+                self._refilled.add(id(known))
                 self._grow(known, size - known[0])
             return self._resize(storage, size)
 
@@ -298,6 +347,13 @@ class LiveBytes(TorchDispatchMode):
         """Stop counting."""
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*error)
+        now = gathered = 0
+        for times, stretch in groupby(self._changes, itemgetter(0)):
+            for _, size, by in list(stretch) * times:
+                now += by
+                gathered += by if id(size) in self._refilled else 0
+                if now > self.peak:
+                    self.peak, self.gathered_at_peak = now, gathered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and count the storages that it made."""
@@ -311,23 +367,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _grow(self, size: list[int], by: int) -> None:
         size[0] += by
-        self.now += by
-        self._alive[id(size)] = size
-        if self.now > self.peak:
-            if self.now > 1.001 * self._noted:
-                self._at_peak, self._noted = [(one, one[0]) for one in self._alive.values()], self.now
-            self.peak = self.now
+        self._changes.append((self.times, size, by))
 
     def _drop(self, size: list[int]) -> None:
-        self.now -= size[0]
-        size[0] = 0
-        self._alive.pop(id(size), None)
-
-    @property
-    def gathered_at_peak(self) -> int:
-        """Bytes of weights that FSDP2 had gathered at the peak."""
-        refilled = {id(size) for size in self._refilled}
-        return sum(held for size, held in self._at_peak if id(size) in refilled)
+        self._grow(size, -size[0])
 
 
 def _plans(row: Batch) -> list[tuple[AttentionPlan, int]]:

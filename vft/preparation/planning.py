@@ -285,7 +285,7 @@ class Planner:
             tried += [self.memory(attempt, row) for attempt in self._last_resorts(tried[-1].setting)]
         search = Search(tried)
         if search.fitting:
-            return replace(search, faster=self._find_faster(search.fitting[0], row))
+            return replace(search, faster=self._find_faster(tried, row))
         # Offloading and 4 bits only as far as the user chose them.
         asked = tried[0].setting.config
         unchanged = {"quantize": asked.model.quantize}
@@ -321,13 +321,15 @@ class Planner:
             settings.append(packed)
         return settings
 
-    def _find_faster(self, memory: Memory, row: Batch) -> Memory | None:
-        """The fastest settings with the same results that fit too; None if nothing is gained.
+    def _find_faster(self, tried: list[Memory], row: Batch) -> Memory | None:
+        """The fastest settings with the same results as the first of `tried` that fit, if they fit too; None if nothing
+        is gained.
 
         Traffic beside the products costs no time in the estimate, but does on a real link: of two settings that take
         equally long, the one with less traffic is taken.
         """
-        setting, parallel = memory.setting, memory.setting.config.parallel
+        setting = next(memory.setting for memory in tried if memory.fits)
+        parallel, known = setting.config.parallel, [memory.setting for memory in tried]
         modes = MODES[: MODES.index(parallel.activation_checkpointing) + 1]
         shards = {parallel.shard, 1} if setting.gpus > 1 else {parallel.shard}
         resharded = {parallel.reshard_after_forward, False} if setting.gpus > 1 else {parallel.reshard_after_forward}
@@ -339,13 +341,15 @@ class Planner:
             candidate = setting.changed(
                 activation_checkpointing=mode, shard=shard, reshard_after_forward=reshard, offload=offload
             )
+            if candidate in known:
+                continue
             its_time, its_traffic = self._cost(candidate, row)
             is_better = its_time < WORTH_IT * time or (its_time <= time and its_traffic < traffic / 2)
             if is_better and self.resident_bytes(candidate) <= candidate.usable_bytes:
                 candidates.append((its_time, its_traffic, candidate))
         for _, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
-            if (tried := self.memory(candidate, row)).fits:
-                return tried
+            if (memory := self.memory(candidate, row)).fits:
+                return memory
         return None
 
     def _find_enough_gpus(self, setting: Setting, row: Batch) -> Memory | None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 
+from vft.common.types import Segment
+from vft.models.delta_rule import delta_rule, recurrence_of
 from vft.models.layers import GatedMLP, RMSNorm
 from vft.preparation.kernels import KernelCounter
 
@@ -55,6 +57,17 @@ def test_of_a_table_only_what_is_looked_up_is_read() -> None:
         F.embedding(index, table) * 2
     assert counter.kernels.eager == (2, (24 + 96 + 96) + (96 + 96))
     assert counter.kernels.fused == (1, 24 + 96)
+
+
+def test_a_recurrence_is_not_fused() -> None:
+    """It is an operator of its own to the compiler: its kernels are those of eager mode."""
+    recurrence = recurrence_of([Segment(0, 100)], 4, torch.device("cpu"))
+    q, k, v, (decay, strength) = *torch.randn(3, 100, 2, 8), torch.rand(2, 100, 2)
+    with KernelCounter() as counter:
+        delta_rule(q, k, v, -decay, strength, recurrence)
+    kernels = counter.kernels
+    # Of the two operators before it, the sign and the first state, one kernel is made.
+    assert kernels.fused_launches == kernels.launches - 1 > 20 and kernels.fused_bytes == kernels.bytes
 
 
 def test_fused_as_the_compiler_fuses(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.allocations import allocated_peak
@@ -19,13 +21,16 @@ from vft.common.types import Batch
 from vft.config.data import DataConfig, VideoConfig
 from vft.config.run import LoraConfig, ParallelConfig
 from vft.data.dataset import make_dataset
-from vft.distributed.process_group import World
+from vft.distributed.process_group import World, make_mesh
 from vft.models import build, experts
 from vft.models.base import VideoLanguageModel
+from vft.models.delta_rule import Recurrence
 from vft.models.flops import FlopCounter
 from vft.models.pretrained import Pretrained
+from vft.models.released import RELEASED, build_from_config
 from vft.parallel.parallelize import checkpoint_activations
 from vft.preparation import memory
+from vft.preparation.kernels import KernelCounter, Kernels
 from vft.preparation.memory import (
     GIB,
     MODES,
@@ -36,6 +41,7 @@ from vft.preparation.memory import (
     resolve,
     run_step,
 )
+from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -79,6 +85,53 @@ def test_peak_is_that_of_a_real_step(each_tiny: Tiny, mode: str, train: Sequence
     assert run_step(planned, cross_entropy, row, CPU).peak == pytest.approx(
         allocated_peak(lambda: cross_entropy(model, row).backward()), rel=within
     )
+
+
+def step_of_layers(name: str, layers: int, config: ParallelConfig, processes: int, whole: bool) -> Any:
+    """Peak, gathered weights at it, and kernels of a step of a released model with so many layers, on several processes
+    that are not there. Two questions share a video of 8 frames beside a text."""
+    released, count = RELEASED[name], {"num_hidden_layers": layers}
+    text = {"text_config": {**released["text_config"], **count}} if "text_config" in released else count
+    model, counter = build_from_config({**released, **text}, torch.bfloat16), KernelCounter()
+    choose_trainable(model, LoraConfig(rank=4, dropout=0.1), ())
+    checkpoint_activations(model, config.activation_checkpointing)
+    video = video_document(model.processor, Video(8, 112, 112), 2, 150, 20)
+    row = row_of(model.processor, [video, text_document(300, 50)])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        mesh = None if processes == 1 else make_mesh(World(0, processes, 0, CPU), 0)
+        watcher = None if mesh else counter
+        live = run_step(model, cross_entropy, row, torch.device("cuda"), mesh, config, watcher, whole)
+    finally:
+        dist.destroy_process_group()
+    return live.peak, live.gathered_at_peak, counter.kernels
+
+
+@pytest.mark.parametrize(
+    ("mode", "processes", "kept"), [("selective", 1, False), ("full", 2, False), ("none", 2, True)]
+)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("Qwen2.5-VL-3B-", 7), ("LLaVA-NeXT-Video-7B", 7), ("Qwen3-VL-30B-A3B-", 9), ("Qwen3.5-2B", 16)],
+)
+def test_few_layers_stand_for_all(name: str, layers: int, mode: str, processes: int, kept: bool) -> None:
+    """To the byte, as if each layer had been run."""
+    config = ParallelConfig(activation_checkpointing=mode, reshard_after_forward=not kept)
+    few, every = (step_of_layers(name, layers, config, processes, whole) for whole in (False, True))
+    assert few == every
+    assert (every[1] > 0) == (processes > 1) and (every[2] == Kernels()) == (processes > 1)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_recurrences_of_few_steps_stand_for_those_of_many(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many kernels are launched as in steps one after another; a few more bytes are held, and moved, at once."""
+    config = ParallelConfig(activation_checkpointing=mode)
+    peak, _, planned = step_of_layers("Qwen3.5-2B", 4, config, 1, whole=True)
+    monkeypatch.setattr(Recurrence, "flattened", lambda recurrence: recurrence)
+    true_peak, _, true = step_of_layers("Qwen3.5-2B", 4, config, 1, whole=True)
+    assert (planned.launches, planned.fused_launches) == pytest.approx((true.launches, true.fused_launches), rel=0.05)
+    assert planned.product_flops == true.product_flops
+    assert true_peak <= peak <= 1.05 * true_peak and true.bytes <= planned.bytes <= 1.1 * true.bytes
 
 
 def test_what_stays_is_counted(each_tiny: Tiny) -> None:

@@ -112,6 +112,7 @@ class Qwen3VL(VideoLanguageModel):
             blocks=encoder.blocks,
             patches_per_row=self.processor.merge**2,
             pair_widths={"frame": encoder.config.hidden_size * encoder.config.depth},
+            added=len(encoder.deepstack),
         )
 
 
