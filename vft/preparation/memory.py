@@ -296,17 +296,14 @@ def _shorten(model: VideoLanguageModel, watchers: Sequence[Any]) -> None:
         for watcher in watchers:
             watcher.times = times
 
-    def mark(layer: nn.Module, forwards: int, backwards: int) -> None:
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            repeat(forwards)
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(partial(repeat, backwards))
-
-        layer.register_forward_pre_hook(begin)
+    def begin(forwards: int, backwards: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        repeat(forwards)
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(partial(repeat, backwards))
 
     if taken:
-        mark(layers[first], taken + 1, 1)
-        mark(layers[after], 1, taken + 1)
+        layers[first].register_forward_pre_hook(partial(begin, taken + 1, 1))
+        layers[after].register_forward_pre_hook(partial(begin, 1, taken + 1))
 
 
 class LiveBytes(TorchDispatchMode):
