@@ -260,7 +260,7 @@ def run_step(
             row, plan=replace(row.plan, recurrence=row.plan.recurrence and row.plan.recurrence.flattened())
         )
         live = LiveBytes()
-        if not whole:
+        if not whole and not model.decoder.routing_weight:  # the loss of which reads something of every layer
             _shorten(model, [live, *([watcher] if watcher else [])])
         config = config or ParallelConfig()
         if mesh is not None:
