@@ -235,6 +235,7 @@ def save_qwen3_vl(
 def save_qwen3_vl_moe(folder: Path, **options: Any) -> Path:
     """A random Qwen3-VL-MoE whose second layer has no experts."""
     text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    text |= options.pop("text", {})
     save_qwen3_vl(folder, model_class=Qwen3VLMoeForConditionalGeneration, text=text, **options)
     for file in folder.glob("*.safetensors"):
         tensors = {name: turned_experts(name, tensor).contiguous() for name, tensor in load_file(file).items()}
@@ -275,13 +276,13 @@ def save_qwen3_5(
 def save_qwen3_5_moe(folder: Path, **options: Any) -> Path:
     """A random Qwen3.5-MoE. transformers saves it expert by expert, but the release is not so."""
     sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-    text = {"num_experts": 4, "num_experts_per_tok": 2, **sizes}
+    text = {"num_experts": 4, "num_experts_per_tok": 2, **sizes, **options.pop("text", {})}
     save_qwen3_5(folder, model_class=Qwen3_5MoeForConditionalGeneration, text=text, **options)
     tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for layer in range(DECODER["num_hidden_layers"]):
+    for layer in range(text.get("num_hidden_layers", DECODER["num_hidden_layers"])):
         path = f"model.language_model.layers.{layer}.mlp.experts"
         gate, up, down = (
-            torch.stack([tensors.pop(f"{path}.{expert}.{part}_proj.weight") for expert in range(4)])
+            torch.stack([tensors.pop(f"{path}.{n}.{part}_proj.weight") for n in range(text["num_experts"])])
             for part in ("gate", "up", "down")
         )
         tensors |= {f"{path}.gate_up_proj": torch.cat([gate, up], dim=1), f"{path}.down_proj": down}
