@@ -226,7 +226,9 @@ def test_two_processes_on_a_base_of_4_bits_in_bf16(runs: Runs) -> None:
 
 
 EXPERTS: dict[str, Any] = {"lora": {"targets": ["language_model.*", "language_model.experts.*"]}}
-of_experts = pytest.mark.parametrize("each_world", ["qwen3_vl_moe"], indirect=True)
+of_experts = pytest.mark.parametrize(
+    "each_world", ["qwen3_vl_moe", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)], indirect=True
+)
 
 
 @of_experts
@@ -236,7 +238,7 @@ def test_two_processes_adapters_of_experts(runs: Runs, base: tuple[dict[str, Any
     folders = [runs(processes, *settings) for processes in (1, 2)]
     assert_equal(*folders)
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
-    assert sum(".experts." in name for name in one) == 2 * 4  # A and B of two matrices in two of the layers
+    assert sum(".experts." in name for name in one) in (2 * 4, 3 * 4)  # A and B of two matrices in a layer
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
 

@@ -301,6 +301,14 @@ def merged_experts(weight: Tensor, a: Tensor, b: Tensor, scale: float, is_turned
     return torch.stack([one if is_turned else one.T for one in changed])
 
 
+def merged_expert(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, expert: int, experts: int, place: int, parts: int
+) -> Tensor:
+    """`merged` for the rows [out / parts, in] of one expert's matrix, the ones at this place."""
+    a_GRI, b_GOR = expert_pairs(a, b, len(a) // experts)
+    return merged(weight, a_GRI[expert], b_GOR[expert].chunk(parts)[place], scale)
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Initialise all adapters of `model` so that it computes what its base does.
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, OF_EXPERTS, merged, merged_experts, target_of
+from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, OF_EXPERTS, merged, merged_expert, merged_experts, target_of
 from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, check_adapter, merged_into, recorded
 from vft.cli.arguments import Arguments, Choices, command
 from vft.common.console import progress_bar
@@ -25,9 +26,10 @@ from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.common.safetensors_io import open_tensors
 from vft.models import build
+from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.quantization import true_shapes
-from vft.models.weights import copy_companions, stored_names, turned_names
+from vft.models.weights import copy_companions, experts_apart, stored_names, turned_names
 from vft.reporting.serving import served_files, served_template, vllm_serve
 
 
@@ -69,24 +71,41 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
     checkpoint = Pretrained.open(base, recorded(adapter_folder).get("rope_factor"))
     model = build(checkpoint, torch.float32)
     adapter = Adapter.open(adapter_folder, model.spellings)
-    stored = stored_names(model, checkpoint)
-    turned = turned_names(true_shapes(model), model.turned, stored, checkpoint)
+    changes = _changes(checkpoint, model, adapter)
     attach(model, adapter)
     check_adapter(adapter, model, checkpoint)
     with whole_folder(output) as folder:
-        changed = _merge_files(checkpoint, adapter, {theirs: ours for ours, theirs in stored.items()}, turned, folder)
+        _merge_files(checkpoint, adapter, changes, folder)
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
         copy_companions(checkpoint, folder, served_files(checkpoint, model, about, generation))
-    return changed
+    return len(adapter.scales)
 
 
-def _merge_files(
-    checkpoint: Pretrained, adapter: Adapter, ours: Mapping[str, str], turned: Collection[str], folder: Path
-) -> int:
-    """Copy the files and overwrite the adapted weights. `ours` maps the names in the files to the model's; `turned` are
-    as for `vft.models.weights.turned_names`."""
-    waiting = {target_of(name): name for name in adapter.scales}
+Changes = Mapping[str, tuple[str, Callable[..., Tensor]]]
+"""For tensors of a checkpoint's files, by name: the adapter that changes it, and what merges weight, A, B and scale."""
+
+
+def _changes(checkpoint: Pretrained, model: VideoLanguageModel, adapter: Adapter) -> Changes:
+    """What is merged, for a model that has no adapters yet."""
+    shapes, stored = true_shapes(model), stored_names(model, checkpoint)
+    turned = turned_names(shapes, model.turned, stored, checkpoint)
+    adapters = {target_of(name): name for name in adapter.scales}
+    changes: dict[str, tuple[str, Callable[..., Tensor]]] = {}
+    for own, theirs in stored.items():
+        if name := adapters.get(own.removesuffix(".weight")):
+            of_experts: Any = partial(merged_experts, is_turned=own in turned)
+            changes[theirs] = name, of_experts if OF_EXPERTS in name else merged
+    for own, experts in experts_apart(shapes, model.turned, stored).items():
+        for expert, parts in enumerate(experts) if own in adapters else ():
+            for place, theirs in enumerate(parts):
+                where: dict[str, Any] = {"expert": expert, "experts": len(experts), "place": place, "parts": len(parts)}
+                changes[theirs] = adapters[own], partial(merged_expert, **where)
+    return changes
+
+
+def _merge_files(checkpoint: Pretrained, adapter: Adapter, changes: Changes, folder: Path) -> None:
+    """Copy the files and overwrite the adapted weights."""
     # Read first: nothing has looked into the files of a base that has several.
     layouts = {file: _layout(file) for file in sorted(set(checkpoint.weight_files.values()))}
     with (
@@ -97,24 +116,20 @@ def _merge_files(
             copy = Path(shutil.copyfile(file, folder / file.name))
             with copy.open("r+b") as stream:
                 for name, (dtype, _, start) in layout.items():
-                    if module := waiting.pop(ours[name].removesuffix(".weight"), None):
+                    if name in changes:
+                        module, merge_into = changes[name]
                         require_whole(dtype, checkpoint.path, name)
                         a, b = (low_rank.get_tensor(adapter.file_names[module + leaf]) for leaf in (LORA_A, LORA_B))
                         lengths = adapter.file_names.get(module + MAGNITUDE)
-                        magnitude = None if lengths is None else low_rank.get_tensor(lengths)
-                        parts = _read(file, name), a, b, adapter.scales[module]
-                        if OF_EXPERTS in module:
-                            weight = merged_experts(*parts, ours[name] in turned)
-                        else:
-                            weight = merged(*parts, magnitude)
+                        magnitude = () if lengths is None else (low_rank.get_tensor(lengths),)
+                        weight = merge_into(_read(file, name), a, b, adapter.scales[module], *magnitude)
                         stream.seek(start)
                         stream.write(weight.view(torch.uint8).numpy().data)
             if _layout(copy) != layout:
                 raise UserError(f"{copy}: does not hold the tensors of {file} any more; merge again")
             bar.update()
-    if waiting:
-        raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {sorted(waiting)[:3]}")
-    return len(adapter.scales)
+    if waiting := sorted(set(adapter.scales) - {name for name, _ in changes.values()}):
+        raise UserError(f"{adapter.folder}: {len(waiting)} adapted layers are not in the base: {waiting[:3]}")
 
 
 def _layout(file: Path) -> dict[str, tuple[str, list[int], int]]:

@@ -19,6 +19,7 @@ from tests.helpers.adapters import adapted, difference, disturb, exported, logit
 from tests.helpers.allocations import allocated_peak
 from tests.helpers.tiny import CPU, Tiny, assert_same_gradients, load_model, load_prepared, loss_and_gradients
 from tests.unit.adapters.test_lora import assert_all_agree
+from tests.unit.models.test_experts import experts_apart_of
 from tests.unit.preparation.test_memory import long_row
 from vft.adapters.lora import LoRAExperts, adapted_layers, initialise, target_of
 from vft.adapters.targets import choose_trainable, match_targets
@@ -50,14 +51,19 @@ def moe(make_tiny: Callable[[str, str], Tiny]) -> Tiny:
     return make_tiny("qwen3_vl_moe", "tied")
 
 
+@pytest.fixture(params=["qwen3_vl_moe", "qwen3_5_moe"])
+def each_moe(request: pytest.FixtureRequest, make_tiny: Callable[[str, str], Tiny]) -> Tiny:
+    return make_tiny(request.param, "tied")
+
+
 # ------------------------------------------------------------------------------------------------- beside PEFT
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_written_here_all_agree(moe: Tiny, tmp_path: Path, name: str) -> None:
-    model = assert_all_agree(moe, video_batch(moe), tmp_path, EXPORTS[name])
-    found = sum(isinstance(module, LoRAExperts) for module in model.modules())
-    assert found == {"one layer": 2, "gate and up": 2, "down": 2}.get(name, 4)  # layers 0 and 2 have experts
+def test_written_here_all_agree(each_moe: Tiny, tmp_path: Path, name: str) -> None:
+    model = assert_all_agree(each_moe, video_batch(each_moe), tmp_path, EXPORTS[name])
+    found, layers = (sum(isinstance(one, kind) for one in model.modules()) for kind in (LoRAExperts, ExpertWeights))
+    assert found == {"one layer": 2, "gate and up": layers, "down": layers}.get(name, 2 * layers)
 
 
 def test_ranks_of_their_own(moe: Tiny, tmp_path: Path) -> None:
@@ -93,18 +99,21 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-def test_written_by_peft(moe: Tiny, tmp_path: Path, name: str) -> None:
-    batch = video_batch(moe)
+def test_written_by_peft(each_moe: Tiny, tmp_path: Path, name: str) -> None:
+    batch = video_batch(each_moe)
     torch.manual_seed(0)
     config = PeftConfig(r=4, lora_alpha=6, init_lora_weights=False, **PEFT_CONFIGS[name])
-    theirs = get_peft_model(moe.load(moe.path), config).eval()
+    theirs = get_peft_model(each_moe.load(each_moe.path), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    wanted = their_logits(theirs, batch, moe)
-    assert difference(wanted, their_logits(moe.theirs, batch, moe)) > 0.05
-    loaded = load_model(str(moe.path), tmp_path / "adapter", torch.float32, CPU).model
-    assert difference(logits_of(loaded, batch), wanted) <= 2 * moe.family.tolerance
-    merge(str(moe.path), tmp_path / "adapter", tmp_path / "merged")
-    assert difference(their_logits(moe.load(tmp_path / "merged"), batch, moe), wanted) <= 2 * moe.family.tolerance
+    wanted = their_logits(theirs, batch, each_moe)
+    assert difference(wanted, their_logits(each_moe.theirs, batch, each_moe)) > 0.05
+    loaded = load_model(str(each_moe.path), tmp_path / "adapter", torch.float32, CPU).model
+    assert difference(logits_of(loaded, batch), wanted) <= 2 * each_moe.family.tolerance
+    merge(str(each_moe.path), tmp_path / "adapter", tmp_path / "merged")
+    assert (
+        difference(their_logits(each_moe.load(tmp_path / "merged"), batch, each_moe), wanted)
+        <= 2 * each_moe.family.tolerance
+    )
 
 
 def test_gradients_are_pefts(moe: Tiny, tmp_path: Path) -> None:
@@ -336,3 +345,21 @@ def test_planned_memory_is_that_of_a_real_step(moe: Tiny, mode: str) -> None:
         checkpoint_activations(one, mode)
     real = allocated_peak(lambda: cross_entropy(model, row).backward())
     assert run_step(planned, cross_entropy, row, CPU).peak == pytest.approx(real, rel=0.02)
+
+
+def test_merged_into_experts_apart(make_tiny: Callable[[str, str], Tiny], tmp_path: Path) -> None:
+    """A base with the matrices of experts one by one, as transformers saves Qwen3.5-MoE: as into one with all together.
+    Its shared expert is adapted too."""
+    together = make_tiny("qwen3_5_moe", "tied")
+    apart = experts_apart_of(together, tmp_path / "apart")
+    exported(together, tmp_path / "adapter", EXPORTS["beside attention"])
+    (tmp_path / "adapter" / "vft.json").unlink()  # with the fingerprint of the other files
+    assert merge(str(apart), tmp_path / "adapter", tmp_path / "merged apart") > 12
+    merge(str(together.path), tmp_path / "adapter", tmp_path / "merged")
+    models = [load_model(str(tmp_path / name), None, torch.float32, CPU).model for name in ("merged apart", "merged")]
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=name)
+    adapted = load_model(str(together.path), tmp_path / "adapter", torch.float32, CPU).model
+    batch = video_batch(together)
+    assert difference(logits_of(models[0], batch), logits_of(adapted, batch)) <= 2 * together.family.tolerance
+    assert difference(logits_of(adapted, batch), logits_of(together.ours(), batch)) > 0.05

@@ -296,6 +296,11 @@ def test_neither_orientation(tiny_moe: Tiny, tmp_path: Path) -> None:
 def apart(make_tiny: Callable[[str, str], Tiny], tmp_path: Path) -> tuple[Tiny, Path]:
     """A Qwen3.5-MoE, and the same expert by expert, as transformers saves it."""
     tiny = make_tiny("qwen3_5_moe", "tied")
+    return tiny, experts_apart_of(tiny, tmp_path / "apart")
+
+
+def experts_apart_of(tiny: Tiny, to: Path) -> Path:
+    """A copy of a Qwen3.5-MoE, expert by expert."""
     tensors = load_file(tiny.path / SINGLE_FILE)
     for name in [name for name in tensors if ".mlp.experts." in name]:
         module, _, leaf = name.rpartition(".")
@@ -303,9 +308,9 @@ def apart(make_tiny: Callable[[str, str], Tiny], tmp_path: Path) -> tuple[Tiny, 
         for number, expert in enumerate(tensors.pop(name)):
             parts = expert.chunk(len(leaves))
             tensors |= {f"{module}.{number}.{leaf}.weight": x.clone() for leaf, x in zip(leaves, parts, strict=True)}
-    folder = Path(shutil.copytree(tiny.path, tmp_path / "apart"))
+    folder = Path(shutil.copytree(tiny.path, to))
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    return tiny, folder
+    return folder
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
