@@ -262,8 +262,15 @@ def test_adapters_of_experts_recomputed_and_gone_on_with(
     assert_equal(tmp_path / "other", tmp_path / "run")
 
 
-@of_experts
-@pytest.mark.parametrize("parts", [(FULL_TUNING,), (EXPERTS,)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("each_world", "parts"),
+    [
+        ("qwen3_vl_moe", (FULL_TUNING,)),  # rounding alone moves the recurrent family's losses by more in 20 steps
+        ("qwen3_vl_moe", (EXPERTS,)),
+        pytest.param("qwen3_5_moe", (EXPERTS,), marks=pytest.mark.slow),
+    ],
+    indirect=["each_world"],
+)
 def test_two_processes_routing_loss(runs: Runs, parts: tuple[dict[str, Any], ...]) -> None:
     """Each pack has its own, whichever process has it; experts are counted over all."""
     settings = (MIXED, *parts, DAMPED, {"train": {"routing_loss": 0.5}})
