@@ -22,6 +22,7 @@ from tests.unit.adapters.test_lora import assert_all_agree
 from tests.unit.models.test_experts import experts_apart_of
 from tests.unit.preparation.test_memory import long_row
 from vft.adapters.lora import LoRAExperts, adapted_layers, initialise, target_of
+from vft.adapters.peft_format import start_from
 from vft.adapters.targets import choose_trainable, match_targets
 from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
@@ -78,6 +79,28 @@ def test_ranks_of_their_own(moe: Tiny, tmp_path: Path) -> None:
     assert difference(their_logits(theirs, batch, moe), wanted) <= 2 * moe.family.tolerance
     loaded = load_model(str(moe.path), tmp_path, torch.float32, CPU).model
     assert difference(logits_of(loaded, batch), wanted) == 0
+
+
+def test_gone_on_with_and_on_a_base_of_4_bits(moe: Tiny, tmp_path: Path) -> None:
+    """Training starts from what was exported; answers on packed experts are those of training on them."""
+    lora = EXPORTS["beside attention"]
+    ours = exported(moe, tmp_path, lora)
+    settings = {"output_dir": "runs/x", "model": {"path": str(moe.path), "adapter": str(tmp_path)}}
+    again, pretrained = adapted(moe, lora, seed=5)
+    start_from(again, load({**settings, "lora": {"rank": 4, "alpha": 8, "targets": list(lora.targets)}}), pretrained)
+    for (name, one), (_, other) in zip(again.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    less, _ = adapted(moe, LoraConfig(rank=4, alpha=8, targets=("language_model.*", UP)))
+    config = load({**settings, "lora": {"rank": 4, "alpha": 8, "targets": ["language_model.*", UP]}})
+    with pytest.raises(UserError, match=r"experts\.adapters\.down_proj\.lora_A\.weight: found in the file alone"):
+        start_from(less, config, pretrained)
+
+    batch = video_batch(moe)
+    trained, _ = load_prepared(moe.path, lambda it: choose_trainable(it, lora, ()), quantize="nf4")
+    start_from(trained, config, pretrained)
+    loaded = load_model(str(moe.path), tmp_path, torch.float32, CPU, quantize="nf4").model
+    assert torch.equal(logits_of(loaded, batch), logits_of(trained.eval(), batch))
+    assert difference(logits_of(loaded, batch), logits_of(ours, batch)) > 1e-3
 
 
 PEFT_CONFIGS: dict[str, dict[str, Any]] = {
