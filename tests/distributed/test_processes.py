@@ -61,7 +61,12 @@ def runs(commands: Commands, each_world: World, tmp_path_factory: pytest.TempPat
     return Runs(commands, each_world, tmp_path_factory.mktemp("runs"))
 
 
-def assert_equal(one: Path, several: Path) -> None:
+def rounding_of(world: World) -> float:
+    """How much more rounding shows in a random model of this family than in the plainest ones."""
+    return FAMILIES[world.family].tolerance / 1e-4
+
+
+def assert_equal(one: Path, several: Path, rounding: float = 1.0) -> None:
     """The same samples and, within 1e-5, the same losses; and it did learn."""
     losses = column(one, "loss")
     assert losses[-1] < 0.9 * losses[0]
@@ -69,9 +74,9 @@ def assert_equal(one: Path, several: Path) -> None:
         assert column(several, key) == column(one, key), key
     difference = largest_difference(losses, column(several, "loss"))
     print(f"largest relative difference of a loss: {difference:.1e}")  # pytest -rP shows it
-    assert difference <= 1e-5
+    assert difference <= 1e-5 * rounding
     # Norms are of gradients that cancel in part, so that rounding shows more.
-    assert largest_difference(column(one, "grad_norm"), column(several, "grad_norm")) <= 1e-4
+    assert largest_difference(column(one, "grad_norm"), column(several, "grad_norm")) <= 3e-4 * rounding
 
 
 def and_slowly(family: str, *case: str) -> Any:
@@ -111,7 +116,7 @@ def test_two_processes_adapters_on_all_parts_mixed_media_dropout(runs: Runs, kin
 def test_two_processes_full_fine_tuning(runs: Runs, each_world: World) -> None:
     settings = (MIXED, FULL_TUNING, DAMPED)
     one, two = runs(1, *settings), runs(2, *settings)
-    assert_equal(one, two)
+    assert_equal(one, two, rounding_of(each_world))
     base, first, second = (
         load_file(folder / "model.safetensors") for folder in (each_world.base, one / "model", two / "model")
     )
@@ -121,7 +126,7 @@ def test_two_processes_full_fine_tuning(runs: Runs, each_world: World) -> None:
         assert (weight.shape, weight.dtype) == (base[name].shape, base[name].dtype), name
         if not name.endswith("k_proj.bias"):  # which a softmax cancels: its gradient is rounding, or nothing
             assert weight.equal(base[name]) != name.startswith(trained), name
-        assert (weight - second[name]).abs().max() <= 1e-5 * weight.abs().max(), name
+        assert (weight - second[name]).abs().max() <= 1e-5 * rounding_of(each_world) * weight.abs().max(), name
 
 
 @pytest.mark.slow
