@@ -43,7 +43,7 @@ def shape_of(family: str, seed: int) -> dict[str, Any]:
             "linear_num_value_heads": heads * pick([1, 2, 3]),
             "linear_key_head_dim": pick([8, 16, 24]),
             "linear_value_head_dim": pick([8, 16, 32]),
-            "linear_conv_kernel_dim": pick([2, 3, 4]),
+            "linear_conv_kernel_dim": [4, 1, 2][seed],
         }
     if family.endswith("moe"):
         experts = pick([3, 6, 8])

@@ -160,8 +160,8 @@ def _edges(segments: Sequence[Segment], parents: Sequence[int | None], width: in
         for place in range(min(before, segment.q_length)):
             rows.append(segment.q_start + place)
             sources.append(seen[place : place + width])
-    shape = (-1, width)
-    return torch.tensor(rows), torch.tensor(sources).view(shape), torch.tensor(tails).view(len(segments), before)
+    rows_B, sources_BW, tails_SW = (torch.tensor(index, dtype=torch.long) for index in (rows, sources, tails))
+    return rows_B, sources_BW.view(-1, width), tails_SW.view(len(segments), before)
 
 
 def convolve(x_TC: Tensor, weight_CW: Tensor, recurrence: Recurrence, left_SWC: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def convolve(x_TC: Tensor, weight_CW: Tensor, recurrence: Recurrence, left_SWC: 
     out = torch.nn.functional.conv1d(padded[None], weight_CW[:, None], groups=x_TC.shape[1])[0].T
     edges = inputs.index_select(0, recurrence.edge_sources_BW.flatten()).view(-1, width, x_TC.shape[1])
     exact = (edges.float() * weight_CW.T.float()).sum(1).to(x_TC.dtype)
-    tails = inputs.index_select(0, recurrence.tails_SW.flatten()).view(segments, width - 1, -1)
+    tails = inputs.index_select(0, recurrence.tails_SW.flatten()).view(segments, width - 1, x_TC.shape[1])
     return out.index_copy(0, recurrence.edge_rows_B, exact), tails
 
 
