@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,17 @@ def test_routers_learn_to_spread(moe: World, commands: Commands, tmp_path: Path)
     )
     assert with_it[-1]["routing_loss"] < 2.1 < without[-1]["routing_loss"]
     assert min(line["routing_loss"] for line in with_it) >= 2.0
+
+
+def test_figures_that_are_no_numbers() -> None:
+    """JSON has no NaN."""
+    import torch
+
+    from vft.distributed.process_group import World as Processes
+    from vft.reporting.monitor import Tally, describe_step
+
+    cpu, counts = torch.device("cpu"), Counter({"num_targets": 1})
+    figures = [float("nan"), 2.0, 0.0, 3.0]
+    line = describe_step(1.0, 1.0, 1e-4, counts, Tally(cpu), Processes(0, 1, 0, cpu), torch.float32, figures)
+    assert [line[name] for name in FIGURES] == [None, 2.0, 0.0, 3.0]
+    json.dumps(line, allow_nan=False)

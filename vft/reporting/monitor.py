@@ -124,6 +124,10 @@ class Tally:
             self.counts[name] = self.counts.get(name, 0) + count
 
 
+ROUTING = ("routing_loss", "expert_load_max", "expert_load_min", "experts_unused")
+"""Figures of a step of a model with experts; docs/use/choosing.md says what they are."""
+
+
 def describe_step(
     loss: float,
     grad_norm: float,
@@ -132,11 +136,12 @@ def describe_step(
     tally: Tally,
     world: World,
     dtype: torch.dtype,
+    routing: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The line of a step in metrics.jsonl, without its number and epoch.
 
     `loss` is the mean over the supervised tokens, `grad_norm` that before clipping, `rate` the learning rate; `counts`
-    are of all processes, and the model computes in `dtype`.
+    are of all processes, the model computes in `dtype`, and `routing` has the figures ROUTING if it has experts.
     """
     seconds, peak, processes = time.perf_counter() - tally.begin_s, peak_flops(world.device, dtype), world.size
     return {
@@ -156,6 +161,7 @@ def describe_step(
         "hfu": None if peak is None else counts["hardware_flops"] / seconds / peak / processes,
         "peak_memory_bytes": peak_memory_bytes(world.device),
         "sample_digest": f"{counts['digest']:x}",
+        **dict(zip(ROUTING, map(finite, routing), strict=False)),
     }
 
 

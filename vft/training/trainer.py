@@ -71,9 +71,6 @@ from vft.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
 
-ROUTING = ("routing_loss", "expert_load_max", "expert_load_min", "experts_unused")
-"""Figures of a step of a model with experts, in metrics.jsonl."""
-
 
 def run(task: Task, config: Config, world: World, dry: bool = False, objective: Objective = cross_entropy) -> None:
     """Train, or resume the run in the same folder. With `dry` only the memory preflight is run, and nothing written."""
@@ -268,8 +265,8 @@ class Trainer:
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
-        line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype)
-        self.monitor.step({"step": step, "epoch": loader.epoch, **line, **dict(zip(ROUTING, routing, strict=False))})
+        line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype, routing)
+        self.monitor.step({"step": step, "epoch": loader.epoch, **line})
         self.profiler.after(step)
         return stop
 
