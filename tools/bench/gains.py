@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from measure import DEVICE, benchmark, in_turns, report
-from workload import add_shape, random_model, settings
+from workload import MODELS, add_shape, random_model, settings
 
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
@@ -29,6 +30,7 @@ from vft.models.base import VideoLanguageModel
 from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
 
+SHORT, LONG = Video(), Video(16, 352, 352)
 Work = Callable[[], torch.Tensor]
 """Runs forward and backward and gives the mean loss."""
 
@@ -54,7 +56,7 @@ def main() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    add_shape(parser)
+    add_shape(parser, MODELS)
     parser.add_argument("--of", nargs="+", choices=sorted(KINDS), default=list(KINDS), help="what is measured (all)")
 
 
@@ -99,14 +101,16 @@ def packs(model: VideoLanguageModel) -> dict[str, Gain]:
     }
 
 
-def questions(model: VideoLanguageModel) -> dict[str, Gain]:
-    """k questions with a copy of their video each, and on one copy.
+def questions(
+    model: VideoLanguageModel, ks: Sequence[int] = (2, 5, 8), videos: int = 4, video: Video = SHORT, words: int = 25
+) -> dict[str, Gain]:
+    """k questions of so many words with a copy of their video each, and on one copy.
 
-    Four videos a row in either case: on two cores a row of one is too short to keep them busy.
+    Several videos a row in either case: on two cores a row of a short one is too short to keep them busy.
     """
     gains = {}
-    for k in (2, 5, 8):
-        shared = [video_document(model.processor, Video(), k, 25, 10, seed) for seed in range(4)]
+    for k in ks:
+        shared = [video_document(model.processor, video, k, words, 10, seed) for seed in range(videos)]
         apart = [row_of(model.processor, [part(document, number) for document in shared]) for number in range(k)]
         row = row_of(model.processor, shared)
         tokens = sum(one.num_tokens for one in apart), row.num_tokens
@@ -198,6 +202,7 @@ def each_segment_alone() -> Iterator[None]:
 KINDS: dict[str, Callable[[Any], dict[str, Gain]]] = {
     "packs": packs,
     "questions": questions,
+    "long-videos": partial(questions, ks=(1, 2, 5, 10), videos=1, video=LONG, words=100),
     "packing": packing,
     "parts": parts,
 }

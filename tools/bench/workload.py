@@ -21,7 +21,7 @@ from vft.config.run import Config, LoraConfig, ModelConfig, ParallelConfig, Trai
 from vft.models import quantization as nf4
 from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained
-from vft.models.released import RELEASED, build_from_config, language_model, qwen2_5_vl
+from vft.models.released import RELEASED, TOKEN_IDS, build_from_config, language_model, qwen2_5_vl, qwen3_5
 from vft.preparation.run import PreparedModel, load, open_for_training, start_adapters
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, clip, scale_gradients
@@ -52,10 +52,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "72b-slice": {**_SEVENTY_TWO_B, "num_hidden_layers": 4},
 }
 """config.json of Qwen2.5-VL in released sizes, in slices of them with few decoder layers, and in sizes for a CPU."""
+_HYBRID = qwen3_5(
+    *(language_model(384, 4, 4, 2, 1152, 7680), True, (2, 4)),
+    **{"depth": 2, "hidden_size": 128, "intermediate_size": 384, "num_heads": 2},
+)
 MODELS: dict[str, dict[str, Any]] = {
     **SHAPES,
     **{f"llava-{size.lower()}": RELEASED[f"LLaVA-NeXT-Video-{size}"] for size in ("7B", "34B")},
     "llava-7b-slice": {**_LLAVA_7B, "text_config": {**_LLAVA_7B["text_config"], "num_hidden_layers": 4}},
+    # Three recurrent layers for each one with attention, and an encoder as small as that of "small".
+    "qwen3.5-small": {**_HYBRID, **TOKEN_IDS},
     **{f"qwen3-{size.lower()}": RELEASED[f"Qwen3-VL-{size}-"] for size in ("2B", "4B", "8B", "32B")},
 }
 """Also those of other families, for benchmarks that need no files."""

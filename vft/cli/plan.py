@@ -104,12 +104,13 @@ def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> li
     chosen, *others = search.fitting
     found, asked = chosen.setting.config.parallel, setting.config.parallel
     automatic = {n: getattr(found, n) for n in ("activation_checkpointing", "shard") if getattr(asked, n) == "auto"}
-    change = setting.changed(**automatic).overrides_to(chosen.setting)
+    known = setting.changed(**automatic)
+    change = known.overrides_to(chosen.setting)
     lines = [f"fits with {change} (checked)" if change else "fits"]
     taken = [f"{name} = {value}" for name, value in automatic.items() if name != "shard" or setting.gpus > 1]
     if taken:
         lines.append(f"auto takes {', '.join(taken)}")
-    lines += [f"fits too: {setting.overrides_to(other.setting)} (checked)" for other in others]
+    lines += [f"fits too: {known.overrides_to(other.setting)} (checked)" for other in others]
     if search.faster:
         gain = ""
         if setting.card:

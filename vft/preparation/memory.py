@@ -99,6 +99,7 @@ def resolve(
             logger.info(message, mode, option.shard, str(option.compile).lower(), needed_gib, budget_gib)
             return option
     tokens, what = rows[0].num_tokens, "lower data.pack_tokens, shard over more devices"
+    what += ", or try parallel.offload=frozen (tools/plan.py says what fits)" if config.offload == "none" else ""
     if config.memory_budget_gib is None:  # the preflight tells how much it really takes
         message = "the longest row, %d tokens, is expected to take %.1f GiB of %.1f with all that auto may do: %s"
         logger.warning(message, tokens, needed_gib, budget_gib, what)

@@ -341,11 +341,14 @@ class Planner:
             candidate = setting.changed(
                 activation_checkpointing=mode, shard=shard, reshard_after_forward=reshard, offload=offload
             )
-            if candidate in known:
+            # Wherever the weights are, the activations are those that were counted before.
+            alike = [one for one in tried if _saving(one.setting) == _saving(candidate)]
+            least = self.resident_bytes(candidate) + max((one.sizes["activations"] for one in alike), default=0)
+            if candidate in known or least > candidate.usable_bytes:
                 continue
             its_time, its_traffic = self._cost(candidate, row)
             is_better = its_time < WORTH_IT * time or (its_time <= time and its_traffic < traffic / 2)
-            if is_better and self.resident_bytes(candidate) <= candidate.usable_bytes:
+            if is_better:
                 candidates.append((its_time, its_traffic, candidate))
         for _, _, candidate in sorted(candidates, key=lambda entry: entry[:2]):
             if (memory := self.memory(candidate, row)).fits:
@@ -383,6 +386,11 @@ class Planner:
             run_step(model, self.objective, row, torch.device("cuda"), watcher=counter)
             self.kernels[key] = counter.kernels
         return self.kernels[key]
+
+
+def _saving(setting: Setting) -> tuple[str, int | str]:
+    """What decides about the memory of activations and gradients."""
+    return setting.config.parallel.activation_checkpointing, setting.config.parallel.shard
 
 
 def step_of(model: VideoLanguageModel, setting: Setting, row: Batch, kernels: Kernels | None = None) -> Step:

@@ -20,7 +20,7 @@ HUB_NAMES = {
     "llava_next_video_7b": "llava-hf/LLaVA-NeXT-Video-7B-hf",
     "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
     "qwen3_vl_30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
-    "qwen3_5_9b": "Qwen/Qwen3.5-9B",
+    **{f"qwen3_5_{size.lower()}": f"Qwen/Qwen3.5-{size}" for size in ("2B", "4B", "9B", "27B")},
 }
 
 
@@ -65,7 +65,7 @@ def test_captions(path: Path) -> None:
     assert (lora.rank, lora.alpha, lora.dropout) == (16, 32.0, 0.05)
     attention = tuple(f"language_model.{name}_proj" for name in "qkvo")
     # Most layers of Qwen3.5 have no attention.
-    assert lora.targets == (("language_model.*",) if path.parent.name == "qwen3_5_9b" else attention)
+    assert lora.targets == (("language_model.*",) if "qwen3_5" in path.parent.name else attention)
     assert train.learning_rate == 2e-4
     assert (recipe.data.max_samples_per_pack, train.packs_per_step) == (1, 16)
     assert (train.warmup_steps, train.max_steps, train.epochs) == (50, 500, None)
