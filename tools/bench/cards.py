@@ -56,10 +56,13 @@ def lines(models: list[str]) -> list[str]:
         row = filled_row(planner.model_of(config).processor, config.data)
         settings = [Setting(config, gpus, gib, 300, None, PRODUCT_SHARE) for gpus, gib in CARDS]
         cells = [cell(planner.search(setting, row)) for setting in settings]
-        rows.append(
-            f"| {model.partition('/')[2].removesuffix('-hf').removesuffix('-Instruct')} | {' | '.join(cells)} |"
-        )
+        rows.append(f"| {short(model)} | {' | '.join(cells)} |")
     return rows
+
+
+def short(model: str) -> str:
+    """The name of a model in the table."""
+    return model.partition("/")[2].removesuffix("-hf").removesuffix("-Instruct")
 
 
 def cell(search: Search) -> str:

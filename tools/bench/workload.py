@@ -52,15 +52,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "72b-slice": {**_SEVENTY_TWO_B, "num_hidden_layers": 4},
 }
 """config.json of Qwen2.5-VL in released sizes, in slices of them with few decoder layers, and in sizes for a CPU."""
-_HYBRID = qwen3_5(
-    *(language_model(384, 4, 4, 2, 1152, 7680), True, (2, 4)),
-    **{"depth": 2, "hidden_size": 128, "intermediate_size": 384, "num_heads": 2},
-)
+_HYBRID_ENCODER: dict[str, Any] = {"depth": 2, "hidden_size": 128, "intermediate_size": 384, "num_heads": 2}
+_HYBRID = qwen3_5(language_model(384, 4, 4, 2, 1152, 7680), True, (2, 4), **_HYBRID_ENCODER)
 MODELS: dict[str, dict[str, Any]] = {
     **SHAPES,
     **{f"llava-{size.lower()}": RELEASED[f"LLaVA-NeXT-Video-{size}"] for size in ("7B", "34B")},
     "llava-7b-slice": {**_LLAVA_7B, "text_config": {**_LLAVA_7B["text_config"], "num_hidden_layers": 4}},
-    # Three recurrent layers for each one with attention, and an encoder as small as that of "small".
+    # Three recurrent layers and one with attention.
     "qwen3.5-small": {**_HYBRID, **TOKEN_IDS},
     **{f"qwen3-{size.lower()}": RELEASED[f"Qwen3-VL-{size}-"] for size in ("2B", "4B", "8B", "32B")},
 }
