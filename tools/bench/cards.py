@@ -7,7 +7,7 @@ held and what the backward pass computes again. Nothing is measured.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from vft.common.types import Batch
@@ -78,9 +78,14 @@ def cell(search: Search) -> str:
 
 def main() -> None:
     """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", metavar="MODEL", nargs="*", help=f"of {', '.join(MODELS)} (default: all)")
+    models = parser.parse_args().models or [*MODELS]
+    if unknown := sorted(set(models) - set(MODELS)):
+        parser.error(f"{unknown[0]}: must be one of {', '.join(MODELS)}")
     names = [f"{gpus} x {gib} GiB" for gpus, gib in CARDS]
     print(f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", sep="\n")
-    for model in sys.argv[1:] or MODELS:
+    for model in models:
         print(*lines([model]), sep="\n", flush=True)
 
 
