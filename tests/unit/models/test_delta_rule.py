@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.allocations import allocated_peak
 from vft.common.types import Segment
 from vft.models import delta_rule as module
 from vft.models.attention import document_segments
@@ -91,6 +92,19 @@ def test_gradcheck() -> None:
     inputs, recurrence = random_inputs(14), recurrence_of(segments, WIDTH, CPU)
     initial = torch.randn(4, HEADS, K, V, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *x: delta_rule(*x[:5], recurrence, x[5]), (*inputs, initial))
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_the_backward_pass_holds_one_state_a_chunk(tokens: int) -> None:
+    """For each chunk of C tokens and each head: numbers of 7 C x C matrices, 29 C x K and 2 states. A state for each
+    token would be 64 of them."""
+    width, heads = 128, 2
+    q, k, v = (torch.randn(tokens, heads, width, requires_grad=True) for _ in range(3))
+    decay, strength = -torch.rand(tokens, heads), torch.rand(tokens, heads)
+    out, _ = delta_rule(q, k, v, decay, strength, recurrence_of([Segment(0, tokens)], WIDTH, CPU))
+    grad = torch.randn_like(out)
+    most = 4 * heads * tokens // CHUNK * (7 * CHUNK**2 + 29 * CHUNK * width + 2 * width**2)
+    assert 0.8 * most < allocated_peak(lambda: out.backward(grad)) < most
 
 
 def test_a_later_pass_continues_an_earlier_one() -> None:
