@@ -76,12 +76,9 @@ class Recurrence:
         """For plans of memory and time: the same chunks in at most two steps, as if none had to wait for another, so
         that a plan takes seconds instead of minutes. The others are empty. There are as many products and about as many
         bytes, of which a little more are held at once, in fewer kernels (`vft.preparation.kernels` adds the others)."""
-        counts = {is_second: sum(n for n, second in self.steps if second == is_second) for is_second in (False, True)}
-        steps = tuple((counts.pop(is_second, 0), is_second) for _, is_second in self.steps)
-        order_S, parents_S = (
-            index.new_zeros(sum(n for n, second in steps if second == is_second))
-            for index, is_second in ((self.order_S, False), (self.parents_S, True))
-        )
+        first, second = (sum(n for n, later in self.steps if later == is_second) for is_second in (False, True))
+        steps = ((first, False), (second, True), *[(0, True)] * len(self.steps))[: len(self.steps)]
+        order_S, parents_S = self.order_S.new_zeros(first), self.parents_S.new_zeros(second)
         return replace(self, steps=steps, order_S=order_S, parents_S=parents_S)
 
 

@@ -260,9 +260,9 @@ def run_step(
         planned = replace(
             row, plan=replace(row.plan, recurrence=row.plan.recurrence and row.plan.recurrence.flattened())
         )
-        live = LiveBytes()
+        watchers = [] if watcher is None else [watcher]
         if not whole and not model.decoder.routing_weight:  # the loss of which reads something of every layer
-            _shorten(model, [live, *([watcher] if watcher else [])])
+            _shorten(model, watchers)
         config = config or ParallelConfig()
         if mesh is not None:
             shard(model, mesh, model.compute_dtype, config)
@@ -271,8 +271,8 @@ def run_step(
             materialise(model, torch.device("cpu"), config)
             with FakeCopyMode(mode):
                 batch = deepcopy(planned)
-            live.ignore(map(local_part, model.parameters()))
-            with live, watcher or nullcontext():
+            with LiveBytes(map(local_part, model.parameters())) as live, watcher or nullcontext():
+                watchers.append(live)
                 objective(model, batch).backward()
     return live
 
@@ -308,26 +308,23 @@ def _shorten(model: VideoLanguageModel, watchers: Sequence[Any]) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators have made and that are alive.
+    """Counts the bytes of all storages that operators have made and that are alive, except those of `known` tensors.
 
     FSDP2 frees and refills the storages of gathered weights: their current size counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.peak = self.gathered_at_peak = 0
         """Most bytes at once, and what of them were weights that FSDP2 had gathered."""
         self.times = 1
         """How often what happens now is repeated: it is counted again after each unbroken stretch."""
         self._sizes = WeakIdKeyDictionary()  # of each storage, in a list with one element that may change
+        for tensor in known:
+            self._sizes[tensor.untyped_storage()] = [0]
         self._changes: list[tuple[int, list[int], int]] = []  # `times`, a size, and what is added to it
         self._refilled: set[int] = set()
         self._resize = torch.UntypedStorage.resize_
-
-    def ignore(self, known: Iterable[Tensor]) -> None:
-        """Do not count these tensors' storages as they are."""
-        for tensor in known:
-            self._sizes[tensor.untyped_storage()] = [0]
 
     def __enter__(self) -> LiveBytes:
         """Start counting."""

@@ -333,6 +333,7 @@ class Planner:
         modes = MODES[: MODES.index(parallel.activation_checkpointing) + 1]
         shards = {parallel.shard, 1} if setting.gpus > 1 else {parallel.shard}
         resharded = {parallel.reshard_after_forward, False} if setting.gpus > 1 else {parallel.reshard_after_forward}
+        here: dict[str, Any] = {"reshard_after_forward": True, "offload": "none"}
         time, traffic = self._cost(setting, row)
         candidates = []
         for mode, shard, reshard, offload in product(modes, shards, resharded, {parallel.offload, "none"}):
@@ -342,8 +343,8 @@ class Planner:
                 activation_checkpointing=mode, shard=shard, reshard_after_forward=reshard, offload=offload
             )
             # Wherever the weights are, the activations are those that were counted before.
-            alike = [one for one in tried if _saving(one.setting) == _saving(candidate)]
-            least = self.resident_bytes(candidate) + max((one.sizes["activations"] for one in alike), default=0)
+            alike = [m.sizes["activations"] for m in tried if m.setting.changed(**here) == candidate.changed(**here)]
+            least = self.resident_bytes(candidate) + max(alike, default=0)
             if candidate in known or least > candidate.usable_bytes:
                 continue
             its_time, its_traffic = self._cost(candidate, row)
@@ -386,11 +387,6 @@ class Planner:
             run_step(model, self.objective, row, torch.device("cuda"), watcher=counter)
             self.kernels[key] = counter.kernels
         return self.kernels[key]
-
-
-def _saving(setting: Setting) -> tuple[str, int | str]:
-    """What decides about the memory of activations and gradients."""
-    return setting.config.parallel.activation_checkpointing, setting.config.parallel.shard
 
 
 def step_of(model: VideoLanguageModel, setting: Setting, row: Batch, kernels: Kernels | None = None) -> Step:
