@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.accelerator import planted
-from tests.helpers import kernels
+from tests.helpers import fla, kernels
 from tests.helpers.pretend import GIB, Device, pretend_device
 from vft.distributed.process_group import local_part
 from vft.training.trainer import Trainer
@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plant", choices=sorted(planted.FAULTS), help="make this mistake")
     parser.add_argument("--kernel", choices=("exact", "missing", "nan", "none"), default="exact")
+    parser.add_argument("--fla", choices=("exact", "nan"), help="its kernels are installed")
     parser.add_argument("--gib", type=float, default=80, help="memory of the device, 2^30 bytes")
     parser.add_argument("--allow", help="places that may wait in a step, with commas; without it every place may")
     parser.add_argument("--notes", type=Path, help="folder for waits.json and the weights after each step")
@@ -38,6 +39,8 @@ def main() -> None:
     sys.argv = [options.program, *options.arguments]
     if options.kernel != "none":
         kernels.register(options.kernel)
+    if options.fla:
+        fla.install(fla.give_nan if options.fla == "nan" else None)
     with pretend_device(int(options.gib * GIB)) as device, ExitStack() as stack:
         if options.plant:
             planted.FAULTS[options.plant](stack)

@@ -12,7 +12,19 @@ import pytest
 
 DEVICE = Path(__file__).parents[2] / "tools/bench/device.py"
 ALL = {
-    *("versions", "kernel", "decoding", "demo", "same", "processes", "saves", "step-none", "step-mlp", "step-full"),
+    *(
+        "versions",
+        "kernel",
+        "recurrence",
+        "decoding",
+        "demo",
+        "same",
+        "processes",
+        "saves",
+        "step-none",
+        "step-mlp",
+        "step-full",
+    ),
     *("step-nf4", "text", "fragmentation", "generation"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.accelerator.conftest import Pretend, PretendRun
-from tests.runs.commands import CAPTION, Commands, largest_difference, metrics
+from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.world import FULL_TUNING, MIXED, VISION_LORA, World, make_world
 
 # Damped, as AdamW would make a whole step of a gradient that is rounding alone.
@@ -99,6 +99,24 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "offload": ({"parallel": {"offload": "frozen"}},),
     "recomputed": ({"parallel": {"activation_checkpointing": "full"}},),
 }
+
+
+HALF: dict[str, Any] = {"train": {"precision": "bf16"}, "parallel": {"compile": False}}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("exact", marks=pytest.mark.slow), "nan"])
+def test_recurrent_layers_by_fla(pretend: Pretend, tmp_path: Path, kind: str) -> None:
+    """They give what the plain form gives, without a further wait. If they give NaN, the plain form is used."""
+    world, losses = make_world(tmp_path / "world", "qwen3_5"), []
+    for name, words in (("fla", ("--fla", kind)), ("plain", ())):
+        config = world.config(tmp_path / name / "run.toml", STEPS, HALF)
+        run = pretend(*words, CAPTION, config)
+        said = "fla's gated delta rule gives other" in run.result.ok().stderr
+        assert said == (name == "fla" and kind == "nan")
+        losses.append(column(config.with_suffix(""), "loss"))
+        assert waits_of_steps(run) == IN_A_STEP
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert (losses[0] == losses[1]) == (kind == "nan")
 
 
 OFTEN = ("full", "pissa", "nf4", "offload", "recomputed")

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from statistics import mean, median
@@ -38,6 +39,8 @@ from vft.config.data import DataConfig, SourceConfig, VideoConfig
 from vft.config.run import CheckpointConfig, Config, LogConfig, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from vft.models.attention import attend, build_plan, check_kernel, document_segments, has_kernel, sdpa
 from vft.models.decoder import head_width
+from vft.models.delta_rule import TOLERANCE, has_fla, recurrence_of, results_of, trial_inputs
+from vft.models.qwen3_5.model import rule_shape
 from vft.models.released import RELEASED
 from vft.preparation.memory import GIB
 
@@ -297,6 +300,34 @@ def in_float64(inputs: Sequence[Tensor], segments: Iterable[Segment], causal: bo
             scores = scores.masked_fill(~seen, -torch.inf)
         parts.append(torch.einsum("hql,lhk->qhk", scores.softmax(-1), v))
     return torch.cat(parts)
+
+
+def recurrence(bench: Bench) -> Iterator[Row]:
+    """The delta rule of every shape that a family has, in chunks and by fla's kernels, if they are installed: errors
+    beside float64, and the time of forward and backward."""
+    third, dtype = bench.size.kernel_rows // 3, torch.bfloat16
+    segments = [*document_segments(0, third, [7]), *document_segments(third + 7, third, [9, 130, 64])]
+    texts = [AutoConfig.for_model(**released).text_config for released in RELEASED.values()]
+    for shape in sorted({rule_shape(text) for text in texts if hasattr(text, "linear_num_key_heads")}):
+        inputs, plain = trial_inputs(segments, shape, dtype, DEVICE), recurrence_of(segments, 1, DEVICE)
+        right = results_of([x.double() for x in inputs], plain)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            forms = {"chunks": plain}
+            if has_fla(DEVICE, dtype, shape):
+                forms["fla"] = recurrence_of(segments, 1, DEVICE, by_fla=True)
+        works = {name: partial(results_of, inputs, form) for name, form in forms.items()}
+        times = in_turns(works, 5 if bench.size.is_true else 1)
+        what = "{} and {} heads of {} and {}".format(*shape)
+        for name, work in works.items():
+            pairs = zip(work(), right, strict=True)
+            errors = [float((one.double() - r).abs().max() / r.abs().max()) for one, r in pairs]
+            error = max(errors) if all(map(isfinite, errors)) else float("nan")
+            wrong = [at_most("error", error, TOLERANCE)]
+            yield line(f"{what}, {name}", wrong, error=error, ms=1000 * median(times[name]))
+        trouble = [str(one.message) for one in caught if "fla's" in str(one.message)]
+        if trouble or "fla" not in forms:
+            yield line(f"{what}, fla's trial", trouble, found="" if trouble else "not installed")
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
@@ -682,6 +713,7 @@ def generation(bench: Bench) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "versions": versions,
     "kernel": kernel,
+    "recurrence": recurrence,
     "decoding": decoding,
     "demo": demo,
     "same": same,
@@ -696,5 +728,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "generation": generation,
 }
 """In the order in which a fault would be understood best."""
-QUICK = ["versions", "kernel", "decoding", "demo", "same", "processes", "saves", "step-none", "step-full", "generation"]
+QUICK = [
+    *("versions", "kernel", "recurrence", "decoding", "demo", "same", "processes", "saves", "step-none", "step-full"),
+    "generation",
+]
 """The essentials."""

@@ -291,6 +291,7 @@ def check_gpus(torch: Any) -> Iterator[Finding]:
             fix = 'train.precision = "fp32", or a GPU from 2020 on (Ampere, MI200)'
             yield Finding("GPU", f"{found}, bf16 is emulated and slow", fix, "warning")
     yield _check_attention(torch)
+    yield _check_recurrence(torch)
 
 
 def _explain_no_gpu(build: str, platform: str) -> Finding:
@@ -323,6 +324,18 @@ def _check_attention(torch: Any) -> Finding:
     found = str(caught[-1].message) if caught else "no varlen kernel: attention takes the slower path"
     fix = "install torch 2.11 or later, built for this GPU: compute capability 8.0 (Ampere), MI200, or newer"
     return Finding("attention", found, fix, "warning")
+
+
+def _check_recurrence(torch: Any) -> Finding:
+    """Try fla's kernels as a run of Qwen3.5 does, with the heads of its 9B."""
+    from vft.models.delta_rule import has_fla
+
+    with warnings.catch_warnings(record=True) as caught:
+        found = has_fla(torch.device("cuda"), torch.bfloat16, (16, 32, 128, 128))
+    if caught and not found:
+        fix = "another version of fla-core or triton, or none: results are the same without"
+        return Finding("Qwen3.5's recurrence", str(caught[-1].message), fix, "warning")
+    return Finding("Qwen3.5's recurrence", "fla's kernels" if found else "the plain form (without vft[fla])")
 
 
 def check_two_processes(gpus: int) -> Finding:

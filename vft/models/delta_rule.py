@@ -12,19 +12,28 @@ chunks of all segments are computed together; only the states follow one another
 one product.
 
 The backward pass keeps the inputs alone and computes everything again: while it runs, it holds one state a chunk.
+
+On CUDA in half precision flash-linear-attention's kernels (`fla`) do the same, if they are installed and a trial finds
+nothing wrong with them (`has_fla`). **They have never run in vft on a GPU**; on a CPU they ran in Triton's
+interpreter.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vft.common.errors import first_line
 from vft.common.types import Segment, move
+from vft.models.attention import document_segments
 
 CHUNK = 64
 """Most tokens of a chunk."""
@@ -33,6 +42,12 @@ EPS = 1e-6
 
 Steps = Sequence[tuple[int, bool]]
 """`Recurrence.steps`."""
+PLAIN = 11
+"""Tensors that the plain form takes: six inputs, and where they are. The kernels take further ones."""
+Shape = tuple[int, int, int, int]
+"""How many heads keys and values have, and their widths."""
+TOLERANCE = 0.05
+"""How far results may be from float32, of the largest value: rounding to 8 bits, several times."""
 
 
 @dataclass(eq=False)
@@ -71,6 +86,10 @@ class Recurrence:
     """The last inputs of each segment, numbered in the same way: what a convolution of a later pass begins with."""
     sources_S: Tensor | None
     """For each segment, which one of an earlier pass it continues; their number: none. None: there is no such pass."""
+    ends: tuple[Tensor, ...] = ()
+    """For fla's kernels, for which a segment is one chunk of any length, and `rows_NC` has the rows of all chunks one
+    behind another [T]: where each segment of the first group ends there, with a zero before them, and the same of the
+    second group; then both in host memory. Without the kernels: none."""
 
     def flattened(self) -> Recurrence:
         """For plans of memory and time: the same chunks in at most two steps, as if none had to wait for another, so
@@ -92,12 +111,18 @@ def flops_of(keys: int, values: int) -> tuple[int, int]:
 
 
 def recurrence_of(
-    segments: Sequence[Segment], width: int, device: torch.device, sources: Sequence[int] | None = None
+    segments: Sequence[Segment],
+    width: int,
+    device: torch.device,
+    sources: Sequence[int] | None = None,
+    by_fla: bool = False,
 ) -> Recurrence:
     """The recurrence of a row that consists of `segments`, for a convolution over `width` tokens. With `sources`
-    (`Recurrence.sources_S`) no prefix is in this row."""
+    (`Recurrence.sources_S`) no prefix is in this row. `by_fla`: for fla's kernels, unless the row is a step of
+    generation."""
     lengths = [segment.q_length for segment in segments]
-    total, chunk = sum(lengths), CHUNK if max(lengths) > 1 else 1
+    by_fla &= max(lengths) > 1
+    total, chunk = sum(lengths), max(lengths) if by_fla else CHUNK if max(lengths) > 1 else 1
     starts = {(segment.q_start, segment.q_length): number for number, segment in enumerate(segments)}
     parents = [
         None if sources or not segment.prefix_length else starts[segment.prefix_start, segment.prefix_length]
@@ -117,6 +142,10 @@ def recurrence_of(
     inside_C = torch.arange(chunk)
     first_N, length_N = torch.tensor(chunks).unbind(1)
     rows_NC = torch.where(inside_C < length_N[:, None], first_N[:, None] + inside_C, total)
+    first = parents.count(None)
+    groups = (length_N[:first], length_N[first:]) if by_fla else ()
+    ends = [torch.nn.functional.pad(one.cumsum(0), (1, 0 if len(one) else 1)) for one in groups]
+    rows_NC = rows_NC[rows_NC < total] if by_fla else rows_NC
     place_T = torch.empty(total + 1, dtype=torch.long)
     place_T[rows_NC.flatten()] = torch.arange(rows_NC.numel())
     place = {number: at for at, number in enumerate(order)}
@@ -139,6 +168,7 @@ def recurrence_of(
         edge_sources_BW=move(edge_sources, device),
         tails_SW=moved(tails),
         sources_S=None if sources is None else move(torch.tensor(sources), device),
+        ends=(*(move(one, device) for one in ends), *ends),
     )
 
 
@@ -198,9 +228,10 @@ def delta_rule(
         initial = v_THV.new_zeros(shape, dtype=torch.promote_types(v_THV.dtype, torch.float32))
     inputs = (q_THK, k_THK, v_THV, decay_TH, strength_TH, initial)
     index = (recurrence.rows_NC, recurrence.place_T, recurrence.order_S, recurrence.place_S, recurrence.parents_S)
+    given = (*inputs, *index, *recurrence.ends)
     if torch.compiler.is_compiling():
-        return torch.ops.vft.delta_rule(*inputs, *index, recurrence.steps_on_host)
-    return _DeltaRule.apply(recurrence.steps, *inputs, *index)
+        return torch.ops.vft.delta_rule(given, recurrence.steps_on_host)
+    return _DeltaRule.apply(recurrence.steps, *given)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -208,11 +239,20 @@ class _DeltaRule(torch.autograd.Function):
     def forward(ctx: Any, steps: Steps, *given: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*given)
         ctx.steps = steps
-        return _forward(steps, *given)
+        return _run(steps, *given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_backward(ctx.steps, *grads, *ctx.saved_tensors), *[None] * 5
+        given = ctx.saved_tensors
+        return None, *_run_backward(ctx.steps, *grads, *given), *[None] * (len(given) - 6)
+
+
+def _run(steps: Steps, *given: Tensor) -> tuple[Tensor, Tensor]:
+    return (_forward_by_fla if len(given) > PLAIN else _forward)(steps, *given)
+
+
+def _run_backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
+    return (_backward_by_fla if len(given) > PLAIN else _backward)(steps, grad_THV, grad_states, *given)
 
 
 class _Chunks:
@@ -285,18 +325,10 @@ def _forward(steps: Steps, *given: Tensor) -> tuple[Tensor, Tensor]:
     return out.to(v_THV.dtype), left.index_select(0, place_S)
 
 
-def _scan(
-    steps: Steps,
-    chunks: _Chunks,
-    initial: Tensor,
-    rows_NC: Tensor,
-    place_T: Tensor,
-    order_S: Tensor,
-    place_S: Tensor,
-    parents_S: Tensor,
-) -> tuple[list[tuple[slice, Tensor]], Tensor, Tensor]:
+def _scan(steps: Steps, chunks: _Chunks, *index: Tensor) -> tuple[list[tuple[slice, Tensor]], Tensor, Tensor]:
     """The state before each step with the chunks that begin with it, what the tokens of all chunks change, and the
-    states that segments leave, in the order of states."""
+    states that segments leave, in the order of states. `index` are the first states and where everything is."""
+    initial, _, _, order_S, _, parents_S = index
     states: list[tuple[slice, Tensor]] = []
     changes: list[Tensor] = []
     groups: list[Tensor] = []
@@ -394,66 +426,121 @@ def _backward(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tenso
     ]
 
 
+# ----------------------------------------------------------------------------------------------------- fla's kernels
+
+
+@cache
+def has_fla(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
+    """Whether fla's kernels are installed, run there, and give what the plain form gives. A warning says so if they are
+    installed and do not."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or find_spec("fla") is None:
+        return False
+    if trouble := fla_trouble(device, dtype, shape):
+        warnings.warn(f"fla's gated delta rule {trouble}: recurrent layers take the slower path", stacklevel=2)
+    return not trouble
+
+
+def fla_trouble(device: torch.device, dtype: torch.dtype, shape: Shape) -> str:
+    """What is wrong with fla's kernels beside the plain form in float32; empty if nothing is."""
+    # With a shared prefix, and with lengths beside that of a chunk.
+    segments = [*document_segments(0, 65, [1, 63]), *document_segments(129, 0, [64]), *document_segments(193, 0, [1])]
+    inputs = trial_inputs(segments, shape, dtype, device)
+    expected = results_of([x.float() for x in inputs], recurrence_of(segments, 1, device))
+    try:
+        results = results_of(inputs, recurrence_of(segments, 1, device, by_fla=True))
+    except Exception as error:  # ImportError, or whatever a driver or a compiler raises
+        return f"can't run ({first_line(error):.200})"
+    pairs = zip(results, expected, strict=True)
+    # NaN is no number below it.
+    near = all(float((one - right).abs().max()) <= TOLERANCE * float(right.abs().max()) for one, right in pairs)
+    return "" if near else "gives other results than the plain form"
+
+
+def trial_inputs(
+    segments: Sequence[Segment], shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Sequence[Tensor]:
+    """Random inputs of `delta_rule` in `dtype`, but decays and first states in float32."""
+    rows, (key_heads, heads, keys, values) = sum(segment.q_length for segment in segments), shape
+    keys_and_values = (rows, key_heads, keys), (rows, key_heads, keys), (rows, heads, values)
+    shapes = (*keys_and_values, (rows, heads), (rows, heads), (max(2, len(segments)), heads, keys, values))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, decay, strength, initial = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return q.to(dtype), k.to(dtype), v.to(dtype), -0.1 * decay.abs(), strength.sigmoid().to(dtype), initial
+
+
+def results_of(inputs: Sequence[Tensor], recurrence: Recurrence) -> list[Tensor]:
+    """Outputs and states, and the gradients of all inputs to the sum of their squares."""
+    q, k, v, decay, strength, initial = leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out, states = delta_rule(q, k, v, decay, strength, recurrence, initial)
+        loss = out.square().sum() + states.square().sum()
+    return [out.detach(), states.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def _forward_by_fla(steps: Steps, *given: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_forward`: one call for the segments without a prefix in this row, and one for the others."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    initial, rows_T, place_T, order_S, place_S, parents_S, *ends = given[5:]
+    inputs = [x.index_select(0, rows_T).unsqueeze(0) for x in given[:5]]
+    results: list[tuple[Tensor, Tensor]] = []
+    for (count, is_second), ends_S, on_host in zip(steps, ends[:2], ends[2:], strict=False):
+        if count:
+            begin, sources_S = (results[0][1], parents_S) if is_second else (initial, order_S)
+            own = slice(-int(on_host[-1]), None) if is_second else slice(int(on_host[-1]))
+            begun = begin.index_select(0, sources_S[:count])
+            options = {"cu_seqlens": ends_S, "cu_seqlens_cpu": on_host, "use_qk_l2norm_in_kernel": True}
+            out, state = chunk_gated_delta_rule(
+                *(x[:, own] for x in inputs), initial_state=begun, output_final_state=True, **options
+            )
+            results.append((out.squeeze(0), state))
+    outs, states = zip(*results, strict=True)
+    return torch.cat(outs).index_select(0, place_T), torch.cat(states).index_select(0, place_S)
+
+
+def _backward_by_fla(steps: Steps, grad_THV: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
+    """As `_backward`."""
+    leaves = [x.detach().requires_grad_() for x in given[:6]]
+    with torch.enable_grad():
+        outs = _forward_by_fla(steps, *leaves, *given[6:])
+    return list(torch.autograd.grad(outs, leaves, (grad_THV, grad_states)))
+
+
 # ------------------------------------------------------------------------------- one operator, for compiled layers
 
 
 @torch.library.custom_op("vft::delta_rule", mutates_args=())
-def _delta_rule_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    strength: Tensor,
-    initial: Tensor,
-    rows: Tensor,
-    place: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    parents: Tensor,
-    steps: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`_forward` as an operator: a loop over chunks would be compiled anew for every row."""
-    return _forward(steps.tolist(), q, k, v, decay, strength, initial, rows, place, order, segments, parents)
+def _delta_rule_op(given: Sequence[Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The forward pass as an operator: a loop over chunks would be compiled anew for every row."""
+    return _run(steps.tolist(), *given)
 
 
 @_delta_rule_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, strength: Tensor, initial: Tensor, *index: Tensor) -> Any:
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(initial)
+def _(given: Sequence[Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(given[2], memory_format=torch.contiguous_format), torch.empty_like(given[5])
 
 
-@torch.library.custom_op("vft::delta_rule_backward", mutates_args=())
-def _delta_rule_backward_op(
-    grad: Tensor,
-    grad_states: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    strength: Tensor,
-    initial: Tensor,
-    rows: Tensor,
-    place: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    parents: Tensor,
-    steps: Tensor,
-) -> list[Tensor]:
-    """`_backward` as an operator."""
-    given = (q, k, v, decay, strength, initial, rows, place, order, segments, parents)
-    return _backward(steps.tolist(), grad, grad_states, *given)
+# Inside a `custom_op` nothing is recorded for autograd, which differentiates the kernels.
+_LIBRARY = torch.library.Library("vft", "FRAGMENT")
+_LIBRARY.define("delta_rule_backward(Tensor[] grads, Tensor[] given, Tensor steps) -> Tensor[]")
+_LIBRARY.impl(
+    "delta_rule_backward", lambda g, x, steps: _run_backward(steps.tolist(), *g, *x), "CompositeExplicitAutograd"
+)
+_LIBRARY.impl("delta_rule_backward", torch.library.fallthrough_kernel, "Autograd")
 
 
-@_delta_rule_backward_op.register_fake
-def _(grad: Tensor, grad_states: Tensor, *given: Tensor) -> list[Tensor]:
+@torch.library.register_fake("vft::delta_rule_backward", lib=_LIBRARY)
+def _(grads: Sequence[Tensor], given: Sequence[Tensor], steps: Tensor) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:6]]
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[0], inputs[1])
 
 
-def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.vft.delta_rule_backward(*grads, *ctx.saved_tensors), *[None] * 6
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    *given, steps = ctx.saved_tensors
+    return [*torch.ops.vft.delta_rule_backward(grads, given, steps), *[None] * (len(given) - 6)], None
 
 
 _delta_rule_op.register_autograd(_differentiate, setup_context=_save)

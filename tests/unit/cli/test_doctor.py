@@ -149,9 +149,10 @@ def torch_with(hip: str | None, cuda: str | None, gpus: int, bf16: bool = True) 
 
 
 def test_a_hip_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "_check_attention", lambda torch: doctor.Finding("attention", ""))
+    for check in ("_check_attention", "_check_recurrence"):
+        monkeypatch.setattr(doctor, check, lambda torch: doctor.Finding("its kernels", ""))
     found = list(doctor.check_gpus(torch_with("7.0.2", None, 2)))
-    assert [one.status for one in found] == ["ok"] * 3
+    assert [one.status for one in found] == ["ok"] * 4
     assert found[1].found == "1: AMD Instinct MI300X, 192 GiB, ROCm 7.0.2, bf16"
     (kfd := tmp_path / "kfd").touch()
     monkeypatch.setattr(doctor, "DRIVERS", {str(kfd): "ROCm"})

@@ -166,7 +166,7 @@ def test_the_operator_of_compiled_layers_is_the_same() -> None:
     recurrence = recurrence_of(segments, WIDTH, CPU)
     initial = torch.zeros(len(segments), HEADS, K, V, dtype=torch.float64, requires_grad=True)
     index = (recurrence.rows_NC, recurrence.place_T, recurrence.order_S, recurrence.place_S, recurrence.parents_S)
-    given = (*inputs, initial, *index, recurrence.steps_on_host)
+    given = ([*inputs, initial, *index], recurrence.steps_on_host)
     wanted, found = delta_rule(*inputs, recurrence, initial), torch.ops.vft.delta_rule(*given)
     for one, other in zip((*found, *gradients(found, inputs)), (*wanted, *gradients(wanted, inputs)), strict=True):
         assert torch.equal(one, other)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan
 from vft.models.decoder import Attention, Decoder, require, require_rope
-from vft.models.delta_rule import convolve, delta_rule, flops_of, recurrence_of
+from vft.models.delta_rule import Shape, convolve, delta_rule, flops_of, has_fla, recurrence_of
 from vft.models.experts import add_mlp
 from vft.models.kv_cache import Cache, CachedLayer
 from vft.models.layers import GatedMLP, Linear, OffsetRMSNorm, Rotary, apply_all
@@ -137,7 +137,14 @@ class HybridDecoder(Decoder):
         super().prepare(plan, x_TE, cache)
         if plan.recurrence is None:
             segments, sources = (plan.segments, None) if cache is None else cache.recurrent(plan)
-            plan.recurrence = recurrence_of(segments, self.config.linear_conv_kernel_dim, x_TE.device, sources)
+            by_fla = has_fla(x_TE.device, x_TE.dtype, rule_shape(self.config))
+            plan.recurrence = recurrence_of(segments, self.config.linear_conv_kernel_dim, x_TE.device, sources, by_fla)
+
+
+def rule_shape(text: Any) -> Shape:
+    """That of the delta rule."""
+    heads = text.linear_num_key_heads, text.linear_num_value_heads
+    return *heads, text.linear_key_head_dim, text.linear_value_head_dim
 
 
 class Qwen35(Qwen3VL):
