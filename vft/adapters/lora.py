@@ -59,6 +59,8 @@ class LoRALinear(nn.Linear):
         if config.dora:
             self.lora_magnitude_change = nn.Parameter(torch.empty(base.out_features, **kind))
         self._gain: Tensor | None = None
+        self.is_off = False
+        """Whether the layer computes as if it had no adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -68,6 +70,8 @@ class LoRALinear(nn.Linear):
     @staticmethod
     def together(layers: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
         """Outputs of several layers with the same input [..., in], which is multiplied once with the As of all."""
+        if any(layer.is_off for layer in layers):
+            return [layer.base(x) for layer in layers]
         if not all(layer.is_plain for layer in layers):
             return [layer._alone(x) for layer in layers]
         # The scale goes to the smallest of the tensors.
@@ -175,6 +179,8 @@ class LoRAExperts(nn.Module):
         kind: dict[str, Any] = {"device": experts.get_parameter(matrix).device, "dtype": torch.float32}
         self.lora_A = nn.Linear(self.in_features, self.experts * rank, bias=False, **kind)
         self.lora_B = nn.Linear(rank * self.experts, self.out_features, bias=False, **kind)
+        self.is_off = False
+        """Whether the experts compute as if they had no adapter."""
 
     def forward(self, x_RI: Tensor, ends_G: Tensor) -> Tensor:
         """Rows [R, in], sorted by expert, to [R, out]. Group g ends before row `ends_G[g]`."""

@@ -154,6 +154,10 @@ class Conversation:
     is_part: bool = False
     """Whether this is the beginning of another conversation, made to train on an earlier answer of it. It is not asked
     in evaluation."""
+    rejected: str | None = None
+    """A worse answer than the last one. Objectives of pairs learn to prefer the one to the other."""
+    last_only: bool = False
+    """Whether nothing is supervised before the last answer."""
 
     @property
     def media(self) -> tuple[MediaRef, ...]:
@@ -165,9 +169,18 @@ class Conversation:
         """Equal for conversations about the same media, sampled alike."""
         return tuple((ref.kind, ref.path, ref.options, ref.is_folder) for ref in self.media)
 
+    @property
+    def branches(self) -> tuple[Conversation, ...]:
+        """What becomes a suffix each: the conversation, or of a pair the one with the chosen and the one with the
+        rejected answer."""
+        if self.rejected is None:
+            return (self,)
+        chosen = replace(self, rejected=None, last_only=True)
+        return chosen, replace(chosen, turns=(*self.turns[:-1], Turn("assistant", (self.rejected,))))
+
     def content(self, root: str) -> list[object]:
         """Identifies the conversation, for a digest: roles, texts and media (`MediaRef.content`) in reading order."""
-        content: list[object] = []
+        content: list[object] = [] if self.rejected is None else [["rejected", self.rejected]]
         for turn in self.turns:
             content.append(turn.role)
             for is_text, parts in groupby(turn.parts, lambda part: isinstance(part, str)):
@@ -350,7 +363,7 @@ class Document:
     """
 
     sample_ids: tuple[str, ...]
-    """One for each suffix."""
+    """One for each suffix, or of pairs for each two."""
     ids_T: Tensor
     labels_T: Tensor
     """The token itself if it is supervised, else IGNORE_INDEX. Not shifted."""
@@ -396,6 +409,8 @@ class Batch:
     layout: VisionLayout | None = None
     """None if there are no media."""
     documents: tuple[Document, ...] = ()
+    target_suffix_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Which suffix of the row each supervised token belongs to, in a row to train on."""
     continues: bool = False
     """Whether this pass uses the keys of an earlier one, in every process. It then has no media."""
 
@@ -413,6 +428,11 @@ class Batch:
     def num_targets(self) -> int:
         """Number of supervised tokens."""
         return self.target_index_N.numel()
+
+    @property
+    def num_suffixes(self) -> int:
+        """Suffixes of all documents."""
+        return sum(len(document.suffix_lengths) for document in self.documents)
 
     @property
     def num_tokens(self) -> int:

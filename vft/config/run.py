@@ -242,6 +242,46 @@ class ParallelConfig(Section):
         return self.shard or processes
 
 
+class ObjectiveConfig(Section):
+    """`[objective]`: learn from pairs of a chosen and a rejected answer (`vft.training.preferences` has the formulas).
+    Without this table: cross-entropy on the answers."""
+
+    kind: Literal["dpo", "hinge", "ipo", "ipo_sum", "simpo", "orpo"]
+    """The loss of a pair. `simpo` and `orpo` have no reference."""
+    beta: PositiveFloat | None = None
+    """How strongly it prefers, by the formula of its kind. None: 2.0 for `simpo`, else 0.1."""
+    reference: Literal["start", "base"] = "start"
+    """What the model is compared with: `start`, as it was when training began, or `base`, without any adapter."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """`dpo`: the fraction of pairs whose answers may be the wrong way round."""
+    gamma: NonNegativeFloat = 1.0
+    """`simpo`: the margin that the chosen answer is to have."""
+    rpo_alpha: NonNegativeFloat = 0.0
+    """Weight of the chosen answer's mean -log p, which is added to the loss."""
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta or (2.0 if self.kind == "simpo" else 0.1)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return self.kind not in ("simpo", "orpo")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for name, kinds in {"label_smoothing": ("dpo",), "gamma": ("simpo",)}.items():
+            if name in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(
+                    f"{name} = {show(getattr(self, name))} is of {' and '.join(kinds)}, not of kind = "
+                    f"{show(self.kind)}: take it out"
+                )
+        if "reference" in self.model_fields_set and not self.needs_reference:
+            raise ValueError(f"reference = {show(self.reference)}: {self.kind} has none; take it out")
+        return self
+
+
 class CheckpointConfig(Section):
     """`[checkpoint]`: the state from which a run resumes."""
 
@@ -328,6 +368,7 @@ class Config(Section):
     lora: LoraConfig | None = None
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    objective: ObjectiveConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -357,6 +398,17 @@ class Config(Section):
             raise ValueError(
                 f"model.quantize = {show(self.model.quantize)} needs a [lora] table: weights of 4 bits can't be trained"
             )
+        if self.objective is not None and self.objective.needs_reference:
+            if self.lora is None:
+                raise ValueError(
+                    f"objective.kind = {show(self.objective.kind)} needs a [lora] table: its reference is the model "
+                    "without the adapter; simpo and orpo need none"
+                )
+            if self.model.adapter and self.objective.reference == "start":
+                raise ValueError(
+                    f'objective.reference = "start" and model.adapter = {show(self.model.adapter)}: an adapter that '
+                    'training goes on from can\'t be the reference; merge it into the base first, or take "base"'
+                )
         streamed = self.data.streamed
         if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")

@@ -53,7 +53,8 @@ class Fit:
 
     conversations: tuple[Conversation, ...]
     media: PlannedMedia
-    encoded: tuple[Encoded, ...]
+    encoded: tuple[tuple[Encoded, ...], ...]
+    """Those of the branches of each conversation."""
 
 
 def fit(
@@ -74,15 +75,18 @@ def fit(
     row = replace(ROW, tokens=config.pack_tokens, name=f"{ROW.name} = {config.pack_tokens}")
     context = _context_limit(processor, new_tokens)
 
-    def tokens_left(texts: Sequence[Encoded]) -> tuple[int, TokenLimit]:
+    def encode(plans: Sequence[MediaPlan] | None) -> list[tuple[Encoded, ...]]:
+        return [tuple(encoder.encode(each, answer_next, plans) for each in one.branches) for one in conversations]
+
+    def tokens_left(texts: Sequence[Sequence[Encoded]]) -> tuple[int, TokenLimit]:
         """Tokens that the texts leave for media, and which of the two limits says so."""
-        shared = texts[0].prefix_tokens if together > 1 else 0
-        lengths = sorted(text.text_tokens for text in texts)
-        in_row = row.tokens - shared - sum(length - shared for length in lengths[-together:])
-        in_context = context.tokens - lengths[-1]
+        shared = texts[0][0].prefix_tokens if together * len(texts[0]) > 1 else 0
+        suffixes = sorted(sum(text.text_tokens - shared for text in branches) for branches in texts)
+        in_row = row.tokens - shared - sum(suffixes[-together:])
+        in_context = context.tokens - max(text.text_tokens for branches in texts for text in branches)
         return (in_row, row) if in_row <= in_context else (in_context, context)
 
-    budget, first_limit = tokens_left([encoder.encode(one, answer_next) for one in conversations])
+    budget, first_limit = tokens_left(encode(None))
     if budget < 0:
         text = first_limit.tokens - budget
         raise UserError(f"{origin}: {text} tokens of text, more than {first_limit.name}; {first_limit.fix}")
@@ -90,10 +94,10 @@ def fit(
     def attempt(token_budget: int) -> tuple[Fit, int, TokenLimit]:
         """Media of at most so many vision tokens; by how many tokens they and all text exceed which limit."""
         smaller = shrink(media, processor, token_budget, origin, first_limit)
-        texts = tuple(encoder.encode(one, answer_next, smaller.plans) for one in conversations)
+        texts = encode(smaller.plans)
         left, limit = tokens_left(texts)
         excess = sum(map(encoder.media_length, smaller.plans)) - left
-        return Fit(tuple(conversations), smaller, texts), excess, limit
+        return Fit(tuple(conversations), smaller, tuple(texts)), excess, limit
 
     best, excess, limit = attempt(budget)
     if excess <= 0:

@@ -137,14 +137,17 @@ class ChatEncoder:
         settled = conversation if media is None else conversation.resolved(media)
         labelled = self.learn_reasoning if reasoning is None else reasoning
         try:
-            return self._encode_cached(_text_of(settled, leads), answer_next, labelled)
+            return self._encode_cached(_text_of(settled, leads), answer_next, labelled, conversation.last_only)
         except UserError as error:
             raise UserError(f"{conversation.origin}: {error}") from None
 
-    def _encode(self, turns: Text, answer_next: bool, reasoning: bool) -> Encoded:
+    def _encode(self, turns: Text, answer_next: bool, reasoning: bool, last_only: bool) -> Encoded:
         ids: list[int] = []
         labels: list[int] = []
-        for number, piece in enumerate(self.template.pieces(turns, answer_next)):
+        pieces = self.template.pieces(turns, answer_next)
+        for number, piece in enumerate(pieces):
+            if last_only and piece.kind is Kind.CONTEXT and any(one.kind is Kind.ANSWER for one in pieces[number:]):
+                labels = [IGNORE_INDEX] * len(labels)
             ids_of = self._later_ids if number else self._first_ids
             own = ids_of(piece.text)
             both = ids_of(piece.text + piece.behind) if piece.behind else own
@@ -173,7 +176,11 @@ class ChatEncoder:
         show that answer, or the text before it, otherwise than when it is asked for."""
         answers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         try:
-            if len(answers) < 2 or self.template.in_place(_text_of(conversation, ())):
+            if (
+                len(answers) < 2
+                or conversation.rejected is not None
+                or self.template.in_place(_text_of(conversation, ()))
+            ):
                 return [conversation]
         except UserError:  # reported when the conversation itself is encoded
             return [conversation]
@@ -256,11 +263,12 @@ class ChatEncoder:
     def document(
         self, conversations: Sequence[Conversation], media: Sequence[MediaPlan], answer_next: bool = False
     ) -> Document:
-        """One document of conversations that share all their media. Several of them need equal shareable prefixes."""
-        encoded = [self.encode(one, answer_next, media) for one in conversations]
+        """One document of conversations that share all their media. Several of them need equal shareable prefixes; the
+        two of a pair without media share nothing."""
+        encoded = [self.encode(branch, answer_next, media) for one in conversations for branch in one.branches]
         wholes = [self._expand(one, media) for one in encoded]
         length = 0
-        if len(wholes) > 1:
+        if len(wholes) > 1 and media:
             prefixes = {one.shareable_prefix for one in encoded}
             assert len(prefixes) == 1 and None not in prefixes, "these conversations share no prefix"
             length = len(wholes[0][0]) - len(encoded[0].ids) + max(encoded[0].media_rows) + 2

@@ -222,7 +222,8 @@ class Dataset:
                 for ref in one.media:
                     self.info(ref)
                 check_spans(one, self.info)
-                prefix = self.encoder.encode(one).shareable_prefix if self.config.share_videos else None
+                first = self.encoder.encode(one.branches[0])
+                prefix = first.shareable_prefix if self.config.share_videos else None
             except MediaError as error:
                 self.bad.append(BadItem(one.id, ref.name, error.reason, f"{one.origin}: {ref.field}: {error}"))
             except UserError as error:
@@ -268,17 +269,17 @@ class Dataset:
     def _cut_into_rows(self, group: Fit, weight: float) -> list[PlannedDocument]:
         """As few documents as fit `pack_tokens` and `max_samples_per_pack`, all with the same frames."""
         limit = self.config.max_samples_per_pack
-        shared_text = group.encoded[0].prefix_tokens
+        shared_text = group.encoded[0][0].prefix_tokens
         prefix = shared_text + sum(map(self.encoder.media_length, group.media.plans))
         patches = sum(math.prod(plan.grid_thw) for plan in group.media.plans)
         rows: list[tuple[list[Conversation], list[int]]] = []
         for one, encoded in zip(group.conversations, group.encoded, strict=True):
-            suffix = encoded.text_tokens - shared_text
+            own = [text.text_tokens - shared_text for text in encoded]
             is_full = not rows or 0 < limit <= len(rows[-1][0])
-            if is_full or prefix + sum(rows[-1][1]) + suffix > self.config.pack_tokens:
+            if is_full or prefix + sum(rows[-1][1]) + sum(own) > self.config.pack_tokens:
                 rows.append(([], []))
             rows[-1][0].append(one)
-            rows[-1][1].append(suffix)
+            rows[-1][1].extend(own)
         made = []
         for conversations, suffixes in rows:
             segments = document_segments(0, prefix, suffixes)

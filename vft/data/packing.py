@@ -204,9 +204,11 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: 
         assert grids[0] == grids[1], f"patches do not match their plan: {grids}"
         pixels += [p.pixels_PD for p in patches]
     rows, segments, targets, start = members or [Document.blank()], [], [], 0
+    counts: list[int] = []  # supervised tokens of each suffix
     for document in rows:
         segments += document_segments(start, document.prefix_length, document.suffix_lengths)
         targets.append(_predicting_rows(document) + start)
+        counts += [int((document.labels_T[rows] != IGNORE_INDEX).sum()) for rows in document.suffix_rows]
         start += document.num_tokens
     media = [plan for document in members for plan in document.media]
     labels_T = torch.cat([d.labels_T for d in rows])
@@ -216,6 +218,7 @@ def collate(documents: Sequence[tuple[Document, Sequence[Patches]]], processor: 
         plan=build_plan(segments, causal=True),
         target_index_N=torch.cat(targets),
         target_ids_N=labels_T[labels_T != IGNORE_INDEX],
+        target_suffix_N=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
         media_index_M=torch.cat([d.media_mask_T for d in rows]).nonzero().flatten(),
         pixels_PD=pixels[1] if len(pixels) == 2 else torch.cat(pixels),
         layout=processor.layout(media) if media else None,

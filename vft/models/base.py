@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,20 @@ MAX_LOGITS = 1 << 27
 """Logits held at once (512 MiB in float32); more supervised tokens than fit are taken in chunks."""
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, E] to logits [N, V]."""
-Objective = Callable[["VideoLanguageModel", Batch], Tensor]
-"""The model and a pack to a scalar with a graph: the summed loss of the pack (`vft.training.losses`)."""
+
+
+class Objective(Protocol):
+    """What training minimises (`vft.training.losses`, `vft.training.preferences`)."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what it sums beside the loss."""
+
+    def weight(self, batch: Batch) -> int:
+        """Of a pack. The loss of a step, and its figures, are sums divided by the weight of all its packs."""
+
+    def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """The summed loss of the pack, a scalar with a graph, or [1 + figures] with the figures' sums behind it."""
 
 
 class VideoLanguageModel(nn.Module):

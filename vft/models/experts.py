@@ -68,7 +68,8 @@ class ExpertWeights(nn.Module):
 
     def _product(self, name: str, x_RI: Tensor, ends_G: Tensor) -> Tensor:
         product = grouped_linear(x_RI, self.get_parameter(name), ends_G, self.matrices[name][-1])
-        return product + self.adapters[name](x_RI, ends_G) if name in self.adapters else product
+        is_adapted = name in self.adapters and not self.adapters[name].is_off
+        return product + self.adapters[name](x_RI, ends_G) if is_adapted else product
 
 
 class Experts(nn.Module):

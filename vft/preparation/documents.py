@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 
 from vft.common.errors import UserError
 from vft.common.task import Answer, Question, Task, main_conversation, split_reasoning, trained_conversations
@@ -15,6 +16,7 @@ from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, converse, take
+from vft.data.records.preferences import REJECTED
 from vft.data.split import Split, overlap_warning
 from vft.data.stored import load_stored
 from vft.data.streaming.stream import Streams
@@ -24,9 +26,28 @@ from vft.distributed.process_group import environment
 logger = logging.getLogger(__name__)
 
 
+def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Sequence[Conversation]]:
+    """What is trained on of a record: the task's conversations, or with an objective of pairs the main one with both
+    answers. That raises UserError for a record without a rejected answer."""
+    objective = config.objective
+    if objective is None:
+        return trained_conversations(task, config.data.segment_questions)
+
+    def make(sample: Sample) -> Sequence[Conversation]:
+        rejected = sample.fields.get(REJECTED)
+        if not isinstance(rejected, str):
+            raise UserError(
+                f"{sample.origin}: {REJECTED}: objective.kind = {objective.kind!r} learns from pairs, and the "
+                "record has one answer; add a rejected one, or take the [objective] table out"
+            )
+        return [replace(one, rejected=rejected) for one in main_conversation(task)(sample)]
+
+    return make
+
+
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is trained on, except streams."""
-    make, split = trained_conversations(task, config.data.segment_questions), held_out_split(config, held_out=False)
+    make, split = learnt_conversations(task, config), held_out_split(config, held_out=False)
     return load_stored(config.data, config.data.indexed, make, task, "to train on", encoder, config.seed, split)
 
 
@@ -37,7 +58,7 @@ def training_streams(
     none."""
     if not config.data.streamed:
         return nullcontext()
-    make = trained_conversations(task, config.data.segment_questions)
+    make = learnt_conversations(task, config)
     return closing(Streams(config.data, make, encoder, pool, config.train.packs_per_step, config.seed))
 
 

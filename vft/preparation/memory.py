@@ -137,7 +137,7 @@ def memory_preflight(model: VideoLanguageModel, objective: Objective, row: Batch
     began = time.perf_counter()
     size = f"{row.num_tokens:,} tokens, {row.pixels_PD.shape[0]:,} vision patches"
     try:
-        objective(model, row.to(device)).backward()
+        objective(model, row.to(device)).flatten()[0].backward()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the longest row, {size} (samples {', '.join(row.sample_ids)[:80]}), doesn't fit in the memory of "
@@ -273,7 +273,7 @@ def run_step(
                 batch = deepcopy(planned)
             with LiveBytes(map(local_part, model.parameters())) as live, watcher or nullcontext():
                 watchers.append(live)
-                objective(model, batch).backward()
+                objective(model, batch).flatten()[0].backward()
     return live
 
 

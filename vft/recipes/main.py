@@ -19,6 +19,7 @@ from vft.distributed.signals import signals_stop
 from vft.recipes import TASKS, task_of
 from vft.training import trainer
 from vft.training.checks import check_shares
+from vft.training.preferences import objective_of
 
 
 def main(task: str | None = None, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -54,4 +55,4 @@ def train_config(config: Config, task: str, dry_run: bool = False) -> None:
     config = config.model_copy(update={"task": task})
     check_shares(config, environment().size)
     with together(config.parallel.silence_s, config.parallel.timeout_s) as world:
-        trainer.run(task_of(config), config, world, dry_run)
+        trainer.run(task_of(config), config, world, dry_run, objective_of(config))

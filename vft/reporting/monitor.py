@@ -108,8 +108,8 @@ class Tally:
             for host_s, events in self._waits
         )
 
-    def add(self, batch: Batch, flops: Flops, digest: int) -> None:
-        """Count one pack."""
+    def add(self, batch: Batch, flops: Flops, digest: int, weight: int) -> None:
+        """Count one pack. `weight` is what the objective's sum is divided by."""
         self.sample_ids += batch.sample_ids
         for name, count in {
             "num_targets": batch.num_targets,
@@ -120,6 +120,7 @@ class Tally:
             "flops": int(flops.model),
             "hardware_flops": int(flops.hardware),
             "digest": digest,
+            "weight": weight,
         }.items():
             self.counts[name] = self.counts.get(name, 0) + count
 
@@ -136,16 +137,17 @@ def describe_step(
     tally: Tally,
     world: World,
     dtype: torch.dtype,
-    routing: Sequence[float] = (),
+    figures: Mapping[str, float],
 ) -> dict[str, Any]:
     """The line of a step in metrics.jsonl, without its number and epoch.
 
-    `loss` is the mean over the supervised tokens, `grad_norm` that before clipping, `rate` the learning rate; `counts`
-    are of all processes, the model computes in `dtype`, and `routing` has the figures ROUTING if it has experts.
+    `loss` is the mean over what the objective counts, `grad_norm` that before clipping, `rate` the learning rate;
+    `counts` are of all processes, the model computes in `dtype`, and `figures` has the objective's, and ROUTING if the
+    model has experts.
     """
     seconds, peak, processes = time.perf_counter() - tally.begin_s, peak_flops(world.device, dtype), world.size
     return {
-        "loss": finite(loss) if counts["num_targets"] else None,
+        "loss": finite(loss) if counts["weight"] else None,
         "num_targets": counts["num_targets"],
         "tokens": counts["tokens"],
         "samples": counts["samples"],
@@ -161,7 +163,7 @@ def describe_step(
         "hfu": None if peak is None else counts["hardware_flops"] / seconds / peak / processes,
         "peak_memory_bytes": peak_memory_bytes(world.device),
         "sample_digest": f"{counts['digest']:x}",
-        **dict(zip(ROUTING, map(finite, routing), strict=False)),
+        **{name: finite(value) for name, value in figures.items()},
     }
 
 

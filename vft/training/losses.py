@@ -1,8 +1,8 @@
-"""Objectives: what a step minimises, as functions of a model and a batch.
+"""The objective of supervised tuning, and log-probabilities, as functions of a model and a batch.
 
 A model computes no loss. It returns hidden states of the rows that predict supervised tokens, and its `head` makes
-logits of them. An objective returns a *sum* over the batch; a training step divides once, by the number of supervised
-tokens of all packs and processes. `Trainer` takes any `Objective`, so that others can stand beside `cross_entropy`.
+logits of them. An objective returns a *sum* over the batch; a training step divides once, by the weight of all packs of
+all processes. `Trainer` takes any `Objective`: those of pairs are in `vft.training.preferences`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,37 @@ from vft.common.types import Batch
 from vft.models.base import Head, VideoLanguageModel
 
 
-def cross_entropy(model: VideoLanguageModel, batch: Batch) -> Tensor:
-    """Sum over the supervised tokens of -log p(token | everything before it), natural log, in float32.
+class CrossEntropy:
+    """Supervised tuning: each supervised token counts the same."""
 
-    The logits are never all kept for the backward pass where they exceed `MAX_LOGITS`: a chunk's are computed again.
-    """
+    figures: tuple[str, ...] = ()
+
+    @staticmethod
+    def weight(batch: Batch) -> int:
+        """Supervised tokens: a step's loss is the mean over them."""
+        return batch.num_targets
+
+    def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """Sum over the supervised tokens of -log p(token | everything before it), natural log, in float32."""
+        return torch.stack(_in_chunks(model, batch, "sum")).sum()
+
+
+cross_entropy = CrossEntropy()
+
+
+def log_probabilities(model: VideoLanguageModel, batch: Batch) -> Tensor:
+    """log p(token | everything before it) of the supervised tokens [N], natural log, in float32."""
+    return -torch.cat(_in_chunks(model, batch, "none"))
+
+
+def _in_chunks(model: VideoLanguageModel, batch: Batch, reduction: str) -> list[Tensor]:
+    """The logits are never all kept for the backward pass where they exceed `MAX_LOGITS`: a chunk's are computed
+    again."""
     chunks = model.chunks(model(batch), batch.target_ids_N)
     if len(chunks) == 1:
-        return _chunk_sum(model.head, *chunks[0])
-    sums = [checkpoint(_chunk_sum, model.head, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(sums).sum()
+        return [_of_chunk(model.head, *chunks[0], reduction)]
+    return [checkpoint(_of_chunk, model.head, *chunk, reduction, use_reentrant=False) for chunk in chunks]
 
 
-def _chunk_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden_NE).float(), targets_N, reduction="sum")
+def _of_chunk(head: Head, hidden_NE: Tensor, targets_N: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(head(hidden_NE).float(), targets_N, reduction=reduction)

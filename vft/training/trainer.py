@@ -46,6 +46,7 @@ from vft.preparation.run import load, open_for_training, start_adapters
 from vft.preparation.synthetic import filled_row
 from vft.reporting import write_card, write_report
 from vft.reporting.monitor import (
+    ROUTING,
     Monitor,
     Profiler,
     Tally,
@@ -249,31 +250,32 @@ class Trainer:
             self.data.exchange_found(self.samples, step == self.max_steps)
             self.show_quarantined()
         # FSDP2 averages gradients over the parts of the data: times their number it is a sum.
-        num_targets = max(counts["num_targets"], 1)
-        gradients, norm_on_device = scale_gradients(self.model.parameters(), self.data_parallel.size / num_targets)
+        weight, routing = max(counts["weight"], 1), 1 + len(self.objective.figures)
+        gradients, norm_on_device = scale_gradients(self.model.parameters(), self.data_parallel.size / weight)
         # The only wait for the device in a step.
         sums = self.data_parallel.sum(sums)
-        figures = [norm_on_device.to(sums).view(1), sums[:2] / num_targets]
-        if len(sums) > 1:
-            figures.append(expert_loads(sums[2:].unflatten(0, (-1, self.model.config.num_experts))))
-        norm, loss, *routing = torch.cat(figures).tolist()
+        parts = [norm_on_device.to(sums).view(1), sums[: routing + 1] / weight]
+        if len(sums) > routing:
+            parts.append(expert_loads(sums[routing + 1 :].unflatten(0, (-1, self.model.config.num_experts))))
+        norm, loss, *more = torch.cat(parts).tolist()
+        figures = dict(zip((*self.objective.figures, *ROUTING), more, strict=False))
         clip(gradients, norm, config.train.max_grad_norm)
         skipped = self.non_finite.skips(step, loss, norm, tally.sample_ids)
-        if not skipped and counts["num_targets"]:  # without any, momentum alone would move the weights
+        if not skipped and counts["weight"]:  # without any, momentum alone would move the weights
             if not self.has_updated:
                 check_first_step(self.model, loss, had_media=counts["patches"] > 0)
             self.optimizer.step()
             self.has_updated = True
         self.optimizer.zero_grad()
-        line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype, routing)
+        line = describe_step(loss, norm, rate, counts, tally, self.world, self.model.compute_dtype, figures)
         self.monitor.step({"step": step, "epoch": loader.epoch, **line})
         self.profiler.after(step)
         return stop
 
     def backward(self, tally: Tally) -> tuple[Tensor, int]:
-        """Add up the gradients of this process's packs of the step. Returns sums over them (of the loss; with experts
-        also of the routing loss times supervised tokens, and of each expert's rows, layer by layer), and the number of
-        packs for which a stream found nothing before a signal came."""
+        """Add up the gradients of this process's packs of the step. Returns sums over them (of what the objective sums;
+        with experts also of the routing loss times the pack's weight, and of each expert's rows, layer by layer), and
+        the number of packs for which a stream found nothing before a signal came."""
         config, decoder = self.config, self.model.decoder
         sums, missing = torch.zeros(1, dtype=torch.float64, device=self.world.device), 0
         packs = self.data.loader.step(is_last=self.step == self.max_steps)
@@ -285,15 +287,16 @@ class Trainer:
             report_progress(f"at step {self.step}, computing")
             packs_left -= 1
             missing += pack.is_missing
-            tally.add(pack.batch, self.flops.count(pack.batch), pack.digest)
+            weight = self.objective.weight(pack.batch)
+            tally.add(pack.batch, self.flops.count(pack.batch), pack.digest, weight)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=config.lora is not None)
             # Dropout depends on the pack, not on the process that runs it.
             torch.manual_seed(int(digest(f"dropout:{config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
-            loss = self.objective(self.model, pack.batch)
-            parts, routed = [loss.view(1)], decoder.routed
+            parts, routed = [self.objective(self.model, pack.batch).flatten()], decoder.routed
+            loss = parts[0][0]
             if routed:
-                # Weighted like the mean of the pack's tokens in the loss of the step: what transformers adds to it.
-                parts.append(routing_loss(torch.stack(routed)).view(1) * pack.batch.num_targets)
+                # Weighted like the pack's own mean in the loss of the step: what transformers adds to it.
+                parts.append(routing_loss(torch.stack(routed)).view(1) * weight)
                 parts.extend(rows_G for rows_G, _ in routed)
                 loss = loss + decoder.routing_weight * parts[1].sum() if decoder.routing_weight else loss
             loss.backward()

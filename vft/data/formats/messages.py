@@ -28,7 +28,17 @@ from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
 from vft.data.records.media_options import NO_OPTIONS, Turns, apply_options, options_of_part
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
-from vft.data.records.record import TURN_KEYS, ParsedRecord, RecordError, Records, check_text, list_keys, short_repr
+from vft.data.records.preferences import REJECTED, with_rejected_response
+from vft.data.records.record import (
+    TURN_KEYS,
+    ParsedRecord,
+    Record,
+    RecordError,
+    Records,
+    check_text,
+    list_keys,
+    short_repr,
+)
 from vft.data.records.unread_keys import MEDIA_KEYS, answer_lists, check_shows_nothing, find_unread_keys
 
 ROLES: dict[str, Role] = {
@@ -43,7 +53,7 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 """LLaVA's placeholder, with the line break that separates it from the question."""
 
-FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", *MEDIA_KEYS})
+FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", REJECTED, *MEDIA_KEYS})
 """Keys beside the turns; tasks read the last ones."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
 REASONING = ("reasoning_content", "reasoning")
@@ -75,9 +85,11 @@ class Messages(Format):
         path = find_path(data.root, source.path)
         classes = read_classes(path if path.is_dir() else path.parent)
         normalizer = Normalizer(data.root, source.columns, classes=classes[1] if classes else ())
-        samples, bad = read_samples(
-            record_files(path), lambda record, _: parse(record, data.root), normalizer.normalize
-        )
+
+        def normalize(record: Record, file: Path) -> list[Record]:
+            return normalizer.normalize(with_rejected_response(record), file)
+
+        samples, bad = read_samples(record_files(path), lambda record, _: parse(record, data.root), normalize)
         normalizer.check_columns(path)
         labels = tuple(normalizer.classes or sorted(set(normalizer.labels)))
         return [

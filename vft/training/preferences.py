@@ -1,0 +1,178 @@
+"""Objectives of pairs: a chosen and a rejected answer to one prompt, as two suffixes of one shared prefix.
+
+Log-probabilities are of an answer and the token that closes it, given everything before it. In the formulas c and r are
+those of the chosen and the rejected answer, c0 and r0 those of the reference, nc and nr their tokens, and b is `beta`.
+The reference is the same model without its adapter: one more pass over the same row, without a graph.
+
+TRL's trainers also count the line break that some templates write behind the closing token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vft.adapters.lora import LoRAExperts, LoRALinear
+from vft.common.types import Batch
+from vft.config.run import Config, ObjectiveConfig
+from vft.models.base import Objective, VideoLanguageModel
+from vft.training.losses import cross_entropy, log_probabilities
+
+
+class Pairs(NamedTuple):
+    """Log-probabilities and tokens of the answers of some pairs [pairs], and of the reference (zeros without one)."""
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def gains(self) -> tuple[Tensor, Tensor]:
+        """c - c0 and r - r0."""
+        return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """c / nc and r / nr."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+
+def dpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """-log sigmoid(b m) with m = (c - c0) - (r - r0) (Rafailov et al. 2023, arXiv 2305.18290, equation 7). With label
+    smoothing e, (1 - e) of it and e of -log sigmoid(-b m) (Mitchell 2023, "A note on DPO with noisy preferences")."""
+    chosen, rejected = pairs.gains
+    margin, smoothing = config.strength * (chosen - rejected), config.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def hinge(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """max(0, 1 - b m) (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, with DPO's m)."""
+    chosen, rejected = pairs.gains
+    return F.relu(1 - config.strength * (chosen - rejected))
+
+
+def ipo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """((c - c0) / nc - (r - r0) / nr - 1 / (2 b))^2: the following by token, as TRL has it."""
+    chosen, rejected = pairs.gains
+    return (chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens - 0.5 / config.strength).square()
+
+
+def ipo_sum(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """(m - 1 / (2 b))^2 (Azar et al. 2023, arXiv 2310.12036, equation 17)."""
+    chosen, rejected = pairs.gains
+    return (chosen - rejected - 0.5 / config.strength).square()
+
+
+def simpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """-log sigmoid(b (c / nc - r / nr) - gamma) (Meng et al. 2024, arXiv 2405.14734, equation 6)."""
+    chosen, rejected = pairs.means
+    return -F.logsigmoid(config.strength * (chosen - rejected) - config.gamma)
+
+
+def orpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
+    """-c / nc - b log sigmoid(log odds(c / nc) - log odds(r / nr)), log odds(a) = a - log(1 - exp a) (Hong et al. 2024,
+    arXiv 2403.07691, equations 6 and 7). TRL's likelihood term is of prompt and answer."""
+    chosen, rejected = pairs.means
+    odds = chosen - rejected - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    return -chosen - config.strength * F.logsigmoid(odds)
+
+
+KINDS: dict[str, Callable[[Pairs, ObjectiveConfig], Tensor]] = {
+    "dpo": dpo,
+    "hinge": hinge,
+    "ipo": ipo,
+    "ipo_sum": ipo_sum,
+    "simpo": simpo,
+    "orpo": orpo,
+}
+"""The loss of each pair, by `objective.kind`."""
+FIGURES = (
+    "reward_chosen",
+    "reward_rejected",
+    "reward_accuracy",
+    "likelier_chosen",
+    "log_p_chosen",
+    "log_p_rejected",
+    "tokens_chosen",
+    "tokens_rejected",
+)
+"""Means over the pairs of a step, in metrics.jsonl. A reward is b (c - c0), or what stands in its place; accuracies are
+the share of pairs whose chosen answer has more of it, and of those with c > r. A tie counts half."""
+
+
+class Preference:
+    """The objective of a configuration."""
+
+    figures = FIGURES
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    @staticmethod
+    def weight(batch: Batch) -> int:
+        """Pairs of a pack: a step's loss is the mean over its pairs."""
+        return batch.num_suffixes // 2
+
+    def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """Sums over the pairs of a pack: of the loss, and of FIGURES without a graph."""
+        config = self.config
+        reference = None
+        if config.needs_reference:
+            with torch.no_grad(), without_adapters(model):
+                reference = by_suffix(model, batch)
+        pairs = _pairs(by_suffix(model, batch), reference, batch)
+        losses = KINDS[config.kind](pairs, config)
+        if config.rpo_alpha:  # Pang et al. 2024, arXiv 2404.19733, equation 1
+            losses = losses - config.rpo_alpha * pairs.means[0]
+        with torch.no_grad():
+            rewards = pairs.means if config.kind == "simpo" else pairs.gains
+            chosen, rejected = (config.strength * one for one in rewards)
+            shares = (_won(chosen, rejected), _won(pairs.chosen, pairs.rejected))
+            tokens = pairs.chosen_tokens, pairs.rejected_tokens
+            figures = [chosen, rejected, *shares, pairs.chosen, pairs.rejected, *tokens]
+        return torch.stack([losses.sum(), *(one.sum() for one in figures)])
+
+
+def _won(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+
+
+def by_suffix(model: VideoLanguageModel, batch: Batch) -> Tensor:
+    """Summed log-probability of each suffix's supervised tokens [suffixes]."""
+    log_p_N = log_probabilities(model, batch)
+    return log_p_N.new_zeros(batch.num_suffixes).index_add(0, batch.target_suffix_N, log_p_N)
+
+
+def _pairs(policy_S: Tensor, reference_S: Tensor | None, batch: Batch) -> Pairs:
+    """Suffixes come in pairs, the chosen first."""
+    ones_N = torch.ones_like(batch.target_suffix_N, dtype=policy_S.dtype)
+    tokens_S = torch.zeros_like(policy_S).index_add(0, batch.target_suffix_N, ones_N)
+    reference_S = torch.zeros_like(policy_S) if reference_S is None else reference_S
+    columns = [x.detach() if x is tokens_S else x for x in (policy_S, reference_S, tokens_S)]
+    return Pairs(*(part for x in columns for part in (x[0::2], x[1::2])))
+
+
+@contextmanager
+def without_adapters(model: VideoLanguageModel) -> Iterator[None]:
+    """In it the model computes as its base."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts)]
+    for adapter in adapters:
+        adapter.is_off = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_off = False
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that a configuration names."""
+    return cross_entropy if config.objective is None else Preference(config.objective)
