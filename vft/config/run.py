@@ -250,12 +250,13 @@ class ObjectiveConfig(Section):
     """The loss of a pair. `simpo` and `orpo` have no reference."""
     beta: PositiveFloat | None = None
     """How strongly it prefers, by the formula of its kind. None: 2.0 for `simpo`, else 0.1."""
-    reference: Literal["start", "base"] = "start"
-    """What the model is compared with: `start`, as it was when training began, or `base`, without any adapter."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """`dpo`: the fraction of pairs whose answers may be the wrong way round."""
-    gamma: NonNegativeFloat = 1.0
-    """`simpo`: the margin that the chosen answer is to have."""
+    reference: Literal["start", "base"] | None = None
+    """What the model is compared with: `start`, as it was when training began, or `base`, without any adapter. None:
+    `start`, if its kind has a reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """`dpo`: the fraction of pairs whose answers may be the wrong way round. None: 0."""
+    gamma: NonNegativeFloat | None = None
+    """`simpo`: the margin that the chosen answer is to have. None: 1.0."""
     rpo_alpha: NonNegativeFloat = 0.0
     """Weight of the chosen answer's mean -log p, which is added to the loss."""
 
@@ -272,12 +273,12 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         for name, kinds in {"label_smoothing": ("dpo",), "gamma": ("simpo",)}.items():
-            if name in self.model_fields_set and self.kind not in kinds:
+            if getattr(self, name) is not None and self.kind not in kinds:
                 raise ValueError(
                     f"{name} = {show(getattr(self, name))} is of {' and '.join(kinds)}, not of kind = "
                     f"{show(self.kind)}: take it out"
                 )
-        if "reference" in self.model_fields_set and not self.needs_reference:
+        if self.reference is not None and not self.needs_reference:
             raise ValueError(f"reference = {show(self.reference)}: {self.kind} has none; take it out")
         return self
 
@@ -404,7 +405,7 @@ class Config(Section):
                     f"objective.kind = {show(self.objective.kind)} needs a [lora] table: its reference is the model "
                     "without the adapter; simpo and orpo need none"
                 )
-            if self.model.adapter and self.objective.reference == "start":
+            if self.model.adapter and self.objective.reference != "base":
                 raise ValueError(
                     f'objective.reference = "start" and model.adapter = {show(self.model.adapter)}: an adapter that '
                     'training goes on from can\'t be the reference; merge it into the base first, or take "base"'

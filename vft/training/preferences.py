@@ -49,7 +49,7 @@ def dpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
     """-log sigmoid(b m) with m = (c - c0) - (r - r0) (Rafailov et al. 2023, arXiv 2305.18290, equation 7). With label
     smoothing e, (1 - e) of it and e of -log sigmoid(-b m) (Mitchell 2023, "A note on DPO with noisy preferences")."""
     chosen, rejected = pairs.gains
-    margin, smoothing = config.strength * (chosen - rejected), config.label_smoothing
+    margin, smoothing = config.strength * (chosen - rejected), config.label_smoothing or 0.0
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
@@ -74,7 +74,7 @@ def ipo_sum(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
 def simpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:
     """-log sigmoid(b (c / nc - r / nr) - gamma) (Meng et al. 2024, arXiv 2405.14734, equation 6)."""
     chosen, rejected = pairs.means
-    return -F.logsigmoid(config.strength * (chosen - rejected) - config.gamma)
+    return -F.logsigmoid(config.strength * (chosen - rejected) - (1.0 if config.gamma is None else config.gamma))
 
 
 def orpo(pairs: Pairs, config: ObjectiveConfig) -> Tensor:

@@ -1,0 +1,141 @@
+"""Learning from pairs of answers, from records to an adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
+from tests.runs.processes import run_together
+from tests.runs.world import ANSWERS, PROMPT, TEXTS, World
+from vft.training.preferences import FIGURES, KINDS
+
+WRONG = {colour: f"Nothing at all, and no {colour} bar." for colour in ANSWERS}
+"""A rejected answer for each clip."""
+
+
+@pytest.fixture(scope="module")
+def pairs(world: World) -> str:
+    """Pairs about clips, two for each, and about texts, in the data's folder."""
+    lines: list[dict[str, Any]] = []
+    for colour, answer in ANSWERS.items():
+        media = {"videos": [f"{colour}.mp4"]}
+        lines.append({"prompt": f"<video>{PROMPT}", "chosen": answer, "rejected": WRONG[colour], **media})
+        lines.append({"prompt": "<video>Which colour?", "chosen": f"It is {colour}.", "rejected": "Grey.", **media})
+    for question, answer in TEXTS.items():
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append({"messages": turns, "rejected_response": "I can't say."})
+    (world.root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return "pairs.jsonl"
+
+
+def settings(pairs: str, kind: str = "dpo", **train: Any) -> dict[str, Any]:
+    return {
+        "objective": {"kind": kind},
+        "lora": {"rank": 8, "alpha": 16},
+        "data": {"sources": [{"format": "messages", "path": pairs}]},
+        "train": {"max_steps": 12, "learning_rate": 2e-3, "schedule": "constant", **train},
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chosen_answers_are_preferred(
+    world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str
+) -> None:
+    learning = {"data": {"pack_tokens": 2048}, "train": {"max_steps": 30, "learning_rate": 5e-3, "packs_per_step": 1}}
+    folder = commands.train(world.config(tmp_path / "run.toml", settings(pairs, kind), learning))
+    first, last = metrics(folder)[0], metrics(folder)[-1]
+    assert first["samples"] == 11
+    assert all(isinstance(line[name], float) for line in (first, last) for name in FIGURES)
+    assert last["loss"] < first["loss"]
+    assert last["reward_accuracy"] == 1.0 and last["likelier_chosen"] >= first["likelier_chosen"]
+    if kind == "dpo":  # nothing is learnt yet: log 2, and every reward is a tie
+        assert first["loss"] == pytest.approx(0.6931472, rel=1e-6)
+        assert (first["reward_chosen"], first["reward_accuracy"]) == (0.0, 0.5)
+
+
+def test_one_process_and_two(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    config = [world.config(tmp_path / f"{n}.toml", settings(pairs, packs_per_step=4)) for n in (1, 2)]
+    folders = []
+    for processes, path in zip((1, 2), config, strict=True):
+        for one in run_together(commands, processes, CAPTION, path):
+            one.ok()
+        folders.append(path.with_suffix(""))
+    assert column(folders[0], "sample_digest") == column(folders[1], "sample_digest")
+    for name in ("loss", "reward_chosen", "log_p_rejected"):
+        assert largest_difference(*(column(folder, name)[1:] for folder in folders)) <= 1e-4, name
+
+
+def test_resumed_to_the_same_bits(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    whole = commands.train(world.config(tmp_path / "whole.toml", settings(pairs)))
+    config = world.config(tmp_path / "parts.toml", settings(pairs))
+    commands.train(config, "train.max_steps=5")
+    parts = commands.train(config)
+    for name in ("loss", "grad_norm", *FIGURES):
+        assert column(whole, name) == column(parts, name), name
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_packed_and_alone(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """A step of all pairs, in one row or each in its own with its own copy of the video."""
+    apart = {"data": {"max_samples_per_pack": 1, "share_videos": False}, "train": {"packs_per_step": 11}}
+    together = {"data": {"pack_tokens": 2048}, "train": {"packs_per_step": 1}}
+    found = [
+        metrics(commands.train(world.config(tmp_path / f"{n}.toml", settings(pairs), one), "train.max_steps=2"))
+        for n, one in enumerate((apart, together))
+    ]
+    assert found[1][0]["tokens"] < found[0][0]["tokens"]
+    for lines in zip(*found, strict=True):
+        for name in ("loss", "samples", *FIGURES):
+            assert lines[1][name] == pytest.approx(lines[0][name], rel=2e-4, abs=1e-6), name
+
+
+def test_memory_saved_and_packed_weights(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """With recomputed layers the same losses; a base of 4 bits learns, too."""
+    plain = commands.train(world.config(tmp_path / "plain.toml", settings(pairs)), "train.max_steps=4")
+    again = commands.train(
+        world.config(tmp_path / "again.toml", settings(pairs)),
+        "train.max_steps=4",
+        "parallel.activation_checkpointing=full",
+    )
+    assert column(again, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+    packed = world.config(tmp_path / "packed.toml", settings(pairs), {"model": {"quantize": "nf4"}})
+    losses = column(commands.train(packed), "loss")
+    assert losses[-1] < 0.3 < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "setting", "named"),
+    [
+        ({"messages": []}, {}, r"pairs\.jsonl:1: messages"),
+        ({"prompt": "<video>What?", "chosen": "A.", "rejected": "A. "}, {}, "pairs.jsonl:1: rejected: .*chosen answer"),
+        ({"prompt": "<video>What?", "chosen": " ", "rejected": "B."}, {}, "pairs.jsonl:1: chosen: is an empty answer"),
+        ({"prompt": "<video>What?", "chosen": "A.", "rejected": 3}, {}, "pairs.jsonl:1: rejected: 3 is of type int"),
+        ({"prompt": "<video>What?", "rejected": "B."}, {}, r"pairs\.jsonl:1: .*rejected_response.*one answer|messages"),
+        ({"chosen": "A.", "rejected": "B."}, {}, "pairs.jsonl:1: chosen: needs one prompt"),
+        ({"prompt": "x", "question": "y", "chosen": "A.", "rejected": "B."}, {}, "chosen: needs one prompt.*question"),
+        ({}, {"objective": {"kind": "dpo", "gamma": 1.0}}, "gamma = 1.0 is of simpo"),
+        ({}, {"objective": {"kind": "orpo", "reference": "base"}}, "orpo has none"),
+        ({}, {"lora": None, "model": {"train": ["language_model"]}}, r"needs a \[lora\] table"),
+        ({}, {"objective": {"kind": "pdo"}}, "objective.kind"),
+    ],
+)
+def test_bad_input(
+    world: World, commands: Commands, tmp_path: Path, record: dict[str, Any], setting: dict[str, Any], named: str
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "red.mp4").write_bytes((world.root / "red.mp4").read_bytes())
+    (root / "pairs.jsonl").write_text(json.dumps({"videos": ["red.mp4"], **record}) + "\n")
+    config = world.config(tmp_path / "run.toml", settings("pairs.jsonl"), {"data": {"root": str(root)}}, setting)
+    result = commands.run(CAPTION, config)
+    assert result.status != 0
+    assert "Traceback" not in result.stderr
+
+    assert re.search(named, result.stderr.replace("\n", " ")), result.stderr
+    assert not (tmp_path / "run").exists()
