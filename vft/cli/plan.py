@@ -19,7 +19,6 @@ from rich.table import Table
 from vft.cli.arguments import Choices, ConfigArguments, command
 from vft.common.console import make_table
 from vft.common.device_specs import CARDS
-from vft.common.task import trained_conversations
 from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
@@ -27,6 +26,7 @@ from vft.config.toml import Positive, PositiveFloat
 from vft.data import formats as sources
 from vft.data.dataset import converse, take
 from vft.models.quantization import true_shapes
+from vft.preparation.documents import learnt_conversations
 from vft.preparation.memory import GIB, shares
 from vft.preparation.planning import (
     AMD_PRODUCT_SHARE,
@@ -42,7 +42,7 @@ from vft.preparation.planning import (
 from vft.preparation.synthetic import filled_row
 from vft.recipes import task_of
 from vft.training.checks import check_shares
-from vft.training.losses import cross_entropy
+from vft.training.preferences import objective_of
 
 
 class PlanArguments(ConfigArguments):
@@ -79,9 +79,9 @@ def main(arguments: PlanArguments) -> None:
     share = AMD_PRODUCT_SHARE if (arguments.gpu or "").startswith("MI") else PRODUCT_SHARE
     same["efficiency"] = arguments.efficiency or share
     setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **same)
-    planner = Planner(cross_entropy)
+    planner = Planner(objective_of(config))
     processor = planner.model_of(config).processor
-    row = filled_row(processor, config.data, arguments.text_tokens)
+    row = filled_row(processor, config.data, arguments.text_tokens, config.answers)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print(
         f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
@@ -261,7 +261,7 @@ def run_hours(config: Config, step_s: float, samples_per_row: int, samples: int 
 
 def count_samples(config: Config) -> int | None:
     """Samples of an epoch, from the records of `data.sources`; None if one of them is not on this machine."""
-    data, make = config.data, trained_conversations(task_of(config), config.data.segment_questions)
+    data, make = config.data, learnt_conversations(task_of(config), config)
     count = 0.0
     for source in data.sources:
         if source.stream or not (data.root / source.path).exists():

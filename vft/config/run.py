@@ -425,6 +425,11 @@ class Config(Section):
             raise ValueError('data.cache = "frames" keeps nothing of sources with stream = true; take it out')
         return self
 
+    @property
+    def answers(self) -> int:
+        """How many answers to a prompt are learnt from together."""
+        return 1 if self.objective is None else 2
+
     def require_training(self) -> None:
         """Check what training needs, unlike prediction and evaluation.
 

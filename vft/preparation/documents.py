@@ -48,7 +48,8 @@ def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Seque
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is trained on, except streams."""
     make, split = learnt_conversations(task, config), held_out_split(config, held_out=False)
-    return load_stored(config.data, config.data.indexed, make, task, "to train on", encoder, config.seed, split)
+    about = "to train on" if config.objective is None else "pairs to train on"
+    return load_stored(config.data, config.data.indexed, make, task, about, encoder, config.seed, split)
 
 
 def training_streams(

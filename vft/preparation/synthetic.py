@@ -84,17 +84,18 @@ def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
     return Document((f"text-{seed}",), ids, labels, positions_3T, 0, (tokens,), (), torch.zeros(tokens).bool())
 
 
-def filled_row(processor: VisionProcessor, data: DataConfig, text_tokens: int = 300) -> Batch:
+def filled_row(processor: VisionProcessor, data: DataConfig, text_tokens: int = 300, answers: int = 1) -> Batch:
     """A row filled with the largest videos that the limits of `data` allow, each with a question and its answer of
-    `text_tokens` in all."""
+    `text_tokens` in all; for pairs with as many a second time."""
     ref = MediaRef("video", Path("video.mp4"))
     limits = limits_of(ref, data)
     limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)
     length = 10 * (limits.frames or 1)
     info = MediaInfo("video", *VIDEO_SIZE, length, 10.0, duration_s=length / 10)
-    token_budget = data.pack_tokens - text_tokens - 20
+    token_budget = data.pack_tokens - answers * text_tokens - 20
     (media,) = shrink(plan_media([(ref, info, limits)], processor, "video"), processor, token_budget, "video").plans
-    document = video_document(processor, media, 1, text_tokens, text_tokens // 2)
+    document = video_document(processor, media, answers, text_tokens, text_tokens // 2)
+    document = replace(document, sample_ids=document.sample_ids[:1])
     count = max(1, data.pack_tokens // document.num_tokens)
     return row_of(processor, [document] * min(count, data.max_samples_per_pack or count))
 

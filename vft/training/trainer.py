@@ -106,7 +106,7 @@ class Trainer:
 
         self.largest_rows = largest_rows(documents, documents.pack_plan(config.seed))
         if streams is not None and world.device.type == "cuda":  # the rows of streams are not known in advance
-            self.largest_rows.append(filled_row(self.model.processor, config.data))
+            self.largest_rows.append(filled_row(self.model.processor, config.data, answers=config.answers))
         parallel = resolve(config.parallel, self.model, objective, self.largest_rows, world)
         mesh = make_mesh(world, parallel.shards(world.size))
         self.data_parallel = DataParallel.of(mesh)
@@ -361,6 +361,7 @@ class Trainer:
             "step": self.step,
             "rope_factor": pretrained.rope_factor,
             "template_options": config.data.template_options,
+            "objective": config.objective and config.objective.model_dump(mode="json", exclude_none=True),
             "pack_tokens": config.data.pack_tokens,
             "video": config.data.video.model_dump(mode="json", exclude_none=True),
             "image": config.data.image.model_dump(mode="json", exclude_none=True),
