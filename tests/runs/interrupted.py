@@ -24,7 +24,7 @@ PLACES: dict[str, tuple[Any, str, float]] = {
     "start": (train, "largest_rows", 60.0),
     "deaf": (train, "largest_rows", 60.0),
     "answers": (answer, "generate", 1.0),
-    "losses": (evaluate, "held_out_loss", 1.0),
+    "losses": (evaluate, "held_out_scores", 1.0),
     "write": (saving, "write_parts", 60.0),
 }
 """Of each: the function that is slow, and by how many seconds."""

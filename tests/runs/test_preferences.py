@@ -58,6 +58,24 @@ def test_the_chosen_answers_are_preferred(
         assert (first["reward_chosen"], first["reward_accuracy"]) == (0.0, 0.5)
 
 
+def test_held_out_pairs(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """Before training every reward is a tie; after it the scores are those of a step with the same pairs."""
+    held_out = {"every_steps": 30, "max_new_tokens": 4, "sources": [{"format": "messages", "path": pairs}]}
+    learning = {"data": {"pack_tokens": 2048}, "train": {"max_steps": 30, "learning_rate": 5e-3, "packs_per_step": 1}}
+    config = world.config(tmp_path / "run.toml", settings(pairs), learning, {"eval": held_out})
+    folder = commands.train(config)
+    before, after = [line for line in metrics(folder) if "eval_loss" in line]
+    first, *_, last = [line for line in metrics(folder) if "loss" in line]
+    assert before["eval_likelier_chosen"] == pytest.approx(first["likelier_chosen"])
+    assert (before["eval_reward_accuracy"], before["eval_reward_margin"]) == (0.5, 0.0)
+    assert before["eval_loss"] * first["tokens_chosen"] == pytest.approx(-first["log_p_chosen"], rel=1e-4)
+    assert after["eval_reward_accuracy"] == 1.0
+    margin = last["reward_chosen"] - last["reward_rejected"]
+    assert 0.1 * after["eval_reward_margin"] == pytest.approx(margin, rel=0.3)
+    low, high = after["eval_intervals"]["reward_margin"]
+    assert low < after["eval_reward_margin"] < high
+
+
 def test_one_process_and_two(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
     config = [world.config(tmp_path / f"{n}.toml", settings(pairs, packs_per_step=4)) for n in (1, 2)]
     folders = []

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -380,3 +381,16 @@ def principal_part(weight: Tensor, rank: int, scale: float, init: str, seed: int
 
 def _layer_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """In it the model computes as its base."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts)]
+    for adapter in adapters:
+        adapter.is_off = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_off = False

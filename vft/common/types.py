@@ -373,6 +373,8 @@ class Document:
     media: tuple[MediaPlan, ...]
     media_mask_T: Tensor
     """True for tokens that vision embeddings replace."""
+    rejected: tuple[bool, ...] = ()
+    """Which suffix is the rejected answer of a pair, whose chosen one is before it. Empty: none."""
 
     @property
     def num_tokens(self) -> int:

@@ -274,7 +274,9 @@ class ChatEncoder:
             length = len(wholes[0][0]) - len(encoded[0].ids) + max(encoded[0].media_rows) + 2
         suffixes = [tuple(x[..., length:] for x in whole) for whole in wholes]
         in_order = [plan for _, plan in encoded[0].in_row_order(media)]
-        return _join(tuple(x[..., :length] for x in wholes[0]), suffixes, in_order, [one.id for one in conversations])
+        made = _join(tuple(x[..., :length] for x in wholes[0]), suffixes, in_order, [one.id for one in conversations])
+        made.rejected = tuple(number > 0 for one in conversations for number in range(len(one.branches)))
+        return made
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:
         """A prompt with each of `options` as a suffix that answers it, labelled as training supervises that answer: the

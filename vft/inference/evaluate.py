@@ -9,18 +9,21 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+from vft.adapters.lora import without_adapters
 from vft.adapters.peft_format import recorded, trained_rope_factor, warn_of_other_text
 from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import Answer, Task, files_of
-from vft.common.types import IGNORE_INDEX
+from vft.common.types import Batch
 from vft.common.unique import unique_names
 from vft.config.run import Config, EvalConfig
 from vft.data.dataset import Dataset
@@ -32,8 +35,9 @@ from vft.distributed.process_group import DataParallel, World, all_of, make_mesh
 from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.metrics import parts_to_json, ratio_interval
-from vft.preparation.documents import load_held_out, questions, spread, warn_of_overlap
+from vft.metrics import mean_interval, parts_to_json, ratio_interval
+from vft.models.base import VideoLanguageModel
+from vft.preparation.documents import PAIR_SCORES, load_held_out, questions, spread, warn_of_overlap
 from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
@@ -71,7 +75,7 @@ def evaluate(
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
             results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-            loss = held_out_loss(answerer, held_out, limit)
+            of_documents = held_out_scores(answerer, held_out, limit)
     finally:
         for module in answerer.model.modules():
             if isinstance(module, FSDPModule):
@@ -85,8 +89,7 @@ def evaluate(
     if answerer.world.is_main:
         replace_text(file, "".join(as_text(evaluation_line(answer)) for answer in answers))
     scores = task.score(answers) if answers else {}
-    if loss is not None:
-        scores["loss"] = loss
+    scores |= of_documents
     cut_off = sum(answer.is_cut_off for answer in answers)
     if cut_off:
         limit_set = f"eval.max_new_tokens = {settings.max_new_tokens}"
@@ -145,8 +148,9 @@ class _PackPlanWithGaps(PackPlan):
 
 
 @torch.no_grad()
-def held_out_loss(answerer: Answerer, held_out: Dataset, limit: int = 0) -> Interval | None:
-    """Mean loss over the supervised tokens of (`limit`) held-out documents; None if none of them is readable.
+def held_out_scores(answerer: Answerer, held_out: Dataset, limit: int = 0) -> dict[str, Interval]:
+    """The `loss`, a mean over the supervised tokens of (`limit`) held-out documents, and PAIR_SCORES of their pairs, of
+    which the chosen answer counts in the loss. Empty if none of them is readable.
 
     For its interval documents are drawn anew, those about one video together: their losses over their tokens.
     """
@@ -158,7 +162,8 @@ def held_out_loss(answerer: Answerer, held_out: Dataset, limit: int = 0) -> Inte
     loader = Loader(
         held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0, device=device
     )
-    found: list[tuple[int, str, tuple[str, ...], tuple[float, float]]] = []
+    has_pairs = any(one.rejected is not None for one in held_out.conversations)
+    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix]]] = []
     was_training = model.training
     model.eval()
     try:
@@ -166,21 +171,69 @@ def held_out_loss(answerer: Answerer, held_out: Dataset, limit: int = 0) -> Inte
         for step in range(steps):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
             for pack in loader.step(is_last=step == steps - 1):
-                batch = pack.batch
-                chunks = model.chunks(model(batch), batch.target_ids_N)
-                losses_N = torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks])
-                counts = [int((one.labels_T != IGNORE_INDEX).sum()) for one in batch.documents]
-                for document, losses in zip(batch.documents, losses_N.cpu().split(counts), strict=True):
+                losses = iter(_losses_by_suffix(model, pack.batch))
+                with without_adapters(model):
+                    of_base = iter(_losses_by_suffix(model, pack.batch) if has_pairs else [])
+                for document in pack.batch.documents:
+                    own = []
+                    for is_rejected in document.rejected:
+                        loss, tokens = next(losses)
+                        own.append(_Suffix(loss, tokens, next(of_base, (0.0, 0))[0], is_rejected))
                     files = files_of(plan.ref for plan in document.media)
-                    loss = math.fsum(losses.tolist()), float(len(losses))
-                    found.append((step * parallel.size + pack.slot, f"{document.sample_ids} {files}", files, loss))
+                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own))
     finally:
         model.train(was_training)
     in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
     if not in_order:
-        return None
-    _, names, files_of_each, losses_and_tokens = zip(*in_order, strict=True)
-    return ratio_interval(losses_and_tokens, Samples(tuple(unique_names(names)), clusters_of(files_of_each)))
+        return {}
+    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, _ in in_order))
+    samples = Samples(names, clusters_of([files for _, _, files, _ in in_order]))
+    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own in in_order]
+    sums = [(math.fsum(one.loss for one in own), float(sum(one.tokens for one in own))) for own in learnt]
+    scores = {"loss": ratio_interval(sums, samples)}
+    pairs = [
+        (number, chosen, rejected)
+        for number, (_, _, _, own) in enumerate(in_order)
+        for chosen, rejected in pairwise(own)
+        if rejected.is_rejected
+    ]
+    if pairs:
+        names = tuple(unique_names(f"{names[number]} pair" for number, _, _ in pairs))
+        samples = Samples(names, clusters_of([in_order[number][2] for number, _, _ in pairs]))
+        margins = [(rejected.loss - chosen.loss, chosen.gain - rejected.gain) for _, chosen, rejected in pairs]
+        of_pairs = (
+            [_won(likelier) for likelier, _ in margins],
+            [_won(gained) for _, gained in margins],
+            [gained for _, gained in margins],
+        )
+        scores |= {name: mean_interval(one, samples) for name, one in zip(PAIR_SCORES, of_pairs, strict=True)}
+    return scores
+
+
+class _Suffix(NamedTuple):
+    """What the model makes of a suffix: summed loss and number of its supervised tokens, and the base's loss."""
+
+    loss: float
+    tokens: int
+    base_loss: float
+    is_rejected: bool
+
+    @property
+    def gain(self) -> float:
+        """By how much the adapter has raised the log-probability."""
+        return self.base_loss - self.loss
+
+
+def _won(margin: float) -> float:
+    return 0.5 if margin == 0 else float(margin > 0)
+
+
+def _losses_by_suffix(model: VideoLanguageModel, batch: Batch) -> list[tuple[float, int]]:
+    """Summed loss of each suffix's supervised tokens, and their number."""
+    chunks = model.chunks(model(batch), batch.target_ids_N)
+    losses_N = torch.cat([F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in chunks]).cpu()
+    counts = batch.target_suffix_N.cpu().bincount(minlength=batch.num_suffixes).tolist()
+    return [(math.fsum(part.tolist()), len(part)) for part in losses_N.split(counts)]
 
 
 @dataclass(frozen=True)

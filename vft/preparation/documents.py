@@ -15,7 +15,7 @@ from vft.common.types import Conversation, Sample
 from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset, converse, take
+from vft.data.dataset import Dataset, MakeConversations, converse, take
 from vft.data.records.preferences import REJECTED
 from vft.data.split import Split, overlap_warning
 from vft.data.stored import load_stored
@@ -26,6 +26,21 @@ from vft.distributed.process_group import environment
 logger = logging.getLogger(__name__)
 
 
+PAIR_SCORES = ("likelier_chosen", "reward_accuracy", "reward_margin")
+"""Beside the loss, of held-out pairs: the share whose chosen answer is likelier than the rejected one, the share for
+which the adapter has raised it more, and by how much more, in log-probability. A tie counts half."""
+
+
+def _with_rejected(make: MakeConversations) -> MakeConversations:
+    """What `make` makes of a record, with its rejected answer if it has one."""
+
+    def paired(sample: Sample) -> Sequence[Conversation]:
+        rejected = sample.fields.get(REJECTED)
+        return [replace(one, rejected=rejected if isinstance(rejected, str) else None) for one in make(sample)]
+
+    return paired
+
+
 def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Sequence[Conversation]]:
     """What is trained on of a record: the task's conversations, or with an objective of pairs the main one with both
     answers. That raises UserError for a record without a rejected answer."""
@@ -34,13 +49,13 @@ def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Seque
         return trained_conversations(task, config.data.segment_questions)
 
     def make(sample: Sample) -> Sequence[Conversation]:
-        rejected = sample.fields.get(REJECTED)
-        if not isinstance(rejected, str):
+        conversations = _with_rejected(main_conversation(task))(sample)
+        if any(one.rejected is None for one in conversations):
             raise UserError(
                 f"{sample.origin}: {REJECTED}: objective.kind = {objective.kind!r} learns from pairs, and the "
                 "record has one answer; add a rejected one, or take the [objective] table out"
             )
-        return [replace(one, rejected=rejected) for one in main_conversation(task)(sample)]
+        return conversations
 
     return make
 
@@ -75,8 +90,10 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # held-out sources of their own are read alike whatever the run's seed
-    make = evaluated_conversations(task)
-    held_out = load_stored(config.data, sources, make, task, "to evaluate", encoder, seed, split)
+    make, about = evaluated_conversations(task), "to evaluate"
+    if config.objective is not None:
+        make, about = _with_rejected(make), "pairs to evaluate"
+    held_out = load_stored(config.data, sources, make, task, about, encoder, seed, split)
     examples = questions(held_out.conversations)
     examples = [examples[i] for i in spread(len(examples), 64)]
     equal_scores = [(0.0,) * len(question.prompt.options) for question in examples]
@@ -85,6 +102,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
         for question, scores in zip(examples, equal_scores, strict=True)
     ]
     metrics, best = [*(task.score(answers) if answers else ()), "loss"], config.eval.best_metric
+    metrics += PAIR_SCORES if any(one.rejected is not None for one in held_out.conversations) else ()
     if best and examples and "/" not in best and best not in metrics:
         known = ", ".join(name for name in metrics if "/" not in name)
         raise UserError(f"eval.best_metric = {best!r}: {task.name} has {known}")

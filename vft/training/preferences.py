@@ -9,15 +9,14 @@ TRL's trainers also count the line break that some templates write behind the cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vft.adapters.lora import LoRAExperts, LoRALinear
+from vft.adapters.lora import without_adapters
 from vft.common.types import Batch
 from vft.config.run import Config, ObjectiveConfig
 from vft.models.base import Objective, VideoLanguageModel
@@ -158,19 +157,6 @@ def _pairs(policy_S: Tensor, reference_S: Tensor | None, batch: Batch) -> Pairs:
     reference_S = torch.zeros_like(policy_S) if reference_S is None else reference_S
     columns = [x.detach() if x is tokens_S else x for x in (policy_S, reference_S, tokens_S)]
     return Pairs(*(part for x in columns for part in (x[0::2], x[1::2])))
-
-
-@contextmanager
-def without_adapters(model: VideoLanguageModel) -> Iterator[None]:
-    """In it the model computes as its base."""
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts)]
-    for adapter in adapters:
-        adapter.is_off = True
-    try:
-        yield
-    finally:
-        for adapter in adapters:
-            adapter.is_off = False
 
 
 def objective_of(config: Config) -> Objective:

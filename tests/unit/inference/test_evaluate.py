@@ -34,7 +34,7 @@ from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
 from vft.inference.answers_file import as_text, evaluation_line
 from vft.inference.engine import Answerer
-from vft.inference.evaluate import evaluate, evaluation_config, held_out_loss
+from vft.inference.evaluate import evaluate, evaluation_config, held_out_scores
 from vft.preparation.documents import load_held_out, questions, warn_of_overlap
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
@@ -191,7 +191,7 @@ def sums_of(tiny: Tiny, held_out: Dataset, leave_out: str = "") -> list[tuple[fl
 def loss_of(tiny: Tiny, held_out: Dataset, model: Any = None, limit: int = 0) -> Interval | None:
     with WorkerPool(0, 60.0) as pool:
         answerer = Answerer(model or tiny.ours(), tiny.encoder, held_out.config, held_out.info, pool, ALONE)
-        return held_out_loss(answerer, held_out, limit)
+        return held_out_scores(answerer, held_out, limit).get("loss")
 
 
 def mean_of(sums: Sequence[tuple[float, int]]) -> float:
