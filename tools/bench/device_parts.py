@@ -321,7 +321,7 @@ def recurrence(bench: Bench) -> Iterator[Row]:
         what = "{} and {} heads of {} and {}".format(*shape)
         for name, work in works.items():
             pairs = zip(work(), right, strict=True)
-            errors = [float((one.double() - r).abs().max() / r.abs().max()) for one, r in pairs]
+            errors = [float((one.double() - r).norm() / r.norm()) for one, r in pairs]
             error = max(errors) if all(map(isfinite, errors)) else float("nan")
             wrong = [at_most("error", error, TOLERANCE)]
             yield line(f"{what}, {name}", wrong, error=error, ms=1000 * median(times[name]))

@@ -47,7 +47,8 @@ PLAIN = 11
 Shape = tuple[int, int, int, int]
 """How many heads keys and values have, and their widths."""
 TOLERANCE = 0.05
-"""How far results may be from float32, of the largest value: rounding to 8 bits, several times."""
+"""How far results may be from float32: the norm of the difference, over the norm. In bf16 the gradient of keys by fla's
+kernels is 0.01 to 0.02 from it, other results are less."""
 
 
 @dataclass(eq=False)
@@ -452,7 +453,7 @@ def fla_trouble(device: torch.device, dtype: torch.dtype, shape: Shape) -> str:
         return f"can't run ({first_line(error):.200})"
     pairs = zip(results, expected, strict=True)
     # NaN is no number below it.
-    near = all(float((one - right).abs().max()) <= TOLERANCE * float(right.abs().max()) for one, right in pairs)
+    near = all(float((one - right).norm()) <= TOLERANCE * float(right.norm()) for one, right in pairs)
     return "" if near else "gives other results than the plain form"
 
 
