@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,3 +196,23 @@ def test_threads_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_processors(1).status == "ok"
     assert doctor.check_open_files(1024).status == "error"
     assert doctor.check_open_files(resource.RLIM_INFINITY).status == "ok"
+
+
+def test_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are not installed are no fault; those that do not work are warned of."""
+    import torch
+
+    from vft.models import delta_rule
+
+    def wrong(*what: Any) -> bool:
+        warnings.warn("fla's gated delta rule can't run (no such kernel): recurrent layers ...", stacklevel=2)
+        return False
+
+    for tried, status, said in (
+        (lambda *what: True, "ok", "fla's kernels"),
+        (lambda *what: False, "ok", "the plain form"),
+        (wrong, "warning", "no such kernel"),
+    ):
+        monkeypatch.setattr(delta_rule, "has_fla", tried)
+        found = doctor._check_recurrence(torch)
+        assert found.status == status and said in found.found
