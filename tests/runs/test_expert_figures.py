@@ -86,8 +86,8 @@ def test_figures_that_are_no_numbers() -> None:
     from vft.distributed.process_group import World as Processes
     from vft.reporting.monitor import Tally, describe_step
 
-    cpu, counts = torch.device("cpu"), Counter({"num_targets": 1})
-    figures = [float("nan"), 2.0, 0.0, 3.0]
+    cpu, counts = torch.device("cpu"), Counter({"num_targets": 1, "weight": 1})
+    figures = dict(zip(FIGURES, [float("nan"), 2.0, 0.0, 3.0], strict=True))
     line = describe_step(1.0, 1.0, 1e-4, counts, Tally(cpu), Processes(0, 1, 0, cpu), torch.float32, figures)
     assert [line[name] for name in FIGURES] == [None, 2.0, 0.0, 3.0]
     json.dumps(line, allow_nan=False)

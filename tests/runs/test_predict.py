@@ -169,19 +169,25 @@ def test_segments(world: World, ask: Ask, tmp_path: Path) -> None:
 
 def test_text_appears_as_it_comes(world: World, commands: Commands, learned: Path) -> None:
     """On a terminal, and whole lines elsewhere (`test_tools.py`)."""
-    terminal, theirs = pty.openpty()
     words = ["--model", world.base, "--adapter", learned / "adapter", "--prompt", PROMPT, world.root / "red.mp4"]
     command = [sys.executable, PREDICT, *map(str, words)]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=commands.environment, stdout=theirs, stderr=subprocess.DEVNULL
-    )
-    os.close(theirs)
-    pieces: list[bytes] = []
-    while piece := read(terminal):
-        pieces.append(piece)
-    assert process.wait() == 0
-    assert b"".join(pieces) == f"{ANSWERS['red']}\r\n".encode()
-    assert len(pieces) > 3
+    most = 0
+    for _ in range(3):  # on a busy machine all of it may be there before this process looks
+        terminal, theirs = pty.openpty()
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=commands.environment, stdout=theirs, stderr=subprocess.DEVNULL
+        )
+        os.close(theirs)
+        pieces: list[bytes] = []
+        while piece := read(terminal):
+            pieces.append(piece)
+        os.close(terminal)
+        assert process.wait() == 0
+        assert b"".join(pieces) == f"{ANSWERS['red']}\r\n".encode()
+        most = max(most, len(pieces))
+        if most > 3:
+            break
+    assert most > 3
 
 
 def read(terminal: int) -> bytes:

@@ -99,6 +99,30 @@ def test_resumed_to_the_same_bits(world: World, commands: Commands, tmp_path: Pa
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reference_of_an_adapter_that_is_gone_on_with(
+    world: World, commands: Commands, tmp_path: Path, pairs: str, processes: int
+) -> None:
+    """As it was when training began, also after a stop; or the model without it."""
+    tuned = commands.train(world.config(tmp_path / "tuned.toml", {"lora": {"rank": 8, "alpha": 16}}))
+    base = {"model": {"adapter": str(tuned / "adapter")}}
+
+    def trained(name: str, *more: dict[str, Any], steps: tuple[int, ...] = (6,)) -> Path:
+        config = world.config(tmp_path / f"{name}.toml", settings(pairs), base, *more)
+        for count in steps:
+            for one in run_together(commands, processes, CAPTION, config, f"train.max_steps={count}"):
+                one.ok()
+        return config.with_suffix("")
+
+    start, stopped = trained("start"), trained("stopped", steps=(3, 6))
+    first = metrics(start)[0]
+    assert first["loss"] == pytest.approx(0.6931472, rel=1e-6) and first["reward_chosen"] == 0.0
+    for name in ("loss", "reward_chosen", "log_p_chosen"):
+        assert column(start, name) == column(stopped, name), name
+    other = metrics(trained("base", {"objective": {"reference": "base"}}))[0]
+    assert other["log_p_chosen"] == first["log_p_chosen"] and abs(other["reward_chosen"]) > 0.1
+
+
 def test_packed_and_alone(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
     """A step of all pairs, in one row or each in its own with its own copy of the video."""
     apart = {"data": {"max_samples_per_pack": 1, "share_videos": False}, "train": {"packs_per_step": 11}}

@@ -25,10 +25,12 @@ from workload import MODELS, add_shape, random_model, settings
 
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
+from vft.config.run import ObjectiveConfig
 from vft.models import attention, layers
-from vft.models.base import VideoLanguageModel
+from vft.models.base import Objective, VideoLanguageModel
 from vft.preparation.synthetic import Video, row_of, text_document, video_document
 from vft.training.losses import cross_entropy
+from vft.training.preferences import Preference
 
 SHORT, LONG = Video(), Video(16, 352, 352)
 Work = Callable[[], torch.Tensor]
@@ -75,17 +77,17 @@ def compare(name: str, gain: Gain, repeats: int) -> dict[str, Any]:
     return {**line, "loss differs by": difference}
 
 
-def passes(model: VideoLanguageModel, rows: Sequence[Batch]) -> Work:
+def passes(model: VideoLanguageModel, rows: Sequence[Batch], objective: Objective = cross_entropy) -> Work:
     """Forward and backward of rows one after another."""
 
     def run() -> torch.Tensor:
         total = torch.zeros((), device=DEVICE)
         for row in rows:
-            loss = cross_entropy(model, row.to(DEVICE))
+            loss = objective(model, row.to(DEVICE)).flatten()[0]
             loss.backward()
             total += loss.detach()
         model.zero_grad()
-        return total / sum(row.num_targets for row in rows)
+        return total / sum(map(objective.weight, rows))
 
     return run
 
@@ -115,6 +117,20 @@ def questions(
         row = row_of(model.processor, shared)
         tokens = sum(one.num_tokens for one in apart), row.num_tokens
         gains[f"{k} questions on one video"] = Gain(passes(model, apart), passes(model, [row]), tokens)
+    return gains
+
+
+def preferences(model: VideoLanguageModel) -> dict[str, Gain]:
+    """Chosen and rejected answers with a copy of their video each, and on one copy, at two ratios of video to text, by
+    DPO with its reference. Answers differ in length, so that a mistake would show in the loss."""
+    gains, dpo = {}, Preference(ObjectiveConfig(kind="dpo"))
+    for video, ratio in ((LONG, 4), (LONG, 16)):
+        words = video_document(model.processor, video, 1, 1, 1).num_tokens // ratio
+        shared = video_document(model.processor, video, 2, words, words // 2)
+        apart = row_of(model.processor, [part(shared, 0), part(shared, 1)])
+        row = row_of(model.processor, [shared])
+        tokens = apart.num_tokens, row.num_tokens
+        gains[f"pairs, video {ratio}:1 to text"] = Gain(passes(model, [apart], dpo), passes(model, [row], dpo), tokens)
     return gains
 
 
@@ -203,6 +219,7 @@ KINDS: dict[str, Callable[[Any], dict[str, Gain]]] = {
     "packs": packs,
     "questions": questions,
     "long-videos": partial(questions, ks=(1, 2, 5, 10), videos=1, video=LONG, words=100),
+    "preferences": preferences,
     "packing": packing,
     "parts": parts,
 }

@@ -399,17 +399,11 @@ class Config(Section):
             raise ValueError(
                 f"model.quantize = {show(self.model.quantize)} needs a [lora] table: weights of 4 bits can't be trained"
             )
-        if self.objective is not None and self.objective.needs_reference:
-            if self.lora is None:
-                raise ValueError(
-                    f"objective.kind = {show(self.objective.kind)} needs a [lora] table: its reference is the model "
-                    "without the adapter; simpo and orpo need none"
-                )
-            if self.model.adapter and self.objective.reference != "base":
-                raise ValueError(
-                    f'objective.reference = "start" and model.adapter = {show(self.model.adapter)}: an adapter that '
-                    'training goes on from can\'t be the reference; merge it into the base first, or take "base"'
-                )
+        if self.objective is not None and self.objective.needs_reference and self.lora is None:
+            raise ValueError(
+                f"objective.kind = {show(self.objective.kind)} needs a [lora] table: its reference is the model "
+                "without the adapter; simpo and orpo need none"
+            )
         streamed = self.data.streamed
         if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")

@@ -2,23 +2,27 @@
 
 Log-probabilities are of an answer and the token that closes it, given everything before it. In the formulas c and r are
 those of the chosen and the rejected answer, c0 and r0 those of the reference, nc and nr their tokens, and b is `beta`.
-The reference is the same model without its adapter: one more pass over the same row, without a graph.
+The reference is the same model without its adapter, or with the one that training goes on from: one more pass over the
+same row, without a graph.
 
 TRL's trainers also count the line break that some templates write behind the closing token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from vft.adapters.lora import without_adapters
+from vft.adapters.lora import is_adapter, without_adapters
 from vft.common.types import Batch
-from vft.config.run import Config, ObjectiveConfig
+from vft.config.run import Config, ModelConfig, ObjectiveConfig
+from vft.distributed.process_group import local_part
 from vft.models.base import Objective, VideoLanguageModel
 from vft.training.losses import cross_entropy, log_probabilities
 
@@ -114,6 +118,16 @@ class Preference:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
+        self._start: list[tuple[Tensor, Tensor]] = []
+
+    def needs_start(self, base: ModelConfig) -> bool:
+        """Whether the reference is an adapter that training goes on from, and not the model without any."""
+        return bool(base.adapter) and self.config.needs_reference and self.config.reference != "base"
+
+    def remember(self, model: VideoLanguageModel) -> None:
+        """From now on the reference is the model with its adapters as they are, not the one without them."""
+        local = [local_part(p.detach()) for name, p in model.named_parameters() if is_adapter(name)]
+        self._start = [(one, one.clone()) for one in local]
 
     @staticmethod
     def weight(batch: Batch) -> int:
@@ -125,7 +139,7 @@ class Preference:
         config = self.config
         reference = None
         if config.needs_reference:
-            with torch.no_grad(), without_adapters(model):
+            with torch.no_grad(), as_at_start(model, self._start) if self._start else without_adapters(model):
                 reference = by_suffix(model, batch)
         pairs = _pairs(by_suffix(model, batch), reference, batch)
         losses = KINDS[config.kind](pairs, config)
@@ -157,6 +171,22 @@ def _pairs(policy_S: Tensor, reference_S: Tensor | None, batch: Batch) -> Pairs:
     reference_S = torch.zeros_like(policy_S) if reference_S is None else reference_S
     columns = [x.detach() if x is tokens_S else x for x in (policy_S, reference_S, tokens_S)]
     return Pairs(*(part for x in columns for part in (x[0::2], x[1::2])))
+
+
+@contextmanager
+def as_at_start(model: VideoLanguageModel, start: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """In it the first of each pair of tensors, which are the model's own, have the values of the second."""
+    now = [own.clone() for own, _ in start]
+    for own, then in start:
+        own.copy_(then)
+    try:
+        yield
+    finally:
+        for (own, _), value in zip(start, now, strict=True):
+            own.copy_(value)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # else what is gathered for longer than a pass would stay as it was
+                module.reshard()
 
 
 def objective_of(config: Config) -> Objective:

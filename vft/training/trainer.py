@@ -68,6 +68,7 @@ from vft.training.checks import (
 )
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, clip, learning_rate, scale_gradients, set_learning_rate
+from vft.training.preferences import Preference
 from vft.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,11 @@ class Trainer:
         self.data.loader.costs = tuple(self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work)
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"
-        if not all_of(checkpoints.list_checkpoints(root))[0]:  # else the checkpoint has the values of the adapters
+        compares = objective if isinstance(objective, Preference) and objective.needs_start(config.model) else None
+        if compares or not all_of(checkpoints.list_checkpoints(root))[0]:  # else a checkpoint has the adapters' values
             start_adapters(self.prepared, config)
+        if compares:
+            compares.remember(self.model)
         self.optimizer = build_optimizer(self.model, config.train, self.model.components, config.lora)
         self.answerer = None
         if self.held_out is not None:
