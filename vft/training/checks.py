@@ -18,7 +18,7 @@ from vft.common.errors import UserError
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since
 from vft.config import run as configs
-from vft.config.run import Config
+from vft.config.run import Config, TrainConfig
 from vft.distributed.process_group import all_of, local_part, sum_over_ranks
 from vft.models.base import VideoLanguageModel, component_of
 
@@ -38,6 +38,17 @@ def check_shares(config: Config, processes: int) -> None:
         raise UserError(
             f"train.packs_per_step = {config.train.packs_per_step}: must be a multiple of the number of processes, "
             f"{processes}"
+        )
+
+
+def check_steps(train: TrainConfig, steps: int) -> None:
+    """Raises UserError if a run has no `steps`, or fewer than its warm-up."""
+    if not steps:
+        raise UserError(f"train.epochs = {train.epochs}: by repeats no record comes in so few; raise either")
+    if train.warmup_steps > steps:
+        raise UserError(
+            f"train.warmup_steps = {train.warmup_steps}: the run has {steps} steps and would never reach the learning "
+            "rate; lower it"
         )
 
 

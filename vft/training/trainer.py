@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vft.adapters.peft_format import export_adapter, merged_into
 from vft.common.console import stderr_console
-from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.common.rules import VERSION
 from vft.common.task import Task
@@ -62,6 +61,7 @@ from vft.training.checks import (
     check_first_step,
     check_identity,
     check_output_dir,
+    check_steps,
     locked_folder,
     warn_of_benchmarks,
     warn_of_weights,
@@ -114,13 +114,7 @@ class Trainer:
         self.data = RunData(config, documents, streams, pool, self.data_parallel, world.device)
         self.max_steps = self.data.count_steps(0)
         """Steps of the whole run."""
-        if not self.max_steps:
-            raise UserError(f"train.epochs = {config.train.epochs}: by repeats no record comes in so few; raise either")
-        if config.train.warmup_steps > self.max_steps:
-            raise UserError(
-                f"train.warmup_steps = {config.train.warmup_steps}: the run has {self.max_steps} steps and would never "
-                "reach the learning rate; lower it"
-            )
+        check_steps(config.train, self.max_steps)
         self.step = self.samples = self.saved = 0
         """The step at work, or the last one that was done; samples trained on; step of the newest checkpoint."""
         self.has_updated = False
@@ -141,11 +135,11 @@ class Trainer:
         self.data.loader.costs = tuple(self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work)
         load(self.prepared, world.device, mesh, parallel)
         root = config.output_dir / "checkpoints"
-        compares = objective if isinstance(objective, Preference) and objective.needs_start(config.model) else None
-        if compares or not all_of(checkpoints.list_checkpoints(root))[0]:  # else a checkpoint has the adapters' values
+        is_reference = isinstance(objective, Preference) and objective.needs_start(config.model)
+        if is_reference or not all_of(checkpoints.list_checkpoints(root))[0]:  # else a checkpoint has their values
             start_adapters(self.prepared, config)
-        if compares:
-            compares.remember(self.model)
+        if isinstance(objective, Preference) and is_reference:
+            objective.remember(self.model)
         self.optimizer = build_optimizer(self.model, config.train, self.model.components, config.lora)
         self.answerer = None
         if self.held_out is not None:
