@@ -4,7 +4,7 @@
 
 | kind       | what is written under ROOT                                                                     |
 |------------|------------------------------------------------------------------------------------------------|
-| captions   | `0_30_s_demo/0_30_s_demo_cap_SPLIT.json`, LLaVA-Video-178K's layout                            |
+| captions   | `0_30_s_demo/0_30_s_demo_cap_SPLIT.json`, LLaVA-Video-178K's layout; `preferences_SPLIT.jsonl` |
 | qa         | `0_30_s_demo/0_30_s_demo_{mc,oe}_SPLIT.json`, the same: multiple choice and open questions     |
 | actions    | `SPLIT/LABEL/NNNNN.mp4`, a folder an action                                                    |
 | scenes     | `{summarize,story}_SPLIT.jsonl`: clips of three or four scenes, with their times               |
@@ -118,9 +118,12 @@ def choose_scenes(count: int, lengths: Sequence[int], held_out: bool, seed: int)
 
 
 def captions(clip: Clip) -> Named:
-    """A caption for each training clip, every right caption for a held-out one."""
-    answers = clip.said(words.captions(clip.scenes[0]))
-    return llava_video(clip, "cap", "captions", [(words.CAPTION_PROMPT, answer) for answer in answers])
+    """A caption for each training clip, every right caption for a held-out one; a pair of captions for each."""
+    ways = words.captions(clip.scenes[0])
+    yield from llava_video(clip, "cap", "captions", [(words.CAPTION_PROMPT, answer) for answer in clip.said(ways)])
+    # Two ways that are equally frequent, of which one is to be preferred.
+    pair = {"prompt": f"<video>{words.CAPTION_PROMPT}", "chosen": ways[1], "rejected": ways[2], "videos": [clip.file]}
+    yield f"preferences_{clip.split}.jsonl", {"id": f"preferences-{clip.name}", **pair}
 
 
 def tags(clip: Clip) -> Named:

@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from vft.adapters.lora import without_adapters
 from vft.adapters.peft_format import recorded, trained_rope_factor, warn_of_other_text
 from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
@@ -43,6 +43,8 @@ from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
 
+Reference = Callable[[VideoLanguageModel], AbstractContextManager[None]]
+"""In what it gives for a model, that is what preferences are compared with."""
 SCORING_VERSION = 3
 """Version of the rules by which answers are scored. Raise it with every change, so that nothing is compared with older
 scores."""
@@ -63,7 +65,12 @@ def evaluation_config(config: Config, adapter: Path | None) -> Config:
 
 
 def evaluate(
-    task: Task, answerer: Answerer, held_out: Dataset, settings: EvalConfig, file: Path
+    task: Task,
+    answerer: Answerer,
+    held_out: Dataset,
+    settings: EvalConfig,
+    file: Path,
+    reference: Reference | None = None,
 ) -> dict[str, Interval]:
     """Scores of the task on (`max_samples`) held-out documents and the loss on them. Counts stand beside them:
     `answered`, `unreadable`, and `cut_off`, the answers that ended at `max_new_tokens` or with the model's context.
@@ -75,7 +82,7 @@ def evaluate(
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
             results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-            of_documents = held_out_scores(answerer, held_out, limit)
+            of_documents = held_out_scores(answerer, held_out, limit, reference)
     finally:
         for module in answerer.model.modules():
             if isinstance(module, FSDPModule):
@@ -148,9 +155,11 @@ class _PackPlanWithGaps(PackPlan):
 
 
 @torch.no_grad()
-def held_out_scores(answerer: Answerer, held_out: Dataset, limit: int = 0) -> dict[str, Interval]:
+def held_out_scores(
+    answerer: Answerer, held_out: Dataset, limit: int = 0, reference: Reference | None = None
+) -> dict[str, Interval]:
     """The `loss`, a mean over the supervised tokens of (`limit`) held-out documents, and PAIR_SCORES of their pairs, of
-    which the chosen answer counts in the loss. Empty if none of them is readable.
+    which the chosen answer counts in the loss. Rewards need the `reference`. Empty if none of them is readable.
 
     For its interval documents are drawn anew, those about one video together: their losses over their tokens.
     """
@@ -172,8 +181,8 @@ def held_out_scores(answerer: Answerer, held_out: Dataset, limit: int = 0) -> di
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
             for pack in loader.step(is_last=step == steps - 1):
                 losses = iter(_losses_by_suffix(model, pack.batch))
-                with without_adapters(model):
-                    of_base = iter(_losses_by_suffix(model, pack.batch) if has_pairs else [])
+                with nullcontext() if reference is None else reference(model):
+                    of_base = iter(_losses_by_suffix(model, pack.batch) if has_pairs and reference else [])
                 for document in pack.batch.documents:
                     own = []
                     for is_rejected in document.rejected:
@@ -206,22 +215,23 @@ def held_out_scores(answerer: Answerer, held_out: Dataset, limit: int = 0) -> di
             [_won(gained) for _, gained in margins],
             [gained for _, gained in margins],
         )
-        scores |= {name: mean_interval(one, samples) for name, one in zip(PAIR_SCORES, of_pairs, strict=True)}
+        known = of_pairs if reference else of_pairs[:1]
+        scores |= {name: mean_interval(one, samples) for name, one in zip(PAIR_SCORES, known, strict=False)}
     return scores
 
 
 class _Suffix(NamedTuple):
-    """What the model makes of a suffix: summed loss and number of its supervised tokens, and the base's loss."""
+    """What the model makes of a suffix: summed loss and number of its supervised tokens, and the reference's loss."""
 
     loss: float
     tokens: int
-    base_loss: float
+    reference_loss: float
     is_rejected: bool
 
     @property
     def gain(self) -> float:
-        """By how much the adapter has raised the log-probability."""
-        return self.base_loss - self.loss
+        """By how much training has raised the log-probability."""
+        return self.reference_loss - self.loss
 
 
 def _won(margin: float) -> float:

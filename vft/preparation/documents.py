@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 PAIR_SCORES = ("likelier_chosen", "reward_accuracy", "reward_margin")
-"""Beside the loss, of held-out pairs: the share whose chosen answer is likelier than the rejected one, the share for
-which the adapter has raised it more, and by how much more, in log-probability. A tie counts half."""
+"""Beside the loss, of held-out pairs: the share whose chosen answer is likelier than the rejected one; while training
+also the share whose chosen answer it has raised more, and by how much more, in log-probability. A tie counts half."""
 
 
 def _with_rejected(make: MakeConversations) -> MakeConversations:

@@ -11,7 +11,7 @@ TRL's trainers also count the line break that some templates write behind the cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -129,6 +129,10 @@ class Preference:
         local = [local_part(p.detach()) for name, p in model.named_parameters() if is_adapter(name)]
         self._start = [(one, one.clone()) for one in local]
 
+    def reference(self, model: VideoLanguageModel) -> AbstractContextManager[None]:
+        """In it the model is the reference."""
+        return as_at_start(model, self._start) if self._start else without_adapters(model)
+
     @staticmethod
     def weight(batch: Batch) -> int:
         """Pairs of a pack: a step's loss is the mean over its pairs."""
@@ -139,7 +143,7 @@ class Preference:
         config = self.config
         reference = None
         if config.needs_reference:
-            with torch.no_grad(), as_at_start(model, self._start) if self._start else without_adapters(model):
+            with torch.no_grad(), self.reference(model):
                 reference = by_suffix(model, batch)
         pairs = _pairs(by_suffix(model, batch), reference, batch)
         losses = KINDS[config.kind](pairs, config)

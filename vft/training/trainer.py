@@ -314,7 +314,10 @@ class Trainer:
         step, limits, folder = self.step, self.config.eval, self.config.output_dir
         report_progress(f"evaluating after step {step}", has_timeout=False)
         name = f"step-{step:06d}"
-        scores = evaluate(self.task, self.answerer, held_out, limits, folder / "predictions" / f"{name}.jsonl")
+        file, objective = folder / "predictions" / f"{name}.jsonl", self.objective
+        compares = isinstance(objective, Preference) and objective.config.needs_reference
+        reference = objective.reference if isinstance(objective, Preference) and compares else None
+        scores = evaluate(self.task, self.answerer, held_out, limits, file, reference)
         if self.world.is_main:
             write_score_parts(folder / "scores" / f"{name}.json", scores)
         if step and limits.best_metric:
