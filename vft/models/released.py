@@ -71,11 +71,11 @@ def qwen3_vl(text: dict[str, Any], tied: bool, **vision: Any) -> dict[str, Any]:
     }
 
 
-def with_experts(dense: dict[str, Any], hidden: int, experts: int, chosen: int) -> dict[str, Any]:
-    """config.json of a Qwen3-VL with experts of this width in the place of each MLP."""
+def with_experts(dense: dict[str, Any], hidden: int, experts: int, chosen: int, **more: Any) -> dict[str, Any]:
+    """config.json of a Qwen3-VL or Qwen3.5 with experts of this width in the place of each MLP; `more` of its text."""
     sizes = {"moe_intermediate_size": hidden, "num_experts": experts, "num_experts_per_tok": chosen}
-    text = {**dense["text_config"], **sizes, "norm_topk_prob": True, "head_dim": 128}
-    return {**dense, "model_type": "qwen3_vl_moe", "text_config": text}
+    text = {**dense["text_config"], **sizes, **more}
+    return {**dense, "model_type": f"{dense['model_type']}_moe", "text_config": text}
 
 
 def qwen3_5(text: dict[str, Any], tied: bool, linear_heads: tuple[int, int], **vision: Any) -> dict[str, Any]:
@@ -106,13 +106,18 @@ RELEASED = {
     "Qwen3-VL-4B-": qwen3_vl(language_model(2560, 36, 32, 8, 9728, 151936), True, **SMALL_ENCODER),
     "Qwen3-VL-8B-": qwen3_vl(language_model(4096, 36, 32, 8, 12288, 151936), False),
     "Qwen3-VL-30B-A3B-": with_experts(
-        qwen3_vl(language_model(2048, 48, 32, 4, 6144, 151936), False), hidden=768, experts=128, chosen=8
+        qwen3_vl(language_model(2048, 48, 32, 4, 6144, 151936), False), 768, 128, 8, head_dim=128, norm_topk_prob=True
     ),
     "Qwen3-VL-32B-": qwen3_vl(language_model(5120, 64, 64, 8, 25600, 151936), False),
     "Qwen3.5-2B": qwen3_5(language_model(2048, 24, 8, 2, 6144, 248320), True, (16, 16), **SMALL_QWEN3_5_ENCODER),
     "Qwen3.5-4B": qwen3_5(language_model(2560, 32, 16, 4, 9216, 248320), True, (16, 32), **SMALL_QWEN3_5_ENCODER),
     "Qwen3.5-9B": qwen3_5(language_model(4096, 32, 16, 4, 12288, 248320), False, (16, 32)),
     "Qwen3.5-27B": qwen3_5(language_model(5120, 64, 24, 4, 17408, 248320), False, (16, 48)),
+    "Qwen3.5-35B-A3B": with_experts(
+        qwen3_5(language_model(2048, 40, 16, 2, 0, 248320), False, (16, 32)),
+        *(512, 256, 8),
+        shared_expert_intermediate_size=512,
+    ),
 }
 """config.json by a part of the model's name on the hub."""
 

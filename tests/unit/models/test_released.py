@@ -17,6 +17,7 @@ from vft.models.released import RELEASED, build_from_config
         ("Qwen3.5-4B", 4_659_865_088),
         ("Qwen3.5-9B", 9_653_104_368),
         ("Qwen3.5-27B", 27_781_427_952),
+        ("Qwen3.5-35B-A3B", 35_951_822_704),  # 35.95 billion, as its card says
     ],
 )
 def test_numbers_of_parameters(name: str, published: int) -> None:
