@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -209,15 +209,17 @@ def held_out_scores(
     if pairs:
         names = tuple(unique_names(f"{names[number]} pair" for number, _, _ in pairs))
         samples = Samples(names, clusters_of([in_order[number][2] for number, _, _ in pairs]))
-        margins = [(rejected.loss - chosen.loss, chosen.gain - rejected.gain) for _, chosen, rejected in pairs]
-        of_pairs = (
-            [_won(likelier) for likelier, _ in margins],
-            [_won(gained) for _, gained in margins],
-            [gained for _, gained in margins],
-        )
-        known = of_pairs if reference else of_pairs[:1]
-        scores |= {name: mean_interval(one, samples) for name, one in zip(PAIR_SCORES, known, strict=False)}
+        of_pairs = _pair_scores([pair for _, *pair in pairs], samples)
+        scores |= {name: of_pairs[name] for name in (PAIR_SCORES if reference else PAIR_SCORES[:1])}
     return scores
+
+
+def _pair_scores(pairs: Sequence[Sequence[_Suffix]], samples: Samples) -> dict[str, Interval]:
+    """PAIR_SCORES of pairs of a chosen and a rejected suffix."""
+    gained = [chosen.gain - rejected.gain for chosen, rejected in pairs]
+    likelier = [_won(rejected.loss - chosen.loss) for chosen, rejected in pairs]
+    each = likelier, [_won(margin) for margin in gained], gained
+    return {name: mean_interval(one, samples) for name, one in zip(PAIR_SCORES, each, strict=True)}
 
 
 class _Suffix(NamedTuple):

@@ -315,8 +315,9 @@ class Trainer:
         report_progress(f"evaluating after step {step}", has_timeout=False)
         name = f"step-{step:06d}"
         file, objective = folder / "predictions" / f"{name}.jsonl", self.objective
-        compares = isinstance(objective, Preference) and objective.config.needs_reference
-        reference = objective.reference if isinstance(objective, Preference) and compares else None
+        reference = None
+        if isinstance(objective, Preference) and objective.config.needs_reference:
+            reference = objective.reference
         scores = evaluate(self.task, self.answerer, held_out, limits, file, reference)
         if self.world.is_main:
             write_score_parts(folder / "scores" / f"{name}.json", scores)
