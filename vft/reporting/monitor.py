@@ -246,9 +246,12 @@ class Monitor:
         self.state.max_steps = max_steps
         if not self.is_main or not self.file.exists():
             return
-        texts = self.file.read_text(encoding="utf-8").splitlines() if step else []  # at step 0 the run starts anew
+        written = self.file.read_text(encoding="utf-8")
+        texts = written.splitlines() if step else []  # at step 0 the run starts anew
         texts = [text for text in texts if _step_of(text) <= step]
-        replace_text(self.file, "".join(f"{text}\n" for text in texts))
+        kept = "".join(f"{text}\n" for text in texts)
+        if kept != written:  # a file that stays keeps its time, which reports show
+            replace_text(self.file, kept)
         for line in map(json.loads, texts):
             if "loss" in line:
                 self.state.add_step(line)
