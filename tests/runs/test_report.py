@@ -194,6 +194,20 @@ def test_a_spike_makes_the_axis_logarithmic(tmp_path: Path) -> None:
     assert np.allclose(shown, norms, rtol=0.03)
 
 
+def test_figures_of_pairs_and_warnings(tmp_path: Path) -> None:
+    """Both answers in one chart, held-out scores beside the same of training, warnings with their steps."""
+    figures = {"reward_chosen": 0.5, "reward_rejected": -1.5, "log_p_chosen": -9.0, "log_p_rejected": -30.0}
+    lines = [step(i, **{name: i * one for name, one in figures.items()}, margin=20.0 * i) for i in (1, 2)]
+    lines[1]["warnings"] = ["the chosen <answers>"]
+    page = read(write_run(tmp_path, [*lines, evaluation(2, reward_margin=(35.0, 30.0, 40.0))]))
+    for title, (chosen, rejected) in {"rewards": (0.5, -1.5), "log-probabilities": (-9.0, -30.0)}.items():
+        wanted = [(i, i * one) for one in (chosen, rejected) for i in (1, 2)]
+        assert np.allclose(points(chart(page, title)), wanted, atol=0.3), title
+        assert [one.text for one in chart(page, title).all(class_="legend")] == ["chosen", "rejected"]
+    assert np.allclose(points(chart(page, "reward_margin")), [(1, 20.0), (2, 40.0), (2, 35.0)], atol=0.3)
+    assert [one.text for one in page.all("p", class_="worst")] == ["Warning at step 2: the chosen <answers>"]
+
+
 def test_long_runs_are_drawn_by_means(tmp_path: Path) -> None:
     page = read(write_run(tmp_path, [step(i, loss=float(i % 2)) for i in range(1, 5001)]))
     figure = chart(page, "loss")

@@ -31,7 +31,16 @@ from vft.config.run import Config
 from vft.distributed.process_group import World
 from vft.models.flops import Flops
 from vft.models.quantization import true_shapes
-from vft.reporting.progress import LiveView, RunState, loss_text, resources_text, scores_text, speed_text
+from vft.reporting.pair_checks import PairChecks
+from vft.reporting.progress import (
+    LiveView,
+    RunState,
+    loss_text,
+    pairs_text,
+    resources_text,
+    scores_text,
+    speed_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +246,7 @@ class Monitor:
         """A JSON object a line, one for each step and each evaluation."""
         self.state = RunState(f"{config.task}: {config.output_dir}", max_steps)
         self.view = LiveView(self.state, stderr_console())
+        self.checks = PairChecks(config.objective)
         self.boards: list[Board] = []
         self.evaluated = False
         """Whether metrics.jsonl has the scores of the step that the run resumes from."""
@@ -255,6 +265,7 @@ class Monitor:
         for line in map(json.loads, texts):
             if "loss" in line:
                 self.state.add_step(line)
+                self.checks.add(line)
             self.evaluated = self.evaluated or (line["step"] == step and any(key.startswith("eval_") for key in line))
 
     def start(self, step: int) -> None:
@@ -265,15 +276,21 @@ class Monitor:
                 self.view.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Record a step, and show it if it is its turn."""
+        """Record a step, and show it if it is its turn. Warnings that become true with it are logged, and stand in its
+        line."""
         if not self.is_main:
             return
+        if warnings := self.checks.add(line):
+            line = {**line, "warnings": warnings}
+        for text in warnings:
+            logger.warning("step %d: %s", line["step"], text)
         self._record(line)
         self.state.add_step(line, time.monotonic())
         step, max_steps = line["step"], self.state.max_steps
         if not self.view.is_drawn and (step % self.config.log.every_steps == 0 or step == max_steps):
-            figures = f"loss {loss_text(line)}  lr {line['lr']:.2e}  {speed_text(line)}  {resources_text(line)}"
-            logger.info("step %d/%d  %s", step, max_steps, figures)
+            loss = f"loss {loss_text(line)}  lr {line['lr']:.2e}"
+            figures = (loss, pairs_text(line), speed_text(line), resources_text(line))
+            logger.info("step %d/%d  %s", step, max_steps, "  ".join(filter(None, figures)))
 
     def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Record and show the scores of an evaluation.

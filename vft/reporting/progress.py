@@ -96,6 +96,8 @@ class RunState:
                 rows.append(
                     _row(label, f"{value:<8}", (f"  {sparkline(values, min(60, free), label == 'loss')}", "cyan"))
                 )
+            if pairs := pairs_text(line):
+                rows.append(_row("pairs", pairs))
             rows.append(_row("speed", speed_text(line)))
             rows.append(_row("", resources_text(line)))
         if self.evaluation:
@@ -165,6 +167,15 @@ def loss_text(line: Mapping[str, Any]) -> str:
     if line.get("num_targets") == 0:
         return "none, no samples"
     return "not finite, skipped" if line["loss"] is None or line["grad_norm"] is None else f"{line['loss']:.4f}"
+
+
+def pairs_text(line: Mapping[str, Any]) -> str:
+    """What a step made of pairs of answers; empty if it had none. Log-probabilities: chosen / rejected."""
+    names = ("reward_accuracy", "margin", "likelier_chosen", "log_p_chosen", "log_p_rejected")
+    if any(line.get(name) is None for name in names):
+        return ""
+    accuracy, margin, likelier, chosen, rejected = (line[name] for name in names)
+    return f"accuracy {accuracy:.2f}  margin {margin:.3g}  likelier {likelier:.2f}  log p {chosen:.1f} / {rejected:.1f}"
 
 
 def speed_text(line: Mapping[str, Any]) -> str:

@@ -52,8 +52,21 @@ MAX_CLASSES = 30
 """Of a confusion matrix. With more classes, as many of the most confused pairs are listed instead."""
 MAX_LINES = 6
 """Of a chart: scores of more groups are not drawn."""
-CURVES = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second"}
-"""Figures of training steps that are drawn, with their titles."""
+CURVES = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens per second",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "margin": "reward_margin",
+    "reward_accuracy": "reward_accuracy",
+    "likelier_chosen": "likelier_chosen",
+    "log_p_chosen": "log-probabilities/chosen",
+    "log_p_rejected": "log-probabilities/rejected",
+}
+"""Figures of training steps that are drawn, with their titles: `FAMILY/CURVE` in one chart, or the name of the score
+that is the same of held-out samples."""
 DIFFERENCE = "difference"
 """Name under which `vft evaluate` stores the difference of two models."""
 COUNTS = ("answered", "unreadable", "cut_off")
@@ -73,6 +86,7 @@ def write_report(folder: Path, held_out: Dataset | None, processor: VisionProces
         "report.html",
         title=f"{task}: {base}",
         facts=facts(run, held_out),
+        warnings=[(row["step"], text) for row in run.steps for text in row.get("warnings", ())],
         sources=sources(run.config),
         seen=sampling(run.config.get("data", {}).get("video", {})),
         tables=[*score_tables(run.evaluations), *score_tables(run.compared, ", by tools/evaluate.py")],
@@ -189,14 +203,15 @@ def curves_of(run: RecordedRun) -> dict[str, Curve]:
 
 
 def charts(run: RecordedRun) -> list[Row]:
-    """Those of training, with the loss on held-out samples, then one for each score, and for each family of groups."""
+    """Those of training, with the same of held-out samples, then one for each other score, and for each family of
+    groups."""
     series: dict[str, dict[str, Curve]] = {}
     for title, curve in curves_of(run).items():
         metric = title.removeprefix(HELD_OUT)
         family, _, group = metric.rpartition("/")
         if title == metric:
-            series[title] = {"training": curve}
-        elif metric == "loss":
+            series.setdefault(family or title, {})[group if family else "training"] = curve
+        elif metric in CURVES.values():
             series.setdefault(metric, {})["held-out"] = curve
         elif metric not in COUNTS:
             series.setdefault(f"{family}/…" if family else metric, {})[group] = curve

@@ -106,9 +106,11 @@ FIGURES = (
     "log_p_rejected",
     "tokens_chosen",
     "tokens_rejected",
+    "margin",
 )
 """Means over the pairs of a step, in metrics.jsonl. A reward is b (c - c0), or what stands in its place; accuracies are
-the share of pairs whose chosen answer has more of it, and of those with c > r. A tie counts half."""
+the share of pairs whose chosen answer has more of it, and of those with c > r. A tie counts half. The margin is
+(c - c0) - (r - r0), as that of held-out pairs."""
 
 
 class Preference:
@@ -154,7 +156,8 @@ class Preference:
             chosen, rejected = (config.strength * one for one in rewards)
             shares = (_won(chosen, rejected), _won(pairs.chosen, pairs.rejected))
             tokens = pairs.chosen_tokens, pairs.rejected_tokens
-            figures = [chosen, rejected, *shares, pairs.chosen, pairs.rejected, *tokens]
+            gained, lost = pairs.gains
+            figures = [chosen, rejected, *shares, pairs.chosen, pairs.rejected, *tokens, gained - lost]
         return torch.stack([losses.sum(), *(one.sum() for one in figures)])
 
 

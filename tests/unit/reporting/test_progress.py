@@ -54,6 +54,18 @@ def test_everything_is_shown() -> None:
     assert "top1/cat" not in text
 
 
+def test_pairs_of_answers() -> None:
+    """A row of their own; none where a figure is missing."""
+    pairs = {"reward_accuracy": 0.9375, "likelier_chosen": 0.75, "log_p_chosen": -12.34, "log_p_rejected": -101.0}
+    state = RunState("", 200)
+    state.add_step({**STEP, "step": 3, **pairs, "margin": 2.345})
+    (row,) = [line for line in plain(state, width=80) if "pairs" in line]
+    assert "pairs      accuracy 0.94  margin 2.35  likelier 0.75  log p -12.3 / -101.0 " in row
+    for margin in ({"margin": None}, {}):
+        state.add_step({**STEP, "step": 4, **pairs, **margin})
+        assert not [line for line in plain(state) if "pairs" in line]
+
+
 @pytest.mark.parametrize("width", [1, 8, 20, 59, 60, 200])
 @pytest.mark.parametrize("height", [1, 2, 5, 13, 14, 50])
 def test_it_fits_any_terminal(width: int, height: int) -> None:
