@@ -10,6 +10,7 @@ from vft.data.records.preferences import REJECTED, with_rejected_response
 from vft.data.records.record import RecordError
 
 ASKED = {"role": "user", "content": "<video>What?"}
+PICTURE = {"type": "image", "image": "a.jpg", "text": "A picture."}
 WANTED = {"messages": [ASKED, {"role": "assistant", "content": "Good."}], REJECTED: "Bad."}
 FORMS: dict[str, dict[str, Any]] = {
     "TRL, texts": {"prompt": "<video>What?", "chosen": "Good.", "rejected": "Bad."},
@@ -49,6 +50,15 @@ def test_sharegpt() -> None:
     assert found[REJECTED] == "Bad."
 
 
+def test_reasoning_is_part_of_an_answer() -> None:
+    chosen, rejected = ({"role": "assistant", "content": "A.", "reasoning_content": why} for why in ("So.", "Hm."))
+    found = with_rejected_response({"prompt": "?", "chosen": chosen, "rejected": rejected})
+    assert found["messages"][-1]["content"] == "<think>\nSo.\n</think>\n\nA."
+    assert found[REJECTED] == "<think>\nHm.\n</think>\n\nA."
+    by_swift = with_rejected_response({"messages": [ASKED, chosen], "rejected_messages": [ASKED, rejected]})
+    assert by_swift == {"messages": [ASKED, chosen], REJECTED: found[REJECTED]}
+
+
 @pytest.mark.parametrize(
     "record", [{"messages": [ASKED]}, {"chosen": "Good."}, {"prompt": "What?", "completion": "Good."}]
 )
@@ -71,6 +81,14 @@ def test_records_without_two_answers_stay_as_they_are(record: dict[str, Any]) ->
         ({"chosen": [ASKED, "B"], "rejected": [ASKED, ASKED, "A"]}, "rejected", "other turns"),
         ({REJECTED: "A"}, "messages", "is missing"),
         ({"messages": WANTED["messages"], REJECTED: 3}, REJECTED, "of type int"),
+        ({**WANTED, REJECTED: "Good."}, REJECTED, "chosen answer too"),
+        ({**WANTED, "chosen": "A", "rejected": "B"}, REJECTED, "stands beside 'chosen'"),
+        ({**WANTED, "rejected_messages": [ASKED, "C"]}, "rejected_messages", f"stands beside '{REJECTED}'"),
+        ({"messages": WANTED["messages"], "rejected_messages": ["Why?", "C"]}, "rejected_messages", "other turns"),
+        ({"prompt": WANTED["messages"], "chosen": "B", "rejected": "A"}, "prompt", "ends with an answer"),
+        ({"prompt": ["?"], "chosen": "B", "rejected": "A"}, "prompt", "list of messages"),
+        ({"prompt": "?", "chosen": {"content": "B", "value": "C"}, "rejected": "A"}, "chosen", "either 'content'"),
+        ({"prompt": "?", "chosen": "B", "rejected": [{"content": [PICTURE]}]}, "rejected", "type 'image' in an answer"),
         ({"messages": WANTED["messages"], "rejected_messages": "x" * 3 + "\ud800"}, "rejected_messages", "surrogate"),
     ],
 )

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vft.common.task import CLOSE, OPEN
 from vft.common.types import MediaKind, MediaOptions, MediaRef, Role, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
@@ -30,6 +29,7 @@ from vft.data.records.media_options import NO_OPTIONS, Turns, apply_options, opt
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
 from vft.data.records.preferences import REJECTED, with_rejected_response
 from vft.data.records.record import (
+    REASONING,
     TURN_KEYS,
     ParsedRecord,
     Record,
@@ -37,6 +37,7 @@ from vft.data.records.record import (
     Records,
     check_text,
     list_keys,
+    read_reasoning,
     short_repr,
 )
 from vft.data.records.unread_keys import MEDIA_KEYS, answer_lists, check_shows_nothing, find_unread_keys
@@ -56,7 +57,6 @@ LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", REJECTED, *MEDIA_KEYS})
 """Keys beside the turns; tasks read the last ones."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
-REASONING = ("reasoning_content", "reasoning")
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", *REASONING})
 
 
@@ -177,6 +177,9 @@ class _MessageReader:
         for key in (role_key, content_key):
             if key not in entry:
                 raise RecordError(f"{name}.{key}", f"is missing; the message has {list_keys(entry)}")
+        other = "value" if content_key == "content" else "content"
+        if entry.get(other) is not None:
+            raise RecordError(f"{name}.{other}", f"stands beside {content_key!r}; keep one of the two")
         for key in ("weight", "loss"):  # others' masks of answers
             if entry.get(key) not in (None, 1, True):
                 raise RecordError(
@@ -187,7 +190,7 @@ class _MessageReader:
             allowed = ", ".join(ROLES)
             raise RecordError(f"{name}.{role_key}", f"unknown role {short_repr(role_name)}; allowed are {allowed}")
         role, content = ROLES[role_name], entry[content_key]
-        parts: list[str | MediaRef] = _reasoning(entry, role, content, name)
+        parts: list[str | MediaRef] = [read_reasoning(entry, role, content, name)]
         name = f"{name}.{content_key}"
         if not isinstance(content, list):
             return role, [*parts, *self._text(content, role, name, split=True)]
@@ -227,19 +230,6 @@ class _MessageReader:
         if not part and self.has_lists:
             return [MediaRef(kind, ())]
         return [_medium(self.root, kind, part, name)]
-
-
-def _reasoning(entry: Mapping[str, Any], role: Role, content: object, name: str) -> list[str | MediaRef]:
-    """What the assistant thought before it answered, from the key in which servers (vLLM, DeepSeek's) give it."""
-    keys = [key for key in REASONING if entry.get(key) not in (None, "")]
-    if not keys:
-        return []
-    field, thought = f"{name}.{keys[0]}", check_text(entry[keys[0]], f"{name}.{keys[0]}")
-    if role != "assistant":
-        raise RecordError(field, f"stands in the {role}'s turn; only an answer has reasoning")
-    if OPEN in thought or CLOSE in thought or CLOSE in str(content):
-        raise RecordError(field, f"stands beside {OPEN} in the text; keep one of the two")
-    return [f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n"]
 
 
 # ------------------------------------------------------------------------------------------------------------ media

@@ -12,37 +12,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, short_repr
+from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, read_reasoning, short_repr
 
 REJECTED = "rejected_response"
 PROMPTS = ("prompt", "question")
+CONTENTS = ("content", "value")
+ANSWERING = ("assistant", "gpt")
+"""Roles of who answers."""
 
 
 def with_rejected_response(record: Record) -> Record:
     """The record in the one form; one without two answers is as it was.
 
     Raises:
-        RecordError: the answers are equal, empty, or to two different prompts.
+        RecordError: the answers are equal, empty, or to two different prompts; or they are there in two forms.
     """
     given = {key: value for key, value in record.items() if value is not None}
-    if {"chosen", "rejected"} <= given.keys():
+    keys = [key for key in ("chosen", "rejected", REJECTED, "rejected_messages") if key in given]
+    if keys == ["chosen", "rejected"]:
         turns, chosen, rejected = _two_answers(given)
         key = next((key for key in TURN_KEYS if key in given), "messages")
-        record = {name: value for name, value in record.items() if name not in ("chosen", "rejected", *PROMPTS)}
+        record = {name: value for name, value in record.items() if name not in (*keys, *PROMPTS)}
         record |= {key: [*turns, {"role": "assistant", "content": chosen}], REJECTED: rejected}
-    elif REJECTED in given:
-        chosen, rejected = _last_answer(given), check_text(given[REJECTED], REJECTED)
-    elif "rejected_messages" in given:
-        chosen = _last_answer(given)
-        *_, rejected = _answer(given["rejected_messages"], "rejected_messages")
-        record = {name: value for name, value in record.items() if name != "rejected_messages"} | {REJECTED: rejected}
+    elif len(keys) > 1:
+        raise RecordError(keys[-1], f"stands beside {keys[0]!r}; keep one form of the two answers")
+    elif keys in ([REJECTED], ["rejected_messages"]):
+        key = next((key for key in TURN_KEYS if key in given), "messages")
+        if key not in given:
+            raise RecordError(key, "is missing; give the prompt and the chosen answer there")
+        before, chosen = _answer(given[key], key)
+        before_rejected, rejected = _answer(given[keys[0]], keys[0])
+        if before_rejected and before_rejected != before:
+            raise RecordError(keys[0], f"has other turns before its answer than {key}; both must answer one prompt")
+        record = {name: value for name, value in record.items() if name not in keys} | {REJECTED: rejected}
+        keys = [key, *keys]
     else:
         return record
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
+    for name, text in zip(keys, (chosen, rejected), strict=True):
         if not text.strip():
             raise RecordError(name, "is an empty answer; give it a text or take the record out")
     if chosen.strip() == rejected.strip():
-        raise RecordError("rejected", f"{short_repr(rejected)} is the chosen answer too; take the record out")
+        raise RecordError(keys[1], f"{short_repr(rejected)} is the chosen answer too; take the record out")
     return record
 
 
@@ -61,31 +71,37 @@ def _two_answers(record: Record) -> tuple[list[Any], str, str]:
     prompt = record[keys[0]]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(turn, dict) for turn in prompt):
         raise RecordError(keys[0], f"{short_repr(prompt)} must be a text or a list of messages")
+    if prompt[-1].get("role", prompt[-1].get("from")) in ANSWERING:
+        raise RecordError(keys[0], "ends with an answer, beside chosen and rejected; it must end with the question")
     return prompt, chosen, rejected
 
 
 def _answer(value: Any, field: str) -> tuple[list[Any], str]:
-    """The turns before an answer, and its text, of a text, a message, or messages."""
+    """The turns before an answer, and its text with its reasoning, of a text, a message, or messages."""
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise RecordError(field, "[] has no answer; give one")
     *before, last = entries
-    if isinstance(last, dict):
-        role, content = last.get("role", last.get("from")), last.get("content", last.get("value"))
-        if role not in ("assistant", "gpt", None):
-            raise RecordError(field, f"ends with a turn of {short_repr(role)}; it must end with the assistant's answer")
-        if isinstance(content, list):  # typed parts
-            content = "".join(
-                check_text(part.get("text") if isinstance(part, dict) else part, field) for part in content
-            )
-        last = content
-    return before, check_text(last, field)
+    if not isinstance(last, dict):
+        return before, check_text(last, field)
+    role, contents = last.get("role", last.get("from")), [v for k in CONTENTS if (v := last.get(k)) is not None]
+    if role not in (*ANSWERING, None):
+        raise RecordError(field, f"ends with a turn of {short_repr(role)}; it must end with the assistant's answer")
+    if len(contents) != 1:
+        raise RecordError(field, f"needs either 'content' or 'value'; it has {list_keys(last)}")
+    (content,) = contents
+    thought = read_reasoning(last, "assistant", content, field)
+    return before, thought + "".join(
+        _text_of(part, field) for part in (content if isinstance(content, list) else [content])
+    )
 
 
-def _last_answer(record: Record) -> str:
-    key = next((key for key in TURN_KEYS if key in record), None)
-    if key is None:
-        raise RecordError("messages", "is missing; give the prompt and the chosen answer there")
-    return _answer(record[key], key)[1]
+def _text_of(part: Any, field: str) -> str:
+    """A text, or the text of a typed part."""
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise RecordError(
+            field, f"a part of type {short_repr(part['type'])} in an answer; media belong in the question"
+        )
+    return check_text(part.get("text") if isinstance(part, dict) else part, field)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from vft.common.task import CLOSE, OPEN
 from vft.common.types import Sample, Turn
 from vft.common.unique import unique_name
 
@@ -14,6 +15,8 @@ Record = dict[str, Any]
 
 TURN_KEYS = ("messages", "conversations")
 """Keys that may hold a record's turns."""
+REASONING = ("reasoning_content", "reasoning")
+"""Keys of a message for what the assistant thought before its answer."""
 TOO_DEEP = "is nested too deeply; each record must be a JSON object of a few levels"
 
 
@@ -123,3 +126,16 @@ def check_text(value: object, field: str) -> str:
     except UnicodeEncodeError as error:
         raise RecordError(field, f"half a surrogate pair at character {error.start}; write the text as UTF-8") from None
     return value
+
+
+def read_reasoning(entry: Mapping[str, Any], role: str, content: object, name: str) -> str:
+    """What the assistant thought before it answered, from the key in which servers (vLLM, DeepSeek's) give it."""
+    keys = [key for key in REASONING if entry.get(key) not in (None, "")]
+    if not keys:
+        return ""
+    field, thought = f"{name}.{keys[0]}", check_text(entry[keys[0]], f"{name}.{keys[0]}")
+    if role != "assistant":
+        raise RecordError(field, f"stands in the {role}'s turn; only an answer has reasoning")
+    if OPEN in thought or CLOSE in thought or CLOSE in str(content):
+        raise RecordError(field, f"stands beside {OPEN} in the text; keep one of the two")
+    return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n"
