@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
@@ -149,6 +152,52 @@ def test_memory_saved_and_packed_weights(world: World, commands: Commands, tmp_p
     packed = world.config(tmp_path / "packed.toml", settings(pairs), {"model": {"quantize": "nf4"}})
     losses = column(commands.train(packed), "loss")
     assert losses[-1] < 0.3 < losses[0]
+
+
+def test_public_sets(world: World, commands: Commands, tmp_path: Path) -> None:
+    """Folders laid out as LLaVA-Hound's, RLAIF-V's and TRL's pairs: frames, and pictures inside tables."""
+    frames = tmp_path / "data" / "hound" / "train_300k" / "v_1"
+    frames.mkdir(parents=True)
+    pictures = []
+    for number, colour in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (84, 56), colour).save(frames / f"c01_{number:04}.jpeg")
+        pictures.append({"bytes": (frames / f"c01_{number:04}.jpeg").read_bytes(), "path": f"{number}.jpg"})
+    answers = {"chosen": "It changes.", "rejected": "It is grey."}
+    hound = {
+        "id": "v_1_0",
+        "video": "v_1",
+        "prompt": "<video>\nWhat?",
+        "answer": "Colours.",
+        **answers,
+        "chosen_score": 5,
+    }
+    (tmp_path / "data" / "hound" / "pairs.jsonl").write_text(json.dumps(hound))
+    rows = [
+        {"image": one, "question": "Which?", **answers, "image_path": f"coco/{i}.jpg"} for i, one in enumerate(pictures)
+    ]
+    typed = [{"type": "image", "text": None}, {"type": "text", "text": "Which?"}]
+    said = {key: [{"role": "assistant", "content": [{"type": "text", "text": one}]}] for key, one in answers.items()}
+    (tmp_path / "data" / "trl").mkdir()
+    for name, table in (
+        ("r.parquet", rows),
+        ("trl/t.parquet", [{"images": pictures[:1], "prompt": [{"role": "user", "content": typed}], **said}]),
+    ):
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / "data" / name)
+    paths = ("hound/pairs.jsonl", "r.parquet", "trl")
+    sources = [{"format": "messages", "path": path} for path in paths]
+    sources[0]["media"] = "hound/train_300k"
+    data = {
+        "root": str(tmp_path / "data"),
+        "sources": sources,
+        "cache_dir": str(tmp_path / "cache"),
+        "pack_tokens": 1024,
+    }
+    config = world.config(
+        tmp_path / "run.toml", settings(""), {"data": data, "train": {"max_steps": 2, "packs_per_step": 1}}
+    )
+    (first, _) = metrics(commands.train(config))
+    assert first["samples"] == 6 and first["loss"] == pytest.approx(0.6931472, rel=1e-6)
+    assert len(list((tmp_path / "cache" / "files").iterdir())) == len(pictures)
 
 
 @pytest.mark.parametrize(

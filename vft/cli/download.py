@@ -64,6 +64,7 @@ LLAVA_VIDEO_PARTS = (
     "30_60_s_perceptiontest",
     "llava_hound",
 )
+LLAVA_HOUND = "ShareGPTVideo/train_video_and_instruction"
 VIDEO_MME = "lmms-eval/Video-MME"
 """Its earlier name, lmms-lab/Video-MME, redirects to this one."""
 ACTIVITYNET_VIDEOS = (
@@ -110,6 +111,23 @@ SETS: dict[str, DataSet] = {
             "wget -c http://images.cocodataset.org/zips/train2017.zip        (19 GB, and as much again unpacked)",
             "unzip -n -q train2017.zip -d ../coco && rm train2017.zip",
         ),
+    ),
+    "llava-hound-dpo": DataSet(
+        page=f"https://huggingface.co/datasets/{LLAVA_HOUND}",
+        licence="Apache 2.0; the videos belong to their owners",
+        source='{ format = "messages", path = "LLaVA-Hound-DPO/video_instruction/train/dpo/sft_dpo_17k.jsonl", '
+        'media = "LLaVA-Hound-DPO/train_300k" }',
+        parts={
+            "pairs": Part(("video_instruction/train/dpo/*",), LLAVA_HOUND, gb=0.01),
+            "frames": Part(("train_300k/*",), LLAVA_HOUND, gb=139.0),
+        },
+        steps=('for part in train_300k/*.tar.gz; do tar -xzf "$part" -C train_300k && rm "$part"; done',),
+    ),
+    "rlaif-v": DataSet(
+        page="https://huggingface.co/datasets/openbmb/RLAIF-V-Dataset",
+        licence="CC BY-NC 4.0",
+        source='{ format = "messages", path = "RLAIF-V/RLAIF-V-Dataset_*.parquet" }',
+        parts={"pairs": Part(("*.parquet",), "openbmb/RLAIF-V-Dataset", gb=13.0)},
     ),
     "ucf101": DataSet(
         page="https://www.crcv.ucf.edu/data/UCF101.php",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,27 @@ ROW = {
     "answer": "A",
 }
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+HOUND = {  # as in llava/train/train_dpo.py of LLaVA-NeXT, which reads the file
+    "id": "v_1_0",
+    "video": "v_1",
+    "prompt": "<video>\nWhat?",
+    "answer": "A cat, on a sofa.",
+    "chosen": "A cat.",
+    "rejected": "A dog.",
+    "chosen_score": 5,
+    "rejected_score": 2,
+}
+RLAIF_V = {  # the fields of the set's card
+    "ds_name": "RLAIF-V",
+    "image": {"bytes": b"a picture", "path": "000000033471.jpg"},
+    "question": "What?",
+    "chosen": "A cat.",
+    "rejected": "A dog.",
+    "origin_dataset": "COCO",
+    "origin_split": '{"model": "x", "type": "question answering"}',
+    "idx": "0",
+    "image_path": "coco/train2017/000000000001.jpg",
+}
 LAID_OUT: dict[str, tuple[dict[str, Any], str]] = {
     "llava-video-178k": (
         {"x_cap.json": [{"id": "1", "conversations": TALK, "data_source": "0_30_s_academic_v0_1", "video": "c/a.mp4"}]},
@@ -164,6 +186,8 @@ LAID_OUT: dict[str, tuple[dict[str, Any], str]] = {
         {"llava_instruct_150k.json": [{"id": "1", "image": "000000033471.jpg", "conversations": TALK}]},
         "coco/train2017/000000033471.jpg",
     ),
+    "llava-hound-dpo": ({"sft_dpo_17k.jsonl": HOUND}, "LLaVA-Hound-DPO/train_300k/v_1"),
+    "rlaif-v": ({"RLAIF-V-Dataset_000.parquet": RLAIF_V}, f"cache/files/{sha256(b'a picture').hexdigest()}.jpg"),
     "ucf101": (
         {"trainlist01.txt": "YoYo/v_YoYo_g08_c01.avi 1\n", "classInd.txt": "1 YoYo\n"},
         "UCF101/UCF-101/YoYo/v_YoYo_g08_c01.avi",
@@ -193,13 +217,21 @@ def test_what_is_laid_out_so_is_found(tmp_path: Path, name: str) -> None:
     folder = place.parent if place.suffix else place
     for path in (folder / "-", tmp_path / medium):
         path.parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / medium).write_bytes(b"")
+    if name == "llava-hound-dpo":  # a folder of frames
+        (tmp_path / medium).mkdir()
+        (tmp_path / medium / "c01_0001.jpeg").write_bytes(b"")
+    elif name != "rlaif-v":  # whose picture is in the table
+        (tmp_path / medium).write_bytes(b"")
     for file, content in files.items():
         if file.endswith(".parquet"):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([content]), folder / file)
         else:
             (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
-    samples, bad = sources.read(source, DataConfig(root=tmp_path, sources=(source,)))
+    config = DataConfig(root=tmp_path, sources=(source,), cache_dir=str(tmp_path / "cache"))
+    samples, bad = sources.read(source, config)
     assert not bad and len(samples) == 1
+    if "rejected_response" in samples[0].fields:
+        assert samples[0].fields["rejected_response"] == "A dog." and samples[0].turns[-1].text == "A cat."
     refs = [part for turn in samples[0].turns for part in turn.parts if isinstance(part, MediaRef)]
-    assert [ref.path for ref in refs] == [(tmp_path / medium).resolve()]
+    expected = (tmp_path / medium).resolve()
+    assert [ref.path for ref in refs] == [(expected / "c01_0001.jpeg",) if expected.is_dir() else expected]

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tests.helpers.clips import make_clip
 from tests.helpers.formats import error_of, read_error, read_messages, write
 from vft.common.task import Question
-from vft.common.types import MediaOptions, MediaRef
+from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data import formats as sources
 from vft.data.records.record import Records
@@ -43,6 +43,12 @@ def said(records: Records) -> list[list[Any]]:
         ]
         for sample in samples
     ]
+
+
+def file_of(sample: Sample) -> Path:
+    (path,) = (part.path for turn in sample.turns for part in turn.parts if isinstance(part, MediaRef))
+    assert isinstance(path, Path)
+    return path
 
 
 def one(root: Path, record: Any, **keys: Any) -> list[Any]:
@@ -173,11 +179,43 @@ def test_splits_of_a_folder_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_table_that_holds_the_files_themselves(tmp_path: Path) -> None:
     # As the hub's tables have pictures; datasets itself would copy the file's content on the way.
-    rows = [{"image": {"path": "a.png", "bytes": content}, "answer": "x"} for content in (b"x", None)]
+    contents, names = (b"x", None, b"x", b"yy", b""), ("a.png", "a.png", "../../b.png", None, "/etc/passwd")
+    rows = [
+        {"image": {"path": name, "bytes": content}, "answer": "x", "image_path": "elsewhere/c.png"}
+        for content, name in zip(contents, names, strict=True)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
-    samples, (found,) = read(tmp_path / "r.parquet", tmp_path)
-    assert said((samples, [])) == [["image:a.png", "x"]]
-    assert "r.parquet:1: image: holds the file itself" in str(found)
+    samples, (found,) = read_messages(tmp_path / "r.parquet", tmp_path, cache=tmp_path / "cache")
+    assert str(found).startswith("r.parquet:2: image_path: names 'elsewhere/c.png'")  # there `image` is a path
+    files = [file_of(sample) for sample in samples]
+    assert [file.read_bytes() for file in files] == [b"x", b"x", b"yy", b""]
+    assert files[0] == files[1] and len(set(files)) == 3
+    assert {file.parent for file in files} == {tmp_path / "cache" / "files"}
+    assert sorted((tmp_path / "cache" / "files").iterdir()) == sorted(set(files))  # nothing else, no half of a file
+    assert not any(isinstance(value, dict) for sample in samples for value in sample.fields.values())
+
+
+def test_a_file_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.Table.from_pylist([{"video": {"bytes": b"abc", "path": None}, "answer": "x"}]), tmp_path / "r.parquet"
+    )
+    (sample,), _ = read_messages(tmp_path / "r.parquet", tmp_path, cache=tmp_path / "cache")
+    file = file_of(sample)
+    assert file.suffix == ".mp4"
+    file.write_bytes(b"a")
+    read_messages(tmp_path / "r.parquet", tmp_path, cache=tmp_path / "cache")
+    assert file.read_bytes() == b"abc"
+    for path in (file, file.parent):
+        path.unlink() if path.is_file() else path.rmdir()
+    file.parent.write_text("no folder")
+    read_error(lambda: read_messages(tmp_path / "r.parquet", tmp_path, cache=tmp_path / "cache"), "data.cache_dir")
+
+
+def test_files_in_records_that_are_no_table(tmp_path: Path) -> None:
+    write(tmp_path / "r.json", json.dumps([{"image": {"bytes": "eHg=", "path": "a.png"}, "answer": "x"}]))
+    _, (found,) = read_messages(tmp_path / "r.json", tmp_path, cache=tmp_path / "cache")
+    assert str(found).startswith("r.json:1: image: holds the file itself")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_damaged_tables(tmp_path: Path) -> None:

@@ -63,11 +63,12 @@ MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", 
 class Messages(Format):
     """The samples of a file, of the files that a pattern matches, or of a folder (see `record_files`).
 
-    The source's `columns` give the names that keys have in these records. If the records are clips with labels, all
-    labels are those of `classes.txt` (a name a line) beside the file, else those that occur.
+    The source's `columns` give the names that keys have in these records, and `media` is the folder of their files.
+    Files that a table itself holds, as the hub's do, are written to the cache folder once. If the records are clips
+    with labels, all labels are those of `classes.txt` (a name a line) beside the file, else those that occur.
     """
 
-    settings = frozenset({"columns"})
+    settings = frozenset({"columns", "media"})
     notes_inputs = True
     columns = frozenset(
         {"messages", "conversations", "video", "videos", "image", "images", "question", "answer", "label", "system"}
@@ -82,14 +83,15 @@ class Messages(Format):
 
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """As `Format.read`. UserError also if no record has a column that `columns` names."""
-        path = find_path(data.root, source.path)
+        path, root = find_path(data.root, source.path), data.root / source.media
         classes = read_classes(path if path.is_dir() else path.parent)
-        normalizer = Normalizer(data.root, source.columns, classes=classes[1] if classes else ())
+        labels_given, unpacked = classes[1] if classes else (), data.cache_path / "files"
+        normalizer = Normalizer(root, source.columns, classes=labels_given, unpacked=unpacked)
 
         def normalize(record: Record, file: Path) -> list[Record]:
             return normalizer.normalize(with_rejected_response(record), file)
 
-        samples, bad = read_samples(record_files(path), lambda record, _: parse(record, data.root), normalize)
+        samples, bad = read_samples(record_files(path), lambda record, _: parse(record, root), normalize)
         normalizer.check_columns(path)
         labels = tuple(normalizer.classes or sorted(set(normalizer.labels)))
         return [
@@ -260,6 +262,8 @@ def _reference(root: Path, kind: MediaKind, value: object, name: str, options: M
     if isinstance(value, dict):
         given = {key: one for key, one in value.items() if one is not None and (key, one) != ("type", kind)}
         return _medium(root, kind, given, name)
+    if isinstance(value, Path):  # a file that the record held, which `Normalizer` has written
+        return MediaRef(kind, value, options, name, member=f"files/{value.name}")
     path, mode = resolve_path(root, value, name)
     if kind == "video" and stat.S_ISDIR(mode):
         return MediaRef(kind, resolve_frames(root, str(path), name), options, name, is_folder=True)

@@ -15,11 +15,13 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from vft.common.errors import UserError
+from vft.common.files import cannot_write, partial_of
 from vft.data.media.errors import MediaError
 from vft.data.records.inputs import note
 from vft.data.records.media_options import LIST_OPTIONS, REAL_OPTIONS, key_meaning
@@ -51,6 +53,7 @@ class Normalizer:
         columns: Keys of these records, by the names that this module knows.
         needs_answer: Whether a record without an answer is refused.
         classes: All labels, if a file lists them.
+        unpacked: Folder to which the videos and pictures that a table itself holds are written; None refuses them.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class Normalizer:
         columns: Mapping[str, str],
         needs_answer: bool = True,
         classes: Sequence[str] = (),
+        unpacked: Path | None = None,
     ) -> None:
         self.root, self.columns, self.needs_answer, self.classes = root, columns, needs_answer, classes
+        self.unpacked = unpacked
         self.labels: list[str] = []
         """Labels of the records so far; a record with a label and no question has this list itself as its `labels`."""
         self.keys: dict[str, None] = {}
@@ -120,6 +125,8 @@ class Normalizer:
         has_turns = any(row.get(key) is not None for key in TURN_KEYS)
         row = row if has_turns else self._with_media_keys(row)
         row = {key: self._media_path(value, key) if key in MEDIA_KEYS else value for key, value in row.items()}
+        if any(isinstance(row.get(key), Path) for key in MEDIA_KEYS):  # a path beside is where the file came from
+            row = {key: value for key, value in row.items() if key not in (*VIDEOS, *IMAGES, *FILES)}
         if has_turns:
             return [row]
         names = _plain_names(row)
@@ -198,9 +205,7 @@ class Normalizer:
         if isinstance(value, list):
             return [self._media_path(one, key) for one in value]
         if isinstance(value, dict) and "bytes" in value:
-            if value["bytes"] is not None:
-                raise RecordError(key, "holds the file itself rather than its path; write it to a file and name that")
-            return value.get("path")
+            return value.get("path") if value["bytes"] is None else self._unpack(value["bytes"], key)
         if not isinstance(value, str):
             return value
         path = local_path(self.root, value)
@@ -208,6 +213,24 @@ class Normalizer:
             both = f"{short_repr(self.addresses[path])} and {short_repr(value)}"
             fix = "keep the names that Label Studio gave them"
             raise RecordError(key, f"{both} would both be {short_repr(path)}; {fix}")
+        return path
+
+    def _unpack(self, content: Any, key: str) -> Path:
+        """The file that a table holds, written once under the name of its hash: equal pictures of several rows are one.
+
+        UserError if it cannot be written.
+        """
+        if self.unpacked is None or not isinstance(content, bytes):
+            raise RecordError(key, "holds the file itself rather than its path; write it to a file and name that")
+        path = self.unpacked / f"{sha256(content).hexdigest()}{'.jpg' if key.startswith('image') else '.mp4'}"
+        if not path.is_file() or path.stat().st_size != len(content):
+            partial = partial_of(path).with_suffix(f".{os.getpid()}")  # other processes may write the same file
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(content)
+                partial.replace(path)
+            except OSError as error:
+                raise cannot_write(path, error, "free space, or name another data.cache_dir") from error
         return path
 
 
