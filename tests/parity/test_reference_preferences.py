@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from vft.adapters.lora import is_adapter
 from vft.common.types import Batch
 from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import Config, ObjectiveConfig
-from vft.data.dataset import load_dataset
+from vft.data.dataset import load_dataset, make_dataset
 from vft.data.media.patches import load_patches
 from vft.data.packing import collate
 from vft.preparation.documents import learnt_conversations
 from vft.preparation.run import PreparedModel
 from vft.recipes.caption import Caption
-from vft.training.preferences import FIGURES, Preference, by_suffix, without_adapters
+from vft.training.preferences import FIGURES, KTO, Preference, by_suffix, without_adapters
 
 RTOL = 1e-5
 
@@ -51,8 +52,17 @@ def prepared(folder: Path, reference: Path) -> PreparedModel:
     return made
 
 
-def batches(prepared: PreparedModel, facts: dict[str, Any], videos: Path, folder: Path, **settings: Any) -> list[Batch]:
-    """The pairs, read from records in TRL's form, a batch for each document."""
+def batches(
+    prepared: PreparedModel,
+    facts: dict[str, Any],
+    videos: Path,
+    folder: Path,
+    kind: str = "simpo",
+    others: dict[str, str] | None = None,
+    **settings: Any,
+) -> list[Batch]:
+    """The pairs, read from records in TRL's form, a batch for each document. For KTO the answers `others` stand beside
+    those to which they belong."""
     records = []
     for pair in facts["pairs"]:
         medium, (asked,) = pair["media"][0], pair["prompt"]
@@ -64,10 +74,13 @@ def batches(prepared: PreparedModel, facts: dict[str, Any], videos: Path, folder
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
     data = DataConfig(root=videos, workers=0, cache_dir=str(folder / "cache"), max_bad_fraction=0.0, **settings)
-    config = Config(output_dir=folder, model={"path": "x"}, objective={"kind": "simpo"}, data=data)
+    config = Config(output_dir=folder, model={"path": "x"}, objective={"kind": kind}, lora={}, data=data)
     source, encoder = SourceConfig(format="messages", path=str(file)), prepared.encoder(data)
     dataset = load_dataset(data, [source], learnt_conversations(Caption(), config), encoder, seed=0)
-    assert sum(dataset.samples) == 2
+    if others is not None:
+        texts = [replace(one, rejected=others[one.turns[-1].text]) for one in dataset.conversations]
+        dataset = make_dataset(texts, encoder, data, dataset.info)
+    assert sum(dataset.samples) == (2 if others is None else 4)
     made = [dataset.build(number) for number in range(len(dataset.documents))]
     assert dataset.lengths == tuple(document.num_tokens for document in made)
     patches = {plan: load_patches(plan, encoder.processor) for document in made for plan in document.media}
@@ -141,3 +154,45 @@ def test_losses_and_gradients(
             own = full.removeprefix("base_model.model.")
             (found_norm,) = (float(g.norm()) for n, g in gradients.items() if model.peft_name(n) == own)
             assert found_norm == pytest.approx(value, rel=1e-4), own
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_kto(prepared: PreparedModel, facts: dict[str, Any], videos: Path, tmp_path: Path, share: bool) -> None:
+    """A step of the four answers, each beside that of the row before it: first all chosen, then all rejected ones."""
+    model, wanted = prepared.model, facts["losses"]["kto"]
+    rows = [pair[answer] for answer in ("chosen", "rejected") for pair in facts["pairs"]]
+    others = {answer: rows[number - 1] for number, answer in enumerate(rows)}
+    made = batches(prepared, facts, videos, tmp_path, "kto", others, share_videos=share)
+    objective = KTO(ObjectiveConfig(kind="kto"))
+    assert sum(map(objective.weight, made)) == 4
+    total = torch.stack([objective.look(model, batch) for batch in made]).sum(0)
+    assert float(total[1]) == 4
+    assert float(total[0]) / 4 == pytest.approx(wanted["kl_mean_before_clamp"], rel=1e-4)
+    objective.set_ahead(total)
+    model.zero_grad()
+    sums = torch.zeros(1 + len(objective.figures))
+    for batch in made:
+        found = objective(model, batch)
+        (found[0] / 4).backward()
+        sums += found.detach()
+    loss, *figures = (sums / 4).tolist()
+    assert loss == pytest.approx(wanted["loss_f64"], rel=RTOL)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(wanted["grad_norm_total"], rel=RTOL)
+    named, rewards = objective.named(figures), facts["rewards"]
+    assert (named["desirable"], named["kl"]) == (0.5, 0.0)
+    assert named["reward_chosen"] == pytest.approx(sum(rewards["chosen"]) / 2, rel=1e-3)
+    assert named["log_p_rejected"] == pytest.approx(sum(p["rejected_facts"]["policy"] for p in facts["pairs"]) / 2)
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0, 3.0])
+def test_kto_at_other_divergences(
+    prepared: PreparedModel, facts: dict[str, Any], videos: Path, tmp_path: Path, kl: float
+) -> None:
+    answers = [pair[answer] for answer in ("chosen", "rejected") for pair in facts["pairs"]]
+    made = batches(prepared, facts, videos, tmp_path, "kto", dict(zip(answers, answers[1:] + answers[:1], strict=True)))
+    objective = KTO(ObjectiveConfig(kind="kto"))
+    objective.set_ahead(torch.tensor([7 * kl, 7.0]))
+    with torch.no_grad():
+        loss = sum(float(objective(prepared.model, batch)[0]) for batch in made) / 4
+    assert loss == pytest.approx(facts["losses"]["kto"]["loss_at_kl"][str(kl)], rel=RTOL)

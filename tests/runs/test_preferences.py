@@ -1,4 +1,4 @@
-"""Learning from pairs of answers, from records to an adapter."""
+"""Learning from pairs of answers and from labelled ones, from records to an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, PROMPT, TEXTS, World
-from vft.training.preferences import FIGURES, KINDS
+from vft.training.preferences import FIGURES, KINDS, KTO
 
 WRONG = {colour: f"Nothing at all, and no {colour} bar." for colour in ANSWERS}
 """A rejected answer for each clip."""
@@ -34,6 +34,22 @@ def pairs(world: World) -> str:
         lines.append({"messages": turns, "rejected_response": "I can't say."})
     (world.root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return "pairs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def labelled(world: World) -> str:
+    """Answers that are desirable or not, in the forms of TRL and ms-swift, in the data's folder."""
+    lines: list[dict[str, Any]] = []
+    for colour, answer in ANSWERS.items():
+        media = {"videos": [f"{colour}.mp4"]}
+        lines.append({"prompt": f"<video>{PROMPT}", "completion": answer, "label": True, **media})
+        lines.append({"prompt": f"<video>{PROMPT}", "completion": WRONG[colour], "label": False, **media})
+    for question, answer in TEXTS.items():
+        for text, label in ((answer, True), ("I can't say.", False)):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            lines.append({"messages": turns, "label": label})
+    (world.root / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return "labelled.jsonl"
 
 
 def settings(pairs: str, kind: str = "dpo", **train: Any) -> dict[str, Any]:
@@ -61,6 +77,34 @@ def test_the_chosen_answers_are_preferred(
         assert (first["reward_chosen"], first["reward_accuracy"]) == (0.0, 0.5)
 
 
+def test_kto(world: World, commands: Commands, tmp_path: Path, labelled: str) -> None:
+    learning = {"data": {"pack_tokens": 2048}, "train": {"max_steps": 30, "learning_rate": 5e-3, "packs_per_step": 1}}
+    held_out = {"every_steps": 30, "max_new_tokens": 4, "sources": [{"format": "messages", "path": labelled}]}
+    config = world.config(tmp_path / "run.toml", settings(labelled, "kto"), learning, {"eval": held_out})
+    found = metrics(commands.train(config))
+    before, after = [line for line in found if "eval_loss" in line]
+    first, *_, last = [line for line in found if "loss" in line]
+    count = 2 * len(ANSWERS) + 2 * len(TEXTS)
+    assert (first["samples"], first["desirable"], first["kl"]) == (count, 0.5, 0.0)
+    assert first["loss"] == pytest.approx(0.5) and first["reward_chosen"] == first["reward_rejected"] == 0.0
+    assert last["loss"] < 0.4 and last["reward_chosen"] > last["reward_rejected"]
+    # Held out are the desirable answers alone.
+    assert before["eval_answered"] == len(ANSWERS) + len(TEXTS)
+    assert before["eval_loss"] * first["tokens_chosen"] == pytest.approx(-first["log_p_chosen"], rel=1e-4)
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_kto_of_pairs(world: World, commands: Commands, tmp_path: Path, pairs: str, labelled: str) -> None:
+    """The chosen answer of a pair is desirable, the other is not. With one sort alone there is no mean of the other."""
+    short = {"train": {"max_steps": 1, "packs_per_step": 1}, "data": {"pack_tokens": 4096}}
+    (line,) = metrics(commands.train(world.config(tmp_path / "pairs.toml", settings(pairs, "kto"), short)))
+    assert (line["samples"], line["desirable"]) == (22, 0.5)
+    lines = (world.root / labelled).read_text().splitlines()
+    (world.root / "good.jsonl").write_text("\n".join(line for line in lines if '"label": true' in line))
+    (line,) = metrics(commands.train(world.config(tmp_path / "good.toml", settings("good.jsonl", "kto"), short)))
+    assert line["desirable"] == 1.0 and line["reward_rejected"] is None and line["log_p_chosen"] < 0
+
+
 def test_held_out_pairs(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
     """Before training every reward is a tie; after it the scores are those of a step with the same pairs."""
     held_out = {"every_steps": 30, "max_new_tokens": 4, "sources": [{"format": "messages", "path": pairs}]}
@@ -79,24 +123,30 @@ def test_held_out_pairs(world: World, commands: Commands, tmp_path: Path, pairs:
     assert low < after["eval_reward_margin"] < high
 
 
-def test_one_process_and_two(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
-    config = [world.config(tmp_path / f"{n}.toml", settings(pairs, packs_per_step=4)) for n in (1, 2)]
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_one_process_and_two(world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str) -> None:
+    config = [world.config(tmp_path / f"{n}.toml", settings(pairs, kind, packs_per_step=4)) for n in (1, 2)]
     folders = []
     for processes, path in zip((1, 2), config, strict=True):
         for one in run_together(commands, processes, CAPTION, path):
             one.ok()
         folders.append(path.with_suffix(""))
     assert column(folders[0], "sample_digest") == column(folders[1], "sample_digest")
+    if kind == "kto":
+        assert max(column(folders[0], "kl")) > 0.01
+        assert column(folders[1], "kl") == pytest.approx(column(folders[0], "kl"), rel=1e-3, abs=1e-5)
     for name in ("loss", "reward_chosen", "log_p_rejected"):
         assert largest_difference(*(column(folder, name)[1:] for folder in folders)) <= 1e-4, name
 
 
-def test_resumed_to_the_same_bits(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
-    whole = commands.train(world.config(tmp_path / "whole.toml", settings(pairs)))
-    config = world.config(tmp_path / "parts.toml", settings(pairs))
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_resumed_to_the_same_bits(world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str) -> None:
+    stochastic = {"lora": {"dropout": 0.1}}
+    whole = commands.train(world.config(tmp_path / "whole.toml", settings(pairs, kind), stochastic))
+    config = world.config(tmp_path / "parts.toml", settings(pairs, kind), stochastic)
     commands.train(config, "train.max_steps=5")
     parts = commands.train(config)
-    for name in ("loss", "grad_norm", *FIGURES):
+    for name in ("loss", "grad_norm", *(KTO.figures if kind == "kto" else FIGURES)):
         assert column(whole, name) == column(parts, name), name
     files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole, parts)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -126,17 +176,19 @@ def test_reference_of_an_adapter_that_is_gone_on_with(
     assert other["log_p_chosen"] == first["log_p_chosen"] and abs(other["reward_chosen"]) > 0.1
 
 
-def test_packed_and_alone(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_packed_and_alone(world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str) -> None:
     """A step of all pairs, in one row or each in its own with its own copy of the video."""
-    apart = {"data": {"max_samples_per_pack": 1, "share_videos": False}, "train": {"packs_per_step": 11}}
-    together = {"data": {"pack_tokens": 2048}, "train": {"packs_per_step": 1}}
+    packs = 22 if kind == "kto" else 11
+    apart = {"data": {"max_samples_per_pack": 1, "share_videos": False}, "train": {"packs_per_step": packs}}
+    together = {"data": {"pack_tokens": 4096}, "train": {"packs_per_step": 1}}
     found = [
-        metrics(commands.train(world.config(tmp_path / f"{n}.toml", settings(pairs), one), "train.max_steps=2"))
+        metrics(commands.train(world.config(tmp_path / f"{n}.toml", settings(pairs, kind), one), "train.max_steps=2"))
         for n, one in enumerate((apart, together))
     ]
     assert found[1][0]["tokens"] < found[0][0]["tokens"]
     for lines in zip(*found, strict=True):
-        for name in ("loss", "samples", *FIGURES):
+        for name in ("loss", "samples", *(KTO.figures if kind == "kto" else FIGURES)):
             assert lines[1][name] == pytest.approx(lines[0][name], rel=2e-4, abs=1e-6), name
 
 
@@ -213,6 +265,21 @@ def test_public_sets(world: World, commands: Commands, tmp_path: Path) -> None:
         ({}, {"objective": {"kind": "dpo", "gamma": 1.0}}, "gamma = 1.0 is of simpo"),
         ({}, {"objective": {"kind": "orpo", "reference": "base"}}, "orpo has none"),
         ({}, {"lora": None, "model": {"train": ["language_model"]}}, r"needs a \[lora\] table"),
+        ({}, {"objective": {"kind": "kto", "rpo_alpha": 1.0}}, "rpo_alpha = 1 is of pairs"),
+        ({}, {"objective": {"kind": "dpo", "desirable_weight": 1.0}}, "desirable_weight = 1.0 is of kto"),
+        ({"prompt": "<video>What?", "completion": "A.", "label": True}, {}, "pairs.jsonl:1: rejected_response: .*dpo"),
+        ({"prompt": "<video>What?", "completion": "A.", "label": False}, {"objective": None}, "label: false marks"),
+        ({"prompt": "<video>What?", "completion": "A.", "label": 1}, {}, "pairs.jsonl:1: label: 1 must be true"),
+        (
+            {"prompt": "<video>What?", "completion": "A.", "label": True},
+            {"objective": {"kind": "kto"}},
+            "pairs.jsonl:1: no record has another answer",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "A."}]},
+            {"objective": {"kind": "kto"}},
+            "pairs.jsonl:1: label: objective.kind = 'kto' learns",
+        ),
         ({}, {"objective": {"kind": "pdo"}}, "objective.kind"),
     ],
 )

@@ -155,7 +155,10 @@ class Conversation:
     """Whether this is the beginning of another conversation, made to train on an earlier answer of it. It is not asked
     in evaluation."""
     rejected: str | None = None
-    """A worse answer than the last one. Objectives of pairs learn to prefer the one to the other."""
+    """A worse answer than the last one. Objectives of pairs learn to prefer the one to the other. With `desirable`, an
+    answer to another prompt instead."""
+    desirable: bool | None = None
+    """Whether the last answer is one to give. None: the record does not say."""
     last_only: bool = False
     """Whether nothing is supervised before the last answer."""
 
@@ -181,6 +184,8 @@ class Conversation:
     def content(self, root: str) -> list[object]:
         """Identifies the conversation, for a digest: roles, texts and media (`MediaRef.content`) in reading order."""
         content: list[object] = [] if self.rejected is None else [["rejected", self.rejected]]
+        if self.desirable is not None:
+            content.append(["desirable", self.desirable])
         for turn in self.turns:
             content.append(turn.role)
             for is_text, parts in groupby(turn.parts, lambda part: isinstance(part, str)):
@@ -375,6 +380,8 @@ class Document:
     """True for tokens that vision embeddings replace."""
     rejected: tuple[bool, ...] = ()
     """Which suffix is the rejected answer of a pair, whose chosen one is before it. Empty: none."""
+    desirable: tuple[bool | None, ...] = ()
+    """`Conversation.desirable` of each sample."""
 
     @property
     def num_tokens(self) -> int:

@@ -243,11 +243,12 @@ class ParallelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """`[objective]`: learn from pairs of a chosen and a rejected answer (`vft.training.preferences` has the formulas).
+    """`[objective]`: learn from pairs of a chosen and a rejected answer, or with `kto` from single ones that are
+    desirable or not (`vft.training.preferences` has the formulas).
     Without this table: cross-entropy on the answers."""
 
-    kind: Literal["dpo", "hinge", "ipo", "ipo_sum", "simpo", "orpo"]
-    """The loss of a pair. `simpo` and `orpo` have no reference."""
+    kind: Literal["dpo", "hinge", "ipo", "ipo_sum", "simpo", "orpo", "kto"]
+    """The loss of a pair or an answer. `simpo` and `orpo` have no reference."""
     beta: PositiveFloat | None = None
     """How strongly it prefers, by the formula of its kind. None: 2.0 for `simpo`, else 0.1."""
     reference: Literal["start", "base"] | None = None
@@ -257,6 +258,11 @@ class ObjectiveConfig(Section):
     """`dpo`: the fraction of pairs whose answers may be the wrong way round. None: 0."""
     gamma: NonNegativeFloat | None = None
     """`simpo`: the margin that the chosen answer is to have. None: 1.0."""
+    desirable_weight: NonNegativeFloat | None = None
+    """`kto`: what a desirable answer counts in the loss. None: 1.0. If one sort has many more answers, choose weights
+    by which both sorts count about the same in all."""
+    undesirable_weight: NonNegativeFloat | None = None
+    """`kto`: what an undesirable answer counts in the loss. None: 1.0."""
     rpo_alpha: NonNegativeFloat = 0.0
     """Weight of the chosen answer's mean -log p, which is added to the loss."""
 
@@ -266,18 +272,29 @@ class ObjectiveConfig(Section):
         return self.beta or (2.0 if self.kind == "simpo" else 0.1)
 
     @property
+    def weights(self) -> tuple[float, float]:
+        """What a desirable and an undesirable answer count, or their defaults."""
+        given = (self.desirable_weight, self.undesirable_weight)
+        desirable, undesirable = (1.0 if weight is None else weight for weight in given)
+        return desirable, undesirable
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference."""
         return self.kind not in ("simpo", "orpo")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        for name, kinds in {"label_smoothing": ("dpo",), "gamma": ("simpo",)}.items():
-            if getattr(self, name) is not None and self.kind not in kinds:
+        owners = {"label_smoothing": "dpo", "gamma": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+        for name, kind in owners.items():
+            if getattr(self, name) is not None and self.kind != kind:
                 raise ValueError(
-                    f"{name} = {show(getattr(self, name))} is of {' and '.join(kinds)}, not of kind = "
-                    f"{show(self.kind)}: take it out"
+                    f"{name} = {show(getattr(self, name))} is of {kind}, not of kind = {show(self.kind)}: take it out"
                 )
+        if self.rpo_alpha and self.kind == "kto":
+            raise ValueError(
+                f"rpo_alpha = {self.rpo_alpha:g} is of pairs, and kto learns from single answers: take it out"
+            )
         if self.reference is not None and not self.needs_reference:
             raise ValueError(f"reference = {show(self.reference)}: {self.kind} has none; take it out")
         return self
@@ -407,6 +424,11 @@ class Config(Section):
         streamed = self.data.streamed
         if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
+        if streamed and self.objective is not None and self.objective.kind == "kto":
+            raise ValueError(
+                f"objective.kind = 'kto' needs answers of other records, and {show(streamed[0].path)} is read as a "
+                "stream; set stream = false"
+            )
         if self.train.max_steps is None and any(source.share is not None for source in self.data.sources):
             raise ValueError("train.max_steps is needed: sources with a share are drawn from without end")
         if self.eval.split is not None and streamed:

@@ -42,6 +42,8 @@ from vft.models.attention import attended_pairs, document_segments
 logger = logging.getLogger(__name__)
 
 MakeConversations = Callable[[Sample], Sequence[Conversation]]
+MAX_OTHERS = 1000
+"""Conversations among which an answer to another prompt is looked for."""
 
 
 class Work(NamedTuple):
@@ -375,6 +377,7 @@ def load_dataset(
             own, wrong = converse(samples.pop(), make_conversations, config)
             made += [(one, source.times) for one in own]
             bad += wrong
+    add_answers_of_others(conversations)
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
 
@@ -464,6 +467,30 @@ def converse(
     except UserError as error:
         return [], [BadItem(sample.id, "", "record", str(error))]
     return [with_frame_times(one) for one in made] if config.video.timestamps else made, []
+
+
+def add_answers_of_others(conversations: Sequence[list[tuple[Conversation, float]]]) -> None:
+    """Give each conversation whose answer is desirable or not the answer to another prompt as well: in a random order,
+    which is always the same, that of the next one. UserError if there is none."""
+    places = [(of_source, i) for of_source in conversations for i, (one, _) in enumerate(of_source)]
+    places = [(of_source, i) for of_source, i in places if of_source[i][0].desirable is not None]
+    random.Random("answers of others").shuffle(places)
+    for place, (of_source, i) in enumerate(places):
+        one, weight = of_source[i]
+        next_ones = (places[(place + further) % len(places)] for further in range(1, min(len(places), MAX_OTHERS)))
+        others = (found[j][0] for found, j in next_ones)
+        answer = next((o.turns[-1].text for o in others if _asks_and_says_other(o, one)), None)
+        if answer is None:
+            raise UserError(
+                f"{one.origin}: no record has another answer to another prompt, which objective.kind = "
+                "'kto' needs beside this one; add records, or take another objective"
+            )
+        of_source[i] = replace(one, rejected=answer), weight
+
+
+def _asks_and_says_other(one: Conversation, other: Conversation) -> bool:
+    is_same = (one.media_key, one.turns[:-1]) == (other.media_key, other.turns[:-1])
+    return not is_same and one.turns[-1].text != other.turns[-1].text
 
 
 def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:

@@ -6,10 +6,10 @@ Training, parallelism, memory plans, FLOPs, adapters and generation know `VideoL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,18 +47,32 @@ Head = Callable[[Tensor], Tensor]
 """Hidden states [N, E] to logits [N, V]."""
 
 
-class Objective(Protocol):
+class Objective:
     """What training minimises (`vft.training.losses`, `vft.training.preferences`)."""
 
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """Names of what it sums beside the loss."""
+    figures: tuple[str, ...] = ()
+    """Names of what it sums beside the loss."""
+    looks_ahead = False
+    """Whether the loss of a pack depends on the other packs of its step: `look` then sees each of them first."""
 
     def weight(self, batch: Batch) -> int:
         """Of a pack. The loss of a step, and its figures, are sums divided by the weight of all its packs."""
+        raise NotImplementedError
 
     def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """The summed loss of the pack, a scalar with a graph, or [1 + figures] with the figures' sums behind it."""
+        raise NotImplementedError
+
+    def look(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """What the pack adds to `ahead`, without a graph. Each look is followed by a call, in the same order."""
+        raise NotImplementedError
+
+    def set_ahead(self, total: Tensor) -> None:
+        """Take the sum of what `look` returned, over the packs of all processes."""
+
+    def named(self, means: Sequence[float]) -> dict[str, float]:
+        """The figures of a step by name, from their sums divided by the weight."""
+        return dict(zip(self.figures, means, strict=True))
 
 
 class VideoLanguageModel(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, MakeConversations, converse, take
-from vft.data.records.preferences import REJECTED
+from vft.data.records.preferences import DESIRABLE, REJECTED
 from vft.data.split import Split, overlap_warning
 from vft.data.stored import load_stored
 from vft.data.streaming.stream import Streams
@@ -41,15 +41,19 @@ def _with_rejected(make: MakeConversations) -> MakeConversations:
     return paired
 
 
-def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Sequence[Conversation]]:
-    """What is trained on of a record: the task's conversations, or with an objective of pairs the main one with both
-    answers. That raises UserError for a record without a rejected answer."""
+def learnt_conversations(task: Task, config: Config) -> MakeConversations:
+    """What is trained on of a record: the task's conversations; with an objective of pairs the main one with both
+    answers; with `kto` that with its answer, which is desirable or not, of a pair both. That raises UserError for a
+    record without what the objective needs, or with an answer that is not to be learnt."""
     objective = config.objective
     if objective is None:
-        return trained_conversations(task, config.data.segment_questions)
+        return _desirable_only(trained_conversations(task, config.data.segment_questions))
+    paired = _with_rejected(main_conversation(task))
 
     def make(sample: Sample) -> Sequence[Conversation]:
-        conversations = _with_rejected(main_conversation(task))(sample)
+        conversations = paired(sample)
+        if objective.kind == "kto":
+            return [labelled for one in conversations for labelled in _labelled(sample, one)]
         if any(one.rejected is None for one in conversations):
             raise UserError(
                 f"{sample.origin}: {REJECTED}: objective.kind = {objective.kind!r} learns from pairs, and the "
@@ -60,10 +64,42 @@ def learnt_conversations(task: Task, config: Config) -> Callable[[Sample], Seque
     return make
 
 
+def _labelled(sample: Sample, one: Conversation) -> list[Conversation]:
+    """The conversation with its label, or the two of a pair."""
+    if one.rejected is not None:
+        _, worse = one.branches
+        return [replace(one, rejected=None, desirable=True), replace(worse, id=f"{one.id}/rejected", desirable=False)]
+    label = sample.fields.get(DESIRABLE)
+    if not isinstance(label, bool):
+        raise UserError(
+            f"{sample.origin}: label: objective.kind = 'kto' learns from answers with a label, true or false, or from "
+            "pairs, and the record has neither; add it, or take the [objective] table out"
+        )
+    return [replace(one, desirable=label)]
+
+
+def _desirable_only(make: MakeConversations, leave_out: bool = False) -> MakeConversations:
+    """As `make`; UserError, or nothing to `leave_out`, for a record whose answer is not one to give."""
+
+    def checked(sample: Sample) -> Sequence[Conversation]:
+        if sample.fields.get(DESIRABLE) is False:
+            if leave_out:
+                return []
+            raise UserError(
+                f"{sample.origin}: label: false marks an answer not to give; set objective.kind = 'kto' to learn from "
+                "it, or take the record out"
+            )
+        return make(sample)
+
+    return checked
+
+
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     """What is trained on, except streams."""
     make, split = learnt_conversations(task, config), held_out_split(config, held_out=False)
-    about = "to train on" if config.objective is None else "pairs to train on"
+    about = "to train on"
+    if config.objective is not None:
+        about = f"{'answers' if config.objective.kind == 'kto' else 'pairs'} {about}"
     return load_stored(config.data, config.data.indexed, make, task, about, encoder, config.seed, split)
 
 
@@ -93,6 +129,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     make, about = evaluated_conversations(task), "to evaluate"
     if config.objective is not None:
         make, about = _with_rejected(make), "pairs to evaluate"
+    make = _desirable_only(make, leave_out=config.objective is not None)
     held_out = load_stored(config.data, sources, make, task, about, encoder, seed, split)
     examples = questions(held_out.conversations)
     examples = [examples[i] for i in spread(len(examples), 64)]
@@ -114,7 +151,7 @@ def held_out_split(config: Config, held_out: bool) -> Split | None:
     return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)
 
 
-def evaluated_conversations(task: Task) -> Callable[[Sample], Sequence[Conversation]]:
+def evaluated_conversations(task: Task) -> MakeConversations:
     """What `task` asks of each record in evaluation. Raises UserError for a record that asks nothing before its last
     answer."""
 

@@ -95,7 +95,7 @@ def filled_row(processor: VisionProcessor, data: DataConfig, text_tokens: int = 
     token_budget = data.pack_tokens - answers * text_tokens - 20
     (media,) = shrink(plan_media([(ref, info, limits)], processor, "video"), processor, token_budget, "video").plans
     document = video_document(processor, media, answers, text_tokens, text_tokens // 2)
-    document = replace(document, sample_ids=document.sample_ids[:1])
+    document = replace(document, sample_ids=document.sample_ids[:1], desirable=(None,))
     count = max(1, data.pack_tokens // document.num_tokens)
     return row_of(processor, [document] * min(count, data.max_samples_per_pack or count))
 

@@ -49,7 +49,7 @@ class PairChecks:
 
     Both fall: over the last WINDOW steps c - c0 is below -MIN_CHANGE, lower than over as many steps before, and r - r0
     is lower still. Length: over the last WINDOW steps the margin is at least MIN_CHANGE, and length alone explains
-    LENGTH_SHARE of it; not looked for with `ipo`, whose loss counts by token.
+    LENGTH_SHARE of it; not looked for with `ipo`, whose loss counts by token, and `kto`, which compares no two answers.
     """
 
     def __init__(self, config: ObjectiveConfig | None) -> None:
@@ -72,15 +72,16 @@ class PairChecks:
 
     def _found(self, config: ObjectiveConfig) -> dict[str, str]:
         """What is true now, by the name of the check."""
-        steps, found = list(self._steps), {}
+        steps, found, by_sum = list(self._steps), {}, config.kind not in ("ipo", "kto")
         before, now = (Gains(*map(fmean, zip(*part, strict=True))) for part in (steps[:WINDOW], steps[WINDOW:]))
         if now.rejected < now.chosen < min(before.chosen, -MIN_CHANGE):
             fix = "raise objective.rpo_alpha" if config.rpo_alpha else "set objective.rpo_alpha = 1.0"
+            fix = "raise objective.desirable_weight" if config.kind == "kto" else fix
             found["both fall"] = (
                 f"the chosen answers have become less likely too, by {-now.chosen:.1f} in log-probability (mean of "
                 f"{WINDOW} steps; the rejected ones by {-now.rejected:.1f}); {fix} or a smaller train.learning_rate"
             )
-        if now.chosen - now.rejected >= MIN_CHANGE and now.length_share >= LENGTH_SHARE and config.kind != "ipo":
+        if now.chosen - now.rejected >= MIN_CHANGE and now.length_share >= LENGTH_SHARE and by_sum:
             tokens = f"{now.chosen_tokens:.0f} and {now.rejected_tokens:.0f} tokens"
             found["length"] = (
                 f"length alone explains {min(now.length_share, 1):.0%} of the margin: by token, chosen and rejected "

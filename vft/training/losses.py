@@ -13,16 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vft.common.types import Batch
-from vft.models.base import Head, VideoLanguageModel
+from vft.models.base import Head, Objective, VideoLanguageModel
 
 
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Supervised tuning: each supervised token counts the same."""
 
-    figures: tuple[str, ...] = ()
-
-    @staticmethod
-    def weight(batch: Batch) -> int:
+    def weight(self, batch: Batch) -> int:
         """Supervised tokens: a step's loss is the mean over them."""
         return batch.num_targets
 

@@ -1,4 +1,5 @@
-"""Objectives of pairs: a chosen and a rejected answer to one prompt, as two suffixes of one shared prefix.
+"""Objectives of preferences: a chosen and a rejected answer to one prompt, as two suffixes of one shared prefix; or,
+with KTO, an answer that is desirable or not, and that to another prompt.
 
 Log-probabilities are of an answer and the token that closes it, given everything before it. In the formulas c and r are
 those of the chosen and the rejected answer, c0 and r0 those of the reference, nc and nr their tokens, and b is `beta`.
@@ -10,6 +11,8 @@ TRL's trainers also count the line break that some templates write behind the cl
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vft.adapters.lora import is_adapter, without_adapters
-from vft.common.types import Batch
+from vft.common.types import Batch, move
 from vft.config.run import Config, ModelConfig, ObjectiveConfig
 from vft.distributed.process_group import local_part
 from vft.models.base import Objective, VideoLanguageModel
@@ -113,10 +116,10 @@ the share of pairs whose chosen answer has more of it, and of those with c > r. 
 (c - c0) - (r - r0), as that of held-out pairs."""
 
 
-class Preference:
-    """The objective of a configuration."""
+class Preference(Objective):
+    """The objective of pairs that a configuration names."""
 
-    figures = FIGURES
+    figures: tuple[str, ...] = FIGURES
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
@@ -135,19 +138,15 @@ class Preference:
         """In it the model is the reference."""
         return as_at_start(model, self._start) if self._start else without_adapters(model)
 
-    @staticmethod
-    def weight(batch: Batch) -> int:
+    def weight(self, batch: Batch) -> int:
         """Pairs of a pack: a step's loss is the mean over its pairs."""
         return batch.num_suffixes // 2
 
     def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """Sums over the pairs of a pack: of the loss, and of FIGURES without a graph."""
         config = self.config
-        reference = None
-        if config.needs_reference:
-            with torch.no_grad(), self.reference(model):
-                reference = by_suffix(model, batch)
-        pairs = _pairs(by_suffix(model, batch), reference, batch)
+        reference_S = self.of_reference(model, batch) if config.needs_reference else None
+        pairs = _pairs(by_suffix(model, batch), reference_S, batch)
         losses = KINDS[config.kind](pairs, config)
         if config.rpo_alpha:  # Pang et al. 2024, arXiv 2404.19733, equation 1
             losses = losses - config.rpo_alpha * pairs.means[0]
@@ -159,6 +158,67 @@ class Preference:
             gained, lost = pairs.gains
             figures = [chosen, rejected, *shares, pairs.chosen, pairs.rejected, *tokens, gained - lost]
         return torch.stack([losses.sum(), *(one.sum() for one in figures)])
+
+    def of_reference(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """The reference's log-probability of each suffix [suffixes], without a graph."""
+        with torch.no_grad(), self.reference(model):
+            return by_suffix(model, batch)
+
+
+class KTO(Preference):
+    """With g = c - c0 of an answer, a desirable one costs wd (1 - sigmoid(b (g - z))), another wu (1 - sigmoid(b (z -
+    g))), where z is the mean of g over the answers to other prompts in the whole step, or 0 if that is negative
+    (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8 and section 4.1).
+    """
+
+    figures = (
+        "desirable",
+        "kl",
+        *(f"{name}_{kind}" for name in ("reward", "log_p", "tokens") for kind in ("chosen", "rejected")),
+    )
+    """`desirable` is the share of such answers, `kl` is z; the others are means over desirable (chosen) and undesirable
+    (rejected) answers, of what they are of pairs."""
+    looks_ahead = True
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__(config)
+        self._kl = torch.zeros(())
+        self._references: deque[Tensor] = deque()
+
+    @torch.no_grad()
+    def look(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """Sum and number of g of the answers to other prompts [2]."""
+        policy_S = by_suffix(model, batch)
+        self._references.append(self.of_reference(model, batch))
+        gains = (policy_S - self._references[-1])[1::2]
+        return torch.stack([gains.sum(), gains.new_tensor(len(gains))])
+
+    def set_ahead(self, total: Tensor) -> None:
+        """Take z."""
+        self._kl = (total[0] / total[1].clamp(min=1)).clamp(min=0)
+
+    def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
+        """Sums over the answers of a pack: of the loss, and of the figures without a graph."""
+        config = self.config
+        reference_S = self._references.popleft() if self._references else self.of_reference(model, batch)
+        pairs = _pairs(by_suffix(model, batch), reference_S, batch)
+        labels = [label is not False for document in batch.documents for label in document.desirable]
+        is_desirable = move(torch.tensor(labels, dtype=pairs.chosen.dtype), pairs.chosen.device)
+        sign = 2 * is_desirable - 1
+        weights = is_desirable * config.weights[0] + (1 - is_desirable) * config.weights[1]
+        gain = pairs.gains[0]
+        losses = weights * torch.sigmoid(-sign * config.strength * (gain - self._kl.to(gain)))
+        with torch.no_grad():
+            own = config.strength * gain, pairs.chosen, pairs.chosen_tokens
+            figures = [is_desirable, self._kl.to(gain).expand_as(gain)]
+            figures += [part * one for one in own for part in (is_desirable, 1 - is_desirable)]
+        return torch.stack([losses.sum(), *(one.sum() for one in figures)])
+
+    def named(self, means: Sequence[float]) -> dict[str, float]:
+        """The figures of a step by name; nan for the mean over no answer."""
+        share, kl, *parts = means
+        of_sort = [part / of if of else math.nan for part, of in zip(parts, [share, 1 - share] * 3, strict=True)]
+        return super().named([share, kl, *of_sort])
 
 
 def _won(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -198,4 +258,6 @@ def as_at_start(model: VideoLanguageModel, start: Sequence[tuple[Tensor, Tensor]
 
 def objective_of(config: Config) -> Objective:
     """The objective that a configuration names."""
-    return cross_entropy if config.objective is None else Preference(config.objective)
+    if config.objective is None:
+        return cross_entropy
+    return (KTO if config.objective.kind == "kto" else Preference)(config.objective)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from vft.common.task import Task
 from vft.config import run as configs
 from vft.config.run import Config
 from vft.data.dataset import Dataset, describe_prompts
+from vft.data.loader import LoadedPack
 from vft.data.workers import WorkerPool
 from vft.distributed.heartbeat import main_process_work, report_progress
 from vft.distributed.process_group import (
@@ -256,7 +258,7 @@ class Trainer:
         if len(sums) > routing:
             parts.append(expert_loads(sums[routing + 1 :].unflatten(0, (-1, self.model.config.num_experts))))
         norm, loss, *more = torch.cat(parts).tolist()
-        figures = dict(zip((*self.objective.figures, *ROUTING), more, strict=False))
+        figures = self.objective.named(more[: routing - 1]) | dict(zip(ROUTING, more[routing - 1 :], strict=False))
         clip(gradients, norm, config.train.max_grad_norm)
         skipped = self.non_finite.skips(step, loss, norm, tally.sample_ids)
         if not skipped and counts["weight"]:  # without any, momentum alone would move the weights
@@ -276,20 +278,22 @@ class Trainer:
         the number of packs for which a stream found nothing before a signal came."""
         config, decoder = self.config, self.model.decoder
         sums, missing = torch.zeros(1, dtype=torch.float64, device=self.world.device), 0
-        packs = self.data.loader.step(is_last=self.step == self.max_steps)
         packs_left = config.train.packs_per_step // self.data_parallel.size
-        while packs_left:
-            report_progress(f"at step {self.step}, waiting for data")
-            with tally.waiting():
-                pack = next(packs)
-            report_progress(f"at step {self.step}, computing")
+        packs: Iterable[LoadedPack] = self.packs(tally, packs_left)
+        if self.objective.looks_ahead:
+            packs = list(packs)
+            looks = []
+            for pack in packs:
+                self.seed_dropout(pack)
+                looks.append(self.objective.look(self.model, pack.batch))
+            self.objective.set_ahead(self.data_parallel.sum(torch.stack(looks).sum(0)))
+        for pack in packs:
             packs_left -= 1
             missing += pack.is_missing
             weight = self.objective.weight(pack.batch)
             tally.add(pack.batch, self.flops.count(pack.batch), pack.digest, weight)
             sync_gradients(self.model, last=packs_left == 0, adapters_only=config.lora is not None)
-            # Dropout depends on the pack, not on the process that runs it.
-            torch.manual_seed(int(digest(f"dropout:{config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
+            self.seed_dropout(pack)
             parts, routed = [self.objective(self.model, pack.batch).flatten()], decoder.routed
             loss = parts[0][0]
             if routed:
@@ -300,6 +304,20 @@ class Trainer:
             loss.backward()
             sums = sums + torch.cat(parts).detach()
         return sums, missing
+
+    def packs(self, tally: Tally, number: int) -> Iterator[LoadedPack]:
+        """This process's packs of the step; the time that it waits for them counts."""
+        packs = self.data.loader.step(is_last=self.step == self.max_steps)
+        for _ in range(number):
+            report_progress(f"at step {self.step}, waiting for data")
+            with tally.waiting():
+                pack = next(packs)
+            report_progress(f"at step {self.step}, computing")
+            yield pack
+
+    def seed_dropout(self, pack: LoadedPack) -> None:
+        """Dropout depends on the pack, not on the process that runs it."""
+        torch.manual_seed(int(digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
 
     # --------------------------------------------------------------------------------------------- what a run leaves
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from vft.data.records.preferences import REJECTED, with_rejected_response
+from vft.common.errors import UserError
+from vft.common.types import Conversation, Turn
+from vft.data.dataset import add_answers_of_others
+from vft.data.records.preferences import DESIRABLE, REJECTED, with_preference
 from vft.data.records.record import RecordError
 
 ASKED = {"role": "user", "content": "<video>What?"}
@@ -39,31 +42,61 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms(name: str) -> None:
-    found = with_rejected_response({"videos": ["a.mp4"], "score": 3, **FORMS[name]})
+    found = with_preference({"videos": ["a.mp4"], "score": 3, **FORMS[name]})
     assert found == {"videos": ["a.mp4"], "score": 3, **WANTED}
 
 
 def test_sharegpt() -> None:
     record = {"conversations": [{"from": "human", "value": "What?"}], "chosen": "Good.", "rejected": "Bad."}
-    found = with_rejected_response(record)
+    found = with_preference(record)
     assert found["conversations"] == [*record["conversations"], {"role": "assistant", "content": "Good."}]
     assert found[REJECTED] == "Bad."
 
 
 def test_reasoning_is_part_of_an_answer() -> None:
     chosen, rejected = ({"role": "assistant", "content": "A.", "reasoning_content": why} for why in ("So.", "Hm."))
-    found = with_rejected_response({"prompt": "?", "chosen": chosen, "rejected": rejected})
+    found = with_preference({"prompt": "?", "chosen": chosen, "rejected": rejected})
     assert found["messages"][-1]["content"] == "<think>\nSo.\n</think>\n\nA."
     assert found[REJECTED] == "<think>\nHm.\n</think>\n\nA."
-    by_swift = with_rejected_response({"messages": [ASKED, chosen], "rejected_messages": [ASKED, rejected]})
+    by_swift = with_preference({"messages": [ASKED, chosen], "rejected_messages": [ASKED, rejected]})
     assert by_swift == {"messages": [ASKED, chosen], REJECTED: found[REJECTED]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "<video>What?", "completion": "Good.", "label": False},
+        {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "Good."}], "label": False},
+        {"messages": [ASKED], "completion": "Good.", "label": False},
+        {"messages": WANTED["messages"], "label": False},
+        {"messages": WANTED["messages"], "kto_tag": False},
+    ],
+)
+def test_labelled_answers(record: dict[str, Any]) -> None:
+    found = with_preference({"videos": ["a.mp4"], **record})
+    assert found == {"videos": ["a.mp4"], "messages": WANTED["messages"], DESIRABLE: False}
+    key = "kto_tag" if "kto_tag" in record else "label"
+    assert with_preference({**record, key: True})[DESIRABLE] is True
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"video": "a.mp4", "label": True},
+        {"messages": WANTED["messages"], "label": "good"},
+        {"messages": WANTED["messages"], "label": 3},
+        {"messages": WANTED["messages"], "label": ["good"]},
+    ],
+)
+def test_other_labels_are_no_preferences(record: dict[str, Any]) -> None:
+    assert with_preference(record) is record
 
 
 @pytest.mark.parametrize(
     "record", [{"messages": [ASKED]}, {"chosen": "Good."}, {"prompt": "What?", "completion": "Good."}]
 )
 def test_records_without_two_answers_stay_as_they_are(record: dict[str, Any]) -> None:
-    assert with_rejected_response(record) is record
+    assert with_preference(record) is record
 
 
 @pytest.mark.parametrize(
@@ -79,6 +112,11 @@ def test_records_without_two_answers_stay_as_they_are(record: dict[str, Any]) ->
         ({"prompt": "?", "messages": [ASKED], "chosen": "B", "rejected": "A"}, "chosen", "messages, prompt"),
         ({"chosen": "B", "rejected": "A"}, "chosen", "has none"),
         ({"chosen": [ASKED, "B"], "rejected": [ASKED, ASKED, "A"]}, "rejected", "other turns"),
+        ({"prompt": "?", "completion": "A", "label": 1}, "label", "1 must be true"),
+        ({"messages": WANTED["messages"], "kto_tag": 0}, "kto_tag", "0 must be true"),
+        ({"prompt": "?", "completion": " ", "label": True}, "completion", "empty"),
+        ({"messages": [ASKED], "label": True}, "messages", "ends with a turn of 'user'"),
+        ({"completion": "A", "label": True}, "completion", "has none"),
         ({REJECTED: "A"}, "messages", "is missing"),
         ({"messages": WANTED["messages"], REJECTED: 3}, REJECTED, "of type int"),
         ({**WANTED, REJECTED: "Good."}, REJECTED, "chosen answer too"),
@@ -94,5 +132,33 @@ def test_records_without_two_answers_stay_as_they_are(record: dict[str, Any]) ->
 )
 def test_what_is_wrong(record: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(RecordError, match=message) as caught:
-        with_rejected_response(record)
+        with_preference(record)
     assert caught.value.field == field
+
+
+def conversation(question: str, answer: str, desirable: bool | None = True) -> Conversation:
+    turns = Turn("user", (question,)), Turn("assistant", (answer,))
+    return Conversation(question, turns, "x.jsonl:1", desirable=desirable)
+
+
+def test_answers_of_others() -> None:
+    """Each stands beside the answer to another prompt, always the same, and no answer is used by all."""
+    asked = [(conversation(f"What is {n // 2}?", f"{n // 2}{'.' * (n % 2)}", n % 2 == 0), 1.0) for n in range(40)]
+    sources = [[*asked[:30]], [*asked[30:], (conversation("Hm?", "No label.", None), 2.0)]]
+    add_answers_of_others(sources)
+    made = [one for source in sources for one, _ in source]
+    *labelled, plain = made
+    assert plain.rejected is None and sources[1][-1][1] == 2.0
+    assert [one.turns for one in labelled] == [one.turns for one, _ in asked]
+    own = {one.id: {other.turns[-1].text for other, _ in asked if other.id == one.id} for one in labelled}
+    assert all(one.rejected and one.rejected not in own[one.id] for one in labelled)
+    assert len({one.rejected for one in labelled}) > 30
+    again = [[*asked]]
+    add_answers_of_others(again)
+    assert [one.rejected for one, _ in again[0]] == [one.rejected for one in labelled]
+
+
+def test_no_answer_of_another() -> None:
+    same = [(conversation("What?", f"Answer {n}.", n == 0), 1.0) for n in range(3)]
+    with pytest.raises(UserError, match=r"x.jsonl:1: no record has another answer to another prompt"):
+        add_answers_of_others([same])

@@ -43,6 +43,8 @@ def test_both_fall() -> None:
     assert "set objective.rpo_alpha = 1.0 or a smaller train.learning_rate" in text
     ((_, text),) = told(steps(-9.0, -30.0), rpo_alpha=0.5)
     assert "raise objective.rpo_alpha or" in text
+    ((_, text),) = told(steps(-9.0, -30.0), "kto")
+    assert "raise objective.desirable_weight or" in text
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,8 @@ def test_length_alone(by_token: tuple[float, float], lengths: tuple[float, float
     assert len(found) == fires
     if fires:
         assert f"of {lengths[0]:.0f} and {lengths[1]:.0f} tokens" in found[0][1] and "length alone" in found[0][1]
-    assert told(steps(gains[0], gains[1], lengths), "ipo") == []  # it counts by token
+    for kind in ("ipo", "kto"):  # it counts by token; it has no pairs
+        assert told(steps(gains[0], gains[1], lengths), kind) == []
 
 
 def test_length_alone_where_both_fall() -> None:

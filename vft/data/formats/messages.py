@@ -27,7 +27,7 @@ from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
 from vft.data.records.media_options import NO_OPTIONS, Turns, apply_options, options_of_part
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
-from vft.data.records.preferences import REJECTED, with_rejected_response
+from vft.data.records.preferences import DESIRABLE, REJECTED, with_preference
 from vft.data.records.record import (
     REASONING,
     TURN_KEYS,
@@ -54,7 +54,7 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 """LLaVA's placeholder, with the line break that separates it from the question."""
 
-FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", REJECTED, *MEDIA_KEYS})
+FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", REJECTED, DESIRABLE, *MEDIA_KEYS})
 """Keys beside the turns; tasks read the last ones."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", *REASONING})
@@ -89,7 +89,7 @@ class Messages(Format):
         normalizer = Normalizer(root, source.columns, classes=labels_given, unpacked=unpacked)
 
         def normalize(record: Record, file: Path) -> list[Record]:
-            return normalizer.normalize(with_rejected_response(record), file)
+            return normalizer.normalize(with_preference(record), file)
 
         samples, bad = read_samples(record_files(path), lambda record, _: parse(record, root), normalize)
         normalizer.check_columns(path)

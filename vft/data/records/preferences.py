@@ -1,11 +1,18 @@
-"""Records of preferences in the forms of other trainers, brought to one: the turns, the last of which is the chosen
-answer, and `rejected_response`, a text (ms-swift's form).
+"""Records of preferences in the forms of other trainers, brought to two.
+
+Pairs become the turns, the last of which is the chosen answer, and `rejected_response`, a text (ms-swift's form):
 
     TRL            prompt, chosen, rejected: messages or texts; or chosen and rejected with the prompt in both
     LLaMA-Factory  conversations (or messages) up to the question; chosen and rejected, a message each
     ms-swift       messages with the chosen answer; rejected_response, or rejected_messages
     LLaVA-Hound    video, prompt, chosen, rejected (texts)
     RLAIF-V        image, question, chosen, rejected (texts)
+
+Single answers that are desirable or not become the turns and `desirable`, true or false:
+
+    TRL            prompt, completion: messages or texts; label
+    LLaMA-Factory  conversations (or messages) with the answer; kto_tag
+    ms-swift       messages with the answer; label
 """
 
 from __future__ import annotations
@@ -15,17 +22,20 @@ from typing import Any
 from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, read_reasoning, short_repr
 
 REJECTED = "rejected_response"
+DESIRABLE = "desirable"
 PROMPTS = ("prompt", "question")
 CONTENTS = ("content", "value")
 ANSWERING = ("assistant", "gpt")
 """Roles of who answers."""
+LABELS = ("kto_tag", "label")
+EMPTY = "is an empty answer; give it a text or take the record out"
 
 
-def with_rejected_response(record: Record) -> Record:
-    """The record in the one form; one without two answers is as it was.
+def with_preference(record: Record) -> Record:
+    """The record in one of the two forms; one without a preference is as it was.
 
     Raises:
-        RecordError: the answers are equal, empty, or to two different prompts; or they are there in two forms.
+        RecordError: an answer is empty, or those of a pair are equal, to different prompts, or there in two forms.
     """
     given = {key: value for key, value in record.items() if value is not None}
     keys = [key for key in ("chosen", "rejected", REJECTED, "rejected_messages") if key in given]
@@ -47,13 +57,32 @@ def with_rejected_response(record: Record) -> Record:
         record = {name: value for name, value in record.items() if name not in keys} | {REJECTED: rejected}
         keys = [key, *keys]
     else:
-        return record
+        return _labelled(record, given)
     for name, text in zip(keys, (chosen, rejected), strict=True):
         if not text.strip():
-            raise RecordError(name, "is an empty answer; give it a text or take the record out")
+            raise RecordError(name, EMPTY)
     if chosen.strip() == rejected.strip():
         raise RecordError(keys[1], f"{short_repr(rejected)} is the chosen answer too; take the record out")
     return record
+
+
+def _labelled(record: Record, given: Record) -> Record:
+    """A single answer, with its label under DESIRABLE; a record without a label is as it was."""
+    label = next((given[key] for key in LABELS if key in given), None)
+    if ("completion" in given and isinstance(label, int)) or "kto_tag" in given:
+        if not isinstance(label, bool):
+            field = "kto_tag" if "kto_tag" in given else "label"
+            raise RecordError(field, f"{short_repr(label)} must be true, for a desirable answer, or false")
+    elif not isinstance(label, bool) or not given.keys() & set(TURN_KEYS):
+        return record  # a label of another kind
+    kept = {name: value for name, value in given.items() if name not in (*LABELS, *PROMPTS, "completion")}
+    key = next((key for key in TURN_KEYS if key in given), "messages")
+    if "completion" in given:
+        turns, answer = _answer(given["completion"], "completion")
+        kept[key] = [*_prompt(given, turns, "completion"), {"role": "assistant", "content": answer}]
+    if not _answer(kept[key], key)[1].strip():
+        raise RecordError("completion" if "completion" in given else key, EMPTY)
+    return kept | {DESIRABLE: label}
 
 
 def _two_answers(record: Record) -> tuple[list[Any], str, str]:
@@ -62,20 +91,25 @@ def _two_answers(record: Record) -> tuple[list[Any], str, str]:
     before_rejected, rejected = _answer(record["rejected"], "rejected")
     if before != before_rejected:
         raise RecordError("rejected", "has other turns before its answer than chosen; both must answer one prompt")
+    return _prompt(record, before, "chosen"), chosen, rejected
+
+
+def _prompt(record: Record, before: list[Any], field: str) -> list[Any]:
+    """The turns before an answer: those that stand before it in its `field`, or those of the record."""
     keys = [key for key in (*TURN_KEYS, *PROMPTS) if key in record]
     if len(keys) + bool(before) != 1:
         found = ", ".join(keys) or "none"
-        raise RecordError("chosen", f"needs one prompt: messages, prompt or question; the record has {found}")
+        raise RecordError(field, f"needs one prompt: messages, prompt or question; the record has {found}")
     if before:
-        return before, chosen, rejected
+        return before
     prompt = record[keys[0]]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(isinstance(turn, dict) for turn in prompt):
         raise RecordError(keys[0], f"{short_repr(prompt)} must be a text or a list of messages")
     if prompt[-1].get("role", prompt[-1].get("from")) in ANSWERING:
-        raise RecordError(keys[0], "ends with an answer, beside chosen and rejected; it must end with the question")
-    return prompt, chosen, rejected
+        raise RecordError(keys[0], f"ends with an answer, beside {field}; it must end with the question")
+    return prompt
 
 
 def _answer(value: Any, field: str) -> tuple[list[Any], str]:
