@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
 from tests.runs.world import ANSWERS, PROMPT, TEXTS, World
+from vft.reporting.run_folder import read_jsonl
 from vft.training.preferences import FIGURES, KINDS, KTO
 
 WRONG = {colour: f"Nothing at all, and no {colour} bar." for colour in ANSWERS}
@@ -121,6 +124,30 @@ def test_held_out_pairs(world: World, commands: Commands, tmp_path: Path, pairs:
     assert 0.1 * after["eval_reward_margin"] == pytest.approx(margin, rel=0.3)
     low, high = after["eval_intervals"]["reward_margin"]
     assert low < after["eval_reward_margin"] < high
+    pairs_are_shown(folder, [json.loads(line) for line in (world.root / pairs).read_text().splitlines()])
+
+
+def pairs_are_shown(folder: Path, records: list[dict[str, Any]]) -> None:
+    """In files beside the predictions and in the report."""
+    first, last = (read_jsonl(folder / "predictions" / f"step-{step:06d}.pairs.jsonl") for step in (0, 30))
+    wanted = {one.get("chosen") or one["messages"][-1]["content"] for one in records}
+    assert len(last) == len(records) and {one["chosen"] for one in last} == wanted
+    assert all(one["log_p_chosen"] == one["reference_chosen"] and one["margin"] == 0.0 for one in first)
+    before = {one["chosen"]: one for one in first}
+    for one in last:
+        same = before[one["chosen"]]
+        assert one["rejected"] == same["rejected"] and one["prompt"] in (PROMPT, *TEXTS, "Which colour?")
+        for which in ("chosen", "rejected"):  # the reference is the model as training began
+            assert one[f"reference_{which}"] == pytest.approx(same[f"log_p_{which}"], rel=1e-4)
+        gains = [one[f"log_p_{which}"] - one[f"reference_{which}"] for which in ("chosen", "rejected")]
+        assert one["margin"] == pytest.approx(gains[0] - gains[1])
+    mean = fmean(one["margin"] for one in last)
+    assert mean == pytest.approx(metrics(folder)[-1]["eval_reward_margin"]) and mean > 1
+    section = (folder / "report.html").read_text(encoding="utf-8").partition("<h2>Held-out pairs</h2>")[2]
+    for one in last:
+        shown = (str(escape(one["chosen"])), str(escape(one["rejected"])), f"margin {one['margin']:+.2f}")
+        assert all(text in section for text in shown), shown
+    assert section.count("<article") == len(last) and section.count("<img") > 8
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

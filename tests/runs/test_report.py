@@ -429,6 +429,33 @@ def test_scores_by_the_evaluating_tool(tmp_path: Path) -> None:
     assert [text.text for text in page.all("article")[0].all("dd")][2:] == ["by base", "by adapter"]
 
 
+def test_pairs_of_answers_the_worst_ordered_first(tmp_path: Path) -> None:
+    """Those of the last evaluation, or of the evaluating tool; what they say is never markup."""
+
+    def pair(number: int, margin: float, **more: Any) -> dict[str, Any]:
+        texts = {"prompt": f"Question {number}?", "chosen": f"<b>Yes</b> {number}", "rejected": "</dd><i>No"}
+        return {"id": f"p-{number}", **texts, "log_p_chosen": -1.25, "log_p_rejected": -9.0, "margin": margin, **more}
+
+    reference = {"reference_chosen": -2.0, "reference_rejected": -6.5}
+    rows = [pair(i, 30.0 - i, **reference) for i in range(40)]
+    lines = [evaluation(0, loss=(2, 2, 2)), evaluation(7, loss=(1, 1, 1))]
+    pairs = {"step_000000.pairs": [pair(0, 0.0)], "step_000007.pairs": rows, "step_000009.pairs": [pair(9, -99.0)]}
+    page = read(write_run(tmp_path / "run", lines, step_000000=[], step_000007=[], **pairs))
+    shown = page.all("article")
+    assert [one.all("h3")[0].text for one in shown[:2]] == ["p-39 margin -9.00", "p-38 margin -8.00"]
+    assert len(shown) == 24
+    assert [one.text for one in shown[0].all("dt")] == ["prompt", "chosen", "rejected"]
+    assert [one.text for one in shown[0].all("dd")] == [
+        "Question 39?",
+        "<b>Yes</b> 39 log p -1.25, of the reference -2.00",
+        "</dd><i>No log p -9.00, of the reference -6.50",
+    ]
+    page = read(write_run(tmp_path / "tool", [], adapter=[answer(0, "A.", "A.")], **{"adapter.pairs": [pair(0, 7.75)]}))
+    (answered, shown_pair) = page.all("article")
+    assert answered.all("h3")[0].text.startswith("clip-0") and shown_pair.all("h3")[0].text == "p-0 margin +7.75"
+    assert "log p -1.25" in shown_pair.all("dd")[1].text and "reference" not in shown_pair.text
+
+
 def test_whatever_is_missing_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "No step was recorded." in read(tmp_path / "empty").text

@@ -382,6 +382,8 @@ class Document:
     """Which suffix is the rejected answer of a pair, whose chosen one is before it. Empty: none."""
     desirable: tuple[bool | None, ...] = ()
     """`Conversation.desirable` of each sample."""
+    conversations: tuple[Conversation, ...] = ()
+    """What it was made of."""
 
     @property
     def num_tokens(self) -> int:

@@ -277,6 +277,7 @@ class ChatEncoder:
         made = _join(tuple(x[..., :length] for x in wholes[0]), suffixes, in_order, [one.id for one in conversations])
         made.rejected = tuple(number > 0 for one in conversations for number in range(len(one.branches)))
         made.desirable = tuple(one.desirable for one in conversations)
+        made.conversations = tuple(conversations)
         return made
 
     def options(self, prompt: Conversation, options: Sequence[str], media: Sequence[MediaPlan]) -> Document:

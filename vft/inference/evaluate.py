@@ -23,7 +23,7 @@ from vft.common.errors import UserError
 from vft.common.files import digest, replace_text
 from vft.common.scores import Interval, Samples, clusters_of
 from vft.common.task import Answer, Task, files_of
-from vft.common.types import Batch
+from vft.common.types import Batch, Conversation
 from vft.common.unique import unique_names
 from vft.config.run import Config, EvalConfig
 from vft.data.dataset import Dataset
@@ -32,7 +32,7 @@ from vft.data.packing import PackPlan
 from vft.data.workers import WorkerPool
 from vft.distributed import signals as stopping
 from vft.distributed.process_group import DataParallel, World, all_of, make_mesh, process_group, sum_over_ranks
-from vft.inference.answers_file import as_text, evaluation_line
+from vft.inference.answers_file import Line, as_text, evaluation_line
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.metrics import mean_interval, parts_to_json, ratio_interval
@@ -75,14 +75,15 @@ def evaluate(
     """Scores of the task on (`max_samples`) held-out documents and the loss on them. Counts stand beside them:
     `answered`, `unreadable`, and `cut_off`, the answers that ended at `max_new_tokens` or with the model's context.
 
-    The answers go to `file`, a line each. Every process must call it; all get the same scores.
+    The answers go to `file`, a line each, and held-out pairs to `NAME.pairs.jsonl` beside it. Every process must call
+    it; all get the same scores.
     """
     limit = settings.max_samples
     asked = questions(held_out.conversations, limit)
     try:
         with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
             results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-            of_documents = held_out_scores(answerer, held_out, limit, reference)
+            of_documents = held_out_scores(answerer, held_out, limit, reference, file.with_suffix(".pairs.jsonl"))
     finally:
         for module in answerer.model.modules():
             if isinstance(module, FSDPModule):
@@ -156,10 +157,15 @@ class _PackPlanWithGaps(PackPlan):
 
 @torch.no_grad()
 def held_out_scores(
-    answerer: Answerer, held_out: Dataset, limit: int = 0, reference: Reference | None = None
+    answerer: Answerer,
+    held_out: Dataset,
+    limit: int = 0,
+    reference: Reference | None = None,
+    pairs_file: Path | None = None,
 ) -> dict[str, Interval]:
     """The `loss`, a mean over the supervised tokens of (`limit`) held-out documents, and PAIR_SCORES of their pairs, of
     which the chosen answer counts in the loss. Rewards need the `reference`. Empty if none of them is readable.
+    Pairs go to `pairs_file`, a line each.
 
     For its interval documents are drawn anew, those about one video together: their losses over their tokens.
     """
@@ -172,7 +178,7 @@ def held_out_scores(
         held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0, device=device
     )
     has_pairs = any(one.rejected is not None for one in held_out.conversations)
-    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix]]] = []
+    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix], list[Conversation]]] = []
     was_training = model.training
     model.eval()
     try:
@@ -189,20 +195,21 @@ def held_out_scores(
                         loss, tokens = next(losses)
                         own.append(_Suffix(loss, tokens, next(of_base, (0.0, 0))[0], is_rejected))
                     files = files_of(plan.ref for plan in document.media)
-                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own))
+                    texts = [one for one in document.conversations if one.rejected is not None]
+                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own, texts))
     finally:
         model.train(was_training)
     in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
     if not in_order:
         return {}
-    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, _ in in_order))
-    samples = Samples(names, clusters_of([files for _, _, files, _ in in_order]))
-    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own in in_order]
+    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, _, _ in in_order))
+    samples = Samples(names, clusters_of([files for _, _, files, _, _ in in_order]))
+    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own, _ in in_order]
     sums = [(math.fsum(one.loss for one in own), float(sum(one.tokens for one in own))) for own in learnt]
     scores = {"loss": ratio_interval(sums, samples)}
     pairs = [
         (number, chosen, rejected)
-        for number, (_, _, _, own) in enumerate(in_order)
+        for number, (_, _, _, own, _) in enumerate(in_order)
         for chosen, rejected in pairwise(own)
         if rejected.is_rejected
     ]
@@ -211,6 +218,10 @@ def held_out_scores(
         samples = Samples(names, clusters_of([in_order[number][2] for number, _, _ in pairs]))
         of_pairs = _pair_scores([pair for _, *pair in pairs], samples)
         scores |= {name: of_pairs[name] for name in (PAIR_SCORES if reference else PAIR_SCORES[:1])}
+        texts = [text for *_, of_document in in_order for text in of_document]
+        if pairs_file is not None and answerer.world.is_main:
+            lines = [_pair_line(text, c, r, bool(reference)) for text, (_, c, r) in zip(texts, pairs, strict=True)]
+            replace_text(pairs_file, "".join(map(as_text, lines)))
     return scores
 
 
@@ -234,6 +245,18 @@ class _Suffix(NamedTuple):
     def gain(self) -> float:
         """By how much training has raised the log-probability."""
         return self.reference_loss - self.loss
+
+
+def _pair_line(pair: Conversation, chosen: _Suffix, rejected: _Suffix, has_reference: bool) -> Line:
+    """A line of the held-out pairs: both answers and what the model makes of them. `margin` is (c - c0) - (r - r0),
+    without a reference c - r."""
+    asked, answer = pair.turns[-2:]
+    line: Line = {"id": pair.id, "prompt": asked.text, "chosen": answer.text, "rejected": pair.rejected}
+    line |= {"source": pair.origin, "media": [ref.name for ref in pair.media]}
+    for which, one in {"chosen": chosen, "rejected": rejected}.items():
+        line |= {f"log_p_{which}": -one.loss, f"tokens_{which}": one.tokens}
+        line |= {f"reference_{which}": -one.reference_loss} if has_reference else {}
+    return {**line, "margin": chosen.gain - rejected.gain}
 
 
 def _won(margin: float) -> float:

@@ -44,6 +44,8 @@ Rank = tuple[float, float]
 
 NUM_EXTREMES, NUM_BETWEEN = 3, 6
 """Examples at each end of the scores, and between them."""
+MAX_PAIRS = 24
+"""Shown of the held-out pairs."""
 MAX_FRAMES = 8
 """Shown of each video."""
 FRAME_PIXELS = 224
@@ -93,6 +95,7 @@ def write_report(folder: Path, held_out: Dataset | None, processor: VisionProces
         charts=charts(run),
         confusion=confusion_table(run.predictions) if task == "classify" else None,
         examples=examples(run.predictions, held_out, processor),
+        pairs=pair_examples(run.pairs, held_out, processor),
         quarantine=reasons(run.quarantine),
         settings=run.settings,
     )
@@ -332,6 +335,26 @@ def examples(
         example["answers"] = [
             (name, one, max((one.get("option_scores") or {"": 0.0}).values())) for name, one in to_this
         ]
+        made.append(example)
+    return made
+
+
+def pair_examples(
+    pairs: Mapping[str, list[Row]], held_out: Dataset | None, processor: VisionProcessor | None
+) -> list[Row]:
+    """The pairs of the last evaluation with the lowest margins, as `examples` gives answers. A `note` has the answer's
+    log-probability, and the reference's if there is one."""
+    made: list[Row] = []
+    rows = [*pairs.values()][-1] if pairs else []
+    for row in sorted(rows, key=lambda one: one["margin"])[:MAX_PAIRS]:
+        example = {"id": row.get("id", ""), "why": "", "prompt": row.get("prompt", ""), "references": []}
+        example["grade"] = f"margin {row['margin']:+.2f}"
+        example["media"] = strips(row, held_out, processor) if held_out and processor else []
+        example["answers"] = []
+        for which in ("chosen", "rejected"):
+            values = {"log p": row.get(f"log_p_{which}"), "of the reference": row.get(f"reference_{which}")}
+            note = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if is_number(value))
+            example["answers"].append((which, {"prediction": row.get(which, ""), "note": note}, 0.0))
         made.append(example)
     return made
 

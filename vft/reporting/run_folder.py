@@ -19,6 +19,8 @@ Row = dict[str, Any]
 """A JSON object, such as a line of a JSONL file."""
 Scores = Mapping[str, Interval]
 """By name of the metric; groups are `top1/LABEL`."""
+PAIRS = ".pairs.jsonl"
+"""Ends the name of the file of held-out pairs, in place of the `.jsonl` of the predictions beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class RecordedRun:
     predictions: dict[str, list[Row]]
     """Of the first and the last evaluation, by `step N`; if there was none, those of `vft evaluate`, by model."""
     quarantine: list[Row]
+    pairs: dict[str, list[Row]]
+    """Held-out pairs of answers of the same evaluations as `predictions`, if they had any."""
 
     @property
     def config(self) -> Row:
@@ -55,6 +59,7 @@ def read_run(folder: Path) -> RecordedRun:
     evaluations: dict[int, Scores] = {line["step"]: scores for line in lines if (scores := scores_of(line))}
     for step in {min(evaluations), max(evaluations)} if evaluations else ():
         evaluations[step] = _with_parts(evaluations[step], folder / "scores" / f"step-{step:06d}.json")
+    files = _prediction_files(answers, sorted(evaluations))
     return RecordedRun(
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
         about=read_json(folder / "run.json"),
@@ -69,8 +74,15 @@ def read_run(folder: Path) -> RecordedRun:
             for name, scores in read_json(answers / "scores.json").items()
             if isinstance(scores, dict)
         },
-        predictions=_read_predictions(answers, sorted(evaluations)),
+        predictions={
+            name: [row for row in read_jsonl(file) if isinstance(row.get("prediction"), str)]
+            for name, file in files.items()
+        },
         quarantine=read_jsonl(folder / "quarantine.jsonl"),
+        pairs={
+            name: [row for row in read_jsonl(file.with_suffix(PAIRS)) if is_number(row.get("margin"))]
+            for name, file in files.items()
+        },
     )
 
 
@@ -93,15 +105,14 @@ def _parse(text: str) -> Row:
     return {}
 
 
-def _read_predictions(folder: Path, steps: Sequence[int]) -> dict[str, list[Row]]:
+def _prediction_files(folder: Path, steps: Sequence[int]) -> dict[str, Path]:
     """The first and the last file that belongs to an evaluation: steps that a resume undid may have left others."""
-    files = {f"step {path.stem[5:].lstrip('0') or 0}": path for path in sorted(folder.glob("step-*.jsonl"))}
+    files = {f"step {path.stem[5:].lstrip('0') or 0}": path for path in sorted(folder.glob("step-*[0-9].jsonl"))}
     names = [name for name in (f"step {step}" for step in steps) if name in files] or [*files]
     if not names:
         files = {name: folder / f"{name}.jsonl" for name in ("base", "adapter")}
         names = [name for name, path in files.items() if path.is_file()]
-    read = {name: read_jsonl(files[name]) for name in names[:1] + names[-1:]}
-    return {name: [row for row in rows if isinstance(row.get("prediction"), str)] for name, rows in read.items()}
+    return {name: files[name] for name in names[:1] + names[-1:]}
 
 
 def _with_parts(scores: Scores, file: Path) -> Scores:
