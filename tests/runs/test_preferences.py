@@ -150,13 +150,26 @@ def pairs_are_shown(folder: Path, records: list[dict[str, Any]]) -> None:
     assert section.count("<article") == len(last) and section.count("<img") > 8
 
 
+def test_rejected_answers_that_are_not_learnt(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """A line says so; none if only held-out records are pairs."""
+    source = {"sources": [{"format": "messages", "path": pairs}]}
+    mine = world.config(tmp_path / "mine.toml", {"data": source})
+    said = [line for line in commands.run(CAPTION, mine, "--dry-run").ok().stderr.splitlines() if pairs in line]
+    assert said == [
+        "pairs.jsonl: of 11 pairs of answers only the chosen one is learnt, as in supervised tuning; add "
+        'objective.kind = "dpo" to learn from both'
+    ]
+    held_out = world.config(tmp_path / "held_out.toml", {"eval": {"every_steps": 4, **source}})
+    assert "pairs of answers" not in commands.run(CAPTION, held_out, "--dry-run").ok().stderr
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_one_process_and_two(world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str) -> None:
     config = [world.config(tmp_path / f"{n}.toml", settings(pairs, kind, packs_per_step=4)) for n in (1, 2)]
     folders = []
     for processes, path in zip((1, 2), config, strict=True):
         for one in run_together(commands, processes, CAPTION, path):
-            one.ok()
+            assert "pairs of answers" not in one.ok().stderr
         folders.append(path.with_suffix(""))
     assert column(folders[0], "sample_digest") == column(folders[1], "sample_digest")
     if kind == "kto":

@@ -33,6 +33,7 @@ from vft.data.media.index import Index, build
 from vft.data.media.timed_text import with_frame_times
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
+from vft.data.records.preferences import REJECTED
 from vft.data.records.unread_keys import describe_unread_keys, log_once
 from vft.data.split import Split
 from vft.data.workers import WorkerPool
@@ -83,6 +84,8 @@ class Dataset:
         self.num_shortened = 0
         """Samples whose media have fewer frames or pixels than their limits allow, so that they fit a row."""
 
+        self.num_paired: dict[str, int] = {}
+        """Records with a rejected answer beside the chosen one, by the path of their source."""
         self.index: Index | None = None
         """The scans behind `info`, if there is an index."""
         self.notes: list[str] = []
@@ -371,7 +374,9 @@ def load_dataset(
     records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split, notes)
     has_records = any(records)
     conversations: list[list[tuple[Conversation, float]]] = [[] for _ in wanted]
+    num_paired = Counter[str]()
     for source, samples, made in zip(wanted, records, conversations, strict=True):
+        num_paired[source.path] += sum(one.fields.get(REJECTED) is not None for one in samples)
         samples.reverse()
         while samples:  # millions of both would not fit
             own, wrong = converse(samples.pop(), make_conversations, config)
@@ -382,7 +387,7 @@ def load_dataset(
     index = build(refs, config.cache_path, config.workers, config.decode_timeout_s, config.index == "header")
 
     dataset = Dataset(encoder, config, index.info)
-    dataset.bad, dataset.notes, dataset.index = bad, notes, index
+    dataset.bad, dataset.notes, dataset.index, dataset.num_paired = bad, notes, index, num_paired
     # Sources that have a share each keep their documents to themselves.
     has_shares = any(source.share is not None for source in wanted)
     apart = conversations if has_shares else [list(chain.from_iterable(conversations))]

@@ -195,6 +195,7 @@ def _write(folder: Path, dataset: Dataset, noted: Mapping[str, str]) -> None:
             "files": {name: _checksum(partial / name) for name in SCHEMAS},
             "digest": dataset.digest,
             "num_shortened": dataset.num_shortened,
+            "num_paired": dataset.num_paired,
             "notes": dataset.notes,
             "bad": [pack(item) for item in dataset.bad],
             "noted": dict(noted),
@@ -268,6 +269,7 @@ class StoredDataset(Dataset):
         self.documents = _Documents(documents, tables["conversations"], self.samples)
         self.digest = about["digest"]
         self.num_shortened, self.notes = about["num_shortened"], about["notes"]
+        self.num_paired = about["num_paired"]
         self.bad = [unpack(item) for item in about["bad"]]
 
     @property

@@ -95,12 +95,17 @@ def _desirable_only(make: MakeConversations, leave_out: bool = False) -> MakeCon
 
 
 def load_training(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
-    """What is trained on, except streams."""
+    """What is trained on, except streams. A message says so if rejected answers are left out."""
     make, split = learnt_conversations(task, config), held_out_split(config, held_out=False)
     about = "to train on"
     if config.objective is not None:
         about = f"{'answers' if config.objective.kind == 'kto' else 'pairs'} {about}"
-    return load_stored(config.data, config.data.indexed, make, task, about, encoder, config.seed, split)
+    documents = load_stored(config.data, config.data.indexed, make, task, about, encoder, config.seed, split)
+    for path, count in documents.num_paired.items():
+        if count and config.objective is None:
+            text = 'as in supervised tuning; add objective.kind = "dpo" to learn from both'
+            logger.info("%s: of %d pairs of answers only the chosen one is learnt, %s", path, count, text)
+    return documents
 
 
 def training_streams(

@@ -77,7 +77,8 @@ def root(tmp_path: Path) -> Path:
             {"role": "assistant", "content": "Yes."},
         ]
         own = {"images": [f"{number}.png"], "answers": ["Yes.", "Of course."], "groups": {"size": "s"}}
-        pictures += [{"id": "p", "messages": turns, **own}, {"id": f"t{number}", "messages": turns[3:]}]
+        pair = {"id": f"t{number}", "messages": turns[3:], "rejected_response": "No."}
+        pictures += [{"id": "p", "messages": turns, **own}, pair]
     (tmp_path / "data" / "pictures.jsonl").write_text("\n".join(map(json.dumps, pictures)))
     return tmp_path / "data"
 
@@ -126,6 +127,7 @@ def assert_same(found: Dataset, expected: Dataset) -> None:
     """All that a run uses of its data."""
     assert list(found.documents) == list(expected.documents) and found.documents
     assert found.bad == expected.bad and found.notes == expected.notes
+    assert found.num_paired == expected.num_paired
     assert (found.digest, found.num_shortened) == (expected.digest, expected.num_shortened)
     assert (found.num_samples, found.lengths, found.work) == (expected.num_samples, expected.lengths, expected.work)
     assert found.conversations == expected.conversations and found.prompts == expected.prompts
@@ -165,6 +167,7 @@ def test_a_stored_plan_is_the_plan(root: Path, loaded: Loaded, settings: dict[st
     config = config_of(root, **settings)
     expected = planned_anew(config.model_copy(update={"workers": 0}), loaded.encoder)
     assert {item.reason for item in expected.bad} >= {"missing", "record"}
+    assert expected.num_paired == {"videos": 0, "pictures.jsonl": 3}
     for _ in range(2):
         assert_same(loaded(config), expected)
     assert loaded.planned == 1
