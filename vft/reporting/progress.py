@@ -27,6 +27,8 @@ PERIOD_S = 0.5
 MAX_CPU_SHARE = 0.005
 """Share of a core's time that drawing may take: on a slow machine the view is drawn less often."""
 BLOCKS = "▁▂▃▄▅▆▇█"
+PREFERENCES = {"reward_accuracy": "accuracy", "margin": "margin", "likelier_chosen": "likelier", "kl": "kl"}
+"""Figures of objectives of preferences that are shown, with their labels."""
 MIN_WIDTH, MIN_HEIGHT = 60, 14
 """Characters and lines of the smallest terminal on which the view has a frame."""
 
@@ -170,12 +172,11 @@ def loss_text(line: Mapping[str, Any]) -> str:
 
 
 def pairs_text(line: Mapping[str, Any]) -> str:
-    """What a step made of pairs of answers; empty if it had none. Log-probabilities: chosen / rejected."""
-    names = ("reward_accuracy", "margin", "likelier_chosen", "log_p_chosen", "log_p_rejected")
-    if any(line.get(name) is None for name in names):
-        return ""
-    accuracy, margin, likelier, chosen, rejected = (line[name] for name in names)
-    return f"accuracy {accuracy:.2f}  margin {margin:.3g}  likelier {likelier:.2f}  log p {chosen:.1f} / {rejected:.1f}"
+    """A step's figures of preferences that are known, log-probabilities as chosen / rejected; empty if it has none."""
+    known = [f"{label} {line[name]:.3g}" for name, label in PREFERENCES.items() if line.get(name) is not None]
+    chosen, rejected = line.get("log_p_chosen"), line.get("log_p_rejected")
+    known += [] if chosen is None or rejected is None else [f"log p {chosen:.1f} / {rejected:.1f}"]
+    return "  ".join(known)
 
 
 def speed_text(line: Mapping[str, Any]) -> str:

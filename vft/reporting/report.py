@@ -64,6 +64,7 @@ CURVES = {
     "margin": "reward_margin",
     "reward_accuracy": "reward_accuracy",
     "likelier_chosen": "likelier_chosen",
+    "kl": "kl",
     "log_p_chosen": "log-probabilities/chosen",
     "log_p_rejected": "log-probabilities/rejected",
 }

@@ -55,15 +55,18 @@ def test_everything_is_shown() -> None:
 
 
 def test_pairs_of_answers() -> None:
-    """A row of their own; none where a figure is missing."""
+    """A row of their own, with the figures that the objective has."""
     pairs = {"reward_accuracy": 0.9375, "likelier_chosen": 0.75, "log_p_chosen": -12.34, "log_p_rejected": -101.0}
     state = RunState("", 200)
     state.add_step({**STEP, "step": 3, **pairs, "margin": 2.345})
     (row,) = [line for line in plain(state, width=80) if "pairs" in line]
-    assert "pairs      accuracy 0.94  margin 2.35  likelier 0.75  log p -12.3 / -101.0 " in row
-    for margin in ({"margin": None}, {}):
-        state.add_step({**STEP, "step": 4, **pairs, **margin})
-        assert not [line for line in plain(state) if "pairs" in line]
+    assert "pairs      accuracy 0.938  margin 2.35  likelier 0.75  log p -12.3 / -101.0 " in row
+    state.add_step({**STEP, "step": 4, "reward_accuracy": 0.5, "margin": None, "log_p_chosen": -1.0})
+    assert any("pairs      accuracy 0.5 " in line and "log p" not in line for line in plain(state))
+    state.add_step({**STEP, "step": 5, "kl": 0.125, "log_p_chosen": -1.0, "log_p_rejected": -2.0})
+    assert any("pairs      kl 0.125  log p -1.0 / -2.0 " in line for line in plain(state))
+    state.add_step({**STEP, "step": 6})
+    assert not [line for line in plain(state) if "pairs" in line]
 
 
 @pytest.mark.parametrize("width", [1, 8, 20, 59, 60, 200])
