@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import tarfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.helpers.streaming import clip, damaged_clip, llava_record, pe_pair, pe_shards
 from tests.helpers.tars import cut, write_tar
@@ -129,6 +131,53 @@ def test_one_process_then_two_then_one(
         assert column(folder, key) == column(undisturbed[name], key), key
     assert largest_difference(column(undisturbed[name], "loss"), column(folder, "loss")) <= 1e-5
     assert spools(commands) == []
+
+
+def test_pairs_of_answers(world: World, commands: Commands, tmp_path: Path) -> None:
+    """In both formats, as records in three forms: a pair is whole in its row, also where a run goes on within a video.
+    What is no pair is a bad item."""
+    root = tmp_path / "data"
+    said = [{"chosen": f"It is {n} much.", "rejected": f"Nothing of {n}."} for n in range(6)]
+    asked = [{"from": "human", "value": "<image>\nWhat?"}]
+    forms: list[dict[str, Any]] = [
+        {"prompt": "<video>\nWhat?"},
+        {"conversations": asked},
+        {"prompt": [{"role": "user", "content": "<video>What?"}]},
+    ]
+    records = [{"id": f"q{n}", "video": ("v/1.mp4", "v_0")[n // 3], **forms[n % 3], **said[n]} for n in range(6)]
+    records += [{"id": "equal", "video": "v_0", **forms[0], "chosen": "A.", "rejected": "A."}]
+    records += [llava_record("v/1.mp4", 7)]
+    (root / "llava").mkdir(parents=True)
+    (root / "llava" / "pairs.json").write_text(json.dumps(records))
+    frame = io.BytesIO()
+    Image.new("RGB", (84, 56), "red").save(frame, "JPEG")
+    frames = {f"v_0/c01_{n}.jpeg": frame.getvalue() for n in range(4)}  # as LLaVA-Hound's videos are published
+    write_tar(root / "llava" / "0.tar.gz", {"v/1.mp4": clip(), **frames})
+    texts: list[Any] = ["Not seen.", "A cat.", " ", 3, None]
+    pairs = [pe_pair(f"{n}", rejected_response=text) for n, text in enumerate(texts)]
+    pairs += [pe_pair("5", rejected_response="Clip 5 is seen.")]
+    (root / "pe").mkdir()
+    write_tar(root / "pe" / "0.tar", [member for pair in pairs for member in pair])
+    sources = [{**PE, "share": 0.5}, {**LLAVA, "share": 0.5}]
+    data = {"sources": sources, "max_samples_per_pack": 1}
+    more = {"objective": {"kind": "dpo"}, "train": {"max_steps": 5, "packs_per_step": 2}, "lora": {"dropout": 0.0}}
+    configs = [world.config(tmp_path / f"{name}.toml", settings(root, data), more) for name in ("whole", "parts")]
+    whole = commands.train(configs[0])
+    commands.train(configs[1], "train.max_steps=3")
+    parts = commands.train(configs[1])
+    assert without_times(parts) == without_times(whole) and weights(parts) == weights(whole)
+    assert column(whole, "loss")[0] == pytest.approx(0.6931472, rel=1e-6) and min(column(whole, "samples")) == 2
+    assert column(whole, "loss")[-1] != column(whole, "loss")[0]
+    found = [json.dumps(item) for item in quarantined(whole)]
+    for place, reason in {
+        "pairs.json:1": "rejected: 'A.' is the chosen answer too",
+        "0.tar/2.json": "rejected_response: is an empty answer",
+        "0.tar/3.json": "rejected_response: 3 is of type int",
+        "0.tar/4.json": "learns from pairs, and the record has one answer",
+        "0.tar/5.json": "rejected_response: 'Clip 5 is seen.' is the chosen answer too",
+        "q7": "learns from pairs",
+    }.items():
+        assert any(place in item and reason in item for item in found), (place, found)
 
 
 def test_a_mistake_that_one_of_two_processes_meets(world: World, commands: Commands, tmp_path: Path) -> None:

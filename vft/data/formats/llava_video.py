@@ -26,6 +26,7 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Archives, Format, messages
 from vft.data.records.files import json_files, parse_json, read_samples
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, is_stray, natural_order, resolve_path
+from vft.data.records.preferences import with_preference
 from vft.data.records.record import (
     TURN_KEYS,
     BadRecord,
@@ -53,7 +54,7 @@ KNOWN = messages.FIELDS | {*TURN_KEYS, "data_source"}
 
 
 class LlavaVideo(Format):
-    """The samples of one JSON file, or of every JSON file in a folder."""
+    """The samples of one JSON file, or of every JSON file in a folder; also pairs of answers."""
 
     settings = frozenset({"stream"})
     notes_inputs = True
@@ -70,7 +71,8 @@ class LlavaVideo(Format):
                 raise RecordError("video", f"is missing; the record has {list_keys(record)}")
             return messages.parse(locate_video(record, file, data.root), data.root)
 
-        return read_samples(self.files(find_path(data.root, source.path)), parse)
+        files = self.files(find_path(data.root, source.path))
+        return read_samples(files, parse, lambda record, _: [with_preference(record)])
 
     def open_archives(self, location: str) -> Archives:
         """The tar parts in the folder of the records at `location`: a JSON file, or all those in a folder, local or
@@ -91,7 +93,7 @@ class LlavaVideo(Format):
             for number, (line, value) in enumerate(parse_json(content, file), 1):
                 origin = f"{name}:{line}"
                 try:
-                    record = as_object(value)
+                    record = with_preference(as_object(value))
                     sample_id = unique_name(record_id(record, f"{Path(name).stem}-{number}"), seen)
                     video = check_text(record.get("video"), "video")
                     records[video].append(Sample(sample_id, (), origin, record, other_keys(record, KNOWN)))
@@ -194,7 +196,7 @@ class _ArchivedVideos:
                 clip.bad.append(error.at(sample.origin))
                 continue
             turns = tuple(replace(turn, parts=tuple(map(named, turn.parts))) for turn in parsed.turns)
-            fields = {key: value for key, value in sample.fields.items() if key != "conversations"}
+            fields = {key: value for key, value in sample.fields.items() if key not in TURN_KEYS}
             clip.samples.append(replace(sample, turns=turns, fields=fields, unread=parsed.unread))
 
     # ---------------------------------------------------------------------------- names of members and of videos

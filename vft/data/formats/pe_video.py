@@ -2,7 +2,8 @@
 another suffix.
 
 The caption is `human_caption` if people wrote one, else `model_caption`, else `description` (the split `extended` has
-none by people). The data set's card is the source of the layout and of the keys.
+none by people). A `rejected_response` beside it, which the data set has not, makes it the chosen answer of a pair. The
+data set's card is the source of the layout and of the other keys.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vft.common.types import MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Archives, Format, locate
 from vft.data.records.paths import VIDEO_SUFFIXES, is_stray
+from vft.data.records.preferences import REJECTED, check_answers
 from vft.data.records.record import BadRecord, RecordError, Records, check_text, list_keys, short_repr
 from vft.data.streaming.archives import SUFFIXES, ArchiveClip, DamagedArchive, EmptyArchive, copy_clips, list_files
 
@@ -123,9 +125,11 @@ def _read_clip(clip: ArchiveClip) -> None:
             empty = " (empty here)" if any(name in record for name in CAPTIONS) else ""
             raise RecordError("", f"no caption; the record has {keys}, read are {', '.join(CAPTIONS)}{empty}")
         caption = check_text(record[captions[0]], captions[0])
+        if record.get(REJECTED) is not None:
+            check_answers((captions[0], REJECTED), caption, check_text(record[REJECTED], REJECTED))
         ref = MediaRef("video", clip.files[video], field="mp4", member=clip.title(video))
         turns = (Turn("user", (ref,)), Turn("assistant", (caption,)))
-        unread = tuple(name for name in record if name not in CARD)
+        unread = tuple(name for name in record if name not in {*CARD, REJECTED})
         clip.samples.append(Sample(clip.key.rpartition("/")[2], turns, origin, record, unread))
     except RecordError as error:
         clip.bad.append(error.at(origin))

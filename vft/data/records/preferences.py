@@ -17,6 +17,7 @@ Single answers that are desirable or not become the turns and `desirable`, true 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, read_reasoning, short_repr
@@ -58,12 +59,17 @@ def with_preference(record: Record) -> Record:
         keys = [key, *keys]
     else:
         return _labelled(record, given)
+    check_answers(keys, chosen, rejected)
+    return record
+
+
+def check_answers(keys: Sequence[str], chosen: str, rejected: str) -> None:
+    """RecordError if one of two answers, which are under these keys, is empty, or if they are equal."""
     for name, text in zip(keys, (chosen, rejected), strict=True):
         if not text.strip():
             raise RecordError(name, EMPTY)
     if chosen.strip() == rejected.strip():
         raise RecordError(keys[1], f"{short_repr(rejected)} is the chosen answer too; take the record out")
-    return record
 
 
 def _labelled(record: Record, given: Record) -> Record:
