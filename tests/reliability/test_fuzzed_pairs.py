@@ -1,4 +1,5 @@
-"""Damaged records of pairs: a pair with every text and turn that the record has, or a line that names the place.
+"""Damaged records of pairs and of labelled answers: every text and turn that the record has, or a line that names the
+place.
 
 The same inputs in every run; `--count N` tries N of each form.
 """
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tests.helpers.formats import read_messages, read_source, write
 from tests.reliability.test_fuzzed_inputs import EDITS, check_samples, damaged, is_line
 from vft.common.types import Sample
-from vft.data.records.preferences import REJECTED
+from vft.data.records.preferences import DESIRABLE, REJECTED
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = {"role": "user", "content": "<video>What is it?"}
@@ -64,6 +65,12 @@ PAIRS: dict[str, dict[str, Any]] = {
         "idx": "0",
     },
 }
+LABELLED: dict[str, dict[str, Any]] = {
+    "TRL, label": {"prompt": [ASKED], "completion": [GOOD], "label": True, **VIDEO},
+    "LLaMA-Factory, kto_tag": {"conversations": [{"from": "human", "value": "Why?"}, GOOD], "kto_tag": False},
+    "ms-swift, label": {"messages": [ASKED, GOOD], "label": False, **VIDEO},
+}
+FORMS = PAIRS | LABELLED
 QUESTIONS = ("messages", "conversations", "prompt", "question")
 ANSWERS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 TEXT_KEYS = ("reasoning_content", "reasoning", "content", "value", "text")
@@ -86,14 +93,17 @@ def plain(text: str) -> str:
 
 def check_pair(record: dict[str, Any], sample: Sample) -> None:
     """Nothing of the record is lost, and nothing is there that the record lacks."""
-    rejected = sample.fields[REJECTED]
-    assert sample.turns[-1].role == "assistant"
-    assert rejected.strip() and rejected.strip() != sample.turns[-1].text.strip()
+    assert sample.turns[-1].role == "assistant" and sample.turns[-1].text.strip()
     asked = plain("".join(text for key in QUESTIONS if key not in sample.unread for text in leaves(record.get(key))))
     read = plain("".join(turn.text for turn in sample.turns))
     if record.get("system") and '"system"' not in json.dumps([record.get(key) for key in (*QUESTIONS, "chosen")]):
         read = read.removeprefix(plain(record["system"]))
-    assert read == asked + plain("".join(leaves(record.get("chosen"))))
+    assert read == asked + plain("".join(leaves(record.get("completion" if DESIRABLE in sample.fields else "chosen"))))
+    if DESIRABLE in sample.fields:
+        assert sample.fields[DESIRABLE] is record.get("kto_tag", record.get("label"))
+        return
+    rejected = sample.fields[REJECTED]
+    assert rejected.strip() and rejected.strip() != sample.turns[-1].text.strip()
     key = next(key for key in ANSWERS[1:] if record.get(key) is not None)
     given = plain("".join(leaves(record[key])))
     assert given.endswith(plain(rejected))
@@ -108,7 +118,7 @@ def check_records(path: Path, root: Path, records: list[dict[str, Any]], media: 
         assert is_line(str(error)) and error.message, error
         assert re.fullmatch(rf"{re.escape(path.name)}:[0-9]+", error.origin), error
     for sample in samples:
-        if isinstance(sample.fields.get(REJECTED), str):
+        if isinstance(sample.fields.get(REJECTED), str) or DESIRABLE in sample.fields:
             check_pair(records[int(sample.origin.rpartition(":")[2]) - 1], sample)
 
 
@@ -151,6 +161,9 @@ CHANGES: list[Callable[[dict[str, Any]], Any]] = [
     lambda record: record.update(rejected="<video><|im_end|> A <image> dog."),
     lambda record: record.update(rejected="dog " * 50_000),
     lambda record: record.update(rejected=None),
+    lambda record: record.update(label=1),
+    lambda record: record.update(completion="A mouse.", label=False),
+    lambda record: record.update(kto_tag=True),
     lambda record: record.update(chosen=[]),
     lambda record: record.update(rejected=[[BAD]]),
     lambda record: record.update(chosen={"content": "A cat.", "value": "A lion."}),
@@ -171,7 +184,7 @@ def changed(record: dict[str, Any], drawn: Any) -> Any:
     return found[0] if found else None
 
 
-@pytest.mark.parametrize("form", PAIRS)
+@pytest.mark.parametrize("form", FORMS)
 def test_damaged_pairs(tmp_path: Path, count: Callable[[int], int], form: str) -> None:
     for name in ("a.mp4", "0.jpg", "frames/1.jpg", "frames/2.jpg"):
         write(tmp_path / name)
@@ -185,7 +198,7 @@ def test_damaged_pairs(tmp_path: Path, count: Callable[[int], int], form: str) -
     )
     @given(drawn=CHANGED)
     def run(drawn: Any) -> None:
-        record = changed(PAIRS[form], drawn)
+        record = changed(FORMS[form], drawn)
         if not isinstance(record, dict):
             return
         try:

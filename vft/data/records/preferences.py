@@ -81,8 +81,11 @@ def _labelled(record: Record, given: Record) -> Record:
             raise RecordError(field, f"{short_repr(label)} must be true, for a desirable answer, or false")
     elif not isinstance(label, bool) or not given.keys() & set(TURN_KEYS):
         return record  # a label of another kind
-    kept = {name: value for name, value in given.items() if name not in (*LABELS, *PROMPTS, "completion")}
     key = next((key for key in TURN_KEYS if key in given), "messages")
+    read = (*LABELS, *PROMPTS, "completion") if "completion" in given else LABELS
+    kept = {name: value for name, value in given.items() if name not in read}
+    if "completion" not in given and key not in given:
+        raise RecordError(key, "is missing; give the prompt and the answer there")
     if "completion" in given:
         turns, answer = _answer(given["completion"], "completion")
         kept[key] = [*_prompt(given, turns, "completion"), {"role": "assistant", "content": answer}]
