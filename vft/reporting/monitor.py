@@ -32,15 +32,7 @@ from vft.distributed.process_group import World
 from vft.models.flops import Flops
 from vft.models.quantization import true_shapes
 from vft.reporting.pair_checks import PairChecks
-from vft.reporting.progress import (
-    LiveView,
-    RunState,
-    loss_text,
-    pairs_text,
-    resources_text,
-    scores_text,
-    speed_text,
-)
+from vft.reporting.progress import LiveView, RunState, scores_text, step_text
 
 logger = logging.getLogger(__name__)
 
@@ -288,9 +280,7 @@ class Monitor:
         self.state.add_step(line, time.monotonic())
         step, max_steps = line["step"], self.state.max_steps
         if not self.view.is_drawn and (step % self.config.log.every_steps == 0 or step == max_steps):
-            loss = f"loss {loss_text(line)}  lr {line['lr']:.2e}"
-            figures = (loss, pairs_text(line), speed_text(line), resources_text(line))
-            logger.info("step %d/%d  %s", step, max_steps, "  ".join(filter(None, figures)))
+            logger.info("step %d/%d  %s", step, max_steps, step_text(line))
 
     def evaluation(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Record and show the scores of an evaluation.

@@ -164,6 +164,12 @@ def scores_text(scores: Mapping[str, Interval]) -> str:
     return "  ".join(f"{name} {one.value:.4g}{one.how_cut}" for name, one in scores.items() if "/" not in name)
 
 
+def step_text(line: Mapping[str, Any]) -> str:
+    """A step in a line of the log."""
+    loss = f"loss {loss_text(line)}  lr {line['lr']:.2e}"
+    return "  ".join(filter(None, (loss, pairs_text(line), speed_text(line), resources_text(line))))
+
+
 def loss_text(line: Mapping[str, Any]) -> str:
     """A step's loss, or why there is none."""
     if line.get("num_targets") == 0:

@@ -74,15 +74,9 @@ def read_run(folder: Path) -> RecordedRun:
             for name, scores in read_json(answers / "scores.json").items()
             if isinstance(scores, dict)
         },
-        predictions={
-            name: [row for row in read_jsonl(file) if isinstance(row.get("prediction"), str)]
-            for name, file in files.items()
-        },
+        predictions={name: _rows(file, "prediction", str) for name, file in files.items()},
         quarantine=read_jsonl(folder / "quarantine.jsonl"),
-        pairs={
-            name: [row for row in read_jsonl(file.with_suffix(PAIRS)) if is_number(row.get("margin"))]
-            for name, file in files.items()
-        },
+        pairs={name: _rows(file.with_suffix(PAIRS), "margin", float) for name, file in files.items()},
     )
 
 
@@ -90,6 +84,11 @@ def read_jsonl(file: Path) -> list[Row]:
     """The objects in a JSONL file; none if there is no file."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     return [row for line in text.split("\n") if (row := _parse(line))]
+
+
+def _rows(file: Path, key: str, kind: type) -> list[Row]:
+    """Those in which `key` is of this kind."""
+    return [row for row in read_jsonl(file) if isinstance(row.get(key), kind)]
 
 
 def read_json(file: Path) -> Row:
