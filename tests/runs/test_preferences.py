@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,17 +13,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from markupsafe import escape
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.runs.commands import CAPTION, Commands, column, largest_difference, metrics
 from tests.runs.processes import run_together
-from tests.runs.world import ANSWERS, PROMPT, TEXTS, World
+from tests.runs.world import ANSWERS, FULL_TUNING, PROMPT, TEXTS, World, damage
+from vft.config.run import load
+from vft.preparation.documents import load_training
+from vft.preparation.planning import Planner
+from vft.preparation.run import open_for_training
+from vft.preparation.synthetic import filled_row
+from vft.recipes import task_of
 from vft.reporting.run_folder import read_jsonl
-from vft.training.preferences import FIGURES, KINDS, KTO
+from vft.training import reference
+from vft.training.preferences import FIGURES, KINDS, KTO, Preference, objective_of
 
 WRONG = {colour: f"Nothing at all, and no {colour} bar." for colour in ANSWERS}
 """A rejected answer for each clip."""
+ONCE = {"objective": {"reference_passes": "once"}}
+STREAMED = {"data": {"sources": [{"format": "pe_video", "path": "pe", "stream": True}]}}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +229,157 @@ def test_reference_of_an_adapter_that_is_gone_on_with(
     assert other["log_p_chosen"] == first["log_p_chosen"] and abs(other["reward_chosen"]) > 0.1
 
 
+@pytest.mark.parametrize(("kind", "begin"), [("dpo", "base"), ("dpo", "adapter"), ("kto", "base")])
+def test_reference_once_as_in_every_step(
+    world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str, begin: str
+) -> None:
+    base: dict[str, Any] = {}
+    if begin == "adapter":
+        tuned = commands.train(world.config(tmp_path / "tuned.toml", {"lora": {"rank": 8, "alpha": 16}}))
+        base = {"model": {"adapter": str(tuned / "adapter")}}
+    every_step, once = (
+        commands.train(world.config(tmp_path / f"{n}.toml", settings(pairs, kind), base, one), "train.max_steps=6")
+        for n, one in enumerate(({}, ONCE))
+    )
+    for name in ("loss", "grad_norm", *(KTO if kind == "kto" else Preference).figures):
+        assert column(once, name) == pytest.approx(column(every_step, name), rel=1e-6, abs=1e-6), name
+
+
+def test_full_tuning_from_what_the_base_was(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """Also if a resumed run finds the cache gone, and with two processes. Held-out pairs have no rewards then."""
+    held_out = {"every_steps": 4, "max_new_tokens": 2, "sources": [{"format": "messages", "path": pairs}]}
+
+    def trained(name: str, processes: int, *steps: int, **more: Any) -> Path:
+        cache = tmp_path / f"{name}-cache"
+        own = {**FULL_TUNING, "data": {"cache_dir": str(cache)}}
+        config = world.config(tmp_path / f"{name}.toml", settings(pairs, learning_rate=1e-3), own, more)
+        for count in steps:
+            shutil.rmtree(cache, ignore_errors=True)
+            for one in run_together(commands, processes, CAPTION, config, f"train.max_steps={count}"):
+                one.ok()
+        return config.with_suffix("")
+
+    whole, stopped = trained("whole", 1, 4, eval=held_out), trained("stopped", 1, 2, 4)
+    scored, *lines, scored_last = metrics(whole)
+    assert "eval_likelier_chosen" in scored.keys() & scored_last.keys() and "eval_reward_margin" not in scored
+    first, last = lines[0], lines[-1]
+    assert first["loss"] == pytest.approx(0.6931472, rel=1e-6)
+    assert (first["reward_chosen"], first["reward_rejected"], first["reward_accuracy"]) == (0.0, 0.0, 0.5)
+    assert last["reward_chosen"] - last["reward_rejected"] > 0.1
+    two = metrics(trained("two", 2, 2, 4))
+    for name in ("loss", "grad_norm", *FIGURES):
+        assert [line[name] for line in lines] == column(stopped, name), name
+        for one, other in zip(lines, two, strict=True):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
+    files = [folder / "model" / "model.safetensors" for folder in (whole, stopped)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_the_reference_computed_is_kept(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """For other runs, too. Half a file is completed, and a damaged one made again."""
+
+    def trained(name: str, *overrides: str) -> str:
+        config = world.config(tmp_path / f"{name}.toml", settings(pairs), ONCE, {"data": {"cache_dir": str(tmp_path)}})
+        return commands.run(CAPTION, config, "train.max_steps=1", *overrides).ok().stderr
+
+    def values() -> torch.Tensor:
+        return torch.frombuffer(bytearray(file.read_bytes())[32:], dtype=torch.float32)
+
+    assert "computes log-probabilities of 7 of 7 documents, once" in trained("first")
+    (file,) = (tmp_path / "reference").glob("*.bin")
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert values().isfinite().all() and (values() < 0).all() and len(values()) == 22
+    assert "computes" not in trained("second", "objective.kind=ipo", "objective.beta=0.2", "lora.rank=4", "seed=1")
+    assert file.stat().st_mtime_ns == written
+
+    half = values()
+    half[8:] = torch.nan
+    reference._write(file, file.stem, half)
+    assert "computes log-probabilities of 5 of 7 documents" in trained("half")
+    torch.testing.assert_close(values(), torch.frombuffer(bytearray(whole)[32:], dtype=torch.float32))
+    assert torch.equal(values()[:8], half[:8])
+
+    file.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    message = trained("damaged")
+    assert "damaged; the reference computes again" in message and "of 7 of 7" in message
+    assert file.read_bytes() == whole
+    file.write_bytes(whole[:-1])
+    assert reference._read(file, file.stem) is None
+
+
+def test_what_the_reference_depends_on(world: World, tmp_path: Path, pairs: str) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(world.root, root)
+
+    def key(**setting: Any) -> str:
+        own = {"data": {"root": str(root), "cache_dir": str(tmp_path)}, **ONCE}
+        config = load(world.config(tmp_path / "run.toml", settings(pairs), own, setting))
+        prepared, objective = open_for_training(config), objective_of(config)
+        assert isinstance(objective, Preference)
+        documents = load_training(task_of(config), config, prepared.encoder(config.data))
+        return reference._key(objective, prepared, config, documents)
+
+    first = key()
+    assert key(seed=3, objective={"beta": 0.5}, lora={"rank": 2}, train={"learning_rate": 1.0}) == first
+    other_media = {"video": {"frames": 2}}
+    keys = {first, key(data=other_media), key(train={"precision": "bf16"}), key(model={"quantize": "nf4"})}
+    keys |= {key(model={"path": str(world.other_base)}), key(**FULL_TUNING), key(data={"pack_tokens": 300})}
+    os.utime(root / "red.mp4", (1, 1))
+    keys |= {second := key()}
+    (root / pairs).write_text((root / pairs).read_text().replace("Grey", "Gray"))
+    keys |= {key()}
+    assert len(keys) == 9 and second != first
+
+
+def test_clips_that_the_reference_cannot_see(world: World, commands: Commands, tmp_path: Path, pairs: str) -> None:
+    """They are left out from the first step on, and replaced as in a run that meets them later."""
+    root = tmp_path / "data"
+    shutil.copytree(world.root, root)
+    damage(root / "red.mp4")
+    own = {"data": {"root": str(root), "cache_dir": str(tmp_path), "max_bad_fraction": 0.2}}
+    files = [world.config(tmp_path / f"{n}.toml", settings(pairs), own, one) for n, one in enumerate(({}, ONCE))]
+    every_step, once = (commands.train(file, "train.max_steps=6") for file in files)
+    assert column(every_step, "sample_digest") == column(once, "sample_digest")
+    assert column(every_step, "loss") == pytest.approx(column(once, "loss"), rel=1e-6)
+    assert [json.loads(line)["path"] for line in (once / "quarantine.jsonl").read_text().splitlines()] == [
+        f"{root}/red.mp4"
+    ]
+    again = commands.run(CAPTION, files[1], "train.max_steps=8").ok()
+    assert "of 1 of 7 documents" in again.stderr
+    strict = commands.run(CAPTION, files[1], f"output_dir={tmp_path / 'strict'}", "data.max_bad_fraction=0.1")
+    assert "2 of 11 samples can't be used" in strict.error
+
+
+def test_what_the_reference_cannot_compute_or_keep(
+    world: World, commands: Commands, tmp_path: Path, pairs: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    own = {"data": {"cache_dir": str(tmp_path)}}
+    config = world.config(tmp_path / "run.toml", settings(pairs), ONCE, own)
+    error = commands.run(CAPTION, config, f"model.path={base}").error
+    assert re.search(r"pairs.jsonl:\d+: by the reference its answers have the log-probabilities \[.*nan", error)
+    shutil.rmtree(tmp_path / "reference")
+    (tmp_path / "reference").write_text("")
+    other = f"output_dir={tmp_path / 'other'}"
+    assert re.search("reference.*: can't be written .*data.cache_dir", commands.run(CAPTION, config, other).error)
+
+
+def test_a_plan_without_a_pass_of_the_reference(world: World, tmp_path: Path, pairs: str) -> None:
+    """The reference's pass is nearly half of what a step computes besides, layers of adapters in between."""
+    flops = {}
+    for passes in ("every_step", "once"):
+        own = {"objective": {"reference_passes": passes}, "parallel": {"activation_checkpointing": "none"}}
+        config = load(world.config(tmp_path / "run.toml", settings(pairs), own))
+        planner = Planner(objective_of(config))
+        row = filled_row(planner.model_of(config).processor, config.data, 64, answers=2)
+        flops[passes] = planner.kernels_of(config, row).product_flops
+    assert 1.35 < flops["every_step"] / flops["once"] < 1.5
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_packed_and_alone(world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str) -> None:
     """A step of all pairs, in one row or each in its own with its own copy of the video."""
@@ -303,8 +467,25 @@ def test_public_sets(world: World, commands: Commands, tmp_path: Path) -> None:
         ({"chosen": "A.", "rejected": "B."}, {}, "pairs.jsonl:1: chosen: needs one prompt"),
         ({"prompt": "x", "question": "y", "chosen": "A.", "rejected": "B."}, {}, "chosen: needs one prompt.*question"),
         ({}, {"objective": {"kind": "dpo", "gamma": 1.0}}, "gamma = 1.0 is of simpo"),
-        ({}, {"objective": {"kind": "orpo", "reference": "base"}}, "orpo has none"),
-        ({}, {"lora": None, "model": {"train": ["language_model"]}}, r"needs a \[lora\] table"),
+        ({}, {"objective": {"kind": "orpo", "reference": "base"}}, "orpo has no reference"),
+        (
+            {},
+            {**FULL_TUNING, "objective": {"kind": "dpo", "reference_passes": "every_step"}},
+            r"reference_passes = .every_step. needs a \[lora\] table",
+        ),
+        (
+            {},
+            {"objective": {"kind": "simpo", "reference_passes": "once"}},
+            "reference_passes = .*simpo has no reference",
+        ),
+        ({}, {"objective": {"kind": "dpo", "reference_passes": "twice"}}, "objective.reference_passes"),
+        ({}, {**STREAMED, "objective": {"kind": "dpo", "reference_passes": "once"}}, "once.: .pe. has stream = true"),
+        (
+            {"prompt": "<video>What?", "chosen": "A.", "rejected": "B."},
+            {**FULL_TUNING, "eval": {"every_steps": 1, "best_metric": "reward_margin"}},
+            "eval.best_metric = 'reward_margin': caption has .*loss, likelier_chosen $",
+        ),
+        ({}, {**STREAMED, **FULL_TUNING}, "once.: .pe. has stream = true"),
         ({}, {"objective": {"kind": "kto", "rpo_alpha": 1.0}}, "rpo_alpha = 1 is of pairs"),
         ({}, {"objective": {"kind": "dpo", "desirable_weight": 1.0}}, "desirable_weight = 1.0 is of kto"),
         ({"prompt": "<video>What?", "completion": "A.", "label": True}, {}, "pairs.jsonl:1: rejected_response: .*dpo"),

@@ -384,6 +384,8 @@ class Document:
     """`Conversation.desirable` of each sample."""
     conversations: tuple[Conversation, ...] = ()
     """What it was made of."""
+    number: int | None = None
+    """In the index of the data, if it comes from there to be trained on."""
 
     @property
     def num_tokens(self) -> int:

@@ -217,8 +217,8 @@ class DataConfig(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Fraction of the clips, from 0 to 1, that may fail before the run stops."""
     cache_dir: str = ""
-    """Folder of the index, of plans of large data sets and of cached frames. Empty: the environment variable
-    `VFT_CACHE`, or `~/.cache/vft`."""
+    """Folder of the index, of plans of large data sets, of cached frames and of what references have computed. Empty:
+    the environment variable `VFT_CACHE`, or `~/.cache/vft`."""
     cache: Literal["none", "frames"] = "none"
     """`frames`: store the decoded and resized frames of videos below `cache_dir`, so that a clip is decoded once for
     all epochs, evaluations and runs with the same limits. Not for pictures, nor for sources with `stream = true`."""

@@ -254,6 +254,10 @@ class ObjectiveConfig(Section):
     reference: Literal["start", "base"] | None = None
     """What the model is compared with: `start`, as it was when training began, or `base`, without any adapter. None:
     `start`, if its kind has a reference."""
+    reference_passes: Literal["every_step", "once"] | None = None
+    """When the reference computes: in `every_step`, by one more pass over each row, or `once` for all records, before
+    the first step; its log-probabilities are kept below `data.cache_dir`. None: `every_step`, without a `[lora]` table
+    `once`, because full fine-tuning changes what it is compared with."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """`dpo`: the fraction of pairs whose answers may be the wrong way round. None: 0."""
     gamma: NonNegativeFloat | None = None
@@ -295,8 +299,9 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"rpo_alpha = {self.rpo_alpha:g} is of pairs, and kto learns from single answers: take it out"
             )
-        if self.reference is not None and not self.needs_reference:
-            raise ValueError(f"reference = {show(self.reference)}: {self.kind} has none; take it out")
+        for name in ("reference", "reference_passes"):
+            if getattr(self, name) is not None and not self.needs_reference:
+                raise ValueError(f"{name} = {show(getattr(self, name))}: {self.kind} has no reference; take it out")
         return self
 
 
@@ -416,12 +421,17 @@ class Config(Section):
             raise ValueError(
                 f"model.quantize = {show(self.model.quantize)} needs a [lora] table: weights of 4 bits can't be trained"
             )
-        if self.objective is not None and self.objective.needs_reference and self.lora is None:
-            raise ValueError(
-                f"objective.kind = {show(self.objective.kind)} needs a [lora] table: its reference is the model "
-                "without the adapter; simpo and orpo need none"
-            )
         streamed = self.data.streamed
+        if self.lora is None and self.objective is not None and self.objective.reference_passes == "every_step":
+            raise ValueError(
+                'objective.reference_passes = "every_step" needs a [lora] table: full fine-tuning changes the weights '
+                "of the reference; take it out"
+            )
+        if self.reference_once and streamed:
+            raise ValueError(
+                f'objective.reference_passes = "once": {show(streamed[0].path)} has stream = true, so that its records '
+                'are not known before training; take that out, or have a [lora] table and "every_step"'
+            )
         if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
         if streamed and self.objective is not None and self.objective.kind == "kto":
@@ -445,6 +455,19 @@ class Config(Section):
     def answers(self) -> int:
         """How many answers to a prompt are learnt from together."""
         return 1 if self.objective is None else 2
+
+    @property
+    def reference_once(self) -> bool:
+        """Whether the objective's reference computes before training, and not in every step."""
+        objective = self.objective
+        if objective is None or not objective.needs_reference:
+            return False
+        return self.lora is None or objective.reference_passes == "once"
+
+    @property
+    def rewards_held_out(self) -> bool:
+        """Whether held-out pairs get rewards: if a reference is there as long as training goes on."""
+        return self.objective is not None and self.objective.needs_reference and self.lora is not None
 
     def require_training(self) -> None:
         """Check what training needs, unlike prediction and evaluation.

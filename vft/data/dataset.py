@@ -29,7 +29,7 @@ from vft.data import formats as sources
 from vft.data.budget import Fit, PlannedMedia, check_spans, fit, limits_of, plan_conversation
 from vft.data.chat import ChatEncoder
 from vft.data.media.errors import MediaError
-from vft.data.media.index import Index, build
+from vft.data.media.index import Index, StoredIndex, build
 from vft.data.media.timed_text import with_frame_times
 from vft.data.packing import PackPlan
 from vft.data.quarantine import BadItem, check_bad
@@ -86,7 +86,7 @@ class Dataset:
 
         self.num_paired: dict[str, int] = {}
         """Records with a rejected answer beside the chosen one, by the path of their source."""
-        self.index: Index | None = None
+        self.index: Index | StoredIndex | None = None
         """The scans behind `info`, if there is an index."""
         self.notes: list[str] = []
         """What to tell the user about the records, a line each."""

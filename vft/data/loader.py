@@ -390,6 +390,7 @@ class Loader:
         self, document: Document, number: int | None = None, clip: ArchiveClip | None = None, source: str = ""
     ) -> PendingDocument:
         """Start decoding the media of a document, unless one is known to be bad."""
+        document.number = number
         frames, processor = NO_CACHE if number is None else self._frames, self.dataset.encoder.processor
         patches = []
         if self.bad.agreed(document, source) is None:

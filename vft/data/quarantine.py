@@ -122,8 +122,8 @@ class BadItemLog:
         self._agreed: frozenset[tuple[str, str]] = frozenset()
 
     def restore(self, items: Iterable[BadItem], encountered: Encountered) -> None:
-        """Continue from what an earlier run knew."""
-        self.known = {item.key: item for item in items}
+        """Continue from what an earlier run knew, beside what this one has found before."""
+        self.known |= {item.key: item for item in items}
         self.encountered = encountered
         self.begin_step()
 

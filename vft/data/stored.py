@@ -134,16 +134,16 @@ def _key(
     places = [os.path.abspath(config.root), *map(os.path.realpath, [config.root, *paths])]
     records = places, [(str(path), one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True)]
     settings = config.model_dump(exclude=INDIFFERENT), [source.model_dump() for source in wanted]
-    code = _code(), [version(library) for library in LIBRARIES]
+    code = code_digest(), [version(library) for library in LIBRARIES]
     asked = type(task).__qualname__, repr(task), about, seed, split
     return digest(repr((records, settings, code, asked, encoder.fingerprint)))
 
 
 @cache
-def _code() -> str:
-    """A digest of the code that plans depend on: nobody has to remember to raise a version."""
+def code_digest(folders: Sequence[str] = CODE) -> str:
+    """A digest of the code that plans depend on, or of other folders: nobody has to remember to raise a version."""
     content, package = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(file for folder in CODE for file in (package / folder).rglob("*.py")):
+    for file in sorted(file for folder in folders for file in (package / folder).rglob("*.py")):
         content.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return content.hexdigest()
 
@@ -262,7 +262,7 @@ class StoredDataset(Dataset):
         self, encoder: ChatEncoder, config: DataConfig, index: StoredIndex, tables: dict[str, pa.Table], about: Any
     ) -> None:
         super().__init__(encoder, config, index.info)
-        self._tables = tables
+        self._tables, self.index = tables, index
         documents = tables["documents"]
         self.samples = tuple(documents.column("samples").to_pylist())
         self.weights = tuple(documents.column("weight").to_pylist())

@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -80,16 +80,10 @@ def evaluate(
     """
     limit = settings.max_samples
     asked = questions(held_out.conversations, limit)
-    try:
-        with torch.compiler.set_stance("force_eager"):  # training's graphs would be compiled anew for these shapes
-            results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-            of_documents = held_out_scores(answerer, held_out, limit, reference, file.with_suffix(".pairs.jsonl"))
-    finally:
-        for module in answerer.model.modules():
-            if isinstance(module, FSDPModule):
-                # Without a backward pass the root's weights stay gathered (and those of layers that are not resharded
-                # after a forward pass), in tensors that the optimizer and checkpoints know nothing of.
-                module.reshard()
+    # Training's graphs would be compiled anew for these shapes.
+    with evaluating(answerer.model), torch.compiler.set_stance("force_eager"):
+        results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
+        of_documents = held_out_scores(answerer, held_out, limit, reference, file.with_suffix(".pairs.jsonl"))
     answers = [result for result in results if isinstance(result, Answer)]
     failures = [result for result in results if isinstance(result, Failure)]
     if failures:
@@ -147,6 +141,23 @@ def questions_digest(held_out: Dataset, limit: int = 0) -> str:
     return digest(repr(sorted(map(repr, content))))
 
 
+@contextmanager
+def evaluating(model: VideoLanguageModel) -> Iterator[None]:
+    """In it the model is in evaluation mode and builds no graph; at the end its weights are sharded as in training."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Without a backward pass the root's weights stay gathered (and those of layers that are not resharded
+                # after a forward pass), in tensors that the optimizer and checkpoints know nothing of.
+                module.reshard()
+
+
 class _PackPlanWithGaps(PackPlan):
     """Leaves the place of a document that cannot be decoded empty: a replacement would count twice."""
 
@@ -155,7 +166,17 @@ class _PackPlanWithGaps(PackPlan):
         return None
 
 
-@torch.no_grad()
+def each_once(
+    documents: Dataset, numbers: Collection[int], pool: WorkerPool, parallel: DataParallel, world: World, seed: int = 0
+) -> tuple[Loader, int]:
+    """A loader of the documents with these numbers, each once, and how many steps it has for that."""
+    whole, chosen = documents.pack_plan(seed), frozenset(numbers)
+    weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
+    plan = _PackPlanWithGaps(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
+    loader = Loader(documents, plan, pool, parallel, parallel.size, 4, last_epoch=0, device=world.device)
+    return loader, math.ceil(len(plan.packs(0)) / parallel.size)
+
+
 def held_out_scores(
     answerer: Answerer,
     held_out: Dataset,
@@ -169,20 +190,12 @@ def held_out_scores(
 
     For its interval documents are drawn anew, those about one video together: their losses over their tokens.
     """
-    model, device, parallel = answerer.model, answerer.world.device, answerer.parallel
-    whole = held_out.pack_plan(seed=0)
-    chosen = frozenset(spread(len(whole.lengths), limit))
-    weights = tuple(float(i in chosen) for i in range(len(whole.lengths)))
-    plan = _PackPlanWithGaps(whole.lengths, whole.samples, weights, whole.pack_tokens, whole.max_samples, whole.seed)
-    loader = Loader(
-        held_out, plan, answerer.pool, parallel, parallel.size, prefetch_packs=4, last_epoch=0, device=device
-    )
+    model, parallel = answerer.model, answerer.parallel
+    numbers = spread(len(held_out.documents), limit)
+    loader, steps = each_once(held_out, numbers, answerer.pool, parallel, answerer.world)
     has_pairs = any(one.rejected is not None for one in held_out.conversations)
     found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix], list[Conversation]]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        steps = math.ceil(len(plan.packs(0)) / parallel.size)
+    with evaluating(model):
         for step in range(steps):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
             for pack in loader.step(is_last=step == steps - 1):
@@ -197,8 +210,6 @@ def held_out_scores(
                     files = files_of(plan.ref for plan in document.media)
                     texts = [one for one in document.conversations if one.rejected is not None]
                     found.append((step * parallel.size + pack.slot, document.sample_ids, files, own, texts))
-    finally:
-        model.train(was_training)
     in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
     if not in_order:
         return {}

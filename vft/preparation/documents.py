@@ -144,7 +144,8 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
         for question, scores in zip(examples, equal_scores, strict=True)
     ]
     metrics, best = [*(task.score(answers) if answers else ()), "loss"], config.eval.best_metric
-    metrics += PAIR_SCORES if any(one.rejected is not None for one in held_out.conversations) else ()
+    if any(one.rejected is not None for one in held_out.conversations):
+        metrics += PAIR_SCORES if config.rewards_held_out else PAIR_SCORES[:1]
     if best and examples and "/" not in best and best not in metrics:
         known = ", ".join(name for name in metrics if "/" not in name)
         raise UserError(f"eval.best_metric = {best!r}: {task.name} has {known}")

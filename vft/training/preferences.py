@@ -4,7 +4,7 @@ with KTO, an answer that is desirable or not, and that to another prompt.
 Log-probabilities are of an answer and the token that closes it, given everything before it. In the formulas c and r are
 those of the chosen and the rejected answer, c0 and r0 those of the reference, nc and nr their tokens, and b is `beta`.
 The reference is the same model without its adapter, or with the one that training goes on from: one more pass over the
-same row, without a graph.
+same row, without a graph. Or it has computed before the first step (`vft.training.reference`).
 
 TRL's trainers also count the line break that some templates write behind the closing token.
 """
@@ -121,8 +121,9 @@ class Preference(Objective):
 
     figures: tuple[str, ...] = FIGURES
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
+    def __init__(self, config: ObjectiveConfig, known: Callable[[Batch], Tensor] | None = None) -> None:
+        """With `known` no step has a pass of the reference: that has the log-probability of each suffix [suffixes]."""
+        self.config, self.known = config, known
         self._start: list[tuple[Tensor, Tensor]] = []
 
     def needs_start(self, base: ModelConfig) -> bool:
@@ -161,6 +162,8 @@ class Preference(Objective):
 
     def of_reference(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """The reference's log-probability of each suffix [suffixes], without a graph."""
+        if self.known is not None:
+            return self.known(batch)
         with torch.no_grad(), self.reference(model):
             return by_suffix(model, batch)
 
@@ -180,8 +183,8 @@ class KTO(Preference):
     (rejected) answers, of what they are of pairs."""
     looks_ahead = True
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ObjectiveConfig, known: Callable[[Batch], Tensor] | None = None) -> None:
+        super().__init__(config, known)
         self._kl = torch.zeros(())
         self._references: deque[Tensor] = deque()
 
@@ -219,6 +222,11 @@ class KTO(Preference):
         share, kl, *parts = means
         of_sort = [part / of if of else math.nan for part, of in zip(parts, [share, 1 - share] * 3, strict=True)]
         return super().named([share, kl, *of_sort])
+
+
+def nothing_known(batch: Batch) -> Tensor:
+    """In place of log-probabilities that a row made for planning does not have, zero for each suffix [suffixes]."""
+    return torch.zeros(batch.num_suffixes, device=batch.input_ids_T.device)
 
 
 def _won(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -260,4 +268,5 @@ def objective_of(config: Config) -> Objective:
     """The objective that a configuration names."""
     if config.objective is None:
         return cross_entropy
-    return (KTO if config.objective.kind == "kto" else Preference)(config.objective)
+    kind = KTO if config.objective.kind == "kto" else Preference
+    return kind(config.objective, nothing_known if config.reference_once else None)

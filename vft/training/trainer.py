@@ -71,6 +71,7 @@ from vft.training.checks import (
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, clip, learning_rate, scale_gradients, set_learning_rate
 from vft.training.preferences import Preference
+from vft.training.reference import computed_once
 from vft.training.run_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,9 @@ class Trainer:
         """Train up to `max_steps` with evaluations and checkpoints, then export."""
         with locked_folder(self.config, self.facts) if self.world.is_main else nullcontext():
             self.data.report_unusable()
+            if isinstance(self.objective, Preference) and self.config.reference_once:
+                # Before a checkpoint replaces the weights that the reference has.
+                self.objective.known = computed_once(self.objective, self.prepared, self.config, self.data, self.world)
             self.resume()
             self.memory_preflight()
             first = self.step
@@ -334,7 +338,7 @@ class Trainer:
         name = f"step-{step:06d}"
         file, objective = folder / "predictions" / f"{name}.jsonl", self.objective
         reference = None
-        if isinstance(objective, Preference) and objective.config.needs_reference:
+        if isinstance(objective, Preference) and self.config.rewards_held_out:
             reference = objective.reference
         scores = evaluate(self.task, self.answerer, held_out, limits, file, reference)
         if self.world.is_main:

@@ -291,7 +291,7 @@ def test_another_plan_is_another_key(root: Path, loaded: Loaded, monkeypatch: py
     monkeypatch.setattr(encoder.tokenizer, "chat_template", encoder.tokenizer.chat_template + " ")
     loaded(config, ChatEncoder(encoder.tokenizer, encoder.processor, encoder.end_ids))
     assert loaded.planned == len(runs) + 1
-    monkeypatch.setattr(stored, "_code", lambda: "another version")
+    monkeypatch.setattr(stored, "code_digest", lambda: "another version")
     loaded(config, template)
     assert loaded.planned == len(runs) + 2
     assert len(list((root.parent / "cache" / "plans").glob("*/"))) == stored.KEPT

@@ -113,17 +113,17 @@ class StoredIndex:
 
     def __init__(self, table: pa.Table) -> None:
         """`table` is `Index.table`."""
-        self._table = table
+        self.table = table
 
     def info(self, ref: MediaRef) -> MediaInfo:
         """As `Index.info`."""
         return join_scans(ref, [self._info(key) for key in _keys_of(ref)])
 
     def _info(self, key: Key) -> MediaInfo:
-        paths = self._table.column("path")
+        paths = self.table.column("path")
         number = bisect_left(range(len(paths)), key[1], key=lambda i: paths[i].as_py())
         while paths[number].as_py() == key[1]:
-            (row,) = self._table.slice(number, 1).to_pylist()
+            (row,) = self.table.slice(number, 1).to_pylist()
             if row["kind"] == key[0]:
                 if row["reason"] is not None:
                     raise MediaError(row["reason"], row["message"])
@@ -136,11 +136,11 @@ class StoredIndex:
     def is_current(self) -> bool:
         """Whether all files are as they were: the good ones unchanged, the others bad for the same reason."""
         with ThreadPoolExecutor(STAT_THREADS) as threads:
-            same = all(threads.map(_are_unchanged, self._table.to_batches(max_chunksize=STAT_BATCH)))
+            same = all(threads.map(_are_unchanged, self.table.to_batches(max_chunksize=STAT_BATCH)))
         return same and all(os.path.realpath(folder) == folder for folder in self._folders())
 
     def _folders(self) -> set[str]:
-        batches = self._table.to_batches(max_chunksize=STAT_BATCH)
+        batches = self.table.to_batches(max_chunksize=STAT_BATCH)
         return {os.path.dirname(path) for batch in batches for path in batch.column("path").to_pylist()}
 
 
