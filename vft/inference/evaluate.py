@@ -35,6 +35,7 @@ from vft.distributed.process_group import DataParallel, World, all_of, make_mesh
 from vft.inference.answers_file import Line, as_text, evaluation_line
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
+from vft.inference.kept_answers import KeptAnswers
 from vft.metrics import mean_interval, parts_to_json, ratio_interval
 from vft.models.base import VideoLanguageModel
 from vft.preparation.documents import PAIR_SCORES, load_held_out, questions, spread, warn_of_overlap
@@ -78,26 +79,42 @@ def evaluate(
     The answers go to `file`, a line each, and held-out pairs to `NAME.pairs.jsonl` beside it. Every process must call
     it; all get the same scores.
     """
-    limit = settings.max_samples
-    asked = questions(held_out.conversations, limit)
+    pairs_file = file.with_suffix(".pairs.jsonl")
     # Training's graphs would be compiled anew for these shapes.
     with evaluating(answerer.model), torch.compiler.set_stance("force_eager"):
-        results = list(answerer.answers(asked, Sampling(settings.max_new_tokens), settings.batch_size))
-        of_documents = held_out_scores(answerer, held_out, limit, reference, file.with_suffix(".pairs.jsonl"))
+        answers, counts = answer_questions(answerer, held_out, settings, file)
+        of_documents = held_out_scores(answerer, held_out, settings.max_samples, reference, pairs_file)
+    scores = task.score(answers) if answers else {}
+    return {**scores, **of_documents, **counts}
+
+
+def answer_questions(
+    answerer: Answerer,
+    held_out: Dataset,
+    settings: EvalConfig,
+    file: Path,
+    kept: KeptAnswers | None = None,
+) -> tuple[list[Answer], dict[str, Interval]]:
+    """Answers to (`max_samples`) held-out questions, and the counts `answered`, `unreadable` and `cut_off`. They go to
+    `file`, a line each; what `kept` knows is not asked again."""
+    asked = questions(held_out.conversations, settings.max_samples)
+    results = [] if kept is None else kept.known(asked)
+    for result in answerer.answers(asked[len(results) :], Sampling(settings.max_new_tokens), settings.batch_size):
+        results.append(result)
+        if kept is not None:
+            kept.add(result)
     answers = [result for result in results if isinstance(result, Answer)]
     failures = [result for result in results if isinstance(result, Failure)]
     if failures:
         logger.warning("%d of %d questions cannot be asked: %s", len(failures), len(asked), failures[0].message)
     if answerer.world.is_main:
         replace_text(file, "".join(as_text(evaluation_line(answer)) for answer in answers))
-    scores = task.score(answers) if answers else {}
-    scores |= of_documents
     cut_off = sum(answer.is_cut_off for answer in answers)
     if cut_off:
         limit_set = f"eval.max_new_tokens = {settings.max_new_tokens}"
         logger.warning("%s: %d of %d answers were cut off at %s: raise it", file.stem, cut_off, len(answers), limit_set)
     counts = {"answered": len(answers), "unreadable": len(held_out.bad) + len(failures), "cut_off": cut_off}
-    return {**scores, **{name: Interval.point(count) for name, count in counts.items()}}
+    return answers, {name: Interval.point(count) for name, count in counts.items()}
 
 
 def score_all(

@@ -175,7 +175,8 @@ def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Que
     """The questions of an evaluation, at most `limit` of them (0: all).
 
     The reference is the last answer of a conversation without its reasoning, beside the other right answers that its
-    record lists. Conversations with equal prompts, media and options (in any order) are one question.
+    record lists. Conversations with equal prompts, media and options (in any order) are one question, unless the fact
+    `apart` differs.
     """
     by_content: dict[object, Question] = {}
     for conversation in conversations:
@@ -184,7 +185,8 @@ def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Que
         last = max(i for i, turn in enumerate(conversation.turns) if turn.role == "assistant")
         turns, options = conversation.turns[:last], conversation.options
         prompt = Conversation(conversation.id, turns, conversation.origin, options, conversation.facts)
-        key = (conversation.media_key, tuple((turn.role, turn.text) for turn in turns), frozenset(options))
+        shown = tuple((turn.role, turn.text) for turn in turns)
+        key = (conversation.media_key, shown, frozenset(options), conversation.facts.get("apart"))
         question = by_content.get(key, Question(conversation.id, prompt, ()))
         answer = split_reasoning(conversation.turns[last].text)[1]
         # An option's text may have white space around it that the answer lacks.
