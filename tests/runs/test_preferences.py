@@ -294,7 +294,7 @@ def test_what_the_reference_computed_is_kept(world: World, commands: Commands, t
 
     half = values()
     half[8:] = torch.nan
-    reference._write(file, file.stem, half)
+    reference._write(file, half)
     assert "computes log-probabilities of 5 of 7 documents" in trained("half")
     torch.testing.assert_close(values(), torch.frombuffer(bytearray(whole)[32:], dtype=torch.float32))
     assert torch.equal(values()[:8], half[:8])
@@ -304,7 +304,7 @@ def test_what_the_reference_computed_is_kept(world: World, commands: Commands, t
     assert "damaged; the reference computes again" in message and "of 7 of 7" in message
     assert file.read_bytes() == whole
     file.write_bytes(whole[:-1])
-    assert reference._read(file, file.stem) is None
+    assert reference._read(file) is None
 
 
 def test_what_the_reference_depends_on(world: World, tmp_path: Path, pairs: str) -> None:
@@ -361,7 +361,7 @@ def test_what_the_reference_cannot_compute_or_keep(
     own = {"data": {"cache_dir": str(tmp_path)}}
     config = world.config(tmp_path / "run.toml", settings(pairs), ONCE, own)
     error = commands.run(CAPTION, config, f"model.path={base}").error
-    assert re.search(r"pairs.jsonl:\d+: by the reference its answers have the log-probabilities \[.*nan", error)
+    assert re.search(r"samples .*: the reference gives their answers the log-probabilities \[.*nan", error)
     shutil.rmtree(tmp_path / "reference")
     (tmp_path / "reference").write_text("")
     other = f"output_dir={tmp_path / 'other'}"

@@ -459,10 +459,8 @@ class Config(Section):
     @property
     def reference_once(self) -> bool:
         """Whether the objective's reference computes before training, and not in every step."""
-        objective = self.objective
-        if objective is None or not objective.needs_reference:
-            return False
-        return self.lora is None or objective.reference_passes == "once"
+        given = self.objective
+        return bool(given and given.needs_reference and (self.lora is None or given.reference_passes == "once"))
 
     @property
     def rewards_held_out(self) -> bool:

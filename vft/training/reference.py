@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -48,24 +47,21 @@ class Known:
     starts: Sequence[int]
     """The first suffix of each document, and the end of the last one."""
 
-    def of(self, number: int) -> Tensor:
-        """Those of a document."""
-        return self.log_p_S[self.starts[number] : self.starts[number + 1]]
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the documents that are not known."""
-        is_known = self.log_p_S.isfinite().tolist()
-        return [number for number, start in enumerate(self.starts[:-1]) if not is_known[start]]
+    def places(self, numbers: Sequence[int]) -> Tensor:
+        """Where the values of documents with these numbers are, one after another."""
+        return torch.tensor([i for n in numbers for i in range(*self.starts[n : n + 2])], dtype=torch.long)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Those of a row [suffixes], on its device."""
-        parts = [self.of(document.number) for document in batch.documents if document.number is not None]
-        if len(parts) < len(batch.documents):
+        """Those of a row [suffixes], on its device. UserError if one is not finite: what could not be decoded is known
+        to be bad, so that no row has it."""
+        numbers = [document.number for document in batch.documents if document.number is not None]
+        if len(numbers) < len(batch.documents):
             return nothing_known(batch)
-        log_p_S = torch.cat([self.log_p_S[:0], *parts])
-        # What could not be decoded is known to be bad, so that no row has it.
-        assert bool(log_p_S.isfinite().all()), f"{batch.sample_ids}: the reference has not computed them"
+        log_p_S = self.log_p_S[self.places(numbers)]
+        if not log_p_S.isfinite().all():
+            what = f"the reference gives their answers the log-probabilities {log_p_S.tolist()}"
+            fix = 'take the wrong one out, or set train.precision = "fp32"'
+            raise UserError(f"samples {', '.join(batch.sample_ids)}: {what}; {fix}", on_one_rank=True)
         return move(log_p_S, batch.input_ids_T.device)
 
 
@@ -73,69 +69,43 @@ def computed_once(objective: Preference, prepared: PreparedModel, config: Config
     """The reference's log-probabilities of all documents, from the file or by a pass over those that it lacks.
 
     The model has the weights with which training begins. Every process calls it. What cannot be decoded becomes known
-    as bad, and is tried again at the next start. Raises UserError if that is more than `data.max_bad_fraction`, if a
-    value is not finite, or if the file cannot be written.
+    as bad, and is tried again at the next start. Raises UserError if that is more than `data.max_bad_fraction`, or if
+    the file cannot be written. The rows are those of training's first epoch, if each document comes once in it.
     """
-    documents = data.documents
+    documents, model, parallel = data.documents, prepared.model, data.loader.parallel
     starts = tuple(accumulate((config.answers * count for count in documents.samples), initial=0))
     known = Known(torch.full((starts[-1],), torch.nan), starts)
-    key = _key(objective, prepared, config, documents)
-    file = config.data.cache_path / "reference" / f"{key}.bin"
+    file = config.data.cache_path / "reference" / f"{_key(objective, prepared, config, documents)}.bin"
     report_progress("waiting for the log-probabilities of the reference", has_timeout=False)
     fix = "name a folder that can be written as data.cache_dir"
     lock = locked(file.with_suffix(".lock"), "another run with the same reference", fix)
     with lock if world.is_main else nullcontext():
-        stored_S = all_of(_read(file, key) if world.is_main else None)[0]
-        if stored_S is not None:
+        if (stored_S := all_of(_read(file) if world.is_main else None)[0]) is not None:
             known.log_p_S.copy_(stored_S)
-        if missing := known.missing:
-            text = "the reference computes log-probabilities of %d of %d documents, once; they are kept in %s"
-            logger.info(text, len(missing), len(documents.documents), file)
-        for found in _passes(objective, prepared, config, data, world, missing) if missing else ():
-            for number, values in found:
-                known.of(number).copy_(torch.tensor(values))
-                if not all(map(math.isfinite, values)):
-                    origin = documents.documents[number].conversations[0].origin
-                    what = f"by the reference its answers have the log-probabilities {values}"
-                    raise UserError(f'{origin}: {what}; take the record out, or set train.precision = "fp32"')
-            if world.is_main:
-                _write(file, key, known.log_p_S)
+        is_known = known.log_p_S.isfinite().tolist()
+        if not (missing := [number for number, start in enumerate(starts[:-1]) if not is_known[start]]):
+            return known
+        text = "the reference computes log-probabilities of %d of %d documents, once; they are kept in %s"
+        logger.info(text, len(missing), len(starts) - 1, file)
+        loader, steps = each_once(documents, missing, data.loader.pool, parallel, world, config.seed)
+        loader.bad = data.loader.bad
+        bar = progress_bar(steps, "log-probabilities of the reference", "row", world.is_main)
+        own: list[tuple[list[int], list[float]]] = []
+        with evaluating(model), objective.reference(model), bar:
+            for step in range(1, steps + 1):
+                report_progress(f"at row {step} of the reference")
+                for pack in loader.step(is_last=step == steps):
+                    numbers = [one.number for one in pack.batch.documents if one.number is not None]
+                    own.append((numbers, by_suffix(model, pack.batch).tolist()))
+                bar.update()
+                if step % SAVE_EVERY == 0 or step == steps:
+                    data.exchange_found(0, is_last_step=False)
+                    for numbers, values in chain.from_iterable(all_of(own, parallel.group)):
+                        known.log_p_S[known.places(numbers)] = torch.tensor(values)
+                    own = []
+                    if world.is_main:
+                        _write(file, known.log_p_S)
     return known
-
-
-def _passes(
-    objective: Preference,
-    prepared: PreparedModel,
-    config: Config,
-    data: RunData,
-    world: World,
-    numbers: Sequence[int],
-) -> Iterator[list[tuple[int, list[float]]]]:
-    """What all processes have computed since the last time: document numbers with the values of their suffixes.
-
-    The rows are those of training's first epoch, if all documents come once in it.
-    """
-    model, parallel = prepared.model, data.loader.parallel
-    loader, steps = each_once(data.documents, numbers, data.loader.pool, parallel, world, config.seed)
-    loader.bad = data.loader.bad
-    own: list[tuple[int, list[float]]] = []
-    with (
-        evaluating(model),
-        objective.reference(model),
-        progress_bar(steps, "log-probabilities of the reference", "row", world.is_main) as bar,
-    ):
-        for step in range(1, steps + 1):
-            report_progress(f"at row {step} of the reference")
-            for pack in loader.step(is_last=step == steps):
-                values = by_suffix(model, pack.batch).cpu()
-                members = pack.batch.documents
-                parts = values.split([len(document.suffix_lengths) for document in members])
-                own += ((one.number or 0, part.tolist()) for one, part in zip(members, parts, strict=True))
-            bar.update()
-            if step % SAVE_EVERY == 0 or step == steps:
-                data.exchange_found(0, is_last_step=False)
-                yield [one for part in all_of(own, parallel.group) for one in part]
-                own = []
 
 
 def _key(objective: Preference, prepared: PreparedModel, config: Config, documents: Dataset) -> str:
@@ -154,27 +124,25 @@ def _key(objective: Preference, prepared: PreparedModel, config: Config, documen
     return digest(repr((model, settings, media.hexdigest(), data, code)))
 
 
-def _read(file: Path, key: str) -> Tensor | None:
+def _read(file: Path) -> Tensor | None:
     """None if there is no file, or if it is damaged or another one."""
     try:
         content = file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        logger.warning("%s: can't be read (%s); the reference computes again", file, error.strerror)
+    except OSError:  # writing says what is wrong
         return None
     checksum, values = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
-    if checksum != _checksum(key, values):
+    if checksum != _checksum(file, values):
         logger.warning("%s: damaged; the reference computes again", file)
         return None
     return torch.frombuffer(bytearray(values), dtype=torch.float32)
 
 
-def _write(file: Path, key: str, log_p_S: Tensor) -> None:
+def _write(file: Path, log_p_S: Tensor) -> None:
     values = log_p_S.numpy().tobytes()
     with whole_file(file) as partial:
-        partial.write_bytes(_checksum(key, values) + values)
+        partial.write_bytes(_checksum(file, values) + values)
 
 
-def _checksum(key: str, values: bytes) -> bytes:
-    return hashlib.sha256(key.encode() + values).digest()
+def _checksum(file: Path, values: bytes) -> bytes:
+    """With the name, so that a file of other values under it is noticed."""
+    return hashlib.sha256(file.stem.encode() + values).digest()
