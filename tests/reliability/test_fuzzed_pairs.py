@@ -110,6 +110,10 @@ def check_pair(record: dict[str, Any], sample: Sample) -> None:
     assert read.startswith(given.removesuffix(plain(rejected)))
 
 
+def printed(key: str) -> str:
+    return key if key.isprintable() else ascii(key)
+
+
 def check_records(path: Path, root: Path, records: list[dict[str, Any]], media: str = "") -> None:
     samples, bad = read_source("messages", path, root, media=media)
     check_samples(samples, root)
@@ -117,6 +121,9 @@ def check_records(path: Path, root: Path, records: list[dict[str, Any]], media: 
     for error in bad:
         assert is_line(str(error)) and error.message, error
         assert re.fullmatch(rf"{re.escape(path.name)}:[0-9]+", error.origin), error
+        record = records[int(error.origin.rpartition(":")[2]) - 1]
+        is_absent = any(word in error.message for word in ("is missing", "needs either", "listed"))
+        assert is_absent or error.field.startswith(tuple(map(printed, record))), error
     for sample in samples:
         if isinstance(sample.fields.get(REJECTED), str) or DESIRABLE in sample.fields:
             check_pair(records[int(sample.origin.rpartition(":")[2]) - 1], sample)

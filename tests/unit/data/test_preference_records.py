@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.formats import read_messages, write
 from vft.common.errors import UserError
 from vft.common.types import Conversation, Turn
 from vft.data.dataset import add_answers_of_others
@@ -162,3 +164,19 @@ def test_no_answer_of_another() -> None:
     same = [(conversation("What?", f"Answer {n}.", n == 0), 1.0) for n in range(3)]
     with pytest.raises(UserError, match=r"x.jsonl:1: no record has another answer to another prompt"):
         add_answers_of_others([same])
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"prompt": [{"role": "robot", "content": "?"}], "chosen": "A", "rejected": "B"}, "prompt[0].role"),
+        ({"prompt": " ", "chosen": "A", "rejected": "B"}, "prompt"),
+        ({"chosen": [ASKED, {"role": "user"}, "A"], "rejected": [ASKED, {"role": "user"}, "B"]}, "chosen[1].content"),
+        ({"messages": [{"role": "robot", "content": "?"}, "A"], REJECTED: "B"}, "messages[0].role"),
+        ({"prompt": "?", "chosen": "A <video>", "rejected": "B", "videos": ["a.mp4"]}, "prompt"),
+        ({"prompt": [{"role": "user", "content": 3}], "completion": "A", "label": True}, "prompt[0].content"),
+    ],
+)
+def test_a_field_has_the_name_that_the_record_gives_it(tmp_path: Path, record: dict[str, Any], field: str) -> None:
+    _, (bad,) = read_messages(write(tmp_path / "r.json", [record]), tmp_path)
+    assert (bad.origin, bad.field) == ("r.json:2", field)

@@ -27,7 +27,7 @@ from vft.data.records.files import read_classes, read_samples, record_files
 from vft.data.records.foreign_records import Normalizer
 from vft.data.records.media_options import NO_OPTIONS, Turns, apply_options, options_of_part
 from vft.data.records.paths import PICTURE_SUFFIXES, find_path, resolve_frames, resolve_media, resolve_path
-from vft.data.records.preferences import DESIRABLE, REJECTED, with_preference
+from vft.data.records.preferences import DESIRABLE, REJECTED, given_field, with_preference
 from vft.data.records.record import (
     REASONING,
     TURN_KEYS,
@@ -88,10 +88,20 @@ class Messages(Format):
         labels_given, unpacked = classes[1] if classes else (), data.cache_path / "files"
         normalizer = Normalizer(root, source.columns, classes=labels_given, unpacked=unpacked)
 
+        given: Record = {}
+
         def normalize(record: Record, file: Path) -> list[Record]:
+            nonlocal given
+            given = record
             return normalizer.normalize(with_preference(record), file)
 
-        samples, bad = read_samples(record_files(path), lambda record, _: parse(record, root), normalize)
+        def parse_made(record: Record, _: Path) -> ParsedRecord:
+            try:
+                return parse(record, root)
+            except RecordError as error:
+                raise RecordError(given_field(given, error.field), error.message) from None
+
+        samples, bad = read_samples(record_files(path), parse_made, normalize)
         normalizer.check_columns(path)
         labels = tuple(normalizer.classes or sorted(set(normalizer.labels)))
         return [

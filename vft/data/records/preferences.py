@@ -17,6 +17,7 @@ Single answers that are desirable or not become the turns and `desirable`, true 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,19 @@ def with_preference(record: Record) -> Record:
         return _labelled(record, given)
     check_answers(keys, chosen, rejected)
     return record
+
+
+def given_field(record: Record, field: str) -> str:
+    """What a record calls a `field` of the turns made of it: `prompt[0].content` for `messages[0].content`."""
+    place = re.fullmatch(r"messages(?:\[(\d+)\](.*))?", field)
+    answer = next((key for key in ("chosen", "completion") if record.get(key) is not None), "")
+    if place is None or not answer or any(record.get(key) is not None for key in TURN_KEYS):
+        return field
+    prompt = next((key for key in PROMPTS if record.get(key) is not None), answer)
+    number = int(place[1] or 0)
+    if place[1] and isinstance(record[prompt], list) and number < len(record[prompt]):
+        return f"{prompt}[{number}]{place[2]}"
+    return answer if number else prompt
 
 
 def check_answers(keys: Sequence[str], chosen: str, rejected: str) -> None:
