@@ -196,3 +196,35 @@ def test_kto_at_other_divergences(
     with torch.no_grad():
         loss = sum(float(objective(prepared.model, batch)[0]) for batch in made) / 4
     assert loss == pytest.approx(facts["losses"]["kto"]["loss_at_kl"][str(kl)], rel=RTOL)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_frozen_encoder_sees_each_video_once(
+    prepared: PreparedModel,
+    facts: dict[str, Any],
+    videos: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference's pass and the trained ones share its embeddings; a trained encoder makes them anew."""
+    answers = [pair[answer] for answer in ("chosen", "rejected") for pair in facts["pairs"]]
+    others = dict(zip(answers, answers[1:] + answers[:1], strict=True)) if kind == "kto" else None
+    (batch,) = batches(prepared, facts, videos, tmp_path, kind, others)
+    objective, model, seen = (KTO if kind == "kto" else Preference)(ObjectiveConfig(kind=kind)), prepared.model, []
+    encode = model.encode_media
+    monkeypatch.setattr(model, "encode_media", lambda *given: seen.append(1) or encode(*given))
+
+    def step() -> Tensor:
+        if objective.looks_ahead:
+            objective.set_ahead(objective.look(model, batch))
+        return objective(model, batch)
+
+    with torch.no_grad():
+        shared = step()
+        assert len(seen) == 1
+        weight = model.vision_parameters()[0]
+        weight.requires_grad_(True)
+        torch.testing.assert_close(step(), shared, rtol=0, atol=0)
+        weight.requires_grad_(False)
+    assert len(seen) == 1 + (4 if kind == "kto" else 2) - (kind == "kto")

@@ -233,10 +233,11 @@ def test_reference_of_an_adapter_that_is_gone_on_with(
 def test_reference_once_as_in_every_step(
     world: World, commands: Commands, tmp_path: Path, pairs: str, kind: str, begin: str
 ) -> None:
+    """Nothing is dropped out of the reference."""
     base: dict[str, Any] = {}
     if begin == "adapter":
         tuned = commands.train(world.config(tmp_path / "tuned.toml", {"lora": {"rank": 8, "alpha": 16}}))
-        base = {"model": {"adapter": str(tuned / "adapter")}}
+        base = {"model": {"adapter": str(tuned / "adapter")}, "lora": {"dropout": 0.1}}
     every_step, once = (
         commands.train(world.config(tmp_path / f"{n}.toml", settings(pairs, kind), base, one), "train.max_steps=6")
         for n, one in enumerate(({}, ONCE))

@@ -426,6 +426,8 @@ class Batch:
     """Which suffix of the row each supervised token belongs to, in a row to train on."""
     continues: bool = False
     """Whether this pass uses the keys of an earlier one, in every process. It then has no media."""
+    embeddings: tuple[Tensor, ...] | None = None
+    """What `encode_media` makes of the pixels, if that is known already."""
 
     @property
     def labels_T(self) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -175,7 +175,7 @@ class VideoLanguageModel(nn.Module):
         rows after the first decoder layers."""
         x_TE = self.decoder.embed_tokens(batch.input_ids_T).to(self.compute_dtype)
         if batch.layout is not None:
-            media_ME, *deepstack = self.encode_media(self.normalise(batch.pixels_PD), batch.layout)
+            media_ME, *deepstack = batch.embeddings or self.encode_media(self.normalise(batch.pixels_PD), batch.layout)
             return x_TE.index_copy(0, batch.media_index_M, media_ME.to(x_TE.dtype)), tuple(deepstack)
         if not batch.continues and self.trains_vision:
             # A trained encoder is sharded, so it must run in every process, forward and backward, or others would hang.
@@ -184,6 +184,13 @@ class VideoLanguageModel(nn.Module):
             embeddings = self.encode_media(self.normalise(dummy_PD), move(layout, x_TE.device))
             x_TE = x_TE + 0.0 * sum(x.sum() for x in embeddings)
         return x_TE, ()
+
+    def with_embeddings(self, batch: Batch) -> Batch:
+        """The batch with the embeddings of its media, which several passes over it share, if nothing trained makes
+        them; else as it is."""
+        if batch.layout is None or self.trains_vision:
+            return batch
+        return replace(batch, embeddings=self.encode_media(self.normalise(batch.pixels_PD), batch.layout))
 
     def normalise(self, pixels_PD: Tensor) -> Tensor:
         """uint8 patches to (x / 255 - mean) / std by channel, in float32, then in the compute dtype."""

@@ -145,8 +145,9 @@ class Preference(Objective):
 
     def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """Sums over the pairs of a pack: of the loss, and of FIGURES without a graph."""
-        config = self.config
-        reference_S = self.of_reference(model, batch) if config.needs_reference else None
+        config, reference_S = self.config, None
+        if config.needs_reference:
+            batch, reference_S = self.of_reference(model, batch)
         pairs = _pairs(by_suffix(model, batch), reference_S, batch)
         losses = KINDS[config.kind](pairs, config)
         if config.rpo_alpha:  # Pang et al. 2024, arXiv 2404.19733, equation 1
@@ -160,12 +161,14 @@ class Preference(Objective):
             figures = [chosen, rejected, *shares, pairs.chosen, pairs.rejected, *tokens, gained - lost]
         return torch.stack([losses.sum(), *(one.sum() for one in figures)])
 
-    def of_reference(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
-        """The reference's log-probability of each suffix [suffixes], without a graph."""
+    def of_reference(self, model: VideoLanguageModel, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch for the next pass, and the reference's log-probability of each suffix [suffixes], without a
+        graph."""
         if self.known is not None:
-            return self.known(batch)
+            return batch, self.known(batch)
+        batch = model.with_embeddings(batch)
         with torch.no_grad(), self.reference(model):
-            return by_suffix(model, batch)
+            return batch, by_suffix(model, batch)
 
 
 class KTO(Preference):
@@ -186,14 +189,15 @@ class KTO(Preference):
     def __init__(self, config: ObjectiveConfig, known: Callable[[Batch], Tensor] | None = None) -> None:
         super().__init__(config, known)
         self._kl = torch.zeros(())
-        self._references: deque[Tensor] = deque()
+        self._looked: deque[tuple[Batch, Tensor]] = deque()
+        """What `of_reference` gave for the packs ahead."""
 
     @torch.no_grad()
     def look(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """Sum and number of g of the answers to other prompts [2]."""
-        policy_S = by_suffix(model, batch)
-        self._references.append(self.of_reference(model, batch))
-        gains = (policy_S - self._references[-1])[1::2]
+        batch, reference_S = self.of_reference(model, batch)
+        self._looked.append((batch, reference_S))
+        gains = (by_suffix(model, batch) - reference_S)[1::2]
         return torch.stack([gains.sum(), gains.new_tensor(len(gains))])
 
     def set_ahead(self, total: Tensor) -> None:
@@ -203,7 +207,7 @@ class KTO(Preference):
     def __call__(self, model: VideoLanguageModel, batch: Batch) -> Tensor:
         """Sums over the answers of a pack: of the loss, and of the figures without a graph."""
         config = self.config
-        reference_S = self._references.popleft() if self._references else self.of_reference(model, batch)
+        batch, reference_S = self._looked.popleft() if self._looked else self.of_reference(model, batch)
         pairs = _pairs(by_suffix(model, batch), reference_S, batch)
         labels = [label is not False for document in batch.documents for label in document.desirable]
         is_desirable = move(torch.tensor(labels, dtype=pairs.chosen.dtype), pairs.chosen.device)
@@ -250,13 +254,16 @@ def _pairs(policy_S: Tensor, reference_S: Tensor | None, batch: Batch) -> Pairs:
 
 @contextmanager
 def as_at_start(model: VideoLanguageModel, start: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """In it the first of each pair of tensors, which are the model's own, have the values of the second."""
-    now = [own.clone() for own, _ in start]
+    """In it the first of each pair of tensors, which are the model's own, have the values of the second, and nothing is
+    dropped out."""
+    now, was_training = [own.clone() for own, _ in start], model.training
+    model.eval()
     for own, then in start:
         own.copy_(then)
     try:
         yield
     finally:
+        model.train(was_training)
         for (own, _), value in zip(start, now, strict=True):
             own.copy_(value)
         for module in model.modules():
