@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from vft.benchmarks import Benchmark
 from vft.common.task import Answer, Question
 from vft.common.types import Sample
@@ -20,6 +23,12 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(one) for one in content] if path.suffix == ".jsonl" else [json.dumps(content)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A Parquet file, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
 
 
 def read(benchmark: Benchmark, root: Path, **settings: Any) -> tuple[list[Sample], list[str]]:

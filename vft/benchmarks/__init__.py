@@ -134,13 +134,17 @@ class MultipleChoice(Benchmark):
         """The letter that a generated text names, by the benchmark's rule."""
         raise NotImplementedError
 
+    def letter(self, answer: Answer) -> str | None:
+        """As `letter_of`; a rule that needs more than the text, such as the texts of the options, overrides it."""
+        return self.letter_of(answer.text, len(answer.question.prompt.options))
+
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """`accuracy` by what is generated and `likelihood_accuracy` by the likeliest letter, 0 to 1; `no_letter` is the
         fraction of texts that name none. Questions whose answer is withheld are left out."""
         known = [one for one in answers if "withheld" not in one.question.prompt.facts]
         if not known:
             return {}
-        letters = [self.letter_of(one.text, len(one.question.prompt.options)) for one in known]
+        letters = [self.letter(one) for one in known]
         right = [float(letter in one.question.references) for letter, one in zip(letters, known, strict=True)]
         likeliest = [float(top_k(one.option_scores, one.right_options, 1)) for one in known]
         return {
@@ -190,6 +194,17 @@ def index_of(answer: object, options: Sequence[str], field: str) -> int:
     if answer not in options:
         raise RecordError(field, f"{short_repr(answer)} is none of the options {', '.join(options):.80}; correct it")
     return options.index(str(answer))
+
+
+def number_of(answer: object, options: int, field: str) -> int | None:
+    """The place of the right answer, which a record gives from 0, as a number or its digits; None if it is withheld
+    (None or -1). RecordError if there is no such option."""
+    if answer is None or answer == -1:
+        return None
+    number = int(answer) if isinstance(answer, int | str) and str(answer).isdecimal() else options
+    if number >= options:
+        raise RecordError(field, f"{short_repr(answer)} is none of the options 0 to {options - 1}; correct it")
+    return number
 
 
 def lettered(options: Sequence[str], form: Callable[[str, str], str]) -> str:

@@ -2,7 +2,7 @@
 
 Without --yes it prints what would be fetched, its size, the free disk space and the licence, and stops. With --yes it
 fetches what is on the Hugging Face hub; the same command again goes on where it stopped. For what is elsewhere it
-prints the steps. docs/use/data.md says how each set is read.
+prints the steps. docs/use/data.md says how each set is read, docs/use/benchmarks.md how a benchmark is scored.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from vft import benchmarks
 from vft.cli.arguments import Arguments, Choices, Positional, command
 from vft.common.errors import UserError, first_line
 
@@ -38,8 +39,10 @@ class DataSet:
     """Where a set comes from and where it goes."""
 
     page: str
-    source: str
-    """The entry of `data.sources` that reads it."""
+    source: str = ""
+    """The entry of `data.sources` that reads it; empty if only `vft benchmark` does."""
+    benchmark: str = ""
+    """Its name in `vft benchmark`, if it has one."""
     licence: str = "see the set's page"
     parts: Mapping[str, Part] = field(default_factory=dict)
     gb: float = 0.0
@@ -50,7 +53,8 @@ class DataSet:
     @property
     def folder(self) -> str:
         """Its folder, below that of all sets."""
-        return self.source.partition('path = "')[2].partition("/")[0]
+        path = self.source.partition('path = "')[2] or benchmarks.find(self.benchmark).path
+        return path.partition("/")[0]
 
 
 LLAVA_VIDEO = "lmms-lab/LLaVA-Video-178K"
@@ -210,6 +214,29 @@ SETS: dict[str, DataSet] = {
             "--media VIST/images --output {root}/VIST/train.jsonl",
         ),
     ),
+    "egoschema": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/egoschema",
+        licence="Ego4D's; its page asks you to agree to it: https://ego4d-data.org",
+        benchmark="egoschema",
+        parts={
+            "questions": Part(("Subset/*", "GENERATION/*"), "lmms-eval/egoschema", gb=0.002),
+            "videos": Part(("videos_chunked_*.zip",), "lmms-eval/egoschema", gb=106.0),
+        },
+        steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done',),
+    ),
+    "mvbench": DataSet(
+        page="https://huggingface.co/datasets/OpenGVLab/MVBench",
+        licence="MIT for the questions; those of the videos: see the set's page",
+        benchmark="mvbench",
+        parts={
+            "questions": Part(("json/*.json",), "OpenGVLab/MVBench"),
+            "videos": Part(("video/*",), "OpenGVLab/MVBench"),
+        },
+        steps=(
+            'for part in video/*.zip; do unzip -n "$part" -d video && rm "$part"; done',
+            "the videos of NTU RGB+D (200 questions) have to be asked for; the set's page says how",
+        ),
+    ),
 }
 
 
@@ -299,4 +326,7 @@ def main(arguments: DownloadArguments) -> None:
     if dataset.steps:
         print(f"{'Then' if parts else 'By hand'}, in {folder} unless it is a command of tools/:")
         print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
-    print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
+    if dataset.source:
+        print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
+    if dataset.benchmark:
+        print(f"To score a model: vft benchmark {dataset.benchmark} --model MODEL --root {arguments.root}")

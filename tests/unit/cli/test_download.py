@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.helpers.main import run_main
+from vft import benchmarks
 from vft.cli import download
 from vft.common.types import MediaRef
 from vft.config.data import DataConfig, SourceConfig
@@ -124,13 +125,25 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert done.stderr.count("\n") == 1 and "jylins/videoxum: annotations can't be" in done.error
 
 
-@pytest.mark.parametrize("name", download.SETS)
+@pytest.mark.parametrize("name", [name for name, one in download.SETS.items() if one.source])
 def test_sources_are_those_of_the_page(name: str) -> None:
     """What the tool says can be read as a configuration, and docs/use/data.md says the same of the set."""
     dataset = download.SETS[name]
     SourceConfig.model_validate(tomllib.loads(f"source = {dataset.source}")["source"])
     page = (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8")
     assert dataset.source in page and f"vft download {name}" in page and dataset.page in page
+
+
+@pytest.mark.parametrize("name", benchmarks.names())
+def test_every_benchmark_says_where_its_data_are(run: Any, name: str) -> None:
+    (key,) = [key for key, one in download.SETS.items() if one.benchmark == name]
+    benchmark, dataset = benchmarks.find(name), download.SETS[key]
+    assert benchmark.page == dataset.page and benchmark.path.split("/")[0] == dataset.folder
+    status, printed, _ = run(Hub(), key)
+    assert status == 0 and f"vft benchmark {name} --model MODEL --root " in printed
+    page = (ROOT / "docs" / "use" / "benchmarks.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    assert f"`{benchmark.path.split('*')[0].rstrip('/')}" in row and f" {benchmark.frames} |" in row
 
 
 def test_every_source_on_the_page_is_valid() -> None:
