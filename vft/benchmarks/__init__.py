@@ -146,7 +146,7 @@ class MultipleChoice(Benchmark):
             return {}
         letters = [self.letter(one) for one in known]
         right = [float(letter in one.question.references) for letter, one in zip(letters, known, strict=True)]
-        likeliest = [float(top_k(one.option_scores, one.right_options, 1)) for one in known]
+        likeliest = [float(bool(one.right_options) and top_k(one.option_scores, one.right_options, 1)) for one in known]
         return {
             **grouped("accuracy", right, known, self.per_class),
             **grouped("likelihood_accuracy", likeliest, known, self.per_class),

@@ -224,6 +224,25 @@ SETS: dict[str, DataSet] = {
         },
         steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done',),
     ),
+    "longvideobench": DataSet(
+        page="https://huggingface.co/datasets/longvideobench/LongVideoBench",
+        licence="CC BY-NC-SA 4.0; gated: accept its conditions on its page, then `hf auth login`",
+        benchmark="longvideobench",
+        parts={
+            "questions": Part(("*.json",), "longvideobench/LongVideoBench", gb=0.006),
+            "videos": Part(("videos.tar.part.*",), "longvideobench/LongVideoBench", gb=162.0),
+        },
+        steps=("cat videos.tar.part.* | tar -x        (one archive in parts, 162 GB more)",),
+    ),
+    "mlvu": DataSet(
+        page="https://huggingface.co/datasets/MLVU/MVLU",
+        licence="CC BY-NC-SA 4.0, for research alone",
+        benchmark="mlvu",
+        parts={
+            "questions": Part(("MLVU/json/*.json",), "MLVU/MVLU", gb=0.002),
+            "videos": Part(tuple(f"MLVU/video/{number}_*" for number in range(1, 8)), "MLVU/MVLU"),
+        },
+    ),
     "mvbench": DataSet(
         page="https://huggingface.co/datasets/OpenGVLab/MVBench",
         licence="MIT for the questions; those of the videos: see the set's page",

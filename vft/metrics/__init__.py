@@ -13,7 +13,7 @@ from vft.metrics.bootstrap import (
     ratio_interval,
     rouge_l_interval,
 )
-from vft.metrics.choice import breakdown, extract_letter, official_letter, top_k
+from vft.metrics.choice import breakdown, extract_letter, lmms_letter, official_letter, top_k
 from vft.metrics.text import (
     anls_scores,
     cider_d_scores,

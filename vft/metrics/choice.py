@@ -49,6 +49,13 @@ _OFFICIAL_PREFIXES = (
 )
 """Removed in this order, wherever they stand. Two commas are missing in the script; they are missing here."""
 
+_LMMS_PHRASES = (
+    *("the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is"),
+    *("best answer is", "the correct option is", "correct option is", "the best option is", "best option is"),
+    *("the choice is", "choice is", "the correct choice is", "correct choice is", "i choose", "i select", "i pick"),
+    *("my answer is", "my choice is", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
 
 def extract_letter(text: str, letters: str = "ABCD") -> str | None:
     """The option that an answer names, one of `letters`, or None.
@@ -79,6 +86,27 @@ def official_letter(text: str, letters: str = "ABCD") -> str | None:
     for prefix in _OFFICIAL_PREFIXES:
         text = text.replace(prefix, "")
     return next((character for character in text if character in letters), None)
+
+
+def lmms_letter(text: str, letters: str = "ABCD") -> str | None:
+    """The option that lmms-eval takes an answer for: of the letters in its best form the last, else any letter in it.
+
+    The forms, the best first: a letter that opens the text, one that ends it, the first of each after a phrase such as
+    `the answer is`, `(A)`, `A.`, `A:`, `A)`, `A `. Source: lmms-eval, `tasks/_task_utils/mcq_extract.py`.
+    """
+    text = text.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    bare, text = text.strip(), f" {text} "
+    forms = "{} ", "{})", "{}:", "{}.", "({})"
+    written = [(rank, form.format(letter), letter) for rank, form in enumerate(forms) for letter in letters]
+    found = [(rank, text.rfind(form), letter) for rank, form, letter in written if form in text]
+    starts = [text.lower().find(phrase) + len(phrase) for phrase in _LMMS_PHRASES if phrase in text.lower()]
+    found += [(5, place, letter) for start in starts for letter in letters if (place := text.find(letter, start)) >= 0]
+    edges = (6, bare[:-3:-1]), (7, bare[:2])
+    found += [(rank, 0, edge[0]) for rank, edge in edges if edge[:1] in tuple(letters) and not edge[1:].isalpha()]
+    found = found or [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found)[2] if found else None
 
 
 def top_k(option_scores: Sequence[float], right: Collection[int], k: int) -> bool:
