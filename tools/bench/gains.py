@@ -122,7 +122,8 @@ def questions(
 
 def preferences(model: VideoLanguageModel) -> dict[str, Gain]:
     """Chosen and rejected answers with a copy of their video each, and on one copy, at two ratios of video to text, by
-    DPO with its reference. Answers differ in length, so that a mistake would show in the loss."""
+    DPO with its reference; and with what that computed before. Answers differ in length, so that a mistake would show
+    in the loss."""
     gains, dpo = {}, Preference(ObjectiveConfig(kind="dpo"))
     for video, ratio in ((LONG, 4), (LONG, 16)):
         words = video_document(model.processor, video, 1, 1, 1).num_tokens // ratio
@@ -131,6 +132,10 @@ def preferences(model: VideoLanguageModel) -> dict[str, Gain]:
         row = row_of(model.processor, [shared])
         tokens = apart.num_tokens, row.num_tokens
         gains[f"pairs, video {ratio}:1 to text"] = Gain(passes(model, [apart], dpo), passes(model, [row], dpo), tokens)
+    row = row_of(model.processor, [video_document(model.processor, SHORT, 2, 40, 20)])
+    _, known_S = dpo.of_reference(model, row.to(DEVICE))
+    once = Preference(dpo.config, lambda _: known_S)
+    gains["reference computed once"] = Gain(passes(model, [row], dpo), passes(model, [row], once))
     return gains
 
 
