@@ -31,6 +31,13 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
 
 
+def write_empty(*files: Path) -> None:
+    """Files without content, with their folders: reading records does not open media."""
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+
+
 def read(benchmark: Benchmark, root: Path, **settings: Any) -> tuple[list[Sample], list[str]]:
     """The samples of a benchmark that lies in its place below `root`, and the messages about bad records."""
     kind = type(benchmark)

@@ -207,6 +207,14 @@ def number_of(answer: object, options: int, field: str) -> int | None:
     return number
 
 
+def as_id(value: object, field: str) -> str:
+    """An id, a text or a whole number, as text. RecordError if it is something else or empty."""
+    text = str(value) if type(value) is int else check_text(value, field)
+    if not text.strip():
+        raise RecordError(field, "is empty; give a text")
+    return text
+
+
 def lettered(options: Sequence[str], form: Callable[[str, str], str]) -> str:
     """The options line by line, each as `form(letter, text)`."""
     return "\n".join(form(LETTERS[i], text) for i, text in enumerate(options))

@@ -41,8 +41,8 @@ class DataSet:
     page: str
     source: str = ""
     """The entry of `data.sources` that reads it; empty if only `vft benchmark` does."""
-    benchmark: str = ""
-    """Its name in `vft benchmark`, if it has one."""
+    benchmarks: tuple[str, ...] = ()
+    """Its names in `vft benchmark`."""
     licence: str = "see the set's page"
     parts: Mapping[str, Part] = field(default_factory=dict)
     gb: float = 0.0
@@ -53,7 +53,7 @@ class DataSet:
     @property
     def folder(self) -> str:
         """Its folder, below that of all sets."""
-        path = self.source.partition('path = "')[2] or benchmarks.find(self.benchmark).path
+        path = self.source.partition('path = "')[2] or benchmarks.find(self.benchmarks[0]).path
         return path.partition("/")[0]
 
 
@@ -69,6 +69,7 @@ LLAVA_VIDEO_PARTS = (
     "llava_hound",
 )
 LLAVA_HOUND = "ShareGPTVideo/train_video_and_instruction"
+NEXTQA = "lmms-eval/NExTQA"
 VIDEO_MME = "lmms-eval/Video-MME"
 """Its earlier name, lmms-lab/Video-MME, redirects to this one."""
 ACTIVITYNET_VIDEOS = (
@@ -91,6 +92,7 @@ SETS: dict[str, DataSet] = {
         page=f"https://huggingface.co/datasets/{VIDEO_MME}",
         licence="academic research only, no commercial use; the videos belong to their owners",
         source='{ format = "video_mme", path = "Video-MME/videomme" }',
+        benchmarks=("video_mme", "video_mme_subtitles"),
         parts={
             "questions": Part(("videomme/*",), VIDEO_MME),
             "subtitles": Part(("subtitle.zip",), VIDEO_MME),
@@ -217,7 +219,7 @@ SETS: dict[str, DataSet] = {
     "egoschema": DataSet(
         page="https://huggingface.co/datasets/lmms-eval/egoschema",
         licence="Ego4D's; its page asks you to agree to it: https://ego4d-data.org",
-        benchmark="egoschema",
+        benchmarks=("egoschema",),
         parts={
             "questions": Part(("Subset/*", "GENERATION/*"), "lmms-eval/egoschema", gb=0.002),
             "videos": Part(("videos_chunked_*.zip",), "lmms-eval/egoschema", gb=106.0),
@@ -227,7 +229,7 @@ SETS: dict[str, DataSet] = {
     "longvideobench": DataSet(
         page="https://huggingface.co/datasets/longvideobench/LongVideoBench",
         licence="CC BY-NC-SA 4.0; gated: accept its conditions on its page, then `hf auth login`",
-        benchmark="longvideobench",
+        benchmarks=("longvideobench",),
         parts={
             "questions": Part(("*.json",), "longvideobench/LongVideoBench", gb=0.006),
             "videos": Part(("videos.tar.part.*",), "longvideobench/LongVideoBench", gb=162.0),
@@ -237,7 +239,7 @@ SETS: dict[str, DataSet] = {
     "mlvu": DataSet(
         page="https://huggingface.co/datasets/MLVU/MVLU",
         licence="CC BY-NC-SA 4.0, for research alone",
-        benchmark="mlvu",
+        benchmarks=("mlvu",),
         parts={
             "questions": Part(("MLVU/json/*.json",), "MLVU/MVLU", gb=0.002),
             "videos": Part(tuple(f"MLVU/video/{number}_*" for number in range(1, 8)), "MLVU/MVLU"),
@@ -246,7 +248,7 @@ SETS: dict[str, DataSet] = {
     "mvbench": DataSet(
         page="https://huggingface.co/datasets/OpenGVLab/MVBench",
         licence="MIT for the questions; those of the videos: see the set's page",
-        benchmark="mvbench",
+        benchmarks=("mvbench",),
         parts={
             "questions": Part(("json/*.json",), "OpenGVLab/MVBench"),
             "videos": Part(("video/*",), "OpenGVLab/MVBench"),
@@ -255,6 +257,15 @@ SETS: dict[str, DataSet] = {
             'for part in video/*.zip; do unzip -n "$part" -d video && rm "$part"; done',
             "the videos of NTU RGB+D (200 questions) have to be asked for; the set's page says how",
         ),
+    ),
+    "nextqa": DataSet(
+        page=f"https://huggingface.co/datasets/{NEXTQA}",
+        benchmarks=("nextqa",),
+        parts={
+            "questions": Part(("MC/*", "OE/*"), NEXTQA, gb=0.005),
+            "videos": Part(("videos.zip",), NEXTQA, gb=6.5),
+        },
+        steps=("unzip -n videos.zip && rm videos.zip",),
     ),
 }
 
@@ -347,5 +358,5 @@ def main(arguments: DownloadArguments) -> None:
         print("\n".join(f"  {step.format(root=arguments.root)}" for step in dataset.steps))
     if dataset.source:
         print(f'In a configuration with data.root = "{arguments.root}": sources = [{dataset.source}]')
-    if dataset.benchmark:
-        print(f"To score a model: vft benchmark {dataset.benchmark} --model MODEL --root {arguments.root}")
+    for name in dataset.benchmarks:
+        print(f"To score a model: vft benchmark {name} --model MODEL --root {arguments.root}")

@@ -136,7 +136,7 @@ def test_sources_are_those_of_the_page(name: str) -> None:
 
 @pytest.mark.parametrize("name", benchmarks.names())
 def test_every_benchmark_says_where_its_data_are(run: Any, name: str) -> None:
-    (key,) = [key for key, one in download.SETS.items() if one.benchmark == name]
+    (key,) = [key for key, one in download.SETS.items() if name in one.benchmarks]
     benchmark, dataset = benchmarks.find(name), download.SETS[key]
     assert benchmark.page == dataset.page and benchmark.path.split("/")[0] == dataset.folder
     status, printed, _ = run(Hub(), key)
