@@ -338,6 +338,9 @@ class EvalConfig(Section):
     japanese: Literal["char", "ja-mecab"] = "char"
     """How BLEU, CIDEr-D and token F1 split Japanese: `char` into characters, `ja-mecab` into words by sacrebleu's
     tokenizer (extra `ja`). With `ja-mecab` texts of Han characters alone count as Japanese, not as Chinese."""
+    coco: bool = False
+    """Also score captions and summaries by pycocoevalcap, as papers do (extra `papers`, and Java): `cider_coco`,
+    `bleu4_coco`, `rouge_l_coco`, `meteor`. Takes 5 to 20 seconds an evaluation."""
     best_metric: str = ""
     """Export to `best/` whenever this metric, such as `cider_d` or `loss`, is better than ever before. Empty: never."""
 

@@ -5,6 +5,7 @@
 
 from vft.metrics.bootstrap import (
     bleu4_interval,
+    cider_d_interval,
     class_mean_interval,
     mean_interval,
     paired_difference,
@@ -14,6 +15,7 @@ from vft.metrics.bootstrap import (
     rouge_l_interval,
 )
 from vft.metrics.choice import breakdown, extract_letter, lmms_letter, official_letter, top_k
+from vft.metrics.coco import coco_scores
 from vft.metrics.text import (
     anls_scores,
     cider_d_scores,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vft.common.scores import Floats, Interval, Parts, Samples
-from vft.metrics.text import rouge_l_scores
+from vft.metrics.text import cider_d_scores, rouge_l_scores
 from vft.metrics.words import (
     Japanese,
     bleu_tokenizer,
@@ -27,6 +27,7 @@ from vft.metrics.words import (
     mecab,
     optional_module,
     rouge_l_tokenizer,
+    word_tokenizer,
 )
 
 _CONFIDENCE, _RESAMPLES, _SEED = 0.95, 2000, 0
@@ -45,7 +46,7 @@ def mean_interval(scores: Sequence[float], samples: Samples | None = None) -> In
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             raise ValueError(f"score {i} is {score}: needs a finite number")
-    return _interval("ratio", [(score, 1.0) for score in scores], samples, fmean(scores))
+    return table_interval("ratio", [(score, 1.0) for score in scores], samples, fmean(scores))
 
 
 def ratio_interval(sums: Sequence[tuple[float, float]], samples: Samples | None = None) -> Interval:
@@ -56,14 +57,14 @@ def ratio_interval(sums: Sequence[tuple[float, float]], samples: Samples | None 
     above, below = (math.fsum(pair[i] for pair in sums) for i in (0, 1))
     if not below > 0:
         raise ValueError(f"{above} over {below}: nothing to divide by")
-    return _interval("ratio", sums, samples, above / below)
+    return table_interval("ratio", sums, samples, above / below)
 
 
 def class_mean_interval(correct: Sequence[float], classes: Sequence[str], samples: Samples | None = None) -> Interval:
     """The mean over classes of each one's mean of `correct`; a class that a resample lacks doesn't count in it."""
     number = {name: i for i, name in enumerate(sorted(set(classes)))}
     table = [(float(score), float(number[name])) for score, name in zip(correct, classes, strict=True)]
-    return _interval("class mean", table, samples)
+    return table_interval("class mean", table, samples)
 
 
 def bleu4_interval(
@@ -97,7 +98,18 @@ def bleu4_interval(
         prediction, *rights = (cut[name](unicodedata.normalize("NFC", one).rstrip()) for one in (text, *refs))
         parts = metric.corpus_score([prediction], [[right] for right in rights])
         rows.append([*parts.counts, *parts.totals, parts.sys_len, parts.ref_len])
-    return _interval("bleu", rows, samples).cut_by(tokenizers)
+    return table_interval("bleu", rows, samples).cut_by(tokenizers)
+
+
+def cider_d_interval(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    samples: Samples | None = None,
+    japanese: Japanese = "char",
+) -> Interval:
+    """The mean of `cider_d_scores`, 0 to 10, its interval, and how the texts were cut. Raises as `cider_d_scores`."""
+    score = mean_interval(cider_d_scores(predictions, references, japanese), samples)
+    return score.cut_by(word_tokenizer(refs, japanese) for refs in references)
 
 
 def rouge_l_interval(
@@ -152,9 +164,10 @@ def paired_difference(before: Interval, after: Interval) -> tuple[Interval, int]
     return _percentile(value, np.concatenate(drawn)), len(both)
 
 
-def _interval(
+def table_interval(
     kind: str, rows: Sequence[Sequence[float]], samples: Samples | None, value: float | None = None
 ) -> Interval:
+    """The score of `kind`, a key of KINDS, from a row of numbers for each sample, and its bootstrap interval."""
     table = np.asarray(rows, dtype=np.float64)  # sums of counts stay exact up to 2**53
     parts = Parts(samples or Samples.apart(len(table)), kind, table)
     if len(parts.samples.names) != len(table):
@@ -201,7 +214,31 @@ def _bleu(table: Floats, weights: Floats) -> Floats:
     return np.asarray(scores)
 
 
-KINDS: dict[str, Callable[[Floats, Floats], Floats]] = {"ratio": _ratio, "class mean": _class_mean, "bleu": _bleu}
+def _coco_bleu(table: Floats, weights: Floats) -> Floats:
+    sums = weights @ table
+    precisions = (sums[:, :4] + 1e-15) / (sums[:, 4:8] + 1e-9)
+    ratio = (sums[:, 8] + 1e-15) / (sums[:, 9] + 1e-9)
+    return np.asarray(100 * precisions.prod(1) ** 0.25 * np.exp(np.minimum(0, 1 - 1 / ratio)))
+
+
+def _meteor(table: Floats, weights: Floats) -> Floats:
+    """Denkowski, Lavie, "Meteor Universal", WMT 2014: section 2, with version 1.5's weights for English."""
+    sums, tiny = weights @ table, 1e-300  # nothing over nothing is 0
+    length, ref_length, function, ref_function, *_, chunks, matched, ref_matched = sums.T
+    kinds = np.asarray([1, 0.6, 0.8, 0.6]) @ sums[:, 4:20].reshape(-1, 4, 4)  # exact, stem, synonym, paraphrase
+    precision = kinds[:, [0, 2]] @ (0.75, 0.25) / (0.75 * (length - function) + 0.25 * function + tiny)
+    recall = kinds[:, [1, 3]] @ (0.75, 0.25) / (0.75 * (ref_length - ref_function) + 0.25 * ref_function + tiny)
+    mean = precision * recall / (0.85 * precision + 0.15 * recall + tiny)
+    return np.asarray(mean * (1 - 0.6 * (chunks / ((matched + ref_matched) / 2 + tiny)) ** 0.2))
+
+
+KINDS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "ratio": _ratio,
+    "class mean": _class_mean,
+    "bleu": _bleu,
+    "coco bleu": _coco_bleu,
+    "meteor": _meteor,
+}
 """How a score is computed from a table [samples, columns] and how often each sample counts [resamples, samples]."""
 
 

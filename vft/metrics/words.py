@@ -233,9 +233,9 @@ def checked_pairs(
     return list(zip(predictions, references, strict=True))
 
 
-def optional_module(name: str, metric: str, package: str) -> Any:
-    """A module of the extra `eval`. UserError if it cannot be imported: `metric` needs `package`."""
+def optional_module(name: str, metric: str, package: str, extra: str = "eval") -> Any:
+    """A module of an optional extra. UserError if it cannot be imported: `metric` needs `package`."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[eval]'") from error
+        raise UserError(f"{metric} needs {package}, which is not installed: pip install 'vft[{extra}]'") from error

@@ -51,8 +51,9 @@ def load_task(name: str) -> Task:
 
 
 def task_of(config: Config) -> Task:
-    """The task that a configuration names; captioning if it names none. Its fields `prompt` and `japanese`, if it has
-    them, are `data.prompt` (unless empty) and `eval.japanese`."""
+    """The task that a configuration names; captioning if it names none. Of its fields, `prompt` is
+    `data.prompt` (unless empty), `japanese` and `coco` are those of `eval`."""
     task: Any = load_task(config.task or "caption")
-    given = {"prompt": config.data.prompt or task.prompt, "japanese": config.eval.japanese}
+    limits = config.eval
+    given = {"prompt": config.data.prompt or task.prompt, "japanese": limits.japanese, "coco": limits.coco}
     return replace(task, **{field.name: given[field.name] for field in fields(task) if field.name in given})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vft.common.scores import Interval
 from vft.common.task import Answer, answer_facts, samples_of, texts_of, with_prompt
 from vft.common.types import Conversation, Sample
-from vft.metrics import Japanese, bleu4_interval, cider_d_scores, mean_interval, rouge_l_interval, word_tokenizer
+from vft.metrics import Japanese, bleu4_interval, cider_d_interval, coco_scores, rouge_l_interval
 from vft.recipes.main import main
 
 
@@ -21,6 +21,7 @@ class Caption:
 
     prompt: str = "Describe the video."
     japanese: Japanese = "char"
+    coco: bool = False
     name = "caption"
     main_metric = "cider_d"
 
@@ -32,17 +33,16 @@ class Caption:
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """CIDEr-D (0 to 10, no PTB tokenizer), BLEU-4 (0 to 100), ROUGE-L (0 to 1, beta 1).
 
-        No CIDEr-D for a single caption, where it has no meaning.
+        No CIDEr-D for a single caption, where it has no meaning. With `coco` also `metrics.coco_scores`.
         """
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
         scores = {}
         if len(predictions) > 1:
-            cider_d = mean_interval(cider_d_scores(predictions, references, self.japanese), samples)
-            scores["cider_d"] = cider_d.cut_by(word_tokenizer(refs, self.japanese) for refs in references)
+            scores["cider_d"] = cider_d_interval(predictions, references, samples, self.japanese)
         scores["bleu4"] = bleu4_interval(predictions, references, samples, self.japanese)
         scores["rouge_l"] = rouge_l_interval(predictions, references, samples)
-        return scores
+        return scores | (coco_scores(predictions, references, samples) if self.coco else {})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from vft.common.types import Conversation, Sample
 from vft.metrics import (
     Japanese,
     bleu4_interval,
+    cider_d_interval,
+    coco_scores,
     mean_interval,
     rouge_l_interval,
     rouge_l_tokenizer,
@@ -28,6 +30,7 @@ class Summarize:
 
     prompt: str = "Summarize the video."
     japanese: Japanese = "char"
+    coco: bool = False
     name = "summarize"
     main_metric = "rouge_l"
 
@@ -36,20 +39,23 @@ class Summarize:
         return narrate(sample, self.prompt)
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
-        """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), and where records have segments the share of them that the
-        summary covers (ROUGE-L recall of its best sentence at least 0.3)."""
+        """ROUGE-L (0 to 1, beta 1), BLEU-4 (0 to 100), CIDEr-D of more than one summary (0 to 10), and where records
+        have segments the share of them that the summary covers (ROUGE-L recall of its best sentence at least 0.3). With
+        `coco` also `metrics.coco_scores`."""
         predictions, references = texts_of(answers)
         samples = samples_of(answers)
         scores = {
             "rouge_l": rouge_l_interval(predictions, references, samples),
             "bleu4": bleu4_interval(predictions, references, samples, self.japanese),
         }
+        if len(predictions) > 1:
+            scores["cider_d"] = cider_d_interval(predictions, references, samples, self.japanese)
         having = [answer for answer in answers if answer.question.prompt.facts.get("segments")]
         if having:
             segments = [answer.question.prompt.facts["segments"] for answer in having]
             covered = segment_coverage_scores([answer.text for answer in having], segments)
             scores["coverage"] = mean_interval(covered, samples_of(having)).cut_by(map(rouge_l_tokenizer, segments))
-        return scores
+        return scores | (coco_scores(predictions, references, samples) if self.coco else {})
 
 
 if __name__ == "__main__":

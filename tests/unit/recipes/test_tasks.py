@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import coco
 from tests.helpers.formats import read_folders
 from vft.common.errors import UserError
 from vft.common.task import Answer, Question, Task, main_conversation, samples_of, with_prompt
@@ -555,7 +556,7 @@ def test_scores_of_summaries() -> None:
     found = values(Summarize(), *answers)
     assert found["rouge_l"] == pytest.approx((2 / 3 + 0 + 0) / 3)
     assert found["coverage"] == pytest.approx((1 / 3 + 1) / 2)
-    assert set(found) == {"rouge_l", "bleu4", "coverage"}
+    assert set(found) == {"rouge_l", "bleu4", "cider_d", "coverage"}
     assert set(values(Summarize(), answered("No", "yes"))) == {"rouge_l", "bleu4"}
 
 
@@ -576,6 +577,18 @@ def test_scores_of_captions() -> None:
     assert values(Caption(), *right) == pytest.approx({"cider_d": 10.0, "bleu4": 100.0, "rouge_l": 1.0})
     assert set(values(Caption(), right[0])) == {"bleu4", "rouge_l"}
     assert values(Caption(), right[0], answered("zzz", "two men play"))["rouge_l"] == 0.5
+
+
+@pytest.mark.parametrize("task", ["caption", "summarize", "story"])
+def test_scores_that_papers_report(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `eval.coco`, beside the others; a task without them takes no notice of it."""
+    coco.install(monkeypatch)
+    config = {"task": task, "output_dir": "run", "model": {"path": "m"}, "eval": {"coco": True}}
+    answers = [answered("a red dog runs home", "a red dog"), answered("two men play", "two men play a guitar")]
+    found = task_of(Config.model_validate(config)).score(answers)
+    named = {name for name, score in found.items() if score.tokenization == "PTB"}
+    assert named == (set() if task == "story" else {"cider_coco", "bleu4_coco", "rouge_l_coco", "meteor"})
+    assert {"rouge_l", "bleu4"} < found.keys()
 
 
 # ------------------------------------------------------------------------------------------------------- intervals
