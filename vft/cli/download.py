@@ -267,6 +267,19 @@ SETS: dict[str, DataSet] = {
         },
         steps=("unzip -n videos.zip && rm videos.zip",),
     ),
+    "perceptiontest": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/PerceptionTest_Val",
+        licence="CC BY 4.0",
+        benchmarks=("perceptiontest",),
+        parts={
+            "questions": Part(("mc_question_val/*",), "lmms-eval/PerceptionTest_Val", gb=0.001),
+            "videos": Part(("videos_chunked_*.zip",), "lmms-eval/PerceptionTest_Val", gb=75.0),
+            "test": Part(
+                ("mc_question/*", "test_videos.zip"), "lmms-eval/PerceptionTest", gb=45.0, folder="../PerceptionTest"
+            ),
+        },
+        steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done        (and so in ../PerceptionTest)',),
+    ),
 }
 
 
