@@ -26,6 +26,7 @@ from workload import MODELS, add_shape, random_model, settings
 from vft.common.errors import UserError
 from vft.common.types import AttentionPlan, Batch, Document
 from vft.config.run import ObjectiveConfig
+from vft.inference.generate import Sampling, generate
 from vft.models import attention, layers
 from vft.models.base import Objective, VideoLanguageModel
 from vft.preparation.synthetic import Video, row_of, text_document, video_document
@@ -139,6 +140,32 @@ def preferences(model: VideoLanguageModel) -> dict[str, Gain]:
     return gains
 
 
+def samples(model: VideoLanguageModel, count: int = 8, new_tokens: int = 32) -> dict[str, Gain]:
+    """Several sampled answers to a question about a video: asked one by one or as a batch of copies, and all behind one
+    prompt. The "loss" is the mean of their token ids, for they must be the same answers; at a low temperature, for a
+    random model finds all tokens about as likely, and rounding would decide."""
+    prompt = video_document(model.processor, LONG, 1, 25, 1)
+    sampling = Sampling(new_tokens, temperature=1e-3)
+    names = [f"{number}:x" if number else "x" for number in range(count)]
+
+    def answers(copies: int, sampled: Sampling, *calls: Sequence[str]) -> Work:
+        row = row_of(model.processor, [prompt] * copies).to(DEVICE)
+
+        def run() -> torch.Tensor:
+            found = [one for own in calls for one in generate(model, row, (), sampled, None, own)]
+            return torch.tensor([one.ids for one in found], dtype=torch.float64).mean()
+
+        return run
+
+    ours = answers(1, replace(sampling, samples=count), names[:1])
+    kinds = {
+        "one by one": answers(1, sampling, *([name] for name in names)),
+        "of copies": answers(count, sampling, names),
+    }
+    about = f"{count} answers of {new_tokens} tokens to {prompt.num_tokens:,}"
+    return {f"{about}, {kind}": Gain(plainly, ours) for kind, plainly in kinds.items()}
+
+
 def part(document: Document, number: int) -> Document:
     """One branch with a copy of the trunk."""
     trunk, own = document.prefix_length, document.suffix_rows[number]
@@ -225,6 +252,7 @@ KINDS: dict[str, Callable[[Any], dict[str, Gain]]] = {
     "questions": questions,
     "long-videos": partial(questions, ks=(1, 2, 5, 10), videos=1, video=LONG, words=100),
     "preferences": preferences,
+    "samples": samples,
     "packing": packing,
     "parts": parts,
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": ("vft.cli.predict", "answer a prompt about videos, pictures or files of records"),
     "evaluate": ("vft.cli.evaluate", "score a model on held-out samples, with 95 % intervals"),
     "benchmark": ("vft.cli.benchmark", "score a model on public benchmarks by name"),
+    "pairs": ("vft.cli.pairs", "make preference pairs of a model's own answers, or keep the best of them"),
     "merge": ("vft.cli.merge_lora", "merge an adapter into its base model"),
     "plan": ("vft.cli.plan", "memory and time of a run, before any GPU is rented"),
     "inspect": ("vft.cli.inspect_batch", "write the first pack of a run as the model gets it"),

@@ -39,6 +39,8 @@ class Answer:
     """What was generated between the reasoning tags, before the text."""
     is_cut_off: bool = False
     """Whether generation stopped at the limit of tokens."""
+    others: tuple[Answer, ...] = ()
+    """Further answers to the question, if several were sampled."""
 
     @property
     def choice(self) -> int | None:

@@ -14,7 +14,7 @@ from vft.adapters.peft_format import WEIGHTS_FILE
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, replace_text
 from vft.common.rules import VERSION
-from vft.common.task import Answer, likeliest
+from vft.common.task import Answer, Question, likeliest
 from vft.config.data import DataConfig
 from vft.config.run import ModelConfig, flatten
 from vft.inference.engine import Failure
@@ -86,12 +86,14 @@ def question_line(request: Request) -> Line:
 
 
 def _details(answer: Answer) -> Line:
-    """Fields that only some answers have: `reasoning`, `cut_off`, and for a question with options the likeliest ones.
+    """Fields that only some answers have: `reasoning`, `cut_off`, `others` (further samples, with such fields of their
+    own), and for a question with options the likeliest ones.
 
     `choice` is chosen by `option_scores`, whose rule is `scored_by`; `..._norm` are log-probabilities per character.
     """
     line: Line = {"reasoning": answer.reasoning} if answer.reasoning else {}
     line |= {"cut_off": True} if answer.is_cut_off else {}
+    line |= {"others": [{"prediction": one.text, **_details(one)} for one in answer.others]} if answer.others else {}
     if answer.choice is not None:
         options, scores = answer.question.prompt.options, answer.option_scores
         shown = sorted(range(len(options)), key=lambda i: -scores[i])[:MAX_OPTIONS]
@@ -118,7 +120,8 @@ def answer_settings(
     if adapter is not None and (adapter / WEIGHTS_FILE).is_file():
         with (adapter / WEIGHTS_FILE).open("rb") as stream:
             weights.update(hashlib.file_digest(stream, "sha256").digest())
-    sampled = {"top_p": sampling.top_p, "seed": sampling.seed} if sampling.temperature else {}
+    sampled: Line = {"top_p": sampling.top_p, "seed": sampling.seed} if sampling.temperature else {}
+    sampled |= {"samples": sampling.samples} if sampling.samples > 1 else {}
     return {
         "model": base.path,
         "adapter": None if adapter is None else str(adapter),
@@ -162,6 +165,11 @@ class AnswersFile:
     def has(self, request: Request) -> bool:
         """Whether this question is answered."""
         return _key(question_line(request)) in self._lines
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a question that the file `has`, without scores of options."""
+        assert not isinstance(request.question, Failure)
+        return _answer(request.question, json.loads(self._lines[_key(question_line(request))]))
 
     def begin(self) -> None:
         """Open the file to add lines; one process does. UserError if another command writes, or has written since."""
@@ -236,6 +244,12 @@ class AnswersFile:
 
 def _key(line: Mapping[str, Any]) -> str:
     return json.dumps([line.get(name) for name in KEY])
+
+
+def _answer(question: Question, line: Line) -> Answer:
+    others = tuple(_answer(question, one) for one in line.get("others", ()))
+    thought, is_cut_off = line.get("reasoning", ""), "cut_off" in line
+    return Answer(question, line["prediction"], reasoning=thought, is_cut_off=is_cut_off, others=others)
 
 
 def _names(settings: Mapping[str, Any]) -> str:

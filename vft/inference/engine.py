@@ -185,7 +185,8 @@ class Answerer:
     def generate(
         self, questions: Sequence[PreparedQuestion], sampling: Sampling, write: Callable[[str], None] | None = None
     ) -> list[Answer]:
-        """Texts for a batch of questions. Every process must call it, with none if it has no question."""
+        """Texts for a batch of questions. Every process must call it, with none if it has no question. Of several
+        samples of a question the first is its answer, the others are that one's `others`."""
         batch = collate([(question.document, question.patches) for question in questions], self.encoder.processor)
         streamer = TextStreamer(self.decode, write) if write is not None and questions else None
         generated = generate(
@@ -200,8 +201,11 @@ class Answerer:
         texts = [self.decode(one.ids) for one in generated]
         if streamer is not None:
             streamer.end(texts[0])
-        rows = zip(questions, texts, generated, strict=True)
-        return [self.parse(prepared.question, text, not one.ended) for prepared, text, one in rows]
+        asked = [one.question for one in questions for _ in range(sampling.samples)]
+        rows = zip(asked, texts, generated, strict=True)
+        said = [self.parse(question, text, not one.ended) for question, text, one in rows]
+        groups = (said[first : first + sampling.samples] for first in range(0, len(said), sampling.samples))
+        return [replace(answer, others=tuple(others)) for answer, *others in groups]
 
     def parse(self, question: Question, text: str, is_cut_off: bool) -> Answer:
         """Tell the reasoning in a generated text from the answer, which is empty if the reasoning did not end."""

@@ -28,6 +28,8 @@ class Sampling:
     top_p: float = 1.0
     """Probability mass of the nucleus, the smallest set of likeliest tokens that a token is drawn from."""
     seed: int = 0
+    samples: int = 1
+    """Answers to each prompt, drawn apart from one another. The prompt is read once for all of them."""
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one question. They depend on its name and the seed, not on the questions beside it."""
@@ -55,29 +57,35 @@ def generate(
     names: Sequence[str] = (),
     context: int | None = None,
 ) -> list[GeneratedIds]:
-    """Generate for each document of `prompts` (each with one suffix) up to a token of `end_ids`, to
-    `sampling.max_new_tokens` or to the end of the model's `context` (tokens).
+    """Generate `sampling.samples` answers to each document of `prompts` (each with one suffix) up to a token of
+    `end_ids`, to `sampling.max_new_tokens` or to the end of the model's `context` (tokens). Those to one document are
+    neighbours; the first is what it would be alone.
 
     Every process must call it, without documents if it has no prompt: a sharded model needs all of them in each pass,
     so they go on until the last prompt of the last process has ended. `on_tokens` gets the tokens of each pass, None
     for a prompt that has ended. `names` are those of the prompts for `Sampling.generator`, by default the first sample
     id of each document.
     """
-    device = prompts.input_ids_T.device
+    device, samples = prompts.input_ids_T.device, sampling.samples
     lengths = [document.num_tokens for document in prompts.documents] or [1]
-    limits = [min(sampling.max_new_tokens, (context or sys.maxsize) - length) for length in lengths]
+    room = [min(sampling.max_new_tokens, (context or sys.maxsize) - length) for length in lengths]
+    limits = [limit for limit in room for _ in range(samples)]
     last_rows_S = move(torch.tensor(lengths).cumsum(0) - 1, device)
-    cache = KeyValueCache(lengths, sampling.max_new_tokens, device)
+    cache = KeyValueCache(lengths, sampling.max_new_tokens, device, samples)
     positions_S = torch.stack([part.max() for part in prompts.positions_3T.split(lengths, dim=1)])
+    positions_S = positions_S.repeat_interleave(samples)
     names = names or [document.sample_ids[0] for document in prompts.documents] or [""]
-    generators = [sampling.generator(name) for name in names]
+    each = [f"{number}:{name}" if number else name for name in names for number in range(samples)]
+    generators = [sampling.generator(name) for name in each]
     batch = replace(prompts, target_index_N=last_rows_S, target_ids_N=last_rows_S)
-    ids: list[list[int]] = [[] for _ in lengths]
+    ids: list[list[int]] = [[] for _ in limits]
     running = [bool(prompts.documents) and limit > 0 for limit in limits]
-    ended = [False] * len(lengths)
-    for _ in range(sampling.max_new_tokens):
+    ended = [False] * len(limits)
+    for step in range(sampling.max_new_tokens):
         drawn_S = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-        tokens_S = choose(model.logits(batch, cache), sampling, move(drawn_S, device))
+        logits_SV = model.logits(batch, cache)
+        logits_SV = logits_SV if step else logits_SV.repeat_interleave(samples, dim=0)
+        tokens_S = choose(logits_SV, sampling, move(drawn_S, device))
         cache.advance()
         new_tokens: list[int | None] = []
         for index, token in enumerate(tokens_S.tolist()):
@@ -95,7 +103,7 @@ def generate(
             break
         positions_S = positions_S + 1
         batch = _single_tokens(tokens_S, positions_S, prompts)
-    return [GeneratedIds(*one) for one in zip(ids, ended, strict=True)][: len(prompts.documents)]
+    return [GeneratedIds(*one) for one in zip(ids, ended, strict=True)][: len(prompts.documents) * samples]
 
 
 def choose(logits_SV: Tensor, sampling: Sampling, drawn_S: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ def choose(logits_SV: Tensor, sampling: Sampling, drawn_S: Tensor) -> Tensor:
 
 
 def _single_tokens(tokens_S: Tensor, positions_S: Tensor, prompts: Batch) -> Batch:
-    """A row with one token for each sequence. Its plan only says how many rows there are: the cache attends."""
+    """A row with one token for each answer. Its plan only says how many rows there are: the cache attends."""
     rows_S = torch.arange(len(tokens_S), device=tokens_S.device)
     return Batch(
         input_ids_T=tokens_S,

@@ -13,6 +13,7 @@ from vft.metrics.bootstrap import (
     parts_to_json,
     ratio_interval,
     rouge_l_interval,
+    sample_values,
 )
 from vft.metrics.choice import breakdown, extract_letter, lmms_letter, official_letter, top_k
 from vft.metrics.coco import coco_scores

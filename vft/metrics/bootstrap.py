@@ -120,6 +120,16 @@ def rouge_l_interval(
     return score.cut_by(map(rouge_l_tokenizer, references))
 
 
+def sample_values(score: Interval) -> dict[str, float]:
+    """What the score would be on each of its samples alone, by the sample's name. CIDEr-D still weighs words by the
+    whole set. Empty if it is not known what the score was computed from."""
+    if score.parts is None:
+        return {}
+    value_of, once = KINDS[score.parts.kind], np.ones((1, 1))
+    rows = zip(score.parts.samples.names, score.parts.table, strict=True)
+    return {name: float(value_of(row[None], once)[0]) for name, row in rows}
+
+
 def parts_to_json(scores: Mapping[str, Interval]) -> dict[str, Any]:
     """What scores were computed from, as `parts_from_json` reads it: samples that several share stand once."""
     kept = {name: score.parts for name, score in scores.items() if score.parts is not None}

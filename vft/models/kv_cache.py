@@ -49,26 +49,32 @@ class PrefixCache:
 
 
 class KeyValueCache:
-    """Keys and values of S sequences, one for each prompt of a packed row.
+    """Keys and values of S sequences, one for each prompt of a packed row, and behind it those of its answers.
 
-    The first pass is the packed row of prompts. Each later pass is a row with one token for each sequence. Call
-    `advance` after every pass.
+    The first pass is the packed row of prompts. Each later pass is a row with one token for each answer. The answers of
+    a prompt, `samples` of them, take turns behind it and see each its own tokens; the prompt's keys are there once.
+    Call `advance` after every pass.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, prompt_lengths: Sequence[int], max_new_tokens: int, device: torch.device, samples: int = 1
+    ) -> None:
         lengths_S = torch.tensor(prompt_lengths)
         sequence_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
         starts_S = torch.cumsum(lengths_S, 0) - lengths_S
-        self.lengths_S = move(lengths_S, device)
-        """Tokens of each sequence."""
+        self.samples = samples
+        """Answers to each prompt (Q)."""
+        self.prompts_S = self.lengths_S = move(lengths_S, device)
+        """Tokens of each prompt, and of each sequence."""
         self.longest = max(prompt_lengths)
-        self.capacity = self.longest + min(max_new_tokens, ROWS_AHEAD)
+        self.capacity = self.longest + samples * min(max_new_tokens, ROWS_AHEAD)
         """Tokens of each sequence that fit (L)."""
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values by layer, [S, L, H, K]."""
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
-        """What recurrent layers keep of each sequence, by layer: the last inputs of a convolution, and a state."""
-        self.is_prefilled = False
+        """What recurrent layers keep of each prompt, then of each answer, by layer: the last inputs of a convolution,
+        and a state."""
+        self.passes = 0
         self.sequence_T = move(sequence_T, device)
         """Sequence of each row of the current pass."""
         self.index_T = move(torch.arange(len(sequence_T)) - starts_S[sequence_T], device)
@@ -76,38 +82,47 @@ class KeyValueCache:
 
     def attend(self, layer: int, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
         """Store the keys and values of this pass, and attend all of each sequence."""
-        if not self.is_prefilled:
+        if not self.passes:
             shape = (len(self.lengths_S), self.capacity, *k_THK.shape[1:])
             self.past[layer] = k_THK.new_zeros(shape), v_THK.new_zeros(shape)
         keys_SLHK, values_SLHK = self.past[layer]
         keys_SLHK[self.sequence_T, self.index_T] = k_THK
         values_SLHK[self.sequence_T, self.index_T] = v_THK
-        if not self.is_prefilled:
+        if not self.passes:
             return attend(q_THK, k_THK, v_THK, plan)
-        # Row s is the newest token of sequence s. It attends all tokens of the sequence, itself included.
-        visible_SL = torch.arange(self.capacity, device=q_THK.device) <= self.index_T[:, None]
+        # A row is the newest token of an answer. It attends the prompt and all tokens of the answer, itself included.
         keys, values = keys_SLHK.transpose(1, 2), values_SLHK.transpose(1, 2)
-        return sdpa(q_THK.unsqueeze(2), keys, values, visible_SL[:, None, None, :]).squeeze(2)
+        q_SHQK = q_THK.unflatten(0, (-1, self.samples)).transpose(1, 2)
+        return sdpa(q_SHQK, keys, values, self.visible_SQL[:, None]).transpose(1, 2).flatten(0, 1)
 
     def recurrent(self, plan: AttentionPlan) -> tuple[Sequence[Segment], Sequence[int] | None]:
         """Segments of a pass, and which of the pass before each continues (`Recurrence.sources_S`)."""
-        if not self.is_prefilled:
+        if not self.passes:
             return plan.segments, None
-        return [Segment(row, 1) for row in range(len(self.lengths_S))], range(len(self.lengths_S))
+        rows = range(len(self.lengths_S) * self.samples)
+        return [Segment(row, 1) for row in rows], [row // self.samples for row in rows] if self.passes == 1 else rows
 
     def advance(self) -> None:
-        """End a pass, after all layers. The next one has one token for each sequence."""
-        if self.is_prefilled:
-            self.lengths_S = self.lengths_S + 1
-            self.longest += 1
-        self.is_prefilled = True
+        """End a pass, after all layers. The next one has one token for each answer."""
+        if self.passes:
+            self.lengths_S = self.lengths_S + self.samples
+            self.longest += self.samples
+        self.passes += 1
         if self.longest == self.capacity:
-            self.capacity += ROWS_AHEAD
+            more = self.samples * ROWS_AHEAD
+            self.capacity += more
             for layer, past in self.past.items():
-                keys, values = (F.pad(x, (0, 0, 0, 0, 0, ROWS_AHEAD)) for x in past)
+                keys, values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in past)
                 self.past[layer] = keys, values
-        self.sequence_T = torch.arange(len(self.lengths_S), device=self.lengths_S.device)
-        self.index_T = self.lengths_S
+        device = self.lengths_S.device
+        answer_Q = torch.arange(self.samples, device=device)
+        index_SQ = self.lengths_S[:, None] + answer_Q
+        self.sequence_T = torch.arange(len(self.lengths_S), device=device).repeat_interleave(self.samples)
+        self.index_T = index_SQ.flatten()
+        place_L = torch.arange(self.capacity, device=device)
+        behind_S1L = (place_L - self.prompts_S[:, None])[:, None]
+        is_own_SQL = (behind_S1L < 0) | (behind_S1L % self.samples == answer_Q[:, None])
+        self.visible_SQL = is_own_SQL & (place_L <= index_SQ[..., None])
 
 
 Cache = PrefixCache | KeyValueCache

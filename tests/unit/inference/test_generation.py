@@ -20,6 +20,7 @@ from vft.data.dataset import make_dataset
 from vft.data.packing import collate
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import World
+from vft.inference import generate as generation
 from vft.inference.engine import Answerer, Failure, sampling_name
 from vft.inference.generate import GeneratedIds, Sampling, choose, generate
 from vft.inference.requests import user_question
@@ -230,3 +231,50 @@ def test_rows_of_training_hold_more_than_one_context(released: ChatEncoder) -> N
         made = documents.build(number)
         assert made.prefix_length + max(made.suffix_lengths) <= 4096
     assert document(released, [talk(("user", "?"), ("assistant", "!"))], NO_MEDIA).num_tokens < 20
+
+
+# ---------------------------------------------------------------------------------------- several answers to a prompt
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video_mistral", "qwen3_5"])
+def test_samples_of_one_prefix_are_those_of_copies(
+    make_tiny: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt is read once, and its answers are those to as many copies of it: prompts of several lengths, answers
+    that end apart, a cache that grows. The first one is the answer to the prompt alone."""
+    tiny = make_tiny(family, "untied")
+    model, texts, count = tiny.ours(), TEXTS[:3], 4
+    sampling = Sampling(STEPS, temperature=3.0, seed=5)
+    names = [f"{number}:{text}" if number else text for text in texts for number in range(count)]
+    copies = asked(tiny, *[text for text in texts for _ in range(count)])
+    whole = generate(model, copies, (), sampling, None, names)
+    assert len({*map(tuple, ids(whole))}) == len(names)
+    end = {one.ids[index] for one, index in zip(whole, range(1, STEPS), strict=False)}
+    wanted = generate(model, copies, end, sampling, None, names)
+    assert len({len(one.ids) for one in wanted}) > 1 and {one.ended for one in wanted} == {False, True}
+    rows, logits = [], model.logits
+    monkeypatch.setattr(
+        model, "logits", lambda batch, cache: rows.append(batch.input_ids_T.numel()) or logits(batch, cache)
+    )
+    monkeypatch.setattr(cache, "ROWS_AHEAD", 2)
+    row = asked(tiny, *texts)
+    assert generate(model, row, end, replace(sampling, samples=count)) == wanted
+    assert rows == [row.num_tokens, *[len(names)] * (STEPS - 1)]
+    assert generate(model, asked(tiny, texts[0]), end, sampling) == wanted[:1]
+    assert generate(model, collate([], tiny.encoder.processor), end, replace(sampling, samples=count)) == []
+
+
+def test_samples_share_logits_and_context(tiny_untied: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First tokens are drawn from one distribution; each answer has the room that one alone has."""
+    count, drawn = 4000, []
+    model, batch = tiny_untied.ours(), asked(tiny_untied, TEXTS[0])
+    monkeypatch.setattr(generation, "choose", lambda logits, *rest: drawn.append(logits) or choose(logits, *rest))
+    found = generate(model, batch, (), Sampling(1, temperature=1.0, samples=count))
+    assert drawn[0].shape[0] == count and bool((drawn[0] == drawn[0][0]).all())
+    wanted_V = drawn[0][0].double().softmax(0)
+    found_V = torch.bincount(torch.tensor([one.ids[0] for one in found]), minlength=len(wanted_V)) / count
+    likely_V = wanted_V > 0.01
+    deviation_V = (wanted_V * (1 - wanted_V) / count).sqrt()
+    assert int(likely_V.sum()) > 3 and bool(((found_V - wanted_V).abs() < 5 * deviation_V)[likely_V].all())
+    short = generate(model, batch, (), Sampling(STEPS, 1.0, samples=3), context=batch.num_tokens + 2)
+    assert [(len(one.ids), one.ended) for one in short] == [(2, False)] * 3

@@ -54,8 +54,12 @@ PLACEHOLDER = re.compile(r"<(video|image)>")
 LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 """LLaVA's placeholder, with the line break that separates it from the question."""
 
-FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", REJECTED, DESIRABLE, *MEDIA_KEYS})
-"""Keys beside the turns; tasks read the last ones."""
+SAMPLED = "sampled"
+"""Key for where the answers of a record are from, if a model gave them (`vft pairs`)."""
+FIELDS = frozenset(
+    {"id", "system", "speech", "options", "labels", "groups", SAMPLED, REJECTED, DESIRABLE, *MEDIA_KEYS}
+)
+"""Keys beside the turns; tasks read some of them."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", *REASONING})
 
@@ -259,7 +263,10 @@ def _medium(root: Path, kind: MediaKind, part: dict[str, Any], name: str) -> Med
             raise RecordError(f"{name}.{min(both)}", f"stands in {keys[0]!r} too; keep one of the two")
         value = inner.pop("url", None)
         part |= inner
-    options = options_of_part(part, kind, isinstance(value, list), name)
+    is_list = isinstance(value, list) or (
+        kind == "video" and isinstance(value, str) and stat.S_ISDIR(resolve_path(root, value, name)[1])
+    )
+    options = options_of_part(part, kind, is_list, name)
     return _reference(root, kind, value, f"{name}.{keys[0]}", options)
 
 
