@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs.commands import CAPTION, Commands, Result, metrics
 from tests.runs.processes import run_together
-from tests.runs.world import ANSWERS, World, damage, video_record, write_clip
+from tests.runs.world import ANSWERS, World, damage, record, video_record, write_clip
 
 PAIRS = "tools/pairs.py"
 Ask = Callable[..., Result]
@@ -89,6 +89,7 @@ def test_held_out_and_bad_records_are_left_out(ask: Ask, tmp_path: Path) -> None
         write_clip(root / f"{colour}.mp4", colour)
     damage(root / "red.mp4")
     records = [*map(video_record, ANSWERS), {"id": "odd", "messages": [], "videos": ["red.mp4"]}]
+    records.append({**record("<video>Who?", "Nobody.", videos=["blue.mp4"]), "label": False})  # an answer not to give
     (root / "videos.json").write_text(json.dumps(records))
     data = (f"data.root={root}", "data.max_bad_fraction=0.5", "eval.max_new_tokens=2")
     told = ask("--output", tmp_path / "all.jsonl", *data).ok()

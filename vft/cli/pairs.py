@@ -36,7 +36,6 @@ from vft.data.formats.messages import PLACEHOLDER, SAMPLED, parse
 from vft.data.media.timed_text import with_frame_times
 from vft.data.records.preferences import REJECTED
 from vft.data.records.record import RecordError
-from vft.data.stored import load_stored
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, World, all_of, environment, make_mesh, process_group
 from vft.inference.answers_file import AnswersFile, Line, answer_settings, as_text
@@ -45,7 +44,7 @@ from vft.inference.evaluate import evaluation_config
 from vft.inference.generate import Sampling
 from vft.inference.requests import Request
 from vft.metrics import sample_values
-from vft.preparation.documents import check_answer_length, evaluated_conversations, held_out_split, questions
+from vft.preparation.documents import load_asked, questions
 from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
@@ -104,7 +103,7 @@ def main(arguments: PairsArguments) -> None:
     prepared = open_for_inference(config.model, adapter, DTYPES[precision])
     sampling = Sampling(new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.samples)
     settings = answer_settings(config.model, adapter, prepared.pretrained, precision, sampling, config.data)
-    data = load_asked(task, config, prepared)
+    data = load_asked(task, config, prepared.encoder(config.data))
     asked = questions(data.conversations)
     by = ranked_by(task, asked, arguments.by)
     file = AnswersFile(output.with_suffix(".answers.jsonl"), settings)
@@ -124,17 +123,6 @@ def main(arguments: PairsArguments) -> None:
     counts = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)
     kind, total = "answers" if arguments.best_only else "pairs", len(asked) + len(data.bad)
     print(f"{output}: {len(records)} {kind} of {total} questions{f' ({counts})' if counts else ''}\n{about}")
-
-
-def load_asked(task: Task, config: Config, prepared: PreparedModel) -> Dataset:
-    """What is trained on, as conversations to ask. UserError if all sources are streams."""
-    if not config.data.indexed:
-        raise UserError("data.sources: a stream can't be asked about; name sources without stream = true")
-    context = prepared.model.processor.context_tokens
-    check_answer_length(config.eval.max_new_tokens, context, "eval.max_new_tokens")
-    make, split = evaluated_conversations(task), held_out_split(config, held_out=False)
-    encoder = prepared.encoder(config.data)
-    return load_stored(config.data, config.data.indexed, make, task, "to ask", encoder, config.seed, split)
 
 
 def ranked_by(task: Task, asked: Sequence[Question], metric: str | None) -> list[str]:

@@ -152,6 +152,17 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     return held_out
 
 
+def load_asked(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
+    """The main conversation of each record that is trained on, to be asked as in evaluation, without those whose answer
+    is not one to give. UserError if all sources are streams."""
+    if not config.data.indexed:
+        raise UserError("data.sources: a stream can't be asked about; name sources without stream = true")
+    check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
+    make = _desirable_only(evaluated_conversations(task), leave_out=True)
+    split = held_out_split(config, held_out=False)
+    return load_stored(config.data, config.data.indexed, make, task, "to ask", encoder, config.seed, split)
+
+
 def held_out_split(config: Config, held_out: bool) -> Split | None:
     """One side of `eval.split`; None without that setting."""
     return None if config.eval.split is None else Split(config.eval.split, config.seed, held_out)

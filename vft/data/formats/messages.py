@@ -56,9 +56,7 @@ LINE_PLACEHOLDER = re.compile(r"(?:\n(?=<\w+>\Z))?<(video|image)>\n?")
 
 SAMPLED = "sampled"
 """Key for where the answers of a record are from, if a model gave them (`vft pairs`)."""
-FIELDS = frozenset(
-    {"id", "system", "speech", "options", "labels", "groups", SAMPLED, REJECTED, DESIRABLE, *MEDIA_KEYS}
-)
+FIELDS = frozenset({"id", "system", "speech", "options", "labels", "groups", SAMPLED, REJECTED, DESIRABLE, *MEDIA_KEYS})
 """Keys beside the turns; tasks read some of them."""
 PART_KINDS: dict[str, MediaKind] = {"video": "video", "image": "image", "video_url": "video", "image_url": "image"}
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "loss", *REASONING})
