@@ -141,29 +141,22 @@ def preferences(model: VideoLanguageModel) -> dict[str, Gain]:
 
 
 def samples(model: VideoLanguageModel, count: int = 8, new_tokens: int = 32) -> dict[str, Gain]:
-    """Several sampled answers to a question about a video: asked one by one or as a batch of copies, and all behind one
-    prompt. The "loss" is the mean of their token ids, for they must be the same answers; at a low temperature, for a
-    random model finds all tokens about as likely, and rounding would decide."""
+    """Answers to a question about a video, asked one by one and all behind one prompt. The "loss" is the mean of
+    their token ids, for they must be the same answers; at a low temperature, for a random model finds all tokens about
+    as likely, and rounding would decide."""
     prompt = video_document(model.processor, LONG, 1, 25, 1)
-    sampling = Sampling(new_tokens, temperature=1e-3)
-    names = [f"{number}:x" if number else "x" for number in range(count)]
+    row, sampling = row_of(model.processor, [prompt]).to(DEVICE), Sampling(new_tokens, temperature=1e-3)
 
-    def answers(copies: int, sampled: Sampling, *calls: Sequence[str]) -> Work:
-        row = row_of(model.processor, [prompt] * copies).to(DEVICE)
-
+    def answers(sampling: Sampling, *names: str) -> Work:
         def run() -> torch.Tensor:
-            found = [one for own in calls for one in generate(model, row, (), sampled, None, own)]
+            found = [one for name in names for one in generate(model, row, (), sampling, None, [name])]
             return torch.tensor([one.ids for one in found], dtype=torch.float64).mean()
 
         return run
 
-    ours = answers(1, replace(sampling, samples=count), names[:1])
-    kinds = {
-        "one by one": answers(1, sampling, *([name] for name in names)),
-        "of copies": answers(count, sampling, names),
-    }
+    apart = answers(sampling, "x", *(f"{number}:x" for number in range(1, count)))
     about = f"{count} answers of {new_tokens} tokens to {prompt.num_tokens:,}"
-    return {f"{about}, {kind}": Gain(plainly, ours) for kind, plainly in kinds.items()}
+    return {about: Gain(apart, answers(replace(sampling, samples=count), "x"))}
 
 
 def part(document: Document, number: int) -> Document:
