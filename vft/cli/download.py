@@ -260,7 +260,7 @@ SETS: dict[str, DataSet] = {
     ),
     "nextqa": DataSet(
         page=f"https://huggingface.co/datasets/{NEXTQA}",
-        benchmarks=("nextqa",),
+        benchmarks=("nextqa", "nextqa_oe"),
         parts={
             "questions": Part(("MC/*", "OE/*"), NEXTQA, gb=0.005),
             "videos": Part(("videos.zip",), NEXTQA, gb=6.5),
