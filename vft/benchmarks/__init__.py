@@ -140,8 +140,9 @@ class MultipleChoice(Benchmark):
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """`accuracy` by what is generated and `likelihood_accuracy` by the likeliest letter, 0 to 1; `no_letter` is the
-        fraction of texts that name none. Questions whose answer is withheld are left out."""
-        known = [one for one in answers if "withheld" not in one.question.prompt.facts]
+        fraction of texts that name none. Questions without options, and those whose answer is withheld, are left
+        out."""
+        known = [one for one in answers if one.question.prompt.options and "withheld" not in one.question.prompt.facts]
         if not known:
             return {}
         letters = [self.letter(one) for one in known]

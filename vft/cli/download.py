@@ -280,6 +280,16 @@ SETS: dict[str, DataSet] = {
         },
         steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done        (and so in ../PerceptionTest)',),
     ),
+    "tempcompass": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/TempCompass",
+        licence="CC BY-NC 4.0, for academic research alone",
+        benchmarks=("tempcompass",),
+        parts={
+            "questions": Part(("*/test-*.parquet",), "lmms-eval/TempCompass", gb=0.001),
+            "videos": Part(("tempcompass_videos.zip",), "lmms-eval/TempCompass", gb=0.42),
+        },
+        steps=("unzip -n tempcompass_videos.zip && rm tempcompass_videos.zip",),
+    ),
 }
 
 
