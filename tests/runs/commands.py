@@ -35,9 +35,8 @@ import atexit, gc, importlib, json, os, runpy, signal, sys, threading, traceback
 
 ours = ("vft.training.trainer", "vft.recipes.caption")
 # What commands import only where they use it.
-late = ("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl", "pandas", "pyarrow.compute", "rouge_score.rouge_scorer",
-        "sacrebleu.metrics")
-for name in (*ours, *late):
+late = ("pandas", "pyarrow.compute", "rouge_score.rouge_scorer", "sacrebleu.metrics")
+for name in (*ours, *late, "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl"):
     importlib.import_module(name)
 for name in ("card.md", "report.html"):
     sys.modules["vft.reporting.page"].TEMPLATES.get_template(name)

@@ -151,6 +151,8 @@ class Conversation:
     """What scoring needs besides the answer: `groups` (name to value), `segments` (texts), or what the task wants."""
     spans_s: tuple[tuple[float, float], ...] = ()
     """Start and end, in seconds of the file, of the segments that the record describes. All must lie in the video."""
+    source: str = ""
+    """Name of the source (`vft.config.data.source_names`), by which losses and scores are told apart."""
     is_part: bool = False
     """Whether this is the beginning of another conversation, made to train on an earlier answer of it. It is not asked
     in evaluation."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -100,6 +101,14 @@ class SourceConfig(Section):
             raise ValueError(f"stream = true and take = {show(self.take)} contradict each other; take one out")
         source_checks["source"](self)
         return self
+
+
+def source_names(sources: Sequence[SourceConfig]) -> dict[str, str]:
+    """A name for each different path: its last part without suffix, or if several have that, the whole path with `:` in
+    place of `/`."""
+    paths = dict.fromkeys(source.path for source in sources)
+    stems = Counter(PurePath(path).stem for path in paths)
+    return {path: stem if stems[stem := PurePath(path).stem] == 1 else path.replace("/", ":") for path in paths}
 
 
 def check_shares(sources: Sequence[SourceConfig]) -> None:

@@ -343,9 +343,14 @@ class EvalConfig(Section):
     `bleu4_coco`, `rouge_l_coco`, `meteor`. Takes 5 to 20 seconds an evaluation."""
     best_metric: str = ""
     """Export to `best/` whenever this metric, such as `cider_d` or `loss`, is better than ever before. Empty: never."""
+    patience: Count = 0
+    """Stop training after so many evaluations in a row without a better `best_metric`; `best/` then holds the best. 0:
+    never."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.patience and not self.best_metric:
+            raise ValueError(f"patience = {self.patience} needs best_metric: name the score that is to get better")
         if self.best_metric and not self.every_steps:
             raise ValueError(f"best_metric = {show(self.best_metric)} needs every_steps above 0")
         if self.split is not None and self.sources:
@@ -430,6 +435,11 @@ class Config(Section):
                 'objective.reference_passes = "every_step" needs a [lora] table: full fine-tuning changes the weights '
                 "of the reference; take it out"
             )
+        if streamed and self.objective is not None and self.objective.kind == "kto":
+            raise ValueError(
+                f"objective.kind = 'kto' needs answers of other records, and {show(streamed[0].path)} is read as a "
+                "stream; set stream = false"
+            )
         if self.reference_once and streamed:
             raise ValueError(
                 f'objective.reference_passes = "once": {show(streamed[0].path)} has stream = true, so that its records '
@@ -437,11 +447,6 @@ class Config(Section):
             )
         if streamed and self.train.max_steps is None:
             raise ValueError("train.max_steps is needed: a source with stream = true has no length to count epochs by")
-        if streamed and self.objective is not None and self.objective.kind == "kto":
-            raise ValueError(
-                f"objective.kind = 'kto' needs answers of other records, and {show(streamed[0].path)} is read as a "
-                "stream; set stream = false"
-            )
         if self.train.max_steps is None and any(source.share is not None for source in self.data.sources):
             raise ValueError("train.max_steps is needed: sources with a share are drawn from without end")
         if self.eval.split is not None and streamed:

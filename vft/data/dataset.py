@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.types import Conversation, Document, MediaInfo, MediaPlan, MediaRef, Sample, Turn, VisionLimits
-from vft.config.data import DataConfig, SourceConfig
+from vft.config.data import DataConfig, SourceConfig, source_names
 from vft.data import formats as sources
 from vft.data.budget import Fit, PlannedMedia, check_spans, fit, limits_of, plan_conversation
 from vft.data.chat import ChatEncoder
@@ -374,13 +374,14 @@ def load_dataset(
     records, bad, num_untaken, num_split_off = _read_records(config, wanted, seed, split, notes)
     has_records = any(records)
     conversations: list[list[tuple[Conversation, float]]] = [[] for _ in wanted]
+    names = source_names([*config.sources, *wanted])
     num_paired = Counter[str]()
     for source, samples, made in zip(wanted, records, conversations, strict=True):
         num_paired[source.path] += sum(one.fields.get(REJECTED) is not None for one in samples)
         samples.reverse()
         while samples:  # millions of both would not fit
             own, wrong = converse(samples.pop(), make_conversations, config)
-            made += [(one, source.times) for one in own]
+            made += [(replace(one, source=names[source.path]), source.times) for one in own]
             bad += wrong
     add_answers_of_others(conversations)
     refs = [ref for of_source in conversations for one, _ in of_source for ref in one.media]

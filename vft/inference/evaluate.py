@@ -85,7 +85,17 @@ def evaluate(
         answers, counts = answer_questions(answerer, held_out, settings, file)
         of_documents = held_out_scores(answerer, held_out, settings.max_samples, reference, pairs_file)
     scores = task.score(answers) if answers else {}
-    return {**scores, **of_documents, **counts}
+    return {**scores, **_by_source(task, answers), **of_documents, **counts}
+
+
+def _by_source(task: Task, answers: Sequence[Answer]) -> dict[str, Interval]:
+    """The task's main score of the answers of each source, if there are several."""
+    by_source: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_source.setdefault(answer.question.prompt.source, []).append(answer)
+    own = {name: task.score(some) for name, some in sorted(by_source.items()) if len(by_source) > 1}
+    main = task.main_metric
+    return {f"{main}/source/{name}": scores[main] for name, scores in own.items() if main in scores}
 
 
 def answer_questions(
@@ -211,7 +221,7 @@ def held_out_scores(
     numbers = spread(len(held_out.documents), limit)
     loader, steps = each_once(held_out, numbers, answerer.pool, parallel, answerer.world)
     has_pairs = any(one.rejected is not None for one in held_out.conversations)
-    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix], list[Conversation]]] = []
+    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix], list[Conversation], list[str]]] = []
     with evaluating(model):
         for step in range(steps):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
@@ -226,18 +236,26 @@ def held_out_scores(
                         own.append(_Suffix(loss, tokens, next(of_base, (0.0, 0))[0], is_rejected))
                     files = files_of(plan.ref for plan in document.media)
                     texts = [one for one in document.conversations if one.rejected is not None]
-                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own, texts))
+                    sources = [one.source for one in document.conversations]
+                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own, texts, sources))
     in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
     if not in_order:
         return {}
-    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, _, _ in in_order))
-    samples = Samples(names, clusters_of([files for _, _, files, _, _ in in_order]))
-    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own, _ in in_order]
+    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, *_ in in_order))
+    samples = Samples(names, clusters_of([files for _, _, files, *_ in in_order]))
+    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own, *_ in in_order]
     sums = [(math.fsum(one.loss for one in own), float(sum(one.tokens for one in own))) for own in learnt]
     scores = {"loss": ratio_interval(sums, samples)}
+    of_sources: dict[str, list[_Suffix]] = {}
+    for own, (*_, sources) in zip(learnt, in_order, strict=True):
+        for one, source in zip(own, sources, strict=True):
+            of_sources.setdefault(source, []).append(one)
+    for source, own in sorted(of_sources.items()) if len(of_sources) > 1 else ():
+        mean = math.fsum(one.loss for one in own) / max(1, sum(one.tokens for one in own))
+        scores[f"loss/source/{source}"] = Interval.point(mean)
     pairs = [
         (number, chosen, rejected)
-        for number, (_, _, _, own, _) in enumerate(in_order)
+        for number, (_, _, _, own, *_) in enumerate(in_order)
         for chosen, rejected in pairwise(own)
         if rejected.is_rejected
     ]
@@ -246,7 +264,7 @@ def held_out_scores(
         samples = Samples(names, clusters_of([in_order[number][2] for number, _, _ in pairs]))
         of_pairs = _pair_scores([pair for _, *pair in pairs], samples)
         scores |= {name: of_pairs[name] for name in (PAIR_SCORES if reference else PAIR_SCORES[:1])}
-        texts = [text for *_, of_document in in_order for text in of_document]
+        texts = [text for *_, of_document, _ in in_order for text in of_document]
         if pairs_file is not None and answerer.world.is_main:
             lines = [_pair_line(text, c, r, bool(reference)) for text, (_, c, r) in zip(texts, pairs, strict=True)]
             replace_text(pairs_file, "".join(map(as_text, lines)))
@@ -340,6 +358,12 @@ class BestScore:
             logger.info("%s samples (%d were readable then, %d now): %s", before, best["samples"], samples, which)
             return samples > int(best["samples"])
         return value < best["value"] if self.metric == "loss" else value > best["value"]
+
+    def is_stale(self, step: int, every_steps: int, patience: int) -> bool:
+        """Whether the best score is older than `patience` evaluations at `step`. Every process must call it."""
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.world.is_main and self.file.exists() else {}
+        best = all_of(known)[0]
+        return bool(best) and math.ceil((step - best["step"]) / every_steps) >= patience
 
     def record(self, step: int, scores: Mapping[str, Interval]) -> None:
         """Write `scores` as the best."""

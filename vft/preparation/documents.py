@@ -195,7 +195,8 @@ def questions(conversations: Sequence[Conversation], limit: int = 0) -> list[Que
             continue
         last = max(i for i, turn in enumerate(conversation.turns) if turn.role == "assistant")
         turns, options = conversation.turns[:last], conversation.options
-        prompt = Conversation(conversation.id, turns, conversation.origin, options, conversation.facts)
+        source, origin = conversation.source, conversation.origin
+        prompt = Conversation(conversation.id, turns, origin, options, conversation.facts, source=source)
         shown = tuple((turn.role, turn.text) for turn in turns)
         key = (conversation.media_key, shown, frozenset(options), conversation.facts.get("apart"))
         question = by_content.get(key, Question(conversation.id, prompt, ()))

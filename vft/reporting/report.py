@@ -198,7 +198,7 @@ def curves_of(run: RecordedRun) -> dict[str, Curve]:
     """Curves over steps: those of training, then a score's as `held-out NAME`. None of them is empty."""
     curves: dict[str, list[tuple[int, Interval]]] = {
         title: [(row["step"], Interval.point(row[key])) for row in run.steps if is_number(row.get(key))]
-        for key, title in CURVES.items()
+        for key, title in (CURVES | {key: key for row in run.steps for key in row if key.startswith("loss/")}).items()
     }
     for name, evaluation in run.evaluations.items():
         for metric, score in evaluation.items():

@@ -24,10 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from vft.adapters.lora import is_adapter, without_adapters
 from vft.common.types import Batch, move
+from vft.config.data import source_names
 from vft.config.run import Config, ModelConfig, ObjectiveConfig
 from vft.distributed.process_group import local_part
 from vft.models.base import Objective, VideoLanguageModel
-from vft.training.losses import cross_entropy, log_probabilities
+from vft.training.losses import CrossEntropy, log_probabilities
 
 
 class Pairs(NamedTuple):
@@ -164,9 +165,11 @@ class Preference(Objective):
     def of_reference(self, model: VideoLanguageModel, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch for the next pass, and the reference's log-probability of each suffix [suffixes], without a
         graph."""
-        if self.known is not None:
+        if self.known is not None and not self.looks_ahead:
             return batch, self.known(batch)
         batch = model.with_embeddings(batch)
+        if self.known is not None:
+            return batch, self.known(batch)
         with torch.no_grad(), self.reference(model):
             return batch, by_suffix(model, batch)
 
@@ -274,6 +277,7 @@ def as_at_start(model: VideoLanguageModel, start: Sequence[tuple[Tensor, Tensor]
 def objective_of(config: Config) -> Objective:
     """The objective that a configuration names."""
     if config.objective is None:
-        return cross_entropy
+        sources = tuple(source_names(config.data.sources).values())
+        return CrossEntropy(sources if len(sources) > 1 else ())
     kind = KTO if config.objective.kind == "kto" else Preference
     return kind(config.objective, nothing_known if config.reference_once else None)

@@ -215,7 +215,7 @@ class Trainer:
         # The evaluation of the step that the run resumes from is missing if it was killed in it.
         if (self.step or self.config.eval.at_start) and not any(all_of(self.monitor.evaluated)):
             self.evaluate_if_due()
-        while self.step < self.max_steps:
+        while self.step < self.max_steps and not self.is_out_of_patience:
             self.step += 1
             stop = self.train_step()
             if every and self.step % every == 0:
@@ -322,6 +322,19 @@ class Trainer:
     def seed_dropout(self, pack: LoadedPack) -> None:
         """Dropout depends on the pack, not on the process that runs it."""
         torch.manual_seed(int(digest(f"dropout:{self.config.seed}:{self.step}:{pack.slot}"), 16) >> 8)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether `eval.patience` evaluations have passed since the best one, the last of them after this step."""
+        limits = self.config.eval
+        if not limits.patience or self.held_out is None or self.step % limits.every_steps:
+            return False
+        best = BestScore.of(self.config, self.held_out, self.world)
+        if not best.is_stale(self.step, limits.every_steps, limits.patience):
+            return False
+        text = "%s has not been better for %d evaluations: stopped after step %d of %d; best/ has the best"
+        logger.info(text, limits.best_metric, limits.patience, self.step, self.max_steps)
+        return True
 
     # --------------------------------------------------------------------------------------------- what a run leaves
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from vft.common.errors import UserError
 from vft.common.files import cannot_write, digest
 from vft.common.types import Document, MediaInfo, MediaRef
-from vft.config.data import DataConfig, SourceConfig
+from vft.config.data import DataConfig, SourceConfig, source_names
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import MakeConversations, Prompts, converse, make_dataset, prompts_of
@@ -69,6 +69,7 @@ class StreamSource:
         if environment().is_main:
             report_unread_keys(source.path, archives.unread)
         self.name, self.weight = source.path, source.of_rows
+        self.label = source_names(config.sources)[source.path]
         self.shards, self.clips, self.warning = archives.shards, archives.clips, archives.warning
         self.bad = [BadItem(error.origin, "", "record", str(error)) for error in archives.bad]
         check_bad(self.bad, len(archives.unread) + len(self.bad), config.max_bad_fraction)
@@ -336,7 +337,7 @@ class SlotStream:
             if environment().is_main:
                 report_new_unread_keys(self.source.name, sample.origin, sample.unread, self.source.unread_keys)
             made, unusable = converse(sample, streams.make_conversations, streams.config)
-            conversations += made
+            conversations += [replace(one, source=self.source.label) for one in made]
             bad += unusable
         dataset = make_dataset(conversations, streams.encoder, streams.config, info)
         bad = _join_by_key(bad + dataset.bad, self.source.name)
