@@ -218,7 +218,7 @@ SETS: dict[str, DataSet] = {
     ),
     "egoschema": DataSet(
         page="https://huggingface.co/datasets/lmms-eval/egoschema",
-        licence="Ego4D's; its page asks you to agree to it: https://ego4d-data.org",
+        licence="MIT for the questions; the videos are Ego4D's: https://ego4d-data.org",
         benchmarks=("egoschema",),
         parts={
             "questions": Part(("Subset/*", "GENERATION/*"), "lmms-eval/egoschema", gb=0.002),
@@ -247,7 +247,8 @@ SETS: dict[str, DataSet] = {
     ),
     "mvbench": DataSet(
         page="https://huggingface.co/datasets/OpenGVLab/MVBench",
-        licence="MIT for the questions; those of the videos: see the set's page",
+        licence="MIT for the questions; the videos belong to their owners, for academic research alone; gated: "
+        "accept its conditions on its page, then `hf auth login`",
         benchmarks=("mvbench",),
         parts={
             "questions": Part(("json/*.json",), "OpenGVLab/MVBench"),

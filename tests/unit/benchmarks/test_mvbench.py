@@ -96,6 +96,16 @@ def test_videos_that_are_not_cut(root: Path) -> None:
     assert (video.options.video_start, video.options.video_end) == (1.5, 4.0)
 
 
+def test_videos_of_questions_that_were_replaced(root: Path) -> None:
+    folder = root / "MVBench" / "video"
+    place = folder / "data0613" / "star" / "Charades_v1_480" / "v0.mp4"
+    place.parent.mkdir(parents=True)
+    (folder / "star" / "Charades_segment" / "v0.mp4").rename(place)
+    samples, _ = read(MVBENCH, root, path="MVBench/json/action_sequence.json")
+    video = samples[0].turns[0].parts[0]
+    assert video.path == place and video.options.video_start == 1.5
+
+
 def test_scores(root: Path) -> None:
     samples, _ = read(MVBENCH, root)
     answers = answered(MVBENCH, samples, TEXTS)
