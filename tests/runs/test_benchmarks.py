@@ -51,6 +51,7 @@ def test_base_beside_adapter(world: World, commands: Commands, tmp_path: Path, r
     arguments = words(world, root, tmp_path / "out", "--adapter", adapter)
     result = commands.run(BENCHMARK, *arguments).ok()
     assert "MVBench" in result.stdout
+    assert "--max-new-tokens = 16: raise it" in result.stderr
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["mvbench"]
     assert {"base", "adapter", "difference"} <= found.keys()
     count = 2 * len(ANSWERS) + 1

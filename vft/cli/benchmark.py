@@ -73,6 +73,8 @@ class BenchmarkArguments(Arguments):
     """most pixels of a frame, height x width"""
     pack_tokens: Positive | None = None
     """most tokens of a question with its media (default: that of training)"""
+    max_new_tokens: Positive | None = None
+    """most tokens of an answer (default: the benchmark's)"""
     limit: Count = 0
     """questions of each benchmark, chosen at random but always the same; 0: all"""
     precision: Literal["bf16", "fp32"] | None = None
@@ -109,7 +111,7 @@ class BenchmarkArguments(Arguments):
                 "train": {"precision": self.precision or ("bf16" if environment().device.type == "cuda" else "fp32")},
                 "eval": {
                     "sources": [source],
-                    "max_new_tokens": benchmark.max_new_tokens,
+                    "max_new_tokens": self.max_new_tokens or benchmark.max_new_tokens,
                     "batch_size": self.batch_size,
                     "max_samples": self.limit,
                 },
@@ -190,7 +192,9 @@ def score_benchmarks(
                 parallel = DataParallel.of(mesh)
                 answerer = Answerer(prepared.model, own.encoder, config.data, own.info, pool, world, parallel)
                 with evaluating(prepared.model):
-                    answers, counts = answer_questions(answerer, own, config.eval, folder / f"{side}.jsonl", kept)
+                    answers, counts = answer_questions(
+                        answerer, own, config.eval, folder / f"{side}.jsonl", kept, "--max-new-tokens"
+                    )
                 found[name][side] = (benchmark.score(answers) if answers else {}) | counts
                 for file, content in benchmark.submission(answers).items() if world.is_main else ():
                     replace_text(folder / side / file, content)

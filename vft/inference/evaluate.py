@@ -104,9 +104,10 @@ def answer_questions(
     settings: EvalConfig,
     file: Path,
     kept: KeptAnswers | None = None,
+    setting: str = "eval.max_new_tokens",
 ) -> tuple[list[Answer], dict[str, Interval]]:
     """Answers to (`max_samples`) held-out questions, and the counts `answered`, `unreadable` and `cut_off`. They go to
-    `file`, a line each; what `kept` knows is not asked again."""
+    `file`, a line each; what `kept` knows is not asked again. `setting` names the limit of tokens in a warning."""
     asked = questions(held_out.conversations, settings.max_samples)
     results = [] if kept is None else kept.known(asked)
     for result in answerer.answers(asked[len(results) :], Sampling(settings.max_new_tokens), settings.batch_size):
@@ -121,7 +122,7 @@ def answer_questions(
         replace_text(file, "".join(as_text(evaluation_line(answer)) for answer in answers))
     cut_off = sum(answer.is_cut_off for answer in answers)
     if cut_off:
-        limit_set = f"eval.max_new_tokens = {settings.max_new_tokens}"
+        limit_set = f"{setting} = {settings.max_new_tokens}"
         logger.warning("%s: %d of %d answers were cut off at %s: raise it", file.stem, cut_off, len(answers), limit_set)
     counts = {"answered": len(answers), "unreadable": len(held_out.bad) + len(failures), "cut_off": cut_off}
     return answers, {name: Interval.point(count) for name, count in counts.items()}
