@@ -373,6 +373,7 @@ class LogConfig(Section):
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`). Its environment variables apply, such as WANDB_MODE=offline."""
     wandb_project: Name = "vft"
+    """Project of the runs there."""
     wandb_run: Name | None = None
     """Name of the run in Weights & Biases. None: the last part of `output_dir`."""
     profile_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None

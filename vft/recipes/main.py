@@ -2,6 +2,9 @@
 
 TASK is caption, qa, classify, summarize or story, or a task of your own as module:Class. The same command again
 resumes the run. On several GPUs: torchrun --nproc-per-node N -m vft.recipes TASK CONFIG.toml
+
+CONFIG.toml has the tables [model], [lora], [data] with [data.video], [data.image] and a list [[data.sources]], [train],
+[objective], [parallel], [checkpoint], [eval] and [log]. `vft settings [SECTION]` prints what each may hold.
 """
 
 from __future__ import annotations
