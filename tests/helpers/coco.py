@@ -7,6 +7,7 @@ what a simple rule gives.
 from __future__ import annotations
 
 import math
+import random
 import re
 import shutil
 import sys
@@ -148,3 +149,29 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"pycocoevalcap.{name}", module)
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, *rest: "/usr/bin/java" if name == "java" else which(name, *rest))
+
+
+def captions(count: int, seed: int = 0) -> list[str]:
+    """Captions of all kinds: short and long, alike and not, empty, with marks, in other scripts, over several lines."""
+    generator = random.Random(seed)
+    parts = ["a man", "the woman", "two dogs", "a red car", "someone", "Müller", "犬"]
+    parts += ["runs", "is cooking", "sits on a sofa", "drives by", "cuts 1½ onions", "sings!", "(quickly)", "in a park"]
+    special = [
+        "",
+        "  ",
+        "!!!",
+        "A man runs.",
+        "A MAN RUNS",
+        "a man\nruns",
+        "a man runs a man runs a man runs",
+        "犬が走る",
+    ]
+    made = [" ".join(generator.choices(parts, k=generator.randrange(1, 7))) for _ in range(count)]
+    return (special + made)[:count]
+
+
+def cider(said: Sequence[str], right: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D of some texts."""
+    keys = range(len(said))
+    clean = [" ".join(text.split()) for text in said]
+    return Cider().compute_score({i: [*map(words, right[i])] for i in keys}, {i: [words(clean[i])] for i in keys})[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import pkgutil
 import string
@@ -27,8 +28,18 @@ from vft.data.formats import Format
 from vft.data.records.files import read_records
 from vft.data.records.paths import find_path, first_present, media_folders, resolve_frames
 from vft.data.records.record import Record, RecordError, Records, as_object, check_text, make_samples, short_repr
-from vft.metrics import breakdown, class_mean_interval, mean_interval, top_k
+from vft.metrics import (
+    bleu4_interval,
+    breakdown,
+    cider_d_interval,
+    class_mean_interval,
+    coco_scores,
+    mean_interval,
+    rouge_l_interval,
+    top_k,
+)
 
+logger = logging.getLogger(__name__)
 LETTERS = string.ascii_uppercase
 
 
@@ -77,6 +88,8 @@ class Benchmark(Format):
     """Most tokens of an answer."""
     main_metric: ClassVar[str] = "accuracy"
     """The score that stands for all."""
+    fallback_metric: ClassVar[str] = ""
+    """The score in its place where that one can't be computed here."""
     scale: ClassVar[float] = 100.0
     """What scores are multiplied by in the table, as the field gives them."""
     prompt: ClassVar[str] = ""
@@ -155,6 +168,38 @@ class MultipleChoice(Benchmark):
         }
 
 
+class Captioning(Benchmark):
+    """Videos that are described in a sentence; all references of a video count."""
+
+    max_new_tokens, main_metric, fallback_metric = 64, "cider_coco", "cider_d"
+    per_group: ClassVar[str] = ""
+    """The group within whose values `cider_coco_grouped` is computed; empty: none."""
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
+        """`metrics.coco_scores`, as papers give them; without pycocoevalcap or Java a message instead. Beside them the
+        scores of the captioning task: `cider_d`, `bleu4` and `rouge_l`."""
+        said, right = [one.text for one in answers], [one.question.references for one in answers]
+        samples, scores = samples_of(answers), {}
+        groups = [one.question.prompt.facts["groups"][self.per_group] for one in answers] if self.per_group else None
+        try:
+            scores = coco_scores(said, right, samples, groups)
+        except UserError as error:
+            _warn(f"{error}; without it {self.main_metric} is left out, and {self.fallback_metric} is another figure")
+        if len(answers) > 1:
+            scores["cider_d"] = cider_d_interval(said, right, samples)
+        return {
+            **scores,
+            "bleu4": bleu4_interval(said, right, samples),
+            "rouge_l": rouge_l_interval(said, right, samples),
+        }
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, however often something is scored."""
+    logger.warning("%s", message)
+
+
 def grouped(name: str, scores: Sequence[float], answers: Sequence[Answer], per_class: str = "") -> dict[str, Interval]:
     """The mean of `scores`, or the mean over the values of the group `per_class` of the mean in each, and the mean of
     each group as `NAME/KEY/VALUE`."""
@@ -183,11 +228,32 @@ def choice(
     return Sample(sample_id, turns, place.origin, fields)
 
 
+def written(
+    sample_id: str,
+    asked: Sequence[MediaRef | str],
+    answers: Sequence[str],
+    place: Place,
+    groups: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> Sample:
+    """A question that is answered in words; all of `answers` are right."""
+    turns = Turn("user", tuple(asked)), Turn("assistant", tuple(answers[:1]))
+    return Sample(sample_id, turns, place.origin, {"answers": tuple(answers), "groups": groups or {}, **facts})
+
+
 def texts_of(value: object, field: str, least: int = 2) -> tuple[str, ...]:
     """A list of texts of a record. RecordError if it is something else, or has fewer than `least`."""
     if not isinstance(value, list) or len(value) < least:
         raise RecordError(field, f"{short_repr(value)} must be a list of at least {least} texts")
     return tuple(check_text(one, f"{field}[{i}]") for i, one in enumerate(value))
+
+
+def captions_of(value: object, field: str) -> tuple[str, ...]:
+    """The references of a video that say something. RecordError as `texts_of`, or if none does."""
+    said = tuple(text for text in texts_of(value, field, 1) if text.strip())
+    if not said:
+        raise RecordError(field, "all of its texts are empty; give one")
+    return said
 
 
 def index_of(answer: object, options: Sequence[str], field: str) -> int:

@@ -141,7 +141,7 @@ def main(options: BenchmarkArguments) -> None:
     record = {
         name: {
             "title": asked[name].title,
-            "main_metric": asked[name].main_metric,
+            "main_metric": _figure(asked[name], sides),
             **{side: {metric: score_record(one) for metric, one in scores.items()} for side, scores in sides.items()},
         }
         for name, sides in shown.items()
@@ -150,6 +150,12 @@ def main(options: BenchmarkArguments) -> None:
     replace_text(options.output / "scores.md", markdown(asked, shown))
     columns, rows = summary(asked, shown)
     print_table(make_table(f"answers in {options.output}", columns, rows, justify="right"))
+
+
+def _figure(benchmark: Benchmark, sides: Mapping[str, Scores]) -> str:
+    """The score that stands for all."""
+    is_there = any(benchmark.main_metric in scores for scores in sides.values())
+    return benchmark.main_metric if is_there else benchmark.fallback_metric or benchmark.main_metric
 
 
 def _all(names: Sequence[str]) -> dict[str, Benchmark]:
@@ -195,7 +201,7 @@ def score_benchmarks(
                     answers, counts = answer_questions(
                         answerer, own, config.eval, folder / f"{side}.jsonl", kept, "--max-new-tokens"
                     )
-                found[name][side] = (benchmark.score(answers) if answers else {}) | counts
+                found[name][side] = (benchmark.score(answers) if answers and world.is_main else {}) | counts
                 for file, content in benchmark.submission(answers).items() if world.is_main else ():
                     replace_text(folder / side / file, content)
             del prepared, answerer
@@ -218,15 +224,15 @@ def summary(
     sides = list(dict.fromkeys(side for scores in found.values() for side in scores))
     rows = []
     for name, scores in found.items():
-        benchmark = asked[name]
+        benchmark, figure = asked[name], _figure(asked[name], scores)
         cells = []
         for side in sides:
-            score = scores.get(side, {}).get(benchmark.main_metric)
+            score = scores.get(side, {}).get(figure)
             cells.append(
                 " ".join(score_text(score and scaled(score, benchmark.scale), "+" * (side == DIFFERENCE))).strip()
             )
         counts = [f"{scores[sides[0]][count].value:.0f}" for count in COUNTS]
-        rows.append([benchmark.title, benchmark.main_metric, *cells, *counts])
+        rows.append([benchmark.title, figure, *cells, *counts])
     return ["benchmark", "figure", *sides, *COUNTS], rows
 
 

@@ -216,6 +216,16 @@ SETS: dict[str, DataSet] = {
             "--media VIST/images --output {root}/VIST/train.jsonl",
         ),
     ),
+    "activitynet-qa": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/ActivityNetQA",
+        licence="MIT, for non-commercial use; ActivityNet's videos: see http://activity-net.org",
+        benchmarks=("activitynet_qa",),
+        parts={
+            "questions": Part(("data/*",), "lmms-eval/ActivityNetQA", gb=0.001),
+            "videos": Part(("videos_chunked_*.zip",), "lmms-eval/ActivityNetQA"),
+        },
+        steps=('for part in *.zip; do unzip -n "$part" && rm "$part"; done        (gives all_test/)',),
+    ),
     "egoschema": DataSet(
         page="https://huggingface.co/datasets/lmms-eval/egoschema",
         licence="MIT for the questions; the videos are Ego4D's: https://ego4d-data.org",
@@ -243,6 +253,23 @@ SETS: dict[str, DataSet] = {
         parts={
             "questions": Part(("MLVU/json/*.json",), "MLVU/MVLU", gb=0.002),
             "videos": Part(tuple(f"MLVU/video/{number}_*" for number in range(1, 8)), "MLVU/MVLU"),
+        },
+    ),
+    "msrvtt": DataSet(
+        page="https://huggingface.co/datasets/AlexZigma/msr-vtt",
+        benchmarks=("msrvtt",),
+        parts={
+            "captions": Part(("data/test_videodatainfo.json.zip",), "AlexZigma/msr-vtt", gb=0.001),
+            "videos": Part(("data/test_videos.zip",), "AlexZigma/msr-vtt", gb=2.0),
+        },
+        steps=('for part in data/test_*.zip; do unzip -n "$part" && rm "$part"; done        (gives TestVideo/)',),
+    ),
+    "msvd": DataSet(
+        page="https://huggingface.co/datasets/VLM2Vec/MSVD",
+        benchmarks=("msvd",),
+        parts={
+            "captions": Part(("msvd_test.json",), "VLM2Vec/MSVD", gb=0.001),
+            "videos": Part(("raw_videos/*",), "VLM2Vec/MSVD"),
         },
     ),
     "mvbench": DataSet(
@@ -290,6 +317,35 @@ SETS: dict[str, DataSet] = {
             "videos": Part(("tempcompass_videos.zip",), "lmms-eval/TempCompass", gb=0.42),
         },
         steps=("unzip -n tempcompass_videos.zip && rm tempcompass_videos.zip",),
+    ),
+    "vatex": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/VATEX",
+        licence="CC BY 4.0 for the captions; the videos belong to their owners",
+        benchmarks=("vatex",),
+        parts={
+            "captions": Part(("vatex_test/*",), "lmms-eval/VATEX", gb=0.002),
+            "videos": Part(("*.zip",), "lmms-eval/VATEX"),
+        },
+        steps=('for part in *.zip; do unzip -n -j "$part" -d videos && rm "$part"; done',),
+    ),
+    "videochatgpt": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/VideoChatGPT",
+        licence="MIT for the questions; ActivityNet's videos: see http://activity-net.org",
+        benchmarks=("videochatgpt",),
+        parts={
+            "questions": Part(("Generic/*", "Temporal/*", "Consistency/*"), "lmms-eval/VideoChatGPT", gb=0.001),
+            "videos": Part(("videos.zip",), "lmms-eval/VideoChatGPT", gb=11.3),
+        },
+        steps=("unzip -n videos.zip && rm videos.zip        (gives Test_Videos/)",),
+    ),
+    "youcook2": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/YouCook2",
+        benchmarks=("youcook2",),
+        parts={
+            "captions": Part(("data/*",), "lmms-eval/YouCook2", gb=0.001),
+            "videos": Part(("YouCookIIVideos.zip",), "lmms-eval/YouCook2", gb=7.4),
+        },
+        steps=("unzip -n YouCookIIVideos.zip && rm YouCookIIVideos.zip",),
     ),
 }
 
