@@ -89,3 +89,15 @@ def test_patience(apart: World, commands: Commands, tmp_path: Path) -> None:
         CAPTION, apart.config(tmp_path / "bad.toml", settings, {"eval": {**limits, "best_metric": ""}})
     )
     assert re.search(r"eval\S* ?.*patience = 2 needs best_metric", whole.error)
+
+
+def test_many_epochs(apart: World, commands: Commands, tmp_path: Path) -> None:
+    """How often a run sees its samples stands in its first line; very often is told. A warm-up that is too long is
+    refused with one that fits."""
+    config = apart.config(tmp_path / "run.toml", of("clips.jsonl"), {"train": {"packs_per_step": 16}})
+    few = commands.run(CAPTION, config, "--dry-run", "train.max_steps=2").ok()
+    assert ", steps 2, epochs 32" in few.stderr and "by heart" not in few.stderr
+    many = commands.run(CAPTION, config, "--dry-run", "train.max_steps=500").ok()
+    assert "500 steps of 16 rows are 8000 epochs of 3 samples, which will be learnt by heart" in many.stderr
+    long = commands.run(CAPTION, config, "train.max_steps=20", "train.warmup_steps=50")
+    assert long.error.endswith("warmup_steps = 50 is above max_steps = 20; take fewer, such as train.warmup_steps=2")

@@ -187,7 +187,10 @@ class TrainConfig(Section):
         if self.max_steps is not None and self.epochs is not None:
             raise contradiction("max_steps", self.max_steps, "epochs", self.epochs, "train")
         if self.max_steps is not None:
-            check_order("warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
+            try:
+                check_order("warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
+            except ValueError as error:
+                raise ValueError(f"{error}; take fewer, such as train.warmup_steps={self.max_steps // 10}") from None
         return self
 
 

@@ -24,6 +24,9 @@ from vft.models.base import VideoLanguageModel, component_of
 
 logger = logging.getLogger(__name__)
 
+MANY_EPOCHS = 50
+"""Epochs above which a run is warned of: supervised tuning takes one to three, and a demo of a few clips some tens."""
+
 IDENTITY = {
     "data": "the samples, their texts or lengths",
     "base": "the weights of model.path",
@@ -48,7 +51,7 @@ def check_steps(train: TrainConfig, steps: int) -> None:
     if train.warmup_steps > steps:
         raise UserError(
             f"train.warmup_steps = {train.warmup_steps}: the run has {steps} steps and would never reach the learning "
-            "rate; lower it"
+            f"rate; take fewer, such as train.warmup_steps={steps // 10}"
         )
 
 
@@ -140,6 +143,19 @@ def warn_of_weights(config: Config) -> None:
         instead = "share, its fraction of the samples" if streams else "repeats, the same under a clearer name"
         weights = ", ".join(f"{source.path} {source.weight:g}" for source in weighted)
         logger.info("data.sources: weight (%s) is read as before, %s; give %s", weights, meaning, instead)
+
+
+def warn_of_epochs(train: TrainConfig, steps: int, epochs: float | None, samples: int) -> None:
+    """A warning if a run sees each of its samples so often that it learns them by heart."""
+    if epochs is not None and epochs > MANY_EPOCHS:
+        text = "%d steps of %d rows are %.0f epochs of %d samples, which will be learnt by heart: "
+        logger.warning(
+            text + "fewer train.max_steps or train.packs_per_step, or more data",
+            steps,
+            train.packs_per_step,
+            epochs,
+            samples,
+        )
 
 
 def warn_of_benchmarks(config: Config) -> None:

@@ -59,6 +59,11 @@ class RunData:
             return train.max_steps or 0
         return done + math.ceil(self.plan.packs_left(self.loader.cursor, train.epochs) / train.packs_per_step)
 
+    def epochs_in(self, steps: int) -> float | None:
+        """Epochs that so many steps make; None with streams, which have none."""
+        rows = len(self.plan.first_packs)
+        return None if self.archives or not rows else steps * self.config.train.packs_per_step / rows
+
     def state(self) -> dict[str, Any]:
         """What `Loader.restore` takes, of all processes. Every process calls it."""
         state = self.loader.state()

@@ -66,6 +66,7 @@ from vft.training.checks import (
     check_steps,
     locked_folder,
     warn_of_benchmarks,
+    warn_of_epochs,
     warn_of_weights,
 )
 from vft.training.losses import cross_entropy
@@ -128,7 +129,9 @@ class Trainer:
         archives = sum(len(source.shards) for source in self.data.archives)
         self.facts = describe_run(world, documents.num_samples, documents.lengths, archives)
         shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
-        logger.info("%s, steps %d", shown, self.max_steps)
+        epochs = self.data.epochs_in(self.max_steps)
+        logger.info("%s, steps %d%s", shown, self.max_steps, "" if epochs is None else f", epochs {epochs:.3g}")
+        warn_of_epochs(config.train, self.max_steps, epochs, documents.num_samples)
         warn_of_weights(config)
         warn_of_benchmarks(config)
         if world.is_main:

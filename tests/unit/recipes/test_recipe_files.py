@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,10 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
     if not path.stem.startswith("pretrain") and path.parent.name != "image_then_video":
         assert path.stem.partition("_")[0] == recipe.task
     assert {source.format for source in (*recipe.data.sources, *recipe.eval.sources)} <= set(formats.names())
-    assert all(len(line) <= 120 for line in path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8")
+    assert all(len(line) <= 120 for line in text.splitlines())
+    for example in re.findall(r"for example `(train\.[^`]*)`", text):
+        config.load(path, example.split())  # what a recipe proposes is not refused
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "demo"], ids=name)
