@@ -81,6 +81,13 @@ def fetch_and_process(plan: MediaPlan, base: Path) -> int:
 @lru_cache(maxsize=1)
 def _usual(base: Path) -> tuple[Any, Any]:
     """`fetch_video` and the processor."""
+    import_torchvision()
+    processor = importlib.import_module("transformers").AutoProcessor.from_pretrained(base)
+    return importlib.import_module("qwen_vl_utils").fetch_video, processor
+
+
+def import_torchvision() -> None:
+    """For transformers' processors."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -91,8 +98,6 @@ def _usual(base: Path) -> tuple[Any, Any]:
         sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
         importlib.import_module("torchvision")
         _kept.append(library)
-    processor = importlib.import_module("transformers").AutoProcessor.from_pretrained(base)
-    return importlib.import_module("qwen_vl_utils").fetch_video, processor
 
 
 _kept: list[Any] = []

@@ -74,13 +74,18 @@ def main() -> None:
     """Command line."""
     if sys.argv[1:2] == ["--side"]:  # a child process of `compare`
         run = SIDES[sys.argv[2]](configs.load(Path(sys.argv[3])), int(sys.argv[4]))
-        # Not getrusage's peak: it counts the parent's memory too, from before the command was executed.
-        peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        print(json.dumps({**run, "peak_bytes": int(peak[1]) * 1024 if peak else 0}))
+        print(json.dumps({**run, "peak_bytes": peak_bytes()}))
         return
     with benchmark(__doc__, add_arguments, repeats=3, may_be_zero=("workers",)) as (options, folder):
         check(options)
         compare(options, folder)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had resident so far."""
+    # Not getrusage's peak: it counts the parent's memory too, from before the command was executed.
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

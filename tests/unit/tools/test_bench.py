@@ -159,6 +159,18 @@ def test_both_sides_train_alike(figures: dict[str, Any]) -> None:
     assert figures["settings"]["peer_batch"] == 3 and figures["environment"]["threads"] == 1
 
 
+@pytest.mark.slow
+@bench("pairs.py --threads 1 --repeats 1 --shape tiny --kind video --ratio 16 --pairs-per-step 2 --pack 2 --steps 1")
+def test_pairs(figures: dict[str, Any]) -> None:
+    """TRL's side too, where it is installed."""
+    ours, *theirs = figures["rows"]
+    assert (ours["side"], ours["samples"]) == ("vft", 2)
+    assert ours["tokens"] < 2 * (256 + 60 + 2 * 25) and 0.1 < ours["peak GiB"] < 4
+    for row in theirs:
+        assert (row["side"], row["samples"]) == ("TRL", 2) and figures["difference"] < 1e-4
+        assert row["supervised tokens"] == ours["supervised tokens"] and row["tokens"] > ours["tokens"] + 2 * 256
+
+
 def test_steps_of_other_samples_are_no_comparison() -> None:
     ours, theirs = ({"samples": [4], "num_targets": [targets]} for targets in (7, 8))
     with pytest.raises(UserError, match=r"num_targets of the steps: \[7\] here, \[8\] there"):
@@ -177,6 +189,7 @@ def test_steps_of_other_samples_are_no_comparison() -> None:
         ("gains.py --repeats -1", "--repeats -1: must be above 0"),
         ("peer.py --questions 2 --samples-per-step 5", "--samples-per-step 5"),
         ("peer.py --model missing", "--model missing"),
+        ("pairs.py --pack 3", "--pairs-per-step 4: --pack and --peer-batch must divide it"),
     ],
 )
 def test_a_mistake_is_one_line(commands: Commands, options: str, message: str) -> None:
