@@ -126,7 +126,7 @@ def train(config: ConfigSource, overrides: Sequence[str] = (), *, task: str | No
     Args:
         config: TOML file of the run, or its tables as a dict.
         overrides: settings that replace those of `config`, such as `["train.max_steps=100", "lora.rank=8"]`.
-        task: caption, qa, classify, summarize, story or module:Class; by default the configuration's.
+        task: caption, qa, classify, summarize, story, ground or module:Class; by default the configuration's.
 
     Raises:
         UserError: a setting is wrong, or the data or the model cannot be read.

@@ -179,6 +179,33 @@ SETS: dict[str, DataSet] = {
             "--videos ActivityNet/videos --output {root}/ActivityNet/train.jsonl",
         ),
     ),
+    "charades-sta": DataSet(
+        page="https://github.com/jiyanggao/TALL",
+        source='{ format = "moments", path = "Charades-STA/charades_sta_train.txt" }',
+        gb=16.0,
+        steps=(
+            "charades_sta_train.txt and charades_sta_test.txt: the links on the set's page",
+            "videos: 'Data (scaled to 480p)' of https://prior.allenai.org/projects/charades, in Charades_v1_480/",
+        ),
+    ),
+    "qvhighlights": DataSet(
+        page="https://github.com/jayleicn/moment_detr",
+        licence="the annotations CC BY-NC-SA 4.0; the videos: see the set's page",
+        source='{ format = "moments", path = "QVHighlights/highlight_train_release.jsonl" }',
+        steps=(
+            "git clone https://github.com/jayleicn/moment_detr && cp moment_detr/data/highlight_*.jsonl .",
+            "wget -c https://nlp.cs.unc.edu/data/jielei/qvh/qvhilights_videos.tar.gz",
+            "tar -xzf qvhilights_videos.tar.gz        (the .mp4 files belong in videos/)",
+        ),
+    ),
+    "didemo": DataSet(
+        page="https://github.com/LisaAnne/LocalizingMoments",
+        source='{ format = "moments", path = "DiDeMo/train_data.json" }',
+        steps=(
+            "git clone https://github.com/LisaAnne/LocalizingMoments && cp LocalizingMoments/data/*_data.json .",
+            "videos: see 'Getting the Videos' on the set's page; put them in videos/",
+        ),
+    ),
     "videoxum": DataSet(
         page="https://huggingface.co/datasets/jylins/videoxum",
         licence="Apache 2.0 for the texts; ActivityNet's videos: see the set's page",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from vft.common.event_times import EventForm
 from vft.config.toml import (
     Count,
     Folder,
@@ -209,7 +210,12 @@ class DataConfig(Section):
     """Keywords for the model's chat template, in training and wherever the model is asked: `{enable_thinking = true}`.
     One that the template does not read is refused. Empty: as the template does by itself."""
     segment_questions: bool = True
-    """If records describe segments of their video, also train on a question about each one (`summarize`, `story`)."""
+    """If records describe segments of their video, also train on a question about each one (`summarize`, `story`,
+    `ground`: when it happens)."""
+    event_form: EventForm | None = None
+    """How `ground` writes times. `qwen2_5_vl`: a moment as a sentence, all events of a video as a JSON list;
+    `qwen3_vl`: these as a JSON object; `seconds`: `1.0 to 2.5 s` for a moment, or a line for each event. None: as the
+    cookbooks of the model's family show."""
     index: Literal["scan", "header"] = "scan"
     """How frames are counted: by reading every file once (`scan`), or from the container's header if it is complete
     (`header`), which is fast but sometimes wrong. A clip that turns out to be shorter is then left out."""

@@ -37,7 +37,7 @@ from vft.config.toml import (
 )
 
 Component = Literal["language_model", "vision_encoder", "projector"]
-TASKS = ("caption", "qa", "classify", "summarize", "story")
+TASKS = ("caption", "qa", "classify", "summarize", "story", "ground")
 
 RESUME_MAY_CHANGE = frozenset(
     {

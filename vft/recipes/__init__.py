@@ -6,9 +6,11 @@ A task is named by a key of `TASKS`, or as `module:Class` if it lives outside th
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from vft.common.errors import UserError
+from vft.common.files import read_object
 from vft.common.plugins import load_class
 from vft.common.task import Task
 from vft.config.run import Config
@@ -19,6 +21,7 @@ TASKS = {
     "classify": "vft.recipes.classify:Classify",
     "summarize": "vft.recipes.summarize:Summarize",
     "story": "vft.recipes.story:Story",
+    "ground": "vft.recipes.ground:Ground",
 }
 """Imported when asked for: `python -m vft.recipes.caption` would warn if its module were imported already."""
 
@@ -52,8 +55,15 @@ def load_task(name: str) -> Task:
 
 def task_of(config: Config) -> Task:
     """The task that a configuration names; captioning if it names none. Of its fields, `prompt` is
-    `data.prompt` (unless empty), `japanese` and `coco` are those of `eval`."""
+    `data.prompt` (unless empty), `japanese` and `coco` are those of `eval`, `event_form` that of `data`."""
     task: Any = load_task(config.task or "caption")
-    limits = config.eval
+    limits, family = config.eval, _family(config.model.path)
     given = {"prompt": config.data.prompt or task.prompt, "japanese": limits.japanese, "coco": limits.coco}
+    given["event_form"] = config.data.event_form or ("qwen3_vl" if "qwen3" in family else "qwen2_5_vl")
     return replace(task, **{field.name: given[field.name] for field in fields(task) if field.name in given})
+
+
+def _family(path: str) -> str:
+    """The family of a model's folder, by its config.json; a hub name says it itself."""
+    file = Path(path).expanduser() / "config.json"
+    return str(read_object(file).get("model_type")) if file.is_file() else path.lower()

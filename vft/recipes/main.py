@@ -1,6 +1,6 @@
 """Fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]
 
-TASK is caption, qa, classify, summarize or story, or a task of your own as module:Class. The same command again
+TASK is caption, qa, classify, summarize, story or ground, or a task of your own as module:Class. The same command again
 resumes the run. On several GPUs: torchrun --nproc-per-node N -m vft.recipes TASK CONFIG.toml
 
 CONFIG.toml has the tables [model], [lora], [data] with [data.video], [data.image] and a list [[data.sources]], [train],

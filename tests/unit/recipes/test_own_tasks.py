@@ -72,7 +72,7 @@ def test_a_task_of_the_current_folder(module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("counting", "must be caption, qa, classify, summarize, story, or module:Class"),
+        ("counting", "must be caption, qa, classify, summarize, story, ground, or module:Class"),
         ("{module}:Nothing", "{module} has no class 'Nothing'"),
         ("{module}:OWN", "{module} has no class 'OWN'"),
         ("{module}:Plain", "Plain must be a dataclass"),

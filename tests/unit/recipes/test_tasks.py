@@ -1,4 +1,4 @@
-"""The five tasks on samples made by hand: what is asked, which options it has, and scores worked out on paper."""
+"""The six tasks on samples made by hand: what is asked, which options it has, and scores worked out on paper."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.helpers import coco
 from tests.helpers.formats import read_folders
 from vft.common.errors import UserError
+from vft.common.event_times import EventForm
 from vft.common.task import Answer, Question, Task, main_conversation, samples_of, with_prompt
 from vft.common.types import Conversation, MediaOptions, MediaRef, Role, Sample, Turn
 from vft.config.data import DataConfig
@@ -22,13 +23,14 @@ from vft.preparation.documents import questions
 from vft.recipes import task_of
 from vft.recipes.caption import Caption
 from vft.recipes.classify import Classify
+from vft.recipes.ground import EVENTS_PROMPT, Ground
 from vft.recipes.qa import QuestionAnswering, written_options
 from vft.recipes.story import Story
 from vft.recipes.summarize import Summarize
 
 VIDEO = MediaRef("video", Path("a.mp4"))
 PICTURES = (MediaRef("image", Path("1.png")), MediaRef("image", Path("2.png")))
-TASKS: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story())
+TASKS: tuple[Task, ...] = (Caption(), QuestionAnswering(), Classify(), Summarize(), Story(), Ground())
 
 
 def sample(*turns: tuple[Role, Any], **fields: Any) -> Sample:
@@ -114,6 +116,8 @@ def test_prompt_of_the_configuration(task: Task) -> None:
 def test_the_main_metric_is_among_the_scores(task: Task) -> None:
     """And it rises from what is wrong to what is right."""
     texts = ("one thing", "other things here now")
+    if isinstance(task, Ground):
+        texts = ("0.0 - 1.0 seconds", "3.0 - 9.0 seconds")
     classes: dict[str, Any] = {"options": texts} if isinstance(task, Classify) else {}
     right, wrong = [], []
     for number, text in enumerate(texts):
@@ -620,7 +624,9 @@ def test_every_interval_is_over_videos(task: Task) -> None:
     for video in range(6):
         text = "A" if video % 2 else "B"
         answer = answered(text, "A", scores=scores[text], **options)
-        if not isinstance(task, Classify | QuestionAnswering):
+        if isinstance(task, Ground):
+            answer = answered(f"1.0 - {3.0 + video % 3} seconds", "1.0 - 3.0 seconds")
+        elif not isinstance(task, Classify | QuestionAnswering):
             answer = answered(
                 f"a dog runs to the {'park' if video % 3 else 'mill'}", "a dog runs to the mill", **options
             )
@@ -648,3 +654,87 @@ def test_a_clip_that_two_class_folders_link_to_has_both_labels(tmp_path: Path) -
         ("reading",),
         ("sitting on a sofa",),
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- ground
+
+MOMENT = {"query": "A man's dog runs", "spans": (((1.0, 3.0),), ((0.0, 2.5),), ((0.0, 2.5),))}
+EVENTS = ((0.0, 2.0, "He sits on a chair."), (2.0, 61.25, "He runs to a car."))
+FORMS = get_args(EventForm)
+COOKBOOK = "Give the query: 'A man's dog runs', when does the described content occur in the video?"
+
+
+def test_moments_are_asked_for_in_the_cookbooks_words() -> None:
+    """The spans that most annotators gave are learnt; a question that comes twice counts twice."""
+    record = sample(("system", "Be brief."), ("user", [VIDEO, "A man's dog runs"]), ("assistant", "x"), **MOMENT)
+    (made,) = Ground().conversations(record)
+    answer = "The given query happens in 0.0 - 2.5 seconds."
+    assert made.turns == (record.turns[0], Turn("user", (VIDEO, COOKBOOK)), Turn("assistant", (answer,)))
+    assert [start for start, _ in made.spans_s] == [1.0, 0.0, 0.0] and max(end for _, end in made.spans_s) < 1.1
+    asked = questions([made, replace(made, facts={**made.facts, "apart": "other"})])
+    assert len(asked) == 2 and asked[0].prompt.facts["spans"] == MOMENT["spans"]
+    own = Ground(prompt="When does {query}?", event_form="seconds").conversations(record)[0]
+    assert own.turns[1].parts == (VIDEO, "When does A man's dog runs?") and own.turns[2].text == "0.0 to 2.5 s"
+
+
+@pytest.mark.parametrize(
+    ("path", "setting", "answer"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None, '```json\n[\n    {\n        "start_time": "00:00.00"'),
+        (
+            "Qwen/Qwen3-VL-8B-Instruct",
+            None,
+            '{\n    "00:00.00 - 00:02.00": "He sits on a chair.",\n    "00:02.00 - 01:01.25"',
+        ),
+        ("Qwen/Qwen3.5-9B", None, '{\n    "00:00.00 - 00:02.00"'),
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen2_5_vl", "```json\n"),
+        (
+            "llava-hf/LLaVA-NeXT-Video-7B-hf",
+            "seconds",
+            "0.0 to 2.0 s: He sits on a chair.\n2.0 to 61.25 s: He runs to a car.",
+        ),
+    ],
+)
+def test_events_are_written_as_the_family_writes_them(path: str, setting: Any, answer: str) -> None:
+    """A moment for each comes behind, about the same video."""
+    settings: dict[str, Any] = {"task": "ground", "data": DataConfig(event_form=setting)}
+    task = task_of(Config(output_dir=Path("runs/x"), model=ModelConfig(path=path), **settings))
+    events, *moments = task.conversations(labelled("A summary.", segments=EVENTS))
+    assert events.turns[1].text.startswith(answer) and events.turns[0].text.startswith(EVENTS_PROMPT)
+    assert ("mm:ss.ff" in events.turns[0].text) == (setting != "seconds")
+    assert [one.id for one in moments] == ["s/1", "s/2"] and "'He runs to a car.'" in moments[1].turns[0].text
+    assert {one.media_key for one in moments} == {events.media_key}
+
+
+def test_the_family_of_a_folder_is_that_of_its_configuration(tmp_path: Path) -> None:
+    for kind, form in (("qwen3_vl", "qwen3_vl"), ("qwen2_5_vl", "qwen2_5_vl"), ("llava_next_video", "qwen2_5_vl")):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        settings: dict[str, Any] = {"task": "ground", "model": ModelConfig(path=str(tmp_path))}
+        assert task_of(Config(output_dir=Path("runs/x"), **settings)) == Ground(event_form=form)  # type: ignore[arg-type]
+
+
+def test_scores_of_moments() -> None:
+    """Of the first span, against the nearest right one; an answer without a time counts as 0, and is counted."""
+    two = {"spans": (((0.0, 10.0), (20.0, 30.0)),)}
+    answers = [
+        answered("20.0 - 24.0 seconds, 0.0 - 10.0 seconds", "0.0 - 10.0, 20.0 - 30.0 seconds", **two),
+        answered("No idea.", "0.0 - 10.0 seconds"),
+        answered("0:05 - 0:10", "The given query happens in 5.0 - 10.0 seconds."),
+        answered("0:05 - 0:10", "It rains."),  # of another task: left out
+    ]
+    found = values(Ground(), *answers)
+    expected = {"miou": 1.4 / 3, "r1@0.3": 2 / 3, "r1@0.5": 1 / 3, "r1@0.7": 1 / 3, "no_time": 1 / 3}
+    # One of the first question's two spans is found, as the second: half of it at a precision of a half.
+    assert found == pytest.approx({**expected, "map": (0.25 + 0 + 1) / 3})
+    assert "map" not in values(Ground(), answers[2])
+    with pytest.raises(UserError, match="names a time"):
+        Ground().score(answers[3:])
+
+
+def test_scores_of_dense_captions() -> None:
+    """Records of two annotators are one question. Word for word right is the top of both scales."""
+    texts = [Ground(event_form=form).conversations(labelled("x", segments=EVENTS))[0].turns[1].text for form in FORMS]
+    found = [values(Ground(), answered(text, texts[0])) for text in texts]
+    assert found[0] == found[1] == found[2] == pytest.approx({"soda_d": 1.0, "dense_cider_d": 10.0, "no_time": 0.0})
+    half = values(Ground(), answered(texts[2].splitlines()[0], "9.0 - 10.0 seconds, It rains.", *texts))
+    assert half["soda_d"] == pytest.approx(2 / 3) and half["dense_cider_d"] == 0.0
