@@ -322,6 +322,19 @@ SETS: dict[str, DataSet] = {
         },
         steps=("unzip -n videos.zip && rm videos.zip",),
     ),
+    "video_mmmu": DataSet(
+        page="https://huggingface.co/datasets/lmms-eval/VideoMMMU",
+        licence="the videos belong to their owners; its page asks you to accept conditions",
+        benchmarks=("video_mmmu", "video_mmmu_question_only"),
+        parts={
+            "questions": Part(("*.parquet",), "lmms-eval/VideoMMMU", gb=0.001),
+            "videos": Part(("*.zip",), "lmms-eval/VideoMMMU", gb=13.4),
+        },
+        steps=(
+            "log in first: `hf auth login`",
+            'for part in *.zip; do unzip -n "$part" && rm "$part"; done',
+        ),
+    ),
     "perceptiontest": DataSet(
         page="https://huggingface.co/datasets/lmms-eval/PerceptionTest_Val",
         licence="CC BY 4.0",
