@@ -180,3 +180,27 @@ def test_no_answer_of_another() -> None:
 def test_a_field_has_the_name_that_the_record_gives_it(tmp_path: Path, record: dict[str, Any], field: str) -> None:
     _, (bad,) = read_messages(write(tmp_path / "r.json", [record]), tmp_path)
     assert (bad.origin, bad.field) == ("r.json:2", field)
+
+
+def test_alpaca() -> None:
+    """As LLaMA-Factory has it: instruction and input on two lines, earlier turns in pairs."""
+    asked = {
+        "instruction": "<video>What?",
+        "input": "In a word.",
+        "history": [["Hi.", "Hello."]],
+        "system": "Be brief.",
+    }
+    turns = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "<video>What?\nIn a word."},
+    ]
+    answer = {"role": "assistant", "content": "Good."}
+    found = with_preference({**asked, "chosen": "Good.", "rejected": "Bad."})
+    assert found == {"system": "Be brief.", "messages": [*turns, answer], REJECTED: "Bad."}
+    found = with_preference({**asked, "output": "Good.", "kto_tag": False})
+    assert found == {"system": "Be brief.", "messages": [*turns, answer], DESIRABLE: False}
+    plain = {"instruction": "What?", "output": "Good."}
+    assert with_preference(plain) is plain
+    with pytest.raises(RecordError, match="'x' must be a list of pairs"):
+        with_preference({**asked, "history": "x", "chosen": "Good.", "rejected": "Bad."})

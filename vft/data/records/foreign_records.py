@@ -26,7 +26,7 @@ from vft.data.media.errors import MediaError
 from vft.data.records.inputs import note
 from vft.data.records.media_options import LIST_OPTIONS, REAL_OPTIONS, key_meaning
 from vft.data.records.paths import PICTURE_SUFFIXES, path_exists, resolve_media
-from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, short_repr
+from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, read_history, short_repr
 from vft.data.records.unread_keys import FILES, IMAGES, MEDIA_KEYS, VIDEOS
 
 QUESTIONS = ("question", "query", "prompt", "instruction", "problem")
@@ -142,7 +142,7 @@ class Normalizer:
         has_media = any(rest.get(key) is not None for key in MEDIA_KEYS)
         if not has_media and question is None and used & set(row) <= {answer}:
             raise RecordError("messages", f"is missing; {EXPECTED}; it has {list_keys(row)}")
-        before = [*_history(row.get(names.get("history", ""))), *_user_messages(row, question, extra)]
+        before = [*read_history(row.get(names.get("history", ""))), *_user_messages(row, question, extra)]
         if answer is None:
             return [{**rest, "messages": before}]
         is_label = is_label or answer in (names.get(name) for name in LABELS) or "label" in self.columns
@@ -270,17 +270,6 @@ def _user_messages(row: Record, question: str | None, extra: str | None) -> list
         return _messages(row[question], question)
     texts = [check_text(row[key], key) for key in (question, extra) if key is not None and row[key] is not None]
     return [{"role": "user", "content": "\n".join(filter(None, texts))}]
-
-
-def _history(value: Any) -> Iterator[Record]:
-    """Earlier turns, pairs of a question and an answer."""
-    if value is None or value == "":
-        return
-    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise RecordError("history", f"{short_repr(value)} must be a list of pairs, a question and its answer")
-    for i, pair in enumerate(value):
-        yield {"role": "user", "content": check_text(pair[0], f"history[{i}][0]")}
-        yield {"role": "assistant", "content": check_text(pair[1], f"history[{i}][1]")}
 
 
 def _messages(value: list[Any], key: str) -> list[Record]:

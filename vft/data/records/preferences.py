@@ -3,7 +3,8 @@
 Pairs become the turns, the last of which is the chosen answer, and `rejected_response`, a text (ms-swift's form):
 
     TRL            prompt, chosen, rejected: messages or texts; or chosen and rejected with the prompt in both
-    LLaMA-Factory  conversations (or messages) up to the question; chosen and rejected, a message each
+    LLaMA-Factory  conversations (or messages) up to the question; chosen and rejected, a message each; or instruction,
+                   input, history with chosen and rejected, texts
     ms-swift       messages with the chosen answer; rejected_response, or rejected_messages
     LLaVA-Hound    video, prompt, chosen, rejected (texts)
     RLAIF-V        image, question, chosen, rejected (texts)
@@ -11,7 +12,7 @@ Pairs become the turns, the last of which is the chosen answer, and `rejected_re
 Single answers that are desirable or not become the turns and `desirable`, true or false:
 
     TRL            prompt, completion: messages or texts; label
-    LLaMA-Factory  conversations (or messages) with the answer; kto_tag
+    LLaMA-Factory  conversations (or messages) with the answer, or instruction, input, history, output; kto_tag
     ms-swift       messages with the answer; label
 """
 
@@ -21,7 +22,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vft.data.records.record import TURN_KEYS, Record, RecordError, check_text, list_keys, read_reasoning, short_repr
+from vft.data.records.record import (
+    TURN_KEYS,
+    Record,
+    RecordError,
+    check_text,
+    list_keys,
+    read_history,
+    read_reasoning,
+    short_repr,
+)
 
 REJECTED = "rejected_response"
 DESIRABLE = "desirable"
@@ -40,6 +50,8 @@ def with_preference(record: Record) -> Record:
         RecordError: an answer is empty, or those of a pair are equal, to different prompts, or there in two forms.
     """
     given = {key: value for key, value in record.items() if value is not None}
+    if "instruction" in given and given.keys() & {"chosen", "rejected", "kto_tag"}:
+        record = given = _from_alpaca(given)
     keys = [key for key in ("chosen", "rejected", REJECTED, "rejected_messages") if key in given]
     if keys == ["chosen", "rejected"]:
         turns, chosen, rejected = _two_answers(given)
@@ -70,11 +82,19 @@ def given_field(record: Record, field: str) -> str:
     answer = next((key for key in ("chosen", "completion") if record.get(key) is not None), "")
     if place is None or not answer or any(record.get(key) is not None for key in TURN_KEYS):
         return field
-    prompt = next((key for key in PROMPTS if record.get(key) is not None), answer)
+    prompt = next((key for key in (*PROMPTS, "instruction") if record.get(key) is not None), answer)
     number = int(place[1] or 0)
     if place[1] and isinstance(record[prompt], list) and number < len(record[prompt]):
         return f"{prompt}[{number}]{place[2]}"
     return answer if number else prompt
+
+
+def _from_alpaca(record: Record) -> Record:
+    """Alpaca's keys as prompt and completion. A line break joins instruction and input, as in LLaMA-Factory."""
+    asked = [check_text(record[key], key) for key in ("instruction", "input") if record.get(key)]
+    turns = [*read_history(record.get("history")), {"role": "user", "content": "\n".join(asked)}]
+    kept = {key: value for key, value in record.items() if key not in ("instruction", "input", "history", "output")}
+    return {**kept, "prompt": turns} | ({"completion": record["output"]} if "output" in record else {})
 
 
 def check_answers(keys: Sequence[str], chosen: str, rejected: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -115,6 +115,17 @@ def record_id(record: Mapping[str, Any], default: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return check_text(value, "id") or default
+
+
+def read_history(value: Any) -> Iterator[Record]:
+    """Earlier turns, pairs of a question and an answer."""
+    if value is None or value == "":
+        return
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise RecordError("history", f"{short_repr(value)} must be a list of pairs, a question and its answer")
+    for i, pair in enumerate(value):
+        yield {"role": "user", "content": check_text(pair[0], f"history[{i}][0]")}
+        yield {"role": "assistant", "content": check_text(pair[1], f"history[{i}][1]")}
 
 
 def check_text(value: object, field: str) -> str:
