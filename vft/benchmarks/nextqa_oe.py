@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vft.benchmarks import Benchmark, Place, as_id, grouped
+from vft.benchmarks import Benchmark, Place, as_id, grouped, written
 from vft.benchmarks.nextqa import VIDEOS, about
 from vft.common.scores import Interval
 from vft.common.task import Answer
-from vft.common.types import Sample, Turn
+from vft.common.types import Sample
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.records.record import Record, Records
 from vft.metrics import wups
@@ -37,9 +37,8 @@ class NExTQAOpen(Benchmark):
         second = record.get("additional_ref_answer")
         answers = [as_id(record.get("answer"), "answer")]
         answers += [] if second in (None, "") else [as_id(second, "additional_ref_answer")]
-        user = Turn("user", (video, f"{question}\nAnswer a question using a short phrase or sentence."))
-        turns = user, Turn("assistant", (answers[0],))
-        return [Sample(name, turns, place.origin, {"answers": answers, "groups": groups})]
+        text = f"{question}\nAnswer a question using a short phrase or sentence."
+        return [written(name, (video, text), answers, place, groups)]
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """`wups_0.0` and `wups_0.9`, 0 to 1: with no threshold and with one of 0.9."""

@@ -36,9 +36,24 @@ def coco_scores(
     reference.
     """
     pairs = checked_pairs(predictions, references)
-    right, said = _tokenized([refs for _, refs in pairs]), _tokenized([[text] for text, _ in pairs])
+    try:
+        return _scores([refs for _, refs in pairs], [text for text, _ in pairs], samples, groups)
+    except OSError as error:  # a broken pipe of a Java program that died, too
+        raise UserError(
+            f"COCO's evaluation of captions fails ({error}): Java needs 2 GB of memory, and pycocoevalcap a folder of "
+            "its own that it may write to"
+        ) from error
+
+
+def _scores(
+    references: Sequence[Sequence[str]],
+    predictions: Sequence[str],
+    samples: Samples | None,
+    groups: Sequence[str] | None,
+) -> dict[str, Interval]:
+    right, said = _tokenized(references), _tokenized([[text] for text in predictions])
     scores = {}
-    if len(pairs) > 1:
+    if len(predictions) > 1:
         scores["cider_coco"] = mean_interval(_cider(right, said), samples)
     if groups is not None:
         members = {group: [i for i, own in enumerate(groups) if own == group] for group in groups}

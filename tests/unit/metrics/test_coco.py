@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import random
 import shutil
@@ -87,12 +88,20 @@ def test_two_models_on_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None
         assert (kept[name].table == score.parts.table).all()
 
 
+def unwritable(*_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system", "tmp")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda patch: patch.setitem(sys.modules, "pycocoevalcap.tokenizer.ptbtokenizer", None), r"vft\[papers\]"),
         (lambda patch: patch.setattr(shutil, "which", lambda *_: None), "needs Java, which is not there: apt-get"),
         (lambda patch: patch.setattr(coco.PTBTokenizer, "tokenize", lambda *_: {}), "gave no words: does `java"),
+        (
+            lambda patch: patch.setattr(coco.PTBTokenizer, "tokenize", unwritable),
+            r"fails \(\[Errno 30\] Read-only.*may write",
+        ),
         (lambda patch: patch.setattr(coco.Meteor, "_stat", lambda *_: ""), "METEOR gave no counts: does `java"),
     ],
 )
