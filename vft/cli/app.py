@@ -19,6 +19,7 @@ from vft.common.version import __version__
 COMMANDS = {
     "train": ("vft.recipes.main", "fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]"),
     "predict": ("vft.cli.predict", "answer a prompt about videos, pictures or files of records"),
+    "chat": ("vft.cli.chat", "talk with a model about videos and pictures"),
     "evaluate": ("vft.cli.evaluate", "score a model on held-out samples, with 95 % intervals"),
     "benchmark": ("vft.cli.benchmark", "score a model on public benchmarks by name"),
     "pairs": ("vft.cli.pairs", "make preference pairs of a model's own answers, or keep the best of them"),

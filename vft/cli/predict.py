@@ -60,6 +60,8 @@ OPTIONS = {
     "model.path": "--model",
 }
 """Keys of configurations that messages name, and the options that stand for them here."""
+Precision = Literal["bf16", "fp32"] | None
+Quantize = Literal["none", "nf4"]
 FEW = 8
 """Questions up to which starting worker processes takes longer than they save."""
 WORKERS = 4
@@ -120,9 +122,9 @@ class PredictArguments(Arguments):
     """most tokens of a question with its media, which lose frames and size to fit (default: that of training)"""
     template_options: Annotated[dict[str, Any] | None, BeforeValidator(lambda text: parse_value(text, text))] = None
     """keywords of the chat template, as in TOML: '{enable_thinking = true}' (default: those of training)"""
-    precision: Literal["bf16", "fp32"] | None = None
+    precision: Precision = None
     """bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)"""
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Quantize = "none"
     """none (default), or nf4: the layers in 4 bits"""
     batch_size: Positive = 1
     """questions that a process answers at once (default 1)"""

@@ -1,0 +1,158 @@
+"""Talk with a model about videos and pictures: vft chat --model MODEL [--adapter DIR] [CLIP...]
+
+Type a question and get the answer as it is written; the next question goes on from there. /new forgets the talk, /clip
+FILE takes another video or picture and forgets it too, /quit or Ctrl-D ends. Frames and pixels are those of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from vft.adapters.peft_format import recorded
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.predict import DECODE_TIMEOUT_S, LIMITS, Precision, Quantize, with_options
+from vft.common.errors import UserError
+from vft.common.task import Answer, Question
+from vft.common.types import Conversation, MediaRef, Turn
+from vft.config.run import ModelConfig, ParallelConfig
+from vft.config.toml import Name, NonNegativeFloat, Positive, PositiveFloat
+from vft.data.media.errors import MediaError
+from vft.data.media.timed_text import with_frame_times
+from vft.data.media.video import scan
+from vft.data.workers import WorkerPool
+from vft.distributed.process_group import environment
+from vft.inference.engine import Answerer, Failure
+from vft.inference.generate import Sampling
+from vft.inference.requests import data_config, read_requests
+from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
+
+logger = logging.getLogger(__name__)
+
+
+class ChatArguments(Arguments):
+    """Arguments of `vft chat`."""
+
+    model: Name
+    """folder or hub name of a base or merged model"""
+    adapter: ExistingFolder | None = None
+    """folder of a LoRA adapter on it"""
+    system: str | None = None
+    """system text (default: that of training, if it had one)"""
+    max_new_tokens: Positive = 512
+    """most tokens of an answer (default 512)"""
+    temperature: NonNegativeFloat = 0.0
+    """0: greedy (default); above: sampled"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """probability mass to sample from, above 0 and at most 1 (default 1)"""
+    seed: int = 0
+    """of sampling (default 0)"""
+    fps: PositiveFloat | None = None
+    """frames sampled per second"""
+    frames: Positive | None = None
+    """a fixed number of frames instead"""
+    max_frames: Positive | None = None
+    """most frames of a video"""
+    max_pixels: Positive | None = None
+    """most pixels of a frame, height x width"""
+    precision: Precision = None
+    """bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)"""
+    quantize: Quantize = "none"
+    """none (default), or nf4: the layers in 4 bits"""
+    clips: Annotated[list[Path], Positional("CLIP")] = Field(default_factory=list)
+    """videos or pictures to talk about"""
+
+
+class Talk:
+    """The turns so far, about some media. `say` goes on."""
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
+        self.answerer, self.sampling, self.system = answerer, sampling, system
+        self.media: list[MediaRef] = []
+        self.turns: list[Turn] = []
+
+    def about(self, clips: Sequence[Path]) -> None:
+        """Begin anew, about other clips. UserError if one is no video or picture."""
+        media: list[MediaRef] = []
+        for request in read_requests(clips, "", None):
+            if isinstance(request.question, Failure):
+                raise UserError(request.question.message)
+            media += request.question.prompt.media
+        try:
+            for ref in media:
+                self.answerer.info(ref)
+        except MediaError as error:
+            raise UserError(str(error)) from None
+        self.media, self.turns = media, []
+
+    def say(self, text: str) -> Answer:
+        """The answer to one more question, which is printed as it is generated. UserError if there is none: the talk is
+        then as before."""
+        first = [] if self.turns or self.system is None else [Turn("system", (self.system,))]
+        parts: tuple[str | MediaRef, ...] = (text,) if self.turns else (*self.media, text)
+        turns = [*self.turns, *first, Turn("user", parts)]
+        prompt = Conversation("chat", tuple(turns), "chat")
+        prompt = with_frame_times(prompt) if self.answerer.config.video.timestamps else prompt
+        question = Question("chat", prompt, ())
+        (answer,) = self.answerer.answers(
+            [question], self.sampling, 1, lambda piece: print(piece, end="", flush=True), show_progress=False
+        )
+        print(flush=True)
+        if isinstance(answer, Failure):
+            raise UserError(with_options(answer.message))
+        self.turns = [*turns, Turn("assistant", (answer.text,))]
+        return answer
+
+
+@command(ChatArguments, __doc__)
+def main(options: ChatArguments) -> None:
+    """Command line."""
+    world = environment()
+    precision = options.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    base = ModelConfig(path=options.model, quantize=options.quantize)
+    prepared = open_for_inference(base, options.adapter, DTYPES[precision])
+    about = prepared.pretrained.json_file("vft.json") if options.adapter is None else recorded(options.adapter)
+    config = data_config(about, {key: getattr(options, key) for key in LIMITS})
+    load_for_inference(prepared, world.device, None, ParallelConfig())
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    with WorkerPool(0, DECODE_TIMEOUT_S) as pool:
+        answerer = Answerer(prepared.model, prepared.encoder(config), config, scan, pool, world)
+        talk = Talk(answerer, sampling, options.system or about.get("system"))
+        talk.about(options.clips)
+        names = ", ".join(ref.name for ref in talk.media) or "no video or picture; /clip FILE takes one"
+        logger.info("about %s. /new begins anew, /quit ends", names)
+        while (text := read_line()) is not None:
+            try:
+                follow(talk, text.strip())
+            except UserError as error:  # the talk goes on
+                logger.error("%s", error)
+
+
+def follow(talk: Talk, text: str) -> None:
+    """Do what was typed."""
+    word, _, rest = text.partition(" ")
+    if word == "/clip":
+        talk.about([Path(rest.strip())])
+    elif word == "/new":
+        talk.turns = []
+    elif word.startswith("/"):
+        raise UserError(f"{word}: there are /clip FILE, /new and /quit")
+    elif text and talk.say(text).is_cut_off:
+        logger.info(
+            "cut off at --max-new-tokens = %d, or at the end of the model's context", talk.sampling.max_new_tokens
+        )
+
+
+def read_line() -> str | None:
+    """What is typed next; None at the end."""
+    try:
+        text = input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return None if text.strip() == "/quit" else text
