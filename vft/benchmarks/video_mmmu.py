@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from vft.benchmarks import LETTERS, MultipleChoice, Place, as_id, choice, grouped, index_of, lettered, texts_of
+from vft.benchmarks import LETTERS, MultipleChoice, Place, as_id, choice, grouped, index_of, lettered, texts_of, written
 from vft.common.scores import Interval
 from vft.common.task import Answer
-from vft.common.types import Sample, Turn
+from vft.common.types import Sample
 from vft.data.records.record import Record, RecordError, check_text
 from vft.metrics import lmms_letter
 from vft.metrics.mmmu import mmmu_is_right
@@ -70,8 +70,7 @@ class VideoMMMU(MultipleChoice):
         if has_options:
             right = index_of(answer, tuple(LETTERS[: len(options)]), "answer")
             return [choice(f"{track}-{name}", asked, len(options), right, place, groups)]
-        turns = Turn("user", asked), Turn("assistant", (answer,))
-        return [Sample(f"{track}-{name}", turns, place.origin, {"groups": groups})]
+        return [written(f"{track}-{name}", asked, [answer], place, groups)]
 
     def letter_of(self, text: str, options: int) -> str | None:
         """As `MultipleChoice.letter_of`."""
