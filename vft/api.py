@@ -28,6 +28,7 @@ from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_
 from vft.recipes import task_of
 from vft.recipes.main import train_config
 from vft.reporting.run_folder import RecordedRun, read_run
+from vft.training.export import adapter_folder
 
 ConfigSource = str | Path | Mapping[str, Any]
 """A TOML file, or its tables as a dict."""
@@ -98,7 +99,7 @@ def load_model(
 
     Args:
         model: folder or hub name of the base or merged model.
-        adapter: folder of a LoRA adapter, such as `runs/mine/adapter`.
+        adapter: folder of a LoRA adapter, such as `runs/mine/adapter`, of its run or of a checkpoint of it.
         precision: by default bf16 on a GPU and fp32 on a CPU.
         quantize: "nf4" holds the decoder's layers in 4 bits.
         fps, frames, max_frames, max_pixels: frames a second, or a fixed number of frames, the largest number of
@@ -109,7 +110,7 @@ def load_model(
         UserError: the model or the adapter is not there, or they do not fit each other.
     """
     world = environment()
-    folder = None if adapter is None else Path(adapter)
+    folder = None if adapter is None else adapter_folder(Path(adapter))
     dtype = DTYPES[precision or ("bf16" if world.device.type == "cuda" else "fp32")]
     prepared = open_for_inference(ModelConfig(path=str(model), quantize=quantize), folder, dtype)
     about = prepared.pretrained.json_file("vft.json") if folder is None else recorded(folder)
@@ -144,7 +145,7 @@ def evaluate(
     Args:
         config: TOML file of a training run, or its tables as a dict. The samples are those of `eval.sources`, or held
             out by `eval.split`.
-        adapter: folder of a LoRA adapter; None scores the base model alone.
+        adapter: folder of a LoRA adapter, of its run or of a checkpoint; None scores the base model alone.
         overrides: settings that replace those of `config`.
 
     Returns:
@@ -154,7 +155,7 @@ def evaluate(
     Raises:
         UserError: a setting is wrong, or the data, the model or the adapter cannot be read.
     """
-    folder = None if adapter is None else Path(adapter)
+    folder = None if adapter is None else adapter_folder(Path(adapter))
     loaded = evaluation_config(_load(config, overrides), folder)
     name = "base" if folder is None else "adapter"
     file = loaded.output_dir / "predictions" / f"{name}.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 from vft.recipes.main import main
 from vft.reporting.monitor import Monitor
-from vft.training import run_data
+from vft.training import export, run_data
 from vft.training import trainer as train
 from vft.training.checkpoint import AsyncCheckpointer
 
@@ -20,7 +20,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "predictions": (train.Trainer, "evaluate"),
     "quarantine": (run_data, "write_quarantine"),
     "export": (train.Trainer, "export"),
-    "card": (train, "write_card"),
+    "card": (export, "write_card"),
     "report": (train, "write_report"),
 }
 

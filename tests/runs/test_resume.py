@@ -295,7 +295,10 @@ def test_the_state_is_json_and_safetensors_alone(undisturbed: Path) -> None:
     assert len(digests) == 2 and all(re.fullmatch(r"[0-9a-f]{16,64}", digest) for digest in digests)
     samples = sum(line["samples"] for line in metrics(undisturbed))
     cursor = {"epoch": 8, "pack": 4, "step": STEPS}
-    rules = {"rules": VERSION, "step": STEPS}
+    about = json.loads((undisturbed / "adapter" / "vft.json").read_text())
+    asked = {name: about[name] for name in state["asked"]}  # not streams, so the whole run asks what it began with
+    assert asked["prompt"]
+    rules = {"rules": VERSION, "step": STEPS, "asked": asked}
     assert state == {"cursor": cursor, "streams": {}, "samples": samples, "bad": [], **rules}
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "benchmark": ("vft.cli.benchmark", "score a model on public benchmarks by name"),
     "pairs": ("vft.cli.pairs", "make preference pairs of a model's own answers, or keep the best of them"),
     "merge": ("vft.cli.merge_lora", "merge an adapter into its base model"),
+    "export": ("vft.cli.export", "write the adapter or model of a run's checkpoint, such as after a stop"),
     "plan": ("vft.cli.plan", "memory and time of a run, before any GPU is rented"),
     "inspect": ("vft.cli.inspect_batch", "write the first pack of a run as the model gets it"),
     "compare": ("vft.cli.compare", "lay runs side by side: settings, course, scores"),

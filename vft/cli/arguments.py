@@ -22,6 +22,16 @@ def _check_folder(folder: Path) -> Path:
 ExistingFolder = Annotated[Path, AfterValidator(_check_folder)]
 
 
+def _find_adapter(folder: Path) -> Path:
+    from vft.training.export import adapter_folder  # late: not every command takes an adapter
+
+    return adapter_folder(_check_folder(folder))
+
+
+AdapterFolder = Annotated[Path, AfterValidator(_find_adapter)]
+"""Folder of an adapter, of a run that has one, or of a run's checkpoint."""
+
+
 class Positional(str):
     """Marks the field of a positional argument, and is its name in the help."""
 

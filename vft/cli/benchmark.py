@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from vft import benchmarks
 from vft.adapters.peft_format import recorded, trained_rope_factor
 from vft.benchmarks import Benchmark
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, Positional, command
 from vft.cli.evaluate import differences, score_record
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
@@ -59,8 +59,8 @@ class BenchmarkArguments(Arguments):
     """benchmarks, such as mvbench; without any they are listed"""
     model: Name | None = None
     """folder or hub name of a base or merged model"""
-    adapter: ExistingFolder | None = None
-    """folder of a LoRA adapter on it, scored beside the base"""
+    adapter: AdapterFolder | None = None
+    """folder of a LoRA adapter on it, of its run or a checkpoint, scored beside the base"""
     root: ExistingFolder = Path("data")
     """folder of all data sets (default: data)"""
     path: str | None = None

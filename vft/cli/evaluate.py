@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.cli.arguments import ConfigArguments, ExistingFolder, command
+from vft.cli.arguments import AdapterFolder, ConfigArguments, command
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -37,8 +37,8 @@ Scores = dict[str, Interval]
 class EvaluateArguments(ConfigArguments):
     """Arguments of `vft evaluate`."""
 
-    adapter: ExistingFolder | None = None
-    """folder of a LoRA adapter (default: the base model alone)"""
+    adapter: AdapterFolder | None = None
+    """folder of a LoRA adapter, of its run or a checkpoint (default: the base model alone)"""
     compare_base: bool = False
     """score the base model too, side by side"""
     show: int = 0

@@ -38,6 +38,7 @@ from vft.recipes import task_of
 from vft.reporting.page import render
 from vft.reporting.report import pictures
 from vft.training.checks import warn_of_weights
+from vft.training.export import adapter_folder
 from vft.training.losses import cross_entropy
 
 NUM_BARS = 32
@@ -68,7 +69,7 @@ def main(arguments: InspectArguments) -> None:
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     warn_of_weights(config)
-    adapter = Path(config.model.adapter) if config.model.adapter else None
+    adapter = adapter_folder(Path(config.model.adapter)) if config.model.adapter else None
     prepared = open_for_inference(config.model, adapter if arguments.forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
     documents = load_training(task, config, encoder)

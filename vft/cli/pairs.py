@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from vft.cli.arguments import ConfigArguments, ExistingFolder, command
+from vft.cli.arguments import AdapterFolder, ConfigArguments, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.task import CLOSE, OPEN, Answer, Question, Task, samples_of
@@ -48,6 +48,7 @@ from vft.preparation.documents import load_asked, questions
 from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
+from vft.training.export import adapter_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ RIGHT = ("choice_accuracy_generated", "exact_match", "open_token_f1")
 class PairsArguments(ConfigArguments):
     """Arguments of `vft pairs`."""
 
-    adapter: ExistingFolder | None = None
-    """folder of the LoRA adapter that answers (default: model.adapter if it is set, else the base model alone)"""
+    adapter: AdapterFolder | None = None
+    """folder of the LoRA adapter that answers, of its run or a checkpoint (default: model.adapter if it is set, else
+    the base model alone)"""
     samples: Annotated[int, Field(ge=2)] = 8
     """answers to each question (default 8)"""
     temperature: PositiveFloat = 1.0
@@ -94,7 +96,7 @@ class Candidate(NamedTuple):
 def main(arguments: PairsArguments) -> None:
     """Command line."""
     config = configs.load(arguments.config, arguments.overrides)
-    adapter = arguments.adapter or (Path(config.model.adapter) if config.model.adapter else None)
+    adapter = arguments.adapter or (adapter_folder(Path(config.model.adapter)) if config.model.adapter else None)
     config, world = evaluation_config(config, adapter), environment()
     task, output = task_of(config), arguments.output or config.output_dir / "pairs.jsonl"
     if output.is_dir():

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vft.adapters.peft_format import recorded
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, Positional, command
 from vft.common.errors import UserError
 from vft.common.task import Answer
 from vft.config.data import SourceConfig
@@ -88,8 +88,8 @@ class PredictArguments(Arguments):
 
     model: Name
     """folder or hub name of a base or merged model"""
-    adapter: ExistingFolder | None = None
-    """folder of a LoRA adapter on it"""
+    adapter: AdapterFolder | None = None
+    """folder of a LoRA adapter on it, of its run or a checkpoint"""
     prompt: Annotated[str, AfterValidator(_check_prompt)] | None = None
     """what to ask (default: that of the training task, or 'Describe the video.')"""
     json_lines: Annotated[bool, Field(alias="json")] = False

@@ -91,7 +91,7 @@ class ModelConfig(Section):
     path: Name
     """A folder, relative to the current directory, or a hub name such as `Qwen/Qwen2.5-VL-7B-Instruct`."""
     adapter: str = ""
-    """Folder of a LoRA adapter in PEFT's format to start from. Empty: a new adapter."""
+    """LoRA adapter to start from: its folder in PEFT's format, or that of its run or a checkpoint. Empty: a new one."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: store the frozen linear layers and experts of the language model in 4 bits (QLoRA, Dettmers et al. 2023),
     9/16 of a byte for each weight. Embedding, head, norms, routers and vision encoder stay as they are. Needs a

@@ -122,7 +122,12 @@ def _offsets(part: Part) -> list[int]:
 def list_checkpoints(root: Path) -> list[Path]:
     """Folders of checkpoints, newest first."""
     folders = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)] if root.is_dir() else []
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_intact(root: Path, world: World) -> Path | None:
@@ -147,7 +152,7 @@ def find_damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
-        if text != _manifest(int(folder.name.removeprefix("step-")), files):  # no digest covers the manifest itself
+        if text != _manifest(step_of(folder), files):  # no digest covers the manifest itself
             return f"{MANIFEST} is not what was written for this step"
         for name, expected in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
             if _describe(folder / name) != expected:
@@ -175,6 +180,21 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
     Raises UserError if the tensors are not those of the model.
     """
+    load_weights(folder, model)
+    with ExitStack() as stack:
+        moments = _stored(folder, OPTIMIZER, stack)
+        for name, parameter in _state_parameters(model):
+            if not parameter.requires_grad:
+                continue
+            slots = optimizer.state[parameter]
+            targets = {f"{moment}.{name}": slots[moment] for moment in MOMENTS} | {f"step.{name}": slots["step"]}
+            for key, target in targets.items():
+                _fill(target, moments.get(key, []), f"{folder}: {key}")
+    return read_object(folder / STATE)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """`load` of what was trained alone."""
     parameters = dict(_state_parameters(model))
     with ExitStack() as stack:
         stored = _stored(folder, TRAINABLE, stack)
@@ -183,16 +203,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             raise UserError(
                 f"{folder}: {len(different)} trained tensors differ from the model's, {different[0]} among them"
             )
-        moments = _stored(folder, OPTIMIZER, stack)
         for name, parameter in parameters.items():
             _fill(parameter, stored[name], f"{folder}: {name}")
-            if not parameter.requires_grad:
-                continue
-            slots = optimizer.state[parameter]
-            targets = {f"{moment}.{name}": slots[moment] for moment in MOMENTS} | {f"step.{name}": slots["step"]}
-            for key, target in targets.items():
-                _fill(target, moments.get(key, []), f"{folder}: {key}")
-    return read_object(folder / STATE)
 
 
 def _stored(folder: Path, file: str, stack: ExitStack) -> dict[str, list[tuple[int, Any]]]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vft.adapters.peft_format import export_adapter, merged_into
 from vft.common.console import stderr_console
 from vft.common.files import digest
 from vft.common.rules import VERSION
@@ -39,13 +38,12 @@ from vft.inference.evaluate import BestScore, evaluate, questions_digest, write_
 from vft.models.base import Objective
 from vft.models.experts import expert_loads, routing_loss
 from vft.models.flops import FlopCounter
-from vft.models.weights import export_model
 from vft.parallel.parallelize import sync_gradients
 from vft.preparation.documents import load_held_out, load_training, training_streams, warn_of_overlap
 from vft.preparation.memory import largest_rows, memory_preflight, resolve
 from vft.preparation.run import load, open_for_training, start_adapters
 from vft.preparation.synthetic import filled_row
-from vft.reporting import write_card, write_report
+from vft.reporting import write_report
 from vft.reporting.monitor import (
     ROUTING,
     Monitor,
@@ -56,7 +54,6 @@ from vft.reporting.monitor import (
     require_boards,
     trainable_table,
 )
-from vft.reporting.serving import served_files
 from vft.training import checkpoint as checkpoints
 from vft.training.checks import (
     NonFiniteSteps,
@@ -69,6 +66,7 @@ from vft.training.checks import (
     warn_of_epochs,
     warn_of_weights,
 )
+from vft.training.export import with_adapter_folder, write_export
 from vft.training.losses import cross_entropy
 from vft.training.optimizer import build_optimizer, clip, learning_rate, scale_gradients, set_learning_rate
 from vft.training.preferences import Preference
@@ -94,6 +92,7 @@ class Trainer:
     def __init__(self, task: Task, config: Config, world: World, objective: Objective, stack: ExitStack) -> None:
         """Prepare everything that `fit` uses. `stack` closes the process group, worker processes and archives."""
         config.require_training()
+        config = with_adapter_folder(config)
         check_output_dir(config)
         require_boards(config)
         self.task, self.config, self.world, self.objective = task, config, world, objective
@@ -380,9 +379,15 @@ class Trainer:
             identity |= {"held_out": questions_digest(self.held_out), "held_out_settings": digest(settings)}
         return identity
 
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What training asks, for an export of a checkpoint. It is not known what streams will ask."""
+        return {"prompt": self.task.prompt, **describe_prompts(self.data.documents.prompts)}
+
     def save(self) -> None:
         """Write a checkpoint to resume from."""
         state = {"rules": VERSION, **self.identity, **self.data.state(), "samples": self.samples}
+        state["asked"] = self.asked
         self.checkpointer.save(self.step, state)
         self.saved = self.step
         self.monitor.state.checkpoint = (self.step, time.monotonic())
@@ -391,26 +396,8 @@ class Trainer:
     def export(self, folder: Path | None = None) -> None:
         """Write the adapter, or the whole model, to `folder` or to its place in the run's folder, with facts of the
         training in vft.json beside it. Every process calls it, because tensors are gathered."""
-        config, model, pretrained = self.config, self.model, self.prepared.pretrained
+        config = self.config
         target = folder or config.output_dir / ("model" if config.lora is None else "adapter")
-        about: dict[str, Any] = {
-            "base_fingerprint": pretrained.fingerprint,
-            "task": config.task,
-            "prompt": self.task.prompt,
-            **describe_prompts(self.data.prompts()),
-            "step": self.step,
-            "rope_factor": pretrained.rope_factor,
-            "template_options": config.data.template_options,
-            "objective": config.objective and config.objective.model_dump(mode="json", exclude_none=True),
-            "pack_tokens": config.data.pack_tokens,
-            "video": config.data.video.model_dump(mode="json", exclude_none=True),
-            "image": config.data.image.model_dump(mode="json", exclude_none=True),
-        }
-        if config.lora is not None:
-            export_adapter(model, target, config.lora, config.model.path, about, self.world.is_main)
-        else:
-            about |= {"merged": merged_into(pretrained)}
-            export_model(model, pretrained, target, served_files(pretrained, model, about), self.world.is_main)
-        if self.world.is_main:
-            write_card(config.output_dir, target, self.step, pretrained)
+        asked = {"prompt": self.task.prompt, **describe_prompts(self.data.prompts())}
+        write_export(self.prepared, config, target, self.step, asked, self.world.is_main)
         logger.info("wrote %s", target)
