@@ -25,6 +25,9 @@ from vft.reporting.run_folder import scores_of
 from vft.training.checkpoint import list_checkpoints
 
 POLL_S = 0.2
+SILENCE_S = 120.0
+"""Time without a line after which the view says so, instead of the time that is left; for slow steps ten of them."""
+FINISHED = "finished"
 
 
 class LiveArguments(Arguments):
@@ -55,7 +58,7 @@ def main(arguments: LiveArguments) -> None:
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             update(state, folder, lines)
-            while state.line["step"] != state.max_steps and (svg is None or state.line["step"] < arguments.step):
+            while state.ended != FINISHED and (svg is None or state.line["step"] < arguments.step):
                 time.sleep(POLL_S)
                 update(state, folder, lines)
     except FileNotFoundError:
@@ -82,5 +85,22 @@ def update(state: RunState, folder: Path, lines: IO[str]) -> None:
     for newest in list_checkpoints(folder / "checkpoints")[:1]:
         age_s = time.time() - newest.stat().st_mtime
         state.checkpoint = (int(newest.name.removeprefix("step-")), time.monotonic() - age_s)
+    state.ended = ending(state, folder)
     file = folder / "quarantine.jsonl"
     state.num_quarantined = file.read_text(encoding="utf-8").count("\n") if file.is_file() else 0
+
+
+def ending(state: RunState, folder: Path) -> str:
+    """Why nothing more comes: the run is finished, or has been silent for long. Empty while it is at work."""
+    # A run writes its settings when it starts, and its report when it is done: by epochs or patience also before the
+    # last step that is known here.
+    files = [folder / name for name in ("config.toml", "metrics.jsonl", "report.html")]
+    started_s, written_s, report_s = (file.stat().st_mtime if file.is_file() else 0.0 for file in files)
+    if state.line["step"] == state.max_steps or report_s >= max(started_s, written_s):
+        return FINISHED
+    signs = [started_s, written_s, *(one.stat().st_mtime for one in list_checkpoints(folder / "checkpoints")[:1])]
+    silence_s = time.time() - max(signs)
+    if silence_s < max(SILENCE_S, 10 * state.line.get("step_time_s", 0.0)):
+        return ""
+    ago = f"{silence_s / 60:.0f} min" if silence_s < 2 * 3600 else f"{silence_s / 3600:.0f} h"
+    return f"no sign of life for {ago}; last step {state.line['step']:,}"

@@ -66,6 +66,8 @@ class RunState:
     num_quarantined: int = 0
     bar: str = ""
     """A progress bar of other code."""
+    ended: str = ""
+    """Instead of the time that is left: why there is none."""
 
     def add_step(self, line: Mapping[str, Any], end_s: float | None = None) -> None:
         """A step's line of metrics.jsonl, and when the step ended; None for steps of an earlier start of the run."""
@@ -114,7 +116,9 @@ class RunState:
     def _progress(self, width: int, ascii_only: bool) -> Text:
         step, max_steps = self.line["step"], self.max_steps
         times = f"  {timedelta(seconds=round(time.monotonic() - self.begin_s))} gone"
-        if max_steps and self.step_ends and self.step_ends[-1][1] > self.step_ends[0][1]:
+        if self.ended:
+            times = f"  {self.ended}"
+        elif max_steps and self.step_ends and self.step_ends[-1][1] > self.step_ends[0][1]:
             (first_s, first), (last_s, last) = self.step_ends[0], self.step_ends[-1]
             times += f", {timedelta(seconds=round((last_s - first_s) / (last - first) * (max_steps - step)))} left"
         head = f"step {step:,}/{max_steps:,}  {step / max_steps:.0%}  " if max_steps else f"step {step:,}  "
