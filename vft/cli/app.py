@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vft.common.interpreter import fail, prefer_venv, report_missing, run_in_venv
+from vft.common.interpreter import fail, prefer_venv, quiet_interrupts, report_missing, run_in_venv
 from vft.common.version import __version__
 
 COMMANDS = {
@@ -83,6 +83,7 @@ def run(command: str, argv: Sequence[str], prog: str) -> None:
     one line and exit status 2.
     """
     prefer_venv()
+    quiet_interrupts(True)
     gc.disable()  # imports make a million objects and no garbage: looking for it takes a second
     try:
         module = importlib.import_module(COMMANDS[command][0])
@@ -90,6 +91,7 @@ def run(command: str, argv: Sequence[str], prog: str) -> None:
         run_in_venv()
         report_missing(error)
     gc.enable()
+    quiet_interrupts(False)
     try:
         module.main(argv=argv, prog=prog)
     except ModuleNotFoundError as error:  # a package that is imported only where it is used

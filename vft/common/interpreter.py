@@ -6,6 +6,7 @@ Only the standard library is imported here, and nothing newer than Python 3.7.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +33,17 @@ def prefer_venv() -> None:
 def require_packages() -> None:
     """For `python -m vft.recipes.NAME`: the .venv takes over, or the process ends with a line that says what to do."""
     prefer_venv()
-    if find_spec("torch") is None and any(word.startswith("vft.recipes") for word in sys.orig_argv):
-        report_missing(ModuleNotFoundError(name="torch"))
+    if any(word.startswith("vft.recipes") for word in sys.orig_argv):
+        if find_spec("torch") is None:
+            report_missing(ModuleNotFoundError(name="torch"))
+        quiet_interrupts(True)  # `vft.distributed.signals` takes over
+
+
+def quiet_interrupts(quiet: bool) -> None:
+    """Whether Ctrl-C ends the process without a word, instead of a traceback through whatever is being imported."""
+    handlers = [signal.SIG_DFL, signal.default_int_handler]
+    if signal.getsignal(signal.SIGINT) in handlers:  # else it is ignored, in the background of a shell
+        signal.signal(signal.SIGINT, handlers[not quiet])
 
 
 def run_in_venv() -> None:

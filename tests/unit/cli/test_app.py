@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,18 @@ def fake_venv(checkout: Path, script: str) -> None:
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words", [("-m", "vft.recipes.caption", "run.toml"), ("-m", "vft.cli.app", "predict", "a.mp4")]
+)
+def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as it is in a shell's background
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    signal.signal(signal.SIGINT, before)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_help_lists_every_command_and_imports_no_torch() -> None:
