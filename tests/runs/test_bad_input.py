@@ -147,7 +147,10 @@ def test_broken_files(commands: Commands, own: World, tmp_path: Path, name: str)
         ("data.pack_tokens=40", ["videos.json:1", "data.pack_tokens"]),
         ("data.root=none", ["none/videos.json"]),
         ("data.sources.0.format=parquet", ["data.sources.0.format", "parquet", "messages"]),
-        ("model.path=none/such", ["model.path = 'none/such'"]),
+        (
+            "model.path=none/such",
+            ["model.path = 'none/such'", "HF_HUB_OFFLINE", "hf download none/such", "model.path=DIR"],
+        ),
         ("model.adapter=none/such", ["none/such", "adapter_config.json"]),
         ("parallel.shard=3", ["parallel.shard = 3", "1"]),
         ("eval.sources=[{format='messages',path='none.json'}]", ["none.json"]),
@@ -262,7 +265,8 @@ def test_a_broken_adapter(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--model", "none/such"), ["'none/such'"]),
+        (("--model", "none/such"), ["--model = 'none/such'", "HF_HUB_OFFLINE", "--model=DIR"]),
+        (("--output", "x.csv"), ["--output = x.csv", "JSONL", "x.jsonl"]),
         (("--adapter", "none/such"), ["--adapter", "none/such"]),
         (("--frames", "0"), ["frames", "0"]),
         (("--fps", "-1"), ["fps", "-1"]),

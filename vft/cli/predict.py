@@ -74,6 +74,12 @@ def _check_prompt(prompt: str) -> str:
     return prompt
 
 
+def _check_jsonl(file: Path) -> Path:
+    if file.suffix.lower() in RECORD_SUFFIXES - {".jsonl", ".json"}:
+        raise ValueError(f"answers are written as JSONL; name it {file.with_suffix('.jsonl')}")
+    return file
+
+
 def _columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     try:
@@ -94,7 +100,7 @@ class PredictArguments(Arguments):
     """what to ask (default: that of the training task, or 'Describe the video.')"""
     json_lines: Annotated[bool, Field(alias="json")] = False
     """one JSON object a video: video, prompt, prediction"""
-    output: Path | None = None
+    output: Annotated[Path, AfterValidator(_check_jsonl)] | None = None
     """JSONL file of answers, with which a second run resumes"""
     root: ExistingFolder | None = None
     """folder that the media of records lie in (default: that of their file)"""

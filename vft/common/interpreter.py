@@ -41,9 +41,8 @@ def require_packages() -> None:
 
 def quiet_interrupts(quiet: bool) -> None:
     """Whether Ctrl-C ends the process without a word, instead of a traceback through whatever is being imported."""
-    handlers = [signal.SIG_DFL, signal.default_int_handler]
-    if signal.getsignal(signal.SIGINT) in handlers:  # else it is ignored, in the background of a shell
-        signal.signal(signal.SIGINT, handlers[not quiet])
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL if quiet else signal.default_int_handler)
 
 
 def run_in_venv() -> None:

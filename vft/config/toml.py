@@ -34,6 +34,21 @@ RENAMED_COMPONENTS = {"vision_tower": "vision_encoder", "merger": "projector"}
 """Components of a model, as they appear in the settings of `NAME_COMPONENTS`: the old name and the new one."""
 NAME_COMPONENTS = ("model.train", "lora.targets", "lora.ranks", "lora.alphas", "train.component_learning_rates")
 """Settings that are lists of components, or of patterns that start with a component, or tables with such keys."""
+_PACKS = (
+    "train.packs_per_step, the rows of at most data.pack_tokens tokens in a step of all processes together "
+    "(single samples with data.max_samples_per_pack=1)"
+)
+COUNTERPARTS = {
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"), _PACKS),
+    **dict.fromkeys(("cutoff_len", "max_length", "max_seq_length", "model_max_length"), "data.pack_tokens"),
+    **dict.fromkeys(("target_modules", "lora_target"), "lora.targets"),
+    **{"r": "lora.rank", "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha"},
+    **{"lr": "train.learning_rate", "lr_scheduler_type": "train.schedule", "num_train_epochs": "train.epochs"},
+    **{"bf16": "train.precision", "gradient_checkpointing": "parallel.activation_checkpointing"},
+    **{"save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last"},
+    **{"eval_steps": "eval.every_steps", "model_name_or_path": "model.path"},
+}
+"""What settings of other trainers are called here."""
 MAX_LINE = 1000
 """Longest error message, in characters."""
 _REASONS = {
@@ -60,10 +75,10 @@ def check_order(low_name: str, low: int, high_name: str, high: int) -> None:
 
 
 def contradiction(name: str, value: object, other: str, other_value: object, section: str) -> ValueError:
-    """The error for two settings that exclude each other; it says how to remove one."""
+    """The error for two settings that exclude each other; it says how to keep either."""
     return ValueError(
         f"{name} = {value} and {other} = {other_value} contradict each other; keep one "
-        f"(on the command line, {section}.{name}= takes it away)"
+        f"(on the command line, {section}.{other}= keeps {name}, and {section}.{name}= keeps {other})"
     )
 
 
@@ -241,10 +256,13 @@ def _override(table: dict[str, Any], text: str) -> str:
 
 
 def parse_value(value_text: str, text: str) -> Any:
-    """The value of an override. A text that is no TOML is a string, unless it starts like a string, list or table."""
+    """The value of an override. A text that is no TOML is a string, or if it is `[WORD, ...]` a list of strings, unless
+    it starts like a string, list or table."""
     try:
         parsed = tomllib.loads(f"value = {value_text}")
     except (ValueError, RecursionError) as error:
+        if re.fullmatch(r"\[\s*[\w.*-]+(\s*,\s*[\w.*-]+)*\s*\]", value_text):  # a shell has taken the quotes away
+            return re.split(r"\s*,\s*", value_text[1:-1].strip())
         if value_text[0] in "\"'[{":
             raise UserError(f"command line: {text}: not a TOML value: {error}") from error
         return value_text
@@ -277,6 +295,11 @@ def explain(model: type[BaseModel], invalid: ValidationError) -> tuple[str, str]
             return key, f"{key}: {reason}" if key else reason
         return key, f"{key} = {show(error['input'])}: {reason}"
     reason = _REASONS.get(error["type"], error["msg"].replace("Input should be", "must be"))
+    if error["type"] == "tuple_type" and isinstance(error["input"], str):
+        item = show(error["input"])
+        if key.endswith("sources"):
+            item = f'{{format = "messages", path = {item}}}'
+        reason += f", such as {key} = [{item}]"
     return key, f"{key} = {show(error['input'])}: {reason}"
 
 
@@ -286,6 +309,8 @@ def _suggest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     section = model
     for name in parents:
         section = _section_in(section.model_fields[name].annotation) or section
+    if wrong in COUNTERPARTS:
+        return f"; here it is {COUNTERPARTS[wrong]}"
     close = difflib.get_close_matches(wrong, section.model_fields, n=1)
     if close:
         return f"; did you mean {close[0]}?"

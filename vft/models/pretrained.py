@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
@@ -73,13 +74,19 @@ class Pretrained:
         """
         if Path(path).exists() and not Path(path, "config.json").is_file():
             raise UserError(f"model.path = {path!r}: the folder has no config.json; name a model's folder")
-        reason = "no config.json"
+        reason = "it has no such model, or can't be reached"
         try:
             file = find_file(path, "config.json")
         except (OSError, ValueError) as error:
             file, reason = None, first_line(error)
         if file is None:
-            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: {reason}")
+            fix = f"`hf download {path} --local-dir DIR` where there is a network, and model.path=DIR here"
+            why = (
+                "HF_HUB_OFFLINE keeps from asking it; unset that, or"
+                if is_offline_mode()
+                else f"{reason}; check it, or"
+            )
+            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: {why} {fix}")
         refuse_quantised(path, read_object(file), ())
         for own in (Path(path, name) for name in QUANTISER_FILES):
             refuse_quantised(path, {"quantization_config": read_object(own) if own.is_file() else {}}, ())

@@ -17,7 +17,7 @@ import vft.data.formats  # noqa: F401  checks the sources
 from vft.common.errors import UserError
 from vft.config import run as config
 from vft.config.run import Config, differences, dump, load
-from vft.config.toml import show
+from vft.config.toml import COUNTERPARTS, show
 
 SMALL = """
 output_dir = "runs/x"
@@ -102,8 +102,8 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[trian]\nmax_steps = 3", "[trian]: unknown section; did you mean train?"),
         ("learning_rate = 1e-4", "learning_rate = 0.0001: unknown key; did you mean train.learning_rate?"),
         (
-            "[lora]\nr = 4",
-            "lora.r = 4: unknown key; known here: rank, alpha, dropout, targets, rslora, ranks, alphas, "
+            "[lora]\nradius = 4",
+            "lora.radius = 4: unknown key; known here: rank, alpha, dropout, targets, rslora, ranks, alphas, "
             "dora, init, loraplus_ratio",
         ),
         ("[lora]\ndropout = 1.0", "lora.dropout = 1.0: must be less than 1"),
@@ -121,7 +121,12 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ("[train]\nbetas = [0.9, 1.0]", "train.betas.1 = 1.0: must be less than 1"),
         ("[[data.sources]]\npath = 'x'", "data.sources.0.format: missing"),
         ("[[data.sources]]\nformat = 'messages'\npath = 3", "data.sources.0.path = 3: must be a string"),
-        ("[data]\nsources = 'a.jsonl'", 'data.sources = "a.jsonl": must be a list'),
+        ("[lora]\nr = 4", "lora.r = 4: unknown key; here it is lora.rank"),
+        (
+            "[data]\nsources = 'a.jsonl'",
+            'data.sources = "a.jsonl": must be a list, such as '
+            'data.sources = [{format = "messages", path = "a.jsonl"}]',
+        ),
         ("data = 3", "data = 3: must be a table"),
     ],
 )
@@ -140,7 +145,7 @@ def test_message_of_bare_target_names_the_towers(small: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
-        (["data.video.frames=8"], ["fps = 1.0", "frames = 8", "contradict"]),
+        (["data.video.frames=8"], ["fps = 1.0", "frames = 8", "contradict", "data.video.fps= keeps frames"]),
         (["train.epochs=2"], ["max_steps = 20", "epochs = 2", "contradict"]),
         (['model.train=["projector"]'], ["projector", "[lora]", "contradict"]),
         (["lora=", 'model.train=["projector"]', "model.quantize=nf4"], ["model.quantize", "nf4", "[lora] table"]),
@@ -215,6 +220,22 @@ def test_empty_override_takes_away(small: Path) -> None:
 )
 def test_message_of_override(small: Path, override: str, message: str) -> None:
     assert error_of(small, override) == f"command line: {message}"
+
+
+def test_a_list_whose_quotes_the_shell_took(small: Path) -> None:
+    config = load(small, ["lora.targets=[language_model.*, projector.*]", "model.train=", "lora.ranks="])
+    assert config.lora is not None and config.lora.targets == ("language_model.*", "projector.*")
+    assert '"language_model.q_proj"' in error_of(small, "lora.targets=[q_proj]")
+    assert 'such as lora.targets = ["q_proj"]' in error_of(small, "lora.targets=q_proj")
+
+
+def test_what_other_trainers_call_it(small: Path) -> None:
+    """Each counterpart is a setting that there is."""
+    assert "train.packs_per_step, the rows" in error_of(small, "train.batch_size=4")
+    for name, ours in COUNTERPARTS.items():
+        key = ours.partition(",")[0]
+        assert error_of(small, f"train.{name}=1") == f"command line: train.{name} = 1: unknown key; here it is {ours}"
+        assert "unknown" not in error_of(small, f"{key}=[]"), key  # known, and no list
 
 
 def test_unfinished_toml_value_is_no_string(small: Path) -> None:
