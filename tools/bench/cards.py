@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""The README's table of what trains on which card, by `vft plan`: python tools/bench/cards.py [MODEL ...]
+"""The README's tables of what trains on which card, by `vft plan`: python tools/bench/cards.py [MODEL ...]
 
-Each cell is the recipe `qa.toml` of the model's family with rows of up to 8,192 tokens. It says how the weights are
-held and what the backward pass computes again. Nothing is measured.
+Each cell is the recipe `qa.toml` of the model's family with rows of up to 8,192 tokens, on small cards 2,048. It says
+how the weights are held and what the backward pass computes again. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from vft.preparation.planning import PRODUCT_SHARE, Memory, Planner, Search, Set
 from vft.preparation.synthetic import filled_row
 from vft.training.losses import cross_entropy
 
+Cards = tuple[tuple[int, int], ...]
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = {
     "Qwen/Qwen3.5-2B": "qwen3_5_2b",
     "Qwen/Qwen3.5-4B": "qwen3_5_4b",
     "Qwen/Qwen3.5-9B": "qwen3_5_9b",
     "Qwen/Qwen3.5-27B": "qwen3_5_27b",
+    "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl_4b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl_8b",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_30b_a3b",
-    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_7b",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen2.5-VL-72B-Instruct": "qwen2_5_vl_72b",
     "llava-hf/LLaVA-NeXT-Video-7B-hf": "llava_next_video_7b",
@@ -32,6 +34,9 @@ MODELS = {
 """The folder of the recipe by the model's name."""
 CARDS = ((1, 24), (1, 48), (1, 80), (2, 80), (8, 80), (8, 192))
 """Number of GPUs, and GiB of each."""
+SMALL_CARDS = ((1, 8), (1, 12), (1, 16))
+TOKENS, FEW_TOKENS = 8192, 2048
+"""Most tokens of a row, and on small cards."""
 
 
 class Remembering(Planner):
@@ -46,15 +51,15 @@ class Remembering(Planner):
         return Memory(setting, known[key])
 
 
-def lines(models: list[str]) -> list[str]:
-    """The rows of the table."""
+def lines(models: list[str], cards: Cards = CARDS, tokens: int = TOKENS) -> list[str]:
+    """The rows of a table."""
     rows = []
     for model in models:
-        overrides = [f"model.path={model}", "data.pack_tokens=8192"]
+        overrides = [f"model.path={model}", f"data.pack_tokens={tokens}"]
         config = configs.load(RECIPES / MODELS[model] / "qa.toml", overrides)
         planner = Remembering(cross_entropy)
         row = filled_row(planner.model_of(config).processor, config.data)
-        settings = [Setting(config, gpus, gib, 300, None, PRODUCT_SHARE) for gpus, gib in CARDS]
+        settings = [Setting(config, gpus, gib, 300, None, PRODUCT_SHARE) for gpus, gib in cards]
         cells = [cell(planner.search(setting, row)) for setting in settings]
         rows.append(f"| {short(model)} | {' | '.join(cells)} |")
     return rows
@@ -83,10 +88,14 @@ def main() -> None:
     models = parser.parse_args().models or [*MODELS]
     if unknown := sorted(set(models) - set(MODELS)):
         parser.error(f"{unknown[0]}: must be one of {', '.join(MODELS)}")
-    names = [f"{gpus} x {gib} GiB" for gpus, gib in CARDS]
-    print(f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", sep="\n")
-    for model in models:
-        print(*lines([model]), sep="\n", flush=True)
+    for cards, tokens in ((CARDS, TOKENS), (SMALL_CARDS, FEW_TOKENS)):
+        names = [f"{gpus} x {gib} GiB" for gpus, gib in cards]
+        print(f"| rows of {tokens:,} tokens | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", sep="\n")
+        for model in models:
+            row = lines([model], cards, tokens)
+            if not row[0].endswith("no |" + " no |" * (len(cards) - 1)):
+                print(*row, sep="\n", flush=True)
+        print()
 
 
 if __name__ == "__main__":
