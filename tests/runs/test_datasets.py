@@ -174,6 +174,21 @@ def stories(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]]:
     return [{"format": "story", "path": "stories.jsonl"}], {"rouge_l", "distinct_2"}
 
 
+def moments(root: Path, clips: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """Four sets, of which two have the videos beside them; the end of one span is not in its video."""
+    for colour in COLOURS:
+        put(clips, f"{colour}.mp4", root / "Charades_v1_480" / f"{colour}.mp4")
+    write(root / "sta.txt", "red 0.5 999.5##a bar moves.\nblue 0 1.5##a bar moves.\n")
+    windows = {"qid": 1, "query": "A bar.", "vid": "green", "duration": 3, "relevant_windows": [[0, 1], [2, 3]]}
+    write(root / "qvh.jsonl", json.dumps(windows) + "\n")
+    write(root / "didemo.json", [{"video": "yellow.mov", "description": "a bar", "times": [[0, 0], [0, 0], [0, 1]]}])
+    told = {"duration": 3, "timestamps": [[0, 1.5], [1.5, 3]], "sentences": ["A bar comes in.", "It has gone away."]}
+    write(root / "captions.json", {"v_red": told})
+    names = {"sta.txt": "moments", "qvh.jsonl": "moments", "didemo.json": "moments", "captions.json": "dense_captions"}
+    sources = [{"format": format, "path": path, "media": "Charades_v1_480"} for path, format in names.items()]
+    return sources, {"miou", "r1@0.5", "map", "soda_d", "dense_cider_d", "no_time"}
+
+
 SETS: dict[str, tuple[str, Layout]] = {
     "LLaVA-Video-178K": ("qa", llava_video),
     "llava_hound": ("caption", llava_hound),
@@ -186,6 +201,7 @@ SETS: dict[str, tuple[str, Layout]] = {
     "SSv2": ("classify", ssv2),
     "summaries": ("summarize", summaries),
     "stories": ("story", stories),
+    "moments": ("ground", moments),
 }
 
 

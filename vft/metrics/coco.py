@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vft.common.errors import UserError
 from vft.common.scores import Interval, Samples
-from vft.metrics.bootstrap import class_mean_interval, mean_interval, table_interval
+from vft.metrics.bootstrap import KINDS, class_mean_interval, mean_interval, table_interval
 from vft.metrics.words import checked_pairs, optional_module
 
 Words = Mapping[int, list[str]]
@@ -66,6 +68,13 @@ def _scores(
     scores["rouge_l_coco"] = mean_interval([float(rouge.calc_score(said[i], right[i])) for i in right], samples)
     scores["meteor"] = table_interval("meteor", _meteor_counts(right, said), samples)
     return {name: score.cut_by(["PTB"]) for name, score in scores.items()}
+
+
+def meteor_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """METEOR 1.5 of each text by itself, 0 to 1. Raises as `coco_scores`."""
+    pairs = checked_pairs(predictions, references)
+    counts = _meteor_counts(_tokenized([refs for _, refs in pairs]), _tokenized([[text] for text, _ in pairs]))
+    return [float(KINDS["meteor"](np.asarray([row]), np.ones((1, 1)))[0]) for row in counts]
 
 
 def _module(name: str) -> Any:

@@ -5,13 +5,16 @@ Spans are (start, end) in seconds. A span overlaps another by their intersection
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from vft.common.event_times import Event, Span
+from vft.metrics.coco import meteor_scores
 from vft.metrics.text import cider_d_scores
 from vft.metrics.words import Japanese
 
+Worth = Callable[[Event, Event], float]
+"""What a pair of a predicted and a right event counts, 0 to 1."""
 MAP_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 DENSE_THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 _MAX_SPANS = 10
@@ -80,28 +83,45 @@ def dense_cider_d(predicted: Sequence[Event], right: Sequence[Sequence[Event]], 
     return fmean(scores)
 
 
-def dense_f1(predicted: Sequence[Event], right: Sequence[Sequence[Event]]) -> float:
-    """F1 of the spans of a video's events, 0 to 1: SODA_d of Fujita et al. 2020 ("SODA: Story Oriented Dense video
-    cAptioning evaluation flow", ECCV), `soda.py` of fujiso/SODA; the best over annotators.
+def soda(predicted: Sequence[Event], right: Sequence[Sequence[Event]], worth: Worth = lambda *_: 1.0) -> float:
+    """F1 of the spans of a video's events, 0 to 1, the best over annotators: SODA_d, or with the likeness of two texts
+    as `worth` SODA_c, by Fujita et al. 2020 ("SODA: Story Oriented Dense video cAptioning evaluation flow", ECCV) and
+    `soda.py` of fujiso/SODA.
 
-    Events are paired in the order of their starts so that the sum of IoU is largest; that sum over the predicted
-    events is the precision, over the right ones the recall.
+    Events are paired in the order of their starts so that the sum of IoU times worth is largest; that sum over the
+    predicted events is the precision, over the right ones the recall.
     """
     ours = sorted(predicted, key=lambda event: event[0])
     if not ours:
         return 0.0
-    return max(
-        2 * _in_order(ours, sorted(events, key=lambda event: event[0])) / (len(ours) + len(events)) for events in right
-    )
+    sums = [(_in_order(ours, sorted(events, key=lambda event: event[0]), worth), len(events)) for events in right]
+    return max(2 * total / (len(ours) + count) for total, count in sums)
 
 
-def _in_order(ours: Sequence[Event], theirs: Sequence[Event]) -> float:
-    """The largest sum of IoU over pairs that keep both orders (dynamic programming over prefixes)."""
+def soda_c_scores(predicted: Sequence[Sequence[Event]], right: Sequence[Sequence[Sequence[Event]]]) -> list[float]:
+    """SODA_c of each video, 0 to 1, with METEOR (`meteor_scores`, which says what it needs).
+
+    As in the script, the right text is METEOR's hypothesis and the predicted one its reference. The script leaves out
+    videos without a prediction; here they have 0.
+    """
+    pairs = {
+        (one[2], other[2]): 0.0
+        for ours, annotators in zip(predicted, right, strict=True)
+        for events in annotators
+        for one in ours
+        for other in events
+    }
+    likeness = meteor_scores([other for _, other in pairs], [[one] for one, _ in pairs]) if pairs else []
+    pairs = dict(zip(pairs, likeness, strict=True))
+    return [soda(*each, lambda one, other: pairs[one[2], other[2]]) for each in zip(predicted, right, strict=True)]
+
+
+def _in_order(ours: Sequence[Event], theirs: Sequence[Event], worth: Worth) -> float:
+    """The largest sum of IoU times worth over pairs that keep both orders (dynamic programming over prefixes)."""
     best = [0.0] * (len(theirs) + 1)
-    for start, end, _ in ours:
-        before = best
-        best = [0.0]
+    for one in ours:
+        before, best = best, [0.0]
         for j, other in enumerate(theirs):
-            paired = before[j] + iou((start, end), other[:2], 1e-8)
+            paired = before[j] + iou(one[:2], other[:2], 1e-8) * worth(one, other)
             best.append(max(before[j + 1], best[j], paired))
     return best[-1]

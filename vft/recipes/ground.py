@@ -14,7 +14,7 @@ from vft.common.scores import Interval, Samples
 from vft.common.task import Answer, answer_facts, samples_of, with_prompt
 from vft.common.types import Conversation, MediaRef, Sample, Turn
 from vft.metrics import Japanese, mean_interval, word_tokenizer
-from vft.metrics.grounding import average_precision, dense_cider_d, dense_f1, moment_iou
+from vft.metrics.grounding import average_precision, dense_cider_d, moment_iou, soda, soda_c_scores
 from vft.recipes.main import main
 
 MOMENT_PROMPT = "Give the query: '{query}', when does the described content occur in the video?"
@@ -36,6 +36,7 @@ class Ground:
 
     prompt: str = EVENTS_PROMPT + EVENTS_AS_JSON
     japanese: Japanese = "char"
+    coco: bool = False
     event_form: EventForm = "qwen2_5_vl"
     name = "ground"
     main_metric = "miou"
@@ -75,9 +76,9 @@ class Ground:
 
     def score(self, answers: Sequence[Answer]) -> dict[str, Interval]:
         """For moments `miou`, recall at IoU 0.3, 0.5 and 0.7 of the first span (`r1@0.5`), and where some have several
-        spans `map` (`vft.metrics.grounding`), all 0 to 1. For dense captions `soda_d`, 0 to 1, and `dense_cider_d`, 0
-        to 10. `no_time` is the fraction of answers that name no time. Answers to questions whose right answer names
-        none are left out; UserError if there are no others.
+        spans `map` (`vft.metrics.grounding`), all 0 to 1. For dense captions `soda_d`, 0 to 1, `dense_cider_d`, 0 to
+        10, and with `coco` `soda_c`, 0 to 1. `no_time` is the fraction of answers that name no time. Answers to
+        questions whose right answer names none are left out; UserError if there are no others.
         """
         scored = [(one, read_events(one.text), right) for one in answers if (right := _right_events(one))]
         if not scored:
@@ -94,14 +95,19 @@ class Ground:
         }
 
     def _dense_scores(self, scored: Sequence[Scored]) -> dict[str, Interval]:
-        words = [dense_cider_d(found, right, self.japanese) for _, found, right in scored]
-        texts = ([text for events in right for *_, text in events] for *_, right in scored)
-        return {
-            "soda_d": mean_interval([dense_f1(found, right) for _, found, right in scored], _samples(scored)),
-            "dense_cider_d": mean_interval(words, _samples(scored)).cut_by(
+        samples = samples_of([one for one, *_ in scored])
+        found, right = [each[1] for each in scored], [each[2] for each in scored]
+        words = [dense_cider_d(*each, self.japanese) for each in zip(found, right, strict=True)]
+        texts = ([text for events in each for *_, text in events] for each in right)
+        scores = {
+            "soda_d": mean_interval([soda(*each) for each in zip(found, right, strict=True)], samples),
+            "dense_cider_d": mean_interval(words, samples).cut_by(
                 word_tokenizer(each, self.japanese) for each in texts
             ),
         }
+        if self.coco:
+            scores["soda_c"] = mean_interval(soda_c_scores(found, right), samples).cut_by(["PTB"])
+        return scores
 
 
 def _moment_scores(scored: Sequence[Scored]) -> dict[str, Interval]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from vft.common.event_times import Event, Span
-from vft.metrics.grounding import average_precision, dense_cider_d, dense_f1, iou, moment_iou
+from vft.metrics.grounding import Worth, average_precision, dense_cider_d, iou, moment_iou, soda, soda_c_scores
 
 SAID = (
     (0.0, 10.0, "a man opens the red door"),
@@ -124,19 +126,49 @@ def in_order(overlap: np.ndarray) -> float:
     return max(in_order(overlap[1:]), *later)
 
 
-def test_order_of_events_as_in_soda() -> None:
+def their_soda(said: Sequence[Event], right: Sequence[Sequence[Event]], worth: Worth) -> float:
+    """The best F1 over annotators of the sum of IoU times worth, divided by the number of events on either side."""
+    f1 = []
+    for one in right:
+        ours, theirs = (sorted(each, key=lambda event: event[0]) for each in (said, one))
+        edges = np.array([event[:2] for event in theirs])
+        worths = np.array([[worth(event, other) for other in theirs] for event in ours])
+        total = in_order(worths * [their_overlap(np.array(event[:2]), edges) for event in ours])
+        precision, recall = total / len(ours), total / len(theirs)
+        f1.append(2 * precision * recall / (precision + recall) if total else 0.0)
+    return max(f1)
+
+
+def test_order_of_events_as_in_soda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SODA_d, and SODA_c with any likeness of texts in the place of METEOR, which takes the right text first."""
+    asked: list[tuple[str, str]] = []
+
+    def alike(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        asked.extend((text, only) for text, (only,) in zip(texts, references, strict=True))
+        return [likeness(text, only) for text, (only,) in zip(texts, references, strict=True)]
+
+    def likeness(text: str, reference: str) -> float:
+        return (len(text) + 2 * len(reference)) % 7 / 7
+
+    monkeypatch.setattr("vft.metrics.grounding.meteor_scores", alike)
     rng = random.Random(2)
-    for _ in range(100):
-        texts = [spans(rng, rng.randint(1, 5)) for _ in range(3)]
-        said, *right = [[(*span, "x") for span in one] for one in texts]
-        f1 = []
-        for one in right:
-            sides = [
-                np.array(sorted(each, key=lambda event: event[0]), dtype=object)[:, :2].astype(float)
-                for each in (said, one)
-            ]
-            total = in_order(np.array([their_overlap(row, sides[1]) for row in sides[0]]))
-            precision, recall = total / len(said), total / len(one)
-            f1.append(2 * precision * recall / (precision + recall) if total else 0.0)
-        assert dense_f1(said, right) == pytest.approx(max(f1), abs=1e-8)  # the script adds 1e-8 to each union
-    assert dense_f1([], [FIRST]) == 0.0 and dense_f1(FIRST[::-1], [FIRST]) == pytest.approx(1.0)
+    said, right = [], []
+    for _ in range(60):
+        sides = [[(*span, rng.choice(("p", "pq", "pqr"))) for span in spans(rng, rng.randint(1, 5))] for _ in range(3)]
+        said.append(sides[0])
+        right.append([[(start, end, text.upper()) for start, end, text in one] for one in sides[1:]])
+        # The script adds 1e-8 to each union.
+        assert soda(said[-1], right[-1]) == pytest.approx(their_soda(said[-1], right[-1], lambda *_: 1.0), abs=1e-8)
+    expected = [
+        their_soda(*each, lambda one, other: likeness(other[2], one[2])) for each in zip(said, right, strict=True)
+    ]
+    assert soda_c_scores(said, right) == pytest.approx(expected, abs=1e-8)
+    assert all(text.isupper() and only.islower() for text, only in asked) and len(asked) == len(set(asked))
+    assert soda_c_scores([[], []], [[FIRST], [SECOND]]) == [0.0, 0.0]
+    assert soda([], [FIRST]) == 0.0 and soda(FIRST[::-1], [FIRST]) == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(not (importlib.util.find_spec("pycocoevalcap") and shutil.which("java")), reason="needs METEOR")
+def test_soda_c_with_meteor() -> None:
+    """By SODA's rule with pycocoevalcap 1.2 and Java 17."""
+    assert soda_c_scores([SAID], [[FIRST]]) == pytest.approx([0.328085203938206], abs=1e-9)

@@ -731,10 +731,12 @@ def test_scores_of_moments() -> None:
         Ground().score(answers[3:])
 
 
-def test_scores_of_dense_captions() -> None:
+def test_scores_of_dense_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of two annotators are one question. Word for word right is the top of both scales."""
     texts = [Ground(event_form=form).conversations(labelled("x", segments=EVENTS))[0].turns[1].text for form in FORMS]
     found = [values(Ground(), answered(text, texts[0])) for text in texts]
     assert found[0] == found[1] == found[2] == pytest.approx({"soda_d": 1.0, "dense_cider_d": 10.0, "no_time": 0.0})
+    monkeypatch.setattr("vft.recipes.ground.soda_c_scores", lambda said, right: [0.5])
+    assert values(Ground(coco=True), answered(texts[1], texts[0])) == {**found[0], "soda_c": 0.5}
     half = values(Ground(), answered(texts[2].splitlines()[0], "9.0 - 10.0 seconds, It rains.", *texts))
     assert half["soda_d"] == pytest.approx(2 / 3) and half["dense_cider_d"] == 0.0
