@@ -14,14 +14,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vft.adapters.peft_format import recorded
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
-from vft.cli.predict import DECODE_TIMEOUT_S, LIMITS, Precision, Quantize, with_options
+from vft.cli.arguments import Positional, command
+from vft.cli.predict import DECODE_TIMEOUT_S, AskArguments, with_options
 from vft.common.errors import UserError
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Turn
-from vft.config.run import ModelConfig, ParallelConfig
-from vft.config.toml import Name, NonNegativeFloat, Positive, PositiveFloat
+from vft.config.run import ParallelConfig
 from vft.data.media.errors import MediaError
 from vft.data.media.timed_text import with_frame_times
 from vft.data.media.video import scan
@@ -29,41 +27,17 @@ from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.inference.requests import data_config, read_requests
-from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
+from vft.inference.requests import read_requests
+from vft.preparation.run import load_for_inference
 
 logger = logging.getLogger(__name__)
 
 
-class ChatArguments(Arguments):
+class ChatArguments(AskArguments):
     """Arguments of `vft chat`."""
 
-    model: Name
-    """folder or hub name of a base or merged model"""
-    adapter: ExistingFolder | None = None
-    """folder of a LoRA adapter on it"""
     system: str | None = None
     """system text (default: that of training, if it had one)"""
-    max_new_tokens: Positive = 512
-    """most tokens of an answer (default 512)"""
-    temperature: NonNegativeFloat = 0.0
-    """0: greedy (default); above: sampled"""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """probability mass to sample from, above 0 and at most 1 (default 1)"""
-    seed: int = 0
-    """of sampling (default 0)"""
-    fps: PositiveFloat | None = None
-    """frames sampled per second"""
-    frames: Positive | None = None
-    """a fixed number of frames instead"""
-    max_frames: Positive | None = None
-    """most frames of a video"""
-    max_pixels: Positive | None = None
-    """most pixels of a frame, height x width"""
-    precision: Precision = None
-    """bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)"""
-    quantize: Quantize = "none"
-    """none (default), or nf4: the layers in 4 bits"""
     clips: Annotated[list[Path], Positional("CLIP")] = Field(default_factory=list)
     """videos or pictures to talk about"""
 
@@ -112,17 +86,12 @@ class Talk:
 @command(ChatArguments, __doc__)
 def main(options: ChatArguments) -> None:
     """Command line."""
+    prepared, about, config = options.open()
     world = environment()
-    precision = options.precision or ("bf16" if world.device.type == "cuda" else "fp32")
-    base = ModelConfig(path=options.model, quantize=options.quantize)
-    prepared = open_for_inference(base, options.adapter, DTYPES[precision])
-    about = prepared.pretrained.json_file("vft.json") if options.adapter is None else recorded(options.adapter)
-    config = data_config(about, {key: getattr(options, key) for key in LIMITS})
     load_for_inference(prepared, world.device, None, ParallelConfig())
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     with WorkerPool(0, DECODE_TIMEOUT_S) as pool:
         answerer = Answerer(prepared.model, prepared.encoder(config), config, scan, pool, world)
-        talk = Talk(answerer, sampling, options.system or about.get("system"))
+        talk = Talk(answerer, options.sampling, options.system or about.get("system"))
         talk.about(options.clips)
         names = ", ".join(ref.name for ref in talk.media) or "no video or picture; /clip FILE takes one"
         logger.info("about %s. /new begins anew, /quit ends", names)

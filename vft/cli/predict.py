@@ -29,7 +29,7 @@ from vft.adapters.peft_format import recorded
 from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, Positional, command
 from vft.common.errors import UserError
 from vft.common.task import Answer
-from vft.config.data import SourceConfig
+from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import Count, Name, NonNegativeFloat, Positive, PositiveFloat, explain, parse_value
 from vft.data.media.index import build
@@ -43,7 +43,7 @@ from vft.inference.generate import Sampling
 from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times
 from vft.preparation.documents import check_answer_length
 from vft.preparation.memory import inference_shard
-from vft.preparation.run import DTYPES, load_for_inference, open_for_inference
+from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,6 @@ OPTIONS = {
     "model.path": "--model",
 }
 """Keys of configurations that messages name, and the options that stand for them here."""
-Precision = Literal["bf16", "fp32"] | None
-Quantize = Literal["none", "nf4"]
 FEW = 8
 """Questions up to which starting worker processes takes longer than they save."""
 WORKERS = 4
@@ -89,25 +87,13 @@ def _columns(text: str) -> dict[str, str]:
         raise ValueError(explain(SourceConfig, error)[1]) from None
 
 
-class PredictArguments(Arguments):
-    """Arguments of `vft predict`."""
+class AskArguments(Arguments):
+    """Arguments of the commands that ask a model: which one, how it sees videos, how it answers."""
 
     model: Name
     """folder or hub name of a base or merged model"""
     adapter: AdapterFolder | None = None
     """folder of a LoRA adapter on it, of its run or a checkpoint"""
-    prompt: Annotated[str, AfterValidator(_check_prompt)] | None = None
-    """what to ask (default: that of the training task, or 'Describe the video.')"""
-    json_lines: Annotated[bool, Field(alias="json")] = False
-    """one JSON object a video: video, prompt, prediction"""
-    output: Annotated[Path, AfterValidator(_check_jsonl)] | None = None
-    """JSONL file of answers, with which a second run resumes"""
-    root: ExistingFolder | None = None
-    """folder that the media of records lie in (default: that of their file)"""
-    columns: Annotated[dict[str, str], BeforeValidator(_columns)] = Field(default_factory=dict)
-    """NAME=KEY,...: what keys of records are called, such as video=path,question=q"""
-    segments: PositiveFloat | None = None
-    """ask about every so many seconds of a video"""
     max_new_tokens: Positive = 256
     """most tokens of an answer (default 256)"""
     temperature: NonNegativeFloat = 0.0
@@ -128,10 +114,56 @@ class PredictArguments(Arguments):
     """most tokens of a question with its media, which lose frames and size to fit (default: that of training)"""
     template_options: Annotated[dict[str, Any] | None, BeforeValidator(lambda text: parse_value(text, text))] = None
     """keywords of the chat template, as in TOML: '{enable_thinking = true}' (default: those of training)"""
-    precision: Precision = None
+    precision: Literal["bf16", "fp32"] | None = None
     """bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)"""
-    quantize: Quantize = "none"
+    quantize: Literal["none", "nf4"] = "none"
     """none (default), or nf4: the layers in 4 bits"""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if self.fps is not None and self.frames is not None:
+            raise ValueError(f"--fps = {self.fps:g} and --frames = {self.frames} contradict each other; keep one")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are generated."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+
+    @property
+    def base(self) -> ModelConfig:
+        """The model without an adapter."""
+        return ModelConfig(path=self.model, quantize=self.quantize)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype to compute in."""
+        return self.precision or ("bf16" if environment().device.type == "cuda" else "fp32")
+
+    def open(self) -> tuple[PreparedModel, dict[str, Any], DataConfig]:
+        """The model, not loaded yet; what its training recorded (vft.json); and how it sees videos."""
+        prepared = open_for_inference(self.base, self.adapter, DTYPES[self.dtype])
+        check_answer_length(self.max_new_tokens, prepared.model.processor.context_tokens, "--max-new-tokens")
+        about = prepared.pretrained.json_file("vft.json") if self.adapter is None else recorded(self.adapter)
+        about |= {} if self.template_options is None else {"template_options": self.template_options}
+        return prepared, about, data_config(about, {key: getattr(self, key) for key in LIMITS}, self.pack_tokens)
+
+
+class PredictArguments(AskArguments):
+    """Arguments of `vft predict`."""
+
+    prompt: Annotated[str, AfterValidator(_check_prompt)] | None = None
+    """what to ask (default: that of the training task, or 'Describe the video.')"""
+    json_lines: Annotated[bool, Field(alias="json")] = False
+    """one JSON object a video: video, prompt, prediction"""
+    output: Annotated[Path, AfterValidator(_check_jsonl)] | None = None
+    """JSONL file of answers, with which a second run resumes"""
+    root: ExistingFolder | None = None
+    """folder that the media of records lie in (default: that of their file)"""
+    columns: Annotated[dict[str, str], BeforeValidator(_columns)] = Field(default_factory=dict)
+    """NAME=KEY,...: what keys of records are called, such as video=path,question=q"""
+    segments: PositiveFloat | None = None
+    """ask about every so many seconds of a video"""
     batch_size: Positive = 1
     """questions that a process answers at once (default 1)"""
     workers: Count | None = None
@@ -141,8 +173,6 @@ class PredictArguments(Arguments):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.fps is not None and self.frames is not None:
-            raise ValueError(f"--fps = {self.fps:g} and --frames = {self.frames} contradict each other; keep one")
         if self.json_lines and self.output:
             raise ValueError("--json prints, --output writes JSON to a file; leave one out")
         if self.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in self.videos):
@@ -150,11 +180,6 @@ class PredictArguments(Arguments):
         if not any(path.exists() for path in self.videos):  # before a large model is loaded for nothing
             raise ValueError(f"{self.videos[0]}: no such file; check the path")
         return self
-
-    @property
-    def sampling(self) -> Sampling:
-        """How answers are generated."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
     def workers_for(self, questions: int) -> int:
         """Processes that scan and decode the media of so many questions."""
@@ -175,19 +200,15 @@ def main(options: PredictArguments) -> None:
 def predict(options: PredictArguments) -> int:
     """Print or write an answer to each question; returns how many have none."""
     world = environment()
-    precision = options.precision or ("bf16" if world.device.type == "cuda" else "fp32")
-    base = ModelConfig(path=options.model, quantize=options.quantize)
-    prepared = open_for_inference(base, options.adapter, DTYPES[precision])
-    check_answer_length(options.max_new_tokens, prepared.model.processor.context_tokens, "--max-new-tokens")
-    about = prepared.pretrained.json_file("vft.json") if options.adapter is None else recorded(options.adapter)
-    about |= {} if options.template_options is None else {"template_options": options.template_options}
-    config = data_config(about, {key: getattr(options, key) for key in LIMITS}, options.pack_tokens)
+    prepared, about, config = options.open()
     requests = requests_of(options, about)
     if config.video.timestamps:
         requests = [with_frame_times(request) for request in requests]
     file = None
     if options.output is not None:
-        settings = answer_settings(base, options.adapter, prepared.pretrained, precision, options.sampling, config)
+        settings = answer_settings(
+            options.base, options.adapter, prepared.pretrained, options.dtype, options.sampling, config
+        )
         file = AnswersFile(options.output, settings)
     info = scan
     # Before the process group, as in training: the first scan of many files may outlast any timeout.
