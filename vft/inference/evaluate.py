@@ -222,7 +222,7 @@ def held_out_scores(
     numbers = spread(len(held_out.documents), limit)
     loader, steps = each_once(held_out, numbers, answerer.pool, parallel, answerer.world)
     has_pairs = any(one.rejected is not None for one in held_out.conversations)
-    found: list[tuple[int, tuple[str, ...], tuple[str, ...], list[_Suffix], list[Conversation], list[str]]] = []
+    found: list[_Scored] = []
     with evaluating(model):
         for step in range(steps):
             stopping.stop_if(int(sum_over_ranks(torch.tensor(stopping.stop_requested()))))
@@ -236,40 +236,45 @@ def held_out_scores(
                         loss, tokens = next(losses)
                         own.append(_Suffix(loss, tokens, next(of_base, (0.0, 0))[0], is_rejected))
                     files = files_of(plan.ref for plan in document.media)
-                    texts = [one for one in document.conversations if one.rejected is not None]
-                    sources = [one.source for one in document.conversations]
-                    found.append((step * parallel.size + pack.slot, document.sample_ids, files, own, texts, sources))
-    in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one[0])
+                    place = step * parallel.size + pack.slot
+                    found.append(_Scored(place, document.sample_ids, files, own, document.conversations))
+    in_order = sorted((one for of_rank in all_of(found, parallel.group) for one in of_rank), key=lambda one: one.place)
     if not in_order:
         return {}
-    names = tuple(unique_names(f"{ids} {files}" for _, ids, files, *_ in in_order))
-    samples = Samples(names, clusters_of([files for _, _, files, *_ in in_order]))
-    learnt = [[one for one in own if not one.is_rejected] for _, _, _, own, *_ in in_order]
-    sums = [(math.fsum(one.loss for one in own), float(sum(one.tokens for one in own))) for own in learnt]
-    scores = {"loss": ratio_interval(sums, samples)}
-    of_sources: dict[str, list[_Suffix]] = {}
-    for own, (*_, sources) in zip(learnt, in_order, strict=True):
-        for one, source in zip(own, sources, strict=True):
-            of_sources.setdefault(source, []).append(one)
-    for source, own in sorted(of_sources.items()) if len(of_sources) > 1 else ():
-        mean = math.fsum(one.loss for one in own) / max(1, sum(one.tokens for one in own))
-        scores[f"loss/source/{source}"] = Interval.point(mean)
+    names = tuple(unique_names(f"{one.ids} {one.files}" for one in in_order))
+    samples = Samples(names, clusters_of([one.files for one in in_order]))
+    scores = {"loss": ratio_interval([_sums(one.learnt) for one in in_order], samples), **_source_losses(in_order)}
     pairs = [
         (number, chosen, rejected)
-        for number, (_, _, _, own, *_) in enumerate(in_order)
-        for chosen, rejected in pairwise(own)
+        for number, one in enumerate(in_order)
+        for chosen, rejected in pairwise(one.suffixes)
         if rejected.is_rejected
     ]
     if pairs:
         names = tuple(unique_names(f"{names[number]} pair" for number, _, _ in pairs))
-        samples = Samples(names, clusters_of([in_order[number][2] for number, _, _ in pairs]))
+        samples = Samples(names, clusters_of([in_order[number].files for number, _, _ in pairs]))
         of_pairs = _pair_scores([pair for _, *pair in pairs], samples)
         scores |= {name: of_pairs[name] for name in (PAIR_SCORES if reference else PAIR_SCORES[:1])}
-        texts = [text for *_, of_document, _ in in_order for text in of_document]
+        texts = [text for one in in_order for text in one.conversations if text.rejected is not None]
         if pairs_file is not None and answerer.world.is_main:
             lines = [_pair_line(text, c, r, bool(reference)) for text, (_, c, r) in zip(texts, pairs, strict=True)]
             replace_text(pairs_file, "".join(map(as_text, lines)))
     return scores
+
+
+def _source_losses(documents: Sequence[_Scored]) -> dict[str, Interval]:
+    """The loss of each source, if there are several."""
+    by_source: dict[str, list[_Suffix]] = {}
+    for document in documents:
+        for suffix, conversation in zip(document.learnt, document.conversations, strict=True):
+            by_source.setdefault(conversation.source, []).append(suffix)
+    sums = {name: _sums(own) for name, own in sorted(by_source.items()) if len(by_source) > 1}
+    return {f"loss/source/{name}": Interval.point(loss / max(1.0, tokens)) for name, (loss, tokens) in sums.items()}
+
+
+def _sums(suffixes: Sequence[_Suffix]) -> tuple[float, float]:
+    """Summed loss and number of tokens."""
+    return math.fsum(one.loss for one in suffixes), float(sum(one.tokens for one in suffixes))
 
 
 def _pair_scores(pairs: Sequence[Sequence[_Suffix]], samples: Samples) -> dict[str, Interval]:
@@ -304,6 +309,22 @@ def _pair_line(pair: Conversation, chosen: _Suffix, rejected: _Suffix, has_refer
         line |= {f"log_p_{which}": -one.loss, f"tokens_{which}": one.tokens}
         line |= {f"reference_{which}": -one.reference_loss} if has_reference else {}
     return {**line, "margin": chosen.gain - rejected.gain}
+
+
+class _Scored(NamedTuple):
+    """A held-out document, and what the model makes of its suffixes."""
+
+    place: int
+    """In the order of all."""
+    ids: tuple[str, ...]
+    files: tuple[str, ...]
+    suffixes: list[_Suffix]
+    conversations: tuple[Conversation, ...]
+
+    @property
+    def learnt(self) -> list[_Suffix]:
+        """One for each conversation: that with its own answer."""
+        return [one for one in self.suffixes if not one.is_rejected]
 
 
 def _won(margin: float) -> float:

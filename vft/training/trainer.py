@@ -127,14 +127,7 @@ class Trainer:
         self.profiler = Profiler(config, world.rank)
         archives = sum(len(source.shards) for source in self.data.archives)
         self.facts = describe_run(world, documents.num_samples, documents.lengths, archives)
-        shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
-        epochs = self.data.epochs_in(self.max_steps)
-        logger.info("%s, steps %d%s", shown, self.max_steps, "" if epochs is None else f", epochs {epochs:.3g}")
-        warn_of_epochs(config.train, self.max_steps, epochs, documents.num_samples)
-        warn_of_weights(config)
-        warn_of_benchmarks(config)
-        if world.is_main:
-            stderr_console().print(trainable_table(self.prepared.trainable, self.model))
+        self.describe(documents.num_samples)
 
         self.flops = FlopCounter(self.model, parallel.activation_checkpointing)
         self.data.loader.costs = tuple(self.flops.row(work.tokens, work.pairs, work.patches) for work in documents.work)
@@ -154,6 +147,17 @@ class Trainer:
         same_on_all_ranks("the index of the data", self.data.digest)
         same_on_all_ranks("the held-out samples", self.held_out.digest if self.held_out is not None else "")
         self.checkpointer = checkpoints.AsyncCheckpointer(root, self.model, self.optimizer, config.checkpoint, world)
+
+    def describe(self, samples: int) -> None:
+        """Show what the run is, and warn of what is likely to be a mistake."""
+        shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
+        epochs = self.data.epochs_in(self.max_steps)
+        logger.info("%s, steps %d%s", shown, self.max_steps, "" if epochs is None else f", epochs {epochs:.3g}")
+        warn_of_epochs(self.config.train, self.max_steps, epochs, samples)
+        warn_of_weights(self.config)
+        warn_of_benchmarks(self.config)
+        if self.world.is_main:
+            stderr_console().print(trainable_table(self.prepared.trainable, self.model))
 
     def fit(self) -> None:
         """Train up to `max_steps` with evaluations and checkpoints, then export."""
