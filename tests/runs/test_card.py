@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.runs.world import World
+from tests.runs.world import ANSWERS, PROMPT, World
+from vft.cli.merge_lora import merge
 from vft.models.pretrained import Pretrained
 from vft.reporting import write_card
 
@@ -23,15 +26,58 @@ def test_an_adapter_says_what_it_is(learned: Path, world: World) -> None:
     assert f"--lora-modules tuned={learned / 'adapter'}" in body and "--max-lora-rank 8" in body
 
 
-def test_the_code_in_it_runs(learned: Path) -> None:
+@pytest.fixture
+def clip(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `clip.mp4` in the current folder, as the cards' code has it."""
+    shutil.copy(world.root / "red.mp4", tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VFT_CACHE", str(tmp_path / "cache"))
+
+
+def codes(folder: Path) -> list[str]:
+    """The Python in a folder's card: with vft, and with transformers."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.usefixtures("clip")
+def test_the_code_in_it_runs_to_an_answer(learned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(codes(learned / "adapter")[0], {})
+    assert capsys.readouterr().out == f"{ANSWERS['red']}\n"
+
+
+@pytest.mark.usefixtures("clip")
+def test_the_code_for_transformers_runs(learned: Path) -> None:
+    """Its processor needs torchvision, which isn't here: the rest runs, with what is asked laid out by its template."""
     peft = pytest.importorskip("peft")
-    card = (learned / "adapter" / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code is not None
-    lines = [line for line in code[1].splitlines() if "rocessor" not in line or line.startswith("from")]
-    names: dict[str, object] = {}  # the processor needs torchvision, which isn't here
+    names: dict[str, Any] = {}
+    before, _, after = codes(learned / "adapter")[1].partition("inputs = ")
+    lines = [line for line in before.splitlines() if "rocessor" not in line or line.startswith(("from", "options"))]
     exec("\n".join(lines).replace(", AutoProcessor", ""), names)
-    assert isinstance(names["model"], peft.PeftModel)
+    assert isinstance(names["model"], peft.PeftModel) and "print(processor.batch_decode(" in after
+    assert names["messages"] == [
+        {"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": PROMPT}]}
+    ]
+    videos = names["options"]["processor_kwargs"]["videos_kwargs"]
+    assert videos["num_frames"] == 4 and videos["size"]["longest_edge"] == 56 * 56
+
+
+@pytest.mark.usefixtures("clip")
+def test_a_merged_model_has_a_card(
+    learned: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(str(world.base), learned / "adapter", tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "with a LoRA adapter merged into it, trained in 60 steps" in card and "PEFT" not in card
+    assert "--adapter" not in card and f"vllm serve {tmp_path / 'merged'}" in card and "learning_rate = 0.01" in card
+    exec(codes(tmp_path / "merged")[0], {})
+    assert capsys.readouterr().out == f"{ANSWERS['red']}\n"
+    foreign = shutil.copytree(learned / "adapter", tmp_path / "foreign")
+    (foreign / "vft.json").unlink()
+    merge(str(world.base), foreign, tmp_path / "other")
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "merged into it.\n" in card and "## Training" not in card and "{{" not in card
+    exec(codes(tmp_path / "other")[0], {})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

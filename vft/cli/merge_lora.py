@@ -30,6 +30,7 @@ from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.quantization import true_shapes
 from vft.models.weights import copy_companions, experts_apart, stored_names, turned_names
+from vft.reporting import write_card
 from vft.reporting.serving import served_files, served_template, vllm_serve
 
 
@@ -79,6 +80,9 @@ def merge(base: str, adapter_folder: Path, output: Path, generation: str = "gree
         merged = [*merged_into(checkpoint), {"adapter": str(adapter_folder), "digest": adapter.digest}]
         about = {**adapter.about, "base": base, "adapter": str(adapter_folder), "merged": merged}
         copy_companions(checkpoint, folder, served_files(checkpoint, model, about, generation))
+    homes = adapter_folder.absolute().parents[:2]  # RUN/adapter, RUN/exports/step-000100
+    run = next((one for one in homes if (one / "run.json").is_file()), output)
+    write_card(run, output, adapter.about.get("step"), checkpoint)
     return len(adapter.scales)
 
 

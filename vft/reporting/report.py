@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from pprint import pformat
 from typing import TypeVar
 
 from PIL import Image
@@ -34,7 +35,7 @@ from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
 from vft.reporting.page import Curve, line_chart, render
 from vft.reporting.run_folder import RecordedRun, Row, Scores, is_number, read_run
-from vft.reporting.serving import TEMPLATE_FILE, served_template, vllm_serve
+from vft.reporting.serving import TEMPLATE_FILE, processor_kwargs, served_template, vllm_serve
 
 T = TypeVar("T")
 Text = tuple[str, str]
@@ -104,39 +105,56 @@ def write_report(folder: Path, held_out: Dataset | None, processor: VisionProces
     return folder / "report.html"
 
 
-def write_card(folder: Path, target: Path, step: int, checkpoint: Pretrained) -> None:
+def write_card(folder: Path, target: Path, step: int | None, checkpoint: Pretrained) -> None:
     """Write `target/README.md` from what the run in `folder` has left so far; `checkpoint` is its base.
 
+    Where `folder` is no run's, as for an adapter of another program that was merged, the card tells what vft.json does.
     Raises UserError if the file can't be written.
     """
     run = read_run(folder)
-    lora = run.config.get("lora")
-    base, video, image = run.config["model"]["path"], run.config["data"]["video"], run.config["data"].get("image", {})
-    model = base if lora else str(target)
-    options, template = run.config["data"].get("template_options"), served_template(checkpoint, video)
+    asked: Row = {"prompt": "", "prompt_before_media": "", "system": "", "pack_tokens": 0, **recorded(target)}
+    config, merged = run.config or {"data": asked}, "adapter" in asked
+    lora = None if merged else config.get("lora")
+    video, image = (config["data"].get(name) or {} for name in ("video", "image"))
+    model = checkpoint.path if lora else str(target)
+    options, template = config["data"].get("template_options"), served_template(checkpoint, video)
     if template and lora:  # that of a whole model is corrected already
         replace_text(target / TEMPLATE_FILE, template)
-    own = template and (str(target / TEMPLATE_FILE) if lora else "")
+    own, kind = template and (str(target / TEMPLATE_FILE) if lora else ""), checkpoint.config.model_type
     sizes = checkpoint.weight_bytes, str(target), lora
+    limits = {"processor_kwargs": processor_kwargs(kind, video, image)} if lora and video else {}
     card = render(
         "card.md",
-        base=base,
+        base=checkpoint.path,
         target=str(target),
-        task=run.config["task"],
+        task=config.get("task") or asked.get("task"),
         step=step,
-        asked=recorded(target),
+        asked=asked,
         version=version("vft"),
         frames=sampling(video),
         lora=lora,
-        serve=vllm_serve(model, checkpoint.config.model_type, video, image, *sizes, own, options),
+        merged=merged,
+        messages=messages(asked),
+        chat_options=repr({**limits, **(options or {})}),
+        serve=vllm_serve(model, kind, video, image, *sizes, own, options),
         chat_template=own or "",
         options=options,
         tables=[table for table in score_tables(run.evaluations) if table["title"] == "Scores"],
         facts=facts(run, None),
-        sources=[f"{path} ({kind}, {often})" for use, path, kind, often in sources(run.config) if use == "trained on"],
+        sources=[f"{path} ({kind}, {often})" for use, path, kind, often in sources(config) if use == "trained on"],
         settings=run.settings.strip(),
     )
     replace_text(target / "README.md", card)
+
+
+def messages(asked: Row) -> str:
+    """The conversation of training about a clip, as Python writes it for transformers."""
+    texts = [
+        {"type": "text", "text": text} for text in (asked["prompt_before_media"], asked["prompt"] or "Describe it.")
+    ]
+    content = [*(texts[:1] if texts[0]["text"] else ()), {"type": "video", "path": "clip.mp4"}, texts[1]]
+    system = [{"role": "system", "content": asked["system"]}] if asked["system"] else []
+    return pformat([*system, {"role": "user", "content": content}], width=110, sort_dicts=False)
 
 
 def facts(run: RecordedRun, held_out: Dataset | None) -> dict[str, str]:

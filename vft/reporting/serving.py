@@ -117,11 +117,8 @@ def processor_files(
     films = dict(files.get("video_preprocessor_config.json", {}))
     films = films or {key: value for key, value in pictures.items() if key not in IMAGE_KEYS}
     films = {key: value for key, value in films.items() if key not in FRAME_KEYS}
-    films |= {"video_processor_type": VIDEO_PROCESSORS[model_type], "do_sample_frames": True}
-    if frames.frames is not None:
-        films |= {"num_frames": frames.frames, "fps": None}
-    else:
-        films |= {"fps": frames.fps, **_bounds(frames)}
+    films |= {"video_processor_type": VIDEO_PROCESSORS[model_type]}
+    films |= _sampled(frames)
     for content, scope in ((pictures, "images_kwargs"), (films, "videos_kwargs")):
         content |= sizes[scope]
         if size := sizes[scope].get("size"):  # for older versions
@@ -135,6 +132,18 @@ def processor_files(
     for key, content in nested.items():
         whole[key] = {name: value for name, value in content.items() if name not in FRAME_KEYS} | own[key]
     return {**made, "processor_config.json": whole} if nested else made
+
+
+def processor_kwargs(model_type: str, video: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same for the base's own files, as `processor_kwargs` of transformers."""
+    sizes = _sizes(model_type, video, image)
+    return {**sizes, "videos_kwargs": sizes["videos_kwargs"] | _sampled(_limits(VideoConfig, video))}
+
+
+def _sampled(video: VideoConfig) -> dict[str, Any]:
+    """How a processor of transformers samples frames."""
+    frames = {"num_frames": video.frames, "fps": None} if video.frames else {"fps": video.fps, **_bounds(video)}
+    return {"do_sample_frames": True, **frames}
 
 
 def vllm_serve(

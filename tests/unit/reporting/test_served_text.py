@@ -163,7 +163,7 @@ def test_an_adapter_has_the_template_beside_it(make_tiny: Callable[[str, str], T
     ids, plan = trained_ids(base.path, {"video": {"frames": 4}})
     assert served_ids(base.path, file.read_text(), plan, {}) == ids != served_ids(base.path, None, plan, {})
     card, (command,) = card_of(base, tmp_path / "keeping", {"frames": 4, "keep_outer_pair": True})
-    assert "--chat-template" not in command and "chat_template" not in card.partition("## Training")[0]
+    assert "--chat-template" not in command and "processor.chat_template" not in card.partition("## Training")[0]
     assert not (tmp_path / "keeping" / "chat_template.jinja").exists()
     card, (command,) = card_of(base, tmp_path / "whole", {"frames": 4}, lora=False)  # its own is corrected
     assert "--chat-template" not in command and "processor.chat_template" not in card
