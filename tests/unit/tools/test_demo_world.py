@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +138,9 @@ def test_segments_cover_their_clip(made: Path) -> None:
         assert ends[-1] == len(ends) * world.FRAMES_PER_SCENE / world.FRAME_RATE
 
 
+SET_UP = ("say", "fail", "logged", "tell_progress")
+
+
 def test_the_demo_explains_itself_and_refuses_what_it_does_not_know() -> None:
     def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([ROOT / "tools" / "demo", *arguments], capture_output=True, text=True, timeout=20)
@@ -143,6 +148,27 @@ def test_the_demo_explains_itself_and_refuses_what_it_does_not_know() -> None:
     assert "--all" in demo("--help").stdout
     wrong = demo("--task", "sing")
     assert wrong.returncode == 2 and "caption" in wrong.stderr
+
+
+def test_set_up_is_not_silent_for_long(tmp_path: Path) -> None:
+    """Its own functions, around other commands than pip."""
+    text = (ROOT / "tools" / "setup").read_text()
+    functions = [re.search(rf"^{name}\(\) {{(.*}}|\n[\s\S]*?^}})$", text, re.MULTILINE) for name in SET_UP]
+    script = "\n".join(["set -euo pipefail", f"log={tmp_path / 'log'}", *(found[0] for found in functions if found)])
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        words = ["bash", "-c", f"{script}\nlogged sh -c '{command}'; say done"]
+        return subprocess.run(
+            words, env={**os.environ, "PROGRESS_S": "0.1"}, capture_output=True, text=True, timeout=20
+        )
+
+    done = run("echo Downloading torch; sleep 0.5")
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("setup: ") and first.endswith(" s: Downloading torch") and last == "setup: done"
+    assert done.returncode == 0 and done.stderr == ""
+    done = run("echo No space left; exit 3")
+    assert done.returncode == 1 and "done" not in done.stdout
+    assert "No space left" in done.stderr and "setup: failed: sh -c" in done.stderr.splitlines()[-1]
 
 
 def test_the_shipped_base_is_small_and_loads_in_transformers() -> None:
