@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": ("vft.cli.doctor", "check this machine's set-up and say how to fix it"),
     "download": ("vft.cli.download", "fetch a public data set, or say how to get it"),
     "settings": ("vft.cli.settings", "list all settings of a run with values, defaults and meaning"),
+    "config": ("vft.cli.config", "import a configuration of LLaMA-Factory or ms-swift"),
     "new": ("vft.cli.new", "write a skeleton of your own task or data format"),
 }
 """Module with `main`, and a line of help, by the name of the command."""

@@ -1,0 +1,332 @@
+"""`vft config import`: configurations of LLaMA-Factory and ms-swift become ours, and nothing is dropped silently."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import vft.data.formats as formats
+from vft.cli import config
+from vft.cli.foreign import settings
+from vft.cli.foreign.draft import REASON_OF, TABLES
+from vft.cli.foreign.files import LLAMA_FACTORY, MS_SWIFT, Foreign
+from vft.config import run
+from vft.data.records.foreign_records import ANSWERS, QUESTIONS, SYSTEMS
+from vft.data.records.record import TURN_KEYS
+
+MOVING = Path("docs/use/moving.md").resolve()
+KINDS = ("yaml", "bash", "python", "toml")
+
+FACTORY: dict[str, Any] = {
+    "model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "dataset": "clips, chats",
+    "output_dir": "saves/clips",
+    "bf16": True,
+}
+INFO: dict[str, Any] = {
+    "clips": {
+        "file_name": "clips.json",
+        "columns": {"prompt": "ask", "query": "more", "response": "said", "videos": "clip"},
+    },
+    "chats": {
+        "file_name": "chats.jsonl",
+        "formatting": "sharegpt",
+        "num_samples": 50,
+        "columns": {"messages": "dialog", "videos": "videos", "tools": "tools"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "bot"},
+    },
+    "hub": {"hf_hub_url": "someone/some_clips", "columns": {"videos": "video"}},
+    "made": {"script_url": "made.py"},
+}
+SCRIPT = r"""#!/bin/bash
+# this one doesn't continue \
+n=4   # don't count the host's CPU
+export FPS_MAX_FRAMES=24
+echo swift sft --model nothing
+NPROC_PER_NODE=$n \
+MAX_PIXELS=${PIXELS:-401408} \
+swift sft \
+    --model Qwen/Qwen2.5-VL-3B-Instruct \
+    --dataset 'my clips/train.jsonl#300' other.csv \
+    --columns '{"text": "query",
+                "label_text": "response"}' \
+    --tuner_type lora --target_modules q_proj v_proj \
+    --freeze_vit false --vit_lr 2e-6 \
+    --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps $(expr 32 / $n / 2) \
+    --max_steps 500 --warmup_ratio=0.05 \
+    --split_dataset_ratio 0.02 --eval_steps 100 \
+    --hub_token hf_secret --attn_impl flash_attn --flux 3 > log.txt 2>&1
+swift infer --model elsewhere
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/dataset_info.json").write_text(json.dumps(INFO))
+
+
+def convert(text: str | dict[str, Any], *options: str, name: str = "their.yaml") -> tuple[run.Config, str]:
+    """What a file becomes: the checked configuration, and the text."""
+    Path(name).write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    Path("run.toml").unlink(missing_ok=True)
+    config.main(["import", name, "--output", "run.toml", *options], "vft config")
+    written = Path("run.toml").read_text()
+    return run.load(Path("run.toml")), written
+
+
+def refusal(text: str | dict[str, Any], capsys: pytest.CaptureFixture[str], name: str = "their.yaml") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        convert(text, name=name)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and not Path("run.toml").exists()
+    return line
+
+
+def test_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    given = FACTORY | {
+        "eval_dataset": "hub",
+        "eval_strategy": "steps",
+        "eval_steps": 200,
+        "media_dir": "media",
+        "max_samples": 80,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": "2e-5",  # text in YAML, because there is no dot
+        "num_train_epochs": 1.5,
+        "lr_scheduler_type": "polynomial",
+        "quantization_bit": 4,
+        "pissa_init": True,
+        "video_fps": 1.0,
+        "deepspeed": "zero.json",
+        "mask_history": True,
+        "template": "qwen2_vl",
+        "report_to": ["wandb", "swanlab"],
+    }
+    ours, text = convert(given, "--gpus", "8")
+    assert ours.train.packs_per_step == 2 * 4 * 8 and ours.data.max_samples_per_pack == 1
+    assert ours.train.learning_rate == 2e-5 and ours.train.epochs == 2 and ours.seed == 42
+    assert ours.lora is not None and (ours.lora.rank, ours.lora.alpha, ours.lora.init) == (8, 16, "pissa_niter_16")
+    assert ours.model.quantize == "nf4" and ours.parallel.offload == "frozen" and ours.log.wandb
+    assert (ours.data.video.fps, ours.data.video.max_frames, ours.data.video.max_pixels) == (1.0, 128, 65536)
+    assert ours.data.pack_tokens == 2048 and ours.checkpoint.every_steps == 500 and ours.checkpoint.keep_last == 0
+    clips, chats = ours.data.sources
+    assert (clips.path, clips.media, clips.take) == ("data/clips.json", "media", "first:80")
+    assert clips.columns == {"question": "ask", "input": "more", "answer": "said", "videos": "clip"}
+    assert (chats.path, chats.take, chats.columns) == ("data/chats.jsonl", "random:50", {"messages": "dialog"})
+    assert ours.eval.every_steps == 200 and [source.path for source in ours.eval.sources] == ["data/some_clips"]
+    lost = text.partition("# Not taken over")[2]
+    for name in (
+        "lr_scheduler_type",
+        "mask_history",
+        "template",
+        "deepspeed",
+        "swanlab",
+        "columns.tools",
+        "assistant_tag",
+    ):
+        assert name in lost
+    assert "hf download --repo-type dataset someone/some_clips --local-dir data/some_clips" in lost
+    assert all(f"not taken over: {line[2:]}" in capsys.readouterr().err for line in lost.splitlines()[1:2])
+    for line in text.splitlines():
+        assert not re.match(r"\w+ = ", line) or "  # " in line, line
+
+
+def test_ms_swift_command() -> None:
+    ours, text = convert(SCRIPT, name="train.sh")
+    assert ours.model.path == "Qwen/Qwen2.5-VL-3B-Instruct" and ours.train.packs_per_step == 2 * 4 * 4
+    assert ours.lora is not None and ours.lora.dropout == 0.05 and ours.train.betas == (0.9, 0.95)
+    assert ours.lora.targets == tuple(
+        f"{c}.{n}" for c in ("language_model", "vision_encoder") for n in ("q_proj", "v_proj")
+    )
+    assert ours.train.component_learning_rates == {"vision_encoder": 2e-6}
+    assert ours.train.max_steps == 500 and ours.train.warmup_steps == 25
+    first, second = ours.data.sources
+    assert (first.path, first.take, second.path) == ("my clips/train.jsonl", "random:300", "other.csv")
+    assert first.columns == {"question": "text", "answer": "label_text"}
+    assert (ours.data.image.max_pixels, ours.data.video.max_frames) == (401408, 24)
+    assert ours.data.video.max_pixels == 768 * 28 * 28  # of qwen-vl-utils
+    assert ours.eval.split == 0.02 and ours.eval.every_steps == 100
+    assert "flux: 3" in text and "hf_secret" not in text and "(not shown)" in text
+
+
+def test_ms_swift_files() -> None:
+    """Its YAML and JSON, the call of a file with options behind it, tokens as limits, several hosts."""
+    given = {
+        "model": "Qwen/Qwen3-VL-4B-Instruct",
+        "dataset": ["/clips/a.jsonl", "/clips/b.jsonl"],
+        "ENV": {"NFRAMES": "8"},
+    }
+    ours, _ = convert(given)
+    assert (str(ours.data.root), [source.path for source in ours.data.sources]) == ("/clips", ["a.jsonl", "b.jsonl"])
+    assert ours.data.video.frames == 8 and ours.data.video.fps is None and ours.train.packs_per_step == 16
+    for dataset, root in (("/clips/a.jsonl", "/clips/raw"), ("a.jsonl", "raw")):
+        (source,) = convert(given | {"dataset": dataset, "ROOT_IMAGE_DIR": root})[0].data.sources
+        assert source.path == "a.jsonl" and source.media == "raw"
+    Path("their.json").write_text(json.dumps(given | {"tuner_type": "full", "packing": True}))
+    call = "NNODES=2 NPROC_PER_NODE=8 VIDEO_MAX_TOKEN_NUM=128 swift sft their.json --freeze_llm true --freeze_vit false"
+    ours, text = convert(call, name="call.sh")
+    assert ours.lora is None and ours.model.train == ("vision_encoder",) and ours.train.learning_rate == 1e-5
+    assert ours.data.video.max_pixels == 128 * 32 * 32 and ours.data.max_samples_per_pack == 0
+    assert ours.train.packs_per_step == 16
+    assert "per_device_train_batch_size 1 x gradient_accumulation_steps 1 x 16 GPUs (NPROC_PER_NODE x NNODES)" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "beta", "gamma", "rpo_alpha"),
+    [
+        ({"stage": "dpo", "pref_beta": 0.2, "pref_ftx": 0.5}, "dpo", 0.2, None, 0.5),
+        ({"stage": "dpo", "pref_loss": "simpo"}, "simpo", 0.1, 0.5, 0.0),
+        ({"stage": "kto", "kto_chosen_weight": 1.5, "pref_ftx": 0.5}, "kto", 0.1, None, 0.0),
+        ({"rlhf_type": "orpo", "beta": 0.3}, "orpo", 0.3, None, 0.0),
+        ({"rlhf_type": "simpo", "simpo_gamma": 0.7}, "simpo", 2.0, 0.7, 1.0),  # with the chosen answer's loss
+        ({"rlhf_type": "dpo", "loss_type": ["ipo"]}, "ipo", 0.1, None, 0.0),
+    ],
+)
+def test_preferences(given: dict[str, Any], kind: str, beta: float, gamma: float | None, rpo_alpha: float) -> None:
+    base = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "dataset": "pairs.jsonl"} if "rlhf_type" in given else FACTORY
+    objective = convert(base | given)[0].objective
+    assert objective is not None and (objective.kind, objective.strength) == (kind, beta)
+    assert (objective.gamma, objective.rpo_alpha) == (gamma, rpo_alpha)
+    assert objective.desirable_weight == given.get("kto_chosen_weight")
+
+
+def test_the_records_are_read() -> None:
+    """The samples of the imported sources are those of the files in the others' layout."""
+    turns = [{"role": "user", "content": "<video>What now?"}, {"role": "bot", "content": "Rain."}]
+    turns[1]["role"] = "assistant"
+    Path("data/clips.json").write_text(
+        json.dumps([{"ask": "What?", "more": "In short.", "said": "A dog.", "clip": ["1.mp4"]}])
+    )
+    Path("data/chats.jsonl").write_text(json.dumps({"dialog": turns, "videos": ["2.mp4"]}) + "\n")
+    ours, _ = convert(FACTORY)
+    texts = []
+    for source in ours.data.sources:
+        samples, bad = formats.read(source, ours.data)
+        assert not bad
+        texts += [
+            [part if isinstance(part, str) else Path(str(part.path)).name for turn in s.turns for part in turn.parts]
+            for s in samples
+        ]
+    assert texts == [["1.mp4", "What?\nIn short.", "A dog."], ["2.mp4", "What now?", "Rain."]]
+
+
+def test_the_page_on_moving(tmp_path: Path) -> None:
+    """The configurations of docs/use/moving.md are one: those of LLaMA-Factory and ms-swift become that of vft."""
+    page = MOVING.read_text(encoding="utf-8")
+    block = {kind: re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0] for kind in KINDS}
+    about = re.search(r"`(\{\"clips\".*?)` in `data/dataset_info.json`", page, re.DOTALL)
+    assert about
+    Path("data/dataset_info.json").write_text(about[1])
+    ast.parse(block["python"])
+    expected = run.load(tomllib.loads(block["toml"]))
+    ours, _ = convert(block["yaml"], "--gpus", "2")
+    assert run.differences(ours, expected, ()) == []
+    ours, _ = convert(block["bash"], name="train.sh")
+    assert run.differences(ours, expected, ("data.root", "data.sources")) == []
+    assert ours.data.root / ours.data.sources[0].path == Path("data/train.jsonl")
+
+
+def test_columns_that_need_no_mention_are_known() -> None:
+    """They are names that the reader of records knows by itself."""
+    for role, known in {"prompt": QUESTIONS, "response": ANSWERS[0], "system": SYSTEMS, "messages": TURN_KEYS}.items():
+        assert set(TABLES["columns"][role].split()[1:]) <= {*known}
+
+
+@pytest.mark.parametrize(
+    "base", [FACTORY, {"model": "Qwen/Qwen3.5-4B", "dataset": "a.jsonl", "freeze_vit": False, "freeze_aligner": False}]
+)
+def test_nothing_is_dropped(base: dict[str, Any]) -> None:
+    """Every known name, and an unknown one, is told of in the file: as an origin or as not taken over."""
+    tool = LLAMA_FACTORY if "stage" in base else MS_SWIFT
+    numbers = {"NFRAMES": 6, "lora_dropout": 0.5, "dpo_label_smoothing": 0.1, "label_smoothing": 0.1, "pissa_iter": 8}
+    numbers |= dict.fromkeys(("FPS_MAX_FRAMES", "video_maxlen", "VIDEO_MAX_TOKEN_NUM", "IMAGE_MAX_TOKEN_NUM"), 64)
+    extra = {
+        "quant_method": "hqq",
+        "vit_lr": 1e-6,
+        "aligner_lr": 1e-6,
+        "pissa_convert": True,
+        "strange": 5,
+        "cpo_alpha": 0.5,
+        "bf16": False,
+    }
+    numbers |= dict.fromkeys(("eval_steps", "adam_beta1", "NNODES", "NPROC_PER_NODE", "warmup_ratio", "val_size"), 0.5)
+    extra |= dict.fromkeys(("eval_strategy", "save_strategy", "mix_strategy", "deepspeed", "media_dir"), "epoch")
+    known = {name for names in TABLES["names"].values() for name in names.split()} | set(REASON_OF)
+    for name, value in {
+        **dict.fromkeys(known - base.keys() - {"model", "model_name_or_path"}, 1),
+        **numbers,
+        **extra,
+    }.items():
+        is_text = name in ("adapters", "adapter_name_or_path", "run_name", "output_dir")
+        value = "runs/a" if is_text else 50_176 if "pixels" in name.lower() else value
+        if "rslora" in name or "dora" in name:
+            value = True
+        text = config.to_toml(settings.convert(Foreign(tool, base | {name: value}), Path("their.yaml")))
+        assert re.search(rf"# .*\b{name}\b", text), name
+        assert not re.search(rf"default of {name}\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (FACTORY | {"stage": "ppo"}, 'stage = "ppo" has no counterpart here; of its values sft, dpo, kto'),
+        (FACTORY | {"finetuning_type": "freeze"}, "finetuning_type"),
+        (FACTORY | {"model_name_or_path": "org/Llama-9-8B"}, "vft trains Qwen2.5-VL, Qwen3-VL"),
+        (FACTORY | {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct-AWQ"}, "fewer bits"),
+        (FACTORY | {"dataset": "clip"}, "dataset = clip: is not in dataset_info.json; did you mean 'clips'?"),
+        (FACTORY | {"dataset": "made"}, "no data set that vft can read"),
+        (FACTORY | {"dataset_dir": "else"}, "else/dataset_info.json: no such file"),
+        (FACTORY | {"warmup_ratio": "much"}, 'warmup_ratio: "much": must be a number'),
+        (FACTORY | {"learning_rate": -1}, "as our configuration: train.learning_rate = -1"),
+        (FACTORY | {"freeze_language_model": True}, "everything is frozen"),
+        ({"train_dataset": "a.yaml", "model": "Qwen/Qwen3-VL-4B-Instruct"}, "LLaMA-Factory's v1 engine"),
+        ({"model": "Qwen/Qwen3-VL-4B-Instruct", "tensor_model_parallel_size": 2}, "is of Megatron"),
+        ("a: !!python/object/apply:os.mkdir ['made']\nmodel: x", "not YAML"),
+        ("- a list", "no settings by name"),
+    ],
+)
+def test_refused_in_one_line(given: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(given, capsys)
+    assert message in line and "their.yaml" in line and not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("megatron sft --model a/b", "Megatron's are not"),
+        ("swift sft --model 'a", "not a shell script"),
+        ("swift sft --model $BASE --dataset a.jsonl", 'model = "$BASE": is not set in the file'),
+        ("swift sft --model Qwen/Qwen3-VL-4B-Instruct --dataset $(touch made).jsonl", "is not set in the file"),
+        ("swift sft --dataset a.jsonl", "names no model"),
+        ("swift sft gone.yaml", "gone.yaml: no such file"),
+        ("a=xxxxxxxxxx\n" + "a=$a$a$a$a\n" * 10 + "swift sft --model $a", "characters"),
+        ("swift rlhf --rlhf_type grpo --model Qwen/Qwen3-VL-4B-Instruct", "grpo"),
+    ],
+)
+def test_scripts_refused(script: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(script, capsys, name="train.sh") and not Path("made").exists()
+
+
+def test_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed without --output; a file that exists is kept; texts of any kind stay within their line."""
+    odd = FACTORY | {"output_dir": 'a"\n[model]\nx\u2028\x7f', "note": "b\n[lora]"}
+    Path("their.yaml").write_text(yaml.safe_dump(odd))
+    config.main(["import", "their.yaml"], "vft config")
+    assert tomllib.loads(capsys.readouterr().out)["output_dir"] == odd["output_dir"]
+    Path("run.toml").write_text("mine")
+    with pytest.raises(SystemExit):
+        config.main(["import", "their.yaml", "--output", "run.toml"], "vft config")
+    assert Path("run.toml").read_text() == "mine" and "exists" in capsys.readouterr().err

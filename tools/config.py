@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""The same as `vft config`: vft/cli/config.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vft.cli.app import run_tool
+
+if __name__ == "__main__":
+    run_tool("config")

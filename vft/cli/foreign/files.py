@@ -1,0 +1,190 @@
+"""The settings in a file for another trainer: YAML or JSON, or a shell script that calls it. Nothing in it is run.
+
+Of a script these are understood: the shell's words, variables (`$NAME`, `${NAME:-value}`), sums of whole numbers
+(`$(expr 16 / $n)`, `$((16 / n))`) and environment variables before the call; anything else of the shell is not.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from vft.common.errors import UserError
+from vft.config.toml import show
+
+LLAMA_FACTORY, MS_SWIFT = "LLaMA-Factory", "ms-swift"
+TABLES = (".yaml", ".yml", ".json")
+MAX_CHARACTERS = 1_000_000
+"""Longest file, and longest text after its variables are replaced."""
+V1 = {
+    "train_dataset",
+    "dist_config",
+    "kernel_config",
+    "quant_config",
+    "peft_config",
+    "sample_backend",
+    "micro_batch_size",
+}
+"""Keys of LLaMA-Factory's other engine."""
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+QUOTED_OR_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*")|(?:(?<=\s)|^)\#[^\n]*""", re.MULTILINE)
+ASSIGNMENT = re.compile(r"""(?:^|(?<=[\s;]))(export\s+)?([A-Za-z_]\w*)=("[^"]*"|'[^']*'|\$\([^\n]*\)|[^\s;]*)""")
+VARIABLE = re.compile(r"\$\{(\w+):?-([^}$]*)\}|\$\{(\w+)\}|\$(\w+)")
+SUM = re.compile(r"\$\(\(([^()$]*)\)\)|\$\(\s*expr\s([^()$]*)\)")
+
+
+class Foreign(NamedTuple):
+    """What a file says."""
+
+    tool: str
+    """LLAMA_FACTORY or MS_SWIFT."""
+    settings: dict[str, Any]
+    """By the names there; environment variables are among them."""
+    calls: int = 1
+    """How many calls that train there are; the settings are those of the first."""
+
+
+def read(file: Path) -> Foreign:
+    """The settings in a file. UserError if it can't be read or trains nothing."""
+    if file.suffix.lower() not in TABLES:
+        return _read_script(file)
+    settings = read_table(file)
+    if V1 & settings.keys() and "dataset" not in settings:
+        raise UserError(
+            f"{file}: {min(V1 & settings.keys())} is of LLaMA-Factory's v1 engine, whose files are not read"
+        )
+    for tool, key in ((LLAMA_FACTORY, "model_name_or_path"), (MS_SWIFT, "model")):
+        if settings.get(key):
+            return Foreign(tool, settings)
+    raise UserError(f"{file}: names no model: neither model_name_or_path (LLaMA-Factory) nor model (ms-swift)")
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """The keys of a YAML or JSON file. UserError if it can't be read or holds something else."""
+    try:
+        content = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{file}: holds no settings by name")
+    environment = content.pop("ENV", None)  # ms-swift's way to set environment variables
+    return {**environment, **content} if isinstance(environment, dict) else content
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. UserError if it can't be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{file}: can't be read ({reason})") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{file}: has {len(text):,} characters; settings have at most {MAX_CHARACTERS:,}")
+    return text
+
+
+def near(file: Path, name: str) -> Path | None:
+    """The file that `file` calls `name`: relative to the current folder, else to one that `file` is in."""
+    return next((path for folder in (Path(), *file.parents) if os.path.isfile(path := folder / name)), None)
+
+
+def _read_script(file: Path) -> Foreign:
+    text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", read_text(file))
+    text = re.sub(r"\\\r?\n", " ", text)
+    variables: dict[str, str] = {}
+    exported: dict[str, Any] = {}
+    for match in ASSIGNMENT.finditer(text):
+        variables[match[2]] = _expand(file, match[3].strip("\"'"), variables)
+        exported |= {match[2]: variables[match[2]]} if match[1] else {}
+    try:
+        calls = [call for words in _commands(_expand(file, text, variables)) if (call := _call(file, words))]
+    except ValueError as error:
+        raise UserError(f"{file}: not a shell script: {error}") from error
+    if not calls:
+        read = "`swift sft`, `swift rlhf` and `llamafactory-cli train`"
+        raise UserError(f"{file}: nothing in it trains by a call that is read; {read} are, Megatron's are not")
+    tool, settings = calls[0]
+    settings = exported | settings
+    for name, value in settings.items():
+        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        if any(re.search(r"\$[\w({]", str(word)) for word in words):
+            raise UserError(f"{file}: {name} = {show(value)}: is not set in the file; write its value there")
+    return Foreign(tool, settings, len(calls))
+
+
+def _expand(file: Path, text: str, variables: dict[str, str]) -> str:
+    """The text with the values of variables that are known, and of sums."""
+    text = VARIABLE.sub(lambda match: variables.get(match[1] or match[3] or match[4], match[2] or match[0]), text)
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{file}: its variables make more than {MAX_CHARACTERS:,} characters")
+    return SUM.sub(lambda match: _sum(match, variables), text)
+
+
+def _sum(match: re.Match[str], variables: dict[str, str]) -> str:
+    """The value of a sum of whole numbers, from left to right; the text as it is if it is anything else."""
+    words = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1] or match[2])
+    if not re.fullmatch(r"\s*\d{1,9}(\s*\\?[*/+-]\s*[1-9]\d{0,8})*\s*", words):
+        return match[0]
+    total, *rest = re.findall(r"\d+|[*/+-]", words)
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
+        total = OPERATORS[sign](int(total), int(number))
+    return str(total)
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of each command."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|\n")
+    lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t\r", "", True
+    words: list[str] = []
+    for word in [*lexer, "\n"]:
+        if word.strip(";&|\n"):
+            words.append(word)
+        else:
+            yield words
+            words = []
+
+
+def _call(file: Path, words: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """The trainer that a command calls, and the settings; None if it calls none."""
+    line = "\0".join(words)
+    match = re.search(r"(?:^|\0)(?:\S*/)?(swift\0|\S*swift/cli/)(sft|rlhf)(?:\.py)?(?=\0|$)", line)
+    factory = re.search(r"(?:^|\0)(?:\S*/)?(?:(?:llamafactory-cli|lmf)\0train|src/train\.py)(?=\0|$)", line)
+    found = match or factory
+    if found is None or line.startswith(("echo\0", "megatron\0")):
+        return None
+    before, after = line[: found.start()].split("\0"), line[found.end() :].strip("\0").split("\0")
+    settings: dict[str, Any] = {"rlhf_type": "dpo"} if match and match[2] == "rlhf" else {}
+    settings |= dict(word.split("=", 1) for word in before if re.match(r"[A-Za-z_]\w*=", word))
+    for name, value in _options(before).items():
+        if name in ("nproc_per_node", "nnodes"):
+            settings[name.upper()] = value
+    if after[0].lower().endswith(TABLES):
+        table = near(file, name := after.pop(0))
+        if table is None:
+            raise UserError(f"{file}: {name}: no such file; name that file, or run this where it is found")
+        settings |= read_table(table)
+    return MS_SWIFT if match else LLAMA_FACTORY, settings | _options(after)
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """`--name value ...`, `--name=value` and `name=value` by name. Without a value it is true; with several, a list."""
+    found: dict[str, list[str]] = {}
+    key = ""
+    for word in words:
+        if re.match(r"\d?>", word):  # output goes to a file
+            break
+        option = re.match(r"(--?(?=[A-Za-z]))?([A-Za-z][\w-]*)(=?)(.*)", word, re.DOTALL)
+        if option and (option[1] or (option[3] and not key)):
+            key = option[2].replace("-", "_")
+            found[key] = [option[4]] if option[3] else []
+            key = key if option[1] else ""
+        elif key:
+            found[key].append(word)
+    return {name: values[0] if len(values) == 1 else values or True for name, values in found.items()}
