@@ -53,6 +53,9 @@ def test_a_run_and_a_checkpoint_are_adapters(world: World, commands: Commands, t
         return ["--model", str(world.base), "--adapter", str(adapter), "--json", str(world.root / "red.mp4")]
 
     assert commands.run("tools/predict.py", *ask(run)).ok() == commands.run("tools/predict.py", *ask(run / "adapter"))
+    for folder, kind in ((run, "a run's"), (run / "adapter", "an adapter's")):
+        line = commands.run("tools/predict.py", "--model", folder, world.root / "red.mp4").error
+        assert f"it is {kind}" in line and "give it as the adapter" in line
     merge = ["--base", world.base, "--adapter", last, "--output"]
     commands.run("tools/merge_lora.py", *merge, tmp_path / "merged").ok()
     assert contents(run / "exports" / last.name) == contents(run / "adapter")

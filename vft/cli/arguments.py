@@ -32,6 +32,15 @@ AdapterFolder = Annotated[Path, AfterValidator(_find_adapter)]
 """Folder of an adapter, of a run that has one, or of a run's checkpoint."""
 
 
+def _check_jsonl(file: Path) -> Path:
+    if file.suffix.lower() in (".csv", ".tsv", ".tab", ".parquet", ".arrow", ".xlsx"):
+        raise ValueError(f"is written as JSONL; name it {file.with_suffix('.jsonl')}")
+    return file
+
+
+JsonlFile = Annotated[Path, AfterValidator(_check_jsonl)]
+
+
 class Positional(str):
     """Marks the field of a positional argument, and is its name in the help."""
 

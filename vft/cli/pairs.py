@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from vft.cli.arguments import AdapterFolder, ConfigArguments, command
+from vft.cli.arguments import AdapterFolder, ConfigArguments, JsonlFile, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.task import CLOSE, OPEN, Answer, Question, Task, samples_of
@@ -80,7 +80,7 @@ class PairsArguments(ConfigArguments):
     """choose the record's own answer where no sampled one is as good"""
     best_only: bool = False
     """write the best answers without rejected ones, for supervised tuning (rejection sampling)"""
-    output: Path | None = None
+    output: JsonlFile | None = None
     """JSONL file (default: OUTPUT_DIR/pairs.jsonl); all answers go to NAME.answers.jsonl beside it"""
 
 

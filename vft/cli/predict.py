@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vft.adapters.peft_format import recorded
-from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command
 from vft.common.errors import UserError
 from vft.common.task import Answer
 from vft.config.data import DataConfig, SourceConfig
@@ -70,12 +70,6 @@ def _check_prompt(prompt: str) -> str:
     if not prompt.strip():
         raise ValueError("asks nothing; give a text, or leave it out")
     return prompt
-
-
-def _check_jsonl(file: Path) -> Path:
-    if file.suffix.lower() in RECORD_SUFFIXES - {".jsonl", ".json"}:
-        raise ValueError(f"answers are written as JSONL; name it {file.with_suffix('.jsonl')}")
-    return file
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -156,7 +150,7 @@ class PredictArguments(AskArguments):
     """what to ask (default: that of the training task, or 'Describe the video.')"""
     json_lines: Annotated[bool, Field(alias="json")] = False
     """one JSON object a video: video, prompt, prediction"""
-    output: Annotated[Path, AfterValidator(_check_jsonl)] | None = None
+    output: JsonlFile | None = None
     """JSONL file of answers, with which a second run resumes"""
     root: ExistingFolder | None = None
     """folder that the media of records lie in (default: that of their file)"""

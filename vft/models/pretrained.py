@@ -47,6 +47,11 @@ BY_TENSOR = {
 """Endings of tensor names that only quantised layers have, and the methods that write them."""
 QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files in which AutoGPTQ, AutoAWQ and ModelOpt record it if config.json does not."""
+OTHER_FOLDERS = {
+    "adapter_config.json": "it is an adapter's: give it as the adapter, and its base as the model",
+    "run.json": "it is a run's: give it as the adapter and its base as the model, or name its folder `model`",
+}
+"""Folders that are taken for a model's, by a file that each of them has; and what to do."""
 WHOLE_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Floating-point types of full weights, in safetensors' names."""
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM"}
@@ -73,7 +78,10 @@ class Pretrained:
         Raises UserError if there is no such model or it has no safetensors weights.
         """
         if Path(path).exists() and not Path(path, "config.json").is_file():
-            raise UserError(f"model.path = {path!r}: the folder has no config.json; name a model's folder")
+            fix = next(
+                (fix for name, fix in OTHER_FOLDERS.items() if Path(path, name).is_file()), "name a model's folder"
+            )
+            raise UserError(f"model.path = {path!r}: the folder has no config.json; {fix}")
         reason = "it has no such model, or can't be reached"
         try:
             file = find_file(path, "config.json")
