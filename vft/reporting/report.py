@@ -112,7 +112,9 @@ def write_card(folder: Path, target: Path, step: int | None, checkpoint: Pretrai
     Raises UserError if the file can't be written.
     """
     run = read_run(folder)
-    asked: Row = {"prompt": "", "prompt_before_media": "", "system": "", "pack_tokens": 0, **recorded(target)}
+    # An older vft.json has not all of it.
+    asked: Row = dict.fromkeys(("prompt", "prompt_before_media", "system", "pack_tokens"), "")
+    asked |= {"other_prompts": 0, "other_systems": 0, **recorded(target)}
     config, merged = run.config or {"data": asked}, "adapter" in asked
     lora = None if merged else config.get("lora")
     video, image = (config["data"].get(name) or {} for name in ("video", "image"))
