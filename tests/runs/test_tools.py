@@ -108,7 +108,13 @@ def test_a_merged_model_answers_the_same(commands: Commands, merged: Path, clips
 
 
 def test_a_merged_model_has_the_files_and_tensors_of_its_base(world: World, merged: Path) -> None:
-    own = {"vft.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
+    own = {
+        "README.md",
+        "vft.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+    }
     assert {path.name for path in merged.iterdir()} == {path.name for path in world.base.iterdir()} | own
     headers = []
     for folder in (world.base, merged):

@@ -272,7 +272,7 @@ def test_merged_folder(each_bf16: Tiny, batch: Batch, tmp_path: Path, name: str)
     merged, exact, plain = (their_logits(m.float(), batch, each_bf16) for m in (found, wanted, each_bf16.theirs))
     assert difference(merged, exact) < 0.05 * difference(exact, plain)
     before, after = (sorted(p.name for p in folder.iterdir()) for folder in (each_bf16.path, tmp_path / "merged"))
-    assert set(after) - set(before) <= {"vft.json", "generation_config.json"} and set(before) <= set(after)
+    assert set(after) - set(before) <= {"README.md", "vft.json", "generation_config.json"} and set(before) <= set(after)
     for file in each_bf16.path.glob("*.safetensors"):
         with safe_open(file, "pt") as old, safe_open(tmp_path / "merged" / file.name, "pt") as new:
             assert list(old.keys()) == list(new.keys())
