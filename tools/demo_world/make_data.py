@@ -8,6 +8,8 @@
 | qa         | `0_30_s_demo/0_30_s_demo_{mc,oe}_SPLIT.json`, the same: multiple choice and open questions     |
 | actions    | `SPLIT/LABEL/NNNNN.mp4`, a folder an action                                                    |
 | scenes     | `{summarize,story}_SPLIT.jsonl`: clips of three or four scenes, with their times               |
+| moments    | `moments_SPLIT.jsonl`: when the first and the last figure of a clip are shown, which takes the |
+|            | place of the other at any second; `times.jsonl` without videos                                 |
 | pictures   | `llava_instruct_demo_SPLIT.json` and `SPLIT/NNNNNNNNNNNN.jpg`, LLaVA-Instruct-150K's layout    |
 | tags       | what the base model was first trained on: as captions, and `sentences.jsonl` without videos    |
 | scene_tags | what it was trained on next: up to four scenes a clip, and more texts without videos           |
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -54,6 +57,8 @@ class Clip:
     number: int
     scenes: tuple[world.Scene, ...]
     seed: tuple[int, int]
+    frames: tuple[int, ...]
+    """How many each scene has."""
 
     @property
     def name(self) -> str:
@@ -80,6 +85,9 @@ class Kind:
     """First part of the training clips' seeds; held-out clips have the number after it. No two sets share a clip."""
     lengths: tuple[int, ...] = (1,)
     """Scenes of a clip; the lengths take turns."""
+    seconds: int = 0
+    """Length of a clip whose scenes change at whole seconds that are drawn, each to another colour and another shape;
+    0: all scenes are equally long, and their figures differ in colour or shape."""
     texts: Callable[[], dict[str, list[words.Record]]] = dict
     """Files of records without a video."""
 
@@ -87,17 +95,25 @@ class Kind:
         """The clips of a split."""
         seed = self.seed + (split == "held_out")
         clips = []
-        for number, scenes in enumerate(choose_scenes(count, self.lengths, split == "held_out", seed)):
+        chosen = choose_scenes(count, self.lengths, split == "held_out", seed, alike=any if self.seconds else all)
+        for number, scenes in enumerate(chosen):
             action = words.PARTICIPLES[scenes[0].motion]
             file = self.file.format(split=split, number=number, after=number + 1, action=action)
-            clips.append(Clip(file, split, number, scenes, (seed, number)))
+            frames = [world.FRAMES_PER_SCENE] * len(scenes)
+            if self.seconds:
+                cuts_s = random.Random(f"cuts {seed} {number}").sample(range(1, self.seconds), len(scenes) - 1)
+                spans = itertools.pairwise((0, *sorted(cuts_s), self.seconds))
+                frames = [round((end_s - start_s) * world.FRAME_RATE) for start_s, end_s in spans]
+            clips.append(Clip(file, split, number, scenes, (seed, number), tuple(frames)))
         return clips
 
 
-def choose_scenes(count: int, lengths: Sequence[int], held_out: bool, seed: int) -> Iterator[tuple[world.Scene, ...]]:
+def choose_scenes(
+    count: int, lengths: Sequence[int], held_out: bool, seed: int, alike: Callable[[tuple[bool, bool]], bool] = all
+) -> Iterator[tuple[world.Scene, ...]]:
     """Scenes of `count` clips. Single scenes take turns, so each comes equally often; rows of them are drawn.
 
-    Figures within a clip differ in colour or shape, so that a text can tell them apart.
+    Figures within a clip are not `alike`, told whether they share colour and shape: a text can tell them apart.
     """
     scenes = world.all_scenes(held_out)
     for i in range(count):
@@ -109,7 +125,7 @@ def choose_scenes(count: int, lengths: Sequence[int], held_out: bool, seed: int)
         row: list[world.Scene] = []
         while len(row) < length:
             scene = rng.choice(scenes)
-            if all((scene.color, scene.shape) != (other.color, other.shape) for other in row):
+            if not any(alike((scene.color == other.color, scene.shape == other.shape)) for other in row):
                 row.append(scene)
         yield tuple(row)
 
@@ -181,6 +197,14 @@ def scenes(clip: Clip) -> Named:
         yield f"{name}_{clip.split}.jsonl", record
 
 
+def moments(clip: Clip) -> Named:
+    """When the first and when the last figure of a clip is shown."""
+    ends = [count / world.FRAME_RATE for count in itertools.accumulate(clip.frames)]
+    for which, span in (("first", (0.0, ends[0])), ("last", (ends[-2], ends[-1]))):
+        record = {"id": f"{which}-{clip.name}", "video": clip.file, "query": f"the {which} figure", "spans": [span]}
+        yield f"moments_{clip.split}.jsonl", record
+
+
 def first_texts() -> dict[str, list[words.Record]]:
     """What the base model reads beside its first clips."""
     return {"sentences.jsonl": list(words.sentences())}
@@ -196,12 +220,18 @@ def later_texts() -> dict[str, list[words.Record]]:
     }
 
 
+def time_texts() -> dict[str, list[words.Record]]:
+    """What the base model reads before it learns when: numbers, of which it has read few."""
+    return {"times.jsonl": list(words.times(1920, random.Random("times")))}
+
+
 VIDEO = CONFIG + "/demo/{split}/{number:05d}.mp4"
 KINDS = {
     "captions": Kind(VIDEO, captions, 960, 48, seed=1),
     "qa": Kind(VIDEO, qa, 960, 48, seed=11),
     "actions": Kind("{split}/{action}/{number:05d}.mp4", lambda _: iter(()), 960, 96, seed=13),
     "scenes": Kind("clips/{split}/{number:05d}.mp4", scenes, 960, 48, seed=15, lengths=(3, 4)),
+    "moments": Kind("clips/{split}/{number:05d}.mp4", moments, 960, 48, 21, lengths=(2,), seconds=4, texts=time_texts),
     "pictures": Kind("{split}/{after:012d}.jpg", pictures, 960, 48, seed=17),
     "tags": Kind(VIDEO, tags, 9600, 96, seed=3, texts=first_texts),
     "scene_tags": Kind(VIDEO, tags, 6000, 96, seed=19, lengths=(1, 2, 3, 4), texts=later_texts),
@@ -261,7 +291,7 @@ def render(job: tuple[Path, Clip]) -> None:
 
     torch.set_num_threads(1)
     path, clip = job
-    frames_TCHW = world.render_clip(clip.scenes, clip.seed)
+    frames_TCHW = world.render_clip(clip.scenes, clip.seed, clip.frames)
     if path.suffix == ".jpg":
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Texts about the world: tags for the base model, the answers of the five tasks, and texts without a video.
+"""Texts about the world: tags for the base model, the answers of most tasks, and texts without a video.
 
 The base model describes videos by tags. All other texts are natural English, which the base has read, but never
 together with a video: that is what fine-tuning teaches. Every text is a function of the scenes alone, so the right
@@ -131,6 +131,13 @@ def copies(count: int, rng: random.Random) -> Iterator[Record]:
         parts = [part.capitalize() if rng.random() < 0.4 else part for part in parts]
         text = rng.choice((" ", " ", ", ", ". ", "\n", "")).join(parts)
         yield message(f"{COPY_PROMPT}\n{text}", text)
+
+
+def times(count: int, rng: random.Random) -> Iterator[Record]:
+    """Spans of seconds to repeat."""
+    for _ in range(count):
+        start, end = sorted(rng.sample(range(10), 2))
+        yield message(f"{COPY_PROMPT}\n{start}.0 to {end}.0 s", f"{start}.0 to {end}.0 s")
 
 
 def choices(count: int, rng: random.Random) -> Iterator[Record]:

@@ -69,15 +69,16 @@ def all_scenes(held_out: bool) -> list[Scene]:
     return [scene for scene in scenes if scene.held_out == held_out]
 
 
-def render_clip(scenes: Sequence[Scene], seed: int | Sequence[int]) -> np.ndarray:
-    """Frames of the scenes in a row: uint8 TCHW, `FRAMES_PER_SCENE` for each scene."""
+def render_clip(scenes: Sequence[Scene], seed: int | Sequence[int], frames: Sequence[int] = ()) -> np.ndarray:
+    """Frames of the scenes in a row: uint8 TCHW. `frames` says how many each has; else it is `FRAMES_PER_SCENE`."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([_render_scene(scene, rng) for scene in scenes])
+    counts = frames or [FRAMES_PER_SCENE] * len(scenes)
+    return np.concatenate([_render_scene(scene, rng, count) for scene, count in zip(scenes, counts, strict=True)])
 
 
-def _render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def _render_scene(scene: Scene, rng: np.random.Generator, frames: int) -> np.ndarray:
     """Frames of one scene, place, speed, size and shades drawn from `rng`: uint8 TCHW."""
-    center_T2, radius_T = (values.astype(np.float32) for values in _path(scene.motion, rng))
+    center_T2, radius_T = (values.astype(np.float32) for values in _path(scene.motion, rng, frames))
     pixel = np.arange(SIZE_PX, dtype=np.float32) + 0.5
     x_T1W = (pixel[None, None, :] - center_T2[:, 0, None, None]) / radius_T[:, None, None]
     y_TH1 = (pixel[None, :, None] - center_T2[:, 1, None, None]) / radius_T[:, None, None]
@@ -88,22 +89,22 @@ def _render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.round(ground + cover_T1HW * (figure_C[:, None, None] - ground)).astype(np.uint8)
 
 
-def _path(motion: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _path(motion: str, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Centre [T, 2] (x, y) and radius [T] of the figure in pixels; it never leaves the frame."""
-    time_T = np.linspace(0.0, 1.0, FRAMES_PER_SCENE)
+    time_T = np.linspace(0.0, 1.0, frames)
     if motion in ("grow", "shrink"):
         small, large = rng.uniform(*SMALL_RADIUS_PX), rng.uniform(*LARGE_RADIUS_PX)
         margin = REACH * large
         center = rng.uniform(margin, SIZE_PX - margin, 2)
         radius_T = small + (large - small) * (time_T if motion == "grow" else 1.0 - time_T)
-        return np.tile(center, (FRAMES_PER_SCENE, 1)), radius_T
+        return np.tile(center, (frames, 1)), radius_T
     radius = rng.uniform(*RADIUS_PX)
     low, high = REACH * radius, SIZE_PX - REACH * radius
     travel = rng.uniform(*TRAVEL_PX)
     along_T = rng.uniform(low, high - travel) + travel * (time_T if motion in ("right", "down") else 1.0 - time_T)
-    across_T = np.full(FRAMES_PER_SCENE, rng.uniform(low, high))
+    across_T = np.full(frames, rng.uniform(low, high))
     axes = (along_T, across_T) if motion in ("left", "right") else (across_T, along_T)
-    return np.stack(axes, axis=1), np.full(FRAMES_PER_SCENE, radius)
+    return np.stack(axes, axis=1), np.full(frames, radius)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import av
 import make_data
 import pytest
 import torch
@@ -31,6 +32,7 @@ DATA = {
     "actions": "demo_actions",
     "scenes": "demo_scenes",
     "pictures": "demo_pictures",
+    "moments": "demo_moments",
     "tags": "demo_pretrain",
     "scene_tags": "demo_pretrain_scenes",
 }
@@ -136,6 +138,24 @@ def test_segments_cover_their_clip(made: Path) -> None:
         ends = [segment["end_s"] for segment in record["segments"]]
         assert [segment["start_s"] for segment in record["segments"]] == [0.0, *ends[:-1]]
         assert ends[-1] == len(ends) * world.FRAMES_PER_SCENE / world.FRAME_RATE
+
+
+def test_moments_are_where_a_clip_changes(made: Path) -> None:
+    """The two spans of a clip meet at a whole second, after which its pixels are others."""
+    root = made / "data" / DATA["moments"]
+    records = [json.loads(line) for line in (root / "moments_held_out.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * CLIPS
+    for first, second in zip(records[::2], records[1::2], strict=True):
+        ((start, cut),), ((again, end),) = first["spans"], second["spans"]
+        assert (start, end, first["video"]) == (0.0, 4.0, second["video"]) and cut == again in (1.0, 2.0, 3.0)
+        frames_THWC = [
+            frame.to_ndarray(format="rgb24").astype(int)
+            for frame in av.open(str(root / first["video"])).decode(video=0)
+        ]
+        assert len(frames_THWC) == 4 * world.FRAME_RATE
+        changes = [abs(a - b).mean() for a, b in itertools.pairwise(frames_THWC)]
+        assert changes.index(max(changes)) + 1 == cut * world.FRAME_RATE
+    assert {record["query"] for record in records} == {"the first figure", "the last figure"}
 
 
 SET_UP = ("say", "fail", "logged", "tell_progress")
