@@ -16,7 +16,7 @@ def test_commas_behind_the_lines_of_jsonl() -> None:
     assert good == {"a": 1} and isinstance(bad, RecordError) and FIX in str(bad)
 
 
-@pytest.mark.parametrize("text", ['{"a": 1,}', '[{"a": 1}, ]', '[{"a": [1,\n]}]', ',{"a": 1}'])
+@pytest.mark.parametrize("text", ['{"a": 1,}', '[{"a": 1}, ]', '[{"a": [1,\n]}]', '[{"a": 1},', ',{"a": 1}'])
 def test_commas_elsewhere(text: str) -> None:
     with pytest.raises(UserError, match=r"x\.json:[12]: ") as caught:
         list(parse_json(text.encode(), "x.json"))

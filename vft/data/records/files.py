@@ -244,7 +244,7 @@ def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
             at, what = position, str(error)
             if isinstance(error, json.JSONDecodeError):
                 at, what = error.pos, f"{error.msg}, found {short_repr(text[error.pos : error.pos + 20])}"
-                if text[position] == "," or text[max(0, at - 20) : at].rstrip().endswith(","):
+                if text[position : position + 1] == "," or text[max(0, at - 20) : at].rstrip().endswith(","):
                     what += "; a comma too many: take it out, or for commas between records put [ ] around all of them"
             if in_list or is_first:
                 fail(at, what)
