@@ -37,7 +37,9 @@ class CrossEntropy(Objective):
         if not self.sources:
             return torch.stack(_in_chunks(model, batch, "sum")).sum()
         losses_N = torch.cat(_in_chunks(model, batch, "none"))
-        of_suffix = [self.sources.index(one.source) for document in batch.documents for one in document.conversations]
+        names = [one.source for document in batch.documents for one in document.conversations]
+        # Rows that only try memory have no conversations.
+        of_suffix = [self.sources.index(name) for name in names] or [0] * batch.num_suffixes
         source_N = move(torch.tensor(of_suffix, dtype=torch.long), losses_N.device)[batch.target_suffix_N]
         with torch.no_grad():
             both_2N = torch.stack([losses_N, torch.ones_like(losses_N)])
