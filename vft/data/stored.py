@@ -33,7 +33,7 @@ from vft.common.errors import UserError
 from vft.common.files import cannot_write, digest, locked, whole_folder
 from vft.common.task import Task
 from vft.common.types import Conversation, MediaOptions, MediaRef, Turn, VisionLimits
-from vft.config.data import DataConfig, SourceConfig
+from vft.config.data import DataConfig, SourceConfig, source_names
 from vft.data import formats
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, MakeConversations, PlannedDocument, Prompts, Work, load_dataset
@@ -133,7 +133,8 @@ def _key(
         return None
     places = [os.path.abspath(config.root), *map(os.path.realpath, [config.root, *paths])]
     records = places, [(str(path), one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True)]
-    settings = config.model_dump(exclude=INDIFFERENT), [source.model_dump() for source in wanted]
+    called = source_names([*config.sources, *wanted])  # conversations carry the names, which depend on all sources
+    settings = config.model_dump(exclude=INDIFFERENT), [(one.model_dump(), called[one.path]) for one in wanted]
     code = code_digest(), [version(library) for library in LIBRARIES]
     asked = type(task).__qualname__, repr(task), about, seed, split
     return digest(repr((records, settings, code, asked, encoder.fingerprint)))

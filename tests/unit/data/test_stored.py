@@ -22,7 +22,7 @@ from tests.helpers.tiny import Tiny
 from vft.common.errors import UserError
 from vft.common.task import main_conversation
 from vft.common.types import Conversation, MediaOptions, MediaRef, Sample, Turn, VisionLimits
-from vft.config.data import DataConfig
+from vft.config.data import DataConfig, SourceConfig
 from vft.data import stored
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset, load_dataset
@@ -110,7 +110,7 @@ class Loaded:
 
     def __call__(self, config: DataConfig, encoder: ChatEncoder | None = None, **own: Any) -> Dataset:
         task, split = own.get("task", TASK), own.get("split")
-        chosen = config, config.sources, main_conversation(task)
+        chosen = config, config.indexed, main_conversation(task)
         return stored.load_stored(*chosen, task, "all", encoder or self.encoder, own.get("seed", 0), split)
 
 
@@ -270,12 +270,14 @@ def test_another_plan_is_another_key(root: Path, loaded: Loaded, monkeypatch: py
     config, encoder = config_of(root), loaded.encoder
     template = ChatEncoder(encoder.tokenizer, encoder.processor, encoder.end_ids)
     processor = replace(encoder.processor, context_tokens=300)
+    same_stem = SourceConfig(format="llava_video", path="old/pictures", stream=True)
     runs: list[tuple[DataConfig, dict[str, Any]]] = [
         (config, {}),
         (config_of(root, pack_tokens=401), {}),
         (config_of(root, index="header"), {}),
         (config_of(root, video={"fps": 1.0}), {}),
         (config_of(root, sources=config.sources[1:]), {}),
+        (config_of(root, sources=[*config.sources, same_stem]), {}),  # then another name tells a source apart
         (config, {"seed": 1}),
         (config, {"task": QuestionAnswering(prompt="Well?")}),
         (config, {"encoder": ChatEncoder(encoder.tokenizer, processor, encoder.end_ids)}),
