@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vft.cli.app import run_tool
+from vft.cli.main import run_tool
 
 if __name__ == "__main__":
     run_tool("inspect")

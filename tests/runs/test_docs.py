@@ -54,7 +54,7 @@ def test_commands_are_there(page: Path, commands: Commands, helps: dict[tuple[st
             check_recipe(words)
         elif tool is None or not PLACEHOLDER.search(tool):
             assert tool is None or (REPOSITORY / tool).is_file(), " ".join(words)
-            program = ("vft.cli.app", words[1]) if tool is None else (tool,)
+            program = ("vft.cli.main", words[1]) if tool is None else (tool,)
             if program not in helps:
                 helps[program] = commands.run(*program, "--help").ok().stdout
             known = set(re.findall(r"--[a-z][a-z-]*", helps[program]))

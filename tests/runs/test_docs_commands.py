@@ -73,7 +73,7 @@ def run(commands: Commands, line: str) -> Result:
     if words[0] == "torchrun":
         return commands.shell("python", "-m", "torch.distributed.run", *words[1:], *SMALLER)
     if words[0] == "vft":
-        return commands.run("vft.cli.app", *words[1:], *(SMALLER if words[1] == "train" else ()))
+        return commands.run("vft.cli.main", *words[1:], *(SMALLER if words[1] == "train" else ()))
     return commands.run(*words[1:])
 
 

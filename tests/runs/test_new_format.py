@@ -58,7 +58,7 @@ def test_a_format_of_ones_own(world: World, commands: Commands, folder: Path) ->
 def test_a_task_of_ones_own(world: World, commands: Commands, tmp_path: Path) -> None:
     """A task of the current folder, with a field of its own, is trained, scored by its own metric and exported."""
     name = "my_task:MyTask"
-    commands.run("vft.cli.app", "new", "task", "my_task", cwd=tmp_path).ok()
+    commands.run("vft.cli.main", "new", "task", "my_task", cwd=tmp_path).ok()
     text = (tmp_path / "my_task.py").read_text()
     for before, after in (
         ('main_metric = "cider_d"', 'main_metric = "length"'),

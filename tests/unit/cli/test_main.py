@@ -45,7 +45,7 @@ def fake_venv(checkout: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("-m", "vft.recipes.caption", "run.toml"), ("-m", "vft.cli.app", "predict", "a.mp4")]
+    "words", [("-m", "vft.recipes.caption", "run.toml"), ("-m", "vft.cli.main", "predict", "a.mp4")]
 )
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
@@ -57,7 +57,7 @@ def test_ctrl_c_during_the_imports_is_quiet(tmp_path: Path, words: tuple[str, ..
 
 
 def test_help_lists_every_command_and_imports_no_torch() -> None:
-    code = "import sys; from vft.cli.app import usage; print(usage()); print('torch' in sys.modules)"
+    code = "import sys; from vft.cli.main import usage; print(usage()); print('torch' in sys.modules)"
     done = run(sys.executable, "-c", code)
     *lines, torch_is_imported = done.stdout.splitlines()
     assert torch_is_imported == "False"
@@ -89,7 +89,7 @@ def test_names(words: list[str], status: int, message: str, capsys: pytest.Captu
 
 def test_usage_lines_have_the_name_that_was_called() -> None:
     for words, name in (
-        ((sys.executable, "-m", "vft.cli.app", "download"), "vft download"),
+        ((sys.executable, "-m", "vft.cli.main", "download"), "vft download"),
         ((sys.executable, "tools/download.py"), "python tools/download.py"),
     ):
         done = run(*words, "--help")
@@ -100,7 +100,7 @@ def test_usage_lines_have_the_name_that_was_called() -> None:
 def test_help_ends_in_silence_when_its_reader_has_gone(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "vft.cli.app", *words]
+    command = [sys.executable, "-m", "vft.cli.main", *words]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, timeout=120)
     os.close(writing)
     assert done.stderr == b""
