@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.main import run_main
-from vft.cli import app
+from vft.cli import main
 
 REPOSITORY = Path(__file__).parents[3]
 BARE = (sys.executable, "-I", "-S")
@@ -61,14 +61,14 @@ def test_help_lists_every_command_and_imports_no_torch() -> None:
     done = run(sys.executable, "-c", code)
     *lines, torch_is_imported = done.stdout.splitlines()
     assert torch_is_imported == "False"
-    for name, (module, _) in app.COMMANDS.items():
+    for name, (module, _) in main.COMMANDS.items():
         assert any(line.startswith(f"  {name} ") for line in lines)
         assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
 
 
 def test_every_command_is_a_tool_too() -> None:
     """Except those that are new with `vft`."""
-    for name, (module, _) in app.COMMANDS.items():
+    for name, (module, _) in main.COMMANDS.items():
         if name not in ("train", "new"):
             assert f'run_tool("{name}")' in (REPOSITORY / "tools" / f"{module.rpartition('.')[2]}.py").read_text()
 
@@ -83,7 +83,7 @@ def test_every_command_is_a_tool_too() -> None:
     ],
 )
 def test_names(words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run_main(app.main, capsys, *words)
+    done = run_main(main.main, capsys, *words)
     assert done.status == status and message in done.stderr
 
 
