@@ -12,6 +12,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vft.common.interpreter import fail, prefer_venv, quiet_interrupts, report_missing, run_in_venv
 from vft.common.version import __version__
@@ -28,6 +29,7 @@ COMMANDS = {
     "plan": ("vft.cli.plan", "memory and time of a run, before any GPU is rented"),
     "inspect": ("vft.cli.inspect_batch", "write the first pack of a run as the model gets it"),
     "compare": ("vft.cli.compare", "lay runs side by side: settings, course, scores"),
+    "app": ("vft.app.command", "a page in the browser: data, plans, runs, questions, export"),
     "live": ("vft.cli.live", "follow a run from another terminal"),
     "doctor": ("vft.cli.doctor", "check this machine's set-up and say how to fix it"),
     "download": ("vft.cli.download", "fetch a public data set, or say how to get it"),
@@ -74,7 +76,7 @@ def own_arguments() -> list[str]:
 
 def run_tool(command: str) -> None:
     """The command line of `python tools/NAME.py`, which is the same as `vft COMMAND`."""
-    run(command, own_arguments(), f"python tools/{COMMANDS[command][0].rpartition('.')[2]}.py")
+    run(command, own_arguments(), f"python tools/{Path(sys.argv[0]).name}")
 
 
 def run(command: str, argv: Sequence[str], prog: str) -> None:

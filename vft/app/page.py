@@ -1,0 +1,37 @@
+"""The page: its tabs in the order of the work, and its look."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import gradio as gr
+
+from vft.app.parts import Shared
+from vft.app.workspace import Workspace
+
+TABS: dict[str, Any] = {}
+"""Module with `build(shared)`, by the tab's name."""
+
+
+def build(space: Workspace) -> gr.Blocks:
+    """The page over the folders of `space`."""
+    with gr.Blocks(title="vft", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        draft = gr.Code(label="settings (TOML)", language="yaml", interactive=True, render=False)
+        kept = gr.BrowserState("", storage_key="vft-draft", secret="settings are no secret")
+        shared = Shared(space, draft)
+        with gr.Tabs():
+            for name, tab in TABS.items():
+                with gr.Tab(name, id=name):
+                    tab.build(shared)
+        # A closed browser loses nothing: the settings come back.
+        page.load(lambda text: text or gr.skip(), kept, draft, show_progress="hidden")
+        draft.change(lambda text: text, draft, kept, show_progress="hidden")
+    return page
+
+
+def look() -> dict[str, Any]:
+    """Gradio's theme and CSS, with fonts of the system: others would come from a server."""
+    fonts = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+    return {"theme": theme, "css": resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")}

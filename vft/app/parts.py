@@ -1,0 +1,53 @@
+"""What the tabs share: the settings that are being made, how a mistake is told, and small pieces of pages."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from vft.app.workspace import Workspace
+from vft.common.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a tab is built from."""
+
+    space: Workspace
+    draft: gr.Code
+    """The settings of the run that is being made, as TOML. The tab Train shows it; Data writes to it, Plan reads it."""
+
+
+def told(handler: F) -> F:
+    """The handler of an event, with a UserError in it shown as a message in the page, in one line."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def wrapped(*values: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*values)
+            except UserError as error:
+                raise _message(error) from None
+    else:
+
+        @functools.wraps(handler)
+        def wrapped(*values: Any) -> Any:
+            try:
+                return handler(*values)
+            except UserError as error:
+                raise _message(error) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _message(error: UserError) -> gr.Error:
+    # Gradio takes the text for HTML. The page of a model or a file name must not be able to write it.
+    return gr.Error(html.escape(str(error)), duration=None, title="", print_exception=False)
