@@ -17,6 +17,7 @@ from vft.metrics.bootstrap import (
 )
 from vft.metrics.choice import breakdown, extract_letter, lmms_letter, official_letter, top_k
 from vft.metrics.coco import coco_scores
+from vft.metrics.scales import scale_of
 from vft.metrics.text import (
     anls_scores,
     cider_d_scores,

@@ -19,6 +19,7 @@ from vft.common.types import Conversation, MediaOptions, MediaRef, Role, Sample,
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig
 from vft.data.media.timed_text import FrameTimes, Subtitles
+from vft.metrics import scale_of
 from vft.preparation.documents import questions
 from vft.recipes import task_of
 from vft.recipes.caption import Caption
@@ -53,9 +54,11 @@ def answered(
 
 
 def values(task: Task, *answers: Answer) -> dict[str, float]:
-    """Scores without their intervals, which hold them."""
+    """Scores without their intervals, which hold them. Each is within its scale."""
     found = task.score(answers)
-    assert all(one.low <= one.value <= one.high for one in found.values())
+    for name, one in found.items():
+        scale = re.match(r"(\d+) to (\d+), \w", scale_of(name))
+        assert scale and int(scale[1]) <= one.low <= one.value <= one.high <= int(scale[2]) + 1e-9, (name, one)
     return {name: one.value for name, one in found.items()}
 
 
