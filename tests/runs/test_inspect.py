@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -45,11 +47,17 @@ def test_preview_stands_alone_and_shows_what_is_supervised(world: World, command
     config = world.config(tmp_path / "run.toml", WHOLE)
     commands.run(INSPECT, config, "--output", tmp_path / "look").ok()
     page = (tmp_path / "look" / "preview.html").read_text()
-    assert "<script" not in page and not re.search(r"(src|href)=\"?(https?:|//)", page)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'\"" in page
+    assert not re.search(r"(src|href)=\"?(https?:|//)", page) and "fetch(" not in script
     assert page.count("<img ") == 16
-    tokens = re.findall(r"<div class=tokens>(.*?)</div>", page, re.DOTALL)
-    supervised = ["".join(re.findall(r'<span class="t supervised">(.*?)</span>', row, re.DOTALL)) for row in tokens]
-    assert sorted(supervised) == sorted(f"{answer}&lt;|im_end|&gt;" for answer in ANSWERS.values())
+    for kind in ("text", "tokens"):
+        rows = re.findall(rf'<div class="{kind}">(.*?)</div>', page, re.DOTALL)
+        supervised = [
+            "".join(re.findall(r'<span class="mark supervised">(.*?)</span>', row, re.DOTALL)) for row in rows
+        ]
+        assert sorted(supervised) == sorted(f"{answer}&lt;|im_end|&gt;" for answer in ANSWERS.values())
 
 
 def test_pictures_and_text_alone(world: World, commands: Commands, tmp_path: Path) -> None:
@@ -96,12 +104,19 @@ def test_base_and_adapter_side_by_side(world: World, commands: Commands, learned
 def test_the_whole_index_in_numbers(world: World, commands: Commands, tmp_path: Path) -> None:
     # Rows too short for a clip with its frames: each loses some, and the page says how many.
     config = world.config(tmp_path / "run.toml", {"data": {"pack_tokens": 73, "video": {"min_frames": 2}}})
-    commands.run(INSPECT, config, "--output", tmp_path / "look").ok()
+    commands.run(INSPECT, config, "--output", tmp_path / "look", "--samples", "2").ok()
     page = (tmp_path / "look" / "preview.html").read_text()
-    facts = dict(re.findall(r"<tr><th>([^<]*)<td>([^<]*)", page))
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)", page))
     assert facts["samples"].startswith("4 in 4 documents"), facts
     assert facts["rows of an epoch"].startswith("4, filled to ") and facts["rows of an epoch"].endswith("% on average")
     bars = re.findall(r'title="[\d,]+ to [\d,]+ tokens: (\d+)"', page)
     assert len(bars) == 32 and sum(map(int, bars)) == 4
     kept, of = re.findall(r"frames: (\d+) of (\d+) kept", page)[0]
     assert int(kept) < int(of) and re.search(r"frames in [1-4]\b", facts["dropped to fit a row"]), facts
+    # The first row is one of them, two of the others are shown beside it; all can be filtered.
+    cards = page.split("<article")[1:]
+    for card in cards:
+        found = re.search(r'data-source="([^"]*)" data-kinds="([^"]*)"\s+data-shortened="(.)"', card)
+        assert found and found.groups() == ("[&#34;videos&#34;]", "video", str(int(" to fit data.pack_tokens" in card)))
+    assert [sum(answer in card for answer in ANSWERS.values()) for card in cards] == [1] * 3
+    assert len({answer for answer in ANSWERS.values() if answer in page}) == 3

@@ -135,12 +135,14 @@ def answer(number: int, text: str, reference: str | None, **more: Any) -> dict[s
 
 
 def table(page: Element, heading: str) -> list[list[str]]:
-    """The rows of the table under a heading, its first row among them."""
+    """The rows of the table under a heading, its first row among them, without the scales of scores."""
     body = page.all("body")[0].children
     start = next(
         i for i, one in enumerate(body) if isinstance(one, Element) and one.tag == "h2" and one.text == heading
     )
     found = next(one.all("table")[0] for one in body[start + 1 :] if isinstance(one, Element) and one.all("table"))
+    for row in found.all("th"):
+        row.children = [one for one in row.children if one not in row.all(class_="scale")]
     return [[cell.text for cell in row.children if isinstance(cell, Element)] for row in found.all("tr")]
 
 
@@ -221,6 +223,9 @@ def test_first_and_last_evaluation_side_by_side(tmp_path: Path) -> None:
     middle = evaluation(1, cider_d=(9.0, 8.5, 9.5), bleu4=(90, 85, 95), accuracy__duration__short=(1, 1, 1))
     last = evaluation(2, cider_d=(2.0, 1.6, 2.5), bleu4=(12, 6, 20), accuracy__duration__short=(0.5, 0.5, 0.5))
     page = read(write_run(tmp_path, [first, step(1), middle, step(2), last]))
+    scales = [one.text for one in page.all("table")[0].all(class_="scale")]
+    assert scales == ["0 to 10, higher is better", "0 to 100, higher is better"]
+    assert "0 to 1, higher is better" in chart(page, "accuracy/duration/…").all("figcaption")[0].text
     assert table(page, "Scores") == [
         ["", "step 0", "step 2", "change"],
         ["cider_d", "1 [0.5, 1.5]", "2 [1.6, 2.5]", "+1"],

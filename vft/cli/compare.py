@@ -18,8 +18,9 @@ from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.scores import Interval
 from vft.config.run import flatten
-from vft.reporting.page import line_chart, render
-from vft.reporting.report import change_text, curves_of, score_text
+from vft.metrics import scale_of
+from vft.reporting.page import render
+from vft.reporting.report import change_text, chart, curves_of, score_text
 from vft.reporting.run_folder import RecordedRun, Scores, read_run
 
 MAX_RUNS = 6
@@ -58,8 +59,9 @@ def main(arguments: CompareArguments) -> None:
         curves = {name: curves_of(run) for name, run in runs.items()}
         titles = dict.fromkeys(title for own in curves.values() for title in own if "/" not in title)
         series = {title: {name: own[title] for name, own in curves.items() if title in own} for title in titles}
-        charts = {title: {"names": [*lines], "svg": line_chart(title, lines)} for title, lines in series.items()}
-        page = render("comparison.html", names=list(runs), tables=tables, charts=charts)
+        charts = [chart(title, lines) for title, lines in series.items()]
+        shown = {"names": list(runs), "tables": tables, "charts": charts, "scale_of": scale_of}
+        page = render("comparison.html", title="Runs compared", **shown)
         replace_text(arguments.html, page)
         print(f"wrote {arguments.html}")
 

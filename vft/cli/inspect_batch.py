@@ -1,14 +1,14 @@
-"""Show the first pack as the model gets it: vft inspect CONFIG.toml --output DIR [--forward]
+"""Show what the model gets from the data: vft inspect CONFIG.toml --output DIR [--samples N] [--forward]
 
-Writes batch.safetensors and preview.html. The page shows the lengths of all samples and what was dropped to fit, and of
-the first pack the frames, the tokens, which of them are supervised, and the shared prefixes with their suffixes.
+Writes preview.html and batch.safetensors. The page shows the lengths of all samples, what was dropped to fit and what
+was left out; then some samples from all of the data and those of the first pack: frames, text, what of it is
+supervised, shared prefixes and suffixes. batch.safetensors holds the first pack.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,23 @@ from torch import Tensor
 from vft.cli.arguments import ConfigArguments, command
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
-from vft.common.types import IGNORE_INDEX, Batch, Document, MediaPlan
+from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.data import DataConfig
-from vft.config.run import Config, ParallelConfig
-from vft.data.budget import limits_of
+from vft.config.run import ParallelConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
 from vft.data.loader import Loader
+from vft.data.media.patches import load_patches
 from vft.data.packing import PackPlan, owners
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.models.base import VideoLanguageModel
-from vft.models.processor import VisionProcessor
 from vft.preparation.documents import load_training, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.page import render
-from vft.reporting.report import pictures
+from vft.reporting.samples import SampleView, evenly, medium_shown, pictures, sample_shown, samples_shown, shortened
 from vft.training.checks import warn_of_weights
 from vft.training.export import adapter_folder
 from vft.training.losses import cross_entropy
@@ -45,9 +44,8 @@ NUM_BARS = 32
 """Bars of the histogram of lengths."""
 MAX_PLANNED = 2000
 """Documents, evenly spread, that are planned again to see what they lose to fit a row."""
-
-Token = tuple[str, str]
-"""CSS classes and text of a token."""
+MAX_LEFT_OUT = 200
+"""Samples listed that can't be used."""
 
 
 class InspectArguments(ConfigArguments):
@@ -55,6 +53,8 @@ class InspectArguments(ConfigArguments):
 
     output: Path
     """folder to write: a new one, or one that this command wrote"""
+    samples: int = 8
+    """show so many more on the page than those of the first pack, evenly spread over the data"""
     forward: bool = False
     """also run the model in fp32 (for small models)"""
 
@@ -64,6 +64,8 @@ def main(arguments: InspectArguments) -> None:
     """Command line."""
     config, output = configs.load(arguments.config, arguments.overrides), arguments.output
     config.require_training()
+    if arguments.samples < 0:
+        raise UserError(f"--samples = {arguments.samples}: must be at least 0")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
@@ -81,7 +83,10 @@ def main(arguments: InspectArguments) -> None:
         slots = 1 if streams is None else config.train.packs_per_step
         loader = Loader(documents, plan, pool, DataParallel(), slots, 1, last_epoch=None, streams=streams)
         batch = first_batch(loader)
-    lengths = summary(documents, plan, data)
+        taken = {document.number for document in batch.documents}
+        others = evenly([n for n in range(len(documents.documents)) if n not in taken], arguments.samples)
+        spread = samples_shown(documents, others, lambda *one: pool.submit(load_patches, *one).result())
+    left_out = [*documents.bad, *loader.bad.known.values(), *loader.bad.report.bad]
     tensors = batch_tensors(batch, prepared.model)
     if arguments.forward:
         load_for_inference(prepared, torch.device("cpu"), None, ParallelConfig())
@@ -91,7 +96,17 @@ def main(arguments: InspectArguments) -> None:
             tensors["target_logits_NV"] = prepared.model.logits(batch)
     with whole_folder(output) as folder:
         save_file(tensors, folder / "batch.safetensors")
-        (folder / "preview.html").write_text(preview(batch, encoder, config, lengths), encoding="utf-8")
+        page = render(
+            "preview.html",
+            title=f"Samples of {arguments.config}",
+            index=summary(documents, plan, data),
+            left_out=left_out[:MAX_LEFT_OUT],
+            num_left_out=len(left_out),
+            spread=spread,
+            row=row_facts(batch, data),
+            first=first_row(batch, encoder, data),
+        )
+        (folder / "preview.html").write_text(page, encoding="utf-8")
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
 
 
@@ -159,63 +174,34 @@ def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> dict[str, A
         (f"{counts[i] / most:.1%}", f"{i * width:,} to {(i + 1) * width - 1:,} tokens: {counts[i]:,}")
         for i in range(NUM_BARS)
     ]
-    return {"facts": facts, "bars": bars, "longest": f"{width * NUM_BARS:,}", "most": f"{most:,}"}
-
-
-def shortened(plan: MediaPlan, processor: VisionProcessor, data: DataConfig) -> list[str]:
-    """What a video or picture lost so that its sample fits a row, compared with the configured limits alone."""
-    free = processor.plan(plan.ref, plan.info, limits_of(plan.ref, data))
-    notes = []
-    if len(plan.frame_indices) < len(free.frame_indices):
-        notes.append(f"frames: {len(plan.frame_indices)} of {len(free.frame_indices)} kept to fit data.pack_tokens")
-    if plan.height * plan.width < free.height * free.width:
-        size = f"{plan.width} x {plan.height} instead of {free.width} x {free.height}"
-        notes.append(f"resolution: {size} px to fit data.pack_tokens")
-    return notes
-
-
-def preview(batch: Batch, encoder: ChatEncoder, config: Config, index: dict[str, Any] | None) -> str:
-    """The page, which stands alone: no scripts, no links, pictures inside. `index` is its `summary`."""
-    vision = int(batch.media_index_M.numel())
-    facts = {
-        "tokens": f"{batch.num_tokens:,} of data.pack_tokens = {config.data.pack_tokens:,}",
-        "video and picture tokens": f"{vision:,}",
-        "text tokens": f"{batch.num_tokens - vision:,}",
-        "supervised tokens": f"{batch.num_targets:,}",
-        "documents, samples": f"{len(batch.documents)}, {len(batch.sample_ids)}",
+    return {
+        "count": f"{count:,}",
+        "facts": facts,
+        "bars": bars,
+        "longest": f"{width * NUM_BARS:,}",
+        "most": f"{most:,}",
     }
-    documents = []
-    patch = 0
+
+
+def row_facts(batch: Batch, data: DataConfig) -> dict[str, str]:
+    """The first pack in numbers."""
+    vision = int(batch.media_index_M.numel())
+    return {
+        "tokens": f"{batch.num_tokens:,} of data.pack_tokens = {data.pack_tokens:,}",
+        "vision tokens": f"{vision:,}",
+        "text tokens": f"{batch.num_tokens - vision:,}, of which {batch.num_targets:,} are supervised",
+        "samples in it": f"{len(batch.sample_ids)}, in {len(batch.documents)} documents",
+    }
+
+
+def first_row(batch: Batch, encoder: ChatEncoder, data: DataConfig) -> list[SampleView]:
+    """The documents of the first pack, with the pixels that are in it."""
+    processor, patch, made = encoder.processor, 0, []
     for document in batch.documents:
         media = []
         for plan in document.media:
             pixels_PD = batch.pixels_PD[patch : patch + math.prod(plan.grid_thw)]
             patch += len(pixels_PD)
-            source = f"{plan.info.width} x {plan.info.height} px, {plan.info.num_frames} frames"
-            seen = f"{plan.width} x {plan.height} px, grid {plan.grid_thw}, {plan.num_tokens} tokens"
-            title, notes = f"{plan.ref.path}: {source}, seen as {seen}", shortened(plan, encoder.processor, config.data)
-            frames = pictures(pixels_PD, plan, encoder.processor, "png")
-            media.append({"title": title, "frames": frames, "notes": notes})
-        trunk = document.prefix_length
-        parts = {"trunk": slice(0, trunk)} if trunk else {}
-        parts |= {f"branch {n}" if trunk else "one branch": rows for n, rows in enumerate(document.suffix_rows)}
-        tokens = {
-            f"{name}, {rows.stop - rows.start} tokens": _tokens(document, rows, encoder.tokenizer)
-            for name, rows in parts.items()
-        }
-        documents.append({"sample_ids": document.sample_ids, "media": media, "parts": tokens})
-    return render("preview.html", index=index, facts=facts, documents=documents)
-
-
-def _tokens(document: Document, rows: slice, tokenizer: Any) -> list[Token]:
-    """The tokens one by one; each run of vision tokens as one."""
-    columns = (document.media_mask_T[rows], document.ids_T[rows], document.labels_T[rows])
-    tokens: list[Token] = []
-    for is_media, run in groupby(zip(*(column.tolist() for column in columns), strict=True), key=lambda row: row[0]):
-        if is_media:
-            tokens.append(("t media", f"{len(list(run))} vision tokens"))
-        else:
-            tokens += [
-                ("t" if label == IGNORE_INDEX else "t supervised", tokenizer.decode([token])) for _, token, label in run
-            ]
-    return tokens
+            media.append(medium_shown(plan, pictures(pixels_PD, plan, processor), processor, data))
+        made.append(sample_shown(document, media, encoder))
+    return made

@@ -27,7 +27,7 @@ COMMANDS = {
     "merge": ("vft.cli.merge_lora", "merge an adapter into its base model"),
     "export": ("vft.cli.export", "write the adapter or model of a run's checkpoint, such as after a stop"),
     "plan": ("vft.cli.plan", "memory and time of a run, before any GPU is rented"),
-    "inspect": ("vft.cli.inspect_batch", "write the first pack of a run as the model gets it"),
+    "inspect": ("vft.cli.inspect_batch", "show what the model gets from the data: frames, text, what it learns"),
     "compare": ("vft.cli.compare", "lay runs side by side: settings, course, scores"),
     "app": ("vft.app.command", "a page in the browser: data, plans, runs, questions, export"),
     "live": ("vft.cli.live", "follow a run from another terminal"),

@@ -7,37 +7,28 @@ and `card.md` beside this module are their templates.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from pprint import pformat
-from typing import TypeVar
-
-from PIL import Image
-from torch import Tensor
 
 from vft.adapters.peft_format import recorded
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.common.scores import Interval
-from vft.common.types import MediaPlan
 from vft.data.dataset import Dataset
 from vft.data.media.errors import MediaError
-from vft.data.media.patches import frames_of, load_patches
-from vft.metrics import paired_difference, rouge_l_scores, token_f1_scores
+from vft.metrics import paired_difference, rouge_l_scores, scale_of, token_f1_scores
 from vft.models.pretrained import Pretrained
 from vft.models.processor import VisionProcessor
 from vft.reporting.page import Curve, line_chart, render
 from vft.reporting.run_folder import RecordedRun, Row, Scores, is_number, read_run
+from vft.reporting.samples import MediumView, evenly, medium_decoded
 from vft.reporting.serving import TEMPLATE_FILE, processor_kwargs, served_template, vllm_serve
 
-T = TypeVar("T")
 Text = tuple[str, str]
 """A value and its interval, each as text; empty if there is none."""
 Rank = tuple[float, float]
@@ -239,11 +230,13 @@ def charts(run: RecordedRun) -> list[Row]:
             series.setdefault(metric, {})["held-out"] = curve
         elif metric not in COUNTS:
             series.setdefault(f"{family}/…" if family else metric, {})[group] = curve
-    return [
-        {"title": title, "names": list(lines), "svg": line_chart(title, lines)}
-        for title, lines in series.items()
-        if len(lines) <= MAX_LINES
-    ]
+    return [chart(title, lines) for title, lines in series.items() if len(lines) <= MAX_LINES]
+
+
+def chart(title: str, lines: Mapping[str, Curve]) -> Row:
+    """For `charts` of parts.html."""
+    scale = scale_of(title.removeprefix(HELD_OUT))
+    return {"title": title, "scale": scale, "names": list(lines), "svg": line_chart(title, lines)}
 
 
 def score_tables(evaluations: Mapping[str, Scores], made_by: str = "") -> list[Row]:
@@ -258,7 +251,9 @@ def score_tables(evaluations: Mapping[str, Scores], made_by: str = "") -> list[R
         change = score_text(difference, "+") if difference or len(sides) < 2 else change_text(*scores)
         cut = " / ".join(dict.fromkeys(one.tokenization for one in scores if one is not None and one.tokenization))
         row = {"metric": metric, "cut": cut, "scores": [score_text(one) for one in scores], "change": change}
-        tables[f"{'Groups' if '/' in metric else 'Scores'}{made_by}"].append(row)
+        is_group = "/" in metric
+        row["scale"] = "" if is_group else scale_of(metric)
+        tables[f"{'Groups' if is_group else 'Scores'}{made_by}"].append(row)
     return [
         {
             "title": title,
@@ -423,14 +418,7 @@ def choose(ranks: Sequence[Rank | None]) -> dict[int, str]:
     return {**dict.fromkeys(best, "best"), **dict.fromkeys(between, ""), **dict.fromkeys(worst[::-1], "worst")}
 
 
-def evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` items, evenly spread, with the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def strips(row: Row, documents: Dataset, processor: VisionProcessor) -> list[Row]:
+def strips(row: Row, documents: Dataset, processor: VisionProcessor) -> list[MediumView]:
     """The media of a question as the model sees them: frames with their times, or why there are none."""
     matches = {}
     for number, planned in enumerate(documents.documents):
@@ -442,40 +430,9 @@ def strips(row: Row, documents: Dataset, processor: VisionProcessor) -> list[Row
     if len(matches) != 1:  # files of earlier versions name no source, and two sources may use the same id
         return []
     try:
-        return [strip(plan, processor) for plan in documents.build(*matches.values()).media]
+        return [
+            medium_decoded(plan, processor, documents.config, count=MAX_FRAMES, longest=FRAME_PIXELS)
+            for plan in documents.build(*matches.values()).media
+        ]
     except (MediaError, UserError) as error:
-        return [{"title": "", "frames": [], "problem": str(error)}]
-
-
-def strip(plan: MediaPlan, processor: VisionProcessor) -> Row:
-    """Some frames of a video, or a picture, of the size at which the model sees them or smaller."""
-    size = f"{plan.width} x {plan.height} px, {plan.num_tokens:,} tokens"
-    if plan.ref.kind == "video":
-        size = f"{len(plan.frame_indices)} frames of {size}"
-    made: Row = {"title": f"{Path(plan.ref.name).name}: {size}", "frames": [], "problem": ""}
-    t, h, w = plan.grid_thw
-    # Only the frames that are shown are decoded.
-    few = replace(plan, frame_indices=tuple(evenly(plan.frame_indices, MAX_FRAMES)))
-    few = replace(few, grid_thw=(math.ceil(few.num_pictures / math.ceil(plan.num_pictures / t)), h, w))
-    try:
-        pixels_PD = load_patches(few, processor).pixels_PD
-    except MediaError as error:
-        return {**made, "problem": f"can't be decoded: {error}"}
-    return {**made, "frames": pictures(pixels_PD, few, processor, "jpeg", FRAME_PIXELS)}
-
-
-def pictures(
-    pixels_PD: Tensor, plan: MediaPlan, processor: VisionProcessor, kind: str, longest: int | None = None
-) -> list[tuple[str, str]]:
-    """The frames in a medium's patches as `data:` URLs, `jpeg` or (lossless) `png`, the longer side at most `longest`
-    pixels, each with its time."""
-    captions = [f"{time_s:.2f} s" for time_s in plan.frame_times_s] if plan.ref.kind == "video" else ["picture"]
-    captions += captions[-1:]  # an odd clip's last frame is there twice
-    made = []
-    for frame_CHW, caption in zip(frames_of(pixels_PD, plan, processor), captions, strict=False):
-        image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
-        if longest is not None:
-            image.thumbnail((longest, longest))
-        image.save(buffer := io.BytesIO(), kind, quality=80)
-        made.append((f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", caption))
-    return made
+        return [MediumView("video", "", [], [], str(error))]
