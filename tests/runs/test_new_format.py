@@ -49,7 +49,7 @@ def test_a_format_of_ones_own(world: World, commands: Commands, folder: Path) ->
     assert "keys that are not read, of 4 records: take (4)" in inspect.stderr
     preview = re.sub(r"<[^>]*>", "", (folder / "look" / "preview.html").read_text())
     assert any(f"It is {colour}." in preview for colour in COLOURS)
-    assert "1 samples can't be used" in preview and "leads to" in preview
+    assert "These can't be used:" in preview and "leads to" in preview
     commands.run(CAPTION, config, cwd=folder).ok()
     assert len(metrics(folder / "run")) == 2
     (bad,) = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]

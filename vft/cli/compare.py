@@ -25,6 +25,7 @@ from vft.reporting.run_folder import RecordedRun, Scores, read_run
 
 MAX_RUNS = 6
 """As many as a chart has colours."""
+LAST = "Last evaluation"
 Rows = dict[str, list[str]]
 """A table: a label to a cell for each run."""
 
@@ -45,8 +46,8 @@ def main(arguments: CompareArguments) -> None:
     tables = {
         "Settings that differ": settings(runs),
         "Course": course(runs),
-        "Last evaluation": scores(runs),
-        f"Last evaluation, less that of {next(iter(runs))}": differences(runs),
+        LAST: scores(runs),
+        f"{LAST}, less that of {next(iter(runs))}": differences(runs),
     }
     for title, rows in tables.items():
         if rows:
@@ -60,7 +61,7 @@ def main(arguments: CompareArguments) -> None:
         titles = dict.fromkeys(title for own in curves.values() for title in own if "/" not in title)
         series = {title: {name: own[title] for name, own in curves.items() if title in own} for title in titles}
         charts = [chart(title, lines) for title, lines in series.items()]
-        shown = {"names": list(runs), "tables": tables, "charts": charts, "scale_of": scale_of}
+        shown = {"names": list(runs), "tables": tables, "charts": charts, "scored": LAST, "scale_of": scale_of}
         page = render("comparison.html", title="Runs compared", **shown)
         replace_text(arguments.html, page)
         print(f"wrote {arguments.html}")

@@ -46,8 +46,8 @@ MAX_POINTS = 300
 """A longer curve is drawn as the means of this many parts."""
 MAX_DOTS = 40
 """A curve with at most this many points shows each as a dot."""
-LINE_WIDTH, WIDER = 1.6, 1.0
-"""Width of the uppermost curve, and by how much each is wider than the one above it."""
+LINE_WIDTH, WIDEST = 1.6, 6.6
+"""Widths of the uppermost curve and of the lowest of many."""
 LOG_FROM = 30
 """The axis is logarithmic if the largest value is more than this many times the median: a spike would hide the rest."""
 
@@ -93,7 +93,7 @@ def line_chart(title: str, series: Mapping[str, Curve]) -> str:
         lines.append(f'<text class="tick x" x="{at:.1f}" y="{foot + 16}">{_label(tick)}</text>')
     for number, (name, curve) in enumerate(parts.items()):
         points, marks = [], []
-        wider = WIDER * (len(parts) - 1 - number)
+        wider = min(1.8, (WIDEST - LINE_WIDTH) / max(1, len(parts) - 1)) * (len(parts) - 1 - number)
         for first, last, one in curve:
             px, py = x.place(last, left, right), y.place(one.value, foot, TOP)
             points.append(f"{px:.1f},{py:.1f}")
@@ -124,7 +124,8 @@ def value_axis(values: Sequence[float]) -> Axis:
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
     step = _round_up((high - low) / 4)
-    ticks = tuple(i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1))
+    # A score of 100 may be 100.00000000000001.
+    ticks = tuple(i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
