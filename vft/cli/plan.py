@@ -1,4 +1,4 @@
-"""Memory and time of a run, before any GPU is rented: vft plan CONFIG.toml --gpus 8 --gpu-memory-gib 80
+"""Memory and time of a run, before any GPU is rented: vft plan CONFIG.toml --gpus 8 --gpu H100
 
 The trainer's own sharding, forward and backward run on tensors without values, in a fake process group, and what they
 would hold is counted. Times need --gpu: they follow from FLOPs, kernels and traffic, the card's data sheet and assumed
@@ -7,10 +7,12 @@ shares of it; nothing is measured.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.table import Table
 from vft.cli.arguments import Choices, ConfigArguments, command
 from vft.common.console import make_table
 from vft.common.device_specs import CARDS
+from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config import run as configs
 from vft.config.run import Config
@@ -38,6 +41,7 @@ from vft.preparation.planning import (
     Search,
     Setting,
     Step,
+    overrides,
 )
 from vft.preparation.synthetic import filled_row
 from vft.recipes import task_of
@@ -50,10 +54,12 @@ class PlanArguments(ConfigArguments):
 
     gpus: Positive
     """number of GPUs; each runs one process"""
-    gpu_memory_gib: PositiveFloat
-    """memory of one GPU, GiB"""
+    gpu_memory_gib: PositiveFloat | None = None
+    """memory of one GPU, GiB (default: that of --gpu)"""
     gpu: Annotated[str | None, Choices(sorted(CARDS))] = None
     """the card, to estimate times; without it there are none"""
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """print the plan as JSON, for another program"""
     efficiency: Annotated[float | None, Field(gt=0, le=1)] = None
     """share of the card's peak FLOP/s that products are assumed to reach (default 0.65; on MI cards 0.42)"""
     gpus_per_host: Positive = 8
@@ -75,54 +81,102 @@ def main(arguments: PlanArguments) -> None:
     config.require_training()
     check_shares(config, arguments.gpus)
     card = CARDS[arguments.gpu] if arguments.gpu else None
+    memory_gib = arguments.gpu_memory_gib or (card.memory_gib if card else None)
+    if memory_gib is None:
+        raise UserError("--gpu-memory-gib: is missing; give it, or name the card with --gpu")
     same = arguments.model_dump(include={"gpus", "text_tokens", "gpus_per_host", "network_gb_s"})
     share = AMD_PRODUCT_SHARE if (arguments.gpu or "").startswith("MI") else PRODUCT_SHARE
     same["efficiency"] = arguments.efficiency or share
-    setting = Setting(config, memory_gib=arguments.gpu_memory_gib, card=card, **same)
+    setting = Setting(config, memory_gib=memory_gib, card=card, **same)
     planner = Planner(objective_of(config))
     processor = planner.model_of(config).processor
     row = filled_row(processor, config.data, arguments.text_tokens, config.answers)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    console.print(
-        f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
-        f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
-    )
+    if not arguments.as_json:
+        console.print(
+            f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
+            f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
+        )
     search = planner.search(setting, row)
-    console.print(memory_table([*search.tried, *([search.faster] if search.faster else [])], planner, row))
+    if arguments.as_json:
+        print(json.dumps(plan_as_json(setting, search, planner, row, arguments), indent=1))
+    else:
+        console.print(memory_table(tried_in(search), planner, row))
+        for line in verdict(setting, search, planner, row):
+            console.print(line)
+        if search.fitting:
+            console.print(figures_table(search.fitting[0], planner, row, arguments))
+        if search.fitting and card is None:
+            console.print("no times: name the card with --gpu")
     if not search.fitting:
-        console.print(what_is_missing(search))
         raise SystemExit(1)
-    for line in advice(setting, search, planner, row):
-        console.print(line)
-    console.print(figures_table(search.fitting[0], planner, row, arguments))
-    if card is None:
-        console.print("no times: name the card with --gpu")
 
 
-def advice(setting: Setting, search: Search, planner: Planner, row: Batch) -> list[str]:
-    """What to change so that the run fits, what would fit too, and what is faster."""
+def tried_in(search: Search) -> list[Memory]:
+    """All settings that were counted on the GPUs that are there."""
+    return [*search.tried, *([search.faster] if search.faster else [])]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings that were tried and fit."""
+
+    why: str
+    """`needed`, `instead` of what is needed, `faster`, or `more GPUs`."""
+    changes: dict[str, Any]
+    """What to set, by dotted key."""
+    memory: Memory
+
+
+def proposals(setting: Setting, search: Search) -> list[Proposal]:
+    """What to change so that the run fits, what would fit too, and what is faster; if nothing fits, more GPUs."""
+    if enough := search.enough_gpus:
+        packs, count = setting.config.train.packs_per_step, enough.setting.gpus
+        changes = setting.changed(**taken_for_auto(setting, enough)).changes_to(enough.setting)
+        if packs % count:
+            changes["train.packs_per_step"] = math.lcm(packs, count)
+        return [Proposal("more GPUs", changes, enough)]
+    if not search.fitting:
+        return []
     chosen, *others = search.fitting
+    known = setting.changed(**taken_for_auto(setting, chosen))
+    change = known.changes_to(chosen.setting)
+    found = [Proposal("needed", change, chosen)] if change else []
+    found += [Proposal("instead", known.changes_to(other.setting), other) for other in others]
+    if search.faster:
+        found.append(Proposal("faster", setting.changes_to(search.faster.setting), search.faster))
+    return found
+
+
+def taken_for_auto(setting: Setting, chosen: Memory) -> dict[str, Any]:
+    """What the `auto` of `[parallel]` stand for in the settings that were chosen."""
     found, asked = chosen.setting.config.parallel, setting.config.parallel
-    automatic = {n: getattr(found, n) for n in ("activation_checkpointing", "shard") if getattr(asked, n) == "auto"}
-    known = setting.changed(**automatic)
-    change = known.overrides_to(chosen.setting)
-    lines = [f"fits with {change} (checked)" if change else "fits"]
-    taken = [f"{name} = {value}" for name, value in automatic.items() if name != "shard" or setting.gpus > 1]
-    if taken:
-        lines.append(f"auto takes {', '.join(taken)}")
-    lines += [f"fits too: {known.overrides_to(other.setting)} (checked)" for other in others]
+    return {n: getattr(found, n) for n in ("activation_checkpointing", "shard") if getattr(asked, n) == "auto"}
+
+
+def verdict(setting: Setting, search: Search, planner: Planner, row: Batch) -> list[str]:
+    """Whether the run fits, with what, and what is faster; or why nothing does, and what would. A line each."""
+    if not search.fitting:
+        return [what_is_missing(setting, search)]
+    chosen, made = search.fitting[0], proposals(setting, search)
+    changes = {why: [overrides(one.changes) for one in made if one.why == why] for why in ("needed", "instead")}
+    lines = [f"fits with {change} (checked)" for change in changes["needed"]] or ["fits"]
+    taken = taken_for_auto(setting, chosen).items()
+    if shown := [f"{name} = {value}" for name, value in taken if name != "shard" or setting.gpus > 1]:
+        lines.append(f"auto takes {', '.join(shown)}")
+    lines += [f"fits too: {change} (checked)" for change in changes["instead"]]
     if search.faster:
         gain = ""
         if setting.card:
             before, after = (planner.step(one.setting, row).seconds for one in (chosen, search.faster))
             gain = f": {after:.2f} s a step instead of {before:.2f} s"
-        lines.append(f"faster, and fits too: {setting.overrides_to(search.faster.setting)} (checked){gain}")
+        lines.append(f"faster, and fits too: {overrides(made[-1].changes)} (checked){gain}")
     return lines
 
 
-def what_is_missing(search: Search) -> str:
+def what_is_missing(asked: Setting, search: Search) -> str:
     """Why nothing fits, and what would."""
-    memory, enough = search.smallest, search.enough_gpus
+    memory = search.smallest
     setting = memory.setting
     sentences = [
         f"does not fit: at least {memory.total / GIB:.1f} GiB, with everything above tried, "
@@ -132,33 +186,75 @@ def what_is_missing(search: Search) -> str:
         sentences.append("The weights alone are too much: shorter rows don't help.")
     else:
         sentences.append("A smaller data.pack_tokens, or fewer frames and pixels (data.video).")
-    if enough is not None:
-        count, packs = enough.setting.gpus, setting.config.train.packs_per_step
-        change = setting.overrides_to(enough.setting)
+    for more in proposals(asked, search):
         sentences.append(
-            f"{count} GPUs of {setting.memory_gib:g} GiB hold it ({enough.total / GIB:.1f} GiB each, checked)"
-            + (f" with {change}" if change else "")
-            + (f" and train.packs_per_step={math.lcm(packs, count)}, a multiple of it" if packs % count else "")
-            + "."
+            f"{more.memory.setting.gpus} GPUs of {setting.memory_gib:g} GiB hold it "
+            f"({more.memory.total / GIB:.1f} GiB each, checked) with {overrides(more.changes)}.".replace(" with .", ".")
         )
     if setting.config.lora is None:
         sentences.append("Adapters instead of full fine-tuning take far less: a [lora] table.")
     return " ".join(sentences)
 
 
+def plan_as_json(
+    setting: Setting, search: Search, planner: Planner, row: Batch, arguments: PlanArguments
+) -> dict[str, Any]:
+    """All of the plan for another program; docs/use/choosing.md describes it."""
+    asked, first = setting.config, search.tried[0].setting.config
+
+    def counted(memory: Memory) -> dict[str, Any]:
+        has_time = setting.card is not None and memory.fits
+        return {
+            "settings": column_name(memory.setting.config, first),
+            "fits": memory.fits,
+            "total_gib": memory.total / GIB,
+            "gib": {LABELS[kind]: size / GIB for kind, size in memory.sizes.items() if kind != "host"},
+            "host_gib": memory.sizes["host"] / GIB,
+            "step_s": planner.step(memory.setting, row).seconds if has_time else None,
+        }
+
+    run = None
+    if search.fitting and setting.card:
+        step = planner.step(search.fitting[0].setting, row)
+        rows, samples = step.rows * setting.gpus, len(row.sample_ids)
+        steps, basis = run_steps(asked, samples, arguments.samples)
+        run = {"step_s": step.seconds, "share_of_peak": step.mfu, "bound_by": step.bound}
+        run |= {"tokens_per_s": rows * row.num_tokens / step.seconds, "samples_per_s": rows * samples / step.seconds}
+        run |= {"steps": steps, "hours": steps and steps * step.seconds / 3600, "steps_are": basis}
+    return {
+        "model": asked.model.path,
+        "gpus": setting.gpus,
+        "gpu": arguments.gpu,
+        "gpu_memory_gib": setting.memory_gib,
+        "usable_gib": setting.usable_bytes / GIB,
+        "row": {"tokens": row.num_tokens, "vision_tokens": len(row.media_index_M), "samples": len(row.sample_ids)},
+        "fits": bool(search.fitting),
+        "verdict": verdict(setting, search, planner, row),
+        "best": search.tried.index(search.fitting[0] if search.fitting else search.smallest),
+        "tried": [counted(memory) for memory in tried_in(search)],
+        "proposals": [
+            {"why": one.why, "set": one.changes, "gpus": one.memory.setting.gpus, **counted(one.memory)}
+            for one in proposals(setting, search)
+        ],
+        "run": run,
+    }
+
+
+LABELS = {
+    "packed": "NF4 weights",
+    "weights": "frozen weights",
+    "trained": "trained weights",
+    "optimizer": "optimizer",
+    "gathered": "gathered weights",
+    "activations": "activations, gradients",
+}
+"""What the kinds of `Memory.sizes` on a GPU are called."""
+
+
 def memory_table(memories: Sequence[Memory], planner: Planner, row: Batch) -> Table:
     """A column for each of the settings that were tried: memory, and if a card is named, time."""
     first, rows = memories[0].setting, []
-    for label, name in (
-        ("NF4 weights", "packed"),
-        ("frozen weights", "weights"),
-        ("trained weights", "trained"),
-        ("optimizer", "optimizer"),
-        ("gathered weights", "gathered"),
-        ("activations, gradients", "activations"),
-        ("total", "total"),
-        ("host memory for it", "host"),
-    ):
+    for name, label in {**LABELS, "total": "total", "host": "host memory for it"}.items():
         sizes = [{**memory.sizes, "total": memory.total}[name] / GIB for memory in memories]
         if any(sizes) or name not in ("packed", "host"):
             rows.append([label, *(f"{gib:,.2f}" for gib in sizes)])
@@ -244,18 +340,25 @@ def describe_kernels(step: Step) -> str:
     return f"{used[0]:,} kernels a row, {used[1] / 1e9:,.0f} GB; {name} {other[0]:,} and {other[1] / 1e9:,.0f} GB"
 
 
-def run_hours(config: Config, step_s: float, samples_per_row: int, samples: int | None) -> tuple[str, str]:
-    """Hours of the whole run, and what they rest on: its steps, or its epochs of `samples` samples (None: counted)."""
+def run_steps(config: Config, samples_per_row: int, samples: int | None) -> tuple[int | None, str]:
+    """Steps of the whole run, and what they rest on: what is set, or epochs of `samples` samples (None: counted). None
+    if the samples can't be counted."""
     if config.train.max_steps:
-        steps, basis = config.train.max_steps, f"{config.train.max_steps:,} steps"
-    else:
-        if samples is None:
-            samples = count_samples(config)
-        if samples is None:
-            return "?", "epochs of data that are not on this machine: say how many with --samples"
-        epochs = config.train.epochs or 1
-        steps = math.ceil(epochs * math.ceil(samples / samples_per_row) / config.train.packs_per_step)
-        basis = f"{epochs} epoch(s) of {samples:,} samples, {steps:,} steps at most"
+        return config.train.max_steps, f"{config.train.max_steps:,} steps"
+    if samples is None:
+        samples = count_samples(config)
+    if samples is None:
+        return None, "epochs of data that are not on this machine: say how many with --samples"
+    epochs = config.train.epochs or 1
+    steps = math.ceil(epochs * math.ceil(samples / samples_per_row) / config.train.packs_per_step)
+    return steps, f"{epochs} epoch(s) of {samples:,} samples, {steps:,} steps at most"
+
+
+def run_hours(config: Config, step_s: float, samples_per_row: int, samples: int | None) -> tuple[str, str]:
+    """Hours of the whole run, and what they rest on."""
+    steps, basis = run_steps(config, samples_per_row, samples)
+    if steps is None:
+        return "?", basis
     return f"{steps * step_s / 3600:.2f} hours", f"{basis}; evaluation and saving not counted"
 
 

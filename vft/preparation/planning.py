@@ -14,7 +14,7 @@ are gathered. All of these overlap, so the slowest of them is the time of the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -104,10 +104,10 @@ class Setting:
         tables = {name: getattr(self.config, name).model_copy(update=change) for name, change in changes.items()}
         return replace(self, config=self.config.model_copy(update=tables))
 
-    def overrides_to(self, other: Setting) -> str:
-        """The settings of `other` that differ from these, as overrides of a command line."""
+    def changes_to(self, other: Setting) -> dict[str, Any]:
+        """The settings of `other` that differ from these, by dotted key."""
         changes = configs.differences(self.config, other.config, ignore=("parallel.memory_budget_gib",))
-        return " ".join(f"{key}={str(value).lower()}" for key, _, value in changes)
+        return {key: value for key, _, value in changes}
 
 
 @dataclass(frozen=True)
@@ -387,6 +387,11 @@ class Planner:
             run_step(model, self.objective, row, torch.device("cuda"), watcher=counter)
             self.kernels[key] = counter.kernels
         return self.kernels[key]
+
+
+def overrides(changes: Mapping[str, Any]) -> str:
+    """Settings by dotted key as overrides of a command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
 def step_of(model: VideoLanguageModel, setting: Setting, row: Batch, kernels: Kernels | None = None) -> Step:

@@ -143,7 +143,8 @@ def test_shard_1_is_proposed_where_the_model_fits(plan: Plan) -> None:
 
 
 def test_one_gpu_is_advised_nothing_about_gathering(plan: Plan) -> None:
-    done = plan(*ONE, "parallel.reshard_after_forward=false", "--gpu-memory-gib", "80", "--gpu", "H100")
+    done = plan(*ONE, "parallel.reshard_after_forward=false", "--gpu", "H100")
+    assert "on 1 x 80 GiB;" in done.stdout
     assert done.status == 0 and "shard" not in done.stdout and "faster" not in done.stdout
     assert "│ links" not in done.stdout and "traffic" not in done.stdout
 
@@ -177,6 +178,20 @@ def test_a_released_model_has_the_context_of_its_rope_factor(factor: float | Non
     assert build_planned(config).processor.context_tokens == 4096 * (factor or 1)
 
 
+def test_as_json(plan: Plan) -> None:
+    """43.5 MiB are too few without recomputation, and enough with some; the rest follows from the parts."""
+    size = ("--gpus", "1", "--gpu", "4090", "--gpu-memory-gib", "2.5425")
+    done = plan("recipes/demo/caption.toml", *size, "--json", "parallel.activation_checkpointing=none")
+    made = json.loads(done.ok().stdout)
+    assert made["fits"] and made["best"] == 1 and [one["fits"] for one in made["tried"]] == [False, True]
+    for one in made["tried"]:
+        assert one["total_gib"] == pytest.approx(sum(one["gib"].values()))
+        assert one["fits"] == (one["total_gib"] <= made["usable_gib"] == pytest.approx(0.0425))
+    needed = made["proposals"][0]
+    assert (needed["why"], needed["set"]) == ("needed", {"parallel.activation_checkpointing": "selective"})
+    assert made["run"]["hours"] == pytest.approx(200 * needed["step_s"] / 3600)
+
+
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:
     done = plan(*ONE, "--gpu-memory-gib", "80")
     assert "no times: name the card with --gpu" in done.stdout and not re.search(r"│ (step|run|tokens) ", done.stdout)
@@ -201,6 +216,7 @@ def test_a_run_in_epochs_has_its_hours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--gpus", "1"), "--gpu-memory-gib: is missing; give it, or name the card with --gpu"),
         (("--gpus", "0", "--gpu-memory-gib", "80"), "--gpus = 0: must be greater than or equal to 1"),
         (
             ("--gpus", "8", "--gpu-memory-gib", "80", "--efficiency", "1.5"),

@@ -103,7 +103,12 @@ def test_traffic_of_adapters_and_of_full_tuning(tiny: Tiny) -> None:
 def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
     row, model = row_and_model(tiny, settings(tiny, 16).config)
     card = Card(
-        flops=FlopCounter(model).count(row).hardware, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1e9, pcie_gb_s=1e9
+        flops=FlopCounter(model).count(row).hardware,
+        fp32_flops=1.0,
+        memory_gb_s=1.0,
+        link_gb_s=1e9,
+        pcie_gb_s=1e9,
+        memory_gib=80,
     )
     setting = settings(tiny, 16, card)
     step = step_of(model, setting, row)
@@ -120,7 +125,10 @@ def test_the_slowest_is_the_time_of_a_step(tiny: Tiny) -> None:
 
 def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
     setting = settings(
-        tiny, 1, Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1.0, pcie_gb_s=1.0), offload="frozen"
+        tiny,
+        1,
+        Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1.0, pcie_gb_s=1.0, memory_gib=80),
+        offload="frozen",
     )
     row, model = row_and_model(tiny, setting.config)
     step = step_of(model, setting, row)
@@ -135,7 +143,7 @@ def test_one_process_waits_for_its_copies(tiny: Tiny) -> None:
 def test_kernels_beside_the_products_take_their_time(tiny: Tiny) -> None:
     """One after another with the products; or the host launches them more slowly than they run."""
     row, model = row_and_model(tiny, settings(tiny, 1).config)
-    card = Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1e9, pcie_gb_s=1e9)
+    card = Card(flops=1e15, fp32_flops=1.0, memory_gb_s=1.0, link_gb_s=1e9, pcie_gb_s=1e9, memory_gib=80)
     kernels = Kernels(Counter({(10**15, 8): 2, (2, 780_000_000): 3}), 1000, 3_900_000_000, 10, 780_000_000)
     model_flops = FlopCounter(model).count(row).model
     for compile, beside_s in ((False, 5.0), (True, 1.0)):
@@ -151,7 +159,7 @@ def test_kernels_beside_the_products_take_their_time(tiny: Tiny) -> None:
 
 def test_modes_are_counted_as_they_run(tiny: Tiny) -> None:
     """What is computed again is launched again, and NF4 has to be unpacked."""
-    card = Card(flops=1e15, fp32_flops=1e15, memory_gb_s=1e3, link_gb_s=1e9, pcie_gb_s=1e9)
+    card = Card(flops=1e15, fp32_flops=1e15, memory_gb_s=1e3, link_gb_s=1e9, pcie_gb_s=1e9, memory_gib=80)
     planner, setting = Planner(cross_entropy), settings(tiny, 1, card, compile=False)
     row, _ = row_and_model(tiny, setting.config)
     none, full = (planner.step(setting.changed(activation_checkpointing=mode), row) for mode in ("none", "full"))
