@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ def tables(text: str) -> dict[str, Any]:
         raise UserError(f"settings: not TOML: {error}") from None
 
 
-def checked(space: Workspace, text: str) -> Config:
-    """The settings, valid and allowed in the page. UserError names the first that is not."""
+def checked(space: Workspace, text: str, overrides: Sequence[str] = ()) -> Config:
+    """The settings with `overrides` (`section.key=value`), valid and allowed in the page. UserError names the first
+    that is not."""
     if not text.strip():
         raise UserError("settings: there are none yet; choose a recipe, or data in the tab Data")
-    config = configs.load(tables(text))
+    config = configs.load(tables(text), overrides)
     space.check(config)
     return config
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vft.common.errors import UserError
 from vft.common.files import replace_text
-from vft.reporting.run_folder import read_json
 
 TAIL_BYTES = 64 * 1024
 """Of a log, shown from its end."""
@@ -35,9 +36,10 @@ class Job:
     folder: Path
 
     @property
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """`argv`, `pid`, `started`, and `stopping` once it was asked to stop; empty if there was no job."""
-        return read_json(self.folder / "job.json")
+        file = self.folder / "job.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @property
     def is_alive(self) -> bool:
@@ -53,8 +55,11 @@ class Job:
             pass
         return False
 
-    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> None:
+    def start(
+        self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], files: Mapping[str, str] | None = None
+    ) -> None:
         """Start `argv` in `cwd`, with `environment` over that of this process. Its output is added to `job.log`.
+        `files` are written to the job's folder first, by name.
 
         Raises UserError if the job is at work already.
         """
@@ -64,8 +69,10 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.folder}: is at work already, perhaps started from another tab") from None
+            for name, text in (files or {}).items():
+                replace_text(self.folder / name, text)
             started = datetime.now(UTC).isoformat(timespec="seconds")
-            log.write(f"$ {' '.join(argv)}\n".encode())
+            log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 argv,
@@ -87,8 +94,7 @@ class Job:
         record = self.record
         if not self.is_alive:
             raise UserError(f"{self.folder}: is not at work")
-        pid = record["pid"]
-        assert isinstance(pid, int)
+        pid: int = record["pid"]
         if at_once:
             os.killpg(pid, signal.SIGKILL)
         elif "stopping" not in record:
@@ -96,11 +102,14 @@ class Job:
             os.kill(pid, signal.SIGTERM)
 
     def tail(self) -> str:
-        """The end of its output. Of a line that was drawn again and again (progress bars) the last state."""
+        """The end of its output since it was started last. Of a line that was drawn again and again, as progress bars
+        are, the last state."""
         file = self.folder / "job.log"
         if not file.is_file():
             return ""
         with file.open("rb") as log:
             log.seek(max(0, file.stat().st_size - TAIL_BYTES))
             text = log.read().decode(errors="replace")
-        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+        begin = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=0)
+        return "\n".join(lines[begin:])

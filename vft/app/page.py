@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from vft.app import runs_tab, train_tab
 from vft.app.parts import Shared
 from vft.app.workspace import Workspace
 
-TABS: dict[str, Any] = {}
+TABS = {"Train": train_tab, "Runs": runs_tab}
 """Module with `build(shared)`, by the tab's name."""
 
 
@@ -19,7 +20,7 @@ def build(space: Workspace) -> gr.Blocks:
     with gr.Blocks(title="vft", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         draft = gr.Code(label="settings (TOML)", language="yaml", interactive=True, render=False)
         kept = gr.BrowserState("", storage_key="vft-draft", secret="settings are no secret")
-        shared = Shared(space, draft)
+        shared = Shared(space, draft, page.load)
         with gr.Tabs():
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
@@ -34,4 +35,5 @@ def look() -> dict[str, Any]:
     """Gradio's theme and CSS, with fonts of the system: others would come from a server."""
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-    return {"theme": theme, "css": resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")}
+    sheets = (resources.files("vft.reporting") / "parts.css", resources.files("vft.app") / "page.css")
+    return {"theme": theme, "css": "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets)}

@@ -24,6 +24,8 @@ class Shared:
     space: Workspace
     draft: gr.Code
     """The settings of the run that is being made, as TOML. The tab Train shows it; Data writes to it, Plan reads it."""
+    page_load: Any
+    """The event of a browser that opens the page."""
 
 
 def told(handler: F) -> F:

@@ -43,13 +43,7 @@ class CompareArguments(Arguments):
 def main(arguments: CompareArguments) -> None:
     """Command line."""
     runs = read(arguments.runs)
-    tables = {
-        "Settings that differ": settings(runs),
-        "Course": course(runs),
-        LAST: scores(runs),
-        f"{LAST}, less that of {next(iter(runs))}": differences(runs),
-    }
-    for title, rows in tables.items():
+    for title, rows in tables(runs).items():
         if rows:
             print_table(make_table(title, ["", *runs], ([label, *cells] for label, cells in rows.items())))
     rules = {name: run.about.get("rules", 1) for name, run in runs.items()}
@@ -57,14 +51,27 @@ def main(arguments: CompareArguments) -> None:
         versions = ", ".join(f"{name} {version}" for name, version in rules.items())
         print(f"warning: samples were made and scored by different rules ({versions}): scores don't compare")
     if arguments.html is not None:
-        curves = {name: curves_of(run) for name, run in runs.items()}
-        titles = dict.fromkeys(title for own in curves.values() for title in own if "/" not in title)
-        series = {title: {name: own[title] for name, own in curves.items() if title in own} for title in titles}
-        charts = [chart(title, lines) for title, lines in series.items()]
-        shown = {"names": list(runs), "tables": tables, "charts": charts, "scored": LAST, "scale_of": scale_of}
-        page = render("comparison.html", title="Runs compared", **shown)
-        replace_text(arguments.html, page)
+        replace_text(arguments.html, comparison_page(runs))
         print(f"wrote {arguments.html}")
+
+
+def tables(runs: Mapping[str, RecordedRun]) -> dict[str, Rows]:
+    """What is compared, by title."""
+    return {
+        "Settings that differ": settings(runs),
+        "Course": course(runs),
+        LAST: scores(runs),
+        f"{LAST}, less that of {next(iter(runs))}": differences(runs),
+    }
+
+
+def comparison_page(runs: Mapping[str, RecordedRun]) -> str:
+    """The page with the tables and the curves of all runs."""
+    curves = {name: curves_of(run) for name, run in runs.items()}
+    titles = dict.fromkeys(title for own in curves.values() for title in own if "/" not in title)
+    series = {title: {name: own[title] for name, own in curves.items() if title in own} for title in titles}
+    shown = {"names": list(runs), "tables": tables(runs), "scored": LAST, "scale_of": scale_of}
+    return render("comparison.html", title="Runs compared", charts=[chart(*one) for one in series.items()], **shown)
 
 
 def read(folders: list[Path]) -> dict[str, RecordedRun]:

@@ -45,16 +45,11 @@ class LiveArguments(Arguments):
 def main(arguments: LiveArguments) -> None:
     """Command line."""
     folder, svg = arguments.run, arguments.svg
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder}: no run.json; name the output_dir of a run")
-    config = configs.load(folder / "config.toml")
-    state = RunState(f"{config.task}: {config.output_dir}", config.train.max_steps or 0)
+    state, task = state_of(folder), configs.load(folder / "config.toml").task
     paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
     view = LiveView(state, paper if svg else Console(stderr=True))
     if svg is None:
         view.start()
-    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
-    state.begin_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
             update(state, folder, lines)
@@ -67,15 +62,29 @@ def main(arguments: LiveArguments) -> None:
         view.stop()
     if svg is not None:
         paper.print(state)
-        picture = paper.export_svg(title=f"python -m vft.recipes.{config.task}")
+        picture = paper.export_svg(title=f"python -m vft.recipes.{task}")
         fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they come from a server; any monospaced font will do
         replace_text(svg, fonts.sub("", picture))
         print(f"wrote {svg}")
 
 
+def state_of(folder: Path) -> RunState:
+    """What is known of a run before its first line of metrics.jsonl. UserError if the folder is no run's."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder}: no run.json; name the output_dir of a run")
+    config = configs.load(folder / "config.toml")
+    state = RunState(f"{config.task}: {config.output_dir}", config.train.max_steps or 0)
+    started = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started"]
+    state.begin_s = time.monotonic() - (time.time() - datetime.fromisoformat(started).timestamp())
+    return state
+
+
 def update(state: RunState, folder: Path, lines: IO[str]) -> None:
     """Add what the run has written since the last call."""
     while line := lines.readline():
+        if not line.endswith("\n"):  # it is being written
+            lines.seek(lines.tell() - len(line.encode()))
+            break
         entry: dict[str, Any] = json.loads(line)
         if "loss" in entry:
             before_s = state.step_ends[-1][0] if state.step_ends else 0.0

@@ -1,0 +1,74 @@
+"""The tab Runs: all runs in the folders, one of them in full, several side by side."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+from vft.app import run_view, runs
+from vft.app.parts import Shared, told
+from vft.app.workspace import Workspace
+from vft.cli.compare import comparison_page, read
+from vft.common.errors import UserError
+
+HEADS = ["run", "what it does", "where it is", "loss", "newest scores", "started"]
+
+
+def build(shared: Shared) -> None:
+    """The tab's components."""
+    space = shared.space
+    chosen = gr.State("")
+    with gr.Row():
+        name = gr.Dropdown([], label="run", scale=4, elem_id="run")
+        again = gr.Button("Look again", scale=1)
+    table = gr.HTML()
+    run_view.build(space, chosen)
+    with gr.Accordion("Compare runs", open=False):
+        several = gr.Dropdown([], multiselect=True, label="two to six runs", elem_id="compare")
+        compare = gr.Button("Compare")
+        page = gr.HTML()
+
+    def look() -> tuple[gr.Dropdown, gr.Dropdown, str]:
+        found = space.runs()
+        names = [space.shown(folder) for folder in found]
+        return gr.Dropdown(choices=names), gr.Dropdown(choices=names), table_html(space, found)
+
+    @told
+    def lay_side_by_side(names: list[str]) -> str:
+        if len(names) < 2:
+            raise UserError("compare: choose at least two runs")
+        text = comparison_page(read([space.existing(name, "run") for name in names]))
+        return f'<iframe class="report" title="comparison" sandbox srcdoc="{escape(text, quote=True)}"></iframe>'
+
+    @told
+    def choose(chosen_name: str | None) -> str:
+        return str(space.existing(chosen_name, "run")) if chosen_name else ""
+
+    gr.on([again.click, shared.page_load], look, None, [name, several, table], show_progress="hidden")
+    name.change(choose, name, chosen)
+    compare.click(lay_side_by_side, several, page)
+
+
+def table_html(space: Workspace, folders: list[Path]) -> str:
+    """A line for each run."""
+    if not folders:
+        return "<p>No run yet. The tab Train starts one.</p>"
+    lines = []
+    for folder in folders:
+        try:
+            now = runs.status(folder)
+        except UserError as error:  # of an earlier version, or damaged: the others are shown all the same
+            lines.append(f"<td>{escape(space.shown(folder))}</td><td colspan=5>{escape(str(error))}</td>")
+            continue
+        loss = now.state.line.get("loss")
+        begun = datetime.fromtimestamp(folder.stat().st_ctime).isoformat(" ", "minutes")
+        cells = [space.shown(folder), now.word, now.text, "" if loss is None else f"{loss:.4f}"]
+        cells += [re.sub(r"^step \d+: ", "", now.state.evaluation), begun]
+        lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{one}</th>" for one in HEADS)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
