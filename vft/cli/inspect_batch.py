@@ -162,7 +162,8 @@ def summary(documents: Dataset, plan: PackPlan, data: DataConfig) -> dict[str, A
     )
     planned_text = f" of {len(planned):,} documents looked at" if len(planned) < count else ""
     facts = {
-        "samples": f"{documents.num_samples:,} in {count:,} documents; {len(documents.bad):,} left out",
+        "samples": f"{documents.num_samples:,} in {count:,} documents (those about one video are one); "
+        f"{len(documents.bad):,} left out",
         "tokens of a document": f"{min(lengths):,} to {max(lengths):,}",
         "rows of an epoch": f"{len(packs):,}, filled to {tokens / (len(packs) * data.pack_tokens):.0%} on average",
         "dropped to fit a row": ", ".join(f"{note} in {n:,}" for note, n in notes.items()) + planned_text or "nothing",

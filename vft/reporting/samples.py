@@ -154,7 +154,7 @@ def _part(name: str, document: Document, rows: slice, supervised: str, tokenizer
     for kind, run in groupby(zip(*(column.tolist() for column in columns), strict=True), key=kind_of):
         ids = [token for _, token, _ in run]
         if kind == "vision":
-            pieces = [Piece(kind, f"{len(ids):,} vision tokens")]
+            pieces = [Piece(kind, f"{len(ids):,} vision token{'s' * (len(ids) > 1)}")]
             text += pieces
         else:
             text.append(Piece(kind, tokenizer.decode(ids, clean_up_tokenization_spaces=False)))

@@ -70,7 +70,7 @@ def test_a_shared_prefix_and_its_suffixes() -> None:
     assert "prefers-color-scheme: dark" in page and "frames: 4 of 8 kept" in page
     key = page[page.index('<dl class="key">') : page.index("</dl>")]
     explained = [re.sub(r"<[^>]*>", "", one) for one in re.findall(r"<dt>(.*?)</dt>", key)]
-    assert explained == ["supervised", "vision tokens", "&lt;|im_end|&gt;", "shared prefix", "suffix", "shortened"]
+    assert explained == ["supervised", "vision tokens", "grey", "shared prefix", "suffix", "shortened"]
     assert "rejected" not in key
 
 
