@@ -20,11 +20,10 @@ def build(space: Workspace) -> gr.Blocks:
     with gr.Blocks(title="vft", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         draft = gr.Code(label="settings (TOML)", language="yaml", interactive=True, render=False)
         kept = gr.BrowserState("", storage_key="vft-draft", secret="settings are no secret")
-        shared = Shared(space, draft, page.load)
         with gr.Tabs():
-            for name, tab in TABS.items():
-                with gr.Tab(name, id=name):
-                    tab.build(shared)
+            for name, module in TABS.items():
+                with gr.Tab(name, id=name) as tab:
+                    module.build(Shared(space, draft, (page.load, tab.select)))
         # A closed browser loses nothing: the settings come back.
         page.load(lambda text: text or gr.skip(), kept, draft, show_progress="hidden")
         draft.change(lambda text: text, draft, kept, show_progress="hidden")

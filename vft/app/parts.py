@@ -24,8 +24,9 @@ class Shared:
     space: Workspace
     draft: gr.Code
     """The settings of the run that is being made, as TOML. The tab Train shows it; Data writes to it, Plan reads it."""
-    page_load: Any
-    """The event of a browser that opens the page."""
+    shown: tuple[Any, ...]
+    """The events, for `gr.on`, of a browser that opens the page, and of the tab when it is chosen: what lies in the
+    folders may have changed."""
 
 
 def told(handler: F) -> F:

@@ -48,7 +48,7 @@ def build(shared: Shared) -> None:
     def choose(chosen_name: str | None) -> str:
         return str(space.existing(chosen_name, "run")) if chosen_name else ""
 
-    gr.on([again.click, shared.page_load], look, None, [name, several, table], show_progress="hidden")
+    gr.on([again.click, *shared.shown], look, None, [name, several, table], show_progress="hidden")
     name.change(choose, name, chosen)
     compare.click(lay_side_by_side, several, page)
 

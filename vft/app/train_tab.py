@@ -24,7 +24,7 @@ def build(shared: Shared) -> None:
     settings = form.form_settings()
     filled, started = gr.State({}), gr.State("")
     with gr.Row():
-        source = gr.Dropdown([*drafts.recipes(space)], label="start from a recipe or the settings of a run", scale=4)
+        source = gr.Dropdown([], label="start from a recipe or the settings of a run", scale=4)
         load = gr.Button("Load", scale=1)
     with gr.Row():
         with gr.Column(scale=1):
@@ -70,6 +70,7 @@ def build(shared: Shared) -> None:
             return f'<p class="bad">{escape(str(error))}</p>'
         return f"<p class=good>These settings are valid. The run will be {escape(str(config.output_dir))}.</p>"
 
+    gr.on(shared.shown, lambda: gr.Dropdown(choices=[*drafts.recipes(space)]), None, source, show_progress="hidden")
     load.click(read, source, draft)
     fields = [*widgets.values()]
     draft.change(follow, [draft, filled], [*fields, filled], show_progress="hidden", trigger_mode="always_last")
