@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.console import Console
 from rich.table import Table
 
-from vft.cli.arguments import Choices, ConfigArguments, command
+from vft.cli.arguments import ConfigArguments, command
 from vft.common.console import make_table
-from vft.common.device_specs import CARDS
+from vft.common.device_specs import CARDS, card_name
 from vft.common.errors import UserError
 from vft.common.types import Batch
 from vft.config import run as configs
@@ -49,6 +49,13 @@ from vft.training.checks import check_shares
 from vft.training.preferences import objective_of
 
 
+def _card_name(text: str | None) -> str | None:
+    name = text and card_name(text)
+    if text and name is None:
+        raise ValueError(f"is not known here; the cards are {', '.join(sorted(CARDS))}")
+    return name
+
+
 class PlanArguments(ConfigArguments):
     """Arguments of `vft plan`."""
 
@@ -56,8 +63,8 @@ class PlanArguments(ConfigArguments):
     """number of GPUs; each runs one process"""
     gpu_memory_gib: PositiveFloat | None = None
     """memory of one GPU, GiB (default: that of --gpu)"""
-    gpu: Annotated[str | None, Choices(sorted(CARDS))] = None
-    """the card, to estimate times; without it there are none"""
+    gpu: Annotated[str | None, AfterValidator(_card_name)] = None
+    """the card, such as 4090 or H100, to estimate times; without it there are none"""
     as_json: Annotated[bool, Field(alias="json")] = False
     """print the plan as JSON, for another program"""
     efficiency: Annotated[float | None, Field(gt=0, le=1)] = None

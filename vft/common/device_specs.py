@@ -65,8 +65,8 @@ CARDS = {
 MI250X: one of its two dies, each of which torch shows as a GPU."""
 
 
-def card_of(device_name: str) -> Card | None:
-    """The card with this device name (`NVIDIA H100 80GB HBM3`), or None if it is unknown.
+def card_name(device_name: str) -> str | None:
+    """Key in `CARDS` of the card with this device name (`NVIDIA H100 80GB HBM3`), or None if it is unknown.
 
     All words of a card's name must be in the device's, in any order: `NVIDIA A100 80GB PCIe` is `A100 PCIe`. If several
     cards match, the one with most words counts.
@@ -75,12 +75,12 @@ def card_of(device_name: str) -> Card | None:
     if words & {"laptop", "mig"}:  # only a part of the card, or another chip with the same name
         return None
     known = [name for name in CARDS if words.issuperset(name.lower().split())]
-    return CARDS[max(known, key=lambda name: len(name.split()))] if known else None
+    return max(known, key=lambda name: len(name.split()), default=None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Peak of dense products in `dtype` on the device, FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
-    card = card_of(torch.cuda.get_device_name(device))
-    return None if card is None else card.peak(dtype)
+    name = card_name(torch.cuda.get_device_name(device))
+    return None if name is None else CARDS[name].peak(dtype)
