@@ -27,6 +27,7 @@ OPTIONS: dict[MediaKind, frozenset[str]] = {
 }
 OF_FRAME_LISTS = frozenset({"sample_fps", "timestamps"})
 """Options of a video that is a list of pictures; a file has its own frames and times."""
+EDGES = frozenset({"video_start", "video_end"})
 REAL_OPTIONS = frozenset({"fps", "video_start", "video_end", "sample_fps"})
 LIST_OPTIONS = frozenset({"trim", "timestamps"})
 """Options of which one value is itself a list."""
@@ -42,6 +43,8 @@ _EDGE = re.compile(
     r"(s|secs?|seconds?|ms|msecs?|millis|milliseconds?|frames?|frameid|(?:frame)?(?:idx|index))?"
 )
 """Keys, without separators, for where a part begins or ends. `stop` alone is a setting of text generation."""
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):([0-5]?\d(?:[.,]\d+)?)")
+"""A time as hh:mm:ss or mm:ss, with a fraction."""
 _TRIMS = frozenset({"trim", "videotrim", "trimrange", "videorange", "cliprange"})
 _AMBIGUOUS = frozenset(
     {"timestamp", "timestamps", "timespan", "timerange", "times", "cliptime", "cliptimes", "clip", "segment"}
@@ -226,10 +229,13 @@ def _settings(key: str, value: Any, field: str) -> Iterator[tuple[str, Any]]:
     for option, number in values.items():
         if number is None:
             continue
+        if meaning.unit_s == 1.0 and option in EDGES and (clock := _CLOCK.fullmatch(str(number).strip())):
+            number = float(clock[1] or 0) * 3600 + float(clock[2]) * 60 + float(clock[3].replace(",", "."))
         at_least = 0 if option == "video_start" else 1e-6 if option in REAL_OPTIONS else 1
         if not _is_number(number, whole=option not in REAL_OPTIONS) or number < at_least:
             what = "a number" if option in REAL_OPTIONS else "a whole number"
-            raise RecordError(field, f"{short_repr(number)} must be {what} of at least {at_least:g}")
+            form = ", such as 90.5 or 1:30.5" if option in EDGES and isinstance(number, str) else ""
+            raise RecordError(field, f"{short_repr(number)} must be {what} of at least {at_least:g}{form}")
         yield option, number if meaning.unit_s == 1.0 else number * meaning.unit_s
 
 
