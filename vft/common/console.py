@@ -6,6 +6,8 @@ import gc
 import io
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +85,8 @@ def setup_logging() -> None:
 def user_errors() -> Iterator[None]:
     """Set up the messages of a command, and turn a UserError into one line on stderr and exit status 2.
 
-    Of each host's processes one prints the line. Ctrl-C gives status 130, and another signal its own.
+    Of each host's processes one prints the line. Ctrl-C gives status 130, another signal its own, and a pipe whose
+    reader has gone that of SIGPIPE.
     """
     setup_logging()
     gc.freeze()  # what is imported stays: no collection need look at it, least of all the one at the end
@@ -95,6 +98,13 @@ def user_errors() -> Iterator[None]:
         if error.on_one_rank or is_first_of_host:
             logger.error("%s%s", "" if rank == "0" else f"rank {rank}: ", error)
         sys.exit(2)
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not any(event & select.POLLERR for _, event in output.poll(0)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written has no reader
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         if is_first_of_host:
             logger.info("%s", str(stop) or "interrupted", extra={"all_ranks": True})

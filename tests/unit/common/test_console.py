@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -80,3 +81,12 @@ def test_a_progress_bar_makes_room_for_messages(monkeypatch: pytest.MonkeyPatch)
         text = sys.stderr.getvalue()  # type: ignore[attr-defined]
         before, _, after = text.partition("a message\n")
         assert "4/10" in before and before.endswith("\r") and "4/10" in after
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    lines = ["from vft.common.console import user_errors", "with user_errors():", " while True:", "  print('x' * 9999)"]
+    code = "\n".join(lines)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(1) == b"x"
+    process.stdout.close()
+    assert process.wait(60) == 128 + 13 and process.stderr is not None and process.stderr.read() == b""
