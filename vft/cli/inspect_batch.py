@@ -31,7 +31,7 @@ from vft.data.packing import PackPlan, owners
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.models.base import VideoLanguageModel
-from vft.preparation.documents import load_training, training_streams
+from vft.preparation.documents import load_training, report_classes, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.page import render
@@ -75,6 +75,7 @@ def main(arguments: InspectArguments) -> None:
     prepared = open_for_inference(config.model, adapter if arguments.forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
     documents = load_training(task, config, encoder)
+    report_classes(documents, None)
     with (
         WorkerPool(data.workers, data.decode_timeout_s) as pool,
         training_streams(task, config, encoder, pool) as streams,
@@ -108,6 +109,8 @@ def main(arguments: InspectArguments) -> None:
         )
         (folder / "preview.html").write_text(page, encoding="utf-8")
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
+    if left_out:
+        print(f"{len(left_out)} samples can't be used: the page says why")
 
 
 def first_batch(loader: Loader) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from vft.common.types import Conversation, Sample
 from vft.config.run import Config
 from vft.data import formats
 from vft.data.chat import ChatEncoder
-from vft.data.dataset import Dataset, MakeConversations, converse, take
+from vft.data.dataset import Dataset, MakeConversations, converse, describe_prompts, take
 from vft.data.records.preferences import DESIRABLE, REJECTED
 from vft.data.split import Split, overlap_warning
 from vft.data.stored import load_stored
@@ -26,6 +27,10 @@ from vft.distributed.process_group import environment
 logger = logging.getLogger(__name__)
 
 
+MAX_CLASSES = 20
+"""Classes that a message lists."""
+MAX_COUNTED = 100_000
+"""Samples up to which those of each class are counted."""
 PAIR_SCORES = ("likelier_chosen", "reward_accuracy", "reward_margin")
 """Beside the loss, of held-out pairs: the share whose chosen answer is likelier than the rejected one; while training
 also the share whose chosen answer it has raised more, and by how much more, in log-probability. A tie counts half."""
@@ -161,6 +166,32 @@ def load_asked(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     make = _desirable_only(evaluated_conversations(task), leave_out=True)
     split = held_out_split(config, held_out=False)
     return load_stored(config.data, config.data.indexed, make, task, "to ask", encoder, config.seed, split)
+
+
+def report_classes(training: Dataset, held_out: Dataset | None) -> None:
+    """Say how many samples each label has, if all samples answer one question with one of the same labels, and warn of
+    labels that can't be learnt or scored. Of large sets nothing is said, because all of their samples would be read."""
+    labels = describe_prompts(training.prompts).get("labels", [])
+    if not labels or training.num_samples > MAX_COUNTED:
+        return
+    trained = Counter(one.turns[-1].text for one in training.conversations)
+    scored = Counter(one.turns[-1].text for one in held_out.conversations) if held_out is not None else None
+    counts = [f"{label} {trained[label]:,}" + (f" + {scored[label]:,}" if scored else "") for label in labels]
+    beside = " + held out" if scored else ""
+    logger.info("classes (%d), samples%s: %s", len(labels), beside, _some(counts))
+    alike = Counter(label.casefold() for label in labels)
+    for found, what in (
+        ([] if len(labels) > 1 else labels, "the only class, so there is nothing to tell apart"),
+        ([label for label in labels if not trained[label]], "classes without a sample to train on"),
+        ([label for label in labels if scored and not scored[label]], "classes without a held-out sample, or a score"),
+        ([label for label in labels if alike[label.casefold()] > 1], "classes that differ in case alone"),
+    ):
+        if found:
+            logger.warning("%s: %s", what, _some([repr(label) for label in found]))
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:MAX_CLASSES]) + (f" and {len(texts) - MAX_CLASSES} more" if texts[MAX_CLASSES:] else "")
 
 
 def held_out_split(config: Config, held_out: bool) -> Split | None:

@@ -51,7 +51,8 @@ def check_steps(train: TrainConfig, steps: int) -> None:
     if train.warmup_steps > steps:
         raise UserError(
             f"train.warmup_steps = {train.warmup_steps}: the run has {steps} steps and would never reach the learning "
-            f"rate; take fewer, such as train.warmup_steps={steps // 10}"
+            f"rate; train longer (train.epochs, or train.max_steps), or take fewer, such as "
+            f"train.warmup_steps={steps // 10}"
         )
 
 

@@ -39,7 +39,7 @@ from vft.models.base import Objective
 from vft.models.experts import expert_loads, routing_loss
 from vft.models.flops import FlopCounter
 from vft.parallel.parallelize import sync_gradients
-from vft.preparation.documents import load_held_out, load_training, training_streams, warn_of_overlap
+from vft.preparation.documents import load_held_out, load_training, report_classes, training_streams, warn_of_overlap
 from vft.preparation.memory import largest_rows, memory_preflight, resolve
 from vft.preparation.run import load, open_for_training, start_adapters
 from vft.preparation.synthetic import filled_row
@@ -102,6 +102,7 @@ class Trainer:
         # Before the process group: the first scan of a large data set may take longer than any timeout of a collective.
         documents = load_training(task, config, encoder)
         self.held_out = load_held_out(task, config, encoder) if config.eval.every_steps else None
+        report_classes(documents, self.held_out)
         if self.held_out is not None:
             warn_of_overlap(task, config, self.held_out, documents)
         stack.enter_context(process_group(world, alone=config.parallel.offload != "none"))

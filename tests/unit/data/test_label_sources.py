@@ -54,9 +54,13 @@ def lay_out_folders(root: Path) -> Path:
     return root / "train"
 
 
-def test_a_folder_a_class(tmp_path: Path) -> None:
+def test_a_folder_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = lay_out_folders(tmp_path)
+    caplog.set_level("INFO")
     records = read_folders(path, tmp_path)
+    beside, pictures = caplog.messages
+    assert beside.endswith(": what lies in no class folder is left out (1): 'readme.mp4'")
+    assert pictures.endswith(": 1 of 3 files are pictures (of a GIF the first frame counts): 'c.jpg'")
     assert found(records, tmp_path) == [
         ("chess/c.jpg", "train/chess/c.jpg", "chess", "train/chess/c.jpg"),
         ("riding_a_bike/a.mp4", "train/riding_a_bike/a.mp4", "riding a bike", "train/riding_a_bike/a.mp4"),

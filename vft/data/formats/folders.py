@@ -7,9 +7,10 @@ the folder is called as a split is, also those of the other splits beside it.
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,8 @@ from vft.data.formats import Format
 from vft.data.records.files import label_classes, labelled_sample, read_classes
 from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, find_path, is_stray, resolve_media
 from vft.data.records.record import Records, make_samples, short_repr
+
+logger = logging.getLogger(__name__)
 
 
 class Folders(Format):
@@ -43,11 +46,34 @@ class Folders(Format):
             return [labelled_sample(name.as_posix(), ref, label_of[name.parts[0]], labels, origin)]
 
         files = [file for name in classes for file in clips_below(path / name)]
+        _report_odd(source.path, path, files)
         if not files:
             raise UserError(f"{path}: no videos or pictures in its {len(classes)} class folder(s); put clips there")
         origins = (f"{path.name}/{file.relative_to(path).as_posix()}" for file in files)
         printable = (origin if origin.isprintable() else short_repr(origin) for origin in origins)
         return make_samples(zip(printable, files, strict=True), parse)
+
+
+def _report_odd(name: str, path: Path, files: Sequence[Path]) -> None:
+    """Say which files are not what a folder of clips is expected to hold."""
+    beside = [
+        entry.name for entry in sorted(path.iterdir()) if _suffix(entry.name) in VIDEO_SUFFIXES | PICTURE_SUFFIXES
+    ]
+    if beside:
+        logger.warning("%s: what lies in no class folder is left out (%d): %s", name, len(beside), _some(beside))
+    pictures = [file.name for file in files if _suffix(file.name) in PICTURE_SUFFIXES]
+    if pictures and len(pictures) < len(files):
+        text = "%s: %d of %d files are pictures (of a GIF the first frame counts): %s"
+        logger.info(text, name, len(pictures), len(files), _some(pictures))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(short_repr, names[:3])) + ", ..." * (len(names) > 3)
+
+
+def _suffix(name: str) -> str:
+    """In lower case; none for what is to be ignored."""
+    return "" if is_stray(name) else os.path.splitext(name)[1].lower()
 
 
 def _class_folders(path: Path) -> list[str]:
@@ -89,8 +115,7 @@ def clips_below(folder: Path) -> Iterator[Path]:
     for inner, folders, names in os.walk(folder, onerror=_fail):
         folders[:] = sorted(name for name in folders if not is_stray(name))
         for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()
-            if not is_stray(name) and (suffix in VIDEO_SUFFIXES or suffix in PICTURE_SUFFIXES):
+            if _suffix(name) in VIDEO_SUFFIXES | PICTURE_SUFFIXES:
                 yield Path(inner, name)
 
 
