@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.helpers.formats import write
 from tests.helpers.tars import write_tar
@@ -232,3 +234,27 @@ def test_a_set_is_read_trained_on_and_scored(name: str, world: World, commands: 
     assert all(("option_scores" in row) == ("choice" in row) for row in rows)
     scored = commands.run("tools/evaluate.py", config, "--adapter", tmp_path / "run/adapter").ok()
     assert own_scores - {s for s in own_scores if "/" in s} <= set(scored.stdout.split())
+    if name == "folders":
+        assert "classes (4), samples + held out: a blue bar 1 + 1, a green bar 1 + 1" in ended.stderr
+        check_prediction_of_labels(commands, world, tmp_path, rows)
+
+
+def check_prediction_of_labels(commands: Commands, world: World, folder: Path, scored: list[dict[str, Any]]) -> None:
+    """Clips are given the labels of training, as likely as evaluation found them; another question gets a text."""
+    asked = ("tools/predict.py", "--model", world.base, "--adapter", folder / "run/adapter")
+    files = ("--output", folder / "answers.jsonl", "--table", folder / "answers.csv")
+    for _ in range(2):  # the second time all are answered before, and the table is the same
+        commands.run(*asked, *files, folder / "data/train").ok()
+        with (folder / "answers.csv").open(encoding="utf-8-sig", newline="") as file:
+            table = {row["video"]: row for row in csv.DictReader(file)}
+        assert len(table) == len(scored)
+    for row in scored:
+        found, labels = table[row["media"][0]], list(row["option_scores"])
+        shares = torch.tensor(list(row["option_scores"].values())).softmax(0)
+        assert found["prediction"] == row["choice"]
+        assert [float(found[label]) for label in labels] == pytest.approx(shares.tolist(), abs=2e-3)
+        assert float(found["probability"]) == max(float(found[label]) for label in labels)
+    clip = scored[0]["media"][0]
+    assert re.fullmatch(r"a \w+ bar \(\d+%\)\n", commands.run(*asked, clip).ok().stdout)
+    other = commands.run(*asked, "--prompt", "What?", "--max-new-tokens", 2, "--json", clip).ok()
+    assert "probabilities" not in json.loads(other.stdout)

@@ -4,6 +4,9 @@ VIDEO is a video or picture, a folder of them, or a file of records (JSON, JSONL
 data, whose last answers become references, or {"video": ..., "question": ...}. Frames and pixels are those that the
 adapter (or merged model) was trained with, unless options say otherwise.
 
+A model that was trained on classes answers with the likeliest of them; --json, --output and --table say how likely each
+one is.
+
 With --output FILE.jsonl each answer is a line of that file as soon as it is known, and the same command again resumes.
 With --segments SECONDS a long video is asked about part by part.
 
@@ -28,7 +31,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from vft.adapters.peft_format import recorded
 from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command
 from vft.common.errors import UserError
-from vft.common.task import Answer
+from vft.common.files import replace_text
+from vft.common.task import Answer, Question
 from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import Count, Name, NonNegativeFloat, Positive, PositiveFloat, explain, parse_value
@@ -37,10 +41,10 @@ from vft.data.media.video import scan
 from vft.data.records.files import RECORD_SUFFIXES
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel, all_of, environment, make_mesh, process_group
-from vft.inference.answers_file import AnswersFile, answer_settings, prediction_line
+from vft.inference.answers_file import AnswersFile, Line, answer_settings, prediction_line, table_text
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times
+from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times, with_labels
 from vft.preparation.documents import check_answer_length
 from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
@@ -70,6 +74,12 @@ def _check_prompt(prompt: str) -> str:
     if not prompt.strip():
         raise ValueError("asks nothing; give a text, or leave it out")
     return prompt
+
+
+def _check_table(file: Path) -> Path:
+    if file.suffix.lower() != ".csv":
+        raise ValueError(f"is written as CSV; name it {file.with_suffix('.csv')}")
+    return file
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -152,6 +162,8 @@ class PredictArguments(AskArguments):
     """one JSON object a video: video, prompt, prediction"""
     output: JsonlFile | None = None
     """JSONL file of answers, with which a second run resumes"""
+    table: Annotated[Path, AfterValidator(_check_table)] | None = None
+    """CSV file, for a spreadsheet, of all answers, written when the last one is known"""
     root: ExistingFolder | None = None
     """folder that the media of records lie in (default: that of their file)"""
     columns: Annotated[dict[str, str], BeforeValidator(_columns)] = Field(default_factory=dict)
@@ -169,6 +181,8 @@ class PredictArguments(AskArguments):
     def _agree(self) -> Self:
         if self.json_lines and self.output:
             raise ValueError("--json prints, --output writes JSON to a file; leave one out")
+        if self.json_lines and self.table:
+            raise ValueError("--json prints, --table writes a table to a file; leave one out")
         if self.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in self.videos):
             raise ValueError("--root is where the media of records lie, but no file of records is named; leave it out")
         if not any(path.exists() for path in self.videos):  # before a large model is loaded for nothing
@@ -219,13 +233,22 @@ def predict(options: PredictArguments) -> int:
         left = [request for request, is_answered in zip(requests, answered, strict=True) if not is_answered]
         if len(left) < len(requests):
             logger.info("%s: %d of %d answered before", options.output, len(requests) - len(left), len(requests))
-        if not left:
-            return 0
-        parallel = ParallelConfig()
-        mesh = make_mesh(world, inference_shard(parallel, prepared.model, world))
-        load_for_inference(prepared, world.device, mesh, parallel)
-        answerer = Answerer(prepared.model, prepared.encoder(config), config, info, pool, world, DataParallel.of(mesh))
-        return answer_requests(answerer, left, options, file)
+        lines: list[Line] = []
+        failed = 0
+        if left:
+            parallel = ParallelConfig()
+            mesh = make_mesh(world, inference_shard(parallel, prepared.model, world))
+            load_for_inference(prepared, world.device, mesh, parallel)
+            encoder, group = prepared.encoder(config), DataParallel.of(mesh)
+            answerer = Answerer(prepared.model, encoder, config, info, pool, world, group)
+            failed = answer_requests(answerer, left, options, file, lines)
+        if options.table is not None and world.is_main:
+            now = iter(lines)
+            pairs = zip(requests, answered, strict=True)
+            rows = [file.line(one) if file is not None and is_answered else next(now) for one, is_answered in pairs]
+            replace_text(options.table, table_text(rows))
+            logger.info("wrote %s", options.table)
+        return failed
 
 
 def requests_of(options: PredictArguments, about: Mapping[str, Any]) -> list[Request]:
@@ -233,6 +256,8 @@ def requests_of(options: PredictArguments, about: Mapping[str, Any]) -> list[Req
     prompt = options.prompt or about.get("prompt") or DEFAULT_PROMPT
     before = "" if options.prompt else about.get("prompt_before_media", "")
     requests = read_requests(options.videos, prompt, options.root, options.columns, before, about.get("system"))
+    if about.get("labels") and not options.temperature:
+        requests = [with_labels(request, about["prompt"], about["labels"]) for request in requests]
     silent = sum(not request.asks for request in requests)
     if silent and options.prompt is None:
         text = "%d of %d records ask nothing themselves: %r is asked; --prompt asks another"
@@ -241,13 +266,18 @@ def requests_of(options: PredictArguments, about: Mapping[str, Any]) -> list[Req
 
 
 def answer_requests(
-    answerer: Answerer, requests: Sequence[Request], options: PredictArguments, file: AnswersFile | None
+    answerer: Answerer,
+    requests: Sequence[Request],
+    options: PredictArguments,
+    file: AnswersFile | None,
+    lines: list[Line],
 ) -> int:
     """Answer all questions and show each answer, or why there is none, as soon as it is known; returns how many have
-    no answer. Every process must call it; the first one shows."""
+    no answer. Every process must call it; the first one shows, and adds to `lines`."""
     is_main = answerer.world.is_main
     is_single = len(requests) == 1 and requests[0].segment_s is None
-    live = is_single and file is None and not options.json_lines and sys.stdout.isatty() and is_main
+    texts = any(isinstance(one.question, Question) and not one.question.prompt.options for one in requests)
+    live = texts and is_single and file is None and not options.json_lines and sys.stdout.isatty() and is_main
     if file is not None and is_main:
         file.begin()
     reasons: Counter[str] = Counter()
@@ -257,7 +287,8 @@ def answer_requests(
         options.sampling,
         options.batch_size,
         write=(lambda text: print(text, end="", flush=True)) if live else None,
-        show_progress=file is not None,
+        show_progress=file is not None or options.table is not None,
+        texts=texts,
     )
     for request, answer in zip(requests, answers, strict=True):
         if isinstance(answer, Failure):
@@ -266,14 +297,16 @@ def answer_requests(
         else:
             cut_off += answer.is_cut_off
         if is_main:
+            lines.append(prediction_line(request, answer))
             show(request, answer, options, file, live)
     if cut_off:
         limit = f"--max-new-tokens = {options.max_new_tokens}, or the end of the model's context"
         logger.info("%d of %d answers were cut off at %s", cut_off, len(requests), limit)
     failed = reasons.total()
-    if failed and file is not None and is_main:
+    written = options.output or options.table
+    if failed and written is not None and is_main:
         counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-        logger.error("%d of %d questions have no answer (%s): see %s", failed, len(requests), counts, file.path)
+        logger.error("%d of %d questions have no answer (%s): see %s", failed, len(requests), counts, written)
     return failed
 
 
@@ -283,6 +316,8 @@ def show(
     """Write one answer, or why there is none, to the file, or print it."""
     if file is not None:
         file.add(request, answer)
+    elif options.table is not None:
+        return
     elif isinstance(answer, Failure):
         logger.error("%s", answer.message)
     elif live:
@@ -294,7 +329,10 @@ def show(
         print(json.dumps(line, ensure_ascii=False), flush=True)
     else:
         is_only = len(options.videos) == 1 and options.videos[0].is_file() and not request.is_record
-        print(": ".join([*([] if is_only else [request.id]), *clock(request), answer.text]), flush=True)
+        text = answer.text
+        if answer.choice is not None:
+            text = f"{answer.question.prompt.options[answer.choice]} ({max(answer.option_probabilities):.0%})"
+        print(": ".join([*([] if is_only else [request.id]), *clock(request), text]), flush=True)
 
 
 def with_options(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,12 @@ class Answer:
     def choice(self) -> int | None:
         """Index of the most likely option; None if the question has no options."""
         return likeliest(self.option_scores)
+
+    @property
+    def option_probabilities(self) -> tuple[float, ...]:
+        """Probability of each option, if the answer is one of them: the softmax of `option_scores`."""
+        weights = [math.exp(score - max(self.option_scores)) for score in self.option_scores]
+        return tuple(weight / sum(weights) for weight in weights)
 
     @property
     def right_options(self) -> frozenset[int]:

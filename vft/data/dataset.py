@@ -512,9 +512,9 @@ def take(samples: Sequence[Sample], rule: str, seed: int) -> list[Sample]:
 
 # ------------------------------------------------------------------------------- prompts, which a trained model knows
 
-Prompts = Counter[tuple[str, str, str | None]]
-"""How many samples have a prompt: the text before and after the first medium of the first user turn, and the system
-text (None: no system turn; a template may add one)."""
+Prompts = Counter[tuple[str, str, str | None, tuple[str, ...]]]
+"""How many samples have a prompt: the text before and after the first medium of the first user turn, the system text
+(None: no system turn; a template may add one), and the closed set of answers."""
 
 
 def prompts_of(conversations: Iterable[Conversation]) -> Prompts:
@@ -526,21 +526,24 @@ def prompts_of(conversations: Iterable[Conversation]) -> Prompts:
             continue
         start = next((place for place, part in enumerate(first.parts) if isinstance(part, MediaRef)), 0)
         before, behind = (Turn("user", parts).text for parts in (first.parts[:start], first.parts[start:]))
-        prompts[before, behind, next((turn.text for turn in one.turns if turn.role == "system"), None)] += 1
+        system = next((turn.text for turn in one.turns if turn.role == "system"), None)
+        prompts[before, behind, system, one.options] += 1
     return prompts
 
 
 def describe_prompts(counts: Prompts) -> dict[str, Any]:
     """For vft.json: the most frequent prompt (with the text before the media) and system text, the fraction of samples
-    that had it, and how many others there were. Empty if nothing was counted."""
+    that had it, and how many others there were; the `labels` of the prompt, if all of its samples have the same. Empty
+    if nothing was counted."""
     if not counts:
         return {}
     prompts, systems = Counter[tuple[str, str]](), Counter[str | None]()
-    for (before, prompt, system), count in counts.items():
+    for (before, prompt, system, _), count in counts.items():
         prompts[before, prompt] += count
         systems[system] += count
     (((before, prompt), of_prompt),) = prompts.most_common(1)
     ((system, of_system),) = systems.most_common(1)
+    labels, *others = {tuple(sorted(options)) for *asked, _, options in counts if asked == [before, prompt]}
     return {
         "prompt": prompt,
         "prompt_before_media": before,
@@ -549,4 +552,5 @@ def describe_prompts(counts: Prompts) -> dict[str, Any]:
         "system": system,
         "system_share": of_system / counts.total(),
         "other_systems": len(systems) - 1,
+        "labels": [] if others else list(labels),
     }

@@ -157,7 +157,10 @@ SCHEMAS = {
         {"work": pa.list_(pa.int64()), "samples": pa.int32(), "weight": pa.float64(), "limits": pa.string()}
     ),
     "conversations": pa.schema({"content": pa.string()}),
-    "prompts": pa.schema({"before": pa.string(), "behind": pa.string(), "system": pa.string(), "count": pa.int64()}),
+    "prompts": pa.schema(
+        {**dict.fromkeys(("before", "behind", "system"), pa.string()), "options": pa.list_(pa.string())}
+        | {"count": pa.int64()}
+    ),
     "names": pa.schema({"name": pa.string(), "samples": pa.int64()}),
 }
 """The files of a plan. Conversations are in the order of their documents; `names` are those of media."""
@@ -183,8 +186,8 @@ def _write(folder: Path, dataset: Dataset, noted: Mapping[str, str]) -> None:
         ),
         "conversations": ({"content": _text(one)} for document in documents for one in document.conversations),
         "prompts": (
-            {"before": before, "behind": behind, "system": system, "count": count}
-            for (before, behind, system), count in dataset.prompts.items()
+            {"before": before, "behind": behind, "system": system, "options": options, "count": count}
+            for (before, behind, system, options), count in dataset.prompts.items()
         ),
         "names": ({"name": name, "samples": count} for name, count in dataset.samples_by_medium.items()),
     }
@@ -289,8 +292,10 @@ class StoredDataset(Dataset):
     @property
     def prompts(self) -> Prompts:
         """What the conversations ask."""
-        before, behind, system, count = (column.to_pylist() for column in self._tables["prompts"].columns)
-        return Prompts(dict(zip(zip(before, behind, system, strict=True), count, strict=True)))
+        rows = self._tables["prompts"].to_pylist()
+        return Prompts(
+            {(one["before"], one["behind"], one["system"], tuple(one["options"])): one["count"] for one in rows}
+        )
 
     @cached_property
     def samples_by_medium(self) -> Counter[str]:

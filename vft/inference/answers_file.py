@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,8 @@ NAMES = frozenset({"model", "adapter"})
 """Settings that only name what another one identifies: folders may be moved."""
 KEY = ("id", "video", "prompt", "history", "start_s", "end_s")
 """Fields that tell one question from another."""
+COLUMNS = ("id", "video", "start_s", "end_s", "prompt", "prediction", "probability", "reference", "error")
+"""Of a table of answers."""
 SCORED_BY = "sum of log-probabilities, closing token included"
 """What `option_scores` of a line are."""
 MAX_OPTIONS = 5
@@ -55,11 +58,18 @@ def evaluation_line(answer: Answer) -> Line:
 
 
 def prediction_line(request: Request, answer: Answer | Failure) -> Line:
-    """A line of `vft predict`: the question, the answer and a reference if there is one, or the `error`."""
+    """A line of `vft predict`: the question, the answer and a reference if there is one, or the `error`. The answer to
+    a question with options is the likeliest one, and `probabilities` has those of all."""
     line = question_line(request)
     if isinstance(answer, Failure):
         return {**line, "error": {"file": answer.file, "reason": answer.reason, "message": answer.message}}
-    line |= {"prediction": answer.text, **_details(answer)}
+    if answer.choice is None:
+        line |= {"prediction": answer.text, **_details(answer)}
+    else:
+        options, shares = answer.question.prompt.options, answer.option_probabilities
+        ranked = sorted(range(len(options)), key=lambda i: -shares[i])
+        probabilities = {options[i]: round(shares[i], 4) for i in ranked}
+        line |= {"prediction": options[ranked[0]], "probabilities": probabilities}
     if answer.question.references:
         line["reference"] = answer.question.references[0]
     return line
@@ -83,6 +93,25 @@ def question_line(request: Request) -> Line:
     if request.segment_s is not None:
         line |= {name: round(time_s, 3) for name, time_s in zip(("start_s", "end_s"), request.segment_s, strict=True)}
     return line
+
+
+def table_text(lines: Sequence[Line]) -> str:
+    """Lines of `prediction_line` as a CSV table: those of `COLUMNS` that any line fills, then the probability of each
+    label."""
+    labels = sorted({label for line in lines for label in line.get("probabilities", ())})
+    rows = []
+    for line in lines:
+        video, shares = line["video"], line.get("probabilities", {})
+        cells = {**line, "id": None if line["id"] == video else line["id"]}
+        cells["video"] = "; ".join(video) if isinstance(video, list) else video
+        cells |= {"probability": max(shares.values(), default=None), "error": line.get("error", {}).get("message")}
+        rows.append([cells.get(name) for name in COLUMNS] + [shares.get(label) for label in labels])
+    filled = [i for i in range(len(COLUMNS) + len(labels)) if any(row[i] is not None for row in rows)]
+    text = io.StringIO()
+    text.write("\ufeff")  # by which spreadsheets know UTF-8
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([row[i] for i in filled] for row in [[*COLUMNS, *labels], *rows])
+    return text.getvalue()
 
 
 def _details(answer: Answer) -> Line:
@@ -169,7 +198,11 @@ class AnswersFile:
     def answer(self, request: Request) -> Answer:
         """The answer to a question that the file `has`, without scores of options."""
         assert not isinstance(request.question, Failure)
-        return _answer(request.question, json.loads(self._lines[_key(question_line(request))]))
+        return _answer(request.question, self.line(request))
+
+    def line(self, request: Request) -> Line:
+        """The line of a question that the file `has`."""
+        return dict(json.loads(self._lines[_key(question_line(request))]))
 
     def begin(self) -> None:
         """Open the file to add lines; one process does. UserError if another command writes, or has written since."""

@@ -98,13 +98,14 @@ class Answerer:
         batch_size: int,
         write: Callable[[str], None] | None = None,
         show_progress: bool = True,
+        texts: bool = True,
     ) -> Iterator[Answer | Failure]:
         """An answer to each of `questions`, in order, or why there is none. A `Failure` among them stays one.
 
         Every process must call it with the same questions, and gets all answers: each answers its share, `batch_size`
         questions at a time. The media of the next ones are decoded while these are answered. `write` gets the text of
-        the first question of a batch while it is generated, its reasoning included. The model is put into evaluation
-        mode meanwhile.
+        the first question of a batch while it is generated, its reasoning included. Without `texts` nothing is
+        generated: options alone are scored. The model is put into evaluation mode meanwhile.
         """
         parallel, per_turn = self.parallel, self.parallel.size * batch_size
         turns = [questions[first : first + per_turn] for first in range(0, len(questions), per_turn)]
@@ -116,7 +117,8 @@ class Answerer:
             with progress_bar(len(questions), "answering", "question", show_progress and self.world.is_main) as bar:
                 for turn, share in zip(turns, self._prepared_shares(turns, sampling.max_new_tokens), strict=True):
                     ready = [one for one in share if isinstance(one, PreparedQuestion)]
-                    answers = self.generate(ready, sampling, write)
+                    unsaid = [Answer(one.question, "") for one in ready]
+                    answers = self.generate(ready, sampling, write) if texts else unsaid
                     scores = self.score(ready) if has_options else repeat(())
                     answered = map(with_option_scores, answers, scores)
                     results = [one if isinstance(one, Failure) else next(answered) for one in share]

@@ -168,6 +168,14 @@ def is_story(record: Mapping[str, Any]) -> bool:
     return has_media and record.get("text") is not None and all(record.get(key) is None for key in others)
 
 
+def with_labels(request: Request, prompt: str, labels: Sequence[str]) -> Request:
+    """The request with the `labels` of training as its options, if its last text is the `prompt` that they answer."""
+    question = request.question
+    if isinstance(question, Failure) or question.prompt.turns[-1].parts[-1] != prompt:
+        return request
+    return replace(request, question=replace(question, prompt=replace(question.prompt, options=tuple(labels))))
+
+
 def with_frame_times(request: Request) -> Request:
     """The request with the times of each video's frames as text before it (`data.video.timestamps`)."""
     question = request.question

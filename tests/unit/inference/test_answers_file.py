@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from vft.common.errors import UserError
 from vft.common.task import Answer
-from vft.inference.answers_file import AnswersFile
+from vft.inference.answers_file import AnswersFile, table_text
 from vft.inference.engine import Failure
 from vft.inference.requests import Request, read_requests
 
@@ -151,3 +153,25 @@ def test_names_may_change_and_settings_may_not(tmp_path: Path) -> None:
         with pytest.raises(UserError) as refused:
             AnswersFile(path, {**SETTINGS, **changed})
         assert str(refused.value).startswith(f"{path}:1: was answered with {named}"), refused.value
+
+
+def test_a_table_holds_what_lines_do(tmp_path: Path) -> None:
+    """Whatever stands in names and answers; without columns that nothing fills."""
+    odd = 'down; "quick", über\nthe edge'
+    bad = Failure("b.mp4", "not_a_video", "b.mp4: holds no video")
+    path = tmp_path / "table.csv"
+    lines = [
+        {
+            "id": "a, b.mp4",
+            "video": "a, b.mp4",
+            "prompt": None,
+            "prediction": odd,
+            "probabilities": {odd: 0.75, "up": 0.25},
+        },
+        {"id": "b", "video": ["b.mp4", "c.mp4"], "prompt": None, "error": {"message": bad.message}},
+    ]
+    path.write_text(table_text(lines), encoding="utf-8")
+    head, first, second = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+    assert head == ["id", "video", "prediction", "probability", "error", odd, "up"]
+    assert first == ["", "a, b.mp4", odd, "0.75", "", "0.75", "0.25"]
+    assert second == ["b", "b.mp4; c.mp4", "", "", bad.message, "", ""]

@@ -65,6 +65,7 @@ def trained(tiny: Tiny, root: Path, **settings: Any) -> tuple[Dataset, dict[str,
 def test_clips_and_records_are_seen_as_in_training(tiny: Tiny, root: Path, settings: dict[str, Any]) -> None:
     documents, about = trained(tiny, root, share_videos=False, **settings)
     assert (about["prompt_before_media"], about["prompt"], about["other_prompts"]) == (*ASKED[0], 1)
+    assert about["labels"] == []
     assert (about["system"], about["other_systems"]) == (SYSTEM, 0) and about["prompt_share"] == pytest.approx(2 / 3)
     config = data_config(about, {})
     clips = [root / "short.mp4", root / "long.mp4"]
