@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from vft.app import runs_tab, train_tab
+from vft.app import export_tab, runs_tab, train_tab, try_tab
 from vft.app.parts import Shared
 from vft.app.workspace import Workspace
 
-TABS = {"Train": train_tab, "Runs": runs_tab}
+TABS = {"Train": train_tab, "Runs": runs_tab, "Try": try_tab, "Export": export_tab}
 """Module with `build(shared)`, by the tab's name."""
 
 
@@ -35,4 +35,6 @@ def look() -> dict[str, Any]:
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     sheets = (resources.files("vft.reporting") / "parts.css", resources.files("vft.app") / "page.css")
-    return {"theme": theme, "css": "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets)}
+    # Not as Gradio's `css`, which would rewrite `:root`, and with it lose the dark colours.
+    style = "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    return {"theme": theme, "head": f"<style>{style}</style>"}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from vft.data.media.timed_text import with_frame_times
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
-from vft.inference.engine import Answerer, Failure
+from vft.inference.engine import Answerer, Failure, with_option_scores
 from vft.inference.generate import Sampling
 from vft.inference.requests import read_requests
 from vft.preparation.run import load_for_inference
@@ -42,13 +43,15 @@ class ChatArguments(AskArguments):
     """videos or pictures to talk about"""
 
 
+@dataclass
 class Talk:
     """The turns so far, about some media. `say` goes on."""
 
-    def __init__(self, answerer: Answerer, sampling: Sampling, system: str | None) -> None:
-        self.answerer, self.sampling, self.system = answerer, sampling, system
-        self.media: list[MediaRef] = []
-        self.turns: list[Turn] = []
+    answerer: Answerer
+    sampling: Sampling
+    system: str | None
+    media: Sequence[MediaRef] = ()
+    turns: Sequence[Turn] = ()
 
     def about(self, clips: Sequence[Path]) -> None:
         """Begin anew, about other clips. UserError if one is no video or picture."""
@@ -62,25 +65,34 @@ class Talk:
                 self.answerer.info(ref)
         except MediaError as error:
             raise UserError(str(error)) from None
-        self.media, self.turns = media, []
+        self.media, self.turns = media, ()
 
-    def say(self, text: str) -> Answer:
-        """The answer to one more question, which is printed as it is generated. UserError if there is none: the talk is
-        then as before."""
+    def question(self, text: str, options: Sequence[str] = ()) -> Question:
+        """One more question, with the turns so far before it."""
+        prompt = Conversation("chat", self._asked(text), "chat", options=tuple(options))
+        return Question("chat", with_frame_times(prompt) if self.answerer.config.video.timestamps else prompt, ())
+
+    def _asked(self, text: str) -> tuple[Turn, ...]:
         first = [] if self.turns or self.system is None else [Turn("system", (self.system,))]
-        parts: tuple[str | MediaRef, ...] = (text,) if self.turns else (*self.media, text)
-        turns = [*self.turns, *first, Turn("user", parts)]
-        prompt = Conversation("chat", tuple(turns), "chat")
-        prompt = with_frame_times(prompt) if self.answerer.config.video.timestamps else prompt
-        question = Question("chat", prompt, ())
-        (answer,) = self.answerer.answers(
-            [question], self.sampling, 1, lambda piece: print(piece, end="", flush=True), show_progress=False
-        )
-        print(flush=True)
+        return (*self.turns, *first, Turn("user", (text,) if self.turns else (*self.media, text)))
+
+    def say(self, text: str, write: Callable[[str], None]) -> Answer:
+        """The answer to one more question, of which `write` gets each piece as it is generated. UserError if there is
+        none: the talk is then as before."""
+        (answer,) = self.answerer.answers([self.question(text)], self.sampling, 1, write, show_progress=False)
         if isinstance(answer, Failure):
             raise UserError(with_options(answer.message))
-        self.turns = [*turns, Turn("assistant", (answer.text,))]
+        self.turns = (*self._asked(text), Turn("assistant", (answer.text,)))
         return answer
+
+    def weigh(self, text: str, options: Sequence[str]) -> Answer:
+        """How likely each of `options` is as the answer to one more question. Nothing is generated, and the talk stays
+        as it is. UserError if the question can't be asked."""
+        prepared = self.answerer.decoded(self.answerer.start(self.question(text, options), 1))
+        if isinstance(prepared, Failure):
+            raise UserError(with_options(prepared.message))
+        (scores,) = self.answerer.score([prepared])
+        return with_option_scores(Answer(prepared.question, ""), scores)
 
 
 @command(ChatArguments, __doc__)
@@ -108,13 +120,15 @@ def follow(talk: Talk, text: str) -> None:
     if word == "/clip":
         talk.about([Path(rest.strip())])
     elif word == "/new":
-        talk.turns = []
+        talk.turns = ()
     elif word.startswith("/"):
         raise UserError(f"{word}: there are /clip FILE, /new and /quit")
-    elif text and talk.say(text).is_cut_off:
-        logger.info(
-            "cut off at --max-new-tokens = %d, or at the end of the model's context", talk.sampling.max_new_tokens
-        )
+    elif text:
+        answer = talk.say(text, lambda piece: print(piece, end="", flush=True))
+        print(flush=True)
+        if answer.is_cut_off:
+            limit = talk.sampling.max_new_tokens
+            logger.info("cut off at --max-new-tokens = %d, or at the end of the model's context", limit)
 
 
 def read_line() -> str | None:

@@ -30,8 +30,8 @@ from vft.models.base import VideoLanguageModel
 from vft.models.pretrained import Pretrained, require_whole
 from vft.models.quantization import true_shapes
 from vft.models.weights import copy_companions, experts_apart, stored_names, turned_names
-from vft.reporting import write_card
-from vft.reporting.serving import served_files, served_template, vllm_serve
+from vft.reporting import serve_command, write_card
+from vft.reporting.serving import served_files
 
 
 class MergeArguments(Arguments):
@@ -53,15 +53,6 @@ def main(arguments: MergeArguments) -> None:
     changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)
     print(f"merged {changed} layers into {arguments.output}")
     print(f"with vLLM: {serve_command(arguments.output)}")
-
-
-def serve_command(folder: Path) -> str:
-    """How vLLM serves the merged model in `folder`."""
-    checkpoint, about = Pretrained.open(str(folder)), recorded(folder)
-    media = about.get("video", {}), about.get("image", {})
-    template, options = served_template(checkpoint, media[0]), about.get("template_options")
-    size, model_type = checkpoint.weight_bytes, checkpoint.config.model_type
-    return vllm_serve(str(folder), model_type, *media, size, template=template, template_options=options)
 
 
 def merge(base: str, adapter_folder: Path, output: Path, generation: str = "greedy") -> int:

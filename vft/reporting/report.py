@@ -109,12 +109,10 @@ def write_card(folder: Path, target: Path, step: int | None, checkpoint: Pretrai
     config, merged = run.config or {"data": asked}, "adapter" in asked
     lora = None if merged else config.get("lora")
     video, image = (config["data"].get(name) or {} for name in ("video", "image"))
-    model = checkpoint.path if lora else str(target)
     options, template = config["data"].get("template_options"), served_template(checkpoint, video)
     if template and lora:  # that of a whole model is corrected already
         replace_text(target / TEMPLATE_FILE, template)
     own, kind = template and (str(target / TEMPLATE_FILE) if lora else ""), checkpoint.config.model_type
-    sizes = checkpoint.weight_bytes, str(target), lora
     limits = {"processor_kwargs": processor_kwargs(kind, video, image)} if lora and video else {}
     card = render(
         "card.md",
@@ -129,7 +127,7 @@ def write_card(folder: Path, target: Path, step: int | None, checkpoint: Pretrai
         merged=merged,
         messages=messages(asked),
         chat_options=repr({**limits, **(options or {})}),
-        serve=vllm_serve(model, kind, video, image, *sizes, own, options),
+        serve=serve_command(target, checkpoint, lora, config["data"]),
         chat_template=own or "",
         options=options,
         tables=[table for table in score_tables(run.evaluations) if table["title"] == "Scores"],
@@ -138,6 +136,29 @@ def write_card(folder: Path, target: Path, step: int | None, checkpoint: Pretrai
         settings=run.settings.strip(),
     )
     replace_text(target / "README.md", card)
+
+
+def serve_command(
+    target: Path, base: Pretrained | None = None, lora: Row | None = None, about: Row | None = None
+) -> str:
+    """How vLLM serves the model that was written to `target`, or on `base` an adapter with its `[lora]` table, with the
+    frames and pixels of `about` (its vft.json). Empty for adapters that vLLM doesn't serve."""
+    if lora and (lora.get("dora") or "experts" in "".join(lora["targets"])):
+        return ""
+    about, checkpoint = about or recorded(target), base or Pretrained.open(str(target))
+    video, image = about.get("video") or {}, about.get("image") or {}
+    template = served_template(checkpoint, video)
+    return vllm_serve(
+        checkpoint.path if lora else str(target),
+        checkpoint.config.model_type,
+        video,
+        image,
+        checkpoint.weight_bytes,
+        str(target),
+        lora,
+        template and (str(target / TEMPLATE_FILE) if lora else ""),
+        about.get("template_options"),
+    )
 
 
 def messages(asked: Row) -> str:

@@ -47,9 +47,7 @@ class RecordedRun:
     @property
     def config(self) -> Row:
         """The settings as a table, of any version of vft; empty if they can't be read."""
-        with suppress(tomllib.TOMLDecodeError):
-            return tomllib.loads(self.settings)
-        return {}
+        return _table(self.settings)
 
 
 def read_run(folder: Path) -> RecordedRun:
@@ -78,6 +76,18 @@ def read_run(folder: Path) -> RecordedRun:
         quarantine=read_jsonl(folder / "quarantine.jsonl"),
         pairs={name: _rows(file.with_suffix(PAIRS), "margin", float) for name, file in files.items()},
     )
+
+
+def read_settings(folder: Path) -> Row:
+    """`RecordedRun.config` alone."""
+    file = folder / "config.toml"
+    return _table(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else {}
+
+
+def _table(settings: str) -> Row:
+    with suppress(tomllib.TOMLDecodeError):
+        return tomllib.loads(settings)
+    return {}
 
 
 def read_jsonl(file: Path) -> list[Row]:

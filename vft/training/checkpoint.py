@@ -264,7 +264,7 @@ class AsyncCheckpointer:
         """Ranks that have rows which no rank before them has."""
         self.bytes = sum(size for _, size in by_rank)
         """Size of a checkpoint without its JSON files."""
-        copies, free = sum(size for name, size in by_rank if name == host), _available_memory()
+        copies, free = sum(size for name, size in by_rank if name == host), available_memory()
         self.asynchronous = config.asynchronous and all(all_of(copies <= free))
         if config.asynchronous and not self.asynchronous:
             logger.warning(
@@ -415,7 +415,7 @@ class AsyncCheckpointer:
         return [outcome for outcome, _ in outcomes]
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
     """Bytes that this host can give without swapping, as Linux estimates them; infinite on other systems."""
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []

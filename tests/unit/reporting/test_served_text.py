@@ -20,12 +20,12 @@ from tests.helpers.families import CHAT_TEMPLATE, QWEN3_TEMPLATE
 from tests.helpers.tiny import CPU, LIMITS, Tiny, load_model, medium, talk
 from tests.unit.models.test_qwen3_vl import published_video
 from vft.adapters.peft_format import export_adapter, recorded
-from vft.cli.merge_lora import merge, serve_command
+from vft.cli.merge_lora import merge
 from vft.common.types import MediaPlan
 from vft.config.run import Config, LoraConfig, dump
 from vft.inference.requests import data_config
 from vft.models.pretrained import Pretrained
-from vft.reporting import write_card
+from vft.reporting import serve_command, write_card
 
 FILES = ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"]
 PAIR = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from tests.helpers.adapters import adapted
 from tests.helpers.tiny import Tiny
 from vft.adapters.peft_format import export_adapter
-from vft.cli.merge_lora import merge, serve_command
+from vft.cli.merge_lora import merge
 from vft.common.errors import UserError
 from vft.common.types import MediaRef
 from vft.config.data import DataConfig
@@ -28,6 +28,7 @@ from vft.config.run import LoraConfig
 from vft.data.budget import limits_of
 from vft.data.media.video import scan
 from vft.inference.generate import Sampling, choose
+from vft.reporting import serve_command
 from vft.reporting.serving import MAX_RANKS, processor_files, vllm_serve
 
 LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}) | {

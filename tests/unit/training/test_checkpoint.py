@@ -215,12 +215,12 @@ def test_one_save_at_a_time_in_memory_that_is_kept(tmp_path: Path, monkeypatch: 
 def test_a_host_without_room_for_copies_saves_in_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert 0 < checkpoints._available_memory() < 2**50
+    assert 0 < checkpoints.available_memory() < 2**50
     size = sum(value.nbytes for value in values(1).values())
     trained = Trained()
     trained.fill(1)
     for free, asynchronous in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(checkpoints, "_available_memory", lambda free=free: free)
+        monkeypatch.setattr(checkpoints, "available_memory", lambda free=free: free)
         saver = trained.saver(tmp_path, True)
         saver.save(1, {})
         assert (saver.in_flight is not None) == asynchronous
