@@ -40,7 +40,10 @@ def build(shared: Shared) -> None:
 
     @told
     def read(name: str | None) -> str:
-        return drafts.recipes(space)[name or ""].read_text(encoding="utf-8", errors="replace")
+        file = drafts.recipes(space).get(name or "")
+        if file is None:
+            raise UserError("start from: choose a recipe or the settings of a run")
+        return file.read_text(encoding="utf-8", errors="replace")
 
     @told
     def begin(text: str, count: float | None, gpus: str | None, *fields: str | None) -> str:
