@@ -14,6 +14,7 @@ from vft.adapters.peft_format import recorded
 from vft.cli.predict import DECODE_TIMEOUT_S, DEFAULT_PROMPT
 from vft.common.errors import UserError
 from vft.common.scores import Interval
+from vft.common.task import Answer
 from vft.config import run as configs
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig, ParallelConfig
@@ -23,7 +24,7 @@ from vft.distributed.process_group import environment
 from vft.inference.engine import Answerer, Failure
 from vft.inference.evaluate import evaluation_config, score_all
 from vft.inference.generate import Sampling
-from vft.inference.requests import data_config, read_requests, with_frame_times
+from vft.inference.requests import data_config, read_requests, want_texts, with_frame_times, with_labels
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.recipes.main import train_config
@@ -54,7 +55,7 @@ class VideoModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
-        """The model's answer about a video or picture.
+        """The model's answer about a video or picture: a text, or the likeliest label of a model of labels.
 
         Args:
             clip: file of the video or picture.
@@ -67,20 +68,38 @@ class VideoModel:
         Raises:
             UserError: the file cannot be read as a video or picture.
         """
+        answer = self._answer(clip, prompt, Sampling(max_new_tokens, temperature, top_p, seed))
+        return answer.text if answer.choice is None else answer.question.prompt.options[answer.choice]
+
+    def probabilities(self, clip: str | Path) -> dict[str, float]:
+        """The probability of each label for a video or picture, the likeliest first.
+
+        Raises:
+            UserError: the model was not trained on labels, or the file cannot be read.
+        """
+        answer = self._answer(clip, None, Sampling(1))
+        if answer.choice is None:
+            raise UserError("this model was not trained on labels; ask() it instead")
+        shares = zip(answer.question.prompt.options, answer.option_probabilities, strict=True)
+        return dict(sorted(shares, key=lambda one: -one[1]))
+
+    def _answer(self, clip: str | Path, prompt: str | None, sampling: Sampling) -> Answer:
+        """The answer; of a model of labels, to the question of its training, only the labels' scores."""
         asked = prompt or self.about.get("prompt") or DEFAULT_PROMPT
         before = "" if prompt else self.about.get("prompt_before_media", "")
         requests = read_requests([Path(clip)], asked, None, None, before, self.about.get("system"))
         if len(requests) != 1:
             raise UserError(f"{clip}: holds {len(requests)} questions; ask about one video or picture at a time")
-        request = with_frame_times(requests[0]) if self.config.video.timestamps else requests[0]
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        (request,) = requests if sampling.temperature else with_labels(requests, self.about)
+        request = with_frame_times(request) if self.config.video.timestamps else request
         with WorkerPool(0, DECODE_TIMEOUT_S) as pool:
             encoder = self.prepared.encoder(self.config)
             answerer = Answerer(self.prepared.model, encoder, self.config, scan, pool, environment())
-            (answer,) = answerer.answers([request.question], sampling, batch_size=1, show_progress=False)
+            texts = want_texts([request])
+            (answer,) = answerer.answers([request.question], sampling, 1, show_progress=False, texts=texts)
         if isinstance(answer, Failure):
             raise UserError(answer.message)
-        return answer.text
+        return answer
 
 
 def load_model(

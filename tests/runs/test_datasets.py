@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import vft
 from tests.helpers.formats import write
 from tests.helpers.tars import write_tar
 from tests.runs.commands import Commands, metrics
@@ -256,5 +257,9 @@ def check_prediction_of_labels(commands: Commands, world: World, folder: Path, s
         assert float(found["probability"]) == max(float(found[label]) for label in labels)
     clip = scored[0]["media"][0]
     assert re.fullmatch(r"a \w+ bar \(\d+%\)\n", commands.run(*asked, clip).ok().stdout)
+    model = vft.load_model(world.base, folder / "run/adapter")
+    shares = model.probabilities(clip)
+    assert model.ask(clip) == next(iter(shares)) == scored[0]["choice"]
+    assert shares == pytest.approx({label: float(table[clip][label]) for label in shares}, abs=1e-3)
     other = commands.run(*asked, "--prompt", "What?", "--max-new-tokens", 2, "--json", clip).ok()
     assert "probabilities" not in json.loads(other.stdout)

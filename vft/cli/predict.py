@@ -32,7 +32,7 @@ from vft.adapters.peft_format import recorded
 from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
-from vft.common.task import Answer, Question
+from vft.common.task import Answer
 from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import ModelConfig, ParallelConfig
 from vft.config.toml import Count, Name, NonNegativeFloat, Positive, PositiveFloat, explain, parse_value
@@ -44,7 +44,15 @@ from vft.distributed.process_group import DataParallel, all_of, environment, mak
 from vft.inference.answers_file import AnswersFile, Line, answer_settings, prediction_line, table_text
 from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
-from vft.inference.requests import Request, data_config, read_requests, split, with_frame_times, with_labels
+from vft.inference.requests import (
+    Request,
+    data_config,
+    read_requests,
+    split,
+    want_texts,
+    with_frame_times,
+    with_labels,
+)
 from vft.preparation.documents import check_answer_length
 from vft.preparation.memory import inference_shard
 from vft.preparation.run import DTYPES, PreparedModel, load_for_inference, open_for_inference
@@ -256,8 +264,7 @@ def requests_of(options: PredictArguments, about: Mapping[str, Any]) -> list[Req
     prompt = options.prompt or about.get("prompt") or DEFAULT_PROMPT
     before = "" if options.prompt else about.get("prompt_before_media", "")
     requests = read_requests(options.videos, prompt, options.root, options.columns, before, about.get("system"))
-    if about.get("labels") and not options.temperature:
-        requests = [with_labels(request, about["prompt"], about["labels"]) for request in requests]
+    requests = requests if options.temperature else with_labels(requests, about)
     silent = sum(not request.asks for request in requests)
     if silent and options.prompt is None:
         text = "%d of %d records ask nothing themselves: %r is asked; --prompt asks another"
@@ -276,7 +283,7 @@ def answer_requests(
     no answer. Every process must call it; the first one shows, and adds to `lines`."""
     is_main = answerer.world.is_main
     is_single = len(requests) == 1 and requests[0].segment_s is None
-    texts = any(isinstance(one.question, Question) and not one.question.prompt.options for one in requests)
+    texts = want_texts(requests)
     live = texts and is_single and file is None and not options.json_lines and sys.stdout.isatty() and is_main
     if file is not None and is_main:
         file.begin()

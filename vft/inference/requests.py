@@ -19,7 +19,7 @@ from vft.data.formats import llava_video, messages, story
 from vft.data.formats.folders import clips_below
 from vft.data.media import timed_text
 from vft.data.media.errors import MediaError
-from vft.data.records.files import RECORD_SUFFIXES, read_records
+from vft.data.records.files import RECORD_SUFFIXES, WORKBOOKS, read_records
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, Normalizer
 from vft.data.records.paths import PICTURE_SUFFIXES, resolve_media
 from vft.data.records.record import TURN_KEYS, RecordError, as_object, record_id, short_repr
@@ -81,7 +81,7 @@ def read_requests(
         return user_question(name, media, prompt, before, system)
 
     for path in paths:
-        if path.suffix.lower() in RECORD_SUFFIXES and not path.is_dir():
+        if path.suffix.lower() in RECORD_SUFFIXES | WORKBOOKS and not path.is_dir():
             normalizer = Normalizer(root or path.parent, columns or {}, needs_answer=False)
             found = list(_records(path, prompt, normalizer, seen))
         elif path.is_dir():
@@ -168,12 +168,22 @@ def is_story(record: Mapping[str, Any]) -> bool:
     return has_media and record.get("text") is not None and all(record.get(key) is None for key in others)
 
 
-def with_labels(request: Request, prompt: str, labels: Sequence[str]) -> Request:
-    """The request with the `labels` of training as its options, if its last text is the `prompt` that they answer."""
-    question = request.question
-    if isinstance(question, Failure) or question.prompt.turns[-1].parts[-1] != prompt:
-        return request
-    return replace(request, question=replace(question, prompt=replace(question.prompt, options=tuple(labels))))
+def with_labels(requests: Sequence[Request], about: Mapping[str, Any]) -> list[Request]:
+    """The requests, with the labels of training (vft.json) as the options of those that ask what training asked."""
+    labels, prompt = tuple(about.get("labels", ())), about.get("prompt")
+
+    def labelled(request: Request) -> Request:
+        question = request.question
+        if isinstance(question, Failure) or question.prompt.turns[-1].parts[-1] != prompt:
+            return request
+        return replace(request, question=replace(question, prompt=replace(question.prompt, options=labels)))
+
+    return [labelled(request) for request in requests] if labels else list(requests)
+
+
+def want_texts(requests: Sequence[Request]) -> bool:
+    """Whether any of them asks for a text, and not for one of its options."""
+    return any(isinstance(one.question, Question) and not one.question.prompt.options for one in requests)
 
 
 def with_frame_times(request: Request) -> Request:
