@@ -37,6 +37,19 @@ def test_video(tmp_path: Path) -> None:
     assert sample.fields["speech"] == "Hello." and sample.fields["year"] == 1
 
 
+def test_speech_in_a_file_of_subtitles(tmp_path: Path) -> None:
+    """What is said in the part of the video that is shown."""
+    lines = ["\ufeff1", "00:00:00,000 --> 00:00:02,000", "Hello <i>you</i>", "", "2", "00:00:02,000 --> 00:00:04,000"]
+    (tmp_path / "a.SRT").write_text("\r\n".join([*lines, "and you.", ""]), encoding="utf-8")
+    (tmp_path / "a.vtt").write_text("WEBVTT\n\n00:01.000 --> 00:03.500 align:start\nHi.\n", encoding="utf-8")
+    (tmp_path / "b.srt").write_text("no times")
+    named = [{"speech": "a.SRT"}, {"speech": "a.SRT", "start": 2}, {"speech": "a.vtt", "end": "0:03"}]
+    samples, bad = read(tmp_path, *[{**VIDEO, **one} for one in (*named, {"speech": "b.srt"}, {"speech": "c.srt"})])
+    assert [sample.fields["speech"] for sample in samples] == ["Hello you and you.", "and you.", "Hi."]
+    assert [one.field for one in bad] == ["speech"] * 2
+    assert "no time lines" in bad[0].message and "c.srt: No such file" in bad[1].message
+
+
 def test_pictures(tmp_path: Path) -> None:
     record = {"images": ["1.jpg", "2.jpg"], "text": "x", "video": None, "segments": None, "speech": None}
     (sample,), bad = read(tmp_path, record)

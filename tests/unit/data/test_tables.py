@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from tests.helpers.clips import make_clip
 from tests.helpers.formats import error_of, read_error, read_messages, write
+from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.config.data import DataConfig, SourceConfig
@@ -485,3 +486,10 @@ def test_an_origin_is_a_place_below_the_root(tmp_path: Path, path: str, origins:
     pq.write_table(pa.table({"video": ["x.mp4"], "text": ["One."]}), tmp_path / "a/set/train/train-00.parquet")
     samples, bad = sources.read(SourceConfig(format="messages", path=path), DataConfig(root=tmp_path))
     assert not bad and sorted(sample.origin for sample in samples) == sorted(origins)
+
+
+def test_a_workbook_is_to_be_saved_as_a_table(tmp_path: Path) -> None:
+    write(tmp_path / "clips.XLSX", "PK")
+    read_error(lambda: read(tmp_path / "clips.XLSX", tmp_path), "is a workbook", "save its sheet as CSV UTF-8")
+    with pytest.raises(UserError, match="save its sheet as CSV UTF-8"):
+        read_requests([tmp_path / "clips.XLSX"], "?", tmp_path)

@@ -1,24 +1,29 @@
 """Summaries and stories: the project's own JSON or JSONL, which `tools/convert/` writes from public sets.
 
 `{"id"?, "video": path | "images": [paths], "segments"?: [{"start_s", "end_s", "text"}], "text", "speech"?}`: `text` is
-the answer about the video or the pictures, `segments` describe parts of it, `speech` is what is heard in it. A
-`question` (`prompt`, `query`, ...) replaces the task's. `system` and the keys of `media_options` are read as in
-messages. Segments count from the beginning of the file. Other keys stay in the sample's fields.
+the answer about the video or the pictures, `segments` describe parts of it, `speech` is what is heard in it, or a file
+of subtitles (.srt, .vtt). A `question` (`prompt`, `query`, ...) replaces the task's. `system` and the keys of
+`media_options` are read as in messages. Segments count from the beginning of the file. Other keys stay in the sample's
+fields.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.common.types import MediaRef, Turn
+from vft.common.errors import UserError
+from vft.common.types import MediaOptions, MediaRef, Turn
 from vft.config.data import DataConfig, SourceConfig
 from vft.data.formats import Format
 from vft.data.formats.messages import with_system
-from vft.data.records.files import read_samples, record_files
+from vft.data.media.timed_text import parse_srt
+from vft.data.records.files import read_samples, read_text, record_files
 from vft.data.records.foreign_records import QUESTIONS, Normalizer
+from vft.data.records.inputs import note
 from vft.data.records.media_options import MAX_S, apply_options
 from vft.data.records.paths import find_path, resolve_media
 from vft.data.records.record import ParsedRecord, RecordError, Records, check_text, list_keys, short_repr
@@ -60,15 +65,17 @@ def parse(record: Mapping[str, Any], root: Path) -> ParsedRecord:
     if segments is not None and not isinstance(segments, list):
         raise RecordError("segments", f'{short_repr(segments)} must be a list of {{"start_s", "end_s", "text"}}')
     told = [_segment(segment, f"segments[{i}]") for i, segment in enumerate(segments or ())]
-    facts = {
+    facts: dict[str, object] = {
         "segments": tuple(sorted(told, key=lambda segment: segment[:2])),
-        "speech": "" if speech is None else check_text(speech, "speech"),
+        "speech": "",
     }
     question, question_keys = _question(record)
     turns, used = apply_options([("user", [*_media(record, root), *question])], record, "")
     refs = [part for part in turns[0][1] if isinstance(part, MediaRef)]
     if told and (start_s := refs[0].options.video_start):
         raise RecordError("segments", f"stand beside a video that is shown from {start_s:g} s on; keep one of the two")
+    if speech is not None:
+        facts["speech"] = _speech(check_text(speech, "speech"), refs[0].options, root)
     unread = find_unread_keys(record, {*KEYS, "id", "system", *question_keys, *used, *answer_lists(record)}, refs)
     for i, segment in enumerate(segments or ()):
         unread += find_unread_keys(segment, SEGMENT_KEYS, refs, f"segments[{i}]", "segment")
@@ -100,6 +107,20 @@ def _media(record: Mapping[str, Any], root: Path) -> tuple[MediaRef, ...]:
         raise RecordError("images", f"{short_repr(images)} must be a list with at least one picture")
     named = [(f"images[{i}]", image) for i, image in enumerate(images)]
     return tuple(MediaRef("image", resolve_media(root, image, field), field=field) for field, image in named)
+
+
+def _speech(text: str, shown: MediaOptions, root: Path) -> str:
+    """What is said: the text itself, or that of a file of subtitles in the part of the video that is `shown`."""
+    if not text.lower().endswith((".srt", ".vtt")):
+        return text
+    path = resolve_media(root, text, "speech")
+    note(path)
+    try:
+        lines = parse_srt(read_text(path), str(path))
+    except UserError as error:
+        raise RecordError("speech", str(error)) from None
+    first_s, last_s = shown.video_start or 0.0, shown.video_end or math.inf
+    return " ".join(line for start_s, end_s, line in lines if start_s < last_s and end_s > first_s)
 
 
 def _segment(value: object, field: str) -> tuple[float, float, str]:

@@ -38,6 +38,7 @@ from vft.data.streaming.archives import open_file
 TABLES = frozenset({".csv", ".tsv", ".tab"})
 COLUMNAR = frozenset({".parquet", ".arrow"})
 RECORD_SUFFIXES = frozenset({".json", ".jsonl"}) | TABLES | COLUMNAR
+WORKBOOKS = frozenset({".xlsx", ".xls", ".xlsm", ".ods"})
 EMPTY = frozenset({"", "nan", "NaN", "null", "NULL", "#N/A"})
 """Cells without a value, as pandas, SQL and Excel write them."""
 DELIMITERS = ",;\t|"
@@ -114,6 +115,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         UserError: the file cannot be read, or is not what its suffix says; names file and line.
     """
     suffix = path.suffix.lower()
+    if suffix in WORKBOOKS:
+        raise UserError(f"{path}: is a workbook of a spreadsheet; save its sheet as CSV UTF-8, and name that file")
     if suffix in TABLES:
         names, rows = read_table(path)
         if not any(names):
