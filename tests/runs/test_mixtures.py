@@ -96,6 +96,9 @@ def test_many_epochs(apart: World, commands: Commands, tmp_path: Path) -> None:
     refused with one that fits."""
     config = apart.config(tmp_path / "run.toml", of("clips.jsonl"), {"train": {"packs_per_step": 16}})
     few = commands.run(CAPTION, config, "--dry-run", "train.max_steps=2").ok()
+    epochs = commands.run(CAPTION, config, "--dry-run", "train.max_steps=", "train.epochs=2").ok()
+    assert "train.epochs = 2 is only 1 step(s), which teach little" in epochs.stderr
+    assert "is only" not in few.stderr
     assert ", steps 2, epochs 32" in few.stderr and "by heart" not in few.stderr
     many = commands.run(CAPTION, config, "--dry-run", "train.max_steps=500").ok()
     assert "500 steps of 16 rows are 8000 epochs of 3 samples, which will be learnt by heart" in many.stderr

@@ -24,6 +24,8 @@ from vft.models.base import VideoLanguageModel, component_of
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 30
+"""Steps below which a run of so many epochs is warned of: the recipes' warm-up alone has about as many."""
 MANY_EPOCHS = 50
 """Epochs above which a run is warned of: supervised tuning takes one to three, and a demo of a few clips some tens."""
 
@@ -147,7 +149,11 @@ def warn_of_weights(config: Config) -> None:
 
 
 def warn_of_epochs(train: TrainConfig, steps: int, epochs: float | None, samples: int) -> None:
-    """A warning if a run sees each of its samples so often that it learns them by heart."""
+    """A warning if a run sees each of its samples so often that it learns them by heart, or if epochs make hardly any
+    steps."""
+    if train.max_steps is None and steps < FEW_STEPS:
+        text = "train.epochs = %d is only %d step(s), which teach little: raise it, or lower train.packs_per_step"
+        logger.warning(text, train.epochs or 1, steps)
     if epochs is not None and epochs > MANY_EPOCHS:
         text = "%d steps of %d rows are %.0f epochs of %d samples, which will be learnt by heart: "
         logger.warning(
