@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 import shlex
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -74,7 +74,10 @@ def build(shared: Shared) -> None:
     adapter.change(told(lambda name: base_of(space, name)), adapter, base, show_progress="hidden")
     clips = [session, files, typed], [frames, *talks]
     loaded = load.click(
-        told(tab.load), [session, base, adapter, is_4_bit], [status, system, text, *talks], show_progress_on=status
+        told(tab.load),
+        [session, base, adapter, is_4_bit],
+        [status, system, text, options, *talks],
+        show_progress_on=status,
     )
     loaded.success(told(tab.take), *clips, show_progress_on=frames)
     gr.on([files.change, typed.submit], told(tab.take), *clips, show_progress_on=frames, trigger_mode="always_last")
@@ -117,7 +120,7 @@ class Try:
         self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def load(self, session: Session, base: str, adapter: str, is_4_bit: bool) -> list[Any]:
-        """What is loaded now, the system text and question of its training, and empty talks."""
+        """What is loaded now, the system text, question and labels of its training, and the talks."""
         choice, replaced = self.held.load(self.space, base or "", adapter or "", is_4_bit)
         is_others = any(one.choice == replaced for one in self.sessions if one is not session)
         self.sessions.add(session)
@@ -132,7 +135,8 @@ class Try:
         if replaced is not None and is_others:
             lines.append(f"It takes the place of {html.escape(replaced.text)}, which another window was talking with.")
         status, question = f"<p>{'<br>'.join(lines)}</p>", gr.Textbox(placeholder=session.prompt)
-        return [status, about.get("system") or "", question, *session.shown]
+        labels = "\n".join(about.get("labels", ()))
+        return [status, about.get("system") or "", question, labels or gr.skip(), *session.shown]
 
     def take(self, session: Session, files: Sequence[str] | None, typed: str) -> list[Any]:
         """Begin anew, about these clips: their frames as the model sees them."""
@@ -195,16 +199,11 @@ def sides(session: Session, both: bool) -> list[str]:
     return ["tuned", "base"] if both and session.choice and session.choice.adapter else ["tuned"]
 
 
-def shares(scores: Sequence[float]) -> list[float]:
-    """Probabilities of options among themselves, of their log-probabilities."""
-    weights = [math.exp(score - max(scores)) for score in scores]
-    return [weight / sum(weights) for weight in weights]
-
-
 def likelihoods(name: str, answer: Answer) -> str:
     """A table, the likeliest option first. By length (`acc_norm`) a long answer isn't less likely for that alone."""
-    whole, by_length = answer.option_scores, answer.option_scores_norm
-    columns = answer.question.prompt.options, shares(whole), whole, shares(by_length), by_length
+    by_length = replace(answer, option_scores=answer.option_scores_norm)
+    kinds = [(one.option_probabilities, one.option_scores) for one in (answer, by_length)]
+    columns = answer.question.prompt.options, *kinds[0], *kinds[1]
     rows = "".join(
         f"<tr><td>{html.escape(option)}<td>{share:.1%}<td>{score:.2f}<td>{share_norm:.1%}<td>{score_norm:.3f}"
         for option, share, score, share_norm, score_norm in sorted(zip(*columns, strict=True), key=lambda row: -row[1])

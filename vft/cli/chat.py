@@ -26,7 +26,7 @@ from vft.data.media.timed_text import with_frame_times
 from vft.data.media.video import scan
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import environment
-from vft.inference.engine import Answerer, Failure, with_option_scores
+from vft.inference.engine import Answerer, Failure
 from vft.inference.generate import Sampling
 from vft.inference.requests import read_requests
 from vft.preparation.run import load_for_inference
@@ -79,20 +79,21 @@ class Talk:
     def say(self, text: str, write: Callable[[str], None]) -> Answer:
         """The answer to one more question, of which `write` gets each piece as it is generated. UserError if there is
         none: the talk is then as before."""
-        (answer,) = self.answerer.answers([self.question(text)], self.sampling, 1, write, show_progress=False)
-        if isinstance(answer, Failure):
-            raise UserError(with_options(answer.message))
+        answer = self._answer(self.question(text), write)
         self.turns = (*self._asked(text), Turn("assistant", (answer.text,)))
         return answer
 
     def weigh(self, text: str, options: Sequence[str]) -> Answer:
         """How likely each of `options` is as the answer to one more question. Nothing is generated, and the talk stays
         as it is. UserError if the question can't be asked."""
-        prepared = self.answerer.decoded(self.answerer.start(self.question(text, options), 1))
-        if isinstance(prepared, Failure):
-            raise UserError(with_options(prepared.message))
-        (scores,) = self.answerer.score([prepared])
-        return with_option_scores(Answer(prepared.question, ""), scores)
+        return self._answer(self.question(text, options), None)
+
+    def _answer(self, question: Question, write: Callable[[str], None] | None) -> Answer:
+        asked = [question], self.sampling, 1, write
+        (answer,) = self.answerer.answers(*asked, show_progress=False, texts=write is not None)
+        if isinstance(answer, Failure):
+            raise UserError(with_options(answer.message))
+        return answer
 
 
 @command(ChatArguments, __doc__)

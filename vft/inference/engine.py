@@ -138,7 +138,7 @@ class Answerer:
         pending = deque(islice(shares, 1 if self.pool.workers else 0))
         for _ in turns:
             pending.extend(islice(shares, 1))
-            yield [self.decoded(one) for one in pending.popleft()]
+            yield [self._decoded(one) for one in pending.popleft()]
 
     def start(self, question: Question | Failure, new_tokens: int) -> PreparedQuestion | Failure:
         """Start to decode the media of a question."""
@@ -157,8 +157,8 @@ class Answerer:
         return PreparedQuestion(question, document, options, decoding)
 
     @staticmethod
-    def decoded(prepared: PreparedQuestion | Failure) -> PreparedQuestion | Failure:
-        """The question when its media are decoded, or why one can't be."""
+    def _decoded(prepared: PreparedQuestion | Failure) -> PreparedQuestion | Failure:
+        """Wait for the media of a question."""
         if isinstance(prepared, PreparedQuestion):
             try:
                 _ = prepared.patches
