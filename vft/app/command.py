@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vft.cli.arguments import Arguments, ExistingFolder, command
+from vft.common import plugins
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def main(options: AppArguments) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(folders[0] / ".vft-app" / "uploads")
     if not options.online:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    plugins.only_own = True
     logger.info("starting the page (a few seconds)")
     from vft.app import page, server
     from vft.app.workspace import Workspace

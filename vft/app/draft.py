@@ -34,13 +34,13 @@ def tables(text: str) -> dict[str, Any]:
         raise UserError(f"settings: not TOML: {error}") from None
 
 
-def checked(space: Workspace, text: str, overrides: Sequence[str] = ()) -> Config:
+def checked(space: Workspace, text: str, overrides: Sequence[str] = (), needs_model: bool = True) -> Config:
     """The settings with `overrides` (`section.key=value`), valid and allowed in the page. UserError names the first
     that is not."""
     if not text.strip():
         raise UserError("settings: there are none yet; choose a recipe, or data in the tab Data")
     config = configs.load(tables(text), overrides)
-    space.check(config)
+    space.check(config, needs_model)
     return config
 
 

@@ -7,11 +7,18 @@ from typing import Any
 
 import gradio as gr
 
-from vft.app import export_tab, runs_tab, train_tab, try_tab
+from vft.app import data_tab, export_tab, plan_tab, runs_tab, train_tab, try_tab
 from vft.app.parts import Shared
 from vft.app.workspace import Workspace
 
-TABS = {"Train": train_tab, "Runs": runs_tab, "Try": try_tab, "Export": export_tab}
+TABS = {
+    "Data": data_tab,
+    "Plan": plan_tab,
+    "Train": train_tab,
+    "Runs": runs_tab,
+    "Try": try_tab,
+    "Export": export_tab,
+}
 """Module with `build(shared)`, by the tab's name."""
 
 

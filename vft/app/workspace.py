@@ -72,15 +72,17 @@ class Workspace:
         """A path as settings write it: relative to `home`, if it lies in it."""
         return str(path.relative_to(self.home)) if self.home in path.parents else str(path)
 
-    def check(self, config: Config) -> None:
-        """UserError if a configuration reads or writes outside the folders, imports code, or goes to the network."""
+    def check(self, config: Config, needs_model: bool = True) -> None:
+        """UserError if a configuration reads or writes outside the folders, imports code, or goes to the network. A
+        hub's model need not be here, if only its name is needed."""
         self.path(config.output_dir, "output_dir")
         root = self.path(config.data.root, "data.root")
         if config.data.cache_dir:
             self.path(config.data.cache_dir, "data.cache_dir")
         if config.model.adapter:
             self.path(config.model.adapter, "model.adapter")
-        self.model(config.model.path)
+        if needs_model or not self._is_hub_name(config.model.path):
+            self.model(config.model.path)
         sources = {"data.sources": config.data.sources, "eval.sources": config.eval.sources}
         named = [("task", config.task or "")]
         for key, source in ((key, source) for key, group in sources.items() for source in group):
@@ -103,7 +105,7 @@ class Workspace:
         Raises UserError if it is neither; with `is_online` a hub's model may be one that has to be downloaded.
         """
         name = name.strip()
-        is_hub_name = name.count("/") == 1 and name[0] not in "./~" and not (self.home / name).exists()
+        is_hub_name = self._is_hub_name(name)
         if is_hub_name and not self.is_online and not isinstance(try_to_load_from_cache(name, "config.json"), str):
             raise UserError(
                 f"model = {name!r}: is no folder in {self.home}, and was not downloaded; `hf download {name}` does, or "
@@ -113,27 +115,30 @@ class Workspace:
             raise UserError(f"model = {name!r}: the folder has no config.json; name that of a model")
         return name
 
+    def _is_hub_name(self, name: str) -> bool:
+        return name.count("/") == 1 and name[0] not in "./~" and not (self.home / name).exists()
+
     def runs(self) -> list[Path]:
         """Folders of runs, the youngest first."""
-        found = [folder for folder in self._walk() if is_run(folder)]
+        found = [folder for folder in self.walk() if is_run(folder)]
         return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
     def models(self) -> list[str]:
         """Base and merged models in the folders, as `shown`."""
-        found = (folder for folder in self._walk() if (folder / "config.json").is_file())
+        found = (folder for folder in self.walk() if (folder / "config.json").is_file())
         return [self.shown(folder) for folder in found if any(folder.glob("*.safetensors"))]
 
     def adapters(self) -> list[str]:
         """Adapters in the folders, as `shown`: exported ones, and runs that have one in a checkpoint only."""
-        return [self.shown(folder) for folder in self._walk() if (folder / "adapter_config.json").is_file()]
+        return [self.shown(folder) for folder in self.walk() if (folder / "adapter_config.json").is_file()]
 
     def configurations(self) -> list[str]:
         """TOML files in the folders that are settings of a run, as `shown`; those of recipes first."""
-        files = (file for folder in self._walk() for file in sorted(folder.glob("*.toml")))
+        files = (file for folder in self.walk() for file in sorted(folder.glob("*.toml")))
         found = [self.shown(file) for file in files if b"output_dir" in file.read_bytes()[:20_000]]
         return sorted(found, key=lambda name: "recipes" not in name)
 
-    def _walk(self) -> Iterator[Path]:
+    def walk(self) -> Iterator[Path]:
         """The chosen folders and those below, hidden ones left out, each once."""
         seen: set[str] = set()
         for top in self.folders:

@@ -90,7 +90,8 @@ def _check_table(file: Path) -> Path:
     return file
 
 
-def _columns(text: str) -> dict[str, str]:
+def columns_of(text: str) -> dict[str, str]:
+    """`NAME=KEY,...` as a source's `columns`. ValueError if a name is unknown, or a key is missing."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     try:
         columns = {name.strip(): key.strip() for name, _, key in pairs}
@@ -174,7 +175,7 @@ class PredictArguments(AskArguments):
     """CSV file, for a spreadsheet, of all answers, written when the last one is known"""
     root: ExistingFolder | None = None
     """folder that the media of records lie in (default: that of their file)"""
-    columns: Annotated[dict[str, str], BeforeValidator(_columns)] = Field(default_factory=dict)
+    columns: Annotated[dict[str, str], BeforeValidator(columns_of)] = Field(default_factory=dict)
     """NAME=KEY,...: what keys of records are called, such as video=path,question=q"""
     segments: PositiveFloat | None = None
     """ask about every so many seconds of a video"""

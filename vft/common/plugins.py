@@ -8,6 +8,9 @@ import sys
 
 from vft.common.errors import UserError, first_line
 
+only_own = False
+"""Whether classes of other packages are refused: in `vft app`, whose settings may come from anywhere."""
+
 
 def load_class(name: str) -> type:
     """The class `module:Class` of an installed package or of the current folder.
@@ -16,6 +19,8 @@ def load_class(name: str) -> type:
         UserError, one line: there is no such module or class, or the module cannot be imported.
     """
     module_name, _, class_name = name.partition(":")
+    if only_own and not module_name.startswith("vft."):
+        raise UserError(f"{name} is code of its own, which this page doesn't run; use `vft train`")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a file there hides no installed package
         importlib.invalidate_caches()

@@ -12,6 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +49,7 @@ MAX_ROWS = 10_000_000
 """Rows of a Parquet or Arrow file. A few kilobytes may announce any number, and records are held in memory."""
 SNIFFED_CHARACTERS = 4096
 """Characters of a text in which another encoding is looked for."""
+_most: ContextVar[int | None] = ContextVar("most", default=None)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SPLIT = re.compile(f"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
 
@@ -105,6 +109,16 @@ def _files_below(folder: Path, suffixes: Collection[str]) -> list[tuple[Path, st
     return [(file, name) for file, name in named if not is_stray(name)]
 
 
+@contextmanager
+def at_most(records: int) -> Iterator[None]:
+    """In it `read_records` ends after so many records of a file, which are enough to see what they are."""
+    token = _most.set(records)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """The records of a file, each with the line where it begins, or its row in Parquet and Arrow, from 1.
 
@@ -114,6 +128,10 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: the file cannot be read, or is not what its suffix says; names file and line.
     """
+    return islice(_read_all(path), _most.get())
+
+
+def _read_all(path: Path) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix.lower()
     if suffix in WORKBOOKS:
         raise UserError(f"{path}: is a workbook of a spreadsheet; save its sheet as CSV UTF-8, and name that file")

@@ -1,0 +1,168 @@
+"""The tab Data: what files of records hold, what is wrong with them, how a model sees them; to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from vft.app import draft, records
+from vft.app.parts import Shared, told
+from vft.app.workspace import Workspace
+from vft.cli.predict import columns_of
+from vft.common.errors import UserError
+from vft.config.data import DataConfig, SourceConfig
+from vft.data import formats
+from vft.data.detection import keys_of
+from vft.recipes import TASKS
+
+COLUMNS = ("video", "image", "question", "answer", "label", "system", "options", "id")
+"""Names that the form has a field for; others are written as text."""
+TRAIN, ALSO_TRAIN, EVALUATE = "train on it", "train on it, too", "evaluate with it"
+
+
+def build(shared: Shared) -> None:
+    """The tab's components."""
+    space = shared.space
+    with gr.Row():
+        root = gr.Textbox(_first_root(space), label="folder (data.root)", info="paths in records start here", scale=2)
+        paths = gr.Dropdown(
+            records.record_files_in(space, space.home / _first_root(space)),
+            multiselect=True,
+            allow_custom_value=True,
+            label="files or folders of records",
+            info="in that folder; others can be typed",
+            scale=4,
+        )
+    with gr.Row():
+        task = gr.Dropdown(list(TASKS), value="caption", label="task", info="what is to be learnt", min_width=120)
+        kind = gr.Dropdown(
+            [records.DETECTED, *formats.names()], value=records.DETECTED, label="format", info="of the records"
+        )
+        media = gr.Textbox(label="media folder", info="of their files, if not the folder itself; empty: looked for")
+    with gr.Accordion("names of the columns or keys", open=False) as accordion:
+        gr.Markdown("Where the file calls them otherwise: before the = vft's name, in the field the file's.")
+        with gr.Row():
+            columns = [
+                gr.Dropdown([], value="", label=f"{name} =", allow_custom_value=True, min_width=140) for name in COLUMNS
+            ]
+        others = gr.Textbox(label="others, as NAME=KEY,...", info=f"also {', '.join(_other_columns())}")
+    look = gr.Button("Read", variant="primary", elem_id="read")
+    known = gr.HTML(elem_id="found")
+    with gr.Row():
+        models = sorted(space.models(), key=lambda name: name.startswith("runs/"))  # bases first
+        model = gr.Dropdown(models, value=next(iter(models), ""), label="base model", allow_custom_value=True, scale=3)
+        shown = gr.Slider(1, 24, 4, step=1, label="samples to show")
+        looked_at = gr.Number(200, label="of so many random ones", precision=0, minimum=1, min_width=120)
+        show = gr.Button("Show as the model sees them", elem_id="show")
+    seen = gr.HTML(elem_id="seen")
+    with gr.Row():
+        recipes = draft.recipes(space)
+        first = "recipes/qwen2_5_vl_7b/caption.toml"
+        recipe = gr.Dropdown(
+            list(recipes),
+            value=first if first in recipes else next(iter(recipes), None),
+            label="begin with",
+            info="while there are no settings yet (tab Train)",
+            scale=2,
+        )
+        role = gr.Radio([TRAIN, ALSO_TRAIN, EVALUATE], value=TRAIN, label="use", scale=2)
+        split = gr.Number(0.1, label="hold out", info="share of the media (eval.split); 0: none", step=0.01)
+        use = gr.Button("Write to the settings", variant="primary", elem_id="use")
+    form = [root, paths, kind, media, others, *columns]
+
+    def files_in(folder: str) -> Any:
+        return gr.Dropdown(records.record_files_in(space, space.existing(folder or ".", "data.root")), value=[])
+
+    def keys(folder: str, names: list[str]) -> list[Any]:
+        data = records.data_of(space, folder)
+        found = {key for name in names if space.path(data.root / name).exists() for key in keys_of(name, data)}
+        return [gr.Dropdown(["", *sorted(found)]) for _ in columns]
+
+    def read(task: str, *fields: Any) -> list[Any]:
+        data, sources = _read_form(space, *fields)
+        found = records.read(sources, data)
+        facts, wrong = records.facts(found, data, task)
+        samples = [sample for one in found for sample in one.samples]
+        return [records.as_html(facts, wrong, samples[:3]), gr.Accordion(open=not samples or any(fields[4:]))]
+
+    def preview(
+        task: str, model: str, text: str | None, recipe: str, shown: int, looked_at: float, *fields: Any
+    ) -> str:
+        data, sources = _read_form(space, *fields)
+        changes = {"data.root": str(data.root), "data.sources": [records.Found(one, [], []).table for one in sources]}
+        text = draft.changed(text or _recipe(space, recipe), {**changes, "task": task, "model.path": model})
+        return records.preview(draft.checked(space, text), shown, int(looked_at or 1))
+
+    def write(text: str | None, recipe: str, role: str, split: float, task: str, model: str, *fields: Any) -> str:
+        data, sources = _read_form(space, *fields)
+        if not (text or "").strip():
+            text = draft.changed(_recipe(space, recipe), {"model.path": model} if model else {})
+        text = with_sources(space, text or "", data, sources, role, split or 0.0, task)
+        try:
+            draft.checked(space, text)
+        except UserError as error:
+            gr.Warning(f"written to the settings, in which something else is wrong: {error}".replace("<", "&lt;"))
+        else:
+            gr.Info("written to the settings; next: the tabs Plan and Train")
+        return text
+
+    root.change(told(files_in), root, paths, show_progress="hidden")
+    paths.change(told(keys), [root, paths], columns, show_progress="hidden")
+    look.click(told(read), [task, *form], [known, accordion])
+    show.click(told(preview), [task, model, shared.draft, recipe, shown, looked_at, *form], seen)
+    use.click(told(write), [shared.draft, recipe, role, split, task, model, *form], shared.draft)
+
+
+def with_sources(
+    space: Workspace, text: str, data: DataConfig, sources: Sequence[SourceConfig], role: str, split: float, task: str
+) -> str:
+    """The settings with these sources to train on, or to evaluate with; `split` of the media are held out.
+
+    UserError if sources that stay are relative to another folder.
+    """
+    tables = draft.tables(text)
+    before, held_out = tables.get("data", {}), tables.get("eval", {}).get("sources", [])
+    made = [records.Found(one, [], []).table for one in sources]
+    is_same = space.path(before.get("root", ".")) == space.path(data.root)
+    if role != TRAIN and not is_same and before.get("sources"):
+        raise UserError(
+            f"data.root = {str(data.root)!r}: the settings have {before.get('root', '.')!r}, and all sources need the "
+            "same; choose a folder that holds both, or train on this alone"
+        )
+    changes: dict[str, Any] = {"data.root": str(data.root)}
+    if role == EVALUATE:
+        return draft.changed(text, changes | {"eval.sources": made, "eval.split": None})
+    changes |= {"data.sources": [*(before.get("sources", []) if role == ALSO_TRAIN else []), *made], "task": task}
+    # Held-out sources that are not in the new folder would only end the run.
+    if split or not all((space.home / data.root / one.get("path", "")).exists() for one in held_out):
+        changes["eval.sources"] = None
+    return draft.changed(text, changes | {"eval.split": split or None})
+
+
+def _read_form(
+    space: Workspace, root: str, paths: list[str], kind: str, media: str, others: str, *columns: str
+) -> tuple[DataConfig, list[SourceConfig]]:
+    data = records.data_of(space, root)
+    named = {name: key.strip() for name, key in zip(COLUMNS, columns, strict=True) if key and key.strip()}
+    try:
+        named |= columns_of(others or "")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return data, records.sources_of(space, data, paths or [], kind, (media or "").strip(), named)
+
+
+def _recipe(space: Workspace, name: str) -> str:
+    file = draft.recipes(space).get(name)
+    if file is None:
+        raise UserError("settings: there are none yet; choose a recipe to begin with")
+    return file.read_text(encoding="utf-8")
+
+
+def _first_root(space: Workspace) -> str:
+    return "data" if (space.home / "data").is_dir() else "."
+
+
+def _other_columns() -> list[str]:
+    return sorted(formats.find("messages").columns - set(COLUMNS))
