@@ -131,9 +131,10 @@ def check_identity(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
         if what == "held_out" and then.get("held_out_settings") != now.get("held_out_settings"):
             continue
         if then.get(what) != digest:
+            goes_on = "; with model.adapter = that of this run it starts from what was learnt" * (what == "data")
             raise UserError(
                 f"{checkpoint}: {what} = {str(then.get(what))[:16]} then, {str(digest)[:16]} now: {meaning} changed "
-                "since; put it back, or name another output_dir"
+                f"since; put it back, or name another output_dir{goes_on}"
             )
 
 

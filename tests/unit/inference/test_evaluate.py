@@ -272,6 +272,13 @@ def evaluated(
     return {name: one.value for name, one in scores.items()}, lines
 
 
+def test_what_cannot_be_held_out_is_named(tiny: Tiny, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, held_out = held_out_of(tiny, root, [RECORDS[0], record("Gone.", "gone.png")], max_bad_fraction=0.5)
+    assert held_out.num_samples == 1
+    (message,) = caplog.messages
+    assert message.startswith("1 held-out samples can't be used, such as held_out-2: ") and "gone.png" in message
+
+
 def test_an_evaluation(tiny: Tiny, root: Path, tmp_path: Path) -> None:
     """Every readable question is answered and scored; the others are counted; the loss stands beside."""
     broken = record("Half a picture.", "broken.png")
