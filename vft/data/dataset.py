@@ -533,8 +533,8 @@ def prompts_of(conversations: Iterable[Conversation]) -> Prompts:
 
 def describe_prompts(counts: Prompts) -> dict[str, Any]:
     """For vft.json: the most frequent prompt (with the text before the media) and system text, the fraction of samples
-    that had it, and how many others there were; the `labels` of the prompt, if all of its samples have the same. Empty
-    if nothing was counted."""
+    that had it, and how many others there were; the `labels` of a prompt of at least half of them, if they all have the
+    same. Empty if nothing was counted."""
     if not counts:
         return {}
     prompts, systems = Counter[tuple[str, str]](), Counter[str | None]()
@@ -552,5 +552,5 @@ def describe_prompts(counts: Prompts) -> dict[str, Any]:
         "system": system,
         "system_share": of_system / counts.total(),
         "other_systems": len(systems) - 1,
-        "labels": [] if others else list(labels),
+        "labels": list(labels) if not others and 2 * of_prompt >= counts.total() else [],
     }

@@ -141,6 +141,9 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
         make, about = _with_rejected(make), "pairs to evaluate"
     make = _desirable_only(make, leave_out=config.objective is not None)
     held_out = load_stored(config.data, sources, make, task, about, encoder, seed, split)
+    if held_out.bad:
+        text = "%d held-out samples can't be used, such as %s: %s"
+        logger.warning(text, len(held_out.bad), held_out.bad[0].id, held_out.bad[0].message)
     examples = questions(held_out.conversations)
     examples = [examples[i] for i in spread(len(examples), 64)]
     equal_scores = [(0.0,) * len(question.prompt.options) for question in examples]
@@ -171,8 +174,9 @@ def load_asked(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
 def report_classes(training: Dataset, held_out: Dataset | None) -> None:
     """Say how many samples each label has, if all samples answer one question with one of the same labels, and warn of
     labels that can't be learnt or scored. Of large sets nothing is said, because all of their samples would be read."""
-    labels = describe_prompts(training.prompts).get("labels", [])
-    if not labels or training.num_samples > MAX_COUNTED:
+    asked = describe_prompts(training.prompts)
+    labels = asked.get("labels", [])
+    if not labels or asked["other_prompts"] or training.num_samples > MAX_COUNTED:
         return
     trained = Counter(one.turns[-1].text for one in training.conversations)
     scored = Counter(one.turns[-1].text for one in held_out.conversations) if held_out is not None else None

@@ -13,9 +13,9 @@ from vft.data.dataset import prompts_of
 from vft.preparation.documents import report_classes
 
 
-def samples(labels: tuple[str, ...], answers: Sequence[str]) -> Any:
+def samples(labels: tuple[str, ...], answers: Sequence[str], question: str = "Which?") -> Any:
     """A data set, as far as it is read here: a sample for each answer."""
-    asked = Turn("user", ("Which?",))
+    asked = Turn("user", (question,))
     made = [Conversation(text, (asked, Turn("assistant", (text,))), text, labels) for text in answers]
     return SimpleNamespace(conversations=made, num_samples=len(made), prompts=prompts_of(made))
 
@@ -37,6 +37,9 @@ def test_texts_and_options_of_their_own_are_no_classes(caplog: pytest.LogCapture
     report_classes(samples((), ["a text", "another"]), None)
     mixed = samples(("a", "b"), ["a"])
     mixed.prompts += samples(("a", "c"), ["c"]).prompts
+    report_classes(mixed, None)
+    mixed = samples(("A", "B"), ["A", "B"])  # multiple choice: the letters mean something else in each question
+    mixed.prompts += samples(("A", "B"), ["B"], "Who?").prompts
     report_classes(mixed, None)
     assert not caplog.messages
     report_classes(samples(("a",), ["a"]), None)
