@@ -59,7 +59,7 @@ def test_mistakes_end_no_talk(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (world.root / "broken.mp4").write_bytes(b"no video")
-    typed = "/clop x\n/clip gone.mp4\n/clip {0}/broken.mp4\nHello?\n/clip {0}/red.png\nWhat is it?\n"
+    typed = "/clop x\n/clip gone.mp4\n/clip {0}/broken.mp4\nHello?\n/clip {0}/red.png\nWhat is it?\nexit\nNo.\n"
     answers, told = said(typed.format(world.root), world, capsys, monkeypatch)
     assert "/clop: there are /clip FILE, /new and /quit" in told
     assert "gone.mp4" in told and "broken.mp4" in told

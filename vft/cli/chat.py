@@ -139,4 +139,4 @@ def read_line() -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-    return None if text.strip() == "/quit" else text
+    return None if text.strip().lower() in ("/quit", "/exit", "quit", "exit") else text
