@@ -266,7 +266,7 @@ def test_a_broken_adapter(
     ("arguments", "expected"),
     [
         (("--model", "none/such"), ["--model = 'none/such'", "HF_HUB_OFFLINE", "--model=DIR"]),
-        (("--output", "x.csv"), ["--output = x.csv", "JSONL", "x.jsonl"]),
+        (("--output", "x.csv"), ["--output = x.csv", "JSONL", "x.jsonl", "--table x.csv"]),
         (("--adapter", "none/such"), ["--adapter", "none/such"]),
         (("--frames", "0"), ["frames", "0"]),
         (("--fps", "-1"), ["fps", "-1"]),

@@ -84,6 +84,12 @@ def _check_prompt(prompt: str) -> str:
     return prompt
 
 
+def _no_table(file: str | Path) -> str | Path:
+    if Path(file).suffix.lower() == ".csv":
+        raise ValueError(f"is written as JSONL; name it {Path(file).with_suffix('.jsonl')}, or give --table {file}")
+    return file
+
+
 def _check_table(file: Path) -> Path:
     if file.suffix.lower() != ".csv":
         raise ValueError(f"is written as CSV; name it {file.with_suffix('.csv')}")
@@ -169,7 +175,7 @@ class PredictArguments(AskArguments):
     """what to ask (default: that of the training task, or 'Describe the video.')"""
     json_lines: Annotated[bool, Field(alias="json")] = False
     """one JSON object a video: video, prompt, prediction"""
-    output: JsonlFile | None = None
+    output: Annotated[JsonlFile, BeforeValidator(_no_table)] | None = None
     """JSONL file of answers, with which a second run resumes"""
     table: Annotated[Path, AfterValidator(_check_table)] | None = None
     """CSV file, for a spreadsheet, of all answers, written when the last one is known"""

@@ -306,6 +306,11 @@ def test_what_is_not_clear_names_the_mend(record: Any, field: str, words: str, t
     assert message.startswith(f"r.json:2: {field}: ") and words in message
 
 
+def test_columns_of_other_names_are_all_asked_for(tmp_path: Path) -> None:
+    message = bad(tmp_path, {"Datei": "a.mp4", "Klasse": "x"})
+    assert "it has 'Datei', 'Klasse'" in message and 'columns = { video = "...", answer = "..." }' in message
+
+
 def test_the_mend_for_two_answers_works(tmp_path: Path) -> None:
     record = {"question": "q", "answer": "x", "response": "y", **V}
     assert one(tmp_path, record, columns={"answer": "response"}) == ["video:a.mp4", "q", "y"]

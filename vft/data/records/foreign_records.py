@@ -182,7 +182,9 @@ class Normalizer:
             return key
         if not self.needs_answer:
             return None
-        fix = f'{EXPECTED}; it has {list_keys(row)}: say which it is on the source, columns = {{ answer = "..." }}'
+        is_about = any(row.get(key) is not None for key in MEDIA_KEYS) or _known_in(names, QUESTIONS)
+        missing = 'answer = "..."' if is_about else 'video = "...", answer = "..."'
+        fix = f"{EXPECTED}; it has {list_keys(row)}: say which it is on the source, columns = {{ {missing} }}"
         raise RecordError("answer", f"is missing; {fix}")
 
     def _with_media_keys(self, row: Record) -> Record:
