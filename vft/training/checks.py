@@ -153,7 +153,7 @@ def warn_of_epochs(train: TrainConfig, steps: int, epochs: float | None, samples
     """A warning if a run sees each of its samples so often that it learns them by heart, or if epochs make hardly any
     steps."""
     if train.max_steps is None and steps < FEW_STEPS:
-        text = "train.epochs = %d is only %d step(s), which teach little: raise it, or lower train.packs_per_step"
+        text = "train.epochs = %d is only %d step(s), which teach little: raise it, or put fewer samples in a step"
         logger.warning(text, train.epochs or 1, steps)
     if epochs is not None and epochs > MANY_EPOCHS:
         text = "%d steps of %d rows are %.0f epochs of %d samples, which will be learnt by heart: "

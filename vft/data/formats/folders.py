@@ -11,6 +11,7 @@ import logging
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,11 +61,17 @@ def _report_odd(name: str, path: Path, files: Sequence[Path]) -> None:
         entry.name for entry in sorted(path.iterdir()) if _suffix(entry.name) in VIDEO_SUFFIXES | PICTURE_SUFFIXES
     ]
     if beside:
-        logger.warning("%s: what lies in no class folder is left out (%d): %s", name, len(beside), _some(beside))
+        _say(logging.WARNING, f"{name}: what lies in no class folder is left out ({len(beside)}): {_some(beside)}")
     pictures = [file.name for file in files if _suffix(file.name) in PICTURE_SUFFIXES]
     if pictures and len(pictures) < len(files):
-        text = "%s: %d of %d files are pictures (of a GIF the first frame counts): %s"
-        logger.info(text, name, len(pictures), len(files), _some(pictures))
+        count = f"{len(pictures)} of {len(files)} files"
+        _say(logging.INFO, f"{name}: {count} are pictures (of a GIF the first frame counts): {_some(pictures)}")
+
+
+@cache
+def _say(level: int, text: str) -> None:
+    """Log it once: both sides of a split read the same folder."""
+    logger.log(level, "%s", text)
 
 
 def _some(names: Sequence[str]) -> str:
