@@ -51,7 +51,7 @@ def build(shared: Shared) -> None:
     look = gr.Button("Read", variant="primary", elem_id="read")
     known = gr.HTML(elem_id="found")
     with gr.Row():
-        models = sorted(space.models(), key=lambda name: name.startswith("runs/"))  # bases first
+        models = _bases(space)
         model = gr.Dropdown(models, value=next(iter(models), ""), label="base model", allow_custom_value=True, scale=3)
         shown = gr.Slider(1, 24, 4, step=1, label="samples to show")
         looked_at = gr.Number(200, label="of so many random ones", precision=0, minimum=1, min_width=120)
@@ -73,7 +73,7 @@ def build(shared: Shared) -> None:
     form = [root, paths, kind, media, others, *columns]
 
     def files_in(folder: str) -> Any:
-        return gr.Dropdown(records.record_files_in(space, space.existing(folder or ".", "data.root")), value=[])
+        return gr.Dropdown(choices=records.record_files_in(space, space.existing(folder or ".", "data.root")))
 
     def keys(folder: str, names: list[str]) -> list[Any]:
         data = records.data_of(space, folder)
@@ -108,7 +108,12 @@ def build(shared: Shared) -> None:
             gr.Info("written to the settings; next: the tabs Plan and Train")
         return text
 
-    root.change(told(files_in), root, paths, show_progress="hidden")
+    def bases() -> Any:
+        return gr.Dropdown(choices=_bases(space)), gr.Dropdown(choices=[*draft.recipes(space)])
+
+    gr.on([*shared.shown, root.change], told(files_in), root, paths, show_progress="hidden")
+    gr.on(shared.shown, bases, None, [model, recipe], show_progress="hidden")
+    root.change(lambda: [], None, paths, show_progress="hidden")
     paths.change(told(keys), [root, paths], columns, show_progress="hidden")
     look.click(told(read), [task, *form], [known, accordion])
     show.click(told(preview), [task, model, shared.draft, recipe, shown, looked_at, *form], seen)
@@ -158,6 +163,11 @@ def _recipe(space: Workspace, name: str) -> str:
     if file is None:
         raise UserError("settings: there are none yet; choose a recipe to begin with")
     return file.read_text(encoding="utf-8")
+
+
+def _bases(space: Workspace) -> list[str]:
+    """Models, those that were made in runs last."""
+    return sorted(space.models(), key=lambda name: name.startswith("runs/"))
 
 
 def _first_root(space: Workspace) -> str:

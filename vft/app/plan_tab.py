@@ -80,6 +80,10 @@ def build(shared: Shared) -> None:
         gr.Info("taken into the settings; plan again to see all of it")
         return [draft.changed(chosen(name, text), proposal["set"]), DRAFT, proposal["gpus"]]
 
+    def names() -> Any:
+        return gr.Dropdown(choices=[DRAFT, *draft.recipes(space)])
+
+    gr.on(shared.shown, names, None, source, show_progress="hidden")
     card.input(lambda name: CARDS[name].memory_gib, card, memory, show_progress="hidden")
     running = start.click(plan, [source, shared.draft, gpus, card, memory, samples], [shown, made, *takes])
     stop.click(lambda: _shown(0, {}), None, [shown, made, *takes], cancels=running, show_progress="hidden")

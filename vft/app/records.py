@@ -81,6 +81,8 @@ def sources_of(
             path = os.path.relpath(file, root)
         if not file.exists() and "*" not in path:
             raise UserError(f"data.sources.path = {path!r}: there is no {file}")
+        for match in root.glob(path) if "*" in path and not os.path.isabs(path) else ():
+            space.path(match, "data.sources.path")  # a link may lead out
         if media:
             space.existing(root / media, "data.sources.media")
         table = {"format": NATIVE if format == DETECTED else format, "path": path, "media": media}

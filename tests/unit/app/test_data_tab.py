@@ -65,6 +65,9 @@ def test_nothing_outside_is_read(space: Workspace, paths: list[str]) -> None:
         records.sources_of(space, data, paths, records.DETECTED, "", {})
     with pytest.raises(UserError, match="lies outside"):
         records.data_of(space, "/etc")
+    (space.home / "data/link.json").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="lies outside"):
+        records.sources_of(space, data, ["l*.json"], records.DETECTED, "", {})
 
 
 def test_what_is_written(space: Workspace) -> None:
