@@ -402,6 +402,18 @@ def test_label_studios_export(tmp_path: Path) -> None:
         assert words in bad(tmp_path, record)
 
 
+def test_skipped_tasks_are_left_out_and_can_be_asked_about(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", b"x")
+    skipped, done = task([]), task([("caption", "textarea", {"text": ["A dog."]})])
+    skipped["annotations"][0]["was_cancelled"] = True
+    path = write(tmp_path / "r.json", [skipped, done, {**skipped, "id": 2}])
+    assert said(read(path, tmp_path)) == [["video:a.mp4", "A dog."]]
+    path = write(tmp_path / "new.json", [skipped, {**task([]), "annotations": []}])
+    for request in read_requests([path], "What?", tmp_path):
+        assert isinstance(request.question, Question) and not request.question.references
+        assert request.question.prompt.turns[-1].text == "What?"
+
+
 def test_label_studios_parts_are_frames_counted_from_1(tmp_path: Path) -> None:
     make_clip(tmp_path / "a.mp4", range(40))
     spans = ("tl", "timelinelabels", {"ranges": [{"start": 1, "end": 21}], "timelinelabels": ["Run"]})

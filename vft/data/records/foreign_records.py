@@ -77,7 +77,7 @@ class Normalizer:
         """One record of `file`; or several, if it has several answers or parts. RecordError names the field that is
         wrong."""
         normalized: list[Record] = []
-        for row in annotated_rows(self._located(record, file), self.root):
+        for row in annotated_rows(self._located(record, file), self.root, self.needs_answer):
             normalized += self._with_turns(self._renamed(row.record), row.controls, row.is_label)
         return normalized
 
@@ -331,9 +331,9 @@ class AnnotatedRow(NamedTuple):
     """Whether these were chosen from a list."""
 
 
-def annotated_rows(record: Record, root: Path) -> list[AnnotatedRow]:
-    """The rows of a task. A record that is not a task is its own row. A label of a part of a video is a row with
-    `video_start` and `video_end`.
+def annotated_rows(record: Record, root: Path, needs_answer: bool = True) -> list[AnnotatedRow]:
+    """The rows of a task; none if it was skipped. A record that is not a task is its own row. A label of a part of a
+    video is a row with `video_start` and `video_end`. A task without annotations is a row if it `needs_answer` not.
 
     Raises:
         RecordError: nothing is annotated, or nothing that can be read.
@@ -342,7 +342,9 @@ def annotated_rows(record: Record, root: Path) -> list[AnnotatedRow]:
     if isinstance(data, dict) and isinstance(annotations, list):
         base = {"id": record["id"], **data} if record.get("id") is not None else dict(data)
         valid = [one for one in annotations if isinstance(one, dict) and not one.get("was_cancelled")]
-        if not valid:
+        if not valid and not needs_answer:
+            return [AnnotatedRow(base)]
+        if not annotations:
             raise RecordError("annotations", "is empty; export annotated tasks alone")
         return [row for annotation in valid for row in _rows(base, *_controls_of(annotation), root)]
     if {"annotator", "annotation_id"} <= set(record):
