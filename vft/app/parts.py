@@ -53,4 +53,4 @@ def told(handler: F) -> F:
 
 def _message(error: UserError) -> gr.Error:
     # Gradio takes the text for HTML. The page of a model or a file name must not be able to write it.
-    return gr.Error(html.escape(str(error)), duration=None, title="", print_exception=False)
+    return gr.Error(html.escape(str(error)), duration=20, title="", print_exception=False)

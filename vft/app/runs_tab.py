@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
 from html import escape
 from pathlib import Path
 
@@ -14,8 +12,11 @@ from vft.app.parts import Shared, told
 from vft.app.workspace import Workspace
 from vft.cli.compare import comparison_page, read
 from vft.common.errors import UserError
+from vft.reporting.run_folder import read_json
 
-HEADS = ["run", "what it does", "where it is", "loss", "newest scores", "started"]
+HEADS = ["run", "what it does", "where it is", "loss", "newest scores", "started (UTC)"]
+NUM_SCORES = 2
+"""In the table; the run's own view has all."""
 
 
 def build(shared: Shared) -> None:
@@ -65,9 +66,10 @@ def table_html(space: Workspace, folders: list[Path]) -> str:
             lines.append(f"<td>{escape(space.shown(folder))}</td><td colspan=5>{escape(str(error))}</td>")
             continue
         loss = now.state.line.get("loss")
-        begun = datetime.fromtimestamp(folder.stat().st_ctime).isoformat(" ", "minutes")
+        begun = str(read_json(folder / "run.json").get("started", ""))[:16].replace("T", " ")
         cells = [space.shown(folder), now.word, now.text, "" if loss is None else f"{loss:.4f}"]
-        cells += [re.sub(r"^step \d+: ", "", now.state.evaluation), begun]
+        scores = now.state.evaluation.partition(": ")[2].split("  ")
+        cells += ["  ".join(scores[:NUM_SCORES]), begun]
         lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{one}</th>" for one in HEADS)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
