@@ -75,6 +75,17 @@ def test_a_folder_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert records[0][0].fields["labels"] == ("chess", "riding a bike", "waving hands")  # one has no clips
 
 
+def test_of_animations_the_first_frame_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name in ("run/a.jpg", "jump/b.png"):
+        write(tmp_path / name)
+    read_folders(tmp_path, tmp_path)
+    assert not caplog.messages
+    write(tmp_path / "jump/c.GIF")
+    read_folders(tmp_path, tmp_path)
+    assert "3 of 3 files are pictures (of a GIF the first frame counts)" in caplog.text
+
+
 def test_splits_share_their_labels(tmp_path: Path) -> None:
     path = lay_out_folders(tmp_path)
     write(tmp_path / "Val" / "diving" / "d.mp4")

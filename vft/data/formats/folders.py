@@ -63,7 +63,7 @@ def _report_odd(name: str, path: Path, files: Sequence[Path]) -> None:
     if beside:
         _say(logging.WARNING, f"{name}: what lies in no class folder is left out ({len(beside)}): {_some(beside)}")
     pictures = [file.name for file in files if _suffix(file.name) in PICTURE_SUFFIXES]
-    if pictures and len(pictures) < len(files):
+    if 0 < len(pictures) < len(files) or any(_suffix(name) == ".gif" for name in pictures):
         count = f"{len(pictures)} of {len(files)} files"
         _say(logging.INFO, f"{name}: {count} are pictures (of a GIF the first frame counts): {_some(pictures)}")
 
