@@ -17,7 +17,7 @@ def test_curves_that_lie_on_each_other_are_all_seen() -> None:
     widths, radii = ([float(w) for _, w, _ in groups], [float(re.findall(r' r="([\d.]+)"', g)[0]) for *_, g in groups])
     assert [number for number, *_ in groups] == list("012345")
     assert all(a - b > 0.9 for values in (widths, radii) for a, b in itertools.pairwise(values))
-    style = TEMPLATES.get_template("page.css").render()
+    style = TEMPLATES.get_template("parts.css").render()
     dashes = [re.findall(rf"\.s{number} .*--dash: ([^}}]*) }}", style)[0] for number in range(6)]
     assert len(set(dashes)) == 6
 
