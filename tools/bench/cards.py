@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import in_venv  # noqa: F401
+
 from vft.common.types import Batch
 from vft.config import run as configs
 from vft.preparation.planning import PRODUCT_SHARE, Memory, Planner, Search, Setting

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 from measure import DEVICE, benchmark, report, seconds_of, show_table
 from workload import SHAPES, add_shape, make_step, random_model, settings

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 from data_sides import decode_bare, decode_to_patches, fetch_and_process, read_cache, start_on
 from measure import benchmark, report

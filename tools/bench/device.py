@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 from device_parts import PARTS, QUICK, Bench, Row
 from device_sizes import SIZES
 from measure import DEVICE, show_table

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import in_venv  # noqa: F401
 import torch
 from measure import DEVICE, benchmark, report
 from workload import DEMO_BASE, write_clips, write_records

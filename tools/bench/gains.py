@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import in_venv  # noqa: F401
 import torch
 import torch.nn.functional as F
 from measure import DEVICE, benchmark, in_turns, report

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 from measure import DEVICE, benchmark, in_new_process, report, seconds_of
 from safetensors.torch import load_file

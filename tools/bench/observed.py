@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import in_venv  # noqa: F401
 import torch
 from safetensors.torch import save_file
 from torch import Tensor

@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 from data_sides import import_torchvision
 from measure import benchmark, in_new_process, report, show_table

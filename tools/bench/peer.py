@@ -34,6 +34,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import in_venv  # noqa: F401
 import torch
 from measure import benchmark, in_new_process, report, show_table
 from torch import Tensor

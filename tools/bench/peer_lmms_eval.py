@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
+
 # Found by Python as the demo's own scripts find each other.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_world"))
 

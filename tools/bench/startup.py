@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 import pyarrow as pa
 import pyarrow.parquet as pq
 from measure import benchmark, in_new_process, report

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 import torch.nn.functional as F
 from measure import DEVICE, WAITS, benchmark, in_turns, report

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 from converter import Conversion, clean, read_header, run
 
 SHOT = re.compile(r"_([0-9]+)_([0-9]+)\.[A-Za-z0-9]+\Z")

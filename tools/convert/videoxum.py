@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import in_venv  # noqa: F401
 from activitynet_captions import describe
 from converter import Conversion, run
 

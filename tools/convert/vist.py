@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import in_venv  # noqa: F401
 from converter import Conversion, clean, run
 
 KEYS = ("story_id", "photo_flickr_id", "worker_arranged_photo_order", "text")

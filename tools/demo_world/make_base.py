@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 import torch
 from safetensors.torch import save_file
 from torch import Tensor

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 import words
 import world
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import in_venv  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 

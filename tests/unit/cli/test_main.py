@@ -118,6 +118,25 @@ def test_without_packages_or_venv_there_is_one_line(checkout: Path) -> None:
     assert done.returncode == 2 and f"Run {checkout / 'tools' / 'setup'} once" in line and "lacks the package" in line
 
 
+def test_scripts_of_the_tools_hand_over_as_commands_do(tmp_path: Path) -> None:
+    """All of them: in a checkout whose .venv is another Python, and with one line if there is none."""
+    names = [file for file in sorted(REPOSITORY.glob("tools/*/*.py")) if "__main__" in file.read_text()]
+    assert len(names) >= 20
+    for file in names:
+        assert "import in_venv" in file.read_text(), file
+    checkout = tmp_path / "vft"
+    shutil.copytree(REPOSITORY / "vft/common", checkout / "vft/common")
+    shutil.copytree(REPOSITORY / "tools", checkout / "tools", symlinks=True, ignore=shutil.ignore_patterns("base"))
+    (checkout / "vft/__init__.py").touch()
+    bare = (sys.executable, "-E", "-S")  # -I would leave out the script's own folder
+    for name in ("bench/step.py", "convert/vist.py", "demo_world/make_data.py"):
+        (line,) = run(*bare, checkout / "tools" / name).stderr.splitlines()
+        assert "lacks the package 'torch'" in line
+    fake_venv(checkout, 'echo "in the venv: $@"')
+    script = checkout / "tools/convert/vist.py"
+    assert run(*bare, script, "--help").stdout == f"in the venv: {script} --help\n"
+
+
 def test_a_recipe_without_packages_is_one_line_too(checkout: Path) -> None:
     bare = (sys.executable, "-E", "-S", "-m", "vft.recipes.caption", "run.toml")
     (line,) = run(*bare, cwd=checkout).stderr.splitlines()
