@@ -1,6 +1,6 @@
 """Pages from the jinja templates beside this file, and the charts in them: curves over steps as SVG elements.
 
-A chart has round numbers on its axes and a tooltip on every point. `page.css` sets colours, dashes and fonts by class:
+A chart has round numbers on its axes and a tooltip on every point. `parts.css` sets colours, dashes and fonts by class:
 `s0` to `s5` for the series, `grid`, `tick`, `whisker`. A curve is narrower than those drawn before it, so that all are
 seen where they lie on each other.
 """
