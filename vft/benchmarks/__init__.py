@@ -24,7 +24,7 @@ from vft.common.scores import Interval
 from vft.common.task import Answer, samples_of
 from vft.common.types import Conversation, MediaOptions, MediaRef, Sample, Turn
 from vft.config.data import DataConfig, SourceConfig
-from vft.data.formats import Format
+from vft.data.formats import Format, check_path
 from vft.data.records.files import read_records
 from vft.data.records.paths import find_path, first_present, media_folders, resolve_frames
 from vft.data.records.record import Record, RecordError, Records, as_object, check_text, make_samples, short_repr
@@ -102,6 +102,9 @@ class Benchmark(Format):
     def read(self, source: SourceConfig, data: DataConfig) -> Records:
         """As `Format.read`."""
         path = find_path(data.root, source.path)
+        check_path(
+            source.path, data.root, "`vft download` says how to get the set, and --root names the folder that has it"
+        )
         folders = media_folders(path, data.root, source.media, *self.media, "")
         rows = (
             (f"{name}:{line}", (file, number, record))

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vft.common.console import user_errors
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 
 
 def _check_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ValueError("no such folder")
+        raise ValueError(missing(folder, "folder"))
     return folder
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from vft.cli.arguments import Positional, command
 from vft.cli.predict import DECODE_TIMEOUT_S, AskArguments, with_options
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Turn
 from vft.config.run import ParallelConfig
@@ -55,6 +55,9 @@ class Talk:
 
     def about(self, clips: Sequence[Path]) -> None:
         """Begin anew, about other clips. UserError if one is no video or picture."""
+        for clip in clips:
+            if not clip.exists():
+                raise UserError(f"{clip}: {missing(clip, 'file')}")
         media: list[MediaRef] = []
         for request in read_requests(clips, "", None):
             if isinstance(request.question, Failure):

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-from vft.cli.arguments import Arguments, Positional, command
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -33,7 +33,7 @@ Rows = dict[str, list[str]]
 class CompareArguments(Arguments):
     """Arguments of `vft compare`."""
 
-    runs: Annotated[list[Path], Positional("RUN")]
+    runs: Annotated[list[ExistingFolder], Positional("RUN")]
     """output_dir of a run"""
     html: Path | None = None
     """also write a page with the curves of all"""

@@ -71,7 +71,7 @@ def main(arguments: InspectArguments) -> None:
     if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
     warn_of_weights(config)
-    adapter = adapter_folder(Path(config.model.adapter)) if config.model.adapter else None
+    adapter = adapter_folder(Path(config.model.adapter), "model.adapter") if config.model.adapter else None
     prepared = open_for_inference(config.model, adapter if arguments.forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
     documents = load_training(task, config, encoder)

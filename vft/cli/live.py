@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any
 
 from rich.console import Console
 
-from vft.cli.arguments import Arguments, Positional, command
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
@@ -33,7 +33,7 @@ FINISHED = "finished"
 class LiveArguments(Arguments):
     """Arguments of `vft live`."""
 
-    run: Annotated[Path, Positional("RUN")]
+    run: Annotated[ExistingFolder, Positional("RUN")]
     """output_dir of a run that is at work or done"""
     svg: Path | None = None
     """draw one picture into this file instead"""

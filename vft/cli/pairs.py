@@ -96,7 +96,9 @@ class Candidate(NamedTuple):
 def main(arguments: PairsArguments) -> None:
     """Command line."""
     config = configs.load(arguments.config, arguments.overrides)
-    adapter = arguments.adapter or (adapter_folder(Path(config.model.adapter)) if config.model.adapter else None)
+    adapter = arguments.adapter
+    if adapter is None and config.model.adapter:
+        adapter = adapter_folder(Path(config.model.adapter), "model.adapter")
     config, world = evaluation_config(config, adapter), environment()
     task, output = task_of(config), arguments.output or config.output_dir / "pairs.jsonl"
     if output.is_dir():

@@ -30,7 +30,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from vft.adapters.peft_format import recorded
 from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.files import replace_text
 from vft.common.task import Answer
 from vft.config.data import DataConfig, SourceConfig
@@ -201,7 +201,7 @@ class PredictArguments(AskArguments):
         if self.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in self.videos):
             raise ValueError("--root is where the media of records lie, but no file of records is named; leave it out")
         if not any(path.exists() for path in self.videos):  # before a large model is loaded for nothing
-            raise ValueError(f"{self.videos[0]}: no such file; check the path")
+            raise ValueError(f"{self.videos[0]}: {missing(self.videos[0], 'file', 'check the path')}")
         return self
 
     def workers_for(self, questions: int) -> int:

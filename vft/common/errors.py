@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+MAX_NAMES = 10_000
+"""Of a folder, among which a misspelt name is looked for."""
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. Its message is one line: file, field, value, and how to fix it.
@@ -13,6 +22,32 @@ class UserError(ValueError):
         super().__init__(message)
         self.on_one_rank = on_one_rank
         """Whether no other process has met the error, so that this one must print it, whatever its rank."""
+
+
+def missing(path: str | Path, kind: str, fix: str = "") -> str:
+    """Why `path` is not the `kind` that is asked for, `file` or `folder`: for a message, in which it follows the path.
+
+    It names what is there with a similar name; else the first folder of the path that is not there, and `fix`.
+    """
+    fix = f"; {fix}" if fix else ""
+    path = Path(path)
+    if path.exists():
+        return f"is a {'folder' if path.is_dir() else 'file'}, not a {kind}{fix}"
+    steps = [path, *path.parents]
+    place = next((number for number, step in enumerate(steps) if os.path.lexists(step)), 0)
+    if place == 0:
+        return f"is a link that leads nowhere{fix}"
+    there, gone = steps[place], steps[place - 1]
+    if not there.is_dir():
+        return f"no such {kind}: {there} is no folder{fix}"
+    names: list[str] = []
+    with suppress(OSError), os.scandir(there) as entries:
+        names = [entry.name for entry in islice(entries, MAX_NAMES)]
+    if close := difflib.get_close_matches(gone.name, names, n=1):
+        near = there / close[0]
+        whole = near / path.relative_to(gone)
+        return f"no such {kind}; did you mean {str(whole if whole.exists() else near)!r}?"
+    return f"no such {kind}{fix}" if gone == path else f"no such {kind}: there is no folder {gone}{fix}"
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or nested too deeply
         raise UserError(f"{path}: not TOML: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {missing(path, 'file')}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 

@@ -17,7 +17,7 @@ from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from vft.common.errors import UserError, first_line
+from vft.common.errors import UserError, first_line, missing
 from vft.common.files import read_object
 from vft.common.safetensors_io import open_tensors
 
@@ -77,6 +77,8 @@ class Pretrained:
 
         Raises UserError if there is no such model or it has no safetensors weights.
         """
+        if Path(path).is_file() or (path.startswith((".", "/", "~")) and not Path(path).exists()):
+            raise UserError(f"model.path = {path!r}: {missing(path, 'folder')}")
         if Path(path).exists() and not Path(path, "config.json").is_file():
             fix = next(
                 (fix for name, fix in OTHER_FOLDERS.items() if Path(path, name).is_file()), "name a model's folder"
@@ -94,7 +96,9 @@ class Pretrained:
                 if is_offline_mode()
                 else f"{reason}; check it, or"
             )
-            raise UserError(f"model.path = {path!r}: no such folder, and not to be had from the hub: {why} {fix}")
+            raise UserError(
+                f"model.path = {path!r}: {missing(path, 'folder')}, and not to be had from the hub: {why} {fix}"
+            )
         refuse_quantised(path, read_object(file), ())
         for own in (Path(path, name) for name in QUANTISER_FILES):
             refuse_quantised(path, {"quantization_config": read_object(own) if own.is_file() else {}}, ())

@@ -11,7 +11,7 @@ import torch
 
 from vft.adapters.lora import is_adapter
 from vft.adapters.peft_format import ABOUT_FILE, export_adapter, merged_into
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.files import locked, read_object
 from vft.config import run as configs
 from vft.config.run import Config, ParallelConfig
@@ -97,9 +97,12 @@ def export_checkpoint(checkpoint: Path, target: Path, overrides: Sequence[str] =
     logger.info("wrote %s", target)
 
 
-def adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path, setting: str = "adapter") -> Path:
     """The adapter that `path` means: that folder, the adapter of a run's folder, or of one of its checkpoints, which is
-    exported to RUN/exports if it has not been. UserError if the run has none yet, or has trained the whole model."""
+    exported to RUN/exports if it has not been. UserError, which names `setting`, if there is no such folder, or if the
+    run has none yet or has trained the whole model."""
+    if not path.is_dir():
+        raise UserError(f"{setting} = {str(path)!r}: {missing(path, 'folder')}")
     run = path.absolute().parents[1] if (path / checkpoints.MANIFEST).is_file() else path
     if not (run / "run.json").is_file():
         return path
@@ -121,5 +124,5 @@ def with_adapter_folder(config: Config) -> Config:
     """`config` whose `model.adapter` is an adapter's folder, if it names a run or a checkpoint."""
     if not config.model.adapter:
         return config
-    adapter = str(adapter_folder(Path(config.model.adapter)))
+    adapter = str(adapter_folder(Path(config.model.adapter), "model.adapter"))
     return config.model_copy(update={"model": config.model.model_copy(update={"adapter": adapter})})

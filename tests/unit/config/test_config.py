@@ -174,7 +174,7 @@ def test_not_toml(tmp_path: Path) -> None:
     assert re.search(r"c\.toml: not TOML: .*line 2, column 5", error_of(path))
     path.write_bytes(b"a = '\xff'")
     assert error_of(path) == f"{path}: not TOML: byte 5 is not UTF-8"
-    assert error_of(tmp_path / "absent.toml") == f"{tmp_path}/absent.toml: No such file or directory"
+    assert error_of(tmp_path / "absent.toml") == f"{tmp_path}/absent.toml: no such file"
 
 
 def test_overrides(small: Path) -> None:

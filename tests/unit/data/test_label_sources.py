@@ -333,7 +333,7 @@ def test_mistakes_in_kinetics(tmp_path: Path) -> None:
     fail(lambda: read_kinetics(path, tmp_path), Path(f"{path}:3"), "quotes")
     path.write_bytes(f"{HEADER}\nyog\xe4,b,1,11,val".encode("latin-1"))
     fail(lambda: read_kinetics(path, tmp_path), Path(f"{path}:2"), "not UTF-8")
-    fail(lambda: read_kinetics(tmp_path / "no.csv", tmp_path), tmp_path / "no.csv", "No such file")
+    fail(lambda: read_kinetics(tmp_path / "no.csv", tmp_path), tmp_path / "no.csv", "no such file")
 
 
 # --------------------------------------------------------------------------------------------------------------- SSv2

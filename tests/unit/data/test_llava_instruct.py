@@ -129,5 +129,5 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["000000033471", "000000033471#2"]
     with pytest.raises(UserError, match=r"no \.json files"):
         read_llava_instruct(write(tmp_path / "empty/x.txt").parent, tmp_path)
-    with pytest.raises(UserError, match=r"gone\.json: No such file"):
+    with pytest.raises(UserError, match=r"gone\.json: no such file"):
         read_llava_instruct(tmp_path / "gone.json", tmp_path)

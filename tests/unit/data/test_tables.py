@@ -225,7 +225,7 @@ def test_damaged_tables(tmp_path: Path) -> None:
         read_error(lambda path=path: read(path, tmp_path), str(path), "can't be read")
         path.write_bytes(b"")
         read_error(lambda path=path: read(path, tmp_path), str(path), "can't be read")
-        read_error(lambda name=name: read(tmp_path / f"no{name}", tmp_path), "No such file")
+        read_error(lambda name=name: read(tmp_path / f"no{name}", tmp_path), "no such file")
     (tmp_path / "empty").mkdir()
     read_error(lambda: read(tmp_path / "empty", tmp_path), "empty", "name a file")
 

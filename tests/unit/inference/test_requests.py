@@ -169,7 +169,7 @@ def test_nothing_to_ask(tmp_path: Path) -> None:
         read_requests([tmp_path], "?", None)
     with pytest.raises(UserError, match="holds no records"):
         read_requests([records(tmp_path)], "?", None)
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_requests([tmp_path / "none.jsonl"], "?", None)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.config.toml import show
 
 LLAMA_FACTORY, MS_SWIFT = "LLaMA-Factory", "ms-swift"
@@ -68,8 +68,9 @@ def read(file: Path) -> Foreign:
 
 def read_table(file: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON file. UserError if it can't be read or holds something else."""
+    text = read_text(file)
     try:
-        content = yaml.safe_load(read_text(file))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -80,6 +81,8 @@ def read_table(file: Path) -> dict[str, Any]:
 
 def read_text(file: Path) -> str:
     """The text of a file. UserError if it can't be read."""
+    if not file.is_file():
+        raise UserError(f"{file}: {missing(file, 'file')}")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.plugins import load_class
 from vft.common.types import Sample
 from vft.config.data import OPTIONAL_SETTINGS, DataConfig, SourceConfig, source_checks
@@ -132,9 +132,23 @@ def read(source: SourceConfig, data: DataConfig) -> Records:
     Raises:
         UserError: a file that cannot be read, or is not in the source's format; names file and line.
     """
+    if ":" not in source.format:
+        check_path(source.path, data.root)
     samples, bad = find(source.format).read(source, data)
     samples = [replace(sample, origin=_below_root(source.path, sample.origin)) for sample in samples]
     return samples, [replace(error, origin=_below_root(source.path, error.origin)) for error in bad]
+
+
+def check_path(path: str, root: Path, fix: str = "check data.root and the source's path") -> None:
+    """UserError if a source's `path` is not there, before a format looks for files beside it."""
+    place = find_path(root, path)
+    if "*" in path or "://" in path or place.exists():
+        return
+    if not root.is_dir():
+        raise UserError(
+            f"data.root = {str(root)!r}: {missing(root, 'folder', 'put the data there, or name its folder')}"
+        )
+    raise UserError(f"{place}: {missing(place, 'file', fix)}")
 
 
 def _below_root(path: str, origin: str) -> str:

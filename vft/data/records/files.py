@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.types import MediaRef, Sample, Turn
 from vft.data.records.inputs import note
 from vft.data.records.paths import PICTURE_SUFFIXES, SPLITS, VIDEO_SUFFIXES, is_stray
@@ -188,6 +188,8 @@ def read_file(path: Path, what: str) -> bytes:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise UserError(f"{path}: is no regular file; give the path of {what}")
         return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: {missing(path, 'file', f'give the path of {what}')}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of {what}") from None
 
