@@ -1,7 +1,8 @@
-"""Fine-tune a model: vft train TASK CONFIG.toml [section.key=value ...]
+"""Fine-tune a model: vft train [TASK] CONFIG.toml [section.key=value ...]
 
-TASK is caption, qa, classify, summarize, story or ground, or a task of your own as module:Class. The same command again
-resumes the run. On several GPUs: torchrun --nproc-per-node N -m vft.recipes TASK CONFIG.toml
+TASK is caption, qa, classify, summarize, story or ground, or a task of your own as module:Class; without it, the one
+that CONFIG.toml names. The same command again resumes the run. On several GPUs:
+torchrun --nproc-per-node N -m vft.recipes TASK CONFIG.toml
 
 CONFIG.toml has the tables [model], [lora], [data] with [data.video], [data.image] and a list [[data.sources]], [train],
 [objective], [parallel], [checkpoint], [eval] and [log]. `vft settings [SECTION]` prints what each may hold.
@@ -35,7 +36,9 @@ def main(task: str | None = None, argv: Sequence[str] | None = None, prog: str |
     )
     if task is None:
         names = f"{', '.join(TASKS)}, or module:Class for one of your own"
-        parser.add_argument("task", metavar="TASK", help=names)
+        parser.add_argument(
+            "task", metavar="TASK", nargs="?", help=f"{names}; by default the one that CONFIG.toml names"
+        )
     parser.add_argument("config", type=Path, help="TOML file, such as recipes/demo/caption.toml")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
@@ -46,9 +49,19 @@ def main(task: str | None = None, argv: Sequence[str] | None = None, prog: str |
         help="prepare everything and try the longest row, then stop; writes nothing but the cache",
     )
     parsed = parser.parse_intermixed_args(argv)  # settings may stand behind options
-    name = task or parsed.task
+    name: str | None = task or parsed.task
+    file, overrides = parsed.config, parsed.overrides
+    if (
+        task is None and name is not None and name.endswith(".toml")
+    ):  # the task was left out, and a setting took the file's place
+        file, overrides, name = Path(name), [str(file), *overrides], None
     with user_errors(), signals_stop():
-        train_config(configs.load(parsed.config, parsed.overrides), name, parsed.dry_run)
+        config = configs.load(file, overrides)
+        if not (name := name or config.task):
+            raise UserError(
+                f"{file}: no task there; name it, vft train TASK {file}: {', '.join(TASKS)}, or module:Class"
+            )
+        train_config(config, name, parsed.dry_run)
 
 
 def train_config(config: Config, task: str, dry_run: bool = False) -> None:

@@ -12,6 +12,7 @@ from vft.config import run as configs
 from vft.config.data import DataConfig
 from vft.config.run import Config, ModelConfig
 from vft.recipes import TASKS, load_task, task_of
+from vft.recipes import main as recipes
 
 OWN = """
 from dataclasses import dataclass
@@ -92,3 +93,23 @@ def test_a_bad_name_is_one_line(module: str, name: str, message: str) -> None:
 def test_the_configuration_checks_the_form(name: str) -> None:
     with pytest.raises(ValueError, match=r"must be caption, qa, .* or module:Class for a task of your own"):
         config(name)
+
+
+@pytest.mark.parametrize("words", ["run.toml seed=3", "run.toml --dry-run seed=3", "qa run.toml seed=3"])
+def test_the_task_may_be_left_to_the_configuration(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = '[model]\npath = "m"\n[data]\nroot = "."\nsources = [{ format = "messages", path = "a.jsonl" }]\n'
+    Path("run.toml").write_text(f'task = "qa"\noutput_dir = "run"\n{text}')
+    called: list[tuple[int, str]] = []
+    monkeypatch.setattr(recipes, "train_config", lambda config, task, dry: called.append((config.seed, task)))
+    recipes.main(argv=words.split())
+    assert called == [(3, "qa")]
+
+
+def test_no_task_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text('output_dir = "run"\n[model]\npath = "m"\n')
+    with pytest.raises(SystemExit) as stopped:
+        recipes.main(argv=["run.toml"])
+    assert stopped.value.code == 2
+    assert "run.toml: no task there; name it, vft train TASK run.toml: caption, qa" in capsys.readouterr().err
