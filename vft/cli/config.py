@@ -62,6 +62,7 @@ def main(arguments: ConfigArguments) -> None:
     else:
         replace_text(output, text)
         print(f"wrote {output}, with {len(draft.lost)} lines on what is not taken over; next: vft doctor {output}")
+        print(f"then: vft train TASK {output}, TASK being {' or '.join(run.TASKS)}: what answers are scored by")
 
 
 def to_toml(draft: Draft) -> str:

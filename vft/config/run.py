@@ -9,6 +9,7 @@ A leading `~` is the home folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -160,6 +161,8 @@ class TrainConfig(Section):
     """After the warm-up: decay to zero at the last step along half a cosine or a line, or no decay."""
     warmup_steps: Count = 0
     """Steps of linear warm-up to `learning_rate`."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a share of all steps, rounded up, instead of `warmup_steps`."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (AdamW), multiplied by the learning rate at each step."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -186,12 +189,19 @@ class TrainConfig(Section):
     def _agree(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
             raise contradiction("max_steps", self.max_steps, "epochs", self.epochs, "train")
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise contradiction("warmup_steps", self.warmup_steps, "warmup_ratio", self.warmup_ratio, "train")
         if self.max_steps is not None:
             try:
                 check_order("warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
             except ValueError as error:
                 raise ValueError(f"{error}; take fewer, such as train.warmup_steps={self.max_steps // 10}") from None
         return self
+
+    def warmup(self, max_steps: int) -> int:
+        """Steps of warm-up in a run of `max_steps`."""
+        # 0.07 x 100 is 7.000000000000001 for a computer, and would be rounded up to 8.
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(round(self.warmup_ratio * max_steps, 6))
 
 
 class ParallelConfig(Section):

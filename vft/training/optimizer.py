@@ -64,11 +64,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def learning_rate(config: TrainConfig, step: int, max_steps: int) -> float:
     """Learning rate of step `step` (from 1): linear warm-up to `train.learning_rate`, then the schedule down to 0."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+    warmup = config.warmup(max_steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
     if config.schedule == "constant":
         return config.learning_rate
-    done = (step - config.warmup_steps - 1) / max(1, max_steps - config.warmup_steps)
+    done = (step - warmup - 1) / max(1, max_steps - warmup)
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.learning_rate * left
 

@@ -286,7 +286,7 @@ def test_nothing_is_dropped(base: dict[str, Any]) -> None:
         (FACTORY | {"finetuning_type": "freeze"}, "finetuning_type"),
         (FACTORY | {"model_name_or_path": "org/Llama-9-8B"}, "vft trains Qwen2.5-VL, Qwen3-VL"),
         (FACTORY | {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct-AWQ"}, "fewer bits"),
-        (FACTORY | {"dataset": "clip"}, "dataset = clip: is not in dataset_info.json; did you mean 'clips'?"),
+        (FACTORY | {"dataset": "clip"}, "dataset = clip: is not in data/dataset_info.json; did you mean 'clips'?"),
         (FACTORY | {"dataset": "made"}, "no data set that vft can read"),
         (FACTORY | {"dataset_dir": "else"}, "else/dataset_info.json: no such file"),
         (FACTORY | {"warmup_ratio": "much"}, 'warmup_ratio: "much": must be a number'),

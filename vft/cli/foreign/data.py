@@ -113,7 +113,7 @@ def _from_info(draft: Draft, name: str, folder: str, info: dict[str, Any]) -> So
     if not isinstance(about, dict):
         near_names = difflib.get_close_matches(name, info, n=1)
         meant = f"; did you mean {near_names[0]!r}?" if near_names else ""
-        raise UserError(f"{draft.file}: dataset = {name}: is not in dataset_info.json{meant}")
+        raise UserError(f"{draft.file}: dataset = {name}: is not in {folder}/dataset_info.json{meant}")
     hub = next((key for key in ("hf_hub_url", "ms_hub_url", "om_hub_url") if about.get(key)), None)
     if hub:
         path = os.path.join(folder, _on_hub(draft, name, str(about[hub]), folder, is_hf=hub == "hf_hub_url"))

@@ -189,13 +189,12 @@ def _length(draft: Draft) -> None:
         ratio, origin = (warmup, origin) if warmup else draft.number("warmup_ratio")
         warmup = math.ceil(ratio * steps) if ratio and steps and steps > 0 else None
         if ratio and warmup is None:
-            fix = "`vft plan` and the start of `vft train` count the steps: set train.warmup_steps to this part"
-            draft.lose(origin, fix)
+            draft.put("train.warmup_ratio", ratio, origin)
     if warmup:
         draft.put("train.warmup_steps", warmup, origin)
-    (beta1, origin), (beta2, of_beta2) = draft.number("adam_beta1"), draft.number("adam_beta2")
-    if beta1 is not None or beta2 is not None:
-        draft.put("train.betas", [0.9 if beta1 is None else beta1, beta2 or 0.999], f"{origin}; {of_beta2}")
+    betas = [draft.number("adam_beta1"), draft.number("adam_beta2")]
+    if origins := [origin for beta, origin in betas if beta is not None]:
+        draft.put("train.betas", [betas[0][0] or 0.9, betas[1][0] or 0.999], "; ".join(origins))
     optimizer, origin = draft.take("optim", "optimizer")
     if optimizer:
         draft.lose(origin, "AdamW is the optimizer, always")
