@@ -36,7 +36,10 @@ def test_a_picture_of_a_run_and_a_look_at_it(world: World, commands: Commands, t
     )
     links = re.findall(r"https?://[^\"') ]*", picture.read_text())
     assert set(links) <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}, "a comment and the namespace"
-    assert commands.run(TOOL, folder).ok().stdout == ""  # it is done, so it ends
+    scores, step, end = commands.run(TOOL, folder).ok().stdout.splitlines()  # it is done, so it ends
+    assert scores.startswith("step 3: cider_d") and f"loss {last['loss']:.4f}" in step and end == "finished"
+    (folder / ".ended").write_text("failed: no space left\n")
+    assert commands.run(TOOL, folder).ok().stdout.splitlines()[-1] == "failed: no space left"
     assert commands.run(TOOL, tmp_path).error == f"error: {tmp_path}: no run.json; name the output_dir of a run"
 
 

@@ -17,6 +17,8 @@ import pytest
 from tests.runs.commands import CAPTION, Command, Commands, Result, metrics
 from tests.runs.test_resume import STEPS, STOCHASTIC, assert_same, undisturbed, wait_for_step
 from tests.runs.world import World
+from vft.cli import live
+from vft.reporting.progress import RunState
 
 __all__ = ["undisturbed"]
 SCRIPT = str(Path(__file__).with_name("interrupted.py"))
@@ -64,6 +66,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
         assert result.status == 128 + number
         done = metrics(folder)[-1]["step"]
         name = signal.Signals(number).name
+        assert live.ending(RunState("", 0), folder) == f"stopped by {name}; the same command goes on"
         assert checkpoints(folder)[-1] == f"step-{done:06d}"
         said = [line for line in result.stderr.splitlines() if line.startswith(name)]
         assert said == [

@@ -1,6 +1,7 @@
 """Follow a run from another terminal: vft live RUN [--svg FILE] [--step N]
 
-Reads the files that the run writes and shows what its own terminal shows, until the run is done or Ctrl-C is pressed.
+Reads the files that the run writes and shows what its own terminal shows, until the run ends or Ctrl-C is pressed.
+Without a terminal it prints a line for a step now and then (log.every_steps), and how the run ended.
 --svg draws one picture instead; --step waits until the run has done that many steps.
 """
 
@@ -20,9 +21,10 @@ from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
-from vft.reporting.progress import LiveView, RunState
+from vft.reporting.progress import LiveView, RunState, step_text
 from vft.reporting.run_folder import scores_of
 from vft.training.checkpoint import list_checkpoints
+from vft.training.checks import ENDED
 
 POLL_S = 0.2
 SILENCE_S = 120.0
@@ -45,27 +47,47 @@ class LiveArguments(Arguments):
 def main(arguments: LiveArguments) -> None:
     """Command line."""
     folder, svg = arguments.run, arguments.svg
-    state, task = state_of(folder), configs.load(folder / "config.toml").task
+    state, config = state_of(folder), configs.load(folder / "config.toml")
     paper = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
     view = LiveView(state, paper if svg else Console(stderr=True))
-    if svg is None:
+    is_plain = svg is None and not view.console.is_terminal
+    if svg is None and not is_plain:
         view.start()
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-            update(state, folder, lines)
-            while state.ended != FINISHED and (svg is None or state.line["step"] < arguments.step):
-                time.sleep(POLL_S)
+            said = ("", -config.log.every_steps)
+            while True:
                 update(state, folder, lines)
+                is_over = state.ended == FINISHED or (folder / ENDED).is_file()
+                if is_plain:
+                    said = say(state, said, 1 if is_over else config.log.every_steps)
+                if is_over or (svg is not None and state.line["step"] >= arguments.step):
+                    break
+                time.sleep(POLL_S)
     except FileNotFoundError:
         raise UserError(f"{folder}: no metrics.jsonl; the run has not begun") from None
     finally:
         view.stop()
+    if is_plain:
+        print(state.ended)
     if svg is not None:
         paper.print(state)
-        picture = paper.export_svg(title=f"python -m vft.recipes.{task}")
+        picture = paper.export_svg(title=f"python -m vft.recipes.{config.task}")
         fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # they come from a server; any monospaced font will do
         replace_text(svg, fonts.sub("", picture))
         print(f"wrote {svg}")
+
+
+def say(state: RunState, said: tuple[str, int], every: int) -> tuple[str, int]:
+    """Print the newest scores and the newest step, if they are new since `said` and, for the step, `every` steps have
+    passed. Returns what is said now."""
+    scores, step = said
+    if state.evaluation != scores:
+        print(scores := state.evaluation, flush=True)
+    if "loss" in state.line and state.line["step"] >= step + every:
+        step = state.line["step"]
+        print(f"step {step}/{state.max_steps}  {step_text(state.line)}", flush=True)
+    return scores, step
 
 
 def state_of(folder: Path) -> RunState:
@@ -100,7 +122,10 @@ def update(state: RunState, folder: Path, lines: IO[str]) -> None:
 
 
 def ending(state: RunState, folder: Path) -> str:
-    """Why nothing more comes: the run is finished, or has been silent for long. Empty while it is at work."""
+    """Why nothing more comes: the run is finished, was stopped, has failed, or has been silent for long. Empty while it
+    is at work."""
+    if (folder / ENDED).is_file():
+        return (folder / ENDED).read_text(encoding="utf-8").strip()
     # A run writes its settings when it starts, and its report when it is done: by epochs or patience also before the
     # last step that is known here.
     files = [folder / name for name in ("config.toml", "metrics.jsonl", "report.html")]

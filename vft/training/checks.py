@@ -7,19 +7,20 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.common.files import cannot_write, read_object, remove_partials, replace_text
 from vft.common.rules import VERSION, changed_since
 from vft.config import run as configs
 from vft.config.run import Config, TrainConfig
 from vft.distributed.process_group import all_of, local_part, sum_over_ranks
+from vft.distributed.signals import stopped_by
 from vft.models.base import VideoLanguageModel, component_of
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ FEW_STEPS = 30
 """Steps below which a run of so many epochs is warned of: the recipes' warm-up alone has about as many."""
 MANY_EPOCHS = 50
 """Epochs above which a run is warned of: supervised tuning takes one to three, and a demo of a few clips some tens."""
+
+ENDED = ".ended"
+"""In the folder of a run that ended before its last step: why, for whoever looks at it from elsewhere. The next start
+removes it."""
 
 IDENTITY = {
     "data": "the samples, their texts or lengths",
@@ -77,8 +82,9 @@ def check_output_dir(config: Config) -> None:
         check_rules(config.output_dir, read_object(records[0]))
     before = configs.load(file)
     for key, old, new in configs.differences(before, config):
+        then, now = ("not set" if value is None else repr(value) for value in (old, new))
         raise UserError(
-            f"{file}: {key} = {old!r} in the run that is there, {new!r} asked for; "
+            f"{file}: {key} = {then} in the run that is there, {now} asked for; "
             "name another output_dir, or remove this one to begin anew"
         )
 
@@ -87,7 +93,7 @@ def check_output_dir(config: Config) -> None:
 def locked_folder(config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
     """Make the folder of a run, write what the run is (`facts`), and keep other runs out of it until the end.
 
-    Raises UserError if another run is at work there.
+    If the run ends early, `ENDED` says why. Raises UserError if another run is at work there.
     """
     folder = config.output_dir
     lock = FileLock(folder / ".lock")
@@ -105,7 +111,14 @@ def locked_folder(config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
         if not (folder / "run.json").exists():
             replace_text(folder / "run.json", json.dumps({**facts, "rules": VERSION}, indent=1) + "\n")
         replace_text(folder / "config.toml", configs.dump(config))
+        (folder / ENDED).unlink(missing_ok=True)
         yield
+        if name := stopped_by():
+            replace_text(folder / ENDED, f"stopped by {name}; the same command goes on\n")
+    except Exception as error:
+        with suppress(OSError):  # the disk may be what failed
+            replace_text(folder / ENDED, f"failed: {first_line(error)}\n")
+        raise
     finally:
         lock.release()
 
