@@ -191,7 +191,8 @@ def test_an_evaluation_without_its_scores_is_made_again(
 def test_the_command_of_a_finished_run_changes_nothing(commands: Commands, copy: Path) -> None:
     folder = copy.with_suffix("")
     os.utime(folder / "metrics.jsonl", (0, 1e9))  # reports show when it was last written
-    commands.run(CAPTION, copy).ok()
+    said = commands.run(CAPTION, copy).ok().stderr
+    assert f"nothing left to train: step {STEPS} of {STEPS} is done" in said and "longest row" not in said
     assert (folder / "metrics.jsonl").stat().st_mtime == 1e9
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for config in (copy, folder / "config.toml"):  # the resolved configuration is one too

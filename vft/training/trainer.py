@@ -168,7 +168,10 @@ class Trainer:
                 # Before a checkpoint replaces the weights that the reference has.
                 self.objective.known = computed_once(self.objective, self.prepared, self.config, self.data, self.world)
             self.resume()
-            self.memory_preflight()
+            if self.step < self.max_steps:
+                self.memory_preflight()
+            else:
+                logger.info("nothing left to train: step %d of %d is done", self.step, self.max_steps)
             first = self.step
             self.monitor.start(first)
             try:
