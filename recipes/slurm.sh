@@ -20,7 +20,7 @@ set -euo pipefail
 
 config=${1:-recipes/qwen2_5_vl_7b/caption.toml}             # (change)
 shift || true
-task=caption                                                # (change) caption, qa, classify, summarize or story
+task=caption                                                # (change) caption, qa, classify, summarize, story or ground
 cd "${SLURM_SUBMIT_DIR:-.}"
 source .venv/bin/activate                                   # (change) the same files on every host
 

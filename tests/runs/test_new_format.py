@@ -90,6 +90,7 @@ def test_a_format_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ("my_clip:MyClips", "cannot import my_clip: No module named 'my_clip'; looked in the current folder"),
         ("my_clips:MyClip", "my_clips has no class 'MyClip'"),
         ("my_clips:MediaRef", "MediaRef is not a subclass of vft.data.formats.Format"),
+        ("sharegpt", "sharegpt is read by 'messages'"),
         ("mesages", "must be one of 'dense_captions', 'folders', "),
     ],
 )

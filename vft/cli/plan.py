@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vft.cli.arguments import ConfigArguments, command
-from vft.common.console import make_table
+from vft.common.console import make_table, stderr_console
 from vft.common.device_specs import CARDS, card_name
 from vft.common.errors import UserError
 from vft.common.types import Batch
@@ -104,7 +104,8 @@ def main(arguments: PlanArguments) -> None:
             f"{config.model.path} on {setting.gpus} x {setting.memory_gib:g} GiB; a row of {row.num_tokens:,} "
             f"tokens, {row.media_index_M.numel():,} of them video, {len(row.sample_ids)} sample(s)"
         )
-    search = planner.search(setting, row)
+    with stderr_console().status("counting memory and time, some seconds for each way to hold the model"):
+        search = planner.search(setting, row)
     if arguments.as_json:
         print(json.dumps(plan_as_json(setting, search, planner, row, arguments), indent=1))
     else:

@@ -17,6 +17,7 @@ from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
 from vft.data.records.files import read_json
+from vft.data.records.paths import resolve_media
 from vft.data.records.record import BadRecord, RecordError
 from vft.inference.requests import read_requests
 
@@ -231,6 +232,13 @@ def part(**keys: Any) -> dict[str, Any]:
 PART_0 = "messages[0].content[0]"
 
 
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    """Qwen's examples write `file:///...`."""
+    (tmp_path / "a b.mp4").touch()
+    root = tmp_path.resolve()
+    assert resolve_media(root, f"file://{root}/a b.mp4", "video") == root / "a b.mp4"
+
+
 @pytest.mark.parametrize(
     ("record", "field", "message"),
     [
@@ -257,7 +265,8 @@ PART_0 = "messages[0].content[0]"
         (listing("<video>", 5), "videos[0]", "5 is of type int"),
         (listing("<video>", []), "videos[0]", "empty list"),
         (listing("<video>", "https://a.b/c.mp4"), "videos[0]", "URLs in records are off"),
-        (listing("<video>", "file:///etc/passwd"), "videos[0]", "URLs in records are off"),
+        (listing("<video>", "file:///etc/passwd"), "videos[0]", "'/etc/passwd' leads to"),
+        (listing("<video>", "file://host/c.mp4"), "videos[0]", "URLs in records are off"),
         (listing("<video>", "/etc/passwd"), "videos[0]", "out of data.root"),
         (listing("<video>", "../../x.mp4"), "videos[0]", "out of data.root"),
         (listing("<video>", "a\0b"), "videos[0]", "is no path"),

@@ -24,6 +24,12 @@ from vft.data.records.paths import find_path
 from vft.data.records.record import BadRecord, ParsedRecord, Record, Records
 from vft.data.streaming.archives import ArchiveClip
 
+READ_AS_MESSAGES = frozenset(
+    {"sharegpt", "llava", "openai", "alpaca", "llama_factory", "swift", "ms_swift", "json", "jsonl", "csv", "tsv"}
+    | {"parquet", "arrow", "chatml", "conversations", "label_studio", "table"}
+)
+"""What others call records that the format `messages` reads."""
+
 
 @dataclass(frozen=True)
 class Archives:
@@ -96,6 +102,7 @@ def find(name: str) -> Format:
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
+        meant = f"; {name} is read by 'messages'" if name.lower() in READ_AS_MESSAGES else meant
         listed = ", ".join(map(repr, names()))
         raise UserError(f"must be one of {listed}, or module:Class for a format of your own{meant}")
     module = importlib.import_module(f"{__name__}.{name}")

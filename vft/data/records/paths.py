@@ -33,6 +33,8 @@ in `__MACOSX`. Names of hidden files begin with a dot."""
 _ON_A_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _DIGITS = re.compile(r"([0-9]+)")
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|data|https?):")
+_FILE_URL = re.compile(r"\Afile://(?=/)")
+"""How Qwen's own examples write an absolute path: nothing in it is decoded, as there."""
 
 
 def resolve_media(root: Path, value: object, field: str) -> Path:
@@ -53,7 +55,7 @@ def resolve_media(root: Path, value: object, field: str) -> Path:
 
 def resolve_path(root: Path, value: object, field: str) -> tuple[Path, int]:
     """As `resolve_media`, for files and folders. Also the mode of what is there, 0 if nothing is."""
-    text = check_text(value, field)
+    text = _FILE_URL.sub("", check_text(value, field), count=1)
     if not text or "\0" in text:
         raise RecordError(field, f"{short_repr(text)} is no path; name a file under data.root")
     on_drive = without_drive(text)
