@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,13 @@ def test_a_run_that_fails_says_why(world: World, space: Workspace, tmp_path: Pat
     assert now.word == "failed" and "nothing.json" in now.text
     assert "nothing.json" in run_view.log_html(folder)
     Job(folder).start(["true"], tmp_path, {})  # the folder is not taken
+
+
+def test_a_run_of_a_terminal(learned: Path, tmp_path: Path) -> None:
+    """What the page says of one that it did not start: by the run's own files."""
+    folder = shutil.copytree(learned, tmp_path / "run")
+    assert runs.status(folder).word == "finished"
+    (folder / ".ended").write_text("stopped by SIGINT; the same command goes on\n")
+    assert runs.status(folder).word == "stopped" and "SIGINT" in runs.status(folder).text
+    (folder / ".ended").write_text("failed: out of memory\n")
+    assert runs.status(folder).word == "failed"

@@ -113,6 +113,8 @@ def status(folder: Path) -> Status:
         if "stopping" in job.record or not error:
             return Status("stopped", f"at {step}; it can go on", state)
         return Status("failed", error[:500], state)
+    if (word := state.ended.partition(" ")[0].rstrip(":")) in ("stopped", "failed"):
+        return Status(word, f"{state.ended}; {step}", state)
     if state.ended:
         return Status("silent", f"{state.ended}; it can go on if nothing is at work there", state)
     return Status("elsewhere", f"{step}, started outside this page", state)
