@@ -191,6 +191,60 @@ def test_set_up_is_not_silent_for_long(tmp_path: Path) -> None:
     assert "No space left" in done.stderr and "setup: failed: sh -c" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "here", "packages"),
+    [
+        ("", {}, "--index-url {cpu} torch torchcodec"),
+        ("", {"GPU": "yes"}, "torch"),
+        ("", {"SLURM": "yes"}, "torch"),
+        ("", {"CONFIG": "global.index-url='https://mirror.example/simple'"}, "torch"),
+        ("", {"OFFLINE": "yes"}, "torch"),
+        ("", {"INSTALLED": "--cpu"}, "--index-url {cpu} torch torchcodec"),
+        ("--gpu", {}, "torch"),
+        ("--cpu", {"GPU": "yes", "OFFLINE": "yes"}, "--index-url {cpu} torch torchcodec"),
+    ],
+)
+def test_set_up_takes_the_torch_that_fits(tmp_path: Path, asked: str, here: dict[str, str], packages: str) -> None:
+    """Its own functions, with a stand-in for Python and pip that notes what is to be installed."""
+    text = (ROOT / "tools" / "setup").read_text()
+    python, noted = tmp_path / "python", tmp_path / "noted"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *"pip config list") echo "$CONFIG" ;;
+    *urllib*) [ -z "$OFFLINE" ] ;;
+    *metadata*) [ -n "$INSTALLED" ] && echo "$INSTALLED" ;;
+    *) echo "$@" >>{noted} ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    names = ("say", "choose_build", "installed_build", "install_packages")
+    functions = [re.search(rf"^{name}\(\) {{(.*}}|\n[\s\S]*?^}})$", text, re.MULTILINE) for name in names]
+    index = re.search(r"^cpu_index=(.*)$", text, re.MULTILINE)
+    assert index and all(functions)
+    has = {key: here.get(key, "") for key in ("GPU", "SLURM", "CONFIG", "OFFLINE", "INSTALLED")}
+    script = "\n".join(
+        [
+            *("set -euo pipefail", f"python={python}", f"asked={asked}", "log=log", index[0]),
+            f"nvidia=(no/file {python if has['GPU'] else 'no/file'})",
+            *(found[0] for found in functions if found),
+            'logged() { "$@"; }',
+            "command() { [[ $2 == sbatch && -n $SLURM ]]; }",
+            'install_packages ""',
+        ]
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, **has}, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = noted.read_text().splitlines()
+    pins = re.sub(r"==\S+", "", first).removeprefix("-m pip install --progress-bar off ")
+    assert pins == packages.format(cpu=index[1]) and second.endswith("-e .[dev,eval,app]")
+
+
 def test_the_shipped_base_is_small_and_loads_in_transformers() -> None:
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
