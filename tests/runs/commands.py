@@ -48,7 +48,8 @@ def become(request):
     for descriptor, path in ((1, "stdout"), (2, "stderr")):
         file = os.open(os.path.join(request["folder"], path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    typed = os.path.join(request["folder"], "stdin")
+    os.dup2(os.open(typed if os.path.exists(typed) else os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
@@ -149,18 +150,21 @@ class Commands:
 
     def __init__(self, environment: dict[str, str], scratch: Path, folder: Path = REPOSITORY) -> None:
         self.environment, self.scratch, self.folder = environment, scratch, folder
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, cwd=folder, env=environment, text=True
-        )
+        self.requests = Path(tempfile.mkdtemp(dir=scratch)) / "requests"
+        """A FIFO that takes requests from other processes, too."""
+        os.mkfifo(self.requests)
+        with open(os.open(self.requests, os.O_RDONLY | os.O_NONBLOCK)) as reading:
+            self._writing = self.requests.open("w")
+            os.set_blocking(reading.fileno(), True)
+            self._server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=reading, cwd=folder, env=environment)
 
     def start(self, program: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Command:
         """A module (`vft.recipes.caption`) or script (`tools/predict.py`) with its arguments, in `cwd`."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         words = [str(a) for a in arguments]
         request = {"program": program, "arguments": words, "folder": str(folder), "cwd": str(cwd or self.folder)}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({**request, "environment": environment}) + "\n")
-        self._server.stdin.flush()
+        self._writing.write(json.dumps({**request, "environment": environment}) + "\n")
+        self._writing.flush()
         return Command(folder)
 
     def run(self, program: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Result:
@@ -192,8 +196,7 @@ class Commands:
 
     def close(self) -> None:
         """No more commands."""
-        assert self._server.stdin is not None
-        self._server.stdin.close()
+        self._writing.close()
         self._server.wait(timeout=30)
 
 
