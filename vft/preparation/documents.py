@@ -142,7 +142,7 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     make = _desirable_only(make, leave_out=config.objective is not None)
     held_out = load_stored(config.data, sources, make, task, about, encoder, seed, split)
     if held_out.bad:
-        text = "%d held-out samples can't be used, such as %s: %s"
+        text = "%d held-out sample(s) can't be used, such as %s: %s"
         logger.warning(text, len(held_out.bad), held_out.bad[0].id, held_out.bad[0].message)
     examples = questions(held_out.conversations)
     examples = [examples[i] for i in spread(len(examples), 64)]

@@ -122,4 +122,5 @@ class RunData:
                 logger.warning("%s: %s", source.name, source.warning)
         if self.documents.bad:
             file = self.config.output_dir / "quarantine.jsonl"
-            logger.info("%d samples can't be used: see %s", len(self.documents.bad), file)
+            first, count = self.documents.bad[0], len(self.documents.bad)
+            logger.warning("%d sample(s) can't be used, such as %s: %s; all: %s", count, first.id, first.message, file)

@@ -276,7 +276,7 @@ def test_what_cannot_be_held_out_is_named(tiny: Tiny, root: Path, caplog: pytest
     _, held_out = held_out_of(tiny, root, [RECORDS[0], record("Gone.", "gone.png")], max_bad_fraction=0.5)
     assert held_out.num_samples == 1
     (message,) = caplog.messages
-    assert message.startswith("1 held-out samples can't be used, such as held_out-2: ") and "gone.png" in message
+    assert message.startswith("1 held-out sample(s) can't be used, such as held_out-2: ") and "gone.png" in message
 
 
 def test_an_evaluation(tiny: Tiny, root: Path, tmp_path: Path) -> None:
