@@ -57,6 +57,10 @@ def evaluation_config(config: Config, adapter: Path | None) -> Config:
     A merged model has the task of the adapter that is merged into it. The base beside an adapter is asked the same
     questions, so it gets the same `rope_factor`, and with it the same length of context.
     """
+    if adapter is None and (start := config.model.adapter):
+        logger.warning(
+            "model.adapter = %r is what training starts from, and is not scored; name it with --adapter", start
+        )
     about = recorded(adapter or Path(config.model.path))
     warn_of_other_text(about, config.data)
     rope_factor = trained_rope_factor(adapter, config.model.rope_factor)
