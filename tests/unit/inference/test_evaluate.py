@@ -67,7 +67,7 @@ def test_a_merged_model_is_asked_by_its_own_task(tmp_path: Path) -> None:
 def test_an_adapter_to_start_from_is_not_scored_in_silence(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     table = {"output_dir": "r", "lora": {}, "model": {"path": str(tmp_path), "adapter": "runs/before"}}
     evaluation_config(Config.model_validate(table), None)
-    assert "'runs/before', what training starts from, is not scored" in caplog.text
+    assert "'runs/before' is what training starts from, and is not scored" in caplog.text
 
 
 def test_equal_prompts_are_one_question() -> None:
