@@ -30,8 +30,8 @@ class AppArguments(Arguments):
     """address to serve on (default 127.0.0.1: this machine alone; from elsewhere, better ssh -L 7860:localhost:7860)"""
     port: Annotated[int, Field(ge=0, lt=65536)] = 7860
     """port to serve on (default 7860; 0: any that is free)"""
-    token: str | None = None
-    """what the link has to hold, at least 16 characters (default: a new one at every start)"""
+    token: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{16,}$")] = None
+    """what the link has to hold, at least 16 letters, digits, - or _ (default: a new one at every start)"""
     online: bool = False
     """models may be downloaded, archives streamed from servers, and figures sent to wandb"""
 
@@ -51,11 +51,14 @@ def main(options: AppArguments) -> None:
     from vft.app import page, server
     from vft.app.workspace import Workspace
 
+    space = Workspace(folders, options.online)
+    space.path(space.own)  # a link there would lead uploads out of the folders
     listener = server.listen(options.host, options.port)
     port = listener.getsockname()[1]
     token = options.token or secrets.token_urlsafe(24)
-    app = server.guarded(page.build(Workspace(folders, options.online)), token, options.host, port, **page.look())
-    name = "localhost" if options.host in ("127.0.0.1", "localhost", "0.0.0.0") else options.host
+    app = server.guarded(page.build(space), token, options.host, port, **page.look())
+    name = "localhost" if options.host in ("127.0.0.1", "localhost", "0.0.0.0", "::") else options.host
+    name = f"[{name}]" if ":" in name else name
     print(f"open http://{name}:{port}/?token={token}", flush=True)
     logger.info("Ctrl-C ends the page; runs that it started go on")
     server.serve(app, listener)

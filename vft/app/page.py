@@ -6,6 +6,8 @@ from importlib import resources
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_file_obj, traverse
 
 from vft.app import data_tab, export_tab, plan_tab, runs_tab, train_tab, try_tab
 from vft.app.parts import Shared
@@ -22,9 +24,24 @@ TABS = {
 """Module with `build(shared)`, by the tab's name."""
 
 
+class Page(gr.Blocks):
+    """Blocks that take from a browser only the files that it has uploaded. Gradio itself copies whatever file an event
+    names to where the browser can fetch it, and fetches URLs, if an application is mounted and not launched."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        """gr.Error if a value of an event is a file that was not uploaded."""
+        traverse(inputs, _check_uploaded, is_file_obj)
+        super().validate_inputs(block_fn, inputs)
+
+
+def _check_uploaded(file: dict[str, Any]) -> None:
+    if not is_in_or_equal(file["path"], get_upload_folder()):
+        raise gr.Error("a file that was not uploaded: type its path instead", print_exception=False)
+
+
 def build(space: Workspace) -> gr.Blocks:
     """The page over the folders of `space`."""
-    with gr.Blocks(title="vft", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with Page(title="vft", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         draft = gr.Code(label="settings (TOML)", language="yaml", interactive=True, render=False)
         kept = gr.BrowserState("", storage_key="vft-draft", secret="settings are no secret")
         with gr.Tabs():
