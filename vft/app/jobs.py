@@ -12,8 +12,11 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +24,13 @@ from typing import Any
 
 from vft.common.errors import UserError
 from vft.common.files import replace_text
+from vft.reporting.run_folder import read_json
 
 TAIL_BYTES = 64 * 1024
 """Of a log, shown from its end."""
 
+_changing = threading.RLock()
+"""Held while a job is started, stopped or asked after: two tabs that stop it at once are one signal."""
 _children: dict[Path, subprocess.Popen[bytes]] = {}
 """Jobs that this process started: asked after now and then, so that they don't stay behind as zombies."""
 
@@ -37,9 +43,8 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """`argv`, `pid`, `started`, and `stopping` once it was asked to stop; empty if there was no job."""
-        file = self.folder / "job.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        """`argv`, `host`, `started`; `pid` once it runs, `stopping` once it was asked to; empty if there was none."""
+        return read_json(self.folder / "job.json")
 
     @property
     def is_alive(self) -> bool:
@@ -47,7 +52,7 @@ class Job:
         if self.folder in _children:
             _children[self.folder].poll()
         try:
-            with (self.folder / "job.lock").open("rb") as lock:
+            with _changing, (self.folder / "job.lock").open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -64,7 +69,8 @@ class Job:
         Raises UserError if the job is at work already.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "job.lock").open("wb") as lock, (self.folder / "job.log").open("ab") as log:
+        lock_file, log_file = self.folder / "job.lock", self.folder / "job.log"
+        with _changing, lock_file.open("wb") as lock, log_file.open("ab") as log:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,6 +78,8 @@ class Job:
             for name, text in (files or {}).items():
                 replace_text(self.folder / name, text)
             started = datetime.now(UTC).isoformat(timespec="seconds")
+            record = {"argv": [*argv], "host": socket.gethostname(), "started": started}
+            self._write(record)  # without the last one's process: nobody must stop that number
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
             process = subprocess.Popen(
@@ -84,22 +92,28 @@ class Job:
                 start_new_session=True,
                 pass_fds=[lock.fileno()],  # the lock is the child's as soon as this process closes it
             )
-            record = {"argv": [*argv], "pid": process.pid, "started": started}
-            replace_text(self.folder / "job.json", json.dumps(record, indent=1) + "\n")
+            self._write({**record, "pid": process.pid})
         _children[self.folder] = process
 
     def stop(self, at_once: bool = False) -> None:
         """Ask it to save and end, as Ctrl-C does; a second request, from whichever tab, changes nothing. `at_once`
         ends all of its processes without saving. UserError if it is not at work."""
-        record = self.record
-        if not self.is_alive:
-            raise UserError(f"{self.folder}: is not at work")
-        pid: int = record["pid"]
-        if at_once:
-            os.killpg(pid, signal.SIGKILL)
-        elif "stopping" not in record:
-            replace_text(self.folder / "job.json", json.dumps({**record, "stopping": True}, indent=1) + "\n")
-            os.kill(pid, signal.SIGTERM)
+        with _changing, suppress(ProcessLookupError):  # it has just ended
+            record = self.record
+            if not self.is_alive:
+                raise UserError(f"{self.folder}: is not at work")
+            pid = record.get("pid")
+            if not isinstance(pid, int) or pid < 2 or record.get("host") != socket.gethostname():
+                where = record.get("host", "another machine")
+                raise UserError(f"{self.folder}: is at work on {where}, as an unknown process; stop it there")
+            if at_once:
+                os.killpg(pid, signal.SIGKILL)
+            elif "stopping" not in record:
+                self._write({**record, "stopping": True})
+                os.kill(pid, signal.SIGTERM)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        replace_text(self.folder / "job.json", json.dumps(record, indent=1) + "\n")
 
     def tail(self) -> str:
         """The end of its output since it was started last. Of a line that was drawn again and again, as progress bars

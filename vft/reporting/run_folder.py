@@ -85,7 +85,7 @@ def read_settings(folder: Path) -> Row:
 
 
 def _table(settings: str) -> Row:
-    with suppress(tomllib.TOMLDecodeError):
+    with suppress(tomllib.TOMLDecodeError, RecursionError):
         return tomllib.loads(settings)
     return {}
 
@@ -108,7 +108,7 @@ def read_json(file: Path) -> Row:
 
 def _parse(text: str) -> Row:
     """A JSON object; empty if `text` is something else."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         value = json.loads(text)
         return value if isinstance(value, dict) else {}
     return {}

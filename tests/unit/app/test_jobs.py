@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,28 @@ def test_a_job_is_started_and_stopped_once(tmp_path: Path, script: list[str]) ->
     job.start([sys.executable, "-c", "print('again')"], tmp_path, {})
     wait_for(lambda: not job.is_alive)
     assert "saved" not in job.tail() and "again" in job.tail() and "saved" in (job.folder / "job.log").read_text()
+
+
+def test_stopped_by_many_at_once_it_gets_one_signal(tmp_path: Path, script: list[str]) -> None:
+    job = Job(tmp_path / "job")
+    job.start(script, tmp_path, {})
+    wait_for(lambda: "20%" in job.tail())
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda _: job.stop(), range(20)))
+    wait_for(lambda: not job.is_alive)
+    assert job.tail().splitlines()[-1] == "saved 1"
+
+
+@pytest.mark.parametrize(
+    "record", ["{}", "garbage", "[1]", '{"pid": 1}', '{"pid": 4, "host": "another"}', "[" * 99999], ids=range(6)
+)
+def test_no_process_is_stopped_that_may_be_another(tmp_path: Path, record: str) -> None:
+    """As after the page was killed while it started the job, or on a disk that two machines share."""
+    (tmp_path / "job.json").write_text(record)
+    with (tmp_path / "job.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="stop it there"):
+            Job(tmp_path).stop()
 
 
 def test_a_job_outlives_the_page(tmp_path: Path, script: list[str]) -> None:
