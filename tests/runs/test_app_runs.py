@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.commands import metrics
 from tests.runs.world import World
-from vft.app import run_view, runs
+from vft.app import run_view, runs, runs_tab
 from vft.app.jobs import Job
 from vft.app.workspace import Workspace
 from vft.common.errors import UserError
@@ -60,6 +60,38 @@ def test_start_stop_go_on(world: World, space: Workspace, tmp_path: Path) -> Non
     assert steps == [*range(1, step + 3)] and (folder / "adapter").is_dir() and (folder / "report.html").is_file()
     visible, head, _, _, _, curves, *_ = run_view.shown(space, str(folder), "")
     assert visible.visible and "finished" in head and "<svg" in curves
+
+
+def test_a_folder_with_something_else_is_left_alone(world: World, space: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/settings.toml").write_text("my own")
+    text = world.config(tmp_path / "run.toml").read_text().replace(str(tmp_path / "run"), str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="holds something else"):
+        runs.start(space, text, 1, "")
+    assert (tmp_path / "mine/settings.toml").read_text() == "my own"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"run.json": "[]"},
+        {"run.json": "{}"},
+        {"run.json": "[" * 99999},
+        {"metrics.jsonl": "garbage\n[1]\n"},
+        {"metrics.jsonl": '{"step": 1, "loss": "x"}\n'},
+        {"config.toml": "\0"},
+    ],
+)
+def test_a_damaged_run_hides_no_others(world: World, space: Workspace, tmp_path: Path, files: dict[str, str]) -> None:
+    """They come from elsewhere, or their disk was full."""
+    whole = {"run.json": '{"started": "2026-01-01T00:00:00+00:00"}', "metrics.jsonl": ""}
+    for name in ("whole", "damaged"):
+        (tmp_path / name).mkdir()
+        text = world.config(tmp_path / "run.toml").read_text()
+        for file, content in {"config.toml": text, **whole, **(files if name == "damaged" else {})}.items():
+            (tmp_path / name / file).write_text(content)
+    table = runs_tab.table_html(space, [tmp_path / "damaged", tmp_path / "whole"])
+    assert "damaged" in table and "<td>elsewhere</td>" in table
 
 
 def test_a_run_that_fails_says_why(world: World, space: Workspace, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from vft.app.jobs import Job
 from vft.app.parts import Shared, told
 from vft.app.runs import environment
-from vft.app.workspace import Workspace, is_run
+from vft.app.workspace import Workspace
 from vft.common.errors import UserError
 from vft.common.files import digest
 from vft.models.pretrained import Pretrained
@@ -117,10 +117,7 @@ class Export:
 
     def run(self, run: str | None) -> Path:
         """The folder of a run. UserError if it is none."""
-        folder = self.space.existing(run or "", "run")
-        if not is_run(folder):
-            raise UserError(f"run = {run!r}: is no run's folder")
-        return folder
+        return self.space.run(run or "")
 
     def job(self, name: str) -> Job:
         """The job that writes a folder: one for each, from whichever window."""

@@ -30,14 +30,14 @@ class Shared:
 
 
 def told(handler: F) -> F:
-    """The handler of an event, with a UserError in it shown as a message in the page, in one line."""
+    """The handler of an event, with a UserError or OSError in it shown as a message in the page, in one line."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def wrapped(*values: Any) -> Iterator[Any]:
             try:
                 yield from handler(*values)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 raise _message(error) from None
     else:
 
@@ -45,12 +45,17 @@ def told(handler: F) -> F:
         def wrapped(*values: Any) -> Any:
             try:
                 return handler(*values)
-            except UserError as error:
+            except (UserError, OSError) as error:  # a folder without permissions, a name that is too long
                 raise _message(error) from None
 
     return wrapped  # type: ignore[return-value]
 
 
-def _message(error: UserError) -> gr.Error:
+def as_text(text: str) -> str:
+    """`text` without what is no UTF-8, of names of files and of JSON: the page couldn't be sent with it."""
+    return text.encode(errors="replace").decode()
+
+
+def _message(error: Exception) -> gr.Error:
     # Gradio takes the text for HTML. The page of a model or a file name must not be able to write it.
-    return gr.Error(html.escape(str(error)), duration=20, title="", print_exception=False)
+    return gr.Error(html.escape(as_text(str(error))), duration=20, title="", print_exception=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vft.app.workspace import Workspace, is_run
+from vft.app.workspace import Workspace, is_run, is_text
 from vft.cli.inspect_batch import summary
 from vft.common.errors import UserError
 from vft.common.task import main_conversation
@@ -51,10 +51,12 @@ def record_files_in(space: Workspace, root: Path) -> list[str]:
     for folder in space.walk():
         if root != folder and root not in folder.parents:
             continue
-        names = set(os.listdir(folder)) if os.access(folder, os.R_OK) else set()
+        names = set(os.listdir(folder))
         if names & {"config.json", "adapter_config.json", "pyproject.toml"} or is_run(folder):
             continue
-        files = sorted(name for name in names if Path(name).suffix.lower() in RECORD_SUFFIXES and name[0] != ".")
+        files = sorted(
+            name for name in names if Path(name).suffix.lower() in RECORD_SUFFIXES and name[0] != "." and is_text(name)
+        )
         found += (os.path.relpath(folder / name, root) for name in files)
     return found[:MAX_FILES]
 

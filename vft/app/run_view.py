@@ -11,8 +11,9 @@ import gradio as gr
 
 from vft.app import runs
 from vft.app.jobs import Job
-from vft.app.parts import told
-from vft.app.workspace import Workspace, is_run
+from vft.app.parts import as_text, told
+from vft.app.workspace import Workspace
+from vft.common.errors import UserError
 from vft.reporting.page import render
 from vft.reporting.report import charts
 from vft.reporting.run_folder import RecordedRun, read_run
@@ -48,7 +49,11 @@ def build(space: Workspace, chosen: gr.State) -> None:
     outputs = [panel, head, stop, kill, go_on, curves, answers, log, report, seen]
 
     def refresh(folder: str, before: str) -> list[Any]:
-        return shown(space, folder, before)
+        try:
+            with runs.reading(Path(folder)):
+                return shown(space, folder, before)
+        except UserError as error:  # said in its place, not every two seconds as a message
+            return [gr.Column(visible=True), f'<p class="bad">{escape(as_text(str(error)))}</p>', *[gr.skip()] * 7, ""]
 
     timer = gr.Timer(PERIOD_S)
     for event in (chosen.change, timer.tick):
@@ -56,15 +61,15 @@ def build(space: Workspace, chosen: gr.State) -> None:
 
     @told
     def ask_to_stop(folder: str) -> None:
-        Job(space.existing(folder, "run")).stop()
+        Job(space.run(folder)).stop()
 
     @told
     def stop_now(folder: str) -> None:
-        Job(space.existing(folder, "run")).stop(at_once=True)
+        Job(space.run(folder)).stop(at_once=True)
 
     @told
     def resume(folder: str, text: str, count: float | None, gpus: str | None) -> None:
-        path = space.existing(folder, "run")
+        path = space.run(folder)
         runs.go_on(
             space, path, shlex.split(text or ""), int(count or 0) or runs.processes_of(path), (gpus or "").strip()
         )
@@ -81,9 +86,7 @@ def shown(space: Workspace, folder: str, before: str) -> list[Any]:
     """Values of the view's components; `before` is the mark of what they show now, so that only changes are sent."""
     if not folder:
         return [gr.Column(visible=False), *[gr.skip()] * 8, ""]
-    path = space.existing(folder, "run")
-    if not is_run(path):
-        return [gr.Column(visible=False), *[gr.skip()] * 8, ""]
+    path = space.run(folder)
     now, files = runs.status(path), [path / name for name in ("metrics.jsonl", "job.log", "report.html")]
     metrics, log, report = (f"{file.stat().st_mtime_ns}" if file.is_file() else "" for file in files)
     old_folder, old_metrics, old_log, old_report = (before.split("|") + [""] * 4)[:4]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vft.app import draft
 from vft.app.jobs import Job
 from vft.app.workspace import Workspace
 from vft.cli.live import FINISHED, state_of, update
-from vft.common.errors import UserError
+from vft.common.errors import UserError, first_line
 from vft.config.run import Config
 from vft.reporting.progress import RunState
 from vft.reporting.run_folder import read_json
@@ -40,6 +41,8 @@ def start(space: Workspace, text: str, processes: int, devices: str) -> Path:
             f"output_dir = {str(config.output_dir)!r}: there is a run already; choose another folder, or go on "
             "with that one in the tab Runs"
         )
+    if folder.exists() and not (folder / "job.lock").is_file() and any(folder.iterdir()):
+        raise UserError(f"output_dir = {str(config.output_dir)!r}: holds something else; name a folder of its own")
     argv = command(config, space.shown(folder / SETTINGS), processes)
     Job(folder).start(argv, space.home, environment(devices), {SETTINGS: text})
     return folder
@@ -92,8 +95,27 @@ class Status:
         return self.word in ("starting", "training", "stopping", "elsewhere")
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Whatever is wrong in the files of a run is a UserError: they come from anywhere, and others are still shown."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{folder}: the files of this run are damaged ({what}); look at them, or move it away"
+        ) from error
+
+
 def status(folder: Path) -> Status:
-    """What a run is doing, by its files and, if the page started it, its process."""
+    """What a run is doing, by its files and, if the page started it, its process. UserError if they are damaged."""
+    with reading(folder):
+        return _status(folder)
+
+
+def _status(folder: Path) -> Status:
     job, state = Job(folder), RunState(folder.name, 0)
     if (folder / "run.json").is_file() and (folder / "config.toml").is_file():
         state = state_of(folder)

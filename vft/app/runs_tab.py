@@ -42,12 +42,13 @@ def build(shared: Shared) -> None:
     def lay_side_by_side(names: list[str]) -> str:
         if len(names) < 2:
             raise UserError("compare: choose at least two runs")
-        text = comparison_page(read([space.existing(name, "run") for name in names]))
+        with runs.reading(space.home):
+            text = comparison_page(read([space.run(name) for name in names]))
         return f'<iframe class="report" title="comparison" sandbox srcdoc="{escape(text, quote=True)}"></iframe>'
 
     @told
     def choose(chosen_name: str | None) -> str:
-        return str(space.existing(chosen_name, "run")) if chosen_name else ""
+        return str(space.run(chosen_name)) if chosen_name else ""
 
     gr.on([again.click, *shared.shown], look, None, [name, several, table], show_progress="hidden")
     name.change(choose, name, chosen)
@@ -61,7 +62,7 @@ def table_html(space: Workspace, folders: list[Path]) -> str:
     lines = []
     for folder in folders:
         try:
-            now = runs.status(folder)
+            now = runs.status(space.run(folder))
         except UserError as error:  # of an earlier version, or damaged: the others are shown all the same
             lines.append(f"<td>{escape(space.shown(folder))}</td><td colspan=5>{escape(str(error))}</td>")
             continue

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from vft.common.errors import UserError
 from vft.config.run import Config
@@ -52,8 +54,8 @@ class Workspace:
         Raises UserError if it is empty or leads out of them.
         """
         name = str(text).strip()
-        if not name or "\0" in name:
-            raise UserError(f"{what}: is empty; name a file or folder in {self.described}")
+        if not name or "\0" in name or not is_text(name):
+            raise UserError(f"{what}: is empty, or no text; name a file or folder in {self.described}")
         path = Path(os.path.realpath(self.home / os.path.expanduser(name)))
         if not any(path == folder or folder in path.parents for folder in self.folders):
             raise UserError(
@@ -62,11 +64,22 @@ class Workspace:
         return path
 
     def existing(self, text: str | Path, what: str = "path") -> Path:
-        """The same of a file or folder that must be there."""
+        """The same of a file or folder that must be there; not a device or a pipe, whose reading may never end."""
         path = self.path(text, what)
-        if not path.exists():
-            raise UserError(f"{what} = {str(text).strip()!r}: there is no {path}")
+        if not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UserError(f"{what} = {str(text).strip()!r}: there is no file or folder {path}")
         return path
+
+    def run(self, text: str | Path) -> Path:
+        """The folder of a run. UserError if it is none, or if a link in it leads out of the chosen folders: runs come
+        from others, too, and their files are shown and written to."""
+        folder = self.existing(text, "run")
+        if not is_run(folder):
+            raise UserError(f"run = {str(text)!r}: is no run's folder")
+        for file in (*folder.glob("*"), *folder.glob("*/*")):
+            if file.is_symlink():
+                self.path(file, "link")
+        return folder
 
     def shown(self, path: Path) -> str:
         """A path as settings write it: relative to `home`, if it lies in it."""
@@ -106,7 +119,7 @@ class Workspace:
         """
         name = name.strip()
         is_hub_name = self._is_hub_name(name)
-        if is_hub_name and not self.is_online and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if is_hub_name and not self.is_online and not _is_cached(name):
             raise UserError(
                 f"model = {name!r}: is no folder in {self.home}, and was not downloaded; `hf download {name}` does, or "
                 "`vft app --online`"
@@ -116,7 +129,7 @@ class Workspace:
         return name
 
     def _is_hub_name(self, name: str) -> bool:
-        return name.count("/") == 1 and name[0] not in "./~" and not (self.home / name).exists()
+        return name.count("/") == 1 and name[0] not in "./~" and not os.path.exists(self.home / name)
 
     def runs(self) -> list[Path]:
         """Folders of runs, the youngest first."""
@@ -135,21 +148,38 @@ class Workspace:
     def configurations(self) -> list[str]:
         """TOML files in the folders that are settings of a run, as `shown`; those of recipes first."""
         files = (file for folder in self.walk() for file in sorted(folder.glob("*.toml")))
-        found = [self.shown(file) for file in files if b"output_dir" in file.read_bytes()[:20_000]]
+        found = [self.shown(file) for file in files if is_text(file.name) and self._has_settings(file)]
         return sorted(found, key=lambda name: "recipes" not in name)
 
+    def _has_settings(self, file: Path) -> bool:
+        with suppress(UserError, OSError), self.existing(file).open("rb") as stream:  # no pipes, nor links to elsewhere
+            return b"output_dir" in stream.read(20_000)
+        return False
+
     def walk(self) -> Iterator[Path]:
-        """The chosen folders and those below, hidden ones left out, each once."""
+        """The chosen folders and those below, each once; without hidden ones, those that can't be opened, and those
+        whose names are no text."""
         seen: set[str] = set()
         for top in self.folders:
             for folder, names, _ in os.walk(top):
                 depth = len(Path(folder).relative_to(top).parts)
                 is_end = depth == MAX_DEPTH or folder in seen or len(seen) > MAX_FOLDERS
-                wanted = (name for name in names if name not in SKIPPED and not name.startswith("."))
+                wanted = (name for name in names if name not in SKIPPED and name[0] != "." and is_text(name))
                 names[:] = [] if is_end else sorted(wanted)
-                if folder not in seen:
+                if folder not in seen and os.access(folder, os.R_OK | os.X_OK):
                     seen.add(folder)
                     yield Path(folder)
+
+
+def _is_cached(hub_name: str) -> bool:
+    with suppress(HFValidationError):
+        return isinstance(try_to_load_from_cache(hub_name, "config.json"), str)
+    return False
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8, as those are that a browser can show and send back."""
+    return name == name.encode(errors="ignore").decode()
 
 
 def is_run(folder: Path) -> bool:

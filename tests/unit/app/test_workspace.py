@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def test_paths_inside(space: Workspace) -> None:
     home, more = space.folders
     assert space.path("runs/a") == home / "runs/a" and space.shown(home / "runs/a") == "runs/a"
     assert space.path(str(more / "b")) == more / "b" and space.shown(more / "b") == str(more / "b")
-    for name in ("", " ", "a\0b"):
+    for name in ("", " ", "a\0b", "\ud800"):
         with pytest.raises(UserError, match="is empty"):
             space.path(name)
-    with pytest.raises(UserError, match=r"data\.root = 'nothing': there is no "):
+    with pytest.raises(UserError, match=r"data\.root = 'nothing': there is no file"):
         space.existing("nothing", "data.root")
 
 
@@ -53,6 +54,7 @@ SOURCE = {"format": "messages", "path": "a.jsonl"}
         ({"model": {"path": "out"}}, "lies outside"),
         ({"model": {"path": "nobody/nothing"}}, "was not downloaded"),
         ({"model": {"path": "runs"}}, "no config.json"),
+        ({"model": {"path": "no name/of a hub"}}, "was not downloaded"),
         ({"model": {"path": "base", "adapter": "/x"}}, "model.adapter = '/x': lies outside"),
         ({"data": {"root": "/"}}, "data.root = '/': lies outside"),
         ({"data": {"cache_dir": "/tmp/x"}}, "data.cache_dir"),
@@ -84,3 +86,31 @@ def test_what_lies_in_the_folders_is_found_once(space: Workspace) -> None:
     twice = Workspace((home, home / "runs"))
     assert twice.models() == ["base"] and twice.adapters() == ["runs/a/adapter"]
     assert twice.runs() == [home / "runs/a"] and twice.configurations() == ["runs/a/config.toml"]
+
+
+def test_what_can_not_be_read_or_shown_is_left_out(space: Workspace) -> None:
+    home, _ = space.folders
+    (home / "good.toml").write_text("output_dir = 'x'")
+    os.mkfifo(home / "pipe.toml")  # reading it would never end
+    (home / "folder.toml").mkdir()
+    (home / "gone.toml").symlink_to("nowhere")
+    (home.parent / "elsewhere/outside.toml").write_text("output_dir = 'x'")
+    (home / "link.toml").symlink_to(home.parent / "elsewhere/outside.toml")
+    for name in (b"\xe9.toml", b"\xe9"):  # no UTF-8, as in old archives
+        os.mkdir(os.fsencode(home) + b"/" + name)
+    assert space.configurations() == ["good.toml"]
+    assert all(str(folder).isascii() for folder in space.walk())
+    with pytest.raises(UserError, match="no file or folder"):
+        space.existing("pipe.toml")
+
+
+def test_links_in_a_run_stay_inside(space: Workspace) -> None:
+    home, _ = space.folders
+    run = home / "runs/a"
+    (run / "predictions").mkdir(parents=True)
+    (run / "job.json").write_text("{}")
+    (run / "best").symlink_to(run / "predictions")
+    assert space.run("runs/a") == run
+    (run / "job.log").symlink_to(home.parent / "elsewhere/log")  # what the page starts there writes to it
+    with pytest.raises(UserError, match=r"job\.log': lies outside"):
+        space.run("runs/a")
