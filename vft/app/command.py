@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from vft.cli.arguments import Arguments, ExistingFolder, command
 from vft.common import plugins
 
 logger = logging.getLogger(__name__)
+
+
+def _check_token(token: str | None) -> str | None:
+    if token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{16,}", token):
+        raise ValueError("needs at least 16 letters, digits, - or _; without it, one is made")
+    return token
 
 
 class AppArguments(Arguments):
@@ -30,7 +37,7 @@ class AppArguments(Arguments):
     """address to serve on (default 127.0.0.1: this machine alone; from elsewhere, better ssh -L 7860:localhost:7860)"""
     port: Annotated[int, Field(ge=0, lt=65536)] = 7860
     """port to serve on (default 7860; 0: any that is free)"""
-    token: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-]{16,}$")] = None
+    token: Annotated[str | None, AfterValidator(_check_token)] = None
     """what the link has to hold, at least 16 letters, digits, - or _ (default: a new one at every start)"""
     online: bool = False
     """models may be downloaded, archives streamed from servers, and figures sent to wandb"""

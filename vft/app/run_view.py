@@ -52,8 +52,9 @@ def build(space: Workspace, chosen: gr.State) -> None:
         try:
             with runs.reading(Path(folder)):
                 return shown(space, folder, before)
-        except UserError as error:  # said in its place, not every two seconds as a message
-            return [gr.Column(visible=True), f'<p class="bad">{escape(as_text(str(error)))}</p>', *[gr.skip()] * 7, ""]
+        except UserError as error:  # said in their place, not every two seconds as a message
+            text = f'<p class="bad">{escape(as_text(str(error)))}</p>'
+            return [gr.Column(visible=True), text, *[gr.skip()] * 3, *[""] * 5]
 
     timer = gr.Timer(PERIOD_S)
     for event in (chosen.change, timer.tick):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import signal
 import socket
 from urllib.parse import parse_qs, urlsplit
 
@@ -101,5 +102,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until Ctrl-C."""
+    """Serve until Ctrl-C, or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what works for the page alone ends with it
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listener])
