@@ -148,6 +148,9 @@ class Session:
     prompt: str = DEFAULT_PROMPT
     """Asked if nothing is typed: what training asked."""
     media: Sequence[MediaRef] = ()
+    problem: str = ""
+    """Why the clips that were chosen can't be used.
+    Nothing is asked then: an answer would look like one about them."""
     sides: dict[str, Side] = field(default_factory=lambda: {name: Side() for name in SIDES})
     is_stopping: bool = False
 

@@ -128,10 +128,10 @@ def _status(folder: Path) -> Status:
             return Status("stopping", f"saves after this step, then stops; {step}", state)
         is_begun = state.line["step"] > 0 and not state.ended
         return Status("training", step, state) if is_begun else Status("starting", "reads data and weights", state)
+    error = next((line for line in reversed(job.tail().splitlines()) if ERROR.match(line)), "") if job.record else ""
     if state.ended == FINISHED:
-        return Status("finished", step, state)
+        return Status("finished", f"{step}; it did not go on: {error[:500]}" if error else step, state)
     if job.record:
-        error = next((line for line in reversed(job.tail().splitlines()) if ERROR.match(line)), "")
         if "stopping" in job.record or not error:
             return Status("stopped", f"at {step}; it can go on", state)
         return Status("failed", error[:500], state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import signal
 import socket
 from urllib.parse import parse_qs, urlsplit
@@ -101,7 +102,15 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class Server(uvicorn.Server):
+    """Ends without a word about browsers that are still connected: their events go on until they are cut off."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until Ctrl-C, or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what works for the page alone ends with it
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listener])
+    Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listener])

@@ -13,6 +13,7 @@ import torch
 from vft.app import draft as drafts
 from vft.app import form, run_view, runs
 from vft.app.parts import Shared, told
+from vft.app.workspace import is_run
 from vft.common.errors import UserError
 from vft.config.listing import Setting, shown
 from vft.recipes import TASKS
@@ -36,7 +37,8 @@ def build(shared: Shared) -> None:
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=1):
             widgets = _widgets()
-    run_view.build(space, started)
+    with gr.Column(elem_id="started"):
+        run_view.build(space, started)
 
     @told
     def read(name: str | None) -> str:
@@ -71,7 +73,10 @@ def build(shared: Shared) -> None:
             config = drafts.checked(space, text)
         except UserError as error:
             return f'<p class="bad">{escape(str(error))}</p>'
-        return f"<p class=good>These settings are valid. The run will be {escape(str(config.output_dir))}.</p>"
+        name = escape(str(config.output_dir))
+        if is_run(space.path(config.output_dir, "output_dir")):
+            return f"<p class=note>Valid, but {name} is a run already: choose another output_dir.</p>"
+        return f"<p class=good>These settings are valid. The run will be {name}.</p>"
 
     gr.on(shared.shown, lambda: gr.Dropdown(choices=[*drafts.recipes(space)]), None, source, show_progress="hidden")
     load.click(read, source, draft)
@@ -82,14 +87,16 @@ def build(shared: Shared) -> None:
         widget = widgets[setting.key]
         events = [widget.input] if isinstance(widget, gr.Dropdown) else [widget.blur, widget.submit]
         gr.on(events, told(partial(_changed, setting.key)), [draft, widget], draft, show_progress="hidden")
-    start.click(begin, [draft, processes, devices, *fields], started)
+    # The run is shown below the form, which is longer than a screen.
+    show = "() => setTimeout(() => document.querySelector('#started').scrollIntoView({behavior: 'smooth'}), 500)"
+    start.click(begin, [draft, processes, devices, *fields], started).success(None, js=show)
 
 
 def _widgets() -> dict[str, gr.Dropdown | gr.Textbox]:
     """A field for each setting, by key, in an accordion for each table."""
     widgets: dict[str, gr.Dropdown | gr.Textbox] = {}
     for table in form.form_tables():
-        title, *more = re.split(r"(?<=\w[).]) |: |, or ", table.about.replace("`", ""))
+        title, *more = re.split(r"(?<=\w[).]) | \(|: |, or ", table.about.replace("`", ""))
         name = f"[{table.name}] {title.rstrip('.')}" if table.name else "task, folder, seed"
         with gr.Accordion(name, open=not table.name):
             if table.name and more:

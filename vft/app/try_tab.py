@@ -140,13 +140,20 @@ class Try:
 
     def take(self, session: Session, files: Sequence[str] | None, typed: str) -> list[Any]:
         """Begin anew, about these clips: their frames as the model sees them."""
+        session.begin()
+        session.media, session.problem = (), ""
+        try:
+            return self._take(session, files, typed)
+        except UserError as error:
+            session.problem = str(error)
+            raise
+
+    def _take(self, session: Session, files: Sequence[str] | None, typed: str) -> list[Any]:
         names = [name for name in [*(files or []), typed] if name.strip()]
         paths = [self.space.existing(name, "clip") for name in names]
         for path in paths:
             if path.is_dir() or path.suffix.lower() in RECORD_SUFFIXES:
                 raise UserError(f"{self.space.shown(path)}: is no video or picture; name one")
-        session.begin()
-        session.media = ()
         if session.choice is None:
             return ["Load a model: what it sees depends on it." if paths else "", *session.shown]
         with self.held.asked(session.choice) as answerer:
@@ -167,6 +174,7 @@ class Try:
     def ask(self, session: Session, text: str, both: bool, system: str, *how: Any) -> Iterator[list[Any]]:
         """Both talks, while the answers are written; the question's box is emptied."""
         text = text.strip() or session.prompt
+        check_clips(session)
         for _ in ask(self.held, session, sides(session, both), text, system, *how):
             yield ["", *session.shown]
 
@@ -185,6 +193,7 @@ class Try:
         if len(wanted) < 2:
             raise UserError("answers: give two or more, one a line, to compare their likelihoods")
         text = text.strip() or session.prompt
+        check_clips(session)
         with self.held.asked(session.choice) as answerer:
             answers = {}
             for name in sides(session, both):
@@ -192,6 +201,12 @@ class Try:
                     talk = talk_with(answerer, session, name, sampling_of(answerer, 0, 1, 0), system)
                     answers[name] = talk.weigh(text, wanted)
         return f"<p>{html.escape(text)}</p>" + "".join(likelihoods(NAMES[name], one) for name, one in answers.items())
+
+
+def check_clips(session: Session) -> None:
+    """UserError if clips were chosen that can't be used."""
+    if session.problem:
+        raise UserError(f"{session.problem}; choose another clip, or none, and ask again")
 
 
 def sides(session: Session, both: bool) -> list[str]:

@@ -132,6 +132,9 @@ def test_mistakes_are_one_line_each(tab: Try, tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(UserError, match=says):
             tab.take(session, [name], "")
+        with pytest.raises(UserError, match=f"{says}.*; choose another clip"):
+            said(tab, session, "What happens?")  # not answered as if the clip had been seen
+    tab.take(session, None, "")
     assert "--temperature = -1" in said(tab, session, "Hello?", how=("", -1, 12, 0))[0]
     monkeypatch.setattr(models, "available_memory", lambda: 1e6)
     with pytest.raises(UserError, match=r"base: its weights take .* GiB free on cpu"):
