@@ -116,7 +116,7 @@ def locked_folder(config: Config, facts: Mapping[str, Any]) -> Iterator[None]:
         if name := stopped_by():
             replace_text(folder / ENDED, f"stopped by {name}; the same command goes on\n")
     except Exception as error:
-        with suppress(OSError):  # the disk may be what failed
+        with suppress(UserError):  # the disk may be what failed
             replace_text(folder / ENDED, f"failed: {first_line(error)}\n")
         raise
     finally:

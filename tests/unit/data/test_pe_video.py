@@ -179,7 +179,7 @@ def test_clips_are_unpacked_once(tmp_path: Path) -> None:
     assert len(list(unpacked.iterdir())) == 9  # a clip and its record each, and their list; no copy left over
     shutil.rmtree(root / "pe")
     assert take_first(root, 4) == (samples, bad)
-    with pytest.raises(UserError, match="files there"):
+    with pytest.raises(UserError, match="no such file"):
         take_first(root, 5)  # another number is another choice
     assert [path.name for path in unpacked.parent.iterdir() if path.is_dir()] == [unpacked.name]
 

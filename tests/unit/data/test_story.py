@@ -47,7 +47,7 @@ def test_speech_in_a_file_of_subtitles(tmp_path: Path) -> None:
     samples, bad = read(tmp_path, *[{**VIDEO, **one} for one in (*named, {"speech": "b.srt"}, {"speech": "c.srt"})])
     assert [sample.fields["speech"] for sample in samples] == ["Hello you and you.", "and you.", "Hi."]
     assert [one.field for one in bad] == ["speech"] * 2
-    assert "no time lines" in bad[0].message and "c.srt: No such file" in bad[1].message
+    assert "no time lines" in bad[0].message and "c.srt: no such file" in bad[1].message
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -139,15 +139,18 @@ def read(source: SourceConfig, data: DataConfig) -> Records:
     Raises:
         UserError: a file that cannot be read, or is not in the source's format; names file and line.
     """
-    if ":" not in source.format:
-        check_path(source.path, data.root)
-    samples, bad = find(source.format).read(source, data)
+    try:
+        samples, bad = find(source.format).read(source, data)
+    except UserError:
+        if ":" not in source.format:
+            check_path(source.path, data.root)  # that is the cause, whatever was missed first
+        raise
     samples = [replace(sample, origin=_below_root(source.path, sample.origin)) for sample in samples]
     return samples, [replace(error, origin=_below_root(source.path, error.origin)) for error in bad]
 
 
 def check_path(path: str, root: Path, fix: str = "check data.root and the source's path") -> None:
-    """UserError if a source's `path` is not there, before a format looks for files beside it."""
+    """UserError if a source's `path` is not there."""
     place = find_path(root, path)
     if "*" in path or "://" in path or place.exists():
         return

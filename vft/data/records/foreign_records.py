@@ -341,11 +341,13 @@ def annotated_rows(record: Record, root: Path, needs_answer: bool = True) -> lis
     data, annotations = record.get("data"), record.get("annotations")
     if isinstance(data, dict) and isinstance(annotations, list):
         base = {"id": record["id"], **data} if record.get("id") is not None else dict(data)
-        valid = [one for one in annotations if isinstance(one, dict) and not one.get("was_cancelled")]
+        valid = [one for one in annotations if isinstance(one, dict) and one.get("was_cancelled") is not True]
         if not valid and not needs_answer:
             return [AnnotatedRow(base)]
         if not annotations:
             raise RecordError("annotations", "is empty; export annotated tasks alone")
+        if not all(isinstance(one, dict) for one in annotations):
+            raise RecordError("annotations", f"{short_repr(annotations)}: must be a list of objects")
         return [row for annotation in valid for row in _rows(base, *_controls_of(annotation), root)]
     if {"annotator", "annotation_id"} <= set(record):
         base = {key: value for key, value in record.items() if key not in ABOUT}
