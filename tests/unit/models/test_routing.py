@@ -171,6 +171,7 @@ def test_values_that_are_none(tiny: Tiny, value: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moe", [pytest.param(FAMILIES[0], marks=pytest.mark.slow), FAMILIES[1]], indirect=True)
 def test_compiled_layers_give_back_how_rows_were_routed(moe: Tiny, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     """With adapters on the experts, without a break."""
     use_varlen(monkeypatch)
