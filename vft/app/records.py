@@ -142,7 +142,7 @@ def facts(found: Sequence[Found], data: DataConfig, task: str) -> tuple[dict[str
     made_of = {
         "read as": "; ".join(f"{one.source.path}: {_source_text(one.source)}" for one in found),
         "samples": f"{len(samples):,}"
-        + (f"; {sum(len(one.bad) for one in found):,} record(s) can't be read" * bool(bad)),
+        + (f"; {unread:,} record(s) can't be read" if (unread := sum(len(one.bad) for one in found)) else ""),
         "turns": ", ".join(f"{count:,} with {number} answer(s)" for number, count in sorted(turns.items())[:8]),
         "media": ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + f" in {len(files):,} files",
         "not there": f"{len(gone):,} of {len(looked):,} files" if gone else "",

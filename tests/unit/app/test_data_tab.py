@@ -45,6 +45,8 @@ def test_what_was_read_and_what_is_wrong(space: Workspace) -> None:
     assert [(row[0].rpartition("/")[2], row[1]) for row in wrong] == [("train.jsonl:13", "answer"), ("4.mp4", "media")]
     shown = records.as_html(facts, wrong, found[0].samples[:3])
     assert EVIL not in shown and "&lt;script&gt;" in shown
+    found = [records.Found(found[0].source, found[0].samples, [])]
+    assert records.facts(found, data, "qa")[0]["samples"] == "12"  # a file that isn't there is no unread record
 
 
 def test_columns_of_the_form(space: Workspace) -> None:
