@@ -77,7 +77,10 @@ def build(shared: Shared) -> None:
 
     def take(number: int, found: Plan, name: str, text: str | None) -> list[Any]:
         proposal = found["proposals"][number]
-        gr.Info("taken into the settings; plan again to see all of it")
+        if name == DRAFT or not (text or "").strip():
+            gr.Info("taken into the settings; plan again to see all of it")
+        else:
+            gr.Warning(f"the settings are now {name} with this change, in place of those in the tab Train")
         return [draft.changed(chosen(name, text), proposal["set"]), DRAFT, proposal["gpus"]]
 
     def names() -> Any:
@@ -180,7 +183,9 @@ def as_html(found: Plan) -> str:
 def _duration(hours: float | None) -> str:
     if hours is None:
         return "?"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.2g} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"
 
 
 def memory_bar(one: Mapping[str, Any], memory_gib: float, usable_gib: float) -> str:

@@ -79,6 +79,8 @@ def test_what_is_shown() -> None:
     assert "<img" not in shown and "&lt;img src=x" in shown
     for text in ('<span class="good">fits</span>', "1.0 hours: 2,400 steps", "20.00 GiB of 24 (21.50 usable", "125%"):
         assert text in shown, text
+    short = plan_tab.as_html({**FOUND, "run": {**FOUND["run"], "hours": 0.005}})
+    assert "18 seconds: 2,400 steps" in short
     worse = plan_tab.as_html({**FOUND, "fits": False, "best": 0, "run": None})
     assert '<span class="bad">does not fit</span>' in worse and "hours" not in worse
     assert 'style="width: 53.33%"' in worse  # 16 of 30 GiB: the bar ends with what is too much
