@@ -401,9 +401,9 @@ def load_dataset(
             raise UserError(f"{paths}: none of {len(bad)} samples can be used; the first: {bad[0].message}")
         if split is None or not num_split_off:
             raise UserError(f"{paths}: no samples; data.sources must name files with records")
-        side = "is held out" if split.held_out else "is left to train on"
+        side, way = ("is held out", "raise") if split.held_out else ("is left to train on", "lower")
         raise UserError(
-            f"eval.split = {split.share:g}: none of {num_split_off} samples of {paths} {side}; change it, or name "
+            f"eval.split = {split.share:g}: none of {num_split_off} samples of {paths} {side}; {way} it, or name "
             "eval.sources"
         )
     if has_shares:
