@@ -21,9 +21,9 @@ RECIPES = Path(vft.__file__).parents[1] / "recipes"
 
 
 def recipes(space: Workspace) -> dict[str, Path]:
-    """Files to begin with, by the name under which they are shown: those of vft, then those in the chosen folders."""
+    """Files to begin with, by the name under which they are shown: those in the chosen folders, then those of vft."""
     own = {str(file.relative_to(RECIPES.parent)): file for file in sorted(RECIPES.glob("*/*.toml"))}
-    return own | {name: space.home / name for name in space.configurations()}
+    return {name: space.home / name for name in space.configurations() if name not in own} | own
 
 
 def tables(text: str) -> dict[str, Any]:

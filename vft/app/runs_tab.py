@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from vft.app import run_view, runs
+from vft.app.jobs import Job
 from vft.app.parts import Shared, told
 from vft.app.workspace import Workspace
 from vft.cli.compare import comparison_page, read
@@ -17,6 +19,8 @@ from vft.reporting.run_folder import read_json
 HEADS = ["run", "what it does", "where it is", "loss", "newest scores", "started (UTC)"]
 NUM_SCORES = 2
 """In the table; the run's own view has all."""
+PERIOD_S = 10.0
+"""Between two looks at all runs."""
 
 
 def build(shared: Shared) -> None:
@@ -27,16 +31,21 @@ def build(shared: Shared) -> None:
         name = gr.Dropdown([], label="run", scale=4, elem_id="run")
         again = gr.Button("Look again", scale=1)
     table = gr.HTML()
+    alive = gr.State(False)
     run_view.build(space, chosen)
     with gr.Accordion("Compare runs", open=False):
         several = gr.Dropdown([], multiselect=True, label="two to six runs", elem_id="compare")
         compare = gr.Button("Compare")
         page = gr.HTML()
 
-    def look() -> tuple[gr.Dropdown, gr.Dropdown, str]:
+    def look() -> list[Any]:
         found = space.runs()
-        names = [space.shown(folder) for folder in found]
-        return gr.Dropdown(choices=names), gr.Dropdown(choices=names), table_html(space, found)
+        names, is_alive = [space.shown(folder) for folder in found], any(Job(folder).is_alive for folder in found)
+        return [gr.Dropdown(choices=names), gr.Dropdown(choices=names), table_html(space, found), is_alive]
+
+    def look_again(was_alive: bool) -> list[Any]:
+        """As long as a run of the page is at work, and once after that."""
+        return look() if was_alive or any(Job(folder).is_alive for folder in space.runs()) else [gr.skip()] * 4
 
     @told
     def lay_side_by_side(names: list[str]) -> str:
@@ -50,7 +59,9 @@ def build(shared: Shared) -> None:
     def choose(chosen_name: str | None) -> str:
         return str(space.run(chosen_name)) if chosen_name else ""
 
-    gr.on([again.click, *shared.shown], look, None, [name, several, table], show_progress="hidden")
+    shown = [name, several, table, alive]
+    gr.on([again.click, *shared.shown], look, None, shown, show_progress="hidden")
+    gr.Timer(PERIOD_S).tick(look_again, alive, shown, show_progress="hidden", trigger_mode="once")
     name.change(choose, name, chosen)
     compare.click(lay_side_by_side, several, page)
 

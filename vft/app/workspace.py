@@ -7,6 +7,7 @@ the chosen folders is read, no code that a setting names is imported, and nothin
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -146,14 +147,15 @@ class Workspace:
         return [self.shown(folder) for folder in self.walk() if (folder / "adapter_config.json").is_file()]
 
     def configurations(self) -> list[str]:
-        """TOML files in the folders that are settings of a run, as `shown`; those of recipes first."""
+        """TOML files in the folders that are settings of a run, as `shown`; those of runs first."""
         files = (file for folder in self.walk() for file in sorted(folder.glob("*.toml")))
         found = [self.shown(file) for file in files if is_text(file.name) and self._has_settings(file)]
-        return sorted(found, key=lambda name: "recipes" not in name)
+        return sorted(found, key=lambda name: not name.endswith(("/settings.toml", "/config.toml")))
 
     def _has_settings(self, file: Path) -> bool:
         with suppress(UserError, OSError), self.existing(file).open("rb") as stream:  # no pipes, nor links to elsewhere
-            return b"output_dir" in stream.read(20_000)
+            text = stream.read(20_000)
+            return all(re.search(key, text, re.MULTILINE) for key in (rb"^output_dir\b", rb"^(\[model\]|model\b)"))
         return False
 
     def walk(self) -> Iterator[Path]:

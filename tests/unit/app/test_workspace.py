@@ -80,7 +80,7 @@ def test_what_lies_in_the_folders_is_found_once(space: Workspace) -> None:
     (home / "base/model.safetensors").touch()
     (home / "runs/a/adapter").mkdir(parents=True)
     for name in ("config.toml", "run.json", "adapter/adapter_config.json"):
-        (home / "runs/a" / name).write_text("output_dir = 'runs/a'")
+        (home / "runs/a" / name).write_text("output_dir = 'runs/a'\nmodel.path = 'base'")
     (home / ".hidden").mkdir()
     (home / ".hidden/config.json").touch()
     twice = Workspace((home, home / "runs"))
@@ -90,11 +90,11 @@ def test_what_lies_in_the_folders_is_found_once(space: Workspace) -> None:
 
 def test_what_can_not_be_read_or_shown_is_left_out(space: Workspace) -> None:
     home, _ = space.folders
-    (home / "good.toml").write_text("output_dir = 'x'")
+    (home / "good.toml").write_text("output_dir = 'x'\n[model]")
     os.mkfifo(home / "pipe.toml")  # reading it would never end
     (home / "folder.toml").mkdir()
     (home / "gone.toml").symlink_to("nowhere")
-    (home.parent / "elsewhere/outside.toml").write_text("output_dir = 'x'")
+    (home.parent / "elsewhere/outside.toml").write_text("output_dir = 'x'\n[model]")
     (home / "link.toml").symlink_to(home.parent / "elsewhere/outside.toml")
     for name in (b"\xe9.toml", b"\xe9"):  # no UTF-8, as in old archives
         os.mkdir(os.fsencode(home) + b"/" + name)
