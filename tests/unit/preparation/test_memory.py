@@ -107,12 +107,14 @@ def step_of_layers(name: str, layers: int, config: ParallelConfig, processes: in
     return live.peak, live.gathered_at_peak, counter.kernels
 
 
+HOW = [("full", 2, False), ("selective", 1, False), ("none", 2, True)]
+"""Recomputation, processes, and whether gathered layers are kept."""
+BASES = [("Qwen2.5-VL-3B-", 7), ("LLaVA-NeXT-Video-7B", 7), ("Qwen3-VL-30B-A3B-", 9)]
+RECURRENT = [pytest.param("Qwen3.5-2B", 16, *how, marks=[pytest.mark.slow] if how != HOW[0] else []) for how in HOW]
+
+
 @pytest.mark.parametrize(
-    ("mode", "processes", "kept"), [("selective", 1, False), ("full", 2, False), ("none", 2, True)]
-)
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [("Qwen2.5-VL-3B-", 7), ("LLaVA-NeXT-Video-7B", 7), ("Qwen3-VL-30B-A3B-", 9), ("Qwen3.5-2B", 16)],
+    ("name", "layers", "mode", "processes", "kept"), [*((*base, *how) for base in BASES for how in HOW), *RECURRENT]
 )
 def test_few_layers_stand_for_all(name: str, layers: int, mode: str, processes: int, kept: bool) -> None:
     """To the byte, as if each layer had been run."""
