@@ -506,8 +506,7 @@ QWEN3_5_MOE = replace(
     save=save_qwen3_5_moe,
     model_class=Qwen3_5MoeForConditionalGeneration,
     linears=2 * 8 + 7,  # the gates of the shared experts are taken by their name alone
-    # Of logits up to 30. On some CPUs both programs' float32 is 1e-3 from float64 (parity/test_random_shapes.py).
-    tolerance=2e-3,
+    tolerance=1e-3,  # of logits up to 30; Qwen3.5's differ by 3e-4 from float64, in transformers, too
     released=turned_experts,
 )
 QWEN3S = (QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE)

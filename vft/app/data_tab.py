@@ -91,7 +91,7 @@ def build(shared: Shared) -> None:
         task: str, model: str, text: str | None, recipe: str, shown: int, looked_at: float, *fields: Any
     ) -> str:
         data, sources = _read_form(space, *fields)
-        changes = {"data.root": str(data.root), "data.sources": [records.Found(one, [], []).table for one in sources]}
+        changes = {"data.root": str(data.root), "data.sources": [records.table_of(one) for one in sources]}
         text = draft.changed(text or _recipe(space, recipe), {**changes, "task": task, "model.path": model})
         return records.preview(draft.checked(space, text), shown, int(looked_at or 1))
 
@@ -129,7 +129,7 @@ def with_sources(
     """
     tables = draft.tables(text)
     before, held_out = tables.get("data", {}), tables.get("eval", {}).get("sources", [])
-    made = [records.Found(one, [], []).table for one in sources]
+    made = [records.table_of(one) for one in sources]
     is_same = space.path(before.get("root", ".")) == space.path(data.root)
     if role != TRAIN and not is_same and before.get("sources"):
         raise UserError(

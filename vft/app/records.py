@@ -101,10 +101,10 @@ class Found:
     samples: list[Sample]
     bad: list[BadRecord]
 
-    @property
-    def table(self) -> dict[str, Any]:
-        """The source as settings: what differs from the defaults."""
-        return self.source.model_dump(exclude_defaults=True, exclude_none=True)
+
+def table_of(source: SourceConfig) -> dict[str, Any]:
+    """A source as settings: what differs from the defaults."""
+    return source.model_dump(exclude_defaults=True, exclude_none=True)
 
 
 def read(sources: Sequence[SourceConfig], data: DataConfig) -> list[Found]:
