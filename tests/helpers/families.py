@@ -64,7 +64,8 @@ class Family:
 def randomise(model: nn.Module, placeholders: Sequence[int], seed: int) -> None:
     """Weights far wider than an initialiser's, so that every part moves the logits far more than rounding does."""
     generator = torch.Generator().manual_seed(seed)
-    adds_one = isinstance(model, Qwen3_5ForConditionalGeneration)  # most of its decoder's norms
+    # Most norms of these decoders multiply with one plus their weight.
+    adds_one = isinstance(model, (Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -498,7 +499,7 @@ QWEN3_5 = Family(
         "projector": ("model.visual.merger.",),
         "vision_encoder": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
     },
-    tolerance=2e-4,  # a state carries rounding along the whole row
+    tolerance=5e-4,  # a state carries rounding along the whole row: 3e-5 to 2.3e-4, by what the CPU can do
     linears=2 * 8 + 7,
 )
 QWEN3_5_MOE = replace(
@@ -506,7 +507,6 @@ QWEN3_5_MOE = replace(
     save=save_qwen3_5_moe,
     model_class=Qwen3_5MoeForConditionalGeneration,
     linears=2 * 8 + 7,  # the gates of the shared experts are taken by their name alone
-    tolerance=1e-3,  # of logits up to 30; Qwen3.5's differ by 3e-4 from float64, in transformers, too
     released=turned_experts,
 )
 QWEN3S = (QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE)
