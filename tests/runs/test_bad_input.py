@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.runs.commands import CAPTION, Commands, column, metrics
 from tests.runs.world import ANSWERS, PROMPT, World, damage, record, video_record
+from vft.app.records import decoded
+from vft.config import run as configs
 
 PREDICT, MERGE = "tools/predict.py", "tools/merge_lora.py"
 
@@ -324,6 +326,25 @@ def test_a_clip_damaged_in_the_middle_is_replaced(commands: Commands, own: World
         assert column(folder, "samples") == [2] * 8  # another took its place in each of the four epochs
         lines.append([(line["loss"], line["sample_digest"]) for line in metrics(folder)])
     assert lines[0] == lines[1]
+
+
+def test_a_damaged_clip_is_found_before_the_run(commands: Commands, own: World, tmp_path: Path) -> None:
+    """In what is trained on and in what is held out; each once, however many records show it."""
+    damage(own.root / "green.mp4")
+    config = own.config(
+        tmp_path / "run.toml", MANY, {"eval": {"sources": [{"format": "messages", "path": "videos.json"}]}}
+    )
+    look = ("tools/inspect_batch.py", config, "--output", tmp_path / "look", "--decode-all")
+    done = commands.run(*look).ok()
+    assert "videos and pictures: 1 can't be used" in done.stdout
+    (bad,) = quarantine(tmp_path / "look")
+    assert (bad["id"], bad["path"], bad["reason"]) == ("green", str(own.root / "green.mp4"), "decode_error")
+    assert bad["path"] in (tmp_path / "look" / "preview.html").read_text()
+    error = commands.run(*look, "data.max_bad_fraction=0.2").error
+    assert "2 of 8 samples can't be used (2 decode_error), more than data.max_bad_fraction = 0.2" in error
+    assert quarantine(tmp_path / "look") == [bad]
+    *_, shown = decoded(configs.load(config, ["data.max_bad_fraction=0"]))
+    assert "green.mp4" in shown and "What is wrong: 1" in shown
 
 
 def test_a_damaged_clip_is_an_error_of_predict(commands: Commands, own: World, learned: Path, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ FILLED_IN = {
     "vft plan CONFIG.toml --gpus N --gpu CARD [--gpu-memory-gib G] [--json]": [
         f"vft plan {RECIPE} --gpus 2 --gpu H100 --gpu-memory-gib 80 --json"
     ],
-    "vft inspect CONFIG.toml --output DIR [--samples N] [--forward]": [
-        f"vft inspect {RECIPE} --output runs/forward --samples 2 --forward"
+    "vft inspect CONFIG.toml --output DIR [--samples N] [--decode-all] [--forward]": [
+        f"vft inspect {RECIPE} --output runs/forward --samples 2 --decode-all --forward"
     ],
     "vft app [--folder DIR]": [],
     "vft live RUN [--svg FILE]": ["vft live runs/mine --svg live.svg"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -13,6 +14,7 @@ from vft.app.workspace import Workspace
 from vft.cli.predict import columns_of
 from vft.common.errors import UserError
 from vft.config.data import DataConfig, SourceConfig
+from vft.config.run import Config
 from vft.data import formats
 from vft.data.detection import keys_of
 from vft.recipes import TASKS
@@ -22,8 +24,24 @@ COLUMNS = ("video", "image", "question", "answer", "label", "system", "options",
 TRAIN, ALSO_TRAIN, EVALUATE = "train on it", "train on it, too", "evaluate with it"
 
 
+@dataclass(frozen=True)
+class _Fields:
+    """The components that handlers of several sections read."""
+
+    task: gr.Dropdown
+    records: list[Any]
+    """Those that `_read_form` takes, in its order."""
+
+
 def build(shared: Shared) -> None:
     """The tab's components."""
+    fields = _records_section(shared)
+    begin = _samples_section(shared, fields)
+    _settings_section(shared, fields, begin)
+
+
+def _records_section(shared: Shared) -> _Fields:
+    """Which records, how they are read, and what is found in them."""
     space = shared.space
     with gr.Row():
         root = gr.Textbox(_first_root(space), label="folder (data.root)", info="paths in records start here", scale=2)
@@ -50,27 +68,6 @@ def build(shared: Shared) -> None:
         others = gr.Textbox(label="others, as NAME=KEY,...", info=f"also {', '.join(_other_columns())}")
     look = gr.Button("Read", variant="primary", elem_id="read")
     known = gr.HTML(elem_id="found")
-    with gr.Row():
-        models = _bases(space)
-        model = gr.Dropdown(models, value=next(iter(models), ""), label="base model", allow_custom_value=True, scale=3)
-        shown = gr.Slider(1, 24, 4, step=1, label="samples to show")
-        looked_at = gr.Number(200, label="of so many random ones", precision=0, minimum=1, min_width=120)
-        show = gr.Button("Show as the model sees them", elem_id="show")
-    seen = gr.HTML(elem_id="seen")
-    with gr.Row():
-        recipes = draft.recipes(space)
-        first = "recipes/qwen2_5_vl_7b/caption.toml"
-        recipe = gr.Dropdown(
-            list(recipes),
-            value=first if first in recipes else next(iter(recipes), None),
-            label="begin with",
-            info="while there are no settings yet (tab Train)",
-            scale=2,
-        )
-        role = gr.Radio([TRAIN, ALSO_TRAIN, EVALUATE], value=TRAIN, label="use", scale=2)
-        split = gr.Number(0.1, label="hold out", info="share of the media (eval.split); 0: none", step=0.01)
-        use = gr.Button("Write to the settings", variant="primary", elem_id="use")
-    form = [root, paths, kind, media, others, *columns]
 
     def files_in(folder: str) -> Any:
         return gr.Dropdown(choices=records.record_files_in(space, space.existing(folder or ".", "data.root")))
@@ -80,44 +77,89 @@ def build(shared: Shared) -> None:
         found = {key for name in names if space.path(data.root / name).exists() for key in keys_of(name, data)}
         return [gr.Dropdown(["", *sorted(found)]) for _ in columns]
 
-    def read(task: str, *fields: Any) -> list[Any]:
-        data, sources = _read_form(space, *fields)
+    def read(task: str, *form: Any) -> list[Any]:
+        data, sources = _read_form(space, *form)
         found = records.read(sources, data)
         facts, wrong = records.facts(found, data, task)
         samples = [sample for one in found for sample in one.samples]
-        return [records.as_html(facts, wrong, samples[:3]), gr.Accordion(open=not samples or any(fields[4:]))]
+        return [records.as_html(facts, wrong, samples[:3]), gr.Accordion(open=not samples or any(form[4:]))]
 
-    def preview(
-        task: str, model: str, text: str | None, recipe: str, shown: int, looked_at: float, *fields: Any
-    ) -> str:
-        data, sources = _read_form(space, *fields)
+    fields = _Fields(task, [root, paths, kind, media, others, *columns])
+    gr.on([*shared.shown, root.change], told(files_in), root, paths, show_progress="hidden")
+    root.change(lambda: [], None, paths, show_progress="hidden")
+    paths.change(told(keys), [root, paths], columns, show_progress="hidden")
+    look.click(told(read), [task, *fields.records], [known, accordion])
+    return fields
+
+
+def _samples_section(shared: Shared, fields: _Fields) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """Samples as a model sees them, and which clips can't be decoded. The model, and the recipe to begin with."""
+    space = shared.space
+    with gr.Row():
+        models = _bases(space)
+        model = gr.Dropdown(models, value=next(iter(models), ""), label="base model", allow_custom_value=True, scale=3)
+        recipes = draft.recipes(space)
+        first = "recipes/qwen2_5_vl_7b/caption.toml"
+        recipe = gr.Dropdown(
+            list(recipes),
+            value=first if first in recipes else next(iter(recipes), None),
+            label="begin with",
+            info="while there are no settings yet (tab Train)",
+            scale=2,
+        )
+    with gr.Row():
+        shown = gr.Slider(1, 24, 4, step=1, label="samples to show")
+        looked_at = gr.Number(200, label="of so many random ones", precision=0, minimum=1, min_width=120)
+        show = gr.Button("Show as the model sees them", elem_id="show")
+        decode = gr.Button("Decode all clips", elem_id="decode")
+        stop = gr.Button("Stop", min_width=80)
+    seen = gr.HTML(elem_id="seen")
+
+    def config_of(task: str, model: str, text: str | None, recipe: str, *form: Any) -> Config:
+        data, sources = _read_form(space, *form)
         changes = {"data.root": str(data.root), "data.sources": [records.table_of(one) for one in sources]}
         text = draft.changed(text or _recipe(space, recipe), {**changes, "task": task, "model.path": model})
-        return records.preview(draft.checked(space, text), shown, int(looked_at or 1))
+        return draft.checked(space, text)
 
-    def write(text: str | None, recipe: str, role: str, split: float, task: str, model: str, *fields: Any) -> str:
-        data, sources = _read_form(space, *fields)
-        if not (text or "").strip():
-            text = draft.changed(_recipe(space, recipe), {"model.path": model} if model else {})
-        text = with_sources(space, text or "", data, sources, role, split or 0.0, task)
-        try:
-            draft.checked(space, text)
-        except UserError as error:
-            gr.Warning(f"written to the settings, in which something else is wrong: {error}".replace("<", "&lt;"))
-        else:
-            gr.Info("written to the settings; next: the tabs Plan and Train")
-        return text
+    def preview(shown: int, looked_at: float, *form: Any) -> str:
+        return records.preview(config_of(*form), shown, int(looked_at or 1))
+
+    def check(*form: Any) -> Iterator[str]:
+        yield from records.decoded(config_of(*form))
 
     def bases() -> Any:
         return gr.Dropdown(choices=_bases(space)), gr.Dropdown(choices=[*draft.recipes(space)])
 
-    gr.on([*shared.shown, root.change], told(files_in), root, paths, show_progress="hidden")
+    form = [fields.task, model, shared.draft, recipe, *fields.records]
     gr.on(shared.shown, bases, None, [model, recipe], show_progress="hidden")
-    root.change(lambda: [], None, paths, show_progress="hidden")
-    paths.change(told(keys), [root, paths], columns, show_progress="hidden")
-    look.click(told(read), [task, *form], [known, accordion])
-    show.click(told(preview), [task, model, shared.draft, recipe, shown, looked_at, *form], seen)
-    use.click(told(write), [shared.draft, recipe, role, split, task, model, *form], shared.draft)
+    show.click(told(preview), [shown, looked_at, *form], seen)
+    running = decode.click(told(check), form, seen, show_progress="hidden")
+    stop.click(lambda: "stopped", None, seen, cancels=running, show_progress="hidden")
+    return model, recipe
+
+
+def _settings_section(shared: Shared, fields: _Fields, begin: tuple[gr.Dropdown, gr.Dropdown]) -> None:
+    """Take the records into the settings. `begin`: the model and the recipe of a run without settings."""
+    space = shared.space
+    with gr.Row():
+        role = gr.Radio([TRAIN, ALSO_TRAIN, EVALUATE], value=TRAIN, label="use", scale=2)
+        split = gr.Number(0.1, label="hold out", info="share of the media (eval.split); 0: none", step=0.01)
+        use = gr.Button("Write to the settings", variant="primary", elem_id="use")
+
+    def write(text: str | None, model: str, recipe: str, role: str, split: float, task: str, *form: Any) -> str:
+        data, sources = _read_form(space, *form)
+        if not (text or "").strip():
+            text = draft.changed(_recipe(space, recipe), {"model.path": model} if model else {})
+        text = with_sources(space, text or "", data, sources, role, split or 0.0, task)
+        try:
+            held_out = records.held_out_text(draft.checked(space, text))
+        except UserError as error:
+            gr.Warning(f"written to the settings, in which something else is wrong: {error}".replace("<", "&lt;"))
+        else:
+            gr.Info(f"written to the settings{held_out}; next: the tabs Plan and Train")
+        return text
+
+    use.click(told(write), [shared.draft, *begin, role, split, fields.task, *fields.records], shared.draft)
 
 
 def with_sources(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,7 +22,8 @@ from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import Config
 from vft.config.toml import validated
 from vft.data import formats
-from vft.data.dataset import converse
+from vft.data.dataset import Dataset, converse
+from vft.data.decode_check import decode_all
 from vft.data.detection import NATIVE, detect, media_of
 from vft.data.media.patches import load_patches
 from vft.data.records.files import RECORD_SUFFIXES
@@ -30,7 +32,7 @@ from vft.data.records.preferences import DESIRABLE, REJECTED
 from vft.data.records.record import BadRecord
 from vft.data.records.unread_keys import describe_unread_keys
 from vft.data.workers import WorkerPool
-from vft.preparation.documents import load_training, questions
+from vft.preparation.documents import held_out_split, load_training, questions
 from vft.preparation.run import open_for_inference
 from vft.recipes import load_task, task_of
 from vft.reporting.page import render
@@ -41,6 +43,8 @@ MAX_FILES = 500
 """Files of records that are offered."""
 MAX_WRONG, MAX_TEXT = 2000, 1000
 """Bad records that are listed, and characters that are shown of a text."""
+WORKERS = 2
+"""Processes that decode."""
 MAX_MEDIA = 20_000
 """Media that are looked for, so that a slow disk doesn't hold the page up."""
 
@@ -171,6 +175,20 @@ def _source_text(source: SourceConfig) -> str:
     return source.format + (f", media in {source.media}" if source.media else "") + (f", {columns}" if columns else "")
 
 
+def held_out_text(config: Config) -> str:
+    """How many samples `eval.split` holds out, in words; empty without it. UserError if one side is left with none: a
+    run would end with that at its start."""
+    split = held_out_split(config, held_out=True)
+    if split is None:
+        return ""
+    samples = [sample for one in read(config.data.indexed, config.data) for sample in one.samples]
+    held, count = sum(split.select(samples, config.data.root)[0]), len(samples)
+    if count and held in (0, count):
+        side, way = ("is held out", "raise") if not held else ("is left to train on", "lower")
+        raise UserError(f"eval.split = {split.share:g}: none of {count:,} samples {side}; {way} it, or write it as 0")
+    return f", {held:,} of {count:,} samples held out"
+
+
 def as_html(known: Mapping[str, str], wrong: Sequence[Sequence[str]], samples: Sequence[Sample]) -> str:
     """The facts, what is wrong, and some samples as they were read."""
     made = [f'<dl class="facts">{_pairs(known.items())}</dl>']
@@ -202,12 +220,42 @@ def preview(config: Config, shown: int, looked_at: int) -> str:
         one if one.take != "all" or one.stream else one.model_copy(update={"take": f"random:{looked_at}"})
         for one in config.data.sources
     ]
-    data = config.data.model_copy(update={"sources": tuple(few), "max_bad_fraction": 1.0, "workers": 2})
-    config = config.model_copy(update={"data": data})
-    encoder = open_for_inference(config.model, None, torch.float32).encoder(data)
-    documents = load_training(task_of(config), config, encoder)
-    with WorkerPool(data.workers, data.decode_timeout_s) as pool:
+    config = _lenient(config, sources=tuple(few))
+    documents = _planned(config)
+    with WorkerPool(WORKERS, config.data.decode_timeout_s) as pool:
         numbers = evenly(range(len(documents.documents)), shown)
         samples = samples_shown(documents, numbers, lambda *one: pool.submit(load_patches, *one).result())
-    index = summary(documents, documents.pack_plan(config.seed), data)
+    index = summary(documents, documents.pack_plan(config.seed), config.data)
     return render("samples.html", samples=samples, index=index, left_out=documents.bad)
+
+
+def decoded(config: Config) -> Iterator[str]:
+    """Every video and picture decoded as training does: how far it is, once a second, and at last what can't be used.
+
+    Raises UserError if no sample can be used, or the model's files can't be read.
+    """
+    yield "reading the records and the clips' headers ..."
+    config = _lenient(config)
+    documents = _planned(config)
+    bad, count, shown_at = [*documents.bad], len(documents.documents), time.monotonic()
+    with WorkerPool(WORKERS, config.data.decode_timeout_s) as pool:
+        for number, items in enumerate(decode_all(documents, pool), 1):
+            bad += items
+            if time.monotonic() - shown_at > 1:
+                shown_at = time.monotonic()
+                yield f"decoded the media of {number:,} of {count:,} documents; {len(bad):,} can't be used"
+    known = {"decoded": f"{len(documents.samples_by_medium):,} videos and pictures, as training will"}
+    if not bad:
+        known["damaged"] = "none"
+    yield as_html(known, [[item.id, item.reason, item.message] for item in bad], ())
+
+
+def _lenient(config: Config, **changes: Any) -> Config:
+    """What is bad is shown, however much it is."""
+    changes |= {"max_bad_fraction": 1.0, "workers": WORKERS}
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def _planned(config: Config) -> Dataset:
+    encoder = open_for_inference(config.model, None, torch.float32).encoder(config.data)
+    return load_training(task_of(config), config, encoder)

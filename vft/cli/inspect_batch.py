@@ -1,14 +1,16 @@
-"""Show what the model gets from the data: vft inspect CONFIG.toml --output DIR [--samples N] [--forward]
+"""Show what the model gets from the data: vft inspect CONFIG.toml --output DIR [--samples N] [--decode-all] [--forward]
 
 Writes preview.html and batch.safetensors. The page shows the lengths of all samples, what was dropped to fit and what
 was left out; then some samples from all of the data and those of the first pack: frames, text, what of it is
-supervised, shared prefixes and suffixes. batch.safetensors holds the first pack.
+supervised, shared prefixes and suffixes. batch.safetensors holds the first pack. --decode-all finds damaged clips
+before a run does: each medium is decoded as training will, and quarantine.jsonl lists what fails. Streams are not read.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vft.cli.arguments import ConfigArguments, command
+from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
 from vft.common.types import Batch
@@ -25,13 +28,15 @@ from vft.config.data import DataConfig
 from vft.config.run import ParallelConfig
 from vft.data.chat import ChatEncoder
 from vft.data.dataset import Dataset
+from vft.data.decode_check import decode_all
 from vft.data.loader import Loader
 from vft.data.media.patches import load_patches
 from vft.data.packing import PackPlan, owners
+from vft.data.quarantine import BadItem, Encountered, check_bad, write_quarantine
 from vft.data.workers import WorkerPool
 from vft.distributed.process_group import DataParallel
 from vft.models.base import VideoLanguageModel
-from vft.preparation.documents import load_training, report_classes, training_streams
+from vft.preparation.documents import load_held_out, load_training, report_classes, training_streams
 from vft.preparation.run import load_for_inference, open_for_inference
 from vft.recipes import task_of
 from vft.reporting.page import render
@@ -46,6 +51,8 @@ MAX_PLANNED = 2000
 """Documents, evenly spread, that are planned again to see what they lose to fit a row."""
 MAX_LEFT_OUT = 200
 """Samples listed that can't be used."""
+WRITTEN = {"batch.safetensors", "preview.html", "quarantine.jsonl"}
+"""What this command writes."""
 
 
 class InspectArguments(ConfigArguments):
@@ -55,6 +62,8 @@ class InspectArguments(ConfigArguments):
     """folder to write: a new one, or one that this command wrote"""
     samples: int = 8
     """show so many more on the page than those of the first pack, evenly spread over the data"""
+    decode_all: bool = False
+    """decode every video and picture, and list those that can't be; more than data.max_bad_fraction is an error"""
     forward: bool = False
     """also run the model in fp32 (for small models)"""
 
@@ -64,29 +73,33 @@ def main(arguments: InspectArguments) -> None:
     """Command line."""
     config, output = configs.load(arguments.config, arguments.overrides), arguments.output
     config.require_training()
-    if arguments.samples < 0:
-        raise UserError(f"--samples = {arguments.samples}: must be at least 0")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
-    if output.exists() and {path.name for path in output.iterdir()} - {"batch.safetensors", "preview.html"}:
-        raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
+    limit = config.data.max_bad_fraction
+    if arguments.decode_all:  # all of them are listed, and judged at the end
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 1.0})})
+    check_arguments(arguments)
     warn_of_weights(config)
     adapter = adapter_folder(Path(config.model.adapter), "model.adapter") if config.model.adapter else None
     prepared = open_for_inference(config.model, adapter if arguments.forward else None, torch.float32)
     task, data, encoder = task_of(config), config.data, prepared.encoder(config.data)
     documents = load_training(task, config, encoder)
     report_classes(documents, None)
+    sets = [documents]
+    if arguments.decode_all and (config.eval.sources or config.eval.split):
+        sets.append(load_held_out(task, config, encoder))
     with (
         WorkerPool(data.workers, data.decode_timeout_s) as pool,
         training_streams(task, config, encoder, pool) as streams,
     ):
+        damaged = decoded(sets, pool) if arguments.decode_all else []
         plan = documents.pack_plan(config.seed)
         slots = 1 if streams is None else config.train.packs_per_step
         loader = Loader(documents, plan, pool, DataParallel(), slots, 1, last_epoch=None, streams=streams)
+        loader.bad.restore(damaged, Encountered())
         batch = first_batch(loader)
         taken = {document.number for document in batch.documents}
         others = evenly([n for n in range(len(documents.documents)) if n not in taken], arguments.samples)
         spread = samples_shown(documents, others, lambda *one: pool.submit(load_patches, *one).result())
+    bad = [*damaged, *(item for one in sets for item in one.bad)]
     left_out = [*documents.bad, *loader.bad.known.values(), *loader.bad.report.bad]
     tensors = batch_tensors(batch, prepared.model)
     if arguments.forward:
@@ -108,9 +121,36 @@ def main(arguments: InspectArguments) -> None:
             first=first_row(batch, encoder, data),
         )
         (folder / "preview.html").write_text(page, encoding="utf-8")
+        if arguments.decode_all:
+            write_quarantine(folder, {item.key: item for item in bad}.values())
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
     if left_out:
-        print(f"{len(left_out)} samples can't be used: the page says why")
+        print(f"{len(left_out)} samples or media can't be used: the page says why")
+    if arguments.decode_all:
+        media = set().union(*(one.samples_by_medium for one in sets))
+        print(f"decoded {len(media):,} videos and pictures: {len({item.key for item in damaged}):,} can't be used")
+        check_bad(bad, sum(one.num_samples + len(one.bad) for one in sets), limit)
+
+
+def check_arguments(arguments: InspectArguments) -> None:
+    """UserError if --samples is negative, or --output holds what this command did not write."""
+    output = arguments.output
+    if arguments.samples < 0:
+        raise UserError(f"--samples = {arguments.samples}: must be at least 0")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
+    if output.exists() and {path.name for path in output.iterdir()} - WRITTEN:
+        raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
+
+
+def decoded(sets: Sequence[Dataset], pool: WorkerPool) -> list[BadItem]:
+    """Decode all media, with a bar: those that can't be, in each of the sets that show them."""
+    damaged = []
+    with progress_bar(sum(len(one.documents) for one in sets), "decoding", "document") as bar:
+        for items in (items for one in sets for items in decode_all(one, pool)):
+            damaged += items
+            bar.update()
+    return damaged
 
 
 def first_batch(loader: Loader) -> Batch:

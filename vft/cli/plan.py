@@ -152,7 +152,10 @@ def proposals(setting: Setting, search: Search) -> list[Proposal]:
     found = [Proposal("needed", change, chosen)] if change else []
     found += [Proposal("instead", known.changes_to(other.setting), other) for other in others]
     if search.faster:
-        found.append(Proposal("faster", setting.changes_to(search.faster.setting), search.faster))
+        faster = search.faster.setting
+        # One GPU has nothing to share, whatever `shard` says.
+        asked = setting if setting.gpus > 1 else setting.changed(shard=faster.config.parallel.shard)
+        found.append(Proposal("faster", asked.changes_to(faster), search.faster))
     return found
 
 

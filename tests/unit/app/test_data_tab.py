@@ -99,3 +99,17 @@ def test_code_that_settings_name_is_not_imported(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="code of its own"):
         configs.load({**settings, "data": {"sources": [{"format": "planted:Format", "path": "x"}]}})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.4, ", 4 of 12 samples held out"), (0.0001, "raise it"), (0.9999, "lower")]
+)
+def test_what_is_held_out_is_said(space: Workspace, share: float, said: str) -> None:
+    data = {"root": "data", "sources": [{"format": "messages", "path": "train.jsonl", "media": "clips"}]}
+    table = {"output_dir": "run", "model": {"path": "base"}, "data": data, "eval": {"split": share}}
+    config = configs.Config.model_validate(table)
+    if said.startswith(","):
+        assert records.held_out_text(config) == said
+    else:
+        with pytest.raises(UserError, match=f"eval.split = .*: none of 12 samples .*; {said}"):
+            records.held_out_text(config)

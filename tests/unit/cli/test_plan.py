@@ -192,6 +192,14 @@ def test_as_json(plan: Plan) -> None:
     assert made["run"]["hours"] == pytest.approx(200 * needed["step_s"] / 3600)
 
 
+def test_what_is_faster_says_nothing_of_shards_on_one_gpu(plan: Plan) -> None:
+    again = "parallel.activation_checkpointing=full"
+    done = plan("recipes/demo/caption.toml", "--gpus", "1", "--gpu", "4090", "--json", again)
+    made = json.loads(done.ok().stdout)
+    (faster,) = made["proposals"]
+    assert (faster["why"], faster["set"]) == ("faster", {"parallel.activation_checkpointing": "none"})
+
+
 def test_times_are_those_of_the_card_or_none(plan: Plan) -> None:
     done = plan(*ONE, "--gpu-memory-gib", "80")
     assert "no times: name the card with --gpu" in done.stdout and not re.search(r"│ (step|run|tokens) ", done.stdout)
