@@ -6,13 +6,15 @@ import ast
 import json
 import re
 import tomllib
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 import vft.data.formats as formats
+from vft.adapters.targets import match_targets
 from vft.cli import config
 from vft.cli.foreign import settings
 from vft.cli.foreign.draft import REASON_OF, TABLES
@@ -20,6 +22,9 @@ from vft.cli.foreign.files import LLAMA_FACTORY, MS_SWIFT, Foreign
 from vft.config import run
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, SYSTEMS
 from vft.data.records.record import TURN_KEYS
+
+if TYPE_CHECKING:
+    from tests.helpers.tiny import Tiny
 
 MOVING = Path("docs/use/moving.md").resolve()
 KINDS = ("yaml", "bash", "python", "toml")
@@ -59,7 +64,7 @@ swift sft \
     --dataset 'my clips/train.jsonl#300' other.csv \
     --columns '{"text": "query",
                 "label_text": "response"}' \
-    --tuner_type lora --target_modules q_proj v_proj \
+    --tuner_type lora --target_modules q_proj qkv \
     --freeze_vit false --vit_lr 2e-6 \
     --per_device_train_batch_size 2 \
     --gradient_accumulation_steps $(expr 32 / $n / 2) \
@@ -148,9 +153,7 @@ def test_ms_swift_command() -> None:
     ours, text = convert(SCRIPT, name="train.sh")
     assert ours.model.path == "Qwen/Qwen2.5-VL-3B-Instruct" and ours.train.packs_per_step == 2 * 4 * 4
     assert ours.lora is not None and ours.lora.dropout == 0.05 and ours.train.betas == (0.9, 0.95)
-    assert ours.lora.targets == tuple(
-        f"{c}.{n}" for c in ("language_model", "vision_encoder") for n in ("q_proj", "v_proj")
-    )
+    assert ours.lora.targets == ("language_model.q_proj", "vision_encoder.qkv")
     assert ours.train.component_learning_rates == {"vision_encoder": 2e-6}
     assert ours.train.max_steps == 500 and ours.train.warmup_steps == 25
     first, second = ours.data.sources
@@ -182,6 +185,131 @@ def test_ms_swift_files() -> None:
     assert ours.data.video.max_pixels == 128 * 32 * 32 and ours.data.max_samples_per_pack == 0
     assert ours.train.packs_per_step == 16
     assert "per_device_train_batch_size 1 x gradient_accumulation_steps 1 x 16 GPUs (NPROC_PER_NODE x NNODES)" in text
+
+
+SWIFT = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "dataset": "a.jsonl", "max_length": 4096}
+LAYERS = ("q_proj", "up_proj", "qkv")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # ms-swift's names of layers are those of any component; LLaMA-Factory's only of those that are not frozen
+        (
+            SWIFT | {"target_modules": [*LAYERS]},
+            {
+                "lora.targets": (
+                    *("language_model.q_proj", "language_model.up_proj"),
+                    *("vision_encoder.up_proj", "vision_encoder.qkv"),
+                )
+            },
+        ),
+        (
+            SWIFT | {"model": "Qwen/Qwen3-VL-4B-Instruct", "target_modules": ["up_proj", "linear_fc1"]},
+            {"lora.targets": ("language_model.up_proj", "vision_encoder.linear_fc1", "projector.linear_fc1")},
+        ),
+        (
+            FACTORY | {"lora_target": ",".join(LAYERS)},
+            {"lora.targets": ("language_model.q_proj", "language_model.up_proj")},
+        ),
+        (
+            FACTORY | {"lora_target": "qkv,q_proj", "freeze_vision_tower": False},
+            {"lora.targets": ("language_model.q_proj", "vision_encoder.qkv")},
+        ),
+        (SWIFT | {"target_modules": ["all-linear", "lm_head"]}, {"lora.targets": ("language_model.*",)}),
+        (
+            FACTORY | {"freeze_vision_tower": False, "freeze_multi_modal_projector": False},
+            {"lora.targets": ("language_model.*", "vision_encoder.*")},
+        ),
+        (
+            FACTORY
+            | {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+            | {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"},
+            {"lora.targets": ("language_model.*", "vision_encoder.*", "projector.*")},
+        ),
+        # an adapter is no reference, unless it is named as one
+        (
+            FACTORY | {"stage": "dpo", "adapter_name_or_path": "runs/a"},
+            {"model.adapter": "runs/a", "objective.reference": "base"},
+        ),
+        (
+            SWIFT | {"rlhf_type": "kto", "adapters": "runs/a", "ref_adapters": "runs/a"},
+            {"model.adapter": "runs/a", "objective.reference": "start"},
+        ),
+        (SWIFT | {"rlhf_type": "orpo", "adapters": "runs/a"}, {"objective.reference": None}),
+        # what is held out, and when it is asked
+        (SWIFT | {"split_dataset_ratio": 0.1, "eval_strategy": "no"}, {"eval.split": None, "eval.every_steps": 0}),
+        (SWIFT | {"split_dataset_ratio": 0.1, "val_dataset": "b.jsonl"}, {"eval.split": None, "eval.every_steps": 500}),
+        (SWIFT | {"eval_dataset": "gsm8k", "eval_use_evalscope": True}, {"eval.sources": ()}),
+        (FACTORY | {"val_size": 0.1}, {"eval.split": 0.1, "eval.every_steps": 0}),
+        # lengths
+        (SWIFT | {"max_epochs": 2, "num_train_epochs": 5}, {"train.epochs": 2}),
+        (SWIFT | {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, {"train.warmup_ratio": None}),
+        (SWIFT | {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9}, {"train.warmup_steps": 9}),
+        (
+            SWIFT | {"save_total_limit": -1, "save_strategy": "no"},
+            {"checkpoint.keep_last": 0, "checkpoint.every_steps": 0},
+        ),
+        # the environment, as a table
+        (
+            SWIFT | {"model_kwargs": '{"fps_max_frames": 12, "max_pixels": 50176}'},
+            {"data.video.max_frames": 12, "data.image.max_pixels": 50176},
+        ),
+        # thoughts
+        (FACTORY | {"model_name_or_path": "Qwen/Qwen3.5-4B"}, {"data.learn_thought_tags": True}),
+        (
+            FACTORY | {"model_name_or_path": "Qwen/Qwen3.5-4B", "enable_thinking": False},
+            {"data.learn_thought_tags": False},
+        ),
+        (
+            FACTORY | {"model_name_or_path": "Qwen/Qwen3.5-4B", "template": "qwen3_5_nothink"},
+            {"data.learn_thought_tags": False},
+        ),
+        (SWIFT | {"fsdp": "full_shard offload"}, {"parallel.offload": "frozen"}),
+    ],
+)
+def test_meanings(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    ours, _ = convert(given)
+    assert {key: attrgetter(key)(ours) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "processes"),
+    [
+        ("torchrun --master_port 29500 --nproc_per_node=4 --nnodes 2 swift/cli/sft.py", 8),
+        ("torchrun --nproc-per-node gpu /src/swift/cli/sft.py", 1),
+        ("CUDA_VISIBLE_DEVICES=0,1 swift sft", 1),  # one process, with layers on both
+        ("CUDA_VISIBLE_DEVICES=0,1 accelerate launch --config_file two.yaml --machine_rank 0 swift/cli/sft.py", 6),
+        ("deepspeed --num_gpus 4 --hostfile hosts.txt swift/cli/sft.py", 4),
+        ("CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train", 2),  # one process each
+        ("FORCE_TORCHRUN=1 NNODES=2 NPROC_PER_NODE=4 llamafactory-cli train", 8),
+    ],
+)
+def test_launchers(script: str, processes: int) -> None:
+    Path("two.yaml").write_text("num_machines: 2\nnum_processes: 6\nfsdp_config: {fsdp_offload_params: true}")
+    model = (
+        "--model_name_or_path a/Qwen3-VL-4B --dataset clips" if "llama" in script else "--model ./m --dataset a.jsonl"
+    )
+    size = "--per_device_train_batch_size 3 --gradient_accumulation_steps 5"
+    ours, text = convert(f"{script} {model} {size}", name="train.sh")
+    assert ours.train.packs_per_step == 15 * processes
+    assert ours.parallel.offload == ("frozen" if "two.yaml" in script else "none")
+    for word in ("CUDA_VISIBLE_DEVICES", "config_file", "hostfile", "FORCE_TORCHRUN"):
+        assert (word in text) == (word in script)
+
+
+def test_empty_and_joined_texts() -> None:
+    """An empty text is a word, and pieces in quotes are one."""
+    call = 'swift sft --model ./m --dataset "$B.jsonl" --system "$A" --prefix \'\' --max_steps 7'
+    script = f'A="""two words"""\nB=x\'y z\'\n{call}'
+    ours, text = convert(script, name="train.sh")
+    assert ours.train.max_steps == 7 and ours.data.sources[0].path == "xy z.jsonl" and 'system: "two words"' in text
+
+
+def test_hubs() -> None:
+    given = SWIFT | {"dataset": ["a/b", "MS::c/d"], "use_hf": True}
+    lost = convert(given)[1]
+    assert "hf download --repo-type dataset a/b" in lost and "modelscope download --dataset c/d" in lost
 
 
 @pytest.mark.parametrize(
@@ -264,7 +392,8 @@ def test_nothing_is_dropped(base: dict[str, Any]) -> None:
     }
     numbers |= dict.fromkeys(("eval_steps", "adam_beta1", "NNODES", "NPROC_PER_NODE", "warmup_ratio", "val_size"), 0.5)
     extra |= dict.fromkeys(("eval_strategy", "save_strategy", "mix_strategy", "deepspeed", "media_dir"), "epoch")
-    known = {name for names in TABLES["names"].values() for name in names.split()} | set(REASON_OF)
+    known = {name for names in TABLES["names"].values() for name in names.split()}
+    known |= {name.replace("*", "one") for name in REASON_OF} - TABLES["allowed"].keys()
     for name, value in {
         **dict.fromkeys(known - base.keys() - {"model", "model_name_or_path"}, 1),
         **numbers,
@@ -287,11 +416,18 @@ def test_nothing_is_dropped(base: dict[str, Any]) -> None:
         (FACTORY | {"model_name_or_path": "org/Llama-9-8B"}, "vft trains Qwen2.5-VL, Qwen3-VL"),
         (FACTORY | {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct-AWQ"}, "fewer bits"),
         (FACTORY | {"dataset": "clip"}, "dataset = clip: is not in data/dataset_info.json; did you mean 'clips'?"),
-        (FACTORY | {"dataset": "made"}, "no data set that vft can read"),
+        (FACTORY | {"dataset": "made"}, "dataset: none that vft can read"),
         (FACTORY | {"dataset_dir": "else"}, "else/dataset_info.json: no such file"),
         (FACTORY | {"warmup_ratio": "much"}, 'warmup_ratio: "much": must be a number'),
         (FACTORY | {"learning_rate": -1}, "as our configuration: train.learning_rate = -1"),
         (FACTORY | {"freeze_language_model": True}, "everything is frozen"),
+        (FACTORY | {"dataset": None, "infer_backend": "vllm"}, "names no dataset to train on"),
+        (SWIFT | {"columns": "[1]"}, "must be a table of names"),
+        (SWIFT | {"model_kwargs": "[" * 9999}, "must be a table of names"),
+        (FACTORY | {"lora_target": "qkv"}, "lora.targets"),
+        (FACTORY | {"dataset_dir": "REMOTE:a/b"}, "it is on a hub: fetch it"),
+        (FACTORY | {"adapter_name_or_path": "a,b"}, "one adapter is gone on from"),
+        (FACTORY | {"adapter_name_or_path": "a", "create_new_adapter": True}, "vft merge"),
         ({"train_dataset": "a.yaml", "model": "Qwen/Qwen3-VL-4B-Instruct"}, "LLaMA-Factory's v1 engine"),
         ({"model": "Qwen/Qwen3-VL-4B-Instruct", "tensor_model_parallel_size": 2}, "is of Megatron"),
         ("a: !!python/object/apply:os.mkdir ['made']\nmodel: x", "not YAML"),
@@ -312,6 +448,7 @@ def test_refused_in_one_line(given: Any, message: str, capsys: pytest.CaptureFix
         ("swift sft --model Qwen/Qwen3-VL-4B-Instruct --dataset $(touch made).jsonl", "is not set in the file"),
         ("swift sft --dataset a.jsonl", "names no model"),
         ("swift sft gone.yaml", "gone.yaml: no such file"),
+        ("swift pt --model ./m --dataset a.jsonl", "`swift pt`"),
         ("a=xxxxxxxxxx\n" + "a=$a$a$a$a\n" * 10 + "swift sft --model $a", "characters"),
         ("swift rlhf --rlhf_type grpo --model Qwen/Qwen3-VL-4B-Instruct", "grpo"),
     ],
@@ -330,3 +467,14 @@ def test_output(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         config.main(["import", "their.yaml", "--output", "run.toml"], "vft config")
     assert Path("run.toml").read_text() == "mine" and "exists" in capsys.readouterr().err
+
+
+def test_layers_are_those_of_the_model(family: str, each_tiny: Tiny) -> None:
+    """Names of layers that are told apart by component are all that the vision encoder has, and are found."""
+    (known,) = (table for pattern, table in TABLES["layers"].items() if re.search(pattern, family))
+    patterns = [f"{component}.{name}" for component, names in known.items() for name in names.split()]
+    patterns += [f"language_model.{name}" for name in settings.LANGUAGE_LAYERS if "moe" not in family]
+    model = each_tiny.ours()
+    match_targets(model, patterns)
+    layers = match_targets(model, ["vision_encoder.*"])["vision_encoder.*"]
+    assert {layer.rpartition(".")[2] for layer in layers} == {*known["vision_encoder"].split()}

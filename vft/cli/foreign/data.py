@@ -6,7 +6,6 @@ After LLaMA-Factory's `data/parser.py` and `data/loader.py`, and ms-swift's `dat
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import shlex
@@ -29,28 +28,36 @@ def convert_data(draft: Draft) -> None:
     is_factory = draft.tool == LLAMA_FACTORY
     folder, from_folder = draft.text("dataset_dir") if is_factory else ("", "")
     media, from_media = draft.text("media_dir" if is_factory else "ROOT_IMAGE_DIR")
-    given = {"data": draft.take("dataset"), "eval": draft.take("eval_dataset", "val_dataset")}
-    info = _dataset_info(draft, folder) if is_factory and any(as_list(names) for names, _ in given.values()) else {}
-    columns = [(role, column) for column, role in _columns_of_swift(draft)]
+    given = {"data": draft.take("dataset"), "eval": draft.take("eval_dataset" if is_factory else "val_dataset")}
+    if not as_list(given["data"][0]):
+        raise UserError(f"{draft.file}: names no dataset to train on; only configurations of training are read")
+    info = _dataset_info(draft, folder) if is_factory else {}
+    hub, of_hub = draft.take("use_hf", "USE_HF")
+    columns = [
+        ("prompt" if role == "query" else str(role), column) for column, role in draft.table("columns")[0].items()
+    ]
     sources: dict[str, list[tuple[Source, str]]] = {"data": [], "eval": []}
-    for table, (names, _) in given.items():
+    for table, (names, origin) in given.items():
         for name in map(str, as_list(names)):
-            source = _from_info(draft, name, folder, info) if is_factory else _from_name(draft, name, columns)
-            sources[table] += [(source, name)] if source else []
+            source = (
+                _from_info(draft, name, folder, info) if is_factory else _from_name(draft, name, columns, bool(hub))
+            )
+            sources[table] += [(source, f"{origin.partition(':')[0]}: {name}")] if source else []
     if not sources["data"]:
-        raise UserError(f"{draft.file}: no data set that vft can read; name its records under dataset")
+        raise UserError(f"{draft.file}: dataset: none that vft can read: write the records to a file, and name that")
     paths = [source["path"] for source, _ in sources["data"] + sources["eval"]]
     folders = [*([folder] if is_factory else map(os.path.dirname, paths)), *filter(None, [media])]
     root = _common(folders) if is_factory or all(map(os.path.isabs, folders)) else "."
-    origin = f"{from_folder}{'; ' if media else ''}{from_media if media else ''}"
-    draft.put("data.root", root, origin if is_factory else "media are looked for below it, too")
-    _mix(draft, [source for source, _ in sources["data"]])
+    origins = [from_folder if is_factory else "media are looked for below it, too"]
+    origins += [text for value, text in ((media, from_media), (hub, of_hub)) if value]
+    draft.put("data.root", root, "; ".join(origins))
+    of_take = _mix(draft, [source for source, _ in sources["data"]])
     for table, found in sources.items():
         for i, (source, name) in enumerate(found):
             source |= {"path": os.path.relpath(source["path"], root)}
             source |= {"media": os.path.relpath(media, root)} if media and os.path.relpath(media, root) != "." else {}
             for key, value in source.items():
-                draft.put(f"{table}.sources.{i}.{key}", value, name)
+                draft.put(f"{table}.sources.{i}.{key}", value, name + (of_take if key == "take" else ""))
 
 
 def _common(folders: Iterable[str]) -> str:
@@ -61,8 +68,8 @@ def _common(folders: Iterable[str]) -> str:
     return os.path.commonpath([os.path.normpath(folder) for folder in folders]) or "."
 
 
-def _mix(draft: Draft, sources: Sequence[Source]) -> None:
-    """Shares of the sources, and how many samples of each."""
+def _mix(draft: Draft, sources: Sequence[Source]) -> str:
+    """Shares of the sources, and how many samples of each. Returns where a limit to these is from."""
     strategy, of_strategy = draft.take("mix_strategy")
     probabilities, origin = draft.take("interleave_probs", "interleave_prob")
     if probabilities is not None and "train.max_steps" in draft.lines and len(as_list(probabilities)) == len(sources):
@@ -72,10 +79,12 @@ def _mix(draft: Draft, sources: Sequence[Source]) -> None:
         draft.lose(origin, "share of each source needs train.max_steps: set both")
     if strategy not in (None, "concat"):
         draft.lose(of_strategy, "records come once an epoch, or by share until train.max_steps")
-    most = int(draft.number("max_samples")[0] or 0)
+    most, origin = draft.number("max_samples")
+    most = int(most or 0)
     for source in sources if most else ():
         number = int(source.get("take", f"random:{most}").partition(":")[2])
         source["take"] = f"random:{number}" if number < most else f"first:{most}"
+    return f"; {origin}" if most else ""
 
 
 def _columns_draft(draft: Draft, name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
@@ -100,7 +109,9 @@ def _dataset_info(draft: Draft, folder: str) -> dict[str, Any]:
     """The data sets that dataset_info.json describes."""
     path = near(draft.file, os.path.join(folder, "dataset_info.json"))
     if path is None:
+        on_hub = folder == "ONLINE" or folder.startswith("REMOTE:")
         fix = "run this where LLaMA-Factory is run, or copy it beside the file"
+        fix = "it is on a hub: fetch it, and name its folder as dataset_dir" if on_hub else fix
         raise UserError(
             f"{draft.file}: {folder}/dataset_info.json: no such file, and it says where the records are; {fix}"
         )
@@ -151,18 +162,8 @@ def _on_hub(draft: Draft, name: str, address: str, folder: str, is_hf: bool) -> 
 # -------------------------------------------------------------------------------------------------------- ms-swift
 
 
-def _columns_of_swift(draft: Draft) -> Iterable[tuple[str, str]]:
-    """Pairs of a column and what ms-swift calls it."""
-    columns, origin = draft.take("columns")
-    try:
-        table = json.loads(columns) if isinstance(columns, str) else columns or {}
-        return [(str(column), {"query": "prompt"}.get(str(name), str(name))) for column, name in table.items()]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{draft.file}: {origin}: must be a table of names") from error
-
-
-def _from_name(draft: Draft, text: str, pairs: Sequence[tuple[str, str]]) -> Source:
-    """A data set as ms-swift names it: `[HF::|MS::]ID_OR_PATH[:SUBSET][#NUMBER]`."""
+def _from_name(draft: Draft, text: str, pairs: Sequence[tuple[str, str]], is_hf: bool) -> Source:
+    """A data set as ms-swift names it: `[HF::|MS::]ID_OR_PATH[:SUBSET][#NUMBER]`; without a hub, of Hugging Face?"""
     name, _, number = text.partition("#")
     hub, name = re.fullmatch(r"(?:(HF|MS|hf|ms)::)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     is_file = bool(re.search(r"\.(jsonl?|csv|tsv|parquet|txt)$", name)) or os.path.exists(name)
@@ -170,7 +171,7 @@ def _from_name(draft: Draft, text: str, pairs: Sequence[tuple[str, str]]) -> Sou
         path = name
     else:
         address, _, subset = name.partition(":")
-        path = os.path.join("data", _on_hub(draft, text, address, "data", is_hf=(hub or "").lower() == "hf"))
+        path = os.path.join("data", _on_hub(draft, text, address, "data", hub.lower() == "hf" if hub else is_hf))
         if subset:
             draft.lose(f"subset of {text}", "name the files of this part as path of the source")
     source: Source = {"format": "messages", "path": path}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -14,6 +15,7 @@ from vft.config.toml import show
 
 TABLES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 REASON_OF = {name: reason for reason, names in TABLES["reasons"].items() for name in names.split()}
+"""Why settings are not taken over, by name or by how names begin (`galore_*`)."""
 
 
 class Draft:
@@ -56,6 +58,14 @@ class Draft:
             raise UserError(f"{self.file}: {origin}: must be a text")
         return value or "", origin
 
+    def table(self, name: str) -> tuple[dict[str, Any], str]:
+        """As `take`. UserError if it is no table, nor one as JSON; an empty one if it is not given."""
+        value, origin = self.take(name)
+        try:
+            return dict(json.loads(value) if isinstance(value, str) else value or {}), origin
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.file}: {origin}: must be a table of names") from error
+
     def put(self, key: str, value: Any, origin: str) -> None:
         """Set our `key`."""
         self.lines[key] = (value, origin)
@@ -76,6 +86,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
     return value
+
+
+def reason_of(name: str) -> str:
+    """Why a setting without a counterpart is not taken over."""
+    parts = name.split("_")
+    names = [name, *("_".join(parts[:n]) + "_*" for n in range(len(parts) - 1, 0, -1))]
+    unknown = "of the environment: set it for vft, too, if it is to hold" if name.isupper() else "has no counterpart"
+    return next((REASON_OF[one] for one in names if one in REASON_OF), unknown)
 
 
 def shown(name: str, value: Any) -> str:

@@ -6,6 +6,7 @@ Of a script these are understood: the shell's words, variables (`$NAME`, `${NAME
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import re
@@ -35,8 +36,10 @@ V1 = {
 """Keys of LLaMA-Factory's other engine."""
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 QUOTED_OR_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*")|(?:(?<=\s)|^)\#[^\n]*""", re.MULTILINE)
-ASSIGNMENT = re.compile(r"""(?:^|(?<=[\s;]))(export\s+)?([A-Za-z_]\w*)=("[^"]*"|'[^']*'|\$\([^\n]*\)|[^\s;]*)""")
+ASSIGNMENT = re.compile(r"""(?:^|(?<=[\s;]))(export\s+)?([A-Za-z_]\w*)=((?:"[^"]*"|'[^']*'|\$\([^\n]*\)|[^\s;"'])*)""")
 VARIABLE = re.compile(r"\$\{(\w+):?-([^}$]*)\}|\$\{(\w+)\}|\$(\w+)")
+PATH = r"[^\s\0]*"
+"""Within a word: the words of a command are joined by \\0."""
 SUM = re.compile(r"\$\(\(([^()$]*)\)\)|\$\(\s*expr\s([^()$]*)\)")
 
 
@@ -70,9 +73,10 @@ def read_table(file: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON file. UserError if it can't be read or holds something else."""
     text = read_text(file)
     try:
-        content = yaml.safe_load(text)
+        content = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        kind = file.suffix.upper().replace("YML", "YAML")
+        raise UserError(f"{file}: not {kind[1:]}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{file}: holds no settings by name")
     environment = content.pop("ENV", None)  # ms-swift's way to set environment variables
@@ -104,15 +108,15 @@ def _read_script(file: Path) -> Foreign:
     variables: dict[str, str] = {}
     exported: dict[str, Any] = {}
     for match in ASSIGNMENT.finditer(text):
-        variables[match[2]] = _expand(file, match[3].strip("\"'"), variables)
+        variables[match[2]] = _expand(file, re.sub(r""""([^"]*)"|'([^']*)'""", r"\1\2", match[3]), variables)
         exported |= {match[2]: variables[match[2]]} if match[1] else {}
     try:
         calls = [call for words in _commands(_expand(file, text, variables)) if (call := _call(file, words))]
     except ValueError as error:
         raise UserError(f"{file}: not a shell script: {error}") from error
     if not calls:
-        read = "`swift sft`, `swift rlhf` and `llamafactory-cli train`"
-        raise UserError(f"{file}: nothing in it trains by a call that is read; {read} are, Megatron's are not")
+        read = "`swift sft`, `swift rlhf` and `llamafactory-cli train` are, `swift pt` and Megatron's are not"
+        raise UserError(f"{file}: nothing in it trains by a call that is read; {read}")
     tool, settings = calls[0]
     settings = exported | settings
     for name, value in settings.items():
@@ -147,7 +151,7 @@ def _commands(text: str) -> Iterator[list[str]]:
     lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t\r", "", True
     words: list[str] = []
     for word in [*lexer, "\n"]:
-        if word.strip(";&|\n"):
+        if word.strip(";&|\n") or not word:  # an empty text in quotes is a word
             words.append(word)
         else:
             yield words
@@ -157,23 +161,34 @@ def _commands(text: str) -> Iterator[list[str]]:
 def _call(file: Path, words: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
     """The trainer that a command calls, and the settings; None if it calls none."""
     line = "\0".join(words)
-    match = re.search(r"(?:^|\0)(?:\S*/)?(swift\0|\S*swift/cli/)(sft|rlhf)(?:\.py)?(?=\0|$)", line)
-    factory = re.search(r"(?:^|\0)(?:\S*/)?(?:(?:llamafactory-cli|lmf)\0train|src/train\.py)(?=\0|$)", line)
+    match = re.search(rf"(?:^|\0)(?:{PATH}/)?(swift\0|{PATH}swift/cli/)(sft|rlhf)(?:\.py)?(?=\0|$)", line)
+    factory = re.search(rf"(?:^|\0)(?:{PATH}/)?(?:(?:llamafactory-cli|lmf)\0train|src/train\.py)(?=\0|$)", line)
     found = match or factory
     if found is None or line.startswith(("echo\0", "megatron\0")):
         return None
     before, after = line[: found.start()].split("\0"), line[found.end() :].strip("\0").split("\0")
     settings: dict[str, Any] = {"rlhf_type": "dpo"} if match and match[2] == "rlhf" else {}
     settings |= dict(word.split("=", 1) for word in before if re.match(r"[A-Za-z_]\w*=", word))
-    for name, value in _options(before).items():
-        if name in ("nproc_per_node", "nnodes"):
-            settings[name.upper()] = value
+    settings |= _launch(file, _options(before))
     if after[0].lower().endswith(TABLES):
         table = near(file, name := after.pop(0))
         if table is None:
             raise UserError(f"{file}: {name}: no such file; name that file, or run this where it is found")
         settings |= read_table(table)
     return MS_SWIFT if match else LLAMA_FACTORY, settings | _options(after)
+
+
+def _launch(file: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Processes and hosts, and the configuration of Accelerate, as torchrun, Accelerate and DeepSpeed are told them."""
+    name = options.get("config_file")
+    table = near(file, name) if isinstance(name, str) else None
+    options = (read_table(table) if table else {}) | options
+    found: dict[str, Any] = {key: options[key] for key in ("config_file", "hostfile", "include") if key in options}
+    for key in ("num_processes", "num_gpus", "nproc_per_node", "nnodes"):  # num_processes is of all hosts
+        value = options.get(key)
+        if isinstance(value, int) or (isinstance(value, str) and re.match(r"\d+$|\$", value)):
+            found["NNODES" if key == "nnodes" else "NPROC_PER_NODE"] = value
+    return found
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
