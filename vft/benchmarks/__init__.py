@@ -6,7 +6,6 @@ are scored, each by the rules of its authors or, where it says so, of lmms-eval.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -18,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, did_you_mean
 from vft.common.plugins import load_class
 from vft.common.scores import Interval
 from vft.common.task import Answer, samples_of
@@ -305,9 +304,8 @@ def find(name: str) -> Benchmark:
         own = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__)
         (found,) = (one for one in own if issubclass(one, Benchmark))
     else:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"no benchmark {name!r}: {hint}there are {', '.join(names())}, or module:Class of your own")
+        known = f"there are {', '.join(names())}, or module:Class of your own"
+        raise UserError(f"no benchmark {name!r}: {did_you_mean(name, names())}{known}")
     if not issubclass(found, Benchmark):
         raise UserError(f"{found.__name__} is not a subclass of vft.benchmarks.Benchmark")
     return found()

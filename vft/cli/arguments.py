@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vft.common.console import user_errors
 from vft.common.errors import UserError, missing
+from vft.config.command_line import Parser
 
 
 def _check_folder(folder: Path) -> Path:
@@ -62,7 +63,7 @@ class Arguments(BaseModel):
         Options may stand between positional arguments: `CONFIG.toml --adapter DIR train.max_steps=4`.
         UserError names the first argument that is wrong, its value and what is allowed.
         """
-        parser = argparse.ArgumentParser(prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = Parser(prog, text)
         shown = {}
         for key, field in cls.model_fields.items():
             name, is_list = field.alias or key, str(field.annotation).startswith("list")
@@ -83,7 +84,7 @@ class Arguments(BaseModel):
                 about |= {"action": "append" if is_list else "store", "metavar": None if choices else "VALUE"}
             parser.add_argument(shown[name], **about)
         try:
-            return cls.model_validate(vars(parser.parse_intermixed_args(argv)))
+            return cls.model_validate(vars(parser.read(argv)))
         except ValidationError as error:
             first = error.errors()[0]
             reason = str(first.get("ctx", {}).get("error", first["msg"])).replace("Input should be", "must be")

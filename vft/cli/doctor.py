@@ -30,7 +30,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vft.common.interpreter import CHECKOUT
+from vft.common.errors import UserError
+from vft.common.interpreter import CHECKOUT, fail
+from vft.config.command_line import Parser
 
 if TYPE_CHECKING:
     from vft.config.data import DataConfig
@@ -96,7 +98,7 @@ class Finding:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog, __doc__)
     parser.add_argument("config", type=Path, nargs="?", help="TOML file of a training run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
@@ -107,7 +109,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         "--shared-memory", type=Path, default=Path("/dev/shm"), help="folder of shared memory (default /dev/shm)"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    arguments = parser.parse_intermixed_args(argv)
+    try:
+        arguments = parser.read(argv)
+    except UserError as error:
+        fail(str(error))
     findings = list(examine(arguments) if arguments.json else show(examine(arguments)))
     if arguments.json:
         # "mend" is the earlier name of "fix".

@@ -38,6 +38,14 @@ COMMANDS = {
     "new": ("vft.cli.new", "write a skeleton of your own task or data format"),
 }
 """Module with `main`, and a line of help, by the name of the command."""
+SYNONYMS = {
+    **dict.fromkeys(("fit", "finetune", "fine-tune", "sft", "rlhf", "resume"), "train"),
+    **dict.fromkeys(("infer", "inference", "generate", "run"), "predict"),
+    **dict.fromkeys(("eval", "test", "score"), "evaluate"),
+    **dict.fromkeys(("ui", "web", "web-ui", "webui", "gradio", "gui"), "app"),
+    **{"import": "config", "convert": "config", "check": "doctor", "tensorboard": "live"},
+}
+"""What commands are called elsewhere."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] in COMMANDS:
         run(words[0], words[1:], f"vft {words[0]}")
     else:
-        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        close = difflib.get_close_matches(SYNONYMS.get(words[0].lower(), words[0].lower()), COMMANDS, n=1)
         hint = f"did you mean `vft {close[0]}`? " if close else ""
         fail(f"vft has no command {words[0]!r}: {hint}`vft --help` lists all of them")
 

@@ -6,14 +6,13 @@ whole is docs/use/settings.md.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
 from vft.cli.arguments import Arguments, Positional, command
-from vft.common.errors import UserError
+from vft.common.errors import UserError, did_you_mean
 from vft.config.listing import shown, tables
 
 HEAD = """# All settings
@@ -37,8 +36,9 @@ def main(arguments: SettingsArguments) -> None:
     known = dict(sections())
     for name in arguments.section:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            last = name.rpartition(".")[2]
+            homes = [table.name for table in tables() if last in [setting.name for setting in table.settings]]
+            hint = f"`vft settings {homes[0]}` has {last}; " if homes else did_you_mean(name, known)
             raise UserError(f"no table [{name}]: {hint}there are {', '.join(filter(None, known))}")
     print("\n".join(known[name] for name in arguments.section) if arguments.section else page(), end="")
 

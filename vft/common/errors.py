@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -24,11 +26,20 @@ class UserError(ValueError):
         """Whether no other process has met the error, so that this one must print it, whatever its rank."""
 
 
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """`did you mean 'NAME'? `: the nearest to `word`, whatever its case, `-` and `_`; "" if none is near."""
+    plain = {re.sub(r"[\W_]", "", name.casefold()): name for name in names}
+    close = difflib.get_close_matches(re.sub(r"[\W_]", "", word.casefold()), plain, n=1)
+    return f"did you mean {plain[close[0]]!r}? " if close else ""
+
+
 def missing(path: str | Path, kind: str, fix: str = "") -> str:
     """Why `path` is not the `kind` that is asked for, `file` or `folder`: for a message, in which it follows the path.
 
     It names what is there with a similar name; else the first folder of the path that is not there, and `fix`.
     """
+    if re.search(r"(^|/)(https?|s3|gs):/", str(path)):
+        return f"is an address of the network; download it, and name the {kind} here"
     fix = f"; {fix}" if fix else ""
     path = Path(path)
     if path.exists():

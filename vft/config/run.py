@@ -541,3 +541,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix.removesuffix("."): value}
     return {key: leaf for name, item in items for key, leaf in flatten(item, f"{prefix}{name}.").items()}
+
+
+def named(name: str) -> tuple[str, str]:
+    """The setting that has this name, here or in another trainer; "" if there is none, and why, if that is known."""
+    found = [key for key in strict_toml.keys(Config) if key.rpartition(".")[2] == name and ".0." not in key]
+    why = (strict_toml.REASONS_ELSEWHERE | strict_toml.MORE_REASONS).get(name, "")
+    return next(iter(found), strict_toml.COUNTERPARTS.get(name, "").partition(",")[0]), why

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, did_you_mean
 from vft.common.files import read_object
 from vft.common.plugins import load_class
 from vft.common.task import Task
@@ -34,7 +34,8 @@ def load_task(name: str) -> Task:
     """
     path = TASKS.get(name, name)
     if ":" not in path:
-        raise UserError(f"task = {name!r}: must be {', '.join(TASKS)}, or module:Class for a task of your own")
+        names = f"must be {', '.join(TASKS)}, or module:Class for a task of your own"
+        raise UserError(f"task = {name!r}: {did_you_mean(name, TASKS)}{names}")
     try:
         task_class = load_class(path)
     except UserError as error:

@@ -17,9 +17,10 @@ import vft.data.formats as formats
 from vft.adapters.targets import match_targets
 from vft.cli import config
 from vft.cli.foreign import settings
-from vft.cli.foreign.draft import REASON_OF, TABLES
 from vft.cli.foreign.files import LLAMA_FACTORY, MS_SWIFT, Foreign
 from vft.config import run
+from vft.config.toml import OTHER_TRAINERS as TABLES
+from vft.config.toml import REASONS_ELSEWHERE as REASON_OF
 from vft.data.records.foreign_records import ANSWERS, QUESTIONS, SYSTEMS
 from vft.data.records.record import TURN_KEYS
 

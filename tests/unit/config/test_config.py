@@ -107,7 +107,7 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
             "dora, init, loraplus_ratio",
         ),
         ("[lora]\ndropout = 1.0", "lora.dropout = 1.0: must be less than 1"),
-        ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number"),
+        ("[lora]\nrank = 8.0", "lora.rank = 8.0: must be a whole number; write 8"),
         ("[lora]\nrank = true", "lora.rank = true: must be a whole number"),
         (
             "[train.component_learning_rates]\ntower = 1e-5",
@@ -116,10 +116,14 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
         ),
         ("[lora]\nrslora = 1", "lora.rslora = 1: must be true or false"),
         ("[lora]\ntargets = []", "lora.targets = []: must not be empty"),
-        ('[train]\nlearning_rate = "1e-4"', 'train.learning_rate = "1e-4": must be a number'),
+        ('[train]\nlearning_rate = "1e-4"', 'train.learning_rate = "1e-4": must be a number; write 0.0001'),
         ('[train]\nprecision = "fp16"', "train.precision = \"fp16\": must be 'bf16' or 'fp32'"),
         ("[train]\nbetas = [0.9, 1.0]", "train.betas.1 = 1.0: must be less than 1"),
-        ("[[data.sources]]\npath = 'x'", "data.sources.0.format: missing"),
+        (
+            "[[data.sources]]\npath = 'x'",
+            "data.sources.0.format: missing; How the records are laid out: a module of `vft/data/formats/`, or "
+            "`module:Class` of your own",
+        ),
         ("[[data.sources]]\nformat = 'messages'\npath = 3", "data.sources.0.path = 3: must be a string"),
         ("[lora]\nr = 4", "lora.r = 4: unknown key; here it is lora.rank"),
         (
@@ -127,7 +131,17 @@ def test_dump_round_trips(tmp_path_factory: pytest.TempPathFactory, table: dict[
             'data.sources = "a.jsonl": must be a list, such as '
             'data.sources = [{format = "messages", path = "a.jsonl"}]',
         ),
-        ("data = 3", "data = 3: must be a table"),
+        (
+            "objective = 'dpo'",
+            'objective = "dpo": must be a table; its settings are objective.kind, objective.beta, objective.reference, '
+            "objective.reference_passes, objective.label_smoothing, objective.gamma, objective.desirable_weight, "
+            "objective.undesirable_weight, objective.rpo_alpha",
+        ),
+        ("lora = false", "lora = false: must be a table; lora= takes it out"),
+        (
+            "data.sources = ['a.jsonl']",
+            'data.sources.0 = "a.jsonl": must be a table, such as {format = "messages", path = "a.jsonl"}',
+        ),
     ],
 )
 def test_message(tmp_path: Path, line: str, message: str) -> None:
@@ -214,7 +228,11 @@ def test_empty_override_takes_away(small: Path) -> None:
         ("train.max_stepz=4", "train.max_stepz = 4: unknown key; did you mean max_steps?"),
         ("train.max_steps.x=4", "train.max_steps.x=4: train.max_steps = 20 is not a table"),
         ("data.sources.2.path=c", "data.sources.2.path=c: data.sources has 2 entries, counted from 0; no 2"),
-        ("data.sources.x.path=c", "data.sources.x.path=c: data.sources has 2 entries, counted from 0; no x"),
+        (
+            "data.sources.x.path=c",
+            "data.sources.x.path=c: data.sources has 2 entries, counted from 0; no x"
+            "; did you mean data.sources.0.x.path?",
+        ),
         ("seed=1\nother = 2", 'seed = "1\\nother = 2": must be a whole number'),
     ],
 )
@@ -226,7 +244,44 @@ def test_a_list_whose_quotes_the_shell_took(small: Path) -> None:
     config = load(small, ["lora.targets=[language_model.*, projector.*]", "model.train=", "lora.ranks="])
     assert config.lora is not None and config.lora.targets == ("language_model.*", "projector.*")
     assert '"language_model.q_proj"' in error_of(small, "lora.targets=[q_proj]")
-    assert 'such as lora.targets = ["q_proj"]' in error_of(small, "lora.targets=q_proj")
+    sources = load(small, ["data.sources=[{format=messages,path=a.jsonl,repeats=2}]"]).data.sources
+    assert [(source.format, source.path, source.repeats) for source in sources] == [("messages", "a.jsonl", 2)]
+    assert """texts need "", and the whole '' for the shell""" in error_of(small, "lora.targets=[a b]")
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("lora.targets=all", 'must be a list, and of its entries "all" must begin with a component'),
+        ("lora.targets=(projector.a, projector.b)", 'such as lora.targets = ["projector.a", "projector.b"]'),
+        ("train.betas=0.9,0.95", "such as train.betas = [0.9, 0.95]"),
+        ("train.betas=0.9", "such as train.betas = [0.9, 0.999]"),
+        ("train.learning_rate=.0001", "write 0.0001"),
+        ("train.learning_rate=1e−4", "write 0.0001"),
+        ("eval.split=10%", "write 0.1"),
+        ("train.max_steps=1e3", "write 1000"),
+        ("train.max_steps=1,000", "write 1000"),
+        ("data.video.max_pixels=224x224", "write 50176"),
+        ("parallel.compile=yes", "parallel.compile = \"yes\": must be true or false, or 'auto'"),
+        ("parallel.shard=-1", "parallel.shard = -1: must be greater than or equal to 0, or 'auto'"),
+        ("objective.beta=1", "command line: objective.kind: missing; The loss"),
+        ("data.sources.path=c", "did you mean data.sources.0.path?"),
+        ("data.sources.0.limit.x=1", "data.sources.0.limit"),
+        ("deepspeed=z3.json", "unknown key; there is none here: shards and copies are chosen by parallel.shard"),
+        ("train.val_size=0.1", "unknown key; here it is eval.split"),
+    ],
+)
+def test_the_fix_is_told(small: Path, override: str, fix: str) -> None:
+    assert fix in error_of(small, override)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert error_of(tmp_path / "run") == f"{tmp_path}/run: is a folder, not a file"
+    (tmp_path / "run" / "config.toml").touch()
+    assert error_of(tmp_path / "run").endswith(f"is a folder, not a file; name {tmp_path}/run/config.toml")
+    (tmp_path / "c.yaml").write_text("lora:\n")
+    assert f"; `vft config import {tmp_path}/c.yaml` reads" in error_of(tmp_path / "c.yaml")
 
 
 def test_what_other_trainers_call_it(small: Path) -> None:
@@ -234,8 +289,11 @@ def test_what_other_trainers_call_it(small: Path) -> None:
     assert "train.packs_per_step, the rows" in error_of(small, "train.batch_size=4")
     for name, ours in COUNTERPARTS.items():
         key = ours.partition(",")[0]
-        assert error_of(small, f"train.{name}=1") == f"command line: train.{name} = 1: unknown key; here it is {ours}"
-        assert "unknown" not in error_of(small, f"{key}=[]"), key  # known, and no list
+        wrong = name.replace("sources.", "sources.0.") if "." in name else f"train.{name}"
+        assert error_of(small, f"{wrong}=1") in (
+            f"{where}command line: {wrong} = 1: unknown key; here it is {ours}" for where in ("", f"{small} and ")
+        )
+        assert "unknown" not in error_of(small, f"{key}=[3]"), key  # known, and no list of numbers
 
 
 def test_unfinished_toml_value_is_no_string(small: Path) -> None:

@@ -12,10 +12,11 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vft.cli.foreign.draft import TABLES, Draft, as_list, plain
+from vft.cli.foreign.draft import Draft, as_list, plain
 from vft.cli.foreign.files import LLAMA_FACTORY, near
 from vft.common.errors import UserError
 from vft.common.files import read_object
+from vft.config.toml import OTHER_TRAINERS as TABLES
 from vft.config.toml import show
 from vft.data.formats.messages import Messages
 

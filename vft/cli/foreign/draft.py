@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from vft.cli.foreign.files import Foreign
 from vft.common.errors import UserError
-from vft.config.toml import show
-
-TABLES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
-REASON_OF = {name: reason for reason, names in TABLES["reasons"].items() for name in names.split()}
-"""Why settings are not taken over, by name or by how names begin (`galore_*`)."""
+from vft.config.toml import OTHER_TRAINERS as TABLES
+from vft.config.toml import reason_elsewhere, show
 
 
 class Draft:
@@ -90,10 +86,8 @@ def plain(value: Any) -> Any:
 
 def reason_of(name: str) -> str:
     """Why a setting without a counterpart is not taken over."""
-    parts = name.split("_")
-    names = [name, *("_".join(parts[:n]) + "_*" for n in range(len(parts) - 1, 0, -1))]
     unknown = "of the environment: set it for vft, too, if it is to hold" if name.isupper() else "has no counterpart"
-    return next((REASON_OF[one] for one in names if one in REASON_OF), unknown)
+    return reason_elsewhere(name) or unknown
 
 
 def shown(name: str, value: Any) -> str:

@@ -1,6 +1,6 @@
 """The settings of LLaMA-Factory and ms-swift as ours. Their defaults, where they differ from ours, are written out.
 
-`names.toml` has their names, and what they are taken from.
+`vft/config/other_trainers.toml` has their names, and what they are taken from.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vft.cli.foreign.data import convert_data
-from vft.cli.foreign.draft import TABLES, Draft, as_list, plain, reason_of, shown
+from vft.cli.foreign.draft import Draft, as_list, plain, reason_of, shown
 from vft.cli.foreign.files import LLAMA_FACTORY, MS_SWIFT, Foreign, near, read_table
 from vft.common.errors import UserError
+from vft.config.toml import OTHER_TRAINERS as TABLES
 from vft.config.toml import show
 
 FAMILIES = r"qwen2[._]5-?vl|qwen3-?vl|qwen3[._]5|llava-next-video"
