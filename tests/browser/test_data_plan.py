@@ -34,6 +34,8 @@ def test_a_table_with_other_columns_becomes_a_plan(browser: Browser, server: Ser
     page.get_by_text("1 of 3 files").wait_for()
     page.get_by_role("button", name="Show as the model sees them").click()
     page.locator("#seen .card img").first.wait_for()
+    page.get_by_role("button", name="Decode all clips").click()
+    page.locator("#seen .bad", has_text="What is wrong: 1").wait_for()
     page.get_by_role("button", name="Write to the settings").click()
     page.get_by_text("next: the tabs Plan and Train").wait_for()
     open_tab(page, "Plan")
