@@ -42,6 +42,36 @@ def _check_jsonl(file: Path) -> Path:
 JsonlFile = Annotated[Path, AfterValidator(_check_jsonl)]
 
 
+FILE_SUFFIXES = {
+    *(".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".html", ".toml"),
+    *(".parquet", ".zip", ".gguf", ".bin", ".safetensors"),
+}
+"""Of names that are meant for a file."""
+
+
+def _check_new_folder(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError("is a file; name a folder")
+    if folder.suffix.lower() in FILE_SUFFIXES:
+        raise ValueError(f"becomes a folder of files; name it {folder.with_suffix('')}")
+    return folder
+
+
+NewFolder = Annotated[Path, AfterValidator(_check_new_folder)]
+"""Folder that a command writes."""
+
+
+def written_as(suffix: str) -> AfterValidator:
+    """A check that a file to write has the suffix of what is written."""
+
+    def check(file: Path) -> Path:
+        if file.suffix.lower() != suffix:
+            raise ValueError(f"is written as {suffix[1:].upper()}; name it {file.with_suffix(suffix)}")
+        return file
+
+    return AfterValidator(check)
+
+
 class Positional(str):
     """Marks the field of a positional argument, and is its name in the help."""
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from vft import benchmarks
 from vft.adapters.peft_format import recorded, trained_rope_factor
 from vft.benchmarks import Benchmark
-from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, NewFolder, Positional, command
 from vft.cli.evaluate import differences, score_record
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
@@ -85,7 +85,7 @@ class BenchmarkArguments(Arguments):
     """questions that a process answers at once (default 8)"""
     workers: Count = 4
     """processes that decode (default 4)"""
-    output: Path = Path("benchmarks")
+    output: NewFolder = Path("benchmarks")
     """folder of answers and scores (default: benchmarks)"""
 
     def config(self, benchmark: Benchmark, about: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command, written_as
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -35,7 +35,7 @@ class CompareArguments(Arguments):
 
     runs: Annotated[list[ExistingFolder], Positional("RUN")]
     """output_dir of a run"""
-    html: Path | None = None
+    html: Annotated[Path, written_as(".html")] | None = None
     """also write a page with the curves of all"""
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vft.cli.arguments import AdapterFolder, ConfigArguments, command
+from vft.cli.arguments import AdapterFolder, ConfigArguments, NewFolder, command
 from vft.common.console import make_table, print_table
 from vft.common.errors import UserError
 from vft.common.files import replace_text
@@ -43,7 +43,7 @@ class EvaluateArguments(ConfigArguments):
     """score the base model too, side by side"""
     show: int = 0
     """also print so many of the answers"""
-    output: Path | None = None
+    output: NewFolder | None = None
     """folder of the answers (default: OUTPUT_DIR/predictions)"""
 
 

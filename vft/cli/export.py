@@ -5,12 +5,11 @@ For a run that was stopped, or for an earlier step than its last. Nothing is tra
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import Arguments, ExistingFolder, NewFolder, Positional, command
 from vft.training.export import export_run
 
 
@@ -21,7 +20,7 @@ class ExportArguments(Arguments):
     """output_dir of a run"""
     step: int | None = None
     """step of the checkpoint (default: the newest whole one)"""
-    output: Path | None = None
+    output: NewFolder | None = None
     """new folder to write (default: RUN/adapter or RUN/model; with --step RUN/exports/step-N)"""
     overrides: Annotated[list[str], Positional("section.key=value")] = Field(default_factory=list)
     """settings that have changed since, such as model.path=BASE for a base that was moved"""

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vft.cli.arguments import ConfigArguments, command
+from vft.cli.arguments import ConfigArguments, NewFolder, command
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
@@ -58,7 +58,7 @@ WRITTEN = {"batch.safetensors", "preview.html", "quarantine.jsonl"}
 class InspectArguments(ConfigArguments):
     """Arguments of `vft inspect`."""
 
-    output: Path
+    output: NewFolder
     """folder to write: a new one, or one that this command wrote"""
     samples: int = 8
     """show so many more on the page than those of the first pack, evenly spread over the data"""
@@ -137,8 +137,6 @@ def check_arguments(arguments: InspectArguments) -> None:
     output = arguments.output
     if arguments.samples < 0:
         raise UserError(f"--samples = {arguments.samples}: must be at least 0")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output = {str(output)!r}: is a file; name a folder")
     if output.exists() and {path.name for path in output.iterdir()} - WRITTEN:
         raise UserError(f"--output = {str(output)!r}: the folder holds other files; name a new one")
 

@@ -17,7 +17,7 @@ from typing import IO, Annotated, Any
 
 from rich.console import Console
 
-from vft.cli.arguments import Arguments, ExistingFolder, Positional, command
+from vft.cli.arguments import Arguments, ExistingFolder, Positional, command, written_as
 from vft.common.errors import UserError
 from vft.common.files import replace_text
 from vft.config import run as configs
@@ -37,7 +37,7 @@ class LiveArguments(Arguments):
 
     run: Annotated[ExistingFolder, Positional("RUN")]
     """output_dir of a run that is at work or done"""
-    svg: Path | None = None
+    svg: Annotated[Path, written_as(".svg")] | None = None
     """draw one picture into this file instead"""
     step: int = 0
     """with --svg: draw it when the run has done so many optimizer steps"""

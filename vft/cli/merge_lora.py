@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vft.adapters.lora import LORA_A, LORA_B, MAGNITUDE, OF_EXPERTS, merged, merged_expert, merged_experts, target_of
 from vft.adapters.peft_format import WEIGHTS_FILE, Adapter, attach, check_adapter, merged_into, recorded
-from vft.cli.arguments import AdapterFolder, Arguments, Choices, command
+from vft.cli.arguments import AdapterFolder, Arguments, Choices, NewFolder, command
 from vft.common.console import progress_bar
 from vft.common.errors import UserError
 from vft.common.files import whole_folder
@@ -41,7 +41,7 @@ class MergeArguments(Arguments):
     """folder or hub name of the adapter's base model"""
     adapter: AdapterFolder
     """folder of the adapter, such as runs/caption/adapter, or of its run or a checkpoint"""
-    output: Path
+    output: NewFolder
     """folder to write; must be new or empty"""
     generation: Annotated[str, Choices(("greedy", "base"))] = "greedy"
     """decoding in generation_config.json: greedy, as in evaluation (default), or as in the base"""

@@ -50,9 +50,10 @@ from vft.training.preferences import objective_of
 
 
 def _card_name(text: str | None) -> str | None:
-    name = text and card_name(text)
+    name = text and (card_name(text) or card_name(f"rtx {text}"))
     if text and name is None:
-        raise ValueError(f"is not known here; the cards are {', '.join(sorted(CARDS))}")
+        cards = ", ".join(sorted(CARDS))
+        raise ValueError(f"is not known here; the cards are {cards}; for another give --gpu-memory-gib alone")
     return name
 
 

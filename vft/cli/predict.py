@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vft.adapters.peft_format import recorded
-from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command
+from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command, written_as
 from vft.common.errors import UserError, missing
 from vft.common.files import replace_text
 from vft.common.task import Answer
@@ -87,12 +87,6 @@ def _check_prompt(prompt: str) -> str:
 def _no_table(file: str | Path) -> str | Path:
     if Path(file).suffix.lower() == ".csv":
         raise ValueError(f"is written as JSONL; name it {Path(file).with_suffix('.jsonl')}, or give --table {file}")
-    return file
-
-
-def _check_table(file: Path) -> Path:
-    if file.suffix.lower() != ".csv":
-        raise ValueError(f"is written as CSV; name it {file.with_suffix('.csv')}")
     return file
 
 
@@ -177,7 +171,7 @@ class PredictArguments(AskArguments):
     """one JSON object a video: video, prompt, prediction"""
     output: Annotated[JsonlFile, BeforeValidator(_no_table)] | None = None
     """JSONL file of answers, with which a second run resumes"""
-    table: Annotated[Path, AfterValidator(_check_table)] | None = None
+    table: Annotated[Path, written_as(".csv")] | None = None
     """CSV file, for a spreadsheet, of all answers, written when the last one is known"""
     root: ExistingFolder | None = None
     """folder that the media of records lie in (default: that of their file)"""

@@ -71,7 +71,7 @@ def card_name(device_name: str) -> str | None:
     All words of a card's name must be in the device's, in any order: `NVIDIA A100 80GB PCIe` is `A100 PCIe`. If several
     cards match, the one with most words counts.
     """
-    words = set(re.split(r"[\s\-_]+", device_name.lower()))
+    words = set(re.split(r"[\s\-_]+|(?<=rtx)(?=\w)", device_name.lower()))
     if words & {"laptop", "mig"}:  # only a part of the card, or another chip with the same name
         return None
     known = [name for name in CARDS if words.issuperset(name.lower().split())]

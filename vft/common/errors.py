@@ -42,6 +42,8 @@ def missing(path: str | Path, kind: str, fix: str = "") -> str:
         return f"is an address of the network; download it, and name the {kind} here"
     fix = f"; {fix}" if fix else ""
     path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        fix = f"; name the folder that holds it, {path.parent}"
     if path.exists():
         return f"is a {'folder' if path.is_dir() else 'file'}, not a {kind}{fix}"
     steps = [path, *path.parents]

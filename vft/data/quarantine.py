@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vft.common.errors import UserError
+from vft.common.errors import UserError, missing
 from vft.common.files import replace_text
 from vft.common.types import Document
 
@@ -175,7 +175,9 @@ def check_bad(bad: Sequence[BadItem], total: int, limit: float) -> None:
     for item in bad:
         counts[item.reason] += item.samples
     if bad:
-        _check_fraction(bad[0].message, counts, total, limit)
+        near = missing(bad[0].path, "file") if bad[0].reason == "missing" else ""
+        _, meant, name = near.partition("; did you mean ")
+        _check_fraction(bad[0].message + meant + name, counts, total, limit)
 
 
 def _check_fraction(message: str, counts: Mapping[str, int], total: int, limit: float) -> None:

@@ -86,7 +86,8 @@ def text_document(tokens: int, answer: int, seed: int = 0) -> Document:
 
 def filled_row(processor: VisionProcessor, data: DataConfig, text_tokens: int = 300, answers: int = 1) -> Batch:
     """A row filled with the largest videos that the limits of `data` allow, each with a question and its answer of
-    `text_tokens` in all; for pairs with as many a second time."""
+    `text_tokens` in all, or half of a short row; for pairs with as many a second time."""
+    text_tokens = min(text_tokens, data.pack_tokens // (2 * answers))
     ref = MediaRef("video", Path("video.mp4"))
     limits = limits_of(ref, data)
     limits = replace(limits, fps=None, frames=limits.frames or limits.max_frames)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FEW_STEPS = 30
 """Steps below which a run of so many epochs is warned of: the recipes' warm-up alone has about as many."""
+HUGE_RATE = 0.1
+"""Learning rate from which there is a warning."""
 MANY_EPOCHS = 50
 """Epochs above which a run is warned of: supervised tuning takes one to three, and a demo of a few clips some tens."""
 
@@ -160,6 +162,16 @@ def warn_of_weights(config: Config) -> None:
         instead = "share, its fraction of the samples" if streams else "repeats, the same under a clearer name"
         weights = ", ".join(f"{source.path} {source.weight:g}" for source in weighted)
         logger.info("data.sources: weight (%s) is read as before, %s; give %s", weights, meaning, instead)
+
+
+def warn_of_rates(train: TrainConfig) -> None:
+    """A warning about a learning rate that no run survives: AdamW moves each weight by about as much in a step."""
+    rates = {"learning_rate": train.learning_rate}
+    rates |= {f"component_learning_rates.{name}": rate for name, rate in train.component_learning_rates.items()}
+    for name, rate in rates.items():
+        if rate >= HUGE_RATE:
+            text = "train.%s = %g: a step moves each weight by about as much; usual are 1e-6 to 1e-3"
+            logger.warning(text, name, rate)
 
 
 def warn_of_epochs(train: TrainConfig, steps: int, epochs: float | None, samples: int) -> None:

@@ -105,6 +105,8 @@ def adapter_folder(path: Path, setting: str = "adapter") -> Path:
         raise UserError(f"{setting} = {str(path)!r}: {missing(path, 'folder')}")
     run = path.absolute().parents[1] if (path / checkpoints.MANIFEST).is_file() else path
     if not (run / "run.json").is_file():
+        if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise UserError(f"{path} is a model's folder, not an adapter's: give it as the model")
         return path
     if configs.load(run / "config.toml").lora is None:
         raise UserError(f"{run} trained the whole model, not an adapter: --model takes what `vft export {run}` writes")

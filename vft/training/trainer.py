@@ -64,6 +64,7 @@ from vft.training.checks import (
     locked_folder,
     warn_of_benchmarks,
     warn_of_epochs,
+    warn_of_rates,
     warn_of_weights,
 )
 from vft.training.export import with_adapter_folder, write_export
@@ -154,6 +155,7 @@ class Trainer:
         shown = ", ".join(f"{name} {fact}" for name, fact in self.facts.items() if name != "software")
         epochs = self.data.epochs_in(self.max_steps)
         logger.info("%s, steps %d%s", shown, self.max_steps, "" if epochs is None else f", epochs {epochs:.3g}")
+        warn_of_rates(self.config.train)
         warn_of_epochs(self.config.train, self.max_steps, epochs, samples)
         warn_of_weights(self.config)
         warn_of_benchmarks(self.config)

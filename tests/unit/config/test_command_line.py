@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers.main import run_main
@@ -41,3 +43,33 @@ def test_one_line_that_names_what_was_meant(words: str, message: str, capsys: py
     done = run_main(main.main, capsys, *words.split())
     assert done.status == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "export {run} --output a.safetensors",
+            "--output = a.safetensors: becomes a folder of files",
+        ),
+        ("inspect c.toml --output {run}/file", "is a file; name a folder"),
+        ("evaluate c.toml --output x.csv", "--output = x.csv: becomes a folder of files; name it x"),
+        ("export {run} --output x.zip", "name it x"),
+        ("inspect c.toml --output x.html", "name it x"),
+        ("live {run} --svg x.png", "--svg = x.png: is written as SVG; name it x.svg"),
+        ("compare {run} --html x.pdf", "--html = x.pdf: is written as HTML; name it x.html"),
+        ("predict --model m --table x.xlsx clip.mp4", "--table = x.xlsx: is written as CSV; name it x.csv"),
+        ("predict --model m --adapter {run}/x.safetensors clip.mp4", "name the folder that holds it, {run}"),
+        ("predict --model m --adapter {run} clip.mp4", "{run} is a model's folder, not an adapter's"),
+        ("predict --model m https://a.org/clip.mp4", "is an address of the network; download it"),
+        ("predict --model m --columns path=video clip.mp4", 'columns.path = "video": our name comes first'),
+        ("plan c.toml --gpus 1 --gpu T4", "for another give --gpu-memory-gib alone"),
+    ],
+)
+def test_files_and_folders_of_another_kind(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("file", "x.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    done = run_main(main.main, capsys, *words.format(run=tmp_path).split())
+    assert message.format(run=tmp_path) in done.error

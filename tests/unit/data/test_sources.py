@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vft.data.formats as formats
 from tests.helpers.formats import error_of, sample_of, write
 from tests.helpers.formats import read_source as read
 from vft.common.errors import UserError
 from vft.common.task import Question
 from vft.common.types import MediaOptions, MediaRef, Sample
+from vft.config.data import DataConfig, SourceConfig
 from vft.data.records.files import read_json
 from vft.data.records.paths import resolve_media
 from vft.data.records.record import BadRecord, RecordError
@@ -391,3 +394,35 @@ def test_any_text(tmp_path: Path, text: str) -> None:
 def test_answers_that_others_would_mask_are_not_learnt_in_silence(tmp_path: Path, mask: dict[str, Any]) -> None:
     bad = fail_one(tmp_path, {"messages": [user("Hi"), {**ANSWER, **mask}]})
     assert bad.field == f"messages[1].{next(iter(mask))}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.mp4", "x", "is no file of records"),
+        ("a.tar", "x", "is an archive; unpack it"),
+        ("a.csv", '{"video": "x.mp4"}', "holds JSON, not a table; name it"),
+        ("a.json", '[\n// mine\n{"a": 1}]', "a.json:2: a comment, which JSON does not have"),
+        ("a.jsonl", '# mine\n{"a": 1}', "a.jsonl:1: a comment, which JSON does not have"),
+    ],
+)
+def test_a_file_that_holds_something_else(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read("messages", tmp_path / name, tmp_path)
+
+
+def test_a_list_of_records_below_a_key(tmp_path: Path) -> None:
+    record = {"messages": [user("Who?"), ANSWER]}
+    error = fail_one(tmp_path, {"data": [record]})
+    assert (error.field, error.message.partition(",")[0]) == ("data", "holds a list")
+    error = fail_one(tmp_path, {"1": record, "2": record})
+    assert (error.field, error.message.partition(";")[0]) == ("1", "records by name")
+
+
+def test_a_source_named_from_above_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "a.json", [])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"paths are below data.root: write 'a.json'"):
+        formats.read(SourceConfig(format="messages", path="data/a.json"), DataConfig(root=Path("data")))

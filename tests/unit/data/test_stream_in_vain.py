@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,11 @@ def test_indexed_share_of_a_video_that_fails_late(tiny: Tiny, tmp_path: Path) ->
     with running(config, tiny.encoder, slots=1) as run:
         run.steps(8)
         assert [(item.reason, item.samples) for item in run.bad] == [("decode_error", 4)]
+
+
+def test_a_missing_file_with_a_similar_name(tmp_path: Path) -> None:
+    (tmp_path / "red.mp4").touch()
+    for name, hint in (("Red.mp4", f"did you mean '{tmp_path}/red.mp4'?"), ("other.avi", "no such file [")):
+        bad = BadItem("a", str(tmp_path / name), "missing", "no such file")
+        with pytest.raises(UserError, match=re.escape(hint)):
+            check_bad([bad], 1, 0.1)

@@ -40,6 +40,8 @@ from vft.training.losses import cross_entropy
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA T4", None),
+        ("rtx4090", "4090"),
+        ("RTXA6000", "RTX A6000"),
     ],
 )
 def test_a_device_name_is_its_card(name: str, card: str | None) -> None:

@@ -16,7 +16,7 @@ from vft.training.losses import CrossEntropy, cross_entropy
 def test_a_row_that_only_tries_memory(tiny: Tiny) -> None:
     """Before the first step such rows are run with the objective of the run."""
     model = load_model(str(tiny.path), None, torch.float32, CPU).model
-    data = DataConfig(pack_tokens=512, video={"frames": 4, "max_pixels": 3136})
+    data = DataConfig(pack_tokens=256, video={"frames": 4, "max_pixels": 3136})
     row, last = filled_row(model.processor, data), model.config.vocab_size - 1
     row = replace(row, input_ids_T=row.input_ids_T.clamp(max=last), target_ids_N=row.target_ids_N.clamp(max=last))
     found = CrossEntropy(("a", "b"))(model, row)

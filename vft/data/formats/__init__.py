@@ -122,7 +122,9 @@ def check(source: SourceConfig) -> None:
             *takers, last = [name for name in names() if setting in find(name).settings]
             listed = f"{', '.join(takers)} and {last}" if takers else last
             raise ValueError(f"{setting} = {show(getattr(source, setting))} goes with {listed}; take it out")
-    for name in source.columns:
+    for name, column in source.columns.items():
+        if name not in format.columns and column in format.columns:
+            raise ValueError(f'columns.{name} = "{column}": our name comes first: {{ {column} = "{name}" }}')
         if name not in format.columns:
             known = ", ".join(sorted(format.columns))
             raise ValueError(f"columns.{name}: is not known to {source.format}; known are {known}")
@@ -158,6 +160,9 @@ def check_path(path: str, root: Path, fix: str = "check data.root and the source
         raise UserError(
             f"data.root = {str(root)!r}: {missing(root, 'folder', 'put the data there, or name its folder')}"
         )
+    given, below = Path(path).absolute(), root.absolute()
+    if given.exists() and given.is_relative_to(below):  # data/train.jsonl below data
+        raise UserError(f"{place}: no such file; paths are below data.root: write {str(given.relative_to(below))!r}")
     raise UserError(f"{place}: {missing(place, 'file', fix)}")
 
 

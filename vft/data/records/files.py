@@ -42,6 +42,7 @@ TABLES = frozenset({".csv", ".tsv", ".tab"})
 COLUMNAR = frozenset({".parquet", ".arrow"})
 RECORD_SUFFIXES = frozenset({".json", ".jsonl"}) | TABLES | COLUMNAR
 WORKBOOKS = frozenset({".xlsx", ".xls", ".xlsm", ".ods"})
+ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".zst"})
 EMPTY = frozenset({"", "nan", "NaN", "null", "NULL", "#N/A"})
 """Cells without a value, as pandas, SQL and Excel write them."""
 DELIMITERS = ",;\t|"
@@ -135,6 +136,9 @@ def _read_all(path: Path) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix.lower()
     if suffix in WORKBOOKS:
         raise UserError(f"{path}: is a workbook of a spreadsheet; save its sheet as CSV UTF-8, and name that file")
+    if suffix in VIDEO_SUFFIXES | PICTURE_SUFFIXES | ARCHIVES:
+        kind, fix = ("an archive", "unpack it") if suffix in ARCHIVES else ("no file of records", "write one about it")
+        raise UserError(f"{path}: is {kind}; {fix}, and name a JSON, JSONL or CSV file")
     if suffix in TABLES:
         names, rows = read_table(path)
         if not any(names):
@@ -249,6 +253,8 @@ def parse_json(content: bytes, name: str) -> Iterator[tuple[int, Any]]:
 
     def fail(position: int, what: str) -> NoReturn:
         at = line + text.count("\n", counted, position)
+        if text.startswith(("#", "//", "/*"), position):
+            raise UserError(f"{name}:{at}: a comment, which JSON does not have; take it out")
         raise UserError(f"{name}:{at}: {what}; each record must be a JSON object, in a list or on a line of its own")
 
     position = skip_space(0)
@@ -297,6 +303,8 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def read_table(path: Path) -> tuple[list[str], Iterator[tuple[int, Any]]]:
     """The names of the columns of a CSV or TSV file, and its rows as `read_records` gives them."""
     text = decode_text(read_file(path, "a table"), str(path))
+    if text.lstrip()[:1] in ("{", "["):
+        raise UserError(f"{path}: holds JSON, not a table; name it {path.with_suffix('.jsonl')}")
     separator = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
     start = separator.end() if separator else 0
     delimiter = separator[1] if separator else _delimiter(text)

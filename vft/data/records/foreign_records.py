@@ -183,6 +183,12 @@ class Normalizer:
         if not self.needs_answer:
             return None
         is_about = any(row.get(key) is not None for key in MEDIA_KEYS) or _known_in(names, QUESTIONS)
+        for key, value in () if is_about else row.items():
+            if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+                what = "holds a list, as if of records; the file must be that list, or one record a line"
+                raise RecordError(key, what)
+        if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
+            raise RecordError(next(iter(row)), "records by name; the file must be a list of them, or one a line")
         missing = 'answer = "..."' if is_about else 'video = "...", answer = "..."'
         fix = f"{EXPECTED}; it has {list_keys(row)}: say which it is on the source, columns = {{ {missing} }}"
         raise RecordError("answer", f"is missing; {fix}")

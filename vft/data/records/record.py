@@ -131,7 +131,8 @@ def read_history(value: Any) -> Iterator[Record]:
 def check_text(value: object, field: str) -> str:
     """`value`, if it is a text that can be written as UTF-8. RecordError if not."""
     if not isinstance(value, str):
-        raise RecordError(field, f"{short_repr(value)} is of type {type(value).__name__}; it must be a text")
+        what = "null" if value is None else f"{short_repr(value)} is of type {type(value).__name__}"
+        raise RecordError(field, f"{what}; it must be a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
