@@ -140,7 +140,7 @@ def test_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
         "template",
         "deepspeed",
         "swanlab",
-        "columns.tools",
+        'columns.tools of chats: "tools": is not read',
         "assistant_tag",
     ):
         assert name in lost
@@ -299,6 +299,39 @@ def test_launchers(script: str, processes: int) -> None:
         assert (word in text) == (word in script)
 
 
+SHELL = r"""#!/bin/bash
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:${PYTHONPATH:-}" LD_LIBRARY_PATH=$CONDA_PREFIX/lib
+export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+ROOT=${ROOT:=/clips}
+MODEL=${MODEL:-${ROOT}/Qwen3-VL-4B}
+python3 - "$MODEL" <<'PY' > log.txt
+print("it isn't shell; swift sft --model nothing")
+PY
+[[ -f "$MODEL/config.json" ]] || { echo "no $MODEL ($(python -c "print('$MODEL')") samples)"; exit 1; }
+DATA=(
+    a.jsonl   # first
+    'b c.jsonl'
+)
+ARGS=(--dataset "${DATA[@]}" --max_length 512)
+ARGS+=(--output_dir "runs/$(date +%s)")
+NODE_RANK=$RANK ${SWIFT:-swift} sft --model "${MODEL}" "${ARGS[@]}" --max_steps "${MAX_STEPS:--1}" 2>&1 | tee log.txt
+echo "it's done"
+"""
+
+
+def test_a_longer_script() -> None:
+    """Lists, nested defaults, here-documents, and what is not set but not needed."""
+    ours, text = convert(SHELL, name="train.sh")
+    assert ours.model.path == "/clips/Qwen3-VL-4B" and ours.train.epochs == 3 and ours.train.packs_per_step == 16
+    assert [source.path for source in ours.data.sources] == ["a.jsonl", "b c.jsonl"]
+    assert ours.data.pack_tokens == 512 and str(ours.output_dir) == "runs/imported"
+    lost = text.partition("# Not taken over")[2]
+    for word in ("output_dir", "PYTHONPATH", "LD_LIBRARY_PATH", "NODE_RANK"):
+        assert word in lost
+
+
 def test_empty_and_joined_texts() -> None:
     """An empty text is a word, and pieces in quotes are one."""
     call = 'swift sft --model ./m --dataset "$B.jsonl" --system "$A" --prefix \'\' --max_steps 7'
@@ -449,6 +482,7 @@ def test_refused_in_one_line(given: Any, message: str, capsys: pytest.CaptureFix
         ("swift sft --model Qwen/Qwen3-VL-4B-Instruct --dataset $(touch made).jsonl", "is not set in the file"),
         ("swift sft --dataset a.jsonl", "names no model"),
         ("swift sft gone.yaml", "gone.yaml: no such file"),
+        ("NNODES=$WORLD_SIZE swift sft --model ./m --dataset a.jsonl", 'NNODES = "$WORLD_SIZE": is not set'),
         ("swift pt --model ./m --dataset a.jsonl", "`swift pt`"),
         ("a=xxxxxxxxxx\n" + "a=$a$a$a$a\n" * 10 + "swift sft --model $a", "characters"),
         ("swift rlhf --rlhf_type grpo --model Qwen/Qwen3-VL-4B-Instruct", "grpo"),

@@ -93,7 +93,7 @@ def _columns_draft(draft: Draft, name: str, pairs: Iterable[tuple[str, Any]]) ->
     found: dict[str, str] = {}
     pairs = [(role, column) for role, column in pairs if column]
     for role, column in pairs:
-        ours, *known = TABLES["columns"].get(role, " ").split(" ")
+        ours, *known = TABLES["columns"].get(role, "").split(" ")
         own_question = role == "query" and dict(pairs).get("prompt", "instruction") != "instruction"
         if ours in Messages.columns and (column not in known or own_question):
             found[ours] = str(column)

@@ -35,10 +35,17 @@ class Draft:
     def take(self, *names: str) -> tuple[Any, str]:
         """The value of the first of these names that is given, and where it is from; else of a default, else None."""
         for name in names:
+            self.check(name)
             if (value := self.rest.pop(name, None)) not in (None, []):
                 return value, f"{name}: {shown(name, value)}"
         name = next((name for name in names if name in self.defaults), "")
         return self.defaults.get(name), f"{self.tool}'s default of {name}"
+
+    def check(self, name: str) -> None:
+        """UserError if the value has a variable of the shell that the file does not set."""
+        value = self.rest.get(name)
+        if is_open(value):
+            raise UserError(f"{self.file}: {name} = {show(value)}: is not set in the file; write its value there")
 
     def number(self, *names: str) -> tuple[Any, str]:
         """As `take`. UserError if it is no number."""
@@ -94,8 +101,16 @@ def shown(name: str, value: Any) -> str:
     """A value for a comment, short; not if it is a secret or a table."""
     if re.search(r"(_token|key|secret|password|webhook_url)$", name.lower()):
         return "(not shown)"
-    parts = value if isinstance(value, list) else [value]
-    return "(a table)" if any(isinstance(part, dict | list) for part in parts) else show(value)
+    return "(a table)" if any(isinstance(part, dict | list) for part in _parts(value)) else show(value)
+
+
+def is_open(value: Any) -> bool:
+    """Whether a value has a variable or command of the shell in it."""
+    return any(isinstance(part, str) and re.search(r"\$[\w({]", part) for part in _parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -1,7 +1,8 @@
 """The settings in a file for another trainer: YAML or JSON, or a shell script that calls it. Nothing in it is run.
 
-Of a script these are understood: the shell's words, variables (`$NAME`, `${NAME:-value}`), sums of whole numbers
-(`$(expr 16 / $n)`, `$((16 / n))`) and environment variables before the call; anything else of the shell is not.
+Of a script these are understood: the shell's words, variables (`$NAME`, `${NAME:-value}`), lists (`"${NAME[@]}"`),
+sums of whole numbers (`$(expr 16 / $n)`, `$((16 / n))`) and environment variables before the call; anything else of the
+shell is not.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from vft.common.errors import UserError, missing
-from vft.config.toml import show
 
 LLAMA_FACTORY, MS_SWIFT = "LLaMA-Factory", "ms-swift"
 TABLES = (".yaml", ".yml", ".json")
 MAX_CHARACTERS = 1_000_000
 """Longest file, and longest text after its variables are replaced."""
+MAX_LINE = 2000
+"""Most characters between `export` and a variable."""
 V1 = {
     "train_dataset",
     "dist_config",
@@ -36,8 +38,12 @@ V1 = {
 """Keys of LLaMA-Factory's other engine."""
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 QUOTED_OR_COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*")|(?:(?<=\s)|^)\#[^\n]*""", re.MULTILINE)
-ASSIGNMENT = re.compile(r"""(?:^|(?<=[\s;]))(export\s+)?([A-Za-z_]\w*)=((?:"[^"]*"|'[^']*'|\$\([^\n]*\)|[^\s;"'])*)""")
-VARIABLE = re.compile(r"\$\{(\w+):?-([^}$]*)\}|\$\{(\w+)\}|\$(\w+)")
+HERE_DOCUMENT = re.compile(r"(?<!<)<<-?[ \t]*(['\"]?)(\w+)\1")
+ASSIGNMENT = re.compile(
+    r"""(?:^|(?<=[\s;]))([A-Za-z_]\w*)(\+?)="""
+    r"""(?:\(((?:[^()]|\([^()]*\))*)\)|((?:"[^"]*"|'[^']*'|\$\([^\n]{0,2000}\)|[^\s;"'])*))"""
+)
+VARIABLE = re.compile(r"\$\{(\w+):?[-=]([^}$]*)\}|\$\{(\w+)\}|\$(\w+)|\"?\$\{(\w+)\[[@*]\]\}\"?")
 PATH = r"[^\s\0]*"
 """Within a word: the words of a command are joined by \\0."""
 SUM = re.compile(r"\$\(\(([^()$]*)\)\)|\$\(\s*expr\s([^()$]*)\)")
@@ -103,35 +109,62 @@ def near(file: Path, name: str) -> Path | None:
 
 
 def _read_script(file: Path) -> Foreign:
-    text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", read_text(file))
+    text = _without_here_documents(read_text(file))
+    text = QUOTED_OR_COMMENT.sub(lambda match: match[1] or "", text)
     text = re.sub(r"\\\r?\n", " ", text)
     variables: dict[str, str] = {}
     exported: dict[str, Any] = {}
     for match in ASSIGNMENT.finditer(text):
-        variables[match[2]] = _expand(file, re.sub(r""""([^"]*)"|'([^']*)'""", r"\1\2", match[3]), variables)
-        exported |= {match[2]: variables[match[2]]} if match[1] else {}
+        name, sign, list_, value = match.groups()
+        # The words of a list keep their quotes.
+        value = re.sub(r""""([^"]*)"|'([^']*)'""", r"\1\2", value) if list_ is None else " ".join(list_.split())
+        value = _expand(file, value, variables)
+        before = variables.get(name, "") + ("" if list_ is None else " ") if sign else ""
+        variables[name] = before + value
+        line = text[max(match.start() - MAX_LINE, text.rfind("\n", 0, match.start()) + 1) : match.start()]
+        exported |= {name: variables[name]} if re.search(r"\bexport\s[^;&]*$", line) else {}
+    text = _expand(file, text, variables)
     try:
-        calls = [call for words in _commands(_expand(file, text, variables)) if (call := _call(file, words))]
+        calls = [call for words in _commands(text) if (call := _call(file, words))]
     except ValueError as error:
         raise UserError(f"{file}: not a shell script: {error}") from error
     if not calls:
         read = "`swift sft`, `swift rlhf` and `llamafactory-cli train` are, `swift pt` and Megatron's are not"
         raise UserError(f"{file}: nothing in it trains by a call that is read; {read}")
     tool, settings = calls[0]
-    settings = exported | settings
-    for name, value in settings.items():
-        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        if any(re.search(r"\$[\w({]", str(word)) for word in words):
-            raise UserError(f"{file}: {name} = {show(value)}: is not set in the file; write its value there")
-    return Foreign(tool, settings, len(calls))
+    return Foreign(tool, exported | settings, len(calls))
+
+
+def _without_here_documents(text: str) -> str:
+    """The text without what commands read from it."""
+    lines, kept, end = text.split("\n"), [], ""
+    ends = {line.strip() for line in lines}
+    for line in lines:
+        if end:
+            end = "" if line.strip() == end else end
+            continue
+        begin = HERE_DOCUMENT.search(line)
+        end = begin[2] if begin and begin[2] in ends else ""
+        kept.append(line[: begin.start()] + line[begin.end() :] if end and begin else line)
+    return "\n".join(kept)
 
 
 def _expand(file: Path, text: str, variables: dict[str, str]) -> str:
     """The text with the values of variables that are known, and of sums."""
-    text = VARIABLE.sub(lambda match: variables.get(match[1] or match[3] or match[4], match[2] or match[0]), text)
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{file}: its variables make more than {MAX_CHARACTERS:,} characters")
+    for _ in range(4):  # a default may name others
+        before = text
+        text = VARIABLE.sub(lambda match: _value(match, variables), text)
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"{file}: its variables make more than {MAX_CHARACTERS:,} characters")
+        if text == before:
+            break
     return SUM.sub(lambda match: _sum(match, variables), text)
+
+
+def _value(match: re.Match[str], variables: dict[str, str]) -> str:
+    """The value of a variable, else its default, else the text as it is."""
+    default = match[0] if match[2] is None else match[2]
+    return variables.get(next(filter(None, (match[1], match[3], match[4], match[5]))), default)
 
 
 def _sum(match: re.Match[str], variables: dict[str, str]) -> str:

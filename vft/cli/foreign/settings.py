@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vft.cli.foreign.data import convert_data
-from vft.cli.foreign.draft import Draft, as_list, plain, reason_of, shown
+from vft.cli.foreign.draft import Draft, as_list, is_open, plain, reason_of, shown
 from vft.cli.foreign.files import LLAMA_FACTORY, MS_SWIFT, Foreign, near, read_table
 from vft.common.errors import UserError
 from vft.config.toml import OTHER_TRAINERS as TABLES
@@ -40,6 +40,13 @@ def convert(foreign: Foreign, file: Path, processes: int | None = None) -> Draft
     Raises UserError for what is not to be done here: another way of training, another family of models.
     """
     draft = Draft(foreign, file)
+    for name in ("output_dir", "run_name"):
+        if is_open(value := draft.rest.get(name)):
+            draft.rest.pop(name)
+            draft.lose(f"{name}: {shown(name, value)}", "is another one in each run; with the same one a run resumes")
+    for name in draft.rest:
+        if not name.isupper():  # of the environment only some are taken
+            draft.check(name)
     for name, command in TABLES["other_commands"].items():
         if name in draft.rest:
             raise UserError(f"{file}: {name} is of {command}; only configurations of training are read")
@@ -197,6 +204,7 @@ def _batch(draft: Draft, processes: int | None) -> None:
     hosts, _ = draft.number("NNODES")
     started = "NPROC_PER_NODE x NNODES"
     if not given and draft.tool == LLAMA_FACTORY and "CUDA_VISIBLE_DEVICES" in draft.rest:
+        draft.check("CUDA_VISIBLE_DEVICES")
         given = len(as_list(draft.rest["CUDA_VISIBLE_DEVICES"]))
         started = "a process for each of CUDA_VISIBLE_DEVICES"
     count = processes or max(1, int(given or 1) * int(hosts or 1))
@@ -321,7 +329,10 @@ def _plain(draft: Draft) -> None:
     for medium, table in (("IMAGE", "data.image"), ("VIDEO", "data.video")):
         for end in ("MIN", "MAX"):
             tokens, origin = draft.number(f"{medium}_{end}_TOKEN_NUM")
-            if tokens and (f"{table}.{end.lower()}_pixels" not in draft.lines or not origin.startswith(draft.tool)):
+            old = draft.lines.get(f"{table}.{end.lower()}_pixels")
+            if tokens and (old is None or not origin.startswith(draft.tool)):
+                if old:
+                    draft.lose(old[1], f"{medium}_{end}_TOKEN_NUM is the limit")
                 side = 32 if re.search("qwen3", str(draft.lines["model.path"][0]), re.I) else 28
                 pixels = f"{origin} of {side} x {side} pixels"
                 draft.put(f"{table}.{end.lower()}_pixels", int(tokens * side * side), pixels)
