@@ -165,6 +165,13 @@ def test_wrong_settings(world: World, commands: Commands, tmp_path: Path, overri
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_accepted_is_warned_of(world: World, commands: Commands, tmp_path: Path) -> None:
+    overrides = ("eval.every_steps=2", "train.learning_rate=1")
+    done = commands.run(CAPTION, world.config(tmp_path / "run.toml"), "--dry-run", *overrides).ok()
+    assert "those of training; eval.split = 0.1 would hold a tenth out" in done.stderr
+    assert "warning: train.learning_rate = 1: a step moves each weight by about as much" in done.stderr
+
+
 def test_an_unknown_key_in_the_file(world: World, commands: Commands, tmp_path: Path) -> None:
     config = world.config(tmp_path / "run.toml", {"train": {"packs_per_stepp": 4}})
     error = commands.run(CAPTION, config).error

@@ -90,7 +90,8 @@ class Adapter:
         """Raises UserError, which says what is missing or not supported."""
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name} is missing; an adapter in PEFT's safetensors format has it")
+                fix = "name an adapter's folder, in PEFT's safetensors format, its run's or a checkpoint's"
+                raise UserError(f"{folder}: {name} is missing; {fix}")
         config = read_object(folder / CONFIG_FILE)
         _check_config(folder / CONFIG_FILE, config)
         with open_tensors(folder / WEIGHTS_FILE) as reader:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -114,7 +116,7 @@ class Arguments(BaseModel):
                 about |= {"action": "append" if is_list else "store", "metavar": None if choices else "VALUE"}
             parser.add_argument(shown[name], **about)
         try:
-            return cls.model_validate(vars(parser.read(argv)))
+            return cls.model_validate({name: _at_home(value) for name, value in vars(parser.read(argv)).items()})
         except ValidationError as error:
             first = error.errors()[0]
             reason = str(first.get("ctx", {}).get("error", first["msg"])).replace("Input should be", "must be")
@@ -122,6 +124,13 @@ class Arguments(BaseModel):
                 raise UserError(reason) from None
             value = first["input"] if str(first["input"]).strip() else repr(first["input"])
             raise UserError(f"{shown[str(first['loc'][0])]} = {value}: {reason}") from None
+
+
+def _at_home(value: Any) -> Any:
+    """A value with a leading `~/` as the home folder, which a shell leaves in `--adapter=~/run`."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class ConfigArguments(Arguments):
@@ -136,13 +145,27 @@ class ConfigArguments(Arguments):
 A = TypeVar("A", bound=Arguments)
 
 
-def command(arguments: type[A], text: str | None) -> Callable[[Callable[[A], None]], Callable[..., None]]:
-    """Makes `main(argv, prog)` of a function of `arguments`. A UserError in it ends the command with one line."""
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """A message with a command's options in the place of a configuration's keys."""
+    for key, option in names.items():
+        message = re.sub(rf"(?<![\w./]){re.escape(key)}\b(?!\.)", option, message)
+    return message
+
+
+def command(
+    arguments: type[A], text: str | None, names: Mapping[str, str] | None = None
+) -> Callable[[Callable[[A], None]], Callable[..., None]]:
+    """Makes `main(argv, prog)` of a function of `arguments`. A UserError in it ends the command with one line, with the
+    options in `names` in the place of keys."""
 
     def decorate(run: Callable[[A], None]) -> Callable[..., None]:
         def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             with user_errors():
-                run(arguments.parse(text, argv, prog))
+                try:
+                    run(arguments.parse(text, argv, prog))
+                except UserError as error:
+                    error.args = (renamed(str(error), names or {}),)
+                    raise
 
         return main
 

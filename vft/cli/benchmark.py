@@ -119,7 +119,7 @@ class BenchmarkArguments(Arguments):
         )
 
 
-@command(BenchmarkArguments, __doc__)
+@command(BenchmarkArguments, __doc__, {"model.path": "--model", "data.root": "--root"})
 def main(options: BenchmarkArguments) -> None:
     """Command line."""
     if not options.names:

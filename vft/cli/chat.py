@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vft.cli.arguments import Positional, command
-from vft.cli.predict import DECODE_TIMEOUT_S, AskArguments, with_options
+from vft.cli.predict import DECODE_TIMEOUT_S, OPTIONS, AskArguments, with_options
 from vft.common.errors import UserError, missing
 from vft.common.task import Answer, Question
 from vft.common.types import Conversation, MediaRef, Turn
@@ -99,7 +99,7 @@ class Talk:
         return answer
 
 
-@command(ChatArguments, __doc__)
+@command(ChatArguments, __doc__, OPTIONS)
 def main(options: ChatArguments) -> None:
     """Command line."""
     prepared, about, config = options.open()

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from vft.cli.arguments import Arguments, Choices, Positional, command
+from vft.cli.arguments import Arguments, Choices, NewFolder, Positional, command
 from vft.cli.public_sets import SETS, Part
 from vft.common.errors import UserError, first_line
 
@@ -71,7 +71,7 @@ class DownloadArguments(Arguments):
     """Arguments of `vft download`."""
 
     set: Annotated[str, Positional("SET"), Choices(SETS)]
-    root: Path = Path("data")
+    root: NewFolder = Path("data")
     """folder of all data sets, data.root of the configurations (default data)"""
     part: list[str] = Field(default_factory=list)
     """fetch this part alone; can be repeated"""

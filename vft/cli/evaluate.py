@@ -57,8 +57,6 @@ def main(arguments: EvaluateArguments) -> None:
     runs: dict[str, Path | None] = {"base": None} if arguments.compare_base or arguments.adapter is None else {}
     if arguments.adapter is not None:
         runs["adapter"] = arguments.adapter
-    if not config.eval.sources and config.eval.split is None:
-        logger.info("eval.sources = []: scored are the samples of data.sources, those of training")
     scores = score_all(task, config, {folder / f"{name}.jsonl": adapter for name, adapter in runs.items()}, world)
     if not world.is_main:
         return

@@ -47,7 +47,7 @@ class MergeArguments(Arguments):
     """decoding in generation_config.json: greedy, as in evaluation (default), or as in the base"""
 
 
-@command(MergeArguments, __doc__)
+@command(MergeArguments, __doc__, {"model.path": "--base"})
 def main(arguments: MergeArguments) -> None:
     """Command line."""
     changed = merge(arguments.base, arguments.adapter, arguments.output, arguments.generation)

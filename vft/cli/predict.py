@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vft.adapters.peft_format import recorded
-from vft.cli.arguments import AdapterFolder, Arguments, ExistingFolder, JsonlFile, Positional, command, written_as
-from vft.common.errors import UserError, missing
+from vft.cli.arguments import (
+    AdapterFolder,
+    Arguments,
+    ExistingFolder,
+    JsonlFile,
+    Positional,
+    command,
+    renamed,
+    written_as,
+)
+from vft.common.errors import missing
 from vft.common.files import replace_text
 from vft.common.task import Answer
 from vft.config.data import DataConfig, SourceConfig
@@ -194,6 +202,10 @@ class PredictArguments(AskArguments):
             raise ValueError("--json prints, --table writes a table to a file; leave one out")
         if self.root and not any(path.suffix.lower() in RECORD_SUFFIXES for path in self.videos):
             raise ValueError("--root is where the media of records lie, but no file of records is named; leave it out")
+        bare = [str(path) for path in self.videos if not (path.suffix or path.exists() or "/" in str(path))]
+        if self.prompt and bare:
+            words = " ".join([self.prompt, *bare])
+            raise ValueError(f"{', '.join(bare)}: no such file; a prompt of several words needs quotes: '{words}'")
         if not any(path.exists() for path in self.videos):  # before a large model is loaded for nothing
             raise ValueError(f"{self.videos[0]}: {missing(self.videos[0], 'file', 'check the path')}")
         return self
@@ -203,15 +215,10 @@ class PredictArguments(AskArguments):
         return self.workers if self.workers is not None else WORKERS if questions > FEW else 0
 
 
-@command(PredictArguments, __doc__)
+@command(PredictArguments, __doc__, OPTIONS)
 def main(options: PredictArguments) -> None:
     """Command line. SystemExit(1) if a question has no answer."""
-    try:
-        failed = predict(options)
-    except UserError as error:
-        error.args = (with_options(str(error)),)
-        raise
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if predict(options) else 0)
 
 
 def predict(options: PredictArguments) -> int:
@@ -345,9 +352,7 @@ def show(
 
 def with_options(message: str) -> str:
     """A message with this command's options in the place of a configuration's keys."""
-    for key, option in OPTIONS.items():
-        message = re.sub(rf"(?<![\w./]){re.escape(key)}\b(?!\.)", option, message)
-    return message
+    return renamed(message, OPTIONS)
 
 
 def clock(request: Request) -> list[str]:

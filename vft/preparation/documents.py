@@ -134,6 +134,9 @@ def load_held_out(task: Task, config: Config, encoder: ChatEncoder) -> Dataset:
     if not sources:
         raise UserError("eval.sources = []: a stream has no held-out records; name some, or set eval.every_steps = 0")
     check_answer_length(config.eval.max_new_tokens, encoder.processor.context_tokens, "eval.max_new_tokens")
+    if not config.eval.sources and config.eval.split is None:
+        fix = "eval.split = 0.1 would hold a tenth out"
+        logger.info("eval.sources = []: scored are the samples of data.sources, those of training; %s", fix)
     split = held_out_split(config, held_out=True)
     seed = config.seed if split else 0  # held-out sources of their own are read alike whatever the run's seed
     make, about = evaluated_conversations(task), "to evaluate"

@@ -63,6 +63,14 @@ def test_one_line_that_names_what_was_meant(words: str, message: str, capsys: py
         ("predict --model m --adapter {run} clip.mp4", "{run} is a model's folder, not an adapter's"),
         ("predict --model m https://a.org/clip.mp4", "is an address of the network; download it"),
         ("predict --model m --columns path=video clip.mp4", 'columns.path = "video": our name comes first'),
+        (
+            "predict --model m --prompt Who is it {run}/file",
+            "is, it: no such file; a prompt of several words",
+        ),
+        ("predict --model m --adapter=~/none clip.mp4", "--adapter = {home}/none: no such folder"),
+        ("predict --model {run}/none {run}/file", "--model = '{run}/none': no such folder"),
+        ("chat --model {run}/none", "--model = '{run}/none': no such folder"),
+        ("download ucf101 --root {run}/file", "--root = {run}/file: is a file; name a folder"),
         ("plan c.toml --gpus 1 --gpu T4", "for another give --gpu-memory-gib alone"),
     ],
 )
@@ -72,4 +80,4 @@ def test_files_and_folders_of_another_kind(
     for name in ("file", "x.safetensors", "config.json"):
         (tmp_path / name).touch()
     done = run_main(main.main, capsys, *words.format(run=tmp_path).split())
-    assert message.format(run=tmp_path) in done.error
+    assert message.format(run=tmp_path, home=Path.home()) in done.error
