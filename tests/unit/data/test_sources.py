@@ -426,3 +426,17 @@ def test_a_source_named_from_above_its_root(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"paths are below data.root: write 'a.json'"):
         formats.read(SourceConfig(format="messages", path="data/a.json"), DataConfig(root=Path("data")))
+
+
+def test_an_answer_before_its_video(tmp_path: Path) -> None:
+    """It would be learnt without the video being seen."""
+    (tmp_path / "x.mp4").write_bytes(b"x")
+    greeting = {"role": "assistant", "content": "Hello."}
+    asks = user("<video>Who?")
+    for messages in ([ANSWER, asks], [user("Hi."), greeting, asks]):
+        error = fail_one(tmp_path, {"messages": messages, "videos": ["x.mp4"]})
+        assert (error.field, error.message.partition(";")[0]) == (
+            "messages",
+            "no assistant turn follows the video or picture",
+        )
+    assert read_one(tmp_path, {"messages": [greeting, asks, ANSWER], "videos": ["x.mp4"]}).turns[0].role == "assistant"

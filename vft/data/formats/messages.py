@@ -152,6 +152,9 @@ def parse(record: Mapping[str, Any], root: Path, needs_answer: bool = True) -> P
             raise RecordError(f"{key}[{i}]", f"the {role}'s turn is empty; give it a text or take it out")
     if needs_answer and not any(role == "assistant" for role, _ in turns):
         raise RecordError(key, "has no assistant turn; add the answer to learn")
+    shown = next((i for i, (_, parts) in enumerate(turns) if any(isinstance(part, MediaRef) for part in parts)), 0)
+    if needs_answer and not any(role == "assistant" for role, _ in turns[shown:]):
+        raise RecordError(key, "no assistant turn follows the video or picture; put the answer behind it")
     unread = tuple(dict.fromkeys([*message_keys, *reader.unread, *record_keys]))
     return ParsedRecord(tuple(Turn(role, tuple(filter(None, parts))) for role, parts in turns), unread)
 
