@@ -266,6 +266,12 @@ LAYERS = ("q_proj", "up_proj", "qkv")
             FACTORY | {"model_name_or_path": "Qwen/Qwen3.5-4B", "template": "qwen3_5_nothink"},
             {"data.learn_thought_tags": False},
         ),
+        (SWIFT | {"quant_bits": 4}, {"model.quantize": "none"}),
+        (SWIFT | {"quant_bits": 4, "quant_method": "bnb"}, {"model.quantize": "nf4"}),
+        (
+            SWIFT | {"router_aux_loss_coef": 0, "logging_steps": 0.1},
+            {"train.routing_loss": False, "log.every_steps": 1},
+        ),
         (SWIFT | {"fsdp": "full_shard offload"}, {"parallel.offload": "frozen"}),
     ],
 )
@@ -459,6 +465,7 @@ def test_nothing_is_dropped(base: dict[str, Any]) -> None:
         (SWIFT | {"columns": "[1]"}, "must be a table of names"),
         (SWIFT | {"model_kwargs": "[" * 9999}, "must be a table of names"),
         (FACTORY | {"lora_target": "qkv"}, "lora.targets"),
+        (FACTORY | {"lora_target": [{"a": 1}], "lora_rank": 0}, "lora.rank"),
         (FACTORY | {"dataset_dir": "REMOTE:a/b"}, "it is on a hub: fetch it"),
         (FACTORY | {"adapter_name_or_path": "a,b"}, "one adapter is gone on from"),
         (FACTORY | {"adapter_name_or_path": "a", "create_new_adapter": True}, "vft merge"),

@@ -30,6 +30,8 @@ OFFLOADS = (
 LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """Linear layers that the language model of each family has."""
 UNLIMITED = "a sample may be as long as the model can take, there; here a row has at most data.pack_tokens"
+SAME = (("checkpoint.keep_last", -1, 0), ("train.routing_loss", 0, False))
+"""Values that are written in another way here: our setting, the value there, and here."""
 COMPONENT_RATES = {"vit_lr": "vision_encoder", "aligner_lr": "projector"}
 TEXTS = ("model.path", "model.adapter", "output_dir", "log.wandb_run", "log.wandb_project")
 
@@ -113,7 +115,7 @@ def _method(draft: Draft) -> None:
         draft.put("model.train", trained, "; ".join(origins))
     else:
         experts, from_experts = draft.take("target_parameters")
-        targets = _targets(draft, as_list(names), from_names, trained)
+        targets = _targets(draft, list(map(str, as_list(names))), from_names, trained)
         targets += [f"language_model.experts.{str(name).rpartition('.')[2]}" for name in as_list(experts)]
         origins += [from_names] * bool(names) + [from_experts] * bool(experts)
         draft.put("lora.targets", targets, "; ".join(origins))
@@ -125,10 +127,10 @@ def _method(draft: Draft) -> None:
     _objective(draft, stage, of_stage)
 
 
-def _targets(draft: Draft, names: list[Any], origin: str, trained: list[str]) -> list[str]:
+def _targets(draft: Draft, names: list[str], origin: str, trained: list[str]) -> list[str]:
     """`lora.targets` for names of layers, of which any component may have some. ms-swift freezes nothing of these."""
     family = str(draft.lines["model.path"][0])
-    if not names or any(name in ("all", "all-linear") for name in names):
+    if not names or {"all", "all-linear"} & set(names):
         if len(names) > 1:
             draft.lose(origin, "all linear layers are adapted, no embedding, router or head")
         # LLaMA-Factory's `all` are names of layers outside the projector, which Qwen3-VL's shares with its encoder
@@ -160,7 +162,9 @@ def _adapter(draft: Draft, experts: bool) -> None:
         draft.lose(origin, "B begins at zero")
     bits, origin = draft.take("quantization_bit", "quant_bits")
     method, of_method = draft.take("quantization_method", "quant_method")
-    if bits == 4 and method in (None, "bnb"):
+    if bits and not method and draft.tool == MS_SWIFT:
+        draft.lose(origin, "nothing is quantized there without quant_method")
+    elif bits == 4 and method in (None, "bnb", "bitsandbytes"):
         draft.put("model.quantize", "nf4", f"{origin}; {of_method}" if method else origin)
     elif bits:
         draft.lose(f"{origin}, {of_method}", "model.quantize has nf4, with 4 bits")
@@ -319,8 +323,10 @@ def _plain(draft: Draft) -> None:
             if value and not origin.startswith(draft.tool):
                 draft.lose(origin, f"is of {owner}")
         elif value is not None and key not in draft.lines:
-            if key == "checkpoint.keep_last" and value == -1:
-                value = 0
+            value = next((same for one, there, same in SAME if key == one and value == there), value)
+            if key == "log.every_steps" and isinstance(value, int | float) and value < 1:
+                draft.lose(origin, "log.every_steps counts steps")
+                continue
             if key == "model.adapter":
                 value = _start(draft, as_list(value), origin)
             draft.put(key, str(value) if key in TEXTS else value, origin)
