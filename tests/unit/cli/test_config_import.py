@@ -237,6 +237,10 @@ LAYERS = ("q_proj", "up_proj", "qkv")
             SWIFT | {"rlhf_type": "kto", "adapters": "runs/a", "ref_adapters": "runs/a"},
             {"model.adapter": "runs/a", "objective.reference": "start"},
         ),
+        (
+            SWIFT | {"rlhf_type": "dpo", "tuner_type": "full", "adapters": "runs/a"},
+            {"model.adapter": "", "objective.reference": None},
+        ),
         (SWIFT | {"rlhf_type": "orpo", "adapters": "runs/a"}, {"objective.reference": None}),
         # what is held out, and when it is asked
         (SWIFT | {"split_dataset_ratio": 0.1, "eval_strategy": "no"}, {"eval.split": None, "eval.every_steps": 0}),

@@ -189,7 +189,7 @@ def _objective(draft: Draft, stage: Any, origin: str) -> None:
         as_list(draft.rest.get(factory) or draft.rest.get(swift))
         for factory, swift in (("adapter_name_or_path", "adapters"), ("ref_model_adapters", "ref_adapters"))
     )
-    if adapters and kind not in ("simpo", "orpo"):
+    if adapters and "lora.targets" in draft.lines and kind not in ("simpo", "orpo"):
         if references == adapters:
             draft.put("objective.reference", "start", draft.take("ref_model_adapters", "ref_adapters")[1])
         else:
@@ -364,6 +364,6 @@ def _owner(draft: Draft, key: str) -> str | None:
         kind is None or owners.get(name, kind) != kind or (name, kind) == ("rpo_alpha", "kto")
     ):
         return owners.get(name, "losses of pairs")
-    if table == "lora" and "lora.targets" not in draft.lines:
+    if (table == "lora" or key == "model.adapter") and "lora.targets" not in draft.lines:
         return "LoRA"
     return "videos without NFRAMES" if key == "data.video.fps" and "data.video.frames" in draft.lines else None
