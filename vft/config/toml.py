@@ -87,6 +87,7 @@ MAX_LINE = 1000
 """Longest error message, in characters."""
 _REASONS = {
     "bool_type": "must be true or false",
+    "dict_type": "must be a table",
     "float_type": "must be a number",
     "int_type": "must be a whole number",
     "model_type": "must be a table",

@@ -266,6 +266,7 @@ def test_a_list_whose_quotes_the_shell_took(small: Path) -> None:
         ("parallel.shard=-1", "parallel.shard = -1: must be greater than or equal to 0, or 'auto'"),
         ("objective.beta=1", "command line: objective.kind: missing; The loss"),
         ("data.sources.path=c", "did you mean data.sources.0.path?"),
+        ("lora.ranks=16", "lora.ranks = 16: must be a table"),
         ("data.sources.0.limit.x=1", "data.sources.0.limit"),
         ("deepspeed=z3.json", "unknown key; there is none here: shards and copies are chosen by parallel.shard"),
         ("train.val_size=0.1", "unknown key; here it is eval.split"),
