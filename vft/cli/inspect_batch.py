@@ -99,7 +99,6 @@ def main(arguments: InspectArguments) -> None:
         taken = {document.number for document in batch.documents}
         others = evenly([n for n in range(len(documents.documents)) if n not in taken], arguments.samples)
         spread = samples_shown(documents, others, lambda *one: pool.submit(load_patches, *one).result())
-    bad = [*damaged, *(item for one in sets for item in one.bad)]
     left_out = [*documents.bad, *loader.bad.known.values(), *loader.bad.report.bad]
     tensors = batch_tensors(batch, prepared.model)
     if arguments.forward:
@@ -122,14 +121,21 @@ def main(arguments: InspectArguments) -> None:
         )
         (folder / "preview.html").write_text(page, encoding="utf-8")
         if arguments.decode_all:
+            bad = [*damaged, *(item for one in sets for item in one.bad)]
             write_quarantine(folder, {item.key: item for item in bad}.values())
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
     if left_out:
         print(f"{len(left_out)} samples or media can't be used: the page says why")
     if arguments.decode_all:
-        media = set().union(*(one.samples_by_medium for one in sets))
-        print(f"decoded {len(media):,} videos and pictures: {len({item.key for item in damaged}):,} can't be used")
-        check_bad(bad, sum(one.num_samples + len(one.bad) for one in sets), limit)
+        judge(sets, damaged, limit)
+
+
+def judge(sets: Sequence[Dataset], damaged: Sequence[BadItem], limit: float) -> None:
+    """Say how many media can't be decoded. UserError if more samples are bad than the fraction `limit`."""
+    media = set().union(*(one.samples_by_medium for one in sets))
+    print(f"decoded {len(media):,} videos and pictures: {len({item.key for item in damaged}):,} can't be used")
+    bad = [*damaged, *(item for one in sets for item in one.bad)]
+    check_bad(bad, sum(one.num_samples + len(one.bad) for one in sets), limit)
 
 
 def check_arguments(arguments: InspectArguments) -> None:
