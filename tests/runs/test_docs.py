@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-import vft.data.formats  # noqa: F401  it knows the formats that a configuration may name
 from tests.runs.commands import REPOSITORY, Commands
 from vft.config import run as configs
+from vft.config.data import DataConfig, SourceConfig
 from vft.config.run import Config
+from vft.data import formats
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|CONFIG|\.\.\.")
@@ -29,9 +30,9 @@ def helps() -> dict[tuple[str, ...], str]:
     return {}
 
 
-def blocks(page: Path) -> list[str]:
+def blocks(page: Path, language: str = "[a-z]*") -> list[str]:
     """The text of every fenced block."""
-    return re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def commands_of(page: Path) -> Iterator[list[str]]:
@@ -121,8 +122,35 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_toml_is_toml(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for block in re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for part in re.split(r"\n(?=sources = )", block):  # alternatives stand under one another
-            tomllib.loads(part)
+def test_toml_loads(page: Path) -> None:
+    """In place of what a whole recipe has there."""
+    whole = tomllib.loads((REPOSITORY / "recipes/qwen2_5_vl_7b/caption.toml").read_text(encoding="utf-8"))
+    for block in blocks(page, "toml"):
+        for part in re.split(r"\n(?=sources = )", block) if block.startswith("sources") else [block]:  # alternatives
+            given = tomllib.loads(part)
+            if "sources" in given:
+                given = {"eval" if "# in [eval]" in part else "data": given}
+            tables = {name: {**whole.get(name, {}), **one} for name, one in given.items() if isinstance(one, dict)}
+            configs.load({**whole, **given, **tables})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_json_is_read(page: Path, tmp_path: Path) -> None:
+    """All keys of every record, by a format."""
+    for block in blocks(page, "json"):
+        (tmp_path / "records.jsonl").write_text(block, encoding="utf-8")
+        assert any(reads_all(name, DataConfig(root=tmp_path)) for name in formats.names()), f"{page.name}: {block}"
+
+
+def test_columns_are_named() -> None:
+    page = (REPOSITORY / "docs/use/data.md").read_text(encoding="utf-8")
+    assert not [name for name in formats.find("messages").columns if f"`{name}`" not in page]
+
+
+def reads_all(format: str, data: DataConfig) -> bool:
+    """Whether a format reads the records and each of their keys."""
+    try:
+        samples, bad = formats.read(SourceConfig(format=format, path="records.jsonl"), data)
+    except ValueError:  # it reads other files
+        return False
+    return bool(samples) and not bad and not any(sample.unread for sample in samples)

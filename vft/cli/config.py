@@ -61,7 +61,8 @@ def main(arguments: ConfigArguments) -> None:
         print(text, end="")
     else:
         replace_text(output, text)
-        print(f"wrote {output}, with {len(draft.lost)} lines on what is not taken over; next: vft doctor {output}")
+        lost = ", with what is not taken over at its end" if draft.lost else ""
+        print(f"wrote {output}{lost}; next: vft doctor {output}")
         print(f"then: vft train TASK {output}, TASK being {' or '.join(run.TASKS)}: what answers are scored by")
 
 

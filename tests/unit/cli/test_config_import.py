@@ -395,7 +395,7 @@ def test_the_records_are_read() -> None:
     assert texts == [["1.mp4", "What?\nIn short.", "A dog."], ["2.mp4", "What now?", "Rain."]]
 
 
-def test_the_page_on_moving(tmp_path: Path) -> None:
+def test_the_page_on_moving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The configurations of docs/use/moving.md are one: those of LLaMA-Factory and ms-swift become that of vft."""
     page = MOVING.read_text(encoding="utf-8")
     block = {kind: re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0] for kind in KINDS}
@@ -406,7 +406,9 @@ def test_the_page_on_moving(tmp_path: Path) -> None:
     expected = run.load(tomllib.loads(block["toml"]))
     ours, _ = convert(block["yaml"], "--gpus", "2")
     assert run.differences(ours, expected, ()) == []
+    assert capsys.readouterr().out.startswith("wrote run.toml, with what is not taken over at its end; next: ")
     ours, _ = convert(block["bash"], name="train.sh")
+    assert capsys.readouterr().out.startswith("wrote run.toml; next: ")
     assert run.differences(ours, expected, ("data.root", "data.sources")) == []
     assert ours.data.root / ours.data.sources[0].path == Path("data/train.jsonl")
 

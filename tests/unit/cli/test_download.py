@@ -146,14 +146,6 @@ def test_every_benchmark_says_where_its_data_are(run: Any, name: str) -> None:
     assert f"`{benchmark.path.split('*')[0].rstrip('/')}" in row and f" {benchmark.frames} |" in row
 
 
-def test_every_source_on_the_page_is_valid() -> None:
-    page = (ROOT / "docs" / "use" / "data.md").read_text(encoding="utf-8")
-    entries = re.findall(r"\{ format = (?:[^{}]|\{[^}]*\})*\}", page)
-    assert len(entries) > 15
-    for entry in entries:
-        SourceConfig.model_validate(tomllib.loads(f"source = {entry}")["source"])
-
-
 ROW = {
     "video_id": "001",
     "videoID": "fFjv93ACGo8",
