@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tomllib
@@ -140,6 +141,18 @@ def test_json_is_read(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "json"):
         (tmp_path / "records.jsonl").write_text(block, encoding="utf-8")
         assert any(reads_all(name, DataConfig(root=tmp_path)) for name in formats.names()), f"{page.name}: {block}"
+
+
+def test_messages_are_said() -> None:
+    """Those of the first column of troubleshooting.md, or of their parts the longest: the code has it in one string."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (REPOSITORY / "vft").rglob("*.py")]
+    nodes = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    said = "\n".join(value for value in nodes if isinstance(value, str))
+    page = (REPOSITORY / "docs/use/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\|[^|`]*`([^`|]* [^`|]*)`", page, re.MULTILINE)
+    parts = [max(re.split(r"\.\.\.|, | \(.*\)|[;:=']", one), key=len).strip() for one in messages]
+    theirs = {"Could not load libtorchcodec", "SignalException"}
+    assert len(parts) > 12 and {part for part in parts if part not in said} == theirs
 
 
 def test_columns_are_named() -> None:

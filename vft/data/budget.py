@@ -274,10 +274,10 @@ def fault(start_s: float | None, end_s: float | None, info: MediaInfo, shown_s: 
     if first_s < length_s and last_s <= length_s + slack_s(info):
         return ""
     cut = f", shown up to {shown_s:g} s" if shown_s is not None and shown_s < info.duration_s else ""
-    length = f"the video, which has {info.num_frames} frames in {info.duration_s:.2f} s{cut}"
     unit = _unit(first_s, last_s if end_s is not None else first_s, info)
     looks = f"they look like {unit}; " if unit else ""
-    return f"{span} is outside {length}; {looks}give seconds from the beginning of the file"
+    length = f"{info.num_frames} frames in {info.duration_s:.2f} s{cut}"
+    return f"{span} is outside the video, which has {length}; {looks}give seconds from the beginning of the file"
 
 
 def slack_s(info: MediaInfo) -> float:
