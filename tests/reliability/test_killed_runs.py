@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ class Forked:
     def kill(self, pick: random.Random) -> bool:
         """Kill all processes, in any order, at once or not quite; False where they had ended well before."""
         for one in pick.sample(self.ranks, len(self.ranks)):
-            if one.is_running:
-                os.kill(one.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may end of itself before the signal comes
+                if one.is_running:
+                    os.kill(one.pid, signal.SIGKILL)
             time.sleep(pick.choice([0.0, 0.2]))
         ends = [one.wait() for one in self.ranks]
         killed = any(end.status == -signal.SIGKILL for end in ends)
@@ -86,7 +88,8 @@ class Torchrun:
         with self.launcher:
             ranks = rank_processes(self.launcher.pid)
             if ranks:
-                os.kill(pick.choice(list(ranks.values())), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # as above
+                    os.kill(pick.choice(list(ranks.values())), signal.SIGKILL)
             return self.launcher.wait(60) != 0
 
 

@@ -82,10 +82,10 @@ def test_file_for_a_judge(root: Path) -> None:
     ("change", "message"),
     [
         ({"type": "9"}, "type: '9' is none of the types 0 to 8"),
-        ({"type": None}, "type: None is of type NoneType"),
-        ({"question": None}, "question: None is of type NoneType"),
+        ({"type": None}, "type: null; it must be a text"),
+        ({"question": None}, "question: null; it must be a text"),
         ({"answer": ""}, "answer: is empty"),
-        ({"video_name": None}, "video_name: None is of type NoneType"),
+        ({"video_name": None}, "video_name: null; it must be a text"),
     ],
 )
 def test_bad_records(root: Path, change: dict[str, Any], message: str) -> None:

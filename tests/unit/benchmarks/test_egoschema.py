@@ -104,7 +104,7 @@ def test_withheld_answers_are_written_for_the_server(root: Path) -> None:
         ({"answer": "B"}, "answer: 'B' is none of the options"),
         ({"option": ["A. one"]}, "option: .* must be a list of at least 2 texts"),
         ({"option": None}, "option: None must be"),
-        ({"question": None}, "question: None is of type NoneType"),
+        ({"question": None}, "question: null; it must be a text"),
         ({"video_idx": "../../../x"}, "out of data.root"),
     ],
 )

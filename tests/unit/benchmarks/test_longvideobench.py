@@ -106,7 +106,7 @@ def test_withheld_answers(root: Path) -> None:
         ({"correct_choice": 1.0}, "correct_choice: 1.0 is none of the options"),
         ({"candidates": ["up"]}, "candidates: .* must be a list of at least 2 texts"),
         ({"candidates": [3, 4]}, r"candidates\[0\]: 3 is of type int"),
-        ({"video_path": None}, "video_path: None is of type NoneType"),
+        ({"video_path": None}, "video_path: null; it must be a text"),
         ({"id": 7}, "id: 7 is of type int"),
     ],
 )

@@ -117,7 +117,7 @@ def test_the_mean_is_over_tasks(root: Path) -> None:
         ({"answer": 2}, "answer: 2 is of type int"),
         ({"candidates": None}, "candidates: None must be a list of at least 2 texts"),
         ({"candidates": ["1", 2]}, r"candidates\[1\]: 2 is of type int"),
-        ({"video": None}, "video: None is of type NoneType"),
+        ({"video": None}, "video: null; it must be a text"),
         ({"question": 5}, "question: 5 is of type int"),
     ],
 )

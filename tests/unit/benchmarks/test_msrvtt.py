@@ -87,7 +87,7 @@ def test_without_java(root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytes
     ("change", "message"),
     [
         ({"video_id": "video9"}, ":3: captions: None must be a list of at least 1 texts"),
-        ({"video_id": None}, ":3: video_id: None is of type NoneType"),
+        ({"video_id": None}, ":3: video_id: null; it must be a text"),
         ("video7012", ":3: 'video7012' is no JSON object"),
     ],
 )

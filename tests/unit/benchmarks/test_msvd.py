@@ -56,7 +56,7 @@ def test_scores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"video_id": 7}, "video_id: 7 is of type int"),
         ({"caption": "a man runs"}, "caption: 'a man runs' must be a list of at least 1 texts"),
         ({"caption": ["", " "]}, "caption: all of its texts are empty"),
-        ({"caption": ["a man", None]}, "caption[1]: None is of type NoneType"),
+        ({"caption": ["a man", None]}, "caption[1]: null; it must be a text"),
         ({"video_id": "../../../../x"}, "out of data.root"),
     ],
 )

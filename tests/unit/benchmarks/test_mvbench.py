@@ -134,7 +134,7 @@ def test_letters(text: str) -> None:
         ({"answer": "sideways"}, "answer: 'sideways' is none of the options up, down, left"),
         ({"candidates": "up"}, "candidates: 'up' must be a list of at least 2 texts"),
         ({"candidates": ["up", 3]}, r"candidates\[1\]: 3 is of type int"),
-        ({"video": None}, "video: None is of type NoneType"),
+        ({"video": None}, "video: null; it must be a text"),
         ({"video": "../../../../../../x.mp4"}, "out of data.root"),
     ],
 )

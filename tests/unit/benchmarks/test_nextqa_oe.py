@@ -114,9 +114,9 @@ def test_missing_data_are_told_before_anything_is_asked(root: Path, monkeypatch:
     ("change", "message"),
     [
         ({"answer": ""}, "answer: is empty"),
-        ({"answer": None}, "answer: None is of type NoneType"),
+        ({"answer": None}, "answer: null; it must be a text"),
         ({"type": "CX"}, "type: 'CX' is none of TP, CW"),
-        ({"question": None}, "question: None is of type NoneType"),
+        ({"question": None}, "question: null; it must be a text"),
         ({"video": ""}, "video: is empty"),
     ],
 )

@@ -102,9 +102,9 @@ def test_letters(text: str) -> None:
         ({"answer_id": "3"}, "answer_id: '3' is none of the options 0 to 2"),
         ({"options": ["one"]}, "options: ['one'] must be a list of at least 2 texts"),
         ({"options": None}, "options: None must be a list"),
-        ({"video_name": None}, "video_name: None is of type NoneType"),
+        ({"video_name": None}, "video_name: null; it must be a text"),
         ({"question_id": ""}, "question_id: is empty"),
-        ({"question": None}, "question: None is of type NoneType"),
+        ({"question": None}, "question: null; it must be a text"),
     ],
 )
 def test_bad_records(root: Path, change: dict[str, Any], message: str) -> None:

@@ -156,7 +156,7 @@ def test_predictions(root: Path) -> None:
             {"answer": "Sentence C: It"},
             "answer: 'Sentence C' is none of the options Sentence A, Sen",
         ),
-        ("captioning", {"dim": None}, "dim: None is of type NoneType"),
+        ("captioning", {"dim": None}, "dim: null; it must be a text"),
         ("captioning", {"video_id": 10}, "video_id: 10 is of type int"),
         ("other", {}, "folder: 'other' is none of the options multi-choice, yes_no"),
     ],

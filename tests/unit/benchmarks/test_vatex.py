@@ -60,7 +60,7 @@ def test_scores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"videoID": None}, "videoID: None is of type NoneType"),
+        ({"videoID": None}, "videoID: null; it must be a text"),
         ({"enCap": None}, "enCap: None must be a list of at least 1 texts"),
         ({"enCap": [""]}, "enCap: all of its texts are empty"),
     ],

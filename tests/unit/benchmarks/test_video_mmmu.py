@@ -167,11 +167,11 @@ def test_open_answers_by_hand() -> None:
     ("change", "message"),
     [
         ({"id": "dev_Alchemy_1"}, "id: 'dev_Alchemy_1' names no subject"),
-        ({"id": None}, "id: None is of type NoneType"),
+        ({"id": None}, "id: null; it must be a text"),
         ({"answer": "D"}, "answer: 'D' is none of the options A, B, C"),
-        ({"answer": None}, "answer: None is of type NoneType"),
+        ({"answer": None}, "answer: null; it must be a text"),
         ({"options": None}, "options: None must be a list"),
-        ({"question": None}, "question: None is of type NoneType"),
+        ({"question": None}, "question: null; it must be a text"),
     ],
 )
 def test_bad_records(root: Path, change: dict[str, Any], message: str) -> None:

@@ -94,9 +94,9 @@ def test_several_pairs_about_one_video(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"video_name": None}, "video_name: None is of type NoneType"),
-        ({"question": None}, "question: None is of type NoneType"),
-        ({"answer": None}, "answer: None is of type NoneType"),
+        ({"video_name": None}, "video_name: null; it must be a text"),
+        ({"question": None}, "question: null; it must be a text"),
+        ({"answer": None}, "answer: null; it must be a text"),
     ],
 )
 def test_bad_records(root: Path, change: dict[str, Any], message: str) -> None:

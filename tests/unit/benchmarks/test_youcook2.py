@@ -65,10 +65,10 @@ def test_scores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"video_path": None}, "video_path: None is of type NoneType"),
-        ({"youtube_id": None}, "youtube_id: None is of type NoneType"),
+        ({"video_path": None}, "video_path: null; it must be a text"),
+        ({"youtube_id": None}, "youtube_id: null; it must be a text"),
         ({"sentence": ""}, "sentence: all of its texts are empty"),
-        ({"sentence": None}, "sentence[0]: None is of type NoneType"),
+        ({"sentence": None}, "sentence[0]: null; it must be a text"),
     ],
 )
 def test_bad_records(root: Path, change: dict[str, Any], message: str) -> None:

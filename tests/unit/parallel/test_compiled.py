@@ -114,10 +114,8 @@ def test_where_the_compiled_kernel_is_wrong_the_mlps_are_compiled(
 
 def compile_with_aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that compiling does but the code generation, which takes a minute."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
-    )
+    compile_function = torch.compile  # which a module's `compile` calls, too
+    monkeypatch.setattr(torch, "compile", lambda run, **how: compile_function(run, backend="aot_eager", **how))
 
 
 @pytest.mark.parametrize("documents", ROWS[:3], ids=str)
