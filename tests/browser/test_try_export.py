@@ -27,12 +27,14 @@ base_model: "<script>window.ran=1</script>"
 
 def load(page: Any, adapter: str) -> None:
     open_tab(page, "Try")
+    page.wait_for_timeout(2000)  # for the lists of what the folders offer, which would come over what is typed
     for label, value in (("adapter", adapter), ("model", "base")):
         field = page.locator(f"label:visible:has-text('{label}') input, input[aria-label='{label}']:visible").first
         field.fill(value)
         field.press("Enter")
     page.get_by_role("button", name="Load", exact=True).locator("visible=true").click()
     page.get_by_text("Loaded. In a terminal").wait_for()
+    assert not adapter or page.get_by_text(f"--adapter {adapter}").count()
 
 
 def ask(page: Any, text: str) -> None:
