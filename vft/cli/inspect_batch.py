@@ -121,8 +121,7 @@ def main(arguments: InspectArguments) -> None:
         )
         (folder / "preview.html").write_text(page, encoding="utf-8")
         if arguments.decode_all:
-            bad = [*damaged, *(item for one in sets for item in one.bad)]
-            write_quarantine(folder, {item.key: item for item in bad}.values())
+            write_quarantine(folder, {item.key: item for item in all_bad(sets, damaged)}.values())
     print(f"{batch.num_tokens} tokens, {batch.num_targets} supervised, {len(batch.sample_ids)} samples: see {output}")
     if left_out:
         print(f"{len(left_out)} samples or media can't be used: the page says why")
@@ -134,8 +133,12 @@ def judge(sets: Sequence[Dataset], damaged: Sequence[BadItem], limit: float) -> 
     """Say how many media can't be decoded. UserError if more samples are bad than the fraction `limit`."""
     media = set().union(*(one.samples_by_medium for one in sets))
     print(f"decoded {len(media):,} videos and pictures: {len({item.key for item in damaged}):,} can't be used")
-    bad = [*damaged, *(item for one in sets for item in one.bad)]
-    check_bad(bad, sum(one.num_samples + len(one.bad) for one in sets), limit)
+    check_bad(all_bad(sets, damaged), sum(one.num_samples + len(one.bad) for one in sets), limit)
+
+
+def all_bad(sets: Sequence[Dataset], damaged: Sequence[BadItem]) -> list[BadItem]:
+    """What can't be decoded, and what the sets had left out before."""
+    return [*damaged, *(item for one in sets for item in one.bad)]
 
 
 def check_arguments(arguments: InspectArguments) -> None:
